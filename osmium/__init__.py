@@ -1,0 +1,1 @@
+"""Osmium: a Mixture-of-Experts inference engine for one consumer GPU."""

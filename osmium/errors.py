@@ -1,0 +1,85 @@
+"""Every error that Osmium raises on purpose.
+
+OsmiumError
+├─ ConfigError          the user's flag or file             CLI: one line, exit 2
+├─ CheckpointError      missing, truncated, wrong shape     CLI: one line, exit 2
+├─ DeviceError
+│  ├─ NoDevice          no driver, or no GPU                the only error a test may skip on
+│  ├─ OutOfMemory       asked, free, and who holds the rest
+│  ├─ KernelError       contract broken, at load or at launch
+│  └─ CudaError         .call .name .code; .lost when the context is gone
+├─ RequestError         the client's fault                  HTTP 4xx with param and code
+└─ EngineStopped        the engine cannot serve any more    HTTP 503
+
+A message is one or two sentences: the thing, the value found, the rule, the way out.
+"""
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "CudaError",
+    "DeviceError",
+    "EngineStopped",
+    "KernelError",
+    "NoDevice",
+    "OsmiumError",
+    "OutOfMemory",
+    "RequestError",
+]
+
+
+class OsmiumError(Exception):
+    """The root: catch this to catch everything that Osmium raises on purpose."""
+
+
+class ConfigError(OsmiumError):
+    """A flag, an option or a configuration file that cannot be used as it stands."""
+
+
+class CheckpointError(OsmiumError):
+    """A checkpoint or a packed file that is missing, cut short, edited or of the wrong shape."""
+
+
+class DeviceError(OsmiumError):
+    """Something about the GPU."""
+
+
+class NoDevice(DeviceError):
+    """There is no CUDA driver here, or it sees no GPU."""
+
+
+class OutOfMemory(DeviceError):
+    """VRAM or host memory does not suffice; says what was asked and what is free."""
+
+
+class KernelError(DeviceError):
+    """A kernel's contract is broken: its text, its module, or the arguments of a launch."""
+
+
+class CudaError(DeviceError):
+    """A driver call failed.
+
+    `call` is the driver function, `name` and `code` its CUresult; `lost` says that the context is
+    gone and the process has to restart.
+    """
+
+    def __init__(self, message: str, *, call: str, name: str, code: int, lost: bool) -> None:
+        super().__init__(message)
+        self.call, self.name, self.code, self.lost = call, name, code, lost
+
+
+class RequestError(OsmiumError):
+    """A request that cannot be served as it was asked.
+
+    `param` names the field, `code` is the machine-readable reason, `status` the HTTP status.
+    """
+
+    def __init__(
+        self, message: str, *, param: str | None = None, code: str | None = None, status: int = 400
+    ) -> None:
+        super().__init__(message)
+        self.param, self.code, self.status = param, code, status
+
+
+class EngineStopped(OsmiumError):
+    """The engine is closed or has failed, and takes no more requests."""

@@ -1,0 +1,254 @@
+"""The list of operations: formula, shapes, dtypes, source, and nothing else.
+
+Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the specification
+in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs come first; nothing
+is allocated inside an operation; sums are in f32 and every activation is f32 on both backends.
+Weights are bf16, int8 or int4 (values.Linear), KV pages f32 or bf16.
+
+Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip experts
+when the residual stream is rounded.
+
+Letters are in values.py.  A wide array that several operations share is passed whole, with the column
+where the wanted part starts.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+
+__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Step"]
+
+
+@runtime_checkable
+class Ops(Protocol):
+    """What a backend must do."""
+
+    # -- memory: called while loading and around a forward pass, never inside one --------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new array with unspecified contents, in VRAM on the GPU.  Raises: OutOfMemory."""
+
+    def put(self, array: npt.NDArray[np.generic]) -> Array:
+        """A copy of a host array where kernels reach it fast (VRAM).  Raises: OutOfMemory."""
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new array in host memory that kernels can read: NumPy, or mapped page-locked memory.
+
+        Raises: OutOfMemory.
+        """
+
+    def host_view(self, array: Array) -> npt.NDArray[np.generic]:
+        """The host's NumPy view of what `host` gave, for filling it.  Write-combined memory is slow to
+        read: only write through this."""
+
+    def copy_in(self, out: Array, source: npt.NDArray[np.generic]) -> None:
+        """out = source, same shape and dtype, ordered before what is launched next."""
+
+    def copy_out(self, source: Array) -> npt.NDArray[np.generic]:
+        """A NumPy copy of `source`; waits for what was launched.  Its bytes are added to
+        `bytes_to_host`."""
+
+    def copy(self, out: Array, source: Array) -> None:
+        """out = source, both on the device, or `source` in `host` memory.  Same bytes."""
+
+    def fill(self, out: Array, byte: int) -> None:
+        """Every byte of `out` = byte."""
+
+    def synchronize(self) -> None:
+        """Wait for everything launched, and raise what failed."""
+
+    bytes_to_host: int
+    """Bytes that `copy_out` has brought back so far."""
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def embed(self, out: Array, ids: Array, table: Array) -> None:
+        """out[t] = table[ids[t]].
+
+        out f32 [T, D]    ids i32 [T]    table bf16 [V, D] in VRAM or host memory    D % 8 == 0
+        """
+
+    def take(self, out: Array, x: Array, rows: Array) -> None:
+        """out[i] = x[rows[i]].
+
+        out f32 [R, D]    x f32 [T, D]    rows i32 [R]    D % 4 == 0
+        """
+
+    def add(self, out: Array, x: Array) -> None:
+        """out += x.
+
+        out, x f32, same shape, size % 4 == 0
+        """
+
+    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
+        """out = x * rsqrt(mean(x^2 over D) + eps) * (1 + w).
+
+        out, x f32 [T, D], may be one array    w f32 [D]    D % 4 == 0
+        Zhang & Sennrich 2019, arXiv:1910.07467; zero-centred weight as in Qwen3-Next.
+        """
+
+    def linear(self, out: Array, x: Array, w: Linear) -> None:
+        """out = x @ W.T.
+
+        out f32 [T, N]    x f32 [T, K]    w [N, K], see values.Linear
+        """
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def rope_append(
+        self,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        norms: Array,
+        frequencies: Array,
+        step: Step,
+        eps: float,
+    ) -> None:
+        """Norm and rotate q and k; keep k and v.
+
+        qgkv f32 [T, (2H + 2G) * d]: for each of H query heads d query values then d gate values; then G
+        key heads, then G value heads of d values each.
+        q[t, h] = rope(norm(query h, norms[0])), k = rope(norm(key g, norms[1])), with
+        norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2), j < R/2:
+        a' = a cos - b sin, b' = b cos + a sin, the angle being positions[t] * frequencies[j] in f32;
+        values from R on pass through.  k and v are rounded to the pages' dtype.
+
+        q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]    norms f32 [2, d]
+        frequencies f32 [R / 2]    d % 32 == 0, d <= 256    R % 2 == 0
+        Su et al. 2021, arXiv:2104.09864; partial rotary and q/k norms as in Qwen3-Next.
+        """
+
+    def attention(
+        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
+    ) -> None:
+        """out[t, h] = softmax over p <= positions[t] of (q[t, h] . k[p, h / (H/G)] * scale), times v[p].
+
+        out, q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]
+        Softmax in f32, running maximum.  Ainslie et al. 2023, arXiv:2305.13245 (grouped queries);
+        Kwon et al. 2023, arXiv:2309.06180 (pages).
+        """
+
+    def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
+        """out[t, h] *= sigmoid(the gate of head h in qgkv).
+
+        out f32 [T, H, d]    qgkv f32 [T, >= 2Hd], as in rope_append
+        """
+
+    # -- gated delta net ---------------------------------------------------------------------------
+
+    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+        """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), causal, each sequence by itself.
+
+        The three rows before a sequence's first come from state[slot] (zeros where past is 0), oldest
+        first; at the end the state holds the sequence's last three rows of u.
+
+        out f32 [T, C]    u f32 [T, >= C], its first C columns    w f32 [C, 4]
+        state f32 [slots, C, 3]
+        """
+
+    def delta_gates(
+        self, decay: Array, beta: Array, ab: Array, a_log: Array, dt_bias: Array
+    ) -> None:
+        """decay = -exp(a_log) * softplus(a + dt_bias), the log of the decay; beta = sigmoid(b).
+
+        decay, beta f32 [T, V]    ab f32 [T, 2V], a then b    a_log, dt_bias f32 [V]
+        softplus(x) = x for x > 20.  Dao & Gu 2024, arXiv:2405.21060 (the gate).
+        """
+
+    def delta_step(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        """The gated delta rule, token by token; V value heads, U key heads, value head j uses key head
+        j // (V / U).
+
+        q = l2(q) * dk^-0.5, k = l2(k), l2(x) = x * rsqrt(sum(x^2) + 1e-6); then for each token
+            S = exp(decay) S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q
+        S is state[slot] (zeros where past is 0) and is written back after the last token.
+
+        out f32 [T, V, dv]    qkv f32 [T, 2U*dk + V*dv]: U queries, U keys, V values
+        decay, beta f32 [T, V]    state f32 [slots, V, dk, dv]    dk % 32 == 0, dk, dv <= 128
+        Yang et al. 2024, arXiv:2412.06464.
+        """
+
+    def delta_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        """The same function as delta_step, in chunks of tokens, for prefill.
+
+        With G the running sum of the decay inside a chunk and D[i, j] = exp(G_i - G_j) for i >= j:
+            A = I + strictly lower part of (beta k) k^T * D, solved by forward substitution:
+            A U = beta v;  A W = beta exp(G) k
+            N = U - W S;  out = (q exp(G)) S + lower part of (q k^T * D) N
+            S = S exp(G_last) + (k exp(G_last - G))^T N
+        Same arguments as delta_step.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
+        """
+
+    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+        """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.
+
+        out, x f32 [T, V, dv], may be one array    z f32 [T, Z], columns column .. column + V*dv
+        w f32 [dv]    dv % 32 == 0
+        """
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def route(
+        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+    ) -> None:
+        """p = softmax(logits[:, :experts]); ids the A largest, descending, ties to the lower id;
+        weights = p[ids] / sum(p[ids]).
+
+        ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= experts]    counters[0] += T * A
+        """
+
+    def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
+        """Find every expert of `ids` a slot of `layer`, and say which must be fetched.
+
+        At layer 0 the cache's step is raised by one.  The unique ids, ascending, become plan.expert.  An expert
+        of this call that is in a slot is a hit.  Missing experts, ascending, take the free slots from the
+        lowest up, then the victims: slots whose expert is not of this call, coldest first, by heat as of
+        now, ties by the older stamp, then by the lower slot.  Then every expert of this call has its
+        heat brought to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
+
+        ids u16 [T, A]; the unique ids must not exceed the capacity: the caller's to see to.
+        """
+
+    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch is set.
+
+        counters[2] += uses of the records copied, counters[3] += records copied.
+        """
+
+    def expert_mlp(
+        self,
+        out: Array,
+        inner: Array,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        cache: ExpertCache,
+        layer: int,
+    ) -> None:
+        """out[t] = sum over a of weights[t, a] * down_e(silu(gate_e x[t]) * up_e x[t]), e = ids[t, a],
+        in the order of a, from the experts' slots.
+
+        out f32 [T, D]    inner f32 [T, A, I], scratch    x f32 [T, D]    ids u16 [T, A]
+        weights f32 [T, A]
+        """
+
+    def silu_mul(self, out: Array, x: Array) -> None:
+        """out[t, i] = silu(x[t, i]) * x[t, I + i].
+
+        out f32 [T, I]    x f32 [T, 2I]    I % 4 == 0
+        """
+
+    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+        """out[t] += sigmoid(gate[t, column]) * x[t].
+
+        out, x f32 [T, D]    gate f32 [T, >= column + 1]    D % 4 == 0
+        """

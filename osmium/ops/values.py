@@ -1,0 +1,133 @@
+"""The values that operations read: a step, a matrix, an expert cache and its plan.
+
+Plain records of arrays.  An array is np.ndarray on the CPU and cuda.DeviceArray on the GPU; both have
+shape, dtype, nbytes, slices along the first axis and reshape.  bf16 is kept as uint16 (see
+quant/floats.py).  Knows nothing of models, files or CUDA.
+
+Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E experts, A activated
+experts a token, I inner size of an expert, H heads, C channels of the convolution.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from osmium.quant.record import Record
+
+__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Step"]
+
+Array = Any
+"""np.ndarray or cuda.DeviceArray: a protocol would have to name both, and `ops` may import neither."""
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A matrix [N, K] in one of the stored formats; y = x @ W.T.
+
+    bf16  data u16 [N, K]                                               K % 8 == 0
+    int8  data i8 [N, K], scale f32 [N]            w = q * s            K % 16 == 0
+    int4  data u8 [N, K/2], scale f16 [N, K/group] w = (q - 8) * s      K % 32 == 0, nibbles: quant/int4.py
+    """
+
+    format: Literal["bf16", "int8", "int4"]
+    rows: int
+    """N, outputs."""
+    columns: int
+    """K, inputs."""
+    data: Array
+    scale: Array | None = None
+    group: int = 0
+    """int4: inputs that share a scale, 128, 64 or 32."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """Which tokens of which sequences one forward pass computes.
+
+    Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in order
+    of position.  Position p of sequence s is kept at row p % page of page pages[s, p // page].
+    """
+
+    tokens: int
+    """T."""
+    sequences: int
+    """S."""
+    page: int
+    """Tokens a page of KV."""
+    ids: Array
+    """i32 [T], token ids."""
+    positions: Array
+    """i32 [T], from 0 in each sequence."""
+    sequence: Array
+    """i32 [T], which sequence a row belongs to, 0 .. S - 1."""
+    starts: Array
+    """i32 [S + 1]."""
+    past: Array
+    """i32 [S], tokens of the sequence before this step; 0 means that its recurrent state is all zero,
+    whatever the state slot holds."""
+    slots: Array
+    """i32 [S], the recurrent-state slot of each sequence."""
+    pages: Array
+    """i32 [S, P], the page table; entries past the sequence's end are never read."""
+
+
+@dataclass(frozen=True)
+class ExpertArena:
+    """Every routed expert, as one contiguous record each, in host memory.
+
+    On the GPU `records` is the device's view of mapped host memory.
+    """
+
+    record: Record
+    records: Array
+    """u8 [L, E, record.nbytes]."""
+
+
+@dataclass(frozen=True)
+class ExpertCache:
+    """The experts in VRAM: S slots a layer, who is in them, how much each expert is used.
+
+    `step` counts forward passes from 1, so that a stamp of 0 means never used.  A heat is stored as it
+    was at its stamp; now it is heat * 2 ** (-(step - stamp) / half_life).
+    """
+
+    record: Record
+    experts: int
+    """E."""
+    capacity: int
+    """S, slots a layer; capacity == E means wholly resident."""
+    half_life: float
+    """Steps in which an unused expert loses half of its heat."""
+    slots: Array
+    """u8 [L, S, record.nbytes]."""
+    slot_of: Array
+    """i32 [L, E], the slot of an expert, or -1."""
+    expert_in: Array
+    """i32 [L, S], the expert in a slot, or -1."""
+    heat: Array
+    """f32 [L, E]."""
+    stamp: Array
+    """i32 [L, E], the step of the last use."""
+    step: Array
+    """i32 [1], raised by one at the first layer's `place` of a forward pass."""
+    counters: Array
+    """i64 [4], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`), fetched
+    (by `fetch`, for the records that it copied); then records copied.  routed == hit + fetched."""
+
+
+@dataclass(frozen=True)
+class ExpertPlan:
+    """What `place` decided for one layer: which experts are needed, where, and which must be fetched.
+
+    U is the most experts that one call can need: min(E, rows * A).
+    """
+
+    count: Array
+    """i32 [1], unique experts of this call."""
+    expert: Array
+    """i32 [U], their ids, ascending; entries past the count are -1."""
+    slot: Array
+    """i32 [U], their slots."""
+    fetch: Array
+    """i32 [U], 1 where the record must be copied into the slot, else 0."""
+    uses: Array
+    """i32 [U], pairs of this call that use the expert."""
