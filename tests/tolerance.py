@@ -1,0 +1,29 @@
+"""How close is close enough: one table, relative norm ||out - ref|| / ||ref||, with reasons."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+TOLERANCE = {
+    "f32": 1e-5,  # sums of up to 16 k products in another order, and approximate exp and rsqrt
+    "bf16": 5e-3,  # one rounding to 8 bits of mantissa is 2^-9 at worst, 1.7e-3 in the norm
+    "int4": 5e-3,  # the weights are exact; leaves room for f16 or bf16 activations
+    "logits": 1e-4,  # float32 through all layers, against transformers in float32
+    "gpu_logits": 2e-2,  # bf16 KV through all layers; median over tokens of equal expert sets
+}
+
+
+def distance(out: npt.NDArray[Any], ref: npt.NDArray[Any]) -> float:
+    """||out - ref|| / ||ref|| in float64; NaN anywhere in `out` gives infinity."""
+    a, b = np.asarray(out, np.float64), np.asarray(ref, np.float64)
+    assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
+    if not np.isfinite(a).all():
+        return float("inf")
+    norm = float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) / norm if norm else float(np.linalg.norm(a))
+
+
+def close(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> bool:
+    """Whether `out` is within the table's row `kind` of `ref`."""
+    return distance(out, ref) <= TOLERANCE[kind]
