@@ -1,15 +1,15 @@
 """The list of operations: formula, shapes, dtypes, source, and nothing else.
 
-Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the specification
-in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs come first; nothing
-is allocated inside an operation; sums are in f32 and every activation is f32 on both backends.
-Weights are bf16, int8 or int4 (values.Linear), KV pages f32 or bf16.
+Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the
+specification in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs
+come first; nothing is allocated inside an operation; sums are in f32 and every activation is f32 on
+both backends.  Weights are bf16, int8 or int4 (values.Linear), KV pages f32 or bf16.
 
-Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip experts
-when the residual stream is rounded.
+Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip
+experts when the residual stream is rounded.
 
-Letters are in values.py.  A wide array that several operations share is passed whole, with the column
-where the wanted part starts.
+Letters are in values.py.  A wide array that several operations share is passed whole, with the
+column where the wanted part starts.
 """
 
 from typing import Protocol, runtime_checkable
@@ -26,7 +26,7 @@ __all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops",
 class Ops(Protocol):
     """What a backend must do."""
 
-    # -- memory: called while loading and around a forward pass, never inside one --------------------
+    # -- memory: called while loading and around a forward pass, never inside one ----------------
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new array with unspecified contents, in VRAM on the GPU.  Raises: OutOfMemory."""
@@ -41,8 +41,8 @@ class Ops(Protocol):
         """
 
     def host_view(self, array: Array) -> npt.NDArray[np.generic]:
-        """The host's NumPy view of what `host` gave, for filling it.  Write-combined memory is slow to
-        read: only write through this."""
+        """The host's NumPy view of what `host` gave, for filling it.  Write-combined memory is
+        slow to read: only write through this."""
 
     def copy_in(self, out: Array, source: npt.NDArray[np.generic]) -> None:
         """out = source, same shape and dtype, ordered before what is launched next."""
@@ -111,12 +111,13 @@ class Ops(Protocol):
     ) -> None:
         """Norm and rotate q and k; keep k and v.
 
-        qgkv f32 [T, (2H + 2G) * d]: for each of H query heads d query values then d gate values; then G
-        key heads, then G value heads of d values each.
+        qgkv f32 [T, (2H + 2G) * d]: for each of H query heads d query values then d gate values;
+        then G key heads, then G value heads of d values each.
         q[t, h] = rope(norm(query h, norms[0])), k = rope(norm(key g, norms[1])), with
-        norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2), j < R/2:
-        a' = a cos - b sin, b' = b cos + a sin, the angle being positions[t] * frequencies[j] in f32;
-        values from R on pass through.  k and v are rounded to the pages' dtype.
+        norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2),
+        j < R/2: a' = a cos - b sin, b' = b cos + a sin, the angle being
+        positions[t] * frequencies[j] in f32; values from R on pass through.  k and v are rounded
+        to the pages' dtype.
 
         q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]    norms f32 [2, d]
         frequencies f32 [R / 2]    d % 32 == 0, d <= 256    R % 2 == 0
@@ -126,7 +127,8 @@ class Ops(Protocol):
     def attention(
         self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
     ) -> None:
-        """out[t, h] = softmax over p <= positions[t] of (q[t, h] . k[p, h / (H/G)] * scale), times v[p].
+        """out[t, h] = sum of v[p] * softmax over p <= positions[t] of q[t, h] . k[p] * scale,
+        k and v of head h // (H / G).
 
         out, q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]
         Softmax in f32, running maximum.  Ainslie et al. 2023, arXiv:2305.13245 (grouped queries);
@@ -142,10 +144,10 @@ class Ops(Protocol):
     # -- gated delta net ---------------------------------------------------------------------------
 
     def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
-        """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), causal, each sequence by itself.
+        """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), each sequence by itself.
 
-        The three rows before a sequence's first come from state[slot] (zeros where past is 0), oldest
-        first; at the end the state holds the sequence's last three rows of u.
+        The three rows before a sequence's first come from state[slot] (zeros where past is 0),
+        oldest first; at the end the state holds the sequence's last three rows of u.
 
         out f32 [T, C]    u f32 [T, >= C], its first C columns    w f32 [C, 4]
         state f32 [slots, C, 3]
@@ -163,8 +165,8 @@ class Ops(Protocol):
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
-        """The gated delta rule, token by token; V value heads, U key heads, value head j uses key head
-        j // (V / U).
+        """The gated delta rule, token by token; V value heads, U key heads, value head j uses key
+        head j // (V / U).
 
         q = l2(q) * dk^-0.5, k = l2(k), l2(x) = x * rsqrt(sum(x^2) + 1e-6); then for each token
             S = exp(decay) S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q
@@ -209,11 +211,12 @@ class Ops(Protocol):
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
         """Find every expert of `ids` a slot of `layer`, and say which must be fetched.
 
-        At layer 0 the cache's step is raised by one.  The unique ids, ascending, become plan.expert.  An expert
-        of this call that is in a slot is a hit.  Missing experts, ascending, take the free slots from the
-        lowest up, then the victims: slots whose expert is not of this call, coldest first, by heat as of
-        now, ties by the older stamp, then by the lower slot.  Then every expert of this call has its
-        heat brought to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
+        At layer 0 the cache's step is raised by one.  The unique ids, ascending, become
+        plan.expert.  An expert of this call that is in a slot is a hit.  Missing experts,
+        ascending, take the free slots from the lowest up, then the victims: slots whose expert is
+        not of this call, coldest first, by heat as of now, ties by the older stamp, then by the
+        lower slot.  Then every expert of this call has its heat brought to now and raised by its
+        uses, and its stamp set.  counters[1] += pairs that hit.
 
         ids u16 [T, A]; the unique ids must not exceed the capacity: the caller's to see to.
         """
@@ -234,8 +237,8 @@ class Ops(Protocol):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """out[t] = sum over a of weights[t, a] * down_e(silu(gate_e x[t]) * up_e x[t]), e = ids[t, a],
-        in the order of a, from the experts' slots.
+        """out[t] = sum over a of weights[t, a] * down_e(silu(gate_e x[t]) * up_e x[t]), with
+        e = ids[t, a], in the order of a, from the experts' slots.
 
         out f32 [T, D]    inner f32 [T, A, I], scratch    x f32 [T, D]    ids u16 [T, A]
         weights f32 [T, A]

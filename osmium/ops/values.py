@@ -1,7 +1,7 @@
 """The values that operations read: a step, a matrix, an expert cache and its plan.
 
-Plain records of arrays.  An array is np.ndarray on the CPU and cuda.DeviceArray on the GPU; both have
-shape, dtype, nbytes, slices along the first axis and reshape.  bf16 is kept as uint16 (see
+Plain records of arrays.  An array is np.ndarray on the CPU and cuda.DeviceArray on the GPU; both
+have shape, dtype, nbytes, slices along the first axis and reshape.  bf16 is kept as uint16 (see
 quant/floats.py).  Knows nothing of models, files or CUDA.
 
 Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E experts, A activated
@@ -16,7 +16,7 @@ from osmium.quant.record import Record
 __all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Step"]
 
 Array = Any
-"""np.ndarray or cuda.DeviceArray: a protocol would have to name both, and `ops` may import neither."""
+"""np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Linear:
 
     bf16  data u16 [N, K]                                               K % 8 == 0
     int8  data i8 [N, K], scale f32 [N]            w = q * s            K % 16 == 0
-    int4  data u8 [N, K/2], scale f16 [N, K/group] w = (q - 8) * s      K % 32 == 0, nibbles: quant/int4.py
+    int4  data u8 [N, K/2], scale f16 [N, K/group] w = (q - 8) * s      K % 32 == 0; quant/int4.py
     """
 
     format: Literal["bf16", "int8", "int4"]
@@ -43,8 +43,8 @@ class Linear:
 class Step:
     """Which tokens of which sequences one forward pass computes.
 
-    Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in order
-    of position.  Position p of sequence s is kept at row p % page of page pages[s, p // page].
+    Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in
+    order of position.  Position p of sequence s is kept at row p % page of page pages[s, p // page].
     """
 
     tokens: int
@@ -62,8 +62,8 @@ class Step:
     starts: Array
     """i32 [S + 1]."""
     past: Array
-    """i32 [S], tokens of the sequence before this step; 0 means that its recurrent state is all zero,
-    whatever the state slot holds."""
+    """i32 [S], tokens of the sequence before this step; 0 means that its recurrent state is all
+    zero, whatever the state slot holds."""
     slots: Array
     """i32 [S], the recurrent-state slot of each sequence."""
     pages: Array
@@ -86,8 +86,8 @@ class ExpertArena:
 class ExpertCache:
     """The experts in VRAM: S slots a layer, who is in them, how much each expert is used.
 
-    `step` counts forward passes from 1, so that a stamp of 0 means never used.  A heat is stored as it
-    was at its stamp; now it is heat * 2 ** (-(step - stamp) / half_life).
+    `step` counts forward passes from 1, so that a stamp of 0 means never used.  A heat is stored as
+    it was at its stamp; now it is heat * exp2((stamp - step) * (1 / half_life)), in f32.
     """
 
     record: Record
@@ -110,13 +110,14 @@ class ExpertCache:
     step: Array
     """i32 [1], raised by one at the first layer's `place` of a forward pass."""
     counters: Array
-    """i64 [4], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`), fetched
-    (by `fetch`, for the records that it copied); then records copied.  routed == hit + fetched."""
+    """i64 [4], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`),
+    fetched (by `fetch`, for the records that it copied); then records copied.
+    routed == hit + fetched."""
 
 
 @dataclass(frozen=True)
 class ExpertPlan:
-    """What `place` decided for one layer: which experts are needed, where, and which must be fetched.
+    """What `place` decided for one layer: which experts are needed, where, and what to fetch.
 
     U is the most experts that one call can need: min(E, rows * A).
     """

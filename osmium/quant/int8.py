@@ -9,7 +9,7 @@ __all__ = ["dequantize", "quantize"]
 
 
 def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round to nearest; a row of zeros has scale 0.  f32 [..., N, K] -> i8 [..., N, K], f32 [..., N]."""
+    """f32 [..., N, K] -> i8 [..., N, K], f32 [..., N].  A row of zeros has scale 0."""
     scale = (np.abs(w).max(axis=-1, initial=0.0) / 127).astype(np.float32)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     q = np.rint(w * inverse[..., None])
@@ -18,4 +18,4 @@ def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDAr
 
 def dequantize(q: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """i8 [..., N, K], f32 [..., N] -> f32 [..., N, K]."""
-    return q.astype(np.float32) * scale[..., None]
+    return np.multiply(q, scale[..., None], dtype=np.float32)

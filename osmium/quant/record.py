@@ -20,7 +20,7 @@ PAGE = 4096
 
 
 def group_of(columns: int) -> int:
-    """The INT4 group along an axis of `columns` inputs: the largest of 128, 64, 32 that divides it."""
+    """The INT4 group along an axis of `columns` inputs: the largest of 128, 64, 32 dividing it."""
     for group in (128, 64, 32):
         if columns % group == 0:
             return group

@@ -1,0 +1,411 @@
+"""ReferenceOps: the list of operations in NumPy.  The specification, and the CPU backend.
+
+Written to be believed: each method is its formula from ops/__init__.py.  The one thing done for speed is
+to keep matrices in f32 once they have been read, within a budget of bytes.
+"""
+
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+from osmium.quant import int4, int8
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.record import Record
+
+__all__ = ["ReferenceOps", "expert_matrices"]
+
+F32 = npt.NDArray[np.float32]
+
+_CHUNK = 64
+"""Tokens a chunk of the delta rule."""
+
+
+def _sigmoid(x: F32) -> F32:
+    return cast(F32, 0.5 * (1 + np.tanh(0.5 * x)))
+
+
+def _silu(x: F32) -> F32:
+    return x * _sigmoid(x)
+
+
+def _unit(x: F32) -> F32:
+    """x / ||x||, with 1e-6 inside the root, along the last axis."""
+    return cast(F32, x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + np.float32(1e-6)))
+
+
+def _normed(x: F32, eps: float) -> F32:
+    """x / its root mean square along the last axis."""
+    mean = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    return cast(F32, x / np.sqrt(mean + np.float32(eps)))
+
+
+def _matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
+    """A stored matrix in f32."""
+    if format == "bf16":
+        return f32_from_bf16(data)
+    assert scale is not None, f"an {format} matrix has scales"
+    return int8.dequantize(data, scale) if format == "int8" else int4.dequantize(data, scale)
+
+
+def expert_matrices(record: Record, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
+    """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
+    up, down = (2 * record.inner, record.hidden), (record.hidden, record.inner)
+    parts = []
+    for (n, k), start, scales in ((up, 0, record.up_scale), (down, record.down, record.down_scale)):
+        raw = data[start : start + n * k * record.bits // 8]
+        if record.bits == 16:
+            parts.append(_matrix("bf16", raw.view(np.uint16).reshape(n, k), None))
+        elif record.bits == 8:
+            scale = data[scales : scales + 4 * n].view(np.float32)
+            parts.append(_matrix("int8", raw.view(np.int8).reshape(n, k), scale))
+        else:
+            groups = k // (
+                record.up_group if k == record.hidden and start == 0 else record.down_group
+            )
+            scale16 = data[scales : scales + 2 * n * groups].view(np.float16).reshape(n, groups)
+            parts.append(_matrix("int4", raw.reshape(n, k // 2), scale16))
+    return parts[0], parts[1]
+
+
+class ReferenceOps:
+    """See ops.Ops for every method's formula, shapes and source."""
+
+    def __init__(self, keep: int = 4 << 30) -> None:
+        """`keep` bytes may hold f32 copies of matrices; past that they are made anew at each use."""
+        self.bytes_to_host = 0
+        self._room = keep
+        self._kept: dict[int, tuple[Linear, F32]] = {}
+        self._experts: dict[tuple[int, int, int], tuple[ExpertCache, F32, F32]] = {}
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return np.empty(shape, dtype)
+
+    def put(self, array: npt.NDArray[Any]) -> Array:
+        return array  # kernels are NumPy: a mapped file serves as it is
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return np.empty(shape, dtype)
+
+    def host_view(self, array: Array) -> npt.NDArray[Any]:
+        return cast(npt.NDArray[Any], array)
+
+    def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
+        assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"
+        out[...] = source
+
+    def copy_out(self, source: Array) -> npt.NDArray[Any]:
+        self.bytes_to_host += source.nbytes
+        return np.array(source)
+
+    def copy(self, out: Array, source: Array) -> None:
+        out[...] = source
+
+    def fill(self, out: Array, byte: int) -> None:
+        out.view(np.uint8)[...] = byte
+
+    def synchronize(self) -> None:
+        pass
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def embed(self, out: Array, ids: Array, table: Array) -> None:
+        out[...] = f32_from_bf16(table[ids])
+
+    def take(self, out: Array, x: Array, rows: Array) -> None:
+        out[...] = x[rows]
+
+    def add(self, out: Array, x: Array) -> None:
+        out += x
+
+    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
+        np.multiply(_normed(x, eps), 1 + w, out=out)
+
+    def linear(self, out: Array, x: Array, w: Linear) -> None:
+        np.matmul(x, self._f32(w).T, out=out)
+
+    def _f32(self, w: Linear) -> F32:
+        kept = self._kept.get(id(w))
+        if kept is not None:
+            return kept[1]
+        matrix = _matrix(w.format, w.data, w.scale)
+        if matrix.nbytes <= self._room:
+            self._room -= matrix.nbytes
+            self._kept[id(w)] = w, matrix  # holding w keeps its id from being used again
+        return matrix
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def rope_append(
+        self,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        norms: Array,
+        frequencies: Array,
+        step: Step,
+        eps: float,
+    ) -> None:
+        tokens, heads, size = q.shape
+        groups = k_pages.shape[2]
+        gated = qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)
+        kv = qgkv[:, 2 * heads * size :].reshape(tokens, 2, groups, size)
+        angle = step.positions[:, None, None].astype(np.float32) * frequencies  # [T, 1, R/2]
+        cos, sin = np.cos(angle), np.sin(angle)
+        q[...] = _rope(_normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
+        k = _rope(_normed(kv[:, 0], eps) * (1 + norms[1]), cos, sin)
+        page = step.pages[step.sequence, step.positions // step.page]
+        row = step.positions % step.page
+        narrow = k_pages.dtype == np.uint16
+        k_pages[page, row] = bf16_from_f32(k) if narrow else k
+        v_pages[page, row] = bf16_from_f32(kv[:, 1]) if narrow else kv[:, 1]
+
+    def attention(
+        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
+    ) -> None:
+        _, heads, size = q.shape
+        groups = k_pages.shape[2]
+        for s in range(step.sequences):
+            rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
+            positions = step.positions[rows]
+            length = int(positions[-1]) + 1
+            pages = step.pages[s, : -(-length // step.page)]
+            k = _context(k_pages, pages, length)  # [G, n, d]
+            v = _context(v_pages, pages, length)
+            mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
+            scores = np.matmul(mine, k[:, None].swapaxes(-1, -2)) * np.float32(
+                scale
+            )  # [G, r, t, n]
+            if len(positions) > 1:
+                scores[..., np.arange(length) > positions[:, None]] = -np.inf
+            scores -= scores.max(axis=-1, keepdims=True)
+            np.exp(scores, out=scores)
+            scores /= scores.sum(axis=-1, keepdims=True)
+            mixed = np.matmul(scores, v[:, None])  # [G, r, t, d]
+            out[rows] = mixed.transpose(2, 0, 1, 3).reshape(-1, heads, size)
+
+    def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
+        tokens, heads, size = out.shape
+        out *= _sigmoid(qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)[:, :, 1])
+
+    # -- gated delta net ---------------------------------------------------------------------------
+
+    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+        channels = out.shape[1]
+        for s in range(step.sequences):
+            rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
+            slot = int(step.slots[s])
+            before = state[slot].T if step.past[s] else np.zeros((3, channels), np.float32)
+            window = np.concatenate([before, u[rows, :channels]])  # [3 + t, C]
+            t = len(window) - 3
+            out[rows] = _silu(sum(w[:, i] * window[i : i + t] for i in range(4)))
+            state[slot] = window[-3:].T
+
+    def delta_gates(
+        self, decay: Array, beta: Array, ab: Array, a_log: Array, dt_bias: Array
+    ) -> None:
+        a, b = np.split(ab, 2, axis=1)
+        x = a + dt_bias
+        softplus = np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
+        decay[...] = -np.exp(a_log) * softplus
+        beta[...] = _sigmoid(b)
+
+    def delta_step(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        for s, rows, past in _sequences(step):
+            q, k, v = _heads(qkv[rows], state.shape)
+            carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
+            gain = np.exp(decay[rows])[..., None, None]  # [t, V, 1, 1]
+            for t in range(len(q)):
+                carried = carried * gain[t]
+                read = np.matmul(k[t, :, None], carried)[:, 0]  # S^T k, [V, dv]
+                d = beta[rows][t, :, None] * (v[t] - read)
+                carried += k[t, :, :, None] * d[:, None]
+                out[rows][t] = np.matmul(q[t, :, None], carried)[:, 0]
+            state[s] = carried
+
+    def delta_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        for s, rows, past in _sequences(step):
+            q, k, v = (x.swapaxes(0, 1) for x in _heads(qkv[rows], state.shape))  # [V, t, d]
+            g, b = decay[rows].T, beta[rows].T  # [V, t]
+            carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
+            for start in range(0, q.shape[1], _CHUNK):
+                c = slice(start, start + _CHUNK)
+                o, carried = _delta_chunk(q[:, c], k[:, c], v[:, c], g[:, c], b[:, c], carried)
+                out[rows][c] = o.swapaxes(0, 1)
+            state[s] = carried
+
+    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+        gate = z[:, column : column + x.shape[1] * x.shape[2]].reshape(x.shape)
+        np.multiply(_normed(x, eps) * w, _silu(gate), out=out)
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def route(
+        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+    ) -> None:
+        top_k = ids.shape[1]
+        scores = logits[:, :experts]
+        chosen = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
+        top = np.take_along_axis(scores, chosen, axis=1)
+        p = np.exp(top - top[:, :1])  # the softmax's denominator over all E cancels
+        ids[...] = chosen
+        weights[...] = p / p.sum(axis=1, keepdims=True)
+        counters[0] += ids.size
+
+    def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
+        if layer == 0:
+            cache.step[0] += 1
+        now = cache.step[0]
+        slot_of, expert_in = cache.slot_of[layer], cache.expert_in[layer]
+        heat, stamp = cache.heat[layer], cache.stamp[layer]
+        experts, uses = np.unique(ids, return_counts=True)
+        assert len(experts) <= cache.capacity, f"{len(experts)} experts, {cache.capacity} slots"
+        missing = experts[slot_of[experts] < 0]
+        plan.fetch[: len(experts)] = slot_of[experts] < 0
+        cache.counters[1] += int(uses[slot_of[experts] >= 0].sum())
+        rate = np.float32(1 / cache.half_life)
+        if len(missing):
+            free = np.flatnonzero(expert_in < 0)
+            held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, experts))
+            who = expert_in[held]
+            warmth = heat[who] * np.exp2((stamp[who] - now).astype(np.float32) * rate)
+            victims = held[np.lexsort((held, stamp[who], warmth))]
+            taken = np.concatenate([free, victims])[: len(missing)]
+            gone = expert_in[taken]
+            slot_of[gone[gone >= 0]] = -1
+            slot_of[missing] = taken
+            expert_in[taken] = missing
+        faded = heat[experts] * np.exp2((stamp[experts] - now).astype(np.float32) * rate)
+        heat[experts] = faded + uses.astype(np.float32)
+        stamp[experts] = now
+        plan.count[0] = len(experts)
+        plan.expert[: len(experts)] = experts
+        plan.expert[len(experts) :] = -1
+        plan.slot[: len(experts)] = slot_of[experts]
+        plan.uses[: len(experts)] = uses
+
+    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+        for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
+            slot = int(plan.slot[u])
+            cache.slots[layer, slot] = arena.records[layer, plan.expert[u]]
+            self._forget(cache, layer, slot)
+            cache.counters[2] += int(plan.uses[u])
+            cache.counters[3] += 1
+
+    def expert_mlp(
+        self,
+        out: Array,
+        inner: Array,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        cache: ExpertCache,
+        layer: int,
+    ) -> None:
+        top_k = ids.shape[1]
+        pairs = np.empty((ids.size, x.shape[1]), np.float32)
+        flat = ids.reshape(-1)
+        for expert in np.unique(flat):
+            up, down = self._expert(cache, layer, int(cache.slot_of[layer, expert]))
+            mine = np.flatnonzero(flat == expert)
+            both = x[mine // top_k] @ up.T
+            size = cache.record.inner
+            pairs[mine] = (_silu(both[:, :size]) * both[:, size:]) @ down.T
+        pairs *= weights.reshape(-1, 1)
+        by_token = pairs.reshape(len(ids), top_k, -1)
+        out[...] = by_token[:, 0]
+        for a in range(1, top_k):
+            out += by_token[:, a]
+
+    def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
+        kept = self._experts.get((id(cache), layer, slot))
+        if kept is not None:
+            return kept[1], kept[2]
+        up, down = expert_matrices(cache.record, cache.slots[layer, slot])
+        if up.nbytes + down.nbytes <= self._room:
+            self._room -= up.nbytes + down.nbytes
+            self._experts[id(cache), layer, slot] = cache, up, down
+        return up, down
+
+    def _forget(self, cache: ExpertCache, layer: int, slot: int) -> None:
+        """The slot's bytes have changed."""
+        kept = self._experts.pop((id(cache), layer, slot), None)
+        if kept is not None:
+            self._room += kept[1].nbytes + kept[2].nbytes
+
+    def silu_mul(self, out: Array, x: Array) -> None:
+        size = out.shape[1]
+        np.multiply(_silu(x[:, :size]), x[:, size:], out=out)
+
+    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+        out += _sigmoid(gate[:, column : column + 1]) * x
+
+
+# -- parts of the longer formulas ------------------------------------------------------------------
+
+
+def _rope(x: F32, cos: F32, sin: F32) -> F32:
+    """Turn the pairs (j, j + R/2) of x [T, heads, d] by angles whose cos and sin are [T, 1, R/2]."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
+
+
+def _context(pages: Array, table: Array, length: int) -> F32:
+    """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
+    rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
+    return f32_from_bf16(rows) if pages.dtype == np.uint16 else rows
+
+
+def _sequences(step: Step) -> list[tuple[int, slice, int]]:
+    """(state slot, rows, past) of each sequence of a step."""
+    edges = [int(x) for x in step.starts[: step.sequences + 1]]
+    return [
+        (int(step.slots[s]), slice(edges[s], edges[s + 1]), int(step.past[s]))
+        for s in range(step.sequences)
+    ]
+
+
+def _heads(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:
+    """q, k [t, V, dk], of unit length and q scaled by dk^-0.5, and v [t, V, dv]."""
+    _, value_heads, dk, dv = state
+    key_width = (qkv.shape[1] - value_heads * dv) // 2
+    key_heads = key_width // dk
+    t = len(qkv)
+    q = _unit(qkv[:, :key_width].reshape(t, key_heads, dk)) * np.float32(dk**-0.5)
+    k = _unit(qkv[:, key_width : 2 * key_width].reshape(t, key_heads, dk))
+    v = qkv[:, 2 * key_width :].reshape(t, value_heads, dv)
+    each = value_heads // key_heads
+    return np.repeat(q, each, axis=1), np.repeat(k, each, axis=1), v
+
+
+def _delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[F32, F32]:
+    """One chunk of the gated delta rule: out [V, c, dv] and the state after it [V, dk, dv].
+
+    q, k [V, c, dk], v [V, c, dv], g, beta [V, c], state [V, dk, dv].
+    """
+    size = q.shape[1]
+    total = np.cumsum(g, axis=1, dtype=np.float32)
+    lower = np.tri(size, dtype=bool)
+    gap = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
+    fade = np.exp(gap).astype(np.float32)  # D
+    a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * fade, -1)
+    solved = np.concatenate([v, np.exp(total)[..., None] * k], axis=2) * beta[..., None]
+    for i in range(1, size):  # forward substitution: row i needs the rows above it
+        solved[:, i] -= np.matmul(a[:, i, None, :i], solved[:, :i])[:, 0]
+    u, w = solved[..., : v.shape[2]], solved[..., v.shape[2] :]
+    new = u - np.matmul(w, state)
+    out = np.matmul(q * np.exp(total)[..., None], state)
+    out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * fade, new)
+    last = total[:, -1:]
+    state = state * np.exp(last)[..., None]
+    state += np.matmul((k * np.exp(last - total)[..., None]).swapaxes(1, 2), new)
+    return out, state
