@@ -1,0 +1,121 @@
+"""The command line's flags: one list, from which EngineConfig's options are read.
+
+Knows argparse and the options; knows nothing of what the commands do with them.
+"""
+
+import argparse
+from typing import Any
+
+from osmium.config import parse_count, parse_size
+from osmium.errors import ConfigError
+
+__all__ = ["add_engine_flags", "add_server_flags", "engine_options"]
+
+
+def _parsed(parse: Any) -> Any:
+    """A parser of ours as argparse wants it: its complaint becomes argparse's."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+def add_engine_flags(parser: argparse.ArgumentParser) -> None:
+    """Every option of EngineConfig, and the model to load."""
+    parser.add_argument(
+        "model",
+        nargs="?",
+        metavar="MODEL",
+        help="a checkpoint folder, a packed file or a hub id; the bundled demo model if absent",
+    )
+    parser.add_argument("--model-path", metavar="MODEL", help="the same, as a flag")
+    flags = parser.add_argument_group("engine")
+    matrix = ("bf16", "int8", "int4")
+    add = flags.add_argument
+    add("--device", choices=("auto", "cpu", "gpu"), help="where to compute (auto: a GPU if any)")
+    add(
+        "--gpu-expert-bits",
+        type=int,
+        choices=(16, 8, 4),
+        help="bits of a routed expert's weights (4)",
+    )
+    add("--attention-quant", choices=matrix, help="format of attention and delta-net (bf16)")
+    add("--shared-expert-quant", choices=("auto", *matrix), help="shared expert (auto: int8)")
+    add("--lm-head-quant", choices=("auto", *matrix), help="format of the head (auto: int8)")
+    add("--kv-dtype", choices=("auto", "f32", "bf16"), help="KV (auto: GPU bf16, CPU f32)")
+    add("--kv-cache-mb", type=int, metavar="MIB", help="memory for KV in MiB (from --context)")
+    add(
+        "--context",
+        type=_parsed(parse_count),
+        metavar="TOKENS",
+        help="most tokens of a sequence, as 32768 or 32k (the model's, up to 32k)",
+    )
+    add(
+        "--vram",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="plan for this much VRAM, as 32G, the CUDA context included (what is free)",
+    )
+    add(
+        "--ram",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="plan for this much host memory, as 64G (what the system reports)",
+    )
+    add("--slots", type=int, metavar="N", help="most expert slots a layer (what fits)")
+    add(
+        "--hcs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="keep hot experts in VRAM (on)",
+    )
+    add(
+        "--wc-alloc",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="write-combined host memory for experts (measured at start)",
+    )
+    add("--chunk", type=int, metavar="TOKENS", help="most tokens of a prefill step (512)")
+    add("--page", type=int, metavar="TOKENS", help="tokens a page of KV (64)")
+    add("--sequences", type=int, metavar="N", help="most requests held at once (4)")
+    add("--cache-dir", metavar="DIR", help="where packed files go ($XDG_CACHE_HOME/osmium)")
+
+
+def add_server_flags(parser: argparse.ArgumentParser) -> None:
+    """Where and how the server listens."""
+    flags = parser.add_argument_group("server")
+    add = flags.add_argument
+    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    add("--port", type=int, default=8012, help="port to listen on (8012)")
+    add("--api-key", metavar="KEY", help="ask clients for this key ($OSMIUM_API_KEY; none)")
+    add("--cors-origin", default="*", metavar="ORIGIN", help="origin that browsers may use (*)")
+    add("--served-name", metavar="NAME", help="model id to answer with (the model's name)")
+    add(
+        "--benchmark",
+        action="store_true",
+        help="print `osmium bench` for this model, then exit",
+    )
+
+
+_NAMES = (
+    "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
+    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "slots", "hcs", "wc_alloc", "chunk",
+    "page", "sequences", "cache_dir",
+)  # fmt: skip
+
+
+def engine_options(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
+    """The model and the options that were given; what was not given keeps EngineConfig's default.
+
+    Raises: ConfigError if the model is named twice, differently.
+    """
+    if args.model and args.model_path and args.model != args.model_path:
+        raise ConfigError(
+            f"The model is given twice: {args.model} and --model-path {args.model_path}; keep one."
+        )
+    given = {name: getattr(args, name) for name in _NAMES if getattr(args, name) is not None}
+    return args.model or args.model_path, given
