@@ -1,0 +1,198 @@
+"""What each command does, with the arguments that cli/__init__.py has parsed."""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from osmium.bench.speed import measure
+from osmium.cli.doctor import examine
+from osmium.cli.flags import engine_options
+from osmium.cli.progress import progress_bar
+from osmium.config import EngineConfig
+from osmium.engine.engine import Engine
+from osmium.engine.perplexity import perplexity as measure_perplexity
+from osmium.engine.request import SamplingParams
+from osmium.errors import ConfigError
+from osmium.load import load, plan_for
+from osmium.server.app import ModelHost
+from osmium.server.app import serve as serve_host
+from osmium.weights import open_model
+
+__all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _engine(args: argparse.Namespace) -> Engine:
+    model, options = engine_options(args)
+    with progress_bar() as progress:
+        return load(model, progress=progress, **options)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
+# -- talking --------------------------------------------------------------------------------------
+
+
+def _params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
+    """The model's defaults, and over them what was given."""
+    given = {
+        name: getattr(args, name)
+        for name in ("temperature", "top_p", "top_k", "seed", "max_tokens")
+        if getattr(args, name) is not None
+    }
+    return SamplingParams(**{**engine.defaults, **given})
+
+
+def _prompt(engine: Engine, messages: list[dict[str, Any]], think: bool | None) -> list[int]:
+    if engine.tokenizer is None or engine.template is None:
+        raise ConfigError(f"{engine.name} has no chat template; use `osmium run --raw`.")
+    more = {} if think is None else {"enable_thinking": think}
+    return list(engine.tokenizer.encode(engine.template.render(messages, **more)))
+
+
+def _answer(engine: Engine, ids: list[int], params: SamplingParams) -> str:
+    text = ""
+    for token in engine.generate(ids, params):
+        text += token.text
+        print(token.text, end="", flush=True)
+    print()
+    return text
+
+
+def run(args: argparse.Namespace) -> None:
+    """One prompt, its answer on stdout."""
+    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    engine = _engine(args)
+    try:
+        if args.raw:
+            if engine.tokenizer is None:
+                raise ConfigError(f"{engine.name} has no tokenizer.")
+            ids = list(engine.tokenizer.encode(text))
+        else:
+            ids = _prompt(engine, [{"role": "user", "content": text}], args.think)
+        _answer(engine, ids, _params(args, engine))
+    finally:
+        engine.close()
+
+
+def chat(args: argparse.Namespace) -> None:
+    """A conversation; an empty line or Ctrl-D ends it."""
+    engine = _engine(args)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    messages: list[dict[str, Any]] = list(system)
+    try:
+        while text := input("> ").strip():
+            messages.append({"role": "user", "content": text})
+            reply = _answer(engine, _prompt(engine, messages, args.think), _params(args, engine))
+            messages.append({"role": "assistant", "content": reply})
+    except EOFError:
+        pass
+    finally:
+        engine.close()
+
+
+def serve(args: argparse.Namespace) -> None:
+    """The HTTP server."""
+    if args.benchmark:
+        args.prompt_tokens, args.tokens, args.repeats = 512, 128, 3
+        bench(args)
+        return
+    model, options = engine_options(args)
+    EngineConfig(**options)  # a flag that cannot be is said before the port opens
+    host = ModelHost(lambda progress: load(model, progress=progress, **options))
+    serve_host(
+        host,
+        address=args.host,
+        port=args.port,
+        api_key=args.api_key or os.environ.get("OSMIUM_API_KEY"),
+        cors_origin=args.cors_origin,
+        served_name=args.served_name,
+    )
+
+
+# -- looking and measuring ------------------------------------------------------------------------
+
+
+def plan(args: argparse.Namespace) -> None:
+    """The memory plan, before anything is loaded."""
+    model, options = engine_options(args)
+    made = plan_for(model, **options)
+    print(json.dumps(made.as_dict()) if args.json else made.table())
+
+
+def pack(args: argparse.Namespace) -> None:
+    """Quantise once; prints the packed file's path."""
+    model, options = engine_options(args)
+    with progress_bar() as progress:
+        packed = open_model(model, EngineConfig(**options), progress)
+    print(packed.path)
+
+
+def doctor(args: argparse.Namespace) -> None:
+    """Findings, with advice under those that need it."""
+    for finding in examine():
+        print(f"{finding.name:16}{finding.found}")
+        if finding.advice:
+            print(f"{'':16}-> {finding.advice}")
+
+
+def perplexity(args: argparse.Namespace) -> None:
+    """Windows from an empty state each, tokens 2 .. n scored."""
+    text = _read(args.text)
+    engine = _engine(args)
+    try:
+        if engine.tokenizer is None:
+            raise ConfigError(f"{engine.name} has no tokenizer, so a text has no ids.")
+        ids = engine.tokenizer.encode(text, specials=False)
+        with progress_bar() as progress:
+            found = measure_perplexity(
+                engine, ids, window=args.window, path=args.path, progress=progress
+            )
+        print(json.dumps(found))
+    finally:
+        engine.close()
+
+
+def logits(args: argparse.Namespace) -> None:
+    """float32 [T, vocab] into a .npy file."""
+    try:
+        ids = json.loads(_read(args.ids))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{args.ids} is not JSON: {error}") from None
+    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+        raise ConfigError(f"{args.ids} must hold one list of integers.")
+    engine = _engine(args)
+    try:
+        found = engine.logits(ids)
+        with open(args.out, "wb") as file:
+            np.save(file, found)
+        print(json.dumps({"out": args.out, "shape": list(found.shape), "dtype": str(found.dtype)}))
+    except OSError as error:
+        raise ConfigError(f"{args.out} cannot be written: {error}") from None
+    finally:
+        engine.close()
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Prefill and decode, medians; one JSON line on stdout, the table on stderr."""
+    engine = _engine(args)
+    try:
+        found = measure(engine, args.prompt_tokens, args.tokens, args.repeats)
+    finally:
+        engine.close()
+    for row in found["rows"]:
+        _say(f"{row['what']:8}{row['tokens']:8} tokens{row['tokens_per_s']:12.1f} tok/s")
+    print(json.dumps(found))

@@ -1,0 +1,190 @@
+"""`osmium doctor`: what this machine has, what stands in the way, and what to do about it.
+
+Every finding is a name, what was found, and advice where something should change.
+"""
+
+import importlib.metadata
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from osmium.cuda.driver import Device
+from osmium.errors import DeviceError, NoDevice
+
+__all__ = ["Finding", "examine"]
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    found: str
+    advice: str = ""
+    """What to change; empty where all is well."""
+
+
+def examine() -> list[Finding]:
+    """Look at everything; never raises for what it finds."""
+    checks: list[Callable[[], list[Finding]]] = [
+        _python, _bindings, _gpus, _memory, _swap, _limits, _huge_pages, _disk,
+    ]  # fmt: skip
+    return [finding for check in checks for finding in check()]
+
+
+def _python() -> list[Finding]:
+    name = f"Python {platform.python_version()}, {platform.system()} {platform.release()}"
+    wsl = "microsoft" in platform.release().lower()
+    advice = "WSL2 pins about half of its RAM at most: raise memory= in .wslconfig." if wsl else ""
+    return [Finding("system", name, advice)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _bindings() -> list[Finding]:
+    version = _version("cuda-bindings")
+    if version is None:
+        return [
+            Finding(
+                "CUDA bindings",
+                "not installed",
+                "For a GPU: pip install 'osmium[cu13]' (driver 580 or newer) or 'osmium[cu12]'.",
+            )
+        ]
+    return [Finding("CUDA bindings", version)]
+
+
+def _gpus() -> list[Finding]:
+    try:
+        device = Device()
+    except NoDevice as error:
+        return [Finding("GPU", "none", str(error))]
+    except DeviceError as error:
+        return [Finding("GPU", "not usable", str(error))]
+    try:
+        free, total = device.memory()
+        major, minor = device.capability
+        version = device.driver_version
+        found = [
+            Finding("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
+            Finding("GPU", f"{device.name}, sm_{major}{minor}, {total / GIB:.1f} GiB"),
+        ]
+        used = total - free
+        advice = ""
+        if used > max(total // 10, GIB):
+            advice = "Other programs hold VRAM; each GiB given back is a GiB of hot experts."
+        found.append(Finding("VRAM free", f"{free / GIB:.1f} GiB", advice))
+        return found + _links()
+    finally:
+        device.close()
+
+
+def _links() -> list[Finding]:
+    """The PCIe links, as NVML tells them."""
+    import pynvml  # not every machine has libnvidia-ml, and only this needs it
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError as error:
+        return [Finding("PCIe link", f"unknown ({error})")]
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
+        try:
+            now = pynvml.nvmlDeviceGetCurrPcieLinkGeneration(handle)
+            best = pynvml.nvmlDeviceGetMaxPcieLinkGeneration(handle)
+            width = pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)
+            widest = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
+        except pynvml.NVMLError as error:
+            found.append(Finding(f"PCIe link {index}", f"unknown ({error})"))
+            continue
+        advice = ""
+        if width < widest:
+            advice = (
+                f"The card takes x{widest}; decoding speed follows the link: another slot, "
+                "or no second card beside it."
+            )
+        text = f"generation {now} of {best}, x{width} of x{widest} (idle links may slow down)"
+        found.append(Finding(f"PCIe link {index}", text, advice))
+    pynvml.nvmlShutdown()
+    return found
+
+
+def _memory() -> list[Finding]:
+    memory = psutil.virtual_memory()
+    text = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
+    limit = _cgroup_limit()
+    found = [Finding("memory", text)]
+    if limit is not None and limit < memory.total:
+        found.append(
+            Finding(
+                "cgroup limit",
+                f"{limit / GIB:.1f} GiB",
+                "The container allows less than the machine has; raise its memory limit.",
+            )
+        )
+    return found
+
+
+def _cgroup_limit() -> int | None:
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < 1 << 60:
+            return int(text)
+    return None
+
+
+def _swap() -> list[Finding]:
+    swap = psutil.swap_memory()
+    text = f"{swap.total / GIB:.1f} GiB, {swap.used / GIB:.1f} GiB used"
+    return [Finding("swap", text + " (page-locked experts never swap; none is needed)")]
+
+
+def _limits() -> list[Finding]:
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    text = "unlimited" if soft == resource.RLIM_INFINITY else f"{soft / GIB:.2f} GiB"
+    return [Finding("memlock limit", text + " (the driver's own allocations do not count)")]
+
+
+def _huge_pages() -> list[Finding]:
+    try:
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text()
+    except OSError:
+        return [Finding("huge pages", "not available")]
+    chosen = text[text.index("[") + 1 : text.index("]")] if "[" in text else text.strip()
+    advice = ""
+    if chosen == "never":
+        advice = "echo madvise | sudo tee /sys/kernel/mm/transparent_hugepage/enabled"
+    return [Finding("huge pages", chosen, advice)]
+
+
+def _disk() -> list[Finding]:
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = base / "osmium"
+    here = cache if cache.exists() else base if base.exists() else Path.home()
+    free = shutil.disk_usage(here).free
+    advice = ""
+    if free < 70 * GIB:
+        advice = "A packed 122B model takes 68 GB; --cache-dir puts it on another disk."
+    writable = os.access(here, os.W_OK)
+    if not writable:
+        advice = f"{here} cannot be written; set XDG_CACHE_HOME or --cache-dir."
+    return [Finding("packed models", f"{cache}, {free / GIB:.0f} GiB free", advice)]

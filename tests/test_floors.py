@@ -1,0 +1,112 @@
+"""The house: who may import whom, how long a file may be, and README's walk of one token."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "osmium"
+
+FLOOR = {
+    "errors": 0, "config": 0,
+    "cuda": 1, "quant": 1,
+    "kernels": 2,
+    "ops": 3,
+    "weights": 4, "experts": 4,
+    "models": 5,
+    "engine": 6, "text": 6,
+    "server": 7, "load": 7,
+    "bench": 8, "cli": 8, "__init__": 9, "__main__": 9,
+}  # fmt: skip
+
+HEAVY = ("torch", "transformers", "jax", "numba")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def folder(path: Path) -> str:
+    """The name in FLOOR that a module belongs to."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path: Path) -> set[str]:
+    """Full names of what a module imports, also inside functions."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names)
+    return names
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_imports_only_floors_below_and_its_own_folder(path: Path) -> None:
+    mine = folder(path)
+    assert mine in FLOOR, f"{mine} has no floor: add it to this table and to docs/design.md"
+    for name in imported(path):
+        parts = name.split(".")
+        if parts[0] != "osmium" or len(parts) < 2:
+            continue
+        if not (PACKAGE / parts[1]).exists() and not (PACKAGE / f"{parts[1]}.py").exists():
+            continue  # a name of osmium/__init__.py
+        other = parts[1]
+        if other != mine:
+            assert FLOOR[other] < FLOOR[mine], f"{path.name} ({mine}) imports {name}: not below it"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_nothing_heavy_is_imported_at_run_time(path: Path) -> None:
+    roots = {name.split(".")[0] for name in imported(path)}
+    if path.relative_to(PACKAGE).parts[0] == "kernels":
+        roots.discard("numba")  # only to compile, inside functions
+    assert not roots & set(HEAVY)
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_module_stays_readable_in_one_sitting(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 500
+
+
+def test_both_backends_have_every_operation_with_the_same_parameters() -> None:
+    def signatures(path: str, name: str) -> dict[str, list[str]]:
+        tree = ast.parse((PACKAGE / "ops" / path).read_text())
+        (body,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
+        return {
+            f.name: [a.arg for a in f.args.args]
+            for f in body.body
+            if isinstance(f, ast.FunctionDef)
+        }
+
+    wanted = signatures("__init__.py", "Ops")
+    for path, name in (("reference.py", "ReferenceOps"), ("gpu.py", "GpuOps")):
+        have = signatures(path, name)
+        for method, parameters in wanted.items():
+            assert have.get(method) == parameters, f"{name}.{method}"
+
+
+def test_the_walk_in_readme_names_what_exists() -> None:
+    """Each line of README's walk is `path  name ...`: the file is there and holds the name."""
+    text = (ROOT / "README.md").read_text()
+    walk = re.search(r"## One token's walk\n.*?```\n(.*?)```", text, re.S)
+    assert walk, "README.md has no walk"
+    steps = [line.split() for line in walk.group(1).splitlines() if line.strip()]
+    assert len(steps) >= 10
+    for path, name, *_ in steps:
+        assert (ROOT / path).is_file(), path
+        assert re.search(rf"\b{re.escape(name)}\b", (ROOT / path).read_text()), f"{name} in {path}"
+
+
+@pytest.mark.parametrize("module", ["osmium", "osmium.cuda", "osmium.cli"])
+def test_importing_loads_neither_the_binding_nor_numba(module: str) -> None:
+    code = f"import sys, {module}; print(sorted(m.split('.')[0] for m in sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(ast.literal_eval(out.stdout))
+    assert not loaded & {"cuda", "numba", "torch", "transformers", "jax"}
