@@ -1,0 +1,110 @@
+"""The hot cache: S slots a layer, which experts are in them, and how much each is used.
+
+Makes the arrays and looks into them; who enters and who leaves is decided by `ops.place`.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.errors import ConfigError
+from osmium.ops import Array, ExpertArena, ExpertCache, Ops
+from osmium.quant.record import Record
+
+__all__ = ["HALF_LIFE", "cache_bytes", "make_cache", "resident", "resident_cache", "verify"]
+
+HALF_LIFE = 24.0
+"""Steps in which an unused expert loses half of its heat: the middle of the 16 to 32 that published
+traces favour.  Not measured here."""
+
+
+def make_cache(ops: Ops, arena: ExpertArena, capacity: int, top_k: int) -> ExpertCache:
+    """A cache of `capacity` slots a layer: empty, or wholly resident and filled from the arena
+    where there is a slot for every expert.  Raises: ConfigError, OutOfMemory."""
+    layers, experts, nbytes = arena.records.shape
+    if capacity < top_k:
+        raise ConfigError(
+            f"--slots is {capacity}; a token activates {top_k} experts a layer, each needs a slot."
+        )
+    assert capacity <= experts, f"{capacity} slots for {experts} experts"
+    slots = ops.empty((layers, capacity, nbytes), np.uint8)
+    if capacity < experts:
+        return _cache(ops, arena.record, slots, experts)
+    for layer in range(layers):
+        ops.copy(slots[layer : layer + 1], arena.records[layer : layer + 1])
+    return resident_cache(ops, arena.record, slots)
+
+
+def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
+    """A cache in which expert e of every layer is in slot e for good.
+
+    slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
+    """
+    layers, experts, _ = slots.shape
+    cache = _cache(ops, record, slots, experts)
+    everyone = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
+    ops.copy_in(cache.slot_of, everyone)
+    ops.copy_in(cache.expert_in, everyone)
+    return cache
+
+
+def _cache(ops: Ops, record: Record, slots: Array, experts: int) -> ExpertCache:
+    """An empty cache over `slots`."""
+    layers, capacity, _ = slots.shape
+    made = ExpertCache(
+        record=record,
+        experts=experts,
+        capacity=capacity,
+        half_life=HALF_LIFE,
+        slots=slots,
+        slot_of=ops.empty((layers, experts), np.int32),
+        expert_in=ops.empty((layers, capacity), np.int32),
+        heat=ops.empty((layers, experts), np.float32),
+        stamp=ops.empty((layers, experts), np.int32),
+        step=ops.empty((1,), np.int32),
+        counters=ops.empty((4,), np.int64),
+    )
+    for nobody in (made.slot_of, made.expert_in):
+        ops.fill(nobody, 0xFF)  # -1
+    for zero in (made.heat, made.stamp, made.step, made.counters):
+        ops.fill(zero, 0)
+    return made
+
+
+def cache_bytes(record: Record, layers: int, experts: int, capacity: int) -> int:
+    """Bytes of the cache's arrays."""
+    return layers * (capacity * (record.nbytes + 4) + experts * 12) + 36
+
+
+def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:
+    """Which experts are in a slot, bool [L, E].
+
+    Asserts that the two tables say the same: expert e is in slot s if and only if s holds e.
+    """
+    slot_of: npt.NDArray[Any] = ops.copy_out(cache.slot_of)
+    expert_in: npt.NDArray[Any] = ops.copy_out(cache.expert_in)
+    layer, expert = np.nonzero(slot_of >= 0)
+    assert (expert_in[layer, slot_of[layer, expert]] == expert).all(), "an expert left its slot"
+    assert len(expert) == (expert_in >= 0).sum(), "a slot holds an expert that is said to be out"
+    return np.asarray(slot_of >= 0)
+
+
+def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int, seed: int) -> int:
+    """Compare up to `samples` slots with their records, byte for byte; how many were compared.
+
+    records u8 [L, E, nbytes] in the host's memory: the arena's, or the packed file's.
+    """
+    expert_in: npt.NDArray[Any] = ops.copy_out(cache.expert_in)
+    held = np.argwhere(expert_in >= 0)
+    chosen = np.random.default_rng(seed).permutation(held)[:samples]
+    layers, capacity, nbytes = cache.slots.shape
+    flat = cache.slots.reshape(layers * capacity, nbytes)
+    for layer, slot in chosen:
+        at = int(layer * capacity + slot)
+        mine = ops.copy_out(flat[at : at + 1])[0]
+        expert = int(expert_in[layer, slot])
+        assert np.array_equal(mine, records[layer, expert]), (
+            f"slot {slot} of layer {layer} differs from the record of expert {expert}"
+        )
+    return len(chosen)

@@ -1,0 +1,82 @@
+"""The store: from token and expert ids to the experts' output, wherever their bytes are.
+
+Place, fetch, compute, in blocks of rows small enough for the slots.  Every routed expert is
+computed; the counters say from where.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from osmium.errors import ConfigError
+from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops
+
+__all__ = ["Counters", "Store"]
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Since the store was made, in pairs of a token and an expert; copied is in records."""
+
+    routed: int
+    hit: int
+    fetched: int
+    copied: int
+
+
+class Store:
+    """The routed experts of a model."""
+
+    def __init__(
+        self, ops: Ops, arena: ExpertArena | None, cache: ExpertCache, rows: int, top_k: int
+    ) -> None:
+        """`arena` may be None where the cache is wholly resident; steps have at most `rows` rows.
+
+        Raises: ConfigError where one row's experts do not fit, OutOfMemory.
+        """
+        if cache.capacity < top_k:
+            raise ConfigError(
+                f"--slots is {cache.capacity}; a token activates {top_k} experts a layer, "
+                "each needs a slot."
+            )
+        resident = cache.capacity == cache.experts
+        assert resident or arena is not None, "experts that are not resident need an arena"
+        self.ops, self.cache = ops, cache
+        self.arena = None if resident else arena  # nothing is ever fetched
+        # The rows of a block may all ask for different experts.
+        self.block = rows if resident else min(rows, cache.capacity // top_k)
+        most = min(cache.experts, self.block * top_k)
+        self.inner = ops.empty((self.block, top_k, cache.record.inner), np.float32)
+        self.plan = ExpertPlan(
+            count=ops.empty((1,), np.int32),
+            expert=ops.empty((most,), np.int32),
+            slot=ops.empty((most,), np.int32),
+            fetch=ops.empty((most,), np.int32),
+            uses=ops.empty((most,), np.int32),
+        )
+
+    def mlp(self, out: Array, x: Array, ids: Array, weights: Array, layer: int) -> None:
+        """out[t] = sum over a of weights[t, a] * expert ids[t, a] of x[t].
+
+        out, x f32 [T, D]    ids u16 [T, A]    weights f32 [T, A]
+        """
+        ops, cache, plan = self.ops, self.cache, self.plan
+        tokens = x.shape[0]
+        for start in range(0, tokens, self.block):
+            end = min(start + self.block, tokens)
+            some, inner = ids[start:end], self.inner[: end - start]
+            ops.place(plan, cache, layer, some)
+            if self.arena is not None:
+                ops.fetch(cache, plan, self.arena, layer)
+            ops.expert_mlp(
+                out[start:end], inner, x[start:end], some, weights[start:end], cache, layer
+            )
+
+    def counters(self) -> Counters:
+        """What was routed, hit, fetched and copied so far; waits for what was launched.
+
+        Asserts that every routed pair was either hit or fetched.
+        """
+        routed, hit, fetched, copied = (int(n) for n in self.ops.copy_out(self.cache.counters))
+        assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
+        return Counters(routed, hit, fetched, copied)

@@ -1,0 +1,38 @@
+"""Gated grouped-query attention: norms on q and k, partial rotation, paged keys and values.
+
+q, g, k, v = x Wqgkv;  q, k = rope(norm(q)), rope(norm(k))
+out = (softmax(q k^T / sqrt(d), causal) v * sigmoid(g)) Wout
+"""
+
+from osmium.config import ModelConfig
+from osmium.models.state import AttentionState
+from osmium.models.weights import Weights
+from osmium.models.workspace import Workspace
+from osmium.ops import Array, Ops, Step
+
+__all__ = ["Attention"]
+
+
+class Attention:
+    """The mixer of one attention layer."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, frequencies: Array) -> None:
+        """frequencies f32 [R / 2], radians a position."""
+        heads, groups, size, hidden = config.heads, config.kv_heads, config.head_dim, config.hidden
+        self.ops = ops
+        self.frequencies = frequencies
+        self.eps = config.eps
+        self.scale = size**-0.5
+        self.width = heads * size
+        self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
+        self.norms = weights.array("attention_norms", 2, size)
+        self.out = weights.linear("attention_out", hidden, self.width)
+
+    def mix(self, out: Array, x: Array, step: Step, state: AttentionState, work: Workspace) -> None:
+        """out, x f32 [T, D].  Keys and values of the step are kept before any is read."""
+        ops, k, v = self.ops, state.k_pages, state.v_pages
+        ops.linear(work.qgkv, x, self.qgkv)
+        ops.rope_append(work.q, k, v, work.qgkv, self.norms, self.frequencies, step, self.eps)
+        ops.attention(work.attended, work.q, k, v, step, self.scale)
+        ops.sigmoid_gate(work.attended, work.qgkv)
+        ops.linear(out, work.attended.reshape(step.tokens, self.width), self.out)

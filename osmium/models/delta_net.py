@@ -1,0 +1,50 @@
+"""Gated delta net: linear attention whose state decays by a gate and learns by the delta rule.
+
+    q, k, v, z = x Wqkvz;  a, b = x Wab;  q, k, v = silu(conv(q, k, v))
+    out = (norm(delta_rule(q, k, v, decay(a), beta(b))) * silu(z)) Wout
+
+Yang et al. 2024, arXiv:2412.06464.
+"""
+
+from osmium.config import ModelConfig
+from osmium.models.state import DeltaState
+from osmium.models.weights import Weights
+from osmium.models.workspace import Workspace
+from osmium.ops import Array, Ops, Step
+
+__all__ = ["DeltaNet"]
+
+_FEW = 4
+"""Rows beyond one a sequence up to which the rule goes token by token.  A chunk costs about the
+same for one row as for 64; the recurrence costs its whole state, read and written, for each."""
+
+
+class DeltaNet:
+    """The mixer of one delta-net layer."""
+
+    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights) -> None:
+        hidden, heads = config.hidden, config.value_heads
+        self.ops = ops
+        self.eps = config.eps
+        self.channels = config.channels
+        self.width = heads * config.value_dim
+        self.qkvz = weights.linear("qkvz", self.channels + self.width, hidden)
+        self.ab = weights.linear("ab", 2 * heads, hidden)
+        self.conv = weights.array("conv", self.channels, 4)
+        self.a_log = weights.array("a_log", heads)
+        self.dt_bias = weights.array("dt_bias", heads)
+        self.norm = weights.array("gated_norm", config.value_dim)
+        self.out = weights.linear("delta_out", hidden, self.width)
+
+    def mix(self, out: Array, x: Array, step: Step, state: DeltaState, work: Workspace) -> None:
+        """out, x f32 [T, D].  The sequences' states become those after the step."""
+        ops = self.ops
+        ops.linear(work.qkvz, x, self.qkvz)
+        ops.linear(work.ab, x, self.ab)
+        ops.conv(work.qkv, work.qkvz, self.conv, state.conv, step)
+        ops.delta_gates(work.decay, work.beta, work.ab, self.a_log, self.dt_bias)
+        # starts is on the device: the longest run of rows is known only to be at most this + 1.
+        rule = ops.delta_chunk if step.tokens - step.sequences > _FEW else ops.delta_step
+        rule(work.read, work.qkv, work.decay, work.beta, state.delta, step)
+        ops.gated_norm(work.read, work.read, work.qkvz, self.channels, self.norm, self.eps)
+        ops.linear(out, work.read.reshape(step.tokens, self.width), self.out)

@@ -1,0 +1,37 @@
+"""Mixture of experts: a router, the experts it chooses through a store, and a shared expert.
+
+out = sum over the top k of w_e expert_e(x) + sigmoid(x gate) shared(x)
+"""
+
+from osmium.config import ModelConfig
+from osmium.experts.store import Store
+from osmium.models.weights import Weights
+from osmium.models.workspace import Workspace
+from osmium.ops import Array, Ops
+
+__all__ = ["Moe"]
+
+
+class Moe:
+    """The experts of one layer."""
+
+    def __init__(
+        self, ops: Ops, config: ModelConfig, weights: Weights, store: Store, layer: int
+    ) -> None:
+        hidden, inner = config.hidden, config.shared_size
+        self.ops, self.store, self.layer = ops, store, layer
+        self.experts = config.experts
+        self.router = weights.linear("router", config.experts + 1, hidden)
+        self.shared_up = weights.linear("shared_up", 2 * inner, hidden)
+        self.shared_down = weights.linear("shared_down", hidden, inner)
+
+    def forward(self, out: Array, x: Array, work: Workspace) -> None:
+        """out, x f32 [T, D]."""
+        ops, store = self.ops, self.store
+        ops.linear(work.scores, x, self.router)
+        ops.route(work.ids, work.weights, work.scores, self.experts, store.cache.counters)
+        store.mlp(out, x, work.ids, work.weights, self.layer)
+        ops.linear(work.shared_both, x, self.shared_up)
+        ops.silu_mul(work.shared_inner, work.shared_both)
+        ops.linear(work.shared, work.shared_inner, self.shared_down)
+        ops.add_gated(out, work.shared, work.scores, self.experts)

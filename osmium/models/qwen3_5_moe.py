@@ -1,0 +1,114 @@
+"""Qwen3.5-MoE, text: embed -> layers -> head.
+
+    x = embed[ids];  every layer: x += mixer(norm(x));  x += moe(norm(x))
+    logits = norm(x) Whead
+
+The mixer is a gated delta net in three layers of four and attention in the fourth.  The model type
+is that of transformers; the formulas are those of its modules of that name.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from osmium.config import ModelConfig
+from osmium.experts.store import Store
+from osmium.models.attention import Attention
+from osmium.models.delta_net import DeltaNet
+from osmium.models.moe import Moe
+from osmium.models.state import State
+from osmium.models.weights import Weights
+from osmium.models.workspace import make_workspace
+from osmium.ops import Array, Linear, Ops, Step
+
+__all__ = ["Model"]
+
+
+class Layer:
+    """Norm, mixer, norm, experts: the weights of one layer, and who computes with them."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        weights: Weights,
+        store: Store,
+        index: int,
+        frequencies: Array,
+    ) -> None:
+        self.mixer_norm = weights.array("mixer_norm", config.hidden)
+        self.moe_norm = weights.array("moe_norm", config.hidden)
+        # State.layers holds the mixer's own kind of state at the same index.
+        self.mixer: Any = (
+            Attention(ops, config, weights, frequencies)
+            if config.mixers[index] == "attention"
+            else DeltaNet(ops, config, weights)
+        )
+        self.moe = Moe(ops, config, weights, store, index)
+
+
+class Model:
+    """The whole model on one backend."""
+
+    def __init__(
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        weights: Mapping[str, Linear | Array],
+        store: Store,
+        rows: int,
+    ) -> None:
+        """`weights` by the names of models/weights.py, where `ops` reaches them; steps have at
+        most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
+        taken = Weights(weights)
+        self.ops, self.config, self.rows = ops, config, rows
+        self.embed = taken.array("embed", config.vocab, config.hidden, dtype=np.uint16)
+        self.norm = taken.array("norm", config.hidden)
+        self.head_matrix = (
+            taken.linear("head", config.vocab, config.hidden)
+            if taken.has("head")
+            else Linear("bf16", config.vocab, config.hidden, _on_device(ops, self.embed))
+        )
+        frequencies = ops.put(rotary_frequencies(config))
+        self.layers = [
+            Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
+        ]
+        self.work = make_workspace(ops, config, rows)
+
+    def forward(self, step: Step, state: State) -> Array:
+        """The residual stream after the last layer, f32 [T, D]; it is overwritten by the next
+        step.  Allocates nothing."""
+        assert step.tokens <= self.rows, f"a step of {step.tokens} rows, room for {self.rows}"
+        ops, eps, work = self.ops, self.config.eps, self.work.first(step.tokens)
+        x, h, y = work.x, work.h, work.y
+        ops.embed(x, step.ids, self.embed)
+        for layer, own in zip(self.layers, state.layers, strict=True):
+            ops.rms_norm(h, x, layer.mixer_norm, eps)
+            layer.mixer.mix(y, h, step, own, work)
+            ops.add(x, y)
+            ops.rms_norm(h, x, layer.moe_norm, eps)
+            layer.moe.forward(y, h, work)
+            ops.add(x, y)
+        return x
+
+    def head(self, out: Array, rows: Array) -> None:
+        """The logits of some rows of the last step.
+
+        out f32 [R, vocab]    rows i32 [R]    R at most the model's rows
+        """
+        ops, h = self.ops, self.work.h[: rows.shape[0]]
+        ops.take(h, self.work.x, rows)
+        ops.rms_norm(h, h, self.norm, self.config.eps)
+        ops.linear(out, h, self.head_matrix)
+
+
+def rotary_frequencies(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """theta^(-2j / R) for j < R / 2, radians a position.  f32 [R / 2]."""
+    exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
+    return (config.rope_theta**-exponent).astype(np.float32)
+
+
+def _on_device(ops: Ops, embed: Array) -> Array:
+    """The embedding where a matrix product reads it fast; it may lie in host memory."""
+    return ops.put(ops.host_view(embed))
