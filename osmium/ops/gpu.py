@@ -1,0 +1,270 @@
+"""GpuOps: the list of operations on kernels.
+
+Each method is one launch, or two; a kernel's signature is the contract at the top of its file in ptx/
+and is not repeated here.  Nothing is allocated and nothing waits inside an operation: what a caller
+sees in host memory comes through `copy_out` alone, which counts its bytes.
+"""
+
+from typing import Any, Protocol, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.errors import ConfigError
+from osmium.kernels.place import PLACE
+from osmium.kernels.ptx import Kernel, kernel
+from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+
+__all__ = ["GpuOps", "Machine"]
+
+EMBED = kernel("embed_bf16")
+TAKE = kernel("take_f32")
+ADD = kernel("add_f32")
+RMS_NORM = kernel("rms_norm_f32")
+LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
+ROPE_APPEND = kernel("rope_append_bf16")
+ATTENTION = kernel("gqa_attention_bf16")
+SIGMOID_GATE = kernel("sigmoid_gate_f32")
+CONV = kernel("conv_silu_f32")
+DELTA_GATES = kernel("delta_gates_f32")
+DELTA_STEP = kernel("delta_step_f32")
+DELTA_CHUNK = kernel("delta_chunk_f32")
+GATED_NORM = kernel("gated_norm_f32")
+ROUTE = kernel("route_f32")
+FETCH = kernel("fetch_records")
+EXPERT_UP = {
+    16: kernel("bf16_expert_up_f32"),
+    8: kernel("int8_expert_up_f32"),
+    4: kernel("int4_expert_up_f32"),
+}
+EXPERT_DOWN = {
+    16: kernel("bf16_expert_down_f32"),
+    8: kernel("int8_expert_down_f32"),
+    4: kernel("int4_expert_down_f32"),
+}
+SILU_MUL = kernel("silu_mul_f32")
+ADD_GATED = kernel("add_gated_f32")
+
+FETCH_BLOCKS = 4
+"""Thread blocks that copy one record.  Eight to sixteen saturate the link (H100, PCIe 5 x16, 2026-11),
+and a token misses a few experts a layer at once."""
+
+
+class Machine(Protocol):
+    """Where the arrays are and the launches go: cuda.Device, or the tests' interpreter."""
+
+    stream: Any
+    """Anything with launch(kernel, grid, values)."""
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
+    def host_view(self, array: Any) -> npt.NDArray[Any]: ...
+    def copy_in(self, out: Any, source: npt.NDArray[Any]) -> None: ...
+    def copy_out(self, source: Any) -> npt.NDArray[Any]: ...
+    def copy(self, out: Any, source: Any) -> None: ...
+    def fill(self, out: Any, byte: int) -> None: ...
+    def synchronize(self) -> None: ...
+
+
+class GpuOps:
+    """See ops.Ops for every method's formula, shapes and source."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.stream = machine.stream
+        self.bytes_to_host = 0
+
+    # -- memory ----------------------------------------------------------------------------------
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self.machine.empty(shape, dtype)
+
+    def put(self, array: npt.NDArray[Any]) -> Array:
+        made = self.machine.empty(array.shape, array.dtype)
+        self.machine.copy_in(made, np.ascontiguousarray(array))
+        return made
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self.machine.host(shape, dtype)
+
+    def host_view(self, array: Array) -> npt.NDArray[Any]:
+        return self.machine.host_view(array)
+
+    def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
+        self.machine.copy_in(out, source)
+
+    def copy_out(self, source: Array) -> npt.NDArray[Any]:
+        self.bytes_to_host += source.nbytes
+        return self.machine.copy_out(source)
+
+    def copy(self, out: Array, source: Array) -> None:
+        self.machine.copy(out, source)
+
+    def fill(self, out: Array, byte: int) -> None:
+        self.machine.fill(out, byte)
+
+    def synchronize(self) -> None:
+        self.machine.synchronize()
+
+    # -- rows ------------------------------------------------------------------------------------
+
+    def embed(self, out: Array, ids: Array, table: Array) -> None:
+        tokens, dim = out.shape
+        EMBED(self.stream, tokens, out, ids, table, dim)
+
+    def take(self, out: Array, x: Array, rows: Array) -> None:
+        count, dim = out.shape
+        TAKE(self.stream, count, out, x, rows, dim)
+
+    def add(self, out: Array, x: Array) -> None:
+        ADD(self.stream, out, x, out.nbytes // 4)
+
+    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
+        rows, dim = x.shape
+        RMS_NORM(self.stream, rows, out, x, w, dim, eps)
+
+    def linear(self, out: Array, x: Array, w: Linear) -> None:
+        sizes = (x.shape[0], w.rows, w.columns)
+        if w.format == "bf16":
+            LINEAR["bf16"](self.stream, out, x, w.data, *sizes)
+        elif w.format == "int8":
+            LINEAR["int8"](self.stream, out, x, w.data, w.scale, *sizes)
+        else:
+            LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group)
+
+    # -- attention -------------------------------------------------------------------------------
+
+    def rope_append(
+        self,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        norms: Array,
+        frequencies: Array,
+        step: Step,
+        eps: float,
+    ) -> None:
+        _need_bf16(k_pages)
+        tokens, heads, dim = q.shape
+        ROPE_APPEND(
+            self.stream, tokens, q, k_pages, v_pages, qgkv, norms, frequencies,
+            step.positions, step.sequence, step.pages,
+            heads, k_pages.shape[2], dim, 2 * frequencies.shape[0], step.page, step.pages.shape[1], eps,
+        )  # fmt: skip
+
+    def attention(
+        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
+    ) -> None:
+        _need_bf16(k_pages)
+        tokens, heads, dim = q.shape
+        ATTENTION(
+            self.stream, tokens, out, q, k_pages, v_pages,
+            step.positions, step.sequence, step.pages,
+            heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], scale,
+        )  # fmt: skip
+
+    def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
+        tokens, heads, dim = out.shape
+        SIGMOID_GATE(self.stream, tokens, out, qgkv, heads, dim, qgkv.shape[1])
+
+    # -- gated delta net ---------------------------------------------------------------------------
+
+    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+        channels, stride = out.shape[1], u.shape[1]
+        CONV(
+            self.stream, step.sequences, out, u, w, state,
+            step.starts, step.past, step.slots, channels, stride,
+        )  # fmt: skip
+
+    def delta_gates(
+        self, decay: Array, beta: Array, ab: Array, a_log: Array, dt_bias: Array
+    ) -> None:
+        tokens, heads = decay.shape
+        DELTA_GATES(self.stream, tokens, decay, beta, ab, a_log, dt_bias, heads)
+
+    def delta_step(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
+
+    def delta_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    ) -> None:
+        self._delta(DELTA_CHUNK, out, qkv, decay, beta, state, step)
+
+    def _delta(
+        self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
+        step: Step,
+    ) -> None:  # fmt: skip
+        _, value_heads, dk, dv = state.shape
+        key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
+        kernel(
+            self.stream, step.sequences, out, qkv, decay, beta, state,
+            step.starts, step.past, step.slots, key_heads, value_heads, dk, dv,
+        )  # fmt: skip
+
+    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+        tokens, heads, dim = x.shape
+        GATED_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def route(
+        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+    ) -> None:
+        tokens, top_k = ids.shape
+        ROUTE(self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1])
+
+    def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
+        PLACE(
+            self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses,
+            cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer], cache.stamp[layer],
+            cache.step, cache.counters, ids, ids.nbytes // 2, cache.experts, cache.capacity,
+            plan.expert.shape[0], int(layer == 0), 1 / cache.half_life,
+        )  # fmt: skip
+
+    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+        FETCH(
+            self.stream, FETCH_BLOCKS, plan.expert.shape[0], cache.slots[layer],
+            arena.records[layer], plan.expert, plan.slot, plan.fetch, plan.uses, plan.count,
+            cache.counters, cache.record.nbytes,
+        )  # fmt: skip
+
+    def expert_mlp(
+        self,
+        out: Array,
+        inner: Array,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        cache: ExpertCache,
+        layer: int,
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        slots, slot_of = cache.slots[layer], cache.slot_of[layer]
+        sizes = (record.hidden, record.inner, top_k, record.nbytes)
+        up: tuple[int, ...] = ()
+        down: tuple[int, ...] = (record.down,)
+        if record.bits == 8:
+            up, down = (record.up_scale,), (record.down, record.down_scale)
+        elif record.bits == 4:
+            up = (record.up_scale, record.up_group)
+            down = (record.down, record.down_scale, record.down_group)
+        EXPERT_UP[record.bits](self.stream, tokens, inner, x, ids, slots, slot_of, *sizes, *up)
+        EXPERT_DOWN[record.bits](
+            self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down
+        )
+
+    def silu_mul(self, out: Array, x: Array) -> None:
+        tokens, inner = out.shape
+        SILU_MUL(self.stream, tokens, out, x, inner)
+
+    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+        tokens, dim = out.shape
+        ADD_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
+
+
+def _need_bf16(pages: Array) -> None:
+    if cast(np.dtype[Any], pages.dtype) != np.uint16:
+        raise ConfigError("The GPU keeps KV in bf16; --kv-dtype f32 is for the CPU.")

@@ -1,0 +1,494 @@
+"""Every operation once, on inputs drawn anew: one case for reference, interpreter and GPU.
+
+A case makes NumPy arrays from a generator and a size, calls one method of an Ops, and names what
+the method writes.  `run` does that on any backend and gives the outputs back as NumPy.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops, Step
+from osmium.quant import int4, int8
+from osmium.quant.floats import bf16_from_f32
+from osmium.quant.record import Record, group_of
+
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a case is."""
+
+    name: str
+    lengths: tuple[int, ...]
+    """Rows of each sequence of a step."""
+    past: tuple[int, ...]
+    """Tokens before them."""
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    experts: int
+    top_k: int
+    inner: int
+    outputs: int
+    """Rows of a matrix."""
+    slots: int
+    """Expert slots a layer."""
+    page: int
+
+
+TINY = Size("tiny", (5, 1, 3), (0, 4, 9), 64, 4, 2, 32, 8, 1, 2, 32, 32, 7, 2, 32, 37, 5, 4)
+LAB = Size(
+    "lab", (1, 150, 37), (300, 0, 11), 256, 4, 2, 64, 16, 4, 8, 64, 64, 32, 4, 64, 1000, 32, 16
+)
+DECODE = Size(
+    "122b decode", (1,), (1000,), 3072, 32, 2, 256, 64, 16, 64, 128, 128, 64, 8, 1024, 4096, 24, 64
+)
+PREFILL = Size(
+    "35b prefill", (61,), (130,), 2048, 16, 2, 256, 64, 16, 32, 128, 128, 64, 8, 512, 4099, 48, 64
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation: its inputs, the call, and what it writes, with the tolerance of each."""
+
+    arrays: Arrays
+    call: Callable[[Ops, dict[str, Any]], None]
+    writes: dict[str, str] = field(default_factory=dict)
+    """Array -> row of tests/tolerance.py, or "exact"."""
+
+
+def run(case: Case, ops: Ops) -> Arrays:
+    """Call the operation on `ops`; what it wrote, as NumPy."""
+    placed = {name: ops.put(np.array(array)) for name, array in case.arrays.items()}
+    case.call(ops, placed)
+    ops.synchronize()
+    return {name: np.array(ops.copy_out(placed[name])) for name in case.writes}
+
+
+def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
+    return rng.standard_normal(shape, np.float32)
+
+
+def _nan(*shape: int) -> npt.NDArray[np.float32]:
+    return np.full(shape, np.nan, np.float32)
+
+
+def step_arrays(rng: np.random.Generator, size: Size) -> Arrays:
+    """The arrays of a step, with a shuffled page table and shuffled state slots."""
+    lengths, past = np.array(size.lengths), np.array(size.past)
+    pages = -(-(lengths + past).max() // size.page)
+    order = rng.permutation(len(lengths) * pages).astype(np.int32)
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    starts = np.concatenate([[0], np.cumsum(lengths)])
+    return {
+        "positions": (np.arange(len(rows)) - starts[rows] + past[rows]).astype(np.int32),
+        "sequence": rows.astype(np.int32),
+        "starts": starts.astype(np.int32),
+        "past": past.astype(np.int32),
+        "slots": rng.permutation(len(lengths)).astype(np.int32),
+        "pages": order.reshape(len(lengths), pages),
+        "ids": rng.integers(0, 50, len(rows), dtype=np.int32),
+    }
+
+
+def _step(size: Size, a: dict[str, Any]) -> Step:
+    return Step(
+        sum(size.lengths), len(size.lengths), size.page, a["ids"], a["positions"], a["sequence"],
+        a["starts"], a["past"], a["slots"], a["pages"],
+    )  # fmt: skip
+
+
+# -- rows --------------------------------------------------------------------------------------------
+
+
+def embed(rng: np.random.Generator, size: Size) -> Case:
+    table = bf16_from_f32(_f32(rng, 50, size.hidden))
+    ids = rng.integers(0, 50, sum(size.lengths), dtype=np.int32)
+    arrays = {"out": _nan(len(ids), size.hidden), "ids": ids, "table": table}
+    return Case(arrays, lambda ops, a: ops.embed(a["out"], a["ids"], a["table"]), {"out": "exact"})
+
+
+def take(rng: np.random.Generator, size: Size) -> Case:
+    tokens = sum(size.lengths)
+    rows = rng.integers(0, tokens, max(1, tokens // 2), dtype=np.int32)
+    arrays = {
+        "out": _nan(len(rows), size.hidden),
+        "x": _f32(rng, tokens, size.hidden),
+        "rows": rows,
+    }
+    return Case(arrays, lambda ops, a: ops.take(a["out"], a["x"], a["rows"]), {"out": "exact"})
+
+
+def add(rng: np.random.Generator, size: Size) -> Case:
+    shape = (sum(size.lengths), size.hidden)
+    arrays = {"out": _f32(rng, *shape), "x": _f32(rng, *shape)}
+    return Case(arrays, lambda ops, a: ops.add(a["out"], a["x"]), {"out": "exact"})
+
+
+def rms_norm(rng: np.random.Generator, size: Size) -> Case:
+    shape = (sum(size.lengths), size.hidden)
+    arrays = {"out": _nan(*shape), "x": _f32(rng, *shape) * 3, "w": _f32(rng, size.hidden)}
+    return Case(arrays, lambda ops, a: ops.rms_norm(a["out"], a["x"], a["w"], 1e-6), {"out": "f32"})
+
+
+def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
+    def make(rng: np.random.Generator, size: Size) -> Case:
+        rows, columns, tokens = size.outputs, size.hidden, sum(size.lengths)
+        w = _f32(rng, rows, columns) * np.float32(0.02)
+        arrays = {"out": _nan(tokens, rows), "x": _f32(rng, tokens, columns)}
+        group = 0
+        if form == "bf16":
+            arrays["w"] = bf16_from_f32(w)
+        elif form == "int8":
+            arrays["w"], arrays["scale"] = int8.quantize(w)
+        else:
+            group = group_of(columns)
+            w[0, :group] = 0
+            arrays["w"], arrays["scale"] = int4.quantize(w, group)
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            ops.linear(a["out"], a["x"], matrix)
+
+        return Case(arrays, call, {"out": "f32"})
+
+    return make
+
+
+# -- attention ---------------------------------------------------------------------------------------
+
+
+def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any]) -> Arrays:
+    shape = (table.size, size.page, size.kv_heads, size.head_dim)
+    return {name: bf16_from_f32(_f32(rng, *shape)) for name in ("k_pages", "v_pages")}
+
+
+def rope_append(rng: np.random.Generator, size: Size) -> Case:
+    arrays = step_arrays(rng, size)
+    tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
+    arrays |= _pages(rng, size, arrays["pages"])
+    arrays |= {
+        "q": _nan(tokens, heads, dim),
+        "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim),
+        "norms": _f32(rng, 2, dim),
+        "frequencies": (1e7 ** -(np.arange(0, size.rotary, 2) / size.rotary)).astype(np.float32),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.rope_append(
+            a["q"], a["k_pages"], a["v_pages"], a["qgkv"], a["norms"], a["frequencies"],
+            _step(size, a), 1e-6,
+        )  # fmt: skip
+
+    return Case(arrays, call, {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"})
+
+
+def attention(rng: np.random.Generator, size: Size) -> Case:
+    arrays = step_arrays(rng, size)
+    shape = (sum(size.lengths), size.heads, size.head_dim)
+    arrays |= _pages(rng, size, arrays["pages"])
+    arrays |= {"out": _nan(*shape), "q": _f32(rng, *shape) * 2}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.attention(
+            a["out"], a["q"], a["k_pages"], a["v_pages"], _step(size, a), size.head_dim**-0.5
+        )
+
+    return Case(arrays, call, {"out": "f32"})
+
+
+def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
+    tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
+    arrays = {
+        "out": _f32(rng, tokens, heads, dim),
+        "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim) * 4,
+    }
+    return Case(arrays, lambda ops, a: ops.sigmoid_gate(a["out"], a["qgkv"]), {"out": "f32"})
+
+
+# -- gated delta net -----------------------------------------------------------------------------------
+
+
+def _channels(size: Size) -> int:
+    return 2 * size.key_heads * size.key_dim + size.value_heads * size.value_dim
+
+
+def conv(rng: np.random.Generator, size: Size) -> Case:
+    arrays = step_arrays(rng, size)
+    tokens, channels = sum(size.lengths), _channels(size)
+    arrays |= {
+        "out": _nan(tokens, channels),
+        "u": _f32(rng, tokens, channels + size.value_heads * size.value_dim),
+        "w": _f32(rng, channels, 4),
+        "state": _f32(rng, len(size.lengths), channels, 3),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.conv(a["out"], a["u"], a["w"], a["state"], _step(size, a))
+
+    return Case(arrays, call, {"out": "f32", "state": "exact"})
+
+
+def delta_gates(rng: np.random.Generator, size: Size) -> Case:
+    tokens, heads = sum(size.lengths), size.value_heads
+    arrays = {
+        "decay": _nan(tokens, heads),
+        "beta": _nan(tokens, heads),
+        "ab": _f32(rng, tokens, 2 * heads) * 8,
+        "a_log": _f32(rng, heads),
+        "dt_bias": _f32(rng, heads),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.delta_gates(a["decay"], a["beta"], a["ab"], a["a_log"], a["dt_bias"])
+
+    return Case(arrays, call, {"decay": "f32", "beta": "f32"})
+
+
+def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
+    def make(rng: np.random.Generator, size: Size) -> Case:
+        arrays = step_arrays(rng, size)
+        tokens, heads = sum(size.lengths), size.value_heads
+        decay = -np.exp(_f32(rng, tokens, heads) * 2 - 1)
+        decay[rng.random(decay.shape) < 0.02] = -60  # forgets everything: no overflow either
+        arrays |= {
+            "out": _nan(tokens, heads, size.value_dim),
+            "qkv": _f32(rng, tokens, _channels(size)),
+            "decay": decay.astype(np.float32),
+            "beta": rng.random((tokens, heads), np.float32),
+            "state": _f32(rng, len(size.lengths), heads, size.key_dim, size.value_dim),
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            rule = getattr(ops, name)
+            rule(a["out"], a["qkv"], a["decay"], a["beta"], a["state"], _step(size, a))
+
+        return Case(arrays, call, {"out": "f32", "state": "f32"})
+
+    return make
+
+
+def gated_norm(rng: np.random.Generator, size: Size) -> Case:
+    tokens, shape = sum(size.lengths), (size.value_heads, size.value_dim)
+    channels = _channels(size)
+    arrays = {
+        "out": _nan(tokens, *shape),
+        "x": _f32(rng, tokens, *shape),
+        "z": _f32(rng, tokens, channels + shape[0] * shape[1]) * 3,
+        "w": _f32(rng, size.value_dim),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.gated_norm(a["out"], a["x"], a["z"], channels, a["w"], 1e-6)
+
+    return Case(arrays, call, {"out": "f32"})
+
+
+# -- experts -------------------------------------------------------------------------------------------
+
+
+def route(rng: np.random.Generator, size: Size) -> Case:
+    tokens = sum(size.lengths)
+    logits = _f32(rng, tokens, size.experts + 1)
+    logits[:, -1] = 50  # the shared expert's gate is no expert
+    logits[0, :3] = 9  # a tie goes to the lower id
+    arrays = {
+        "ids": np.full((tokens, size.top_k), 999, np.uint16),
+        "weights": _nan(tokens, size.top_k),
+        "logits": logits,
+        "counters": np.zeros(4, np.int64),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.route(a["ids"], a["weights"], a["logits"], size.experts, a["counters"])
+
+    return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
+
+
+def records(rng: np.random.Generator, record: Record, count: int) -> npt.NDArray[np.uint8]:
+    """Random experts as records, u8 [count, nbytes]: every bit pattern of a nibble or a byte."""
+    out = np.zeros((count, record.nbytes), np.uint8)
+    for start, n, k, scales in (
+        (0, 2 * record.inner, record.hidden, record.up_scale),
+        (record.down, record.hidden, record.inner, record.down_scale),
+    ):
+        nbytes = n * k * record.bits // 8
+        if record.bits == 16:
+            w = bf16_from_f32(_f32(rng, count, n * k) * np.float32(k**-0.5))
+            out[:, start : start + nbytes] = w.view(np.uint8)
+            continue
+        out[:, start : start + nbytes] = rng.integers(0, 256, (count, nbytes), dtype=np.uint8)
+        size = n if record.bits == 8 else n * (k // group_of(k))
+        scale = (rng.random((count, size)) - 0.5) * k**-0.5 / (60 if record.bits == 8 else 4)
+        typed = scale.astype(np.float32 if record.bits == 8 else np.float16)
+        out[:, scales : scales + typed[0].nbytes] = typed.view(np.uint8).reshape(count, -1)
+    return out
+
+
+def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
+    """A one-layer cache half of whose slots are taken, with heats and stamps."""
+    held = rng.permutation(size.experts)[: size.slots // 2].astype(np.int32)
+    slot_of = np.full((1, size.experts), -1, np.int32)
+    expert_in = np.full((1, size.slots), -1, np.int32)
+    expert_in[0, : len(held)] = held
+    slot_of[0, held] = np.arange(len(held))
+    return {
+        "cache_slots": np.zeros((1, size.slots, nbytes), np.uint8),
+        "slot_of": slot_of,
+        "expert_in": expert_in,
+        "heat": rng.random((1, size.experts), np.float32) * 5,
+        "stamp": rng.integers(1, 40, (1, size.experts), dtype=np.int32),
+        "step": np.array([40], np.int32),
+        "counters": np.zeros(4, np.int64),
+    }
+
+
+def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
+    return ExpertCache(
+        record, size.experts, size.slots, 24.0, a["cache_slots"], a["slot_of"], a["expert_in"],
+        a["heat"], a["stamp"], a["step"], a["counters"],
+    )  # fmt: skip
+
+
+def _plan(a: dict[str, Any]) -> ExpertPlan:
+    return ExpertPlan(
+        a["plan_count"], a["plan_expert"], a["plan_slot"], a["plan_fetch"], a["plan_uses"]
+    )
+
+
+def _plan_arrays(most: int) -> Arrays:
+    return {
+        "plan_count": np.full(1, -7, np.int32),
+        **{f"plan_{n}": np.full(most, -7, np.int32) for n in ("expert", "slot", "fetch", "uses")},
+    }
+
+
+def _chosen(rng: np.random.Generator, size: Size) -> npt.NDArray[np.uint16]:
+    """Experts for as many tokens as the slots allow, u16 [T, A]."""
+    tokens = max(1, min(sum(size.lengths), size.slots // size.top_k))
+    return np.stack([rng.permutation(size.experts)[: size.top_k] for _ in range(tokens)]).astype(
+        np.uint16
+    )
+
+
+def place(rng: np.random.Generator, size: Size) -> Case:
+    ids = _chosen(rng, size)
+    record = Record(4, 64, 32)
+    arrays = cache_arrays(rng, size, record.nbytes) | _plan_arrays(min(size.experts, ids.size))
+    arrays["chosen"] = ids
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
+
+    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count")
+    return Case(arrays, call, {**dict.fromkeys(exact, "exact"), "heat": "f32"})
+
+
+def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
+    """place, fetch and expert_mlp in a row: the output, the counters, and the slots' bytes."""
+
+    def make(rng: np.random.Generator, size: Size) -> Case:
+        record = Record(bits, size.hidden, size.inner)
+        ids = _chosen(rng, size)
+        arrays = cache_arrays(rng, size, record.nbytes)
+        arrays |= _plan_arrays(min(size.experts, ids.size))
+        arena = records(rng, record, size.experts)
+        held = arrays["expert_in"][0]
+        arrays["cache_slots"][0, held >= 0] = arena[held[held >= 0]]
+        w = rng.random(ids.shape, np.float32)
+        arrays |= {
+            "arena": arena[None],
+            "chosen": ids,
+            "out": _nan(len(ids), size.hidden),
+            "inner": _nan(*ids.shape, size.inner),
+            "x": _f32(rng, len(ids), size.hidden),
+            "weights": w / w.sum(axis=1, keepdims=True),
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            cache, plan = _cache(size, record, a), _plan(a)
+            ops.place(plan, cache, 0, a["chosen"])
+            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
+            ops.expert_mlp(a["out"], a["inner"], a["x"], a["chosen"], a["weights"], cache, 0)
+
+        writes = {"out": "f32", "counters": "exact", "cache_slots": "exact"}
+        return Case(arrays, call, writes)
+
+    return make
+
+
+def silu_mul(rng: np.random.Generator, size: Size) -> Case:
+    tokens = sum(size.lengths)
+    arrays = {"out": _nan(tokens, size.inner), "x": _f32(rng, tokens, 2 * size.inner) * 4}
+    return Case(arrays, lambda ops, a: ops.silu_mul(a["out"], a["x"]), {"out": "f32"})
+
+
+def add_gated(rng: np.random.Generator, size: Size) -> Case:
+    tokens = sum(size.lengths)
+    arrays = {
+        "out": _f32(rng, tokens, size.hidden),
+        "x": _f32(rng, tokens, size.hidden),
+        "gate": _f32(rng, tokens, size.experts + 1) * 3,
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.add_gated(a["out"], a["x"], a["gate"], size.experts)
+
+    return Case(arrays, call, {"out": "f32"})
+
+
+CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
+    "embed": embed,
+    "take": take,
+    "add": add,
+    "rms_norm": rms_norm,
+    "linear bf16": _linear("bf16"),
+    "linear int8": _linear("int8"),
+    "linear int4": _linear("int4"),
+    "rope_append": rope_append,
+    "attention": attention,
+    "sigmoid_gate": sigmoid_gate,
+    "conv": conv,
+    "delta_gates": delta_gates,
+    "delta_step": _delta("delta_step"),
+    "delta_chunk": _delta("delta_chunk"),
+    "gated_norm": gated_norm,
+    "route": route,
+    "place": place,
+    "experts bf16": _experts(16),
+    "experts int8": _experts(8),
+    "experts int4": _experts(4),
+    "silu_mul": silu_mul,
+    "add_gated": add_gated,
+}
+
+
+def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:
+    """The distance of an output from its reference; infinity where "exact" does not hold."""
+    from osmium.quant.floats import f32_from_bf16
+    from tests.tolerance import distance
+
+    if kind == "exact":
+        return 0.0 if np.array_equal(out, ref, equal_nan=out.dtype.kind == "f") else float("inf")
+    if kind == "bf16 bits":
+        return distance(f32_from_bf16(out), f32_from_bf16(ref))
+    return distance(out, ref)
+
+
+def allowed(kind: str) -> float:
+    """What `compare` may give."""
+    from tests.tolerance import TOLERANCE
+
+    return 0.0 if kind == "exact" else TOLERANCE["bf16" if kind == "bf16 bits" else kind]
