@@ -1,0 +1,207 @@
+"""The arena, the hot cache and the store, on NumPy."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.errors import CheckpointError, ConfigError
+from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
+from osmium.experts.store import Store
+from osmium.ops import ExpertArena, ExpertCache
+from osmium.ops.reference import ReferenceOps, expert_matrices
+from osmium.quant.record import Record
+from tests.tolerance import close, distance
+
+LAYERS, EXPERTS, TOP_K = 3, 11, 3
+RECORD = Record(bits=16, hidden=32, inner=16)
+OPS = ReferenceOps()
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    seed = int(np.random.default_rng().integers(1 << 31))
+    print("seed", seed)
+    return np.random.default_rng(seed)
+
+
+def records(rng: np.random.Generator) -> npt.NDArray[np.uint8]:
+    """Experts with values near 1 in bf16, and padding that is not zero."""
+    made = rng.integers(0, 256, (LAYERS, EXPERTS, RECORD.nbytes), dtype=np.uint8)
+    values = rng.standard_normal((LAYERS, EXPERTS, RECORD.down_scale // 2)).astype(np.float32)
+    half = (values.view(np.uint32) >> 16).astype(np.uint16)
+    made[:, :, : RECORD.down_scale] = half.view(np.uint8)
+    return made
+
+
+def routed(rng: np.random.Generator, tokens: int) -> npt.NDArray[np.uint16]:
+    """ids [T, A] whose popularity is uneven."""
+    weight = 1 / np.arange(1, EXPERTS + 1)
+    chosen = [
+        rng.choice(EXPERTS, TOP_K, replace=False, p=weight / weight.sum()) for _ in range(tokens)
+    ]
+    return np.array(chosen, np.uint16)
+
+
+def route(cache: ExpertCache, ids: npt.NDArray[np.uint16]) -> None:
+    """What ops.route adds to the counters."""
+    cache.counters[0] += ids.size
+
+
+def parts(arena: ExpertArena, capacity: int, rows: int = 8) -> tuple[ExpertCache, Store]:
+    cache = make_cache(OPS, arena, capacity, TOP_K)
+    return cache, Store(OPS, arena, cache, rows, TOP_K)
+
+
+def expected(
+    arena: npt.NDArray[np.uint8],
+    x: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.uint16],
+    weights: npt.NDArray[np.float32],
+    layer: int,
+) -> npt.NDArray[np.float64]:
+    """The experts' weighted sum in float64, straight from the records."""
+    out = np.zeros(x.shape)
+    for t in range(len(x)):
+        for a in range(ids.shape[1]):
+            up, down = expert_matrices(RECORD, arena[layer, ids[t, a]])
+            both = up.astype(np.float64) @ x[t]
+            gate, value = both[: RECORD.inner], both[RECORD.inner :]
+            out[t] += weights[t, a] * (down @ (gate / (1 + np.exp(-gate)) * value))
+    return out
+
+
+def run(
+    store: Store, rng: np.random.Generator, arena: npt.NDArray[np.uint8], tokens: int, layer: int
+) -> None:
+    """One call of the store, checked against the records."""
+    x = rng.standard_normal((tokens, RECORD.hidden)).astype(np.float32)
+    ids = routed(rng, tokens)
+    weights = rng.uniform(0, 1, ids.shape).astype(np.float32)
+    out = np.full_like(x, np.nan)
+    route(store.cache, ids)
+    store.mlp(out, x, ids, weights, layer)
+    want = expected(arena, x, ids, weights, layer)
+    assert close(out, want, "f32"), distance(out, want)
+
+
+@pytest.mark.parametrize("capacity", [TOP_K, TOP_K + 1, 2 * TOP_K + 1, EXPERTS - 1, EXPERTS])
+def test_every_routed_expert_is_computed_whatever_the_slots(
+    capacity: int, rng: np.random.Generator
+) -> None:
+    arena = records(rng)
+    cache, store = parts(share_arena(RECORD, arena), capacity)
+    for _ in range(6):
+        tokens = int(rng.integers(1, 9))
+        for layer in range(LAYERS):
+            run(store, rng, arena, tokens, layer)
+    counted = store.counters()
+    assert counted.routed == counted.hit + counted.fetched > 0
+    assert (counted.fetched == 0) == (capacity == EXPERTS)
+    assert counted.copied <= counted.fetched
+    assert resident(OPS, cache).sum(axis=1).max() <= capacity
+    assert verify(OPS, cache, arena, samples=1000, seed=0) == resident(OPS, cache).sum()
+
+
+def test_a_used_expert_is_a_hit_the_next_time(rng: np.random.Generator) -> None:
+    arena = records(rng)
+    _, store = parts(share_arena(RECORD, arena), 2 * TOP_K)
+    x = np.ones((1, RECORD.hidden), np.float32)
+    weights = np.ones((1, TOP_K), np.float32)
+    for ids in ([4, 1, 9], [9, 4, 2]):
+        now = np.array([ids], np.uint16)
+        route(store.cache, now)
+        store.mlp(np.empty_like(x), x, now, weights, layer=1)
+    counted = store.counters()
+    assert (counted.routed, counted.hit, counted.fetched, counted.copied) == (6, 2, 4, 4)
+
+
+def test_the_coldest_expert_leaves_first(rng: np.random.Generator) -> None:
+    _, store = parts(share_arena(RECORD, records(rng)), TOP_K + 1)
+    x = np.ones((1, RECORD.hidden), np.float32)
+    weights = np.ones((1, TOP_K), np.float32)
+    for ids in ([0, 1, 2], [0, 1, 3], [0, 1, 3], [0, 1, 5]):
+        store.mlp(np.empty_like(x), x, np.array([ids], np.uint16), weights, layer=0)
+    held = resident(OPS, store.cache)[0]
+    assert np.flatnonzero(held).tolist() == [0, 1, 3, 5]  # 2 left, though 3 came later
+
+
+def test_a_wrong_byte_in_a_slot_is_found(rng: np.random.Generator) -> None:
+    arena = records(rng)
+    cache, store = parts(share_arena(RECORD, arena), TOP_K)
+    run(store, rng, arena, 1, 0)
+    slot = int(np.flatnonzero(cache.expert_in[0] >= 0)[0])
+    cache.slots[0, slot, -1] ^= 1
+    with pytest.raises(AssertionError, match=f"slot {slot} of layer 0"):
+        verify(OPS, cache, arena, samples=1000, seed=0)
+
+
+def test_tables_that_disagree_are_found(rng: np.random.Generator) -> None:
+    cache = make_cache(OPS, share_arena(RECORD, records(rng)), EXPERTS, TOP_K)
+    cache.slot_of[1, 4] = 5
+    with pytest.raises(AssertionError):
+        resident(OPS, cache)
+
+
+def test_counters_that_do_not_add_up_are_found(rng: np.random.Generator) -> None:
+    arena = records(rng)
+    _, store = parts(share_arena(RECORD, arena), TOP_K)
+    run(store, rng, arena, 2, 0)
+    store.cache.counters[2] -= 1  # as if an expert had been skipped
+    with pytest.raises(AssertionError, match="routed"):
+        store.counters()
+
+
+@pytest.mark.parametrize("capacity", [1, TOP_K - 1])
+def test_fewer_slots_than_a_token_needs_are_refused(
+    capacity: int, rng: np.random.Generator
+) -> None:
+    arena = share_arena(RECORD, records(rng))
+    with pytest.raises(ConfigError, match=rf"--slots is {capacity}\b"):
+        make_cache(OPS, arena, capacity, TOP_K)
+    with pytest.raises(ConfigError, match=rf"--slots is {capacity}\b"):
+        parts(arena, capacity + 2)[1].__class__(
+            OPS, arena, make_cache(OPS, arena, capacity, capacity), 8, TOP_K
+        )
+
+
+def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Generator) -> None:
+    source = records(rng)
+    seen: list[tuple[str, int, int]] = []
+
+    def read(layer: int, out: npt.NDArray[Any]) -> None:
+        out[...] = source[layer]
+
+    def progress(stage: str, done: int, total: int) -> None:
+        seen.append((stage, done, total))
+
+    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, read, progress)
+    assert np.array_equal(arena.records, source)
+    assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
+    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, read, None)
+    assert np.array_equal(slots, source)
+
+
+def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) -> None:
+    source = records(rng)
+    source.flags.writeable = False  # as a mapped file is
+    cache = resident_cache(OPS, RECORD, share_arena(RECORD, source).records)
+    assert np.shares_memory(cache.slots, source)
+    store = Store(OPS, None, cache, 8, TOP_K)
+    for layer in range(LAYERS):
+        run(store, rng, source, 5, layer)
+    assert store.counters().hit == LAYERS * 5 * TOP_K
+    assert resident(OPS, cache).all()
+
+
+def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> None:
+    cache = make_cache(OPS, share_arena(RECORD, records(rng)), 5, TOP_K)
+    arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
+    assert cache_bytes(RECORD, LAYERS, EXPERTS, 5) == sum(x.nbytes for x in arrays)
+
+
+def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:
+    with pytest.raises(CheckpointError, match=str(RECORD.nbytes)):
+        share_arena(RECORD, records(rng)[:, :, :-1])

@@ -1,0 +1,67 @@
+#!/usr/bin/env python3
+"""Make the golden logits anew: seeded checkpoints through transformers, in float32 on the CPU.
+
+Needs the `oracle` extra (torch, transformers).  Writes tests/golden/logits_{case}.npz with the
+logits after some of the prompt's positions, and a fingerprint of the weights they are of.
+
+    python tools/make_golden.py
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.models.build import (  # noqa: E402
+    CASES,
+    Case,
+    fingerprint,
+    hf_tensors,
+    prompt,
+    write_checkpoint,
+)
+
+
+def main() -> None:
+    """One file a case."""
+    torch.set_num_threads(1)
+    for case in CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            write_checkpoint(case, Path(folder))
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, output_loading_info=True
+            )
+        for kind, names in report.items():
+            assert not names, f"{case.name}: {kind} {names}"
+        ids = prompt(case)
+        with torch.no_grad():
+            logits = model.eval()(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
+        kept = positions(case)
+        out = ROOT / "tests" / "golden" / f"logits_{case.name}.npz"
+        np.savez_compressed(
+            out,
+            ids=ids,
+            positions=kept,
+            logits=logits[kept],
+            weights=fingerprint(hf_tensors(case)),
+            transformers=transformers.__version__,
+        )
+        print(
+            f"{out.relative_to(ROOT)}  {out.stat().st_size} bytes  |logits| {abs(logits).max():.2f}"
+        )
+
+
+def positions(case: Case) -> np.ndarray:
+    """Every position of a short prompt; of a long one the last 16 and every third."""
+    every = np.arange(case.prompt, dtype=np.int32)
+    return every if case.prompt <= 64 else every[(every % 3 == 0) | (every >= case.prompt - 16)]
+
+
+if __name__ == "__main__":
+    main()
