@@ -18,4 +18,5 @@ def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDAr
 
 def dequantize(q: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """i8 [..., N, K], f32 [..., N] -> f32 [..., N, K]."""
-    return np.multiply(q, scale[..., None], dtype=np.float32)
+    w: npt.NDArray[np.float32] = np.multiply(q, scale[..., None], dtype=np.float32)
+    return w

@@ -110,20 +110,20 @@ def _step(size: Size, a: dict[str, Any]) -> Step:
     )  # fmt: skip
 
 
-# -- rows --------------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------
 
 
 def embed(rng: np.random.Generator, size: Size) -> Case:
     table = bf16_from_f32(_f32(rng, 50, size.hidden))
     ids = rng.integers(0, 50, sum(size.lengths), dtype=np.int32)
-    arrays = {"out": _nan(len(ids), size.hidden), "ids": ids, "table": table}
+    arrays: Arrays = {"out": _nan(len(ids), size.hidden), "ids": ids, "table": table}
     return Case(arrays, lambda ops, a: ops.embed(a["out"], a["ids"], a["table"]), {"out": "exact"})
 
 
 def take(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     rows = rng.integers(0, tokens, max(1, tokens // 2), dtype=np.int32)
-    arrays = {
+    arrays: Arrays = {
         "out": _nan(len(rows), size.hidden),
         "x": _f32(rng, tokens, size.hidden),
         "rows": rows,
@@ -133,13 +133,13 @@ def take(rng: np.random.Generator, size: Size) -> Case:
 
 def add(rng: np.random.Generator, size: Size) -> Case:
     shape = (sum(size.lengths), size.hidden)
-    arrays = {"out": _f32(rng, *shape), "x": _f32(rng, *shape)}
+    arrays: Arrays = {"out": _f32(rng, *shape), "x": _f32(rng, *shape)}
     return Case(arrays, lambda ops, a: ops.add(a["out"], a["x"]), {"out": "exact"})
 
 
 def rms_norm(rng: np.random.Generator, size: Size) -> Case:
     shape = (sum(size.lengths), size.hidden)
-    arrays = {"out": _nan(*shape), "x": _f32(rng, *shape) * 3, "w": _f32(rng, size.hidden)}
+    arrays: Arrays = {"out": _nan(*shape), "x": _f32(rng, *shape) * 3, "w": _f32(rng, size.hidden)}
     return Case(arrays, lambda ops, a: ops.rms_norm(a["out"], a["x"], a["w"], 1e-6), {"out": "f32"})
 
 
@@ -147,7 +147,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
         rows, columns, tokens = size.outputs, size.hidden, sum(size.lengths)
         w = _f32(rng, rows, columns) * np.float32(0.02)
-        arrays = {"out": _nan(tokens, rows), "x": _f32(rng, tokens, columns)}
+        arrays: Arrays = {"out": _nan(tokens, rows), "x": _f32(rng, tokens, columns)}
         group = 0
         if form == "bf16":
             arrays["w"] = bf16_from_f32(w)
@@ -167,7 +167,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-# -- attention ---------------------------------------------------------------------------------------
+# -- attention -----------------------------------------------------------------------------------
 
 
 def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any]) -> Arrays:
@@ -211,14 +211,14 @@ def attention(rng: np.random.Generator, size: Size) -> Case:
 
 def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
     tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
-    arrays = {
+    arrays: Arrays = {
         "out": _f32(rng, tokens, heads, dim),
         "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim) * 4,
     }
     return Case(arrays, lambda ops, a: ops.sigmoid_gate(a["out"], a["qgkv"]), {"out": "f32"})
 
 
-# -- gated delta net -----------------------------------------------------------------------------------
+# -- gated delta net -----------------------------------------------------------------------------
 
 
 def _channels(size: Size) -> int:
@@ -243,7 +243,7 @@ def conv(rng: np.random.Generator, size: Size) -> Case:
 
 def delta_gates(rng: np.random.Generator, size: Size) -> Case:
     tokens, heads = sum(size.lengths), size.value_heads
-    arrays = {
+    arrays: Arrays = {
         "decay": _nan(tokens, heads),
         "beta": _nan(tokens, heads),
         "ab": _f32(rng, tokens, 2 * heads) * 8,
@@ -283,7 +283,7 @@ def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
 def gated_norm(rng: np.random.Generator, size: Size) -> Case:
     tokens, shape = sum(size.lengths), (size.value_heads, size.value_dim)
     channels = _channels(size)
-    arrays = {
+    arrays: Arrays = {
         "out": _nan(tokens, *shape),
         "x": _f32(rng, tokens, *shape),
         "z": _f32(rng, tokens, channels + shape[0] * shape[1]) * 3,
@@ -296,7 +296,7 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-# -- experts -------------------------------------------------------------------------------------------
+# -- experts -------------------------------------------------------------------------------------
 
 
 def route(rng: np.random.Generator, size: Size) -> Case:
@@ -304,7 +304,7 @@ def route(rng: np.random.Generator, size: Size) -> Case:
     logits = _f32(rng, tokens, size.experts + 1)
     logits[:, -1] = 50  # the shared expert's gate is no expert
     logits[0, :3] = 9  # a tie goes to the lower id
-    arrays = {
+    arrays: Arrays = {
         "ids": np.full((tokens, size.top_k), 999, np.uint16),
         "weights": _nan(tokens, size.top_k),
         "logits": logits,
@@ -431,13 +431,13 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
 
 def silu_mul(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
-    arrays = {"out": _nan(tokens, size.inner), "x": _f32(rng, tokens, 2 * size.inner) * 4}
+    arrays: Arrays = {"out": _nan(tokens, size.inner), "x": _f32(rng, tokens, 2 * size.inner) * 4}
     return Case(arrays, lambda ops, a: ops.silu_mul(a["out"], a["x"]), {"out": "f32"})
 
 
 def add_gated(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
-    arrays = {
+    arrays: Arrays = {
         "out": _f32(rng, tokens, size.hidden),
         "x": _f32(rng, tokens, size.hidden),
         "gate": _f32(rng, tokens, size.experts + 1) * 3,
