@@ -68,7 +68,7 @@ class Model:
         self.head_matrix = (
             taken.linear("head", config.vocab, config.hidden)
             if taken.has("head")
-            else Linear("bf16", config.vocab, config.hidden, _on_device(ops, self.embed))
+            else Linear("bf16", config.vocab, config.hidden, self.embed)
         )
         frequencies = ops.put(rotary_frequencies(config))
         self.layers = [
@@ -107,8 +107,3 @@ def rotary_frequencies(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.float
     """theta^(-2j / R) for j < R / 2, radians a position.  f32 [R / 2]."""
     exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
     return (config.rope_theta**-exponent).astype(np.float32)
-
-
-def _on_device(ops: Ops, embed: Array) -> Array:
-    """The embedding where a matrix product reads it fast; it may lie in host memory."""
-    return ops.put(ops.host_view(embed))

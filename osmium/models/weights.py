@@ -82,8 +82,12 @@ class Weights:
 def upload(
     ops: Ops, values: Mapping[str, Linear | Array], *, embed_on_host: bool
 ) -> dict[str, Linear | Array]:
-    """Host weights to where kernels reach them; the embedding to `ops.host` memory if so told,
-    for its table is large and a step reads one row a token.  Raises: OutOfMemory."""
+    """Weights from the host's memory to where kernels reach them fast.
+
+    With `embed_on_host` the embedding goes to `ops.host` memory, as its table is large and a step
+    reads one row a token; a head that is the embedding then gets a copy of its own, as it is read
+    whole.  Raises: OutOfMemory.
+    """
     placed: dict[str, Linear | Array] = {}
     for name, value in values.items():
         if isinstance(value, Linear):
@@ -92,6 +96,9 @@ def upload(
         elif name == "embed" and embed_on_host:
             placed[name] = ops.host(value.shape, value.dtype)
             ops.host_view(placed[name])[...] = value
+            if "head" not in values:
+                rows, columns = value.shape
+                placed["head"] = Linear("bf16", rows, columns, ops.put(value))
         else:
             placed[name] = ops.put(value)
     return placed

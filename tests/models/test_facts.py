@@ -9,11 +9,12 @@ import pytest
 from osmium.errors import CheckpointError
 from osmium.models import model_class
 from osmium.models.state import make_state, state_bytes
+from osmium.models.weights import upload
 from osmium.models.workspace import make_workspace, workspace_bytes
 from osmium.ops import Array, Linear, Step
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
-from tests.models.run import Logits, runner
+from tests.models.run import Logits, Runner, runner
 from tests.tolerance import close, distance
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -219,3 +220,17 @@ def one_sequence(tokens: int) -> Step:
     return Step(
         tokens, 1, tokens, every, every, np.zeros_like(every), starts, zero, zero, zero[None]
     )
+
+
+@each_case
+@pytest.mark.parametrize("embed_on_host", [True, False])
+def test_uploaded_weights_give_the_same_logits(case: Case, embed_on_host: bool) -> None:
+    given = runner(case)
+    ids = prompt(case)
+    want = given.logits(ids, 40)
+    placed = upload(given.ops, given.weights, embed_on_host=embed_on_host)
+    if embed_on_host:
+        assert not np.shares_memory(placed["embed"], given.weights["embed"])
+        assert "head" in placed  # a tied head is read whole: not from host memory
+    again = Runner(given.config, placed, given.record, given.records)
+    assert np.array_equal(again.logits(ids, 40), want)
