@@ -1,0 +1,409 @@
+"""A kernel: its text, its contract, and its launch.
+
+A kernel's signature is written once, in the `//:` lines at the top of its file in ptx/.  It is read
+here, held against the `.entry` of the same text, and used to check and pack a launch's arguments.
+Knows nothing of what a kernel computes, nor of where it runs: a stream does that.
+
+    entry    the entry's name, which is the file's
+    grid     axes, separated by commas: expressions over the parameters, and over launcher sizes:
+             names that are no parameters, passed first, in the order in which they appear
+    block    threads, equal to .maxntid
+    shared   static bytes                dynamic  bytes asked for at launch, an expression
+    regs     ceiling, by ptxas           target   architectures on which that holds
+    param    name  type  [direction dtype[shape]]  [align n]  [rule]
+    moves    bytes through memory, an expression
+    order    fixed, or why it is not
+
+After two spaces a line speaks to people.  Expressions know + - * // % comparisons, min, max and
+ceil(a / b), all in integers.
+"""
+
+import ast
+import os
+import re
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from osmium.errors import KernelError
+
+__all__ = ["Contract", "Expression", "Kernel", "Parameter", "kernel", "parse"]
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "f32": np.float32, "f16": np.float16, "bf16": np.uint16, "u8": np.uint8, "i8": np.int8,
+        "u16": np.uint16, "i32": np.int32, "u32": np.uint32, "i64": np.int64,
+    }.items()
+}  # fmt: skip
+"""What an array holds; bf16 is kept as u16."""
+
+_CODES = {"u64": "Q", "u32": "I", "s32": "i", "f32": "f"}
+"""A parameter's type, for struct."""
+
+_FOLDERS = (Path(__file__).parents[1] / "ptx", Path(__file__).parents[2] / "ptx")
+"""Where kernels lie: in an installed package, in a checkout."""
+
+
+class Stream(Protocol):
+    """What runs a launch: cuda.Stream, or the tests' interpreter."""
+
+    def launch(self, kernel: "Kernel", grid: tuple[int, ...], values: tuple[Any, ...]) -> None: ...
+
+
+class Expression:
+    """Integer arithmetic over named sizes."""
+
+    def __init__(self, text: str, where: str) -> None:
+        self.text = text.strip()
+        try:
+            tree = ast.parse(self.text, mode="eval")
+            self.names = tuple(_names(tree))
+            self._code = compile(ast.fix_missing_locations(_Integers().visit(tree)), where, "eval")
+        except (SyntaxError, ValueError) as error:
+            raise KernelError(f"{where}: {self.text!r} is no expression: {error}") from None
+
+    def __call__(self, sizes: dict[str, Any]) -> int:
+        return int(eval(self._code, {"__builtins__": {}, "min": min, "max": max}, sizes))
+
+
+class _Integers(ast.NodeTransformer):
+    """ceil(a / b) becomes -(-a // b), and every other division a floor division."""
+
+    ALLOWED = (
+        ast.Expression, ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.Name, ast.Load,
+        ast.Constant, ast.Call, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod,
+        ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
+    )  # fmt: skip
+
+    def visit(self, node: ast.AST) -> Any:
+        if not isinstance(node, self.ALLOWED):
+            raise ValueError(f"{type(node).__name__} is not arithmetic")
+        return super().visit(node)
+
+    def visit_Call(self, node: ast.Call) -> Any:
+        name = node.func.id if isinstance(node.func, ast.Name) else "?"
+        if name in ("min", "max"):
+            return self.generic_visit(node)
+        (argument,) = node.args if len(node.args) == 1 else (None,)
+        if name != "ceil" or not isinstance(argument, ast.BinOp):
+            raise ValueError(f"{name}() is not known")
+        top, bottom = self.visit(argument.left), self.visit(argument.right)
+        floor = ast.BinOp(ast.UnaryOp(ast.USub(), top), ast.FloorDiv(), bottom)
+        return ast.UnaryOp(ast.USub(), floor)
+
+    def visit_BinOp(self, node: ast.BinOp) -> Any:
+        self.generic_visit(node)
+        if isinstance(node.op, ast.Div):
+            node.op = ast.FloorDiv()
+        return node
+
+
+def _names(tree: ast.AST) -> list[str]:
+    """Names in the order in which they are written, each once."""
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    found.sort(key=lambda node: (node.lineno, node.col_offset))
+    return [n for n in dict.fromkeys(node.id for node in found) if n not in ("ceil", "min", "max")]
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of an entry."""
+
+    name: str
+    type: str
+    """u64, u32, s32 or f32; u64 is an array."""
+    direction: str = ""
+    """in, out or inout; empty for a scalar."""
+    dtype: str = ""
+    shape: tuple[str, ...] = ()
+    align: int = 0
+    """Bytes; 0 asks for nothing."""
+    rule: Expression | None = None
+    """A scalar's condition, over all sizes."""
+
+    @property
+    def is_array(self) -> bool:
+        return bool(self.direction)
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a kernel's header promises and asks for."""
+
+    entry: str
+    text: str
+    """The whole module, as the driver gets it."""
+    grid: tuple[Expression, ...]
+    block: int
+    params: tuple[Parameter, ...]
+    shared: int = 0
+    dynamic: Expression | None = None
+    regs: int = 255
+    targets: tuple[str, ...] = ()
+    moves: Expression | None = None
+    order: str = "fixed"
+    where: str = field(default="", compare=False)
+    """The file, for errors."""
+
+    @cached_property
+    def sizes(self) -> tuple[str, ...]:
+        """Launcher sizes: what the caller passes before the parameters."""
+        mine = {p.name for p in self.params}
+        names = dict.fromkeys(name for axis in self.grid for name in axis.names)
+        return tuple(name for name in names if name not in mine)
+
+    @cached_property
+    def layout(self) -> struct.Struct:
+        """The parameters' places in memory: each aligned to its own size, as the ABI asks."""
+        return struct.Struct("@" + "".join(_CODES[p.type] for p in self.params))
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Bytes from the start of the parameters to each."""
+        made, at = [], 0
+        for p in self.params:
+            size = struct.calcsize(_CODES[p.type])
+            at = -(-at // size) * size
+            made.append(at)
+            at += size
+        return tuple(made)
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def parse(text: str, where: str) -> Contract:
+    """A module's contract, held against its entry.  Raises: KernelError naming file and rule."""
+    lines: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        found = re.match(r"//:\s+(\w+)\s+(.*)$", line)
+        if found:
+            lines.setdefault(found[1], []).append(found[2].rstrip())
+    known = {
+        "entry", "grid", "block", "shared", "dynamic", "regs", "target", "param", "moves", "order",
+    }  # fmt: skip
+    for key in lines:
+        if key not in known:
+            raise KernelError(f"{where}: the contract has {key!r}; known are {sorted(known)}.")
+        if key != "param" and len(lines[key]) > 1:
+            raise KernelError(f"{where}: the contract has {key!r} {len(lines[key])} times; once.")
+    for key in ("entry", "grid", "block", "param"):
+        if key not in lines:
+            raise KernelError(f"{where}: the contract has no {key!r} line.")
+
+    def word(key: str, default: str) -> str:
+        return re.split(r"\s{2,}", lines.get(key, [default])[0])[0]
+
+    def number(key: str, default: str) -> int:
+        if not word(key, default).isdigit():
+            raise KernelError(f"{where}: {key} is {word(key, default)!r}; it must be an integer.")
+        return int(word(key, default))
+
+    made = Contract(
+        entry=word("entry", ""),
+        text=text,
+        grid=tuple(Expression(axis, where) for axis in _split(word("grid", ""))),
+        block=number("block", ""),
+        params=tuple(_parameter(line, where) for line in lines["param"]),
+        shared=number("shared", "0"),
+        dynamic=Expression(word("dynamic", ""), where) if "dynamic" in lines else None,
+        regs=number("regs", "255"),
+        targets=tuple(word("target", "").split()),
+        moves=Expression(word("moves", ""), where) if "moves" in lines else None,
+        order=word("order", "fixed"),
+        where=where,
+    )
+    _check_entry(made)
+    return made
+
+
+def _split(text: str) -> list[str]:
+    """At the commas outside of brackets."""
+    parts, depth = [""], 0
+    for letter in text:
+        depth += (letter in "([") - (letter in ")]")
+        if letter == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += letter
+    return parts
+
+
+def _parameter(line: str, where: str) -> Parameter:
+    name, kind, *rest = re.split(r"\s+", line, maxsplit=2)
+    if kind not in _CODES:
+        raise KernelError(f"{where}: param {name} is {kind}; known types are {', '.join(_CODES)}.")
+    tail = rest[0] if rest else ""
+    align = re.search(r"\balign (\d+)\b", tail)
+    array = re.match(r"(inout|in|out)\s+(\w+)\[(.*?)\]", tail)
+    if array:
+        if kind != "u64" or array[2] not in DTYPES:
+            raise KernelError(f"{where}: param {name} is {kind} {array[2]}; arrays are u64 of "
+                              f"{', '.join(DTYPES)}.")  # fmt: skip
+        shape = tuple(part.strip() for part in _split(array[3]))
+        return Parameter(name, kind, array[1], array[2], shape, int(align[1]) if align else 0)
+    rule = None
+    for part in re.split(r"\s{2,}", tail):
+        if re.search(rf"\b{name}\b", part) and re.search(r"[<>=]=|[<>]", part):
+            rule = Expression(part, where)
+    return Parameter(name, kind, rule=rule)
+
+
+def _check_entry(contract: Contract) -> None:
+    """The header against the `.entry` of the same text."""
+    where, code = contract.where, re.sub(r"//[^\n]*", "", contract.text)
+    entries = re.findall(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)", code, re.S)
+    if [name for name, _ in entries] != [contract.entry]:
+        raise KernelError(
+            f"{where}: the contract's entry is {contract.entry}, the text has "
+            f"{', '.join(name for name, _ in entries) or 'none'}."
+        )
+    found = re.findall(r"\.param\s+\.(\w+)\s+(?:\.ptr\s+[^,]*?\s)?(\w+)", entries[0][1])
+    wanted = [(p.type, p.name) for p in contract.params]
+    if found != wanted:
+        different = [f"{a} for {b}" for a, b in zip(found, wanted, strict=False) if a != b]
+        raise KernelError(
+            f"{where}: .entry has {len(found)} parameters, the contract {len(wanted)}; "
+            f"{'; '.join(different[:3]) or 'the shorter one ends first'}."
+        )
+    threads = re.search(r"\.maxntid\s+(\d+)", code)
+    if not threads or int(threads[1]) != contract.block:
+        raise KernelError(
+            f"{where}: block is {contract.block}, .maxntid {threads[1] if threads else 'absent'}."
+        )
+
+
+# -- launching -------------------------------------------------------------------------------------
+
+
+class Kernel:
+    """One kernel; calling it launches it on a stream."""
+
+    def __init__(self, name: str, load: Callable[[], Contract]) -> None:
+        self.name = name
+        self._load = load
+
+    @cached_property
+    def contract(self) -> Contract:
+        """Read and checked at first use.  Raises: KernelError."""
+        return self._load()
+
+    @cached_property
+    def buffer(self) -> bytearray:
+        """The one place where a launch's arguments are packed."""
+        return bytearray(self.contract.layout.size)
+
+    @cached_property
+    def _grid(self) -> Callable[..., tuple[int, ...]]:
+        """The grid as one function of everything that is passed, in that order."""
+        contract = self.contract
+        names = [*contract.sizes, *(p.name for p in contract.params)]
+        axes = [
+            ast.unparse(_Integers().visit(ast.parse(axis.text, mode="eval").body))
+            for axis in contract.grid
+        ]
+        made: Callable[..., tuple[int, ...]] = eval(
+            f"lambda {', '.join(names)}: ({', '.join(axes)},)"
+        )
+        return made
+
+    def __call__(self, stream: Stream, *values: Any) -> None:
+        """Launch: the launcher sizes, then the contract's parameters.  Raises: KernelError."""
+        contract = self.contract
+        first = len(contract.sizes)
+        if len(values) != first + len(contract.params):
+            wanted = ", ".join([*contract.sizes, *(p.name for p in contract.params)])
+            raise KernelError(f"{self.name} takes ({wanted}); {len(values)} values were given.")
+        grid = self._grid(*values)
+        if min(grid) < 1:
+            raise KernelError(f"{self.name}: the grid is {grid}; every axis must be at least 1.")
+        if CHECK:
+            check(contract, values)
+        stream.launch(self, grid, values[first:])
+
+    def pack(self, values: tuple[Any, ...]) -> bytearray:
+        """The parameters' values in `buffer`, as the ABI lays them out.  Raises: KernelError."""
+        layout = self.contract.layout
+        plain = [getattr(value, "ptr", value) for value in values]
+        try:
+            layout.pack_into(self.buffer, 0, *plain)
+        except (struct.error, TypeError, OverflowError):
+            self._complain(plain)
+            raise
+        return self.buffer
+
+    def _complain(self, values: list[Any]) -> None:
+        for p, value in zip(self.contract.params, values, strict=True):
+            try:
+                struct.pack(_CODES[p.type], value)
+            except (struct.error, TypeError, OverflowError):
+                raise KernelError(
+                    f"{self.name}: {p.name} is {value!r}; it must be "
+                    f"{'an array' if p.is_array else 'a ' + p.type}."
+                ) from None
+
+    def bytes_moved(self, values: tuple[Any, ...]) -> int:
+        """What a launch with these values moves through memory, by the contract."""
+        contract = self.contract
+        if contract.moves is None:
+            raise KernelError(f"{contract.where}: the contract has no moves line.")
+        return contract.moves(_known(contract, values))
+
+
+CHECK = os.environ.get("OSMIUM_CHECK") == "1"
+"""Whether every launch checks shapes, dtypes, alignment and rules."""
+
+
+def _known(contract: Contract, values: tuple[Any, ...]) -> dict[str, int]:
+    """Sizes by name: launcher sizes and integer parameters."""
+    names = [*contract.sizes, *(p.name for p in contract.params)]
+    return {
+        n: int(v) for n, v in zip(names, values, strict=True) if isinstance(v, int | np.integer)
+    }
+
+
+def check(contract: Contract, values: tuple[Any, ...]) -> None:
+    """Hold a launch's values to everything the contract says.  Raises: KernelError."""
+    sizes, name = _known(contract, values), contract.entry
+    for p, value in zip(contract.params, values[len(contract.sizes) :], strict=True):
+        if p.rule is not None and not p.rule(sizes):
+            raise KernelError(f"{name}: {p.name} is {value}; the rule is {p.rule.text}.")
+        if not p.is_array:
+            continue
+        if np.dtype(value.dtype) != DTYPES[p.dtype]:
+            raise KernelError(f"{name}: {p.name} is {value.dtype}; it must be {p.dtype}.")
+        if p.align and value.ptr % p.align:
+            raise KernelError(f"{name}: {p.name} is at {value.ptr:#x}; it needs align {p.align}.")
+        need = np.dtype(value.dtype).itemsize
+        for axis in p.shape:
+            expression = Expression(axis, contract.where) if axis != "." else None
+            if expression is None or not set(expression.names) <= set(sizes):
+                need = 0  # an axis that only the caller knows
+                break
+            need *= expression(sizes)
+        if value.nbytes < need:
+            raise KernelError(
+                f"{name}: {p.name} has {value.nbytes} bytes; [{', '.join(p.shape)}] is {need}."
+            )
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel in ptx/`name`.ptx; the file is read at first use."""
+
+    def load() -> Contract:
+        for folder in _FOLDERS:
+            path = folder / f"{name}.ptx"
+            if path.is_file():
+                made = parse(path.read_text(encoding="utf-8"), path.name)
+                if made.entry != name:
+                    raise KernelError(f"{path.name}: its entry is {made.entry}; it must be {name}.")
+                return made
+        raise KernelError(f"There is no kernel {name}.ptx in {' or '.join(map(str, _FOLDERS))}.")
+
+    return Kernel(name, load)
