@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from osmium.errors import ConfigError
 from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops
 
 __all__ = ["Counters", "Store"]
@@ -30,15 +29,9 @@ class Store:
     def __init__(
         self, ops: Ops, arena: ExpertArena | None, cache: ExpertCache, rows: int, top_k: int
     ) -> None:
-        """`arena` may be None where the cache is wholly resident; steps have at most `rows` rows.
-
-        Raises: ConfigError where one row's experts do not fit, OutOfMemory.
-        """
-        if cache.capacity < top_k:
-            raise ConfigError(
-                f"--slots is {cache.capacity}; a token activates {top_k} experts a layer, "
-                "each needs a slot."
-            )
+        """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
+        at most `rows` at once.  Raises: OutOfMemory."""
+        assert cache.capacity >= top_k, f"{cache.capacity} slots for a row's {top_k} experts"
         resident = cache.capacity == cache.experts
         assert resident or arena is not None, "experts that are not resident need an arena"
         self.ops, self.cache = ops, cache

@@ -1,5 +1,6 @@
 """A small driver of a model: sequences, their pages and slots, one step at a time."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -7,11 +8,12 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.experts.arena import share_arena
+from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
+from osmium.models.weights import upload
 from osmium.ops import Linear, Ops, Step
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
@@ -19,13 +21,17 @@ from tests.models.build import Case, hf_config, hf_tensors, our_records, our_wei
 
 Logits = npt.NDArray[np.float32]
 
+POISON = 0xFF
+"""A byte that makes NaN of f32 and bf16 alike."""
+
 
 @dataclass
 class Runner:
-    """A model with room for a few sequences.  Memory that nobody wrote is NaN or nonsense."""
+    """A model on any backend, with room for a few sequences.  Memory that nobody wrote is NaN."""
 
     config: ModelConfig
-    weights: dict[str, Linear | npt.NDArray[Any]]
+    weights: Mapping[str, Linear | npt.NDArray[Any]]
+    """In the host's memory."""
     record: Record
     records: npt.NDArray[np.uint8]
     ops: Ops = field(default_factory=ReferenceOps)
@@ -39,29 +45,41 @@ class Runner:
 
     def __post_init__(self) -> None:
         ops, config = self.ops, self.config
-        arena = share_arena(self.record, self.records)
+        host = isinstance(ops, ReferenceOps)
+        shape = (config.layers, config.experts)
         if self.capacity is None or self.capacity == config.experts:
-            cache = resident_cache(ops, self.record, arena.records)
+            arena = None
+            slots = self.records if host else fill_slots(ops, self.record, *shape, self.read, None)
+            cache = resident_cache(ops, self.record, slots)
         else:
+            arena = (
+                share_arena(self.record, self.records)
+                if host
+                else fill_arena(ops, self.record, *shape, self.read, None)
+            )
             cache = make_cache(ops, arena, self.capacity, config.top_k)
         self.store = Store(ops, arena, cache, self.rows, config.top_k)
-        self.model = model_class(config.model_type)(
-            ops, config, self.weights, self.store, self.rows
-        )
+        weights = upload(ops, self.weights, embed_on_host=not host)
+        self.model = model_class(config.model_type)(ops, config, weights, self.store, self.rows)
         each = -(-self.context // self.page)
         pages = each * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)
-        for layer in self.state.layers:
-            for array in vars(layer).values():
-                array[...] = np.nan if array.dtype == np.float32 else 0x7FC0
+        for owner in (*self.state.layers, self.model.work):
+            for array in vars(owner).values():
+                ops.fill(array, POISON)
+        self.out = ops.empty((self.rows, config.vocab), np.float32)
         # Pages lie scattered, as they do after a while.
         shuffled = np.random.default_rng(each).permutation(pages).astype(np.int32)
         self.tables = shuffled.reshape(self.sequences, each)
         self.past = [0] * self.sequences
 
-    def step(self, parts: dict[int, npt.ArrayLike]) -> dict[int, Logits]:
+    def read(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
+        """The records of a layer."""
+        out[...] = self.records[layer]
+
+    def step(self, parts: Mapping[int, npt.ArrayLike]) -> dict[int, Logits]:
         """Feed ids to some sequences, in one step; the logits of every row, by sequence."""
-        owners = list(parts)
+        put, owners = self.ops.put, list(parts)
         ids = [np.asarray(parts[s], np.int32) for s in owners]
         counts = [len(x) for x in ids]
         past = np.array([self.past[s] for s in owners], np.int32)
@@ -70,22 +88,31 @@ class Runner:
             tokens=int(starts[-1]),
             sequences=len(owners),
             page=self.page,
-            ids=np.concatenate(ids),
-            positions=np.concatenate(
-                [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
+            ids=put(np.concatenate(ids)),
+            positions=put(
+                np.concatenate(
+                    [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
+                )
             ),
-            sequence=np.repeat(np.arange(len(owners), dtype=np.int32), counts),
-            starts=starts,
-            past=past,
-            slots=np.array(owners, np.int32),
-            pages=self.tables[owners],
+            sequence=put(np.repeat(np.arange(len(owners), dtype=np.int32), counts)),
+            starts=put(starts),
+            past=put(past),
+            slots=put(np.array(owners, np.int32)),
+            pages=put(self.tables[owners]),
         )
         self.model.forward(step, self.state)
-        logits = np.full((step.tokens, self.config.vocab), np.nan, np.float32)
-        self.model.head(logits, np.arange(step.tokens, dtype=np.int32))
+        logits = self.head(np.arange(step.tokens))
         for s, n in zip(owners, counts, strict=True):
             self.past[s] += n
         return {s: logits[starts[i] : starts[i + 1]] for i, s in enumerate(owners)}
+
+    def head(self, rows: npt.ArrayLike) -> Logits:
+        """The logits of some rows of the last step."""
+        wanted = self.ops.put(np.asarray(rows, np.int32))
+        out = self.out[: wanted.shape[0]]
+        self.ops.fill(out, POISON)
+        self.model.head(out, wanted)
+        return np.asarray(self.ops.copy_out(out), np.float32)
 
     def logits(self, ids: npt.ArrayLike, chunk: int, sequence: int = 0) -> Logits:
         """The logits after every id of a new sequence, fed `chunk` at a time.  [T, vocab]"""
@@ -99,7 +126,7 @@ class Runner:
 
 
 def runner(case: Case, bits: int = 16, **options: Any) -> Runner:
-    """A seeded model on the CPU backend, with experts of `bits` bits."""
+    """A seeded model with experts of `bits` bits, on the CPU unless `ops` says otherwise."""
     config = ModelConfig.from_hf(hf_config(case))
     tensors = hf_tensors(case)
     record, records = our_records(config, tensors, bits)

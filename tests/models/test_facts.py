@@ -108,10 +108,8 @@ def test_the_head_computes_only_the_rows_asked_for() -> None:
     ids = prompt(MIXED)
     model = runner(MIXED)
     every = model.logits(ids, len(ids))
-    rows = np.array([149, 0, 77], np.int32)
-    some = np.full((3, MIXED.vocab), np.nan, np.float32)
-    model.model.head(some, rows)
-    assert close(some, every[rows], "f32")
+    rows = [149, 0, 77]
+    assert close(model.head(rows), every[rows], "f32")
 
 
 def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
@@ -131,12 +129,38 @@ def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
             return super().host(shape, dtype)
 
     ops = Counting()
-    model = runner(MIXED, ops=ops, capacity=4)
-    before = ops.made
-    model.logits(prompt(MIXED), 50)
+    given = runner(MIXED, ops=ops, capacity=4)
+    step, logits = one_sequence(given.page), np.empty((1, MIXED.vocab), np.float32)
+    before, read = ops.made, ops.bytes_to_host
+    given.model.forward(step, given.state)
+    given.model.head(logits, step.starts[:1])
     assert before > 0
-    assert ops.made == before
-    assert ops.bytes_to_host == 0
+    assert (ops.made, ops.bytes_to_host) == (before, read)
+
+
+def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
+    class Watching(ReferenceOps):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rules: set[str] = set()
+
+        def delta_step(self, *arguments: Any) -> None:
+            self.rules.add("step")
+            super().delta_step(*arguments)
+
+        def delta_chunk(self, *arguments: Any) -> None:
+            self.rules.add("chunk")
+            super().delta_chunk(*arguments)
+
+    for parts, rule in (
+        ({0: [1]}, "step"),
+        ({0: [1], 1: [2], 2: [3]}, "step"),
+        ({0: [1] * 37}, "chunk"),
+        ({0: [1] * 37, 2: [3]}, "chunk"),
+    ):
+        ops = Watching()
+        runner(MIXED, ops=ops).step(parts)
+        assert ops.rules == {rule}, parts
 
 
 def test_the_bytes_planned_are_the_bytes_allocated() -> None:
@@ -172,10 +196,7 @@ def test_a_weight_that_is_missing_or_misshapen_is_named(name: str) -> None:
         build(good.ops, good.config, weights, good.store, 8)
 
 
-def test_512_delta_net_steps_stay_near_float64() -> None:
-    seed = int(np.random.default_rng().integers(1 << 31))
-    print("seed", seed)
-    rng = np.random.default_rng(seed)
+def test_512_delta_net_steps_stay_near_float64(rng: np.random.Generator) -> None:
     tokens, keys, values, dk, dv = 512, 2, 4, 32, 64
     qkv = rng.standard_normal((tokens, 2 * keys * dk + values * dv)).astype(np.float32)
     # From heads that forget within a token to heads that keep hundreds.
@@ -214,12 +235,10 @@ def delta_rule(
 
 
 def one_sequence(tokens: int) -> Step:
-    """A new sequence in slot 0."""
+    """A new sequence in slot 0 and page 0."""
     every, zero = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     starts = np.array([0, tokens], np.int32)
-    return Step(
-        tokens, 1, tokens, every, every, np.zeros_like(every), starts, zero, zero, zero[None]
-    )
+    return Step(tokens, 1, tokens, every % 32, every, 0 * every, starts, zero, zero, zero[None])
 
 
 @each_case
