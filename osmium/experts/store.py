@@ -10,7 +10,7 @@ import numpy as np
 
 from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops
 
-__all__ = ["Counters", "Store"]
+__all__ = ["Counters", "Store", "store_bytes"]
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,7 @@ class Store:
         assert resident or arena is not None, "experts that are not resident need an arena"
         self.ops, self.cache = ops, cache
         self.arena = None if resident else arena  # nothing is ever fetched
-        # The rows of a block may all ask for different experts.
-        self.block = rows if resident else min(rows, cache.capacity // top_k)
+        self.block = _block(rows, cache.capacity, cache.experts, top_k)
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.empty((self.block, top_k, cache.record.inner), np.float32)
         self.plan = ExpertPlan(
@@ -73,3 +72,14 @@ class Store:
         routed, hit, fetched, copied = (int(n) for n in self.ops.copy_out(self.cache.counters))
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
         return Counters(routed, hit, fetched, copied)
+
+
+def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int) -> int:
+    """Bytes of a store's own arrays; `inner` is I."""
+    block = _block(rows, capacity, experts, top_k)
+    return 4 * (block * top_k * inner + 1 + 4 * min(experts, block * top_k))
+
+
+def _block(rows: int, capacity: int, experts: int, top_k: int) -> int:
+    """Rows at once: all of them may ask for different experts, and each needs a slot."""
+    return rows if capacity == experts else min(rows, capacity // top_k)

@@ -9,7 +9,7 @@ import pytest
 from osmium.errors import CheckpointError, ConfigError
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
-from osmium.experts.store import Store
+from osmium.experts.store import Store, store_bytes
 from osmium.ops import ExpertArena, ExpertCache
 from osmium.ops.reference import ReferenceOps, expert_matrices
 from osmium.quant.record import Record
@@ -200,9 +200,13 @@ def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) ->
 
 
 def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> None:
-    cache = make_cache(OPS, share_arena(RECORD, records(rng)), 5, TOP_K)
-    arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
-    assert cache_bytes(RECORD, LAYERS, EXPERTS, 5) == sum(x.nbytes for x in arrays)
+    arena = share_arena(RECORD, records(rng))
+    for capacity in (5, 8, EXPERTS):
+        cache, store = parts(arena, capacity)
+        arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
+        assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
+        own = store.inner.nbytes + sum(x.nbytes for x in vars(store.plan).values())
+        assert store_bytes(8, capacity, EXPERTS, TOP_K, RECORD.inner) == own
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:
