@@ -42,6 +42,7 @@ class Runner:
     kv_dtype: str = "f32"
     sequences: int = 3
     context: int = 256
+    store_type: type[Store] = Store
 
     def __post_init__(self) -> None:
         ops, config = self.ops, self.config
@@ -58,7 +59,7 @@ class Runner:
                 else fill_arena(ops, self.record, *shape, self.read, None)
             )
             cache = make_cache(ops, arena, self.capacity, config.top_k)
-        self.store = Store(ops, arena, cache, self.rows, config.top_k)
+        self.store = self.store_type(ops, arena, cache, self.rows, config.top_k)
         weights = upload(ops, self.weights, embed_on_host=not host)
         self.model = model_class(config.model_type)(ops, config, weights, self.store, self.rows)
         each = -(-self.context // self.page)

@@ -1,0 +1,80 @@
+"""Whole models on a GPU against the CPU, token by token where both chose the same experts."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.experts.cache import resident, verify
+from osmium.experts.store import Store
+from osmium.ops import Array, Ops
+from tests.models.build import CASES, Case, prompt
+from tests.models.run import Logits, Runner, runner
+from tests.tolerance import TOLERANCE
+
+pytestmark = pytest.mark.gpu
+
+each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+
+
+class Watched(Store):
+    """Keeps which experts every layer was asked for."""
+
+    seen: list[npt.NDArray[Any]]
+
+    def mlp(self, out: Array, x: Array, ids: Array, weights: Array, layer: int) -> None:
+        self.seen.append(np.sort(self.ops.copy_out(ids), axis=1))
+        super().mlp(out, x, ids, weights, layer)
+
+
+def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
+    """Logits [T, vocab], and the experts of every token and layer, sorted, [T, L, A]."""
+    assert isinstance(model.store, Watched)
+    model.store.seen = []
+    logits = model.logits(ids, chunk)
+    layers = model.config.layers
+    steps = [model.store.seen[at : at + layers] for at in range(0, len(model.store.seen), layers)]
+    return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
+
+
+def check(case: Case, gpu: Ops, chunk: int, bits: int, capacity: int | None = None) -> Runner:
+    """The GPU's logits are the CPU's, over the tokens whose experts agree."""
+    ids = prompt(case)
+    cpu = runner(case, bits, kv_dtype="bf16", store_type=Watched)
+    want, theirs = routed(cpu, ids, chunk)
+    model = runner(case, bits, ops=gpu, kv_dtype="bf16", capacity=capacity, store_type=Watched)
+    got, ours = routed(model, ids, chunk)
+    assert np.isfinite(got).all()
+    agree = (ours == theirs).all(axis=(1, 2))
+    assert agree.mean() > 0.9, f"experts agree for {agree.mean():.0%} of the tokens"
+    off = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert np.median(off[agree]) <= TOLERANCE["gpu_logits"], np.median(off[agree])
+    return model
+
+
+@each_case
+@pytest.mark.parametrize("chunk", [1, 33, 256])
+def test_a_gpu_gives_the_cpus_logits(case: Case, chunk: int, gpu: Ops) -> None:
+    check(case, gpu, chunk, bits=16)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_quantised_experts_give_the_cpus_logits(bits: int, gpu: Ops) -> None:
+    check(CASES[0], gpu, 33, bits)
+
+
+@each_case
+def test_a_small_cache_gives_the_cpus_logits_and_its_slots_are_true(case: Case, gpu: Ops) -> None:
+    model = check(case, gpu, 33, bits=16, capacity=case.experts[1])
+    counted = model.store.counters()
+    assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)
+    held = int(resident(gpu, model.store.cache).sum())
+    assert verify(gpu, model.store.cache, model.records, samples=held, seed=0) == held > 0
+
+
+def test_only_what_is_asked_for_comes_back_to_the_host(gpu: Ops) -> None:
+    model = runner(CASES[0], ops=gpu, kv_dtype="bf16")
+    before = gpu.bytes_to_host
+    got = model.logits(prompt(CASES[0]), 50)
+    assert gpu.bytes_to_host - before == got.nbytes
