@@ -1,0 +1,172 @@
+"""The CUDA driver: the binding loaded late, results checked, the device and its primary context.
+
+Importing this imports no binding; a machine without a GPU never loads one.  Every driver call goes
+through `Driver`, which raises what the result says.
+"""
+
+import functools
+import threading
+from typing import Any
+
+from osmium.errors import CudaError, KernelError, NoDevice
+
+__all__ = ["LEAST_DRIVER", "Device", "Driver", "load_driver"]
+
+LEAST_DRIVER = 12080
+"""CUDA 12.8, as cuDriverGetVersion says it."""
+
+_LOST = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
+"""Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
+
+_GUESS = {
+    2: "Lower --vram, --slots, --context or --kv-cache-mb, or close what else uses the GPU.",
+    100: "No GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES.",
+    209: "The GPU is older than sm_80; RTX 30 series is the floor.",
+    218: "The driver refused the PTX; the log says where.",
+    222: "The PTX is newer than the driver; update the driver.",
+    701: "The launch asks for more registers, threads or shared memory than the GPU has.",
+}
+"""Our best guess of a way out, by CUresult."""
+
+
+class Driver:
+    """Calls into cuda.bindings.driver by name, checked: `driver("cuMemAlloc", n)`."""
+
+    def __init__(self, binding: Any) -> None:
+        self.binding = binding
+
+    def __call__(self, call: str, *args: Any) -> Any:
+        """The call's values: none, one, or a tuple.  Raises: CudaError."""
+        result = getattr(self.binding, call)(*args)
+        if result[0].value:
+            raise self.error(call, result[0])
+        return result[1] if len(result) == 2 else result[1:]
+
+    def error(self, call: str, result: Any, more: str = "") -> CudaError:
+        """What a failed call says, in one or two sentences."""
+        code = int(result)
+        name = str(getattr(result, "name", result))
+        lost = code in _LOST
+        way_out = _GUESS.get(code, "")
+        if lost:
+            way_out = "The context is lost; restart. Run with OSMIUM_SYNC=1 to name the kernel."
+        text = f"{call}: {name} ({code}). {more or way_out}".rstrip()
+        return CudaError(text, call=call, name=name, code=code, lost=lost)
+
+
+@functools.cache
+def load_driver() -> Driver:
+    """The binding, initialised.  Raises: NoDevice where there is no binding, driver or GPU."""
+    try:
+        from cuda.bindings import driver as binding  # late: a laptop never loads it
+    except ImportError:
+        raise NoDevice(
+            "The CUDA bindings are not installed; for a GPU: pip install 'osmium[cu13]', or "
+            "'osmium[cu12]' for a driver before 580."
+        ) from None
+    try:
+        (result,) = binding.cuInit(0)
+    except Exception as error:  # the binding raises types of its own where libcuda is absent
+        raise NoDevice(f"There is no usable NVIDIA driver here ({error}).") from None
+    driver = Driver(binding)
+    if result.value:
+        raise NoDevice(f"The NVIDIA driver finds no GPU: {driver.error('cuInit', result)}")
+    version = driver("cuDriverGetVersion")
+    if version < LEAST_DRIVER:
+        raise NoDevice(
+            f"The NVIDIA driver is for CUDA {_dotted(version)}; Osmium needs 12.8 (driver 570) "
+            "or newer. Update the driver."
+        )
+    return driver
+
+
+def _dotted(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+class Device:
+    """One GPU and its primary context, current on the thread that made it."""
+
+    def __init__(self, ordinal: int = 0) -> None:
+        """Raises: NoDevice."""
+        self.driver = load_driver()
+        count = self.driver("cuDeviceGetCount")
+        if ordinal >= count:
+            raise NoDevice(f"GPU {ordinal} was asked for; the driver sees {count}.")
+        self.handle = self.driver("cuDeviceGet", ordinal)
+        self.driver_version = int(self.driver("cuDriverGetVersion"))
+        self.name = self.driver("cuDeviceGetName", 96, self.handle).split(b"\0")[0].decode()
+        self.capability = (self._attribute(75), self._attribute(76))
+        self.multiprocessors = self._attribute(16)
+        self.l2_bytes = self._attribute(38)
+        if self.capability < (8, 0):
+            raise NoDevice(
+                f"{self.name} is sm_{self.capability[0]}{self.capability[1]}; Osmium needs sm_80 "
+                "(RTX 30 series) or newer."
+            )
+        self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
+        self.closed = False
+        self._functions: dict[str, Any] = {}
+        self._modules: list[Any] = []
+        self._lock = threading.Lock()
+        self.make_current()
+
+    def _attribute(self, number: int) -> int:
+        attribute = self.driver.binding.CUdevice_attribute(number)
+        return int(self.driver("cuDeviceGetAttribute", attribute, self.handle))
+
+    def make_current(self) -> None:
+        """Make the context current on the calling thread, as each thread that uses it must."""
+        self.driver("cuCtxSetCurrent", self.context)
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes of VRAM that are free, and in all."""
+        free, total = self.driver("cuMemGetInfo")
+        return int(free), int(total)
+
+    def synchronize(self) -> None:
+        """Wait for everything on this device."""
+        self.driver("cuCtxSynchronize")
+
+    def function(self, entry: str, text: str, dynamic: int = 0) -> Any:
+        """The function `entry` of a PTX text, compiled by the driver at first use.
+
+        `dynamic` is the most dynamic shared memory it is launched with, bytes.
+        Raises: KernelError with the driver's log.
+        """
+        with self._lock:
+            found = self._functions.get(entry)
+            if found is None:
+                module = self._module(entry, text)
+                found = self.driver("cuModuleGetFunction", module, entry.encode())
+                self._functions[entry] = found
+        if dynamic > 48 << 10:
+            attribute = self.driver.binding.CUfunction_attribute(8)
+            self.driver("cuFuncSetAttribute", found, attribute, dynamic)
+        return found
+
+    def _module(self, entry: str, text: str) -> Any:
+        options = self.driver.binding.CUjit_option
+        log = bytearray(8192)  # the driver writes into it
+        result, module = self.driver.binding.cuModuleLoadDataEx(
+            text.encode() + b"\0",
+            2,
+            [options.CU_JIT_ERROR_LOG_BUFFER, options.CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES],
+            [log, len(log)],
+        )
+        if result.value:
+            said = log.split(b"\0")[0].decode(errors="replace").strip()
+            error = self.driver.error("cuModuleLoadDataEx", result)
+            raise KernelError(f"{entry}: {error}" + (f"\n{said}" if said else ""))
+        self._modules.append(module)
+        return module
+
+    def close(self) -> None:
+        """Give the modules and the primary context back; what was allocated is gone with it."""
+        if self.closed:
+            return
+        self.closed = True
+        self.make_current()
+        for module in self._modules:
+            self.driver("cuModuleUnload", module)
+        self.driver("cuDevicePrimaryCtxRelease", self.handle)

@@ -1,0 +1,226 @@
+"""Memory on both sides of the link: VRAM, and host memory that kernels can read.
+
+`Pool` hands out VRAM and remembers for whom, so that running out can say who holds what; once it is
+frozen it hands out nothing more.  `HostBuffer` is page-locked memory of a measured kind.
+"""
+
+import contextlib
+import math
+import mmap
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.cuda.driver import Device
+from osmium.errors import CudaError, OutOfMemory
+
+__all__ = ["DeviceArray", "HostBuffer", "HostKind", "Pool"]
+
+HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
+
+_PORTABLE, _MAPPED, _WRITE_COMBINED = 1, 2, 4
+_OUT_OF_MEMORY = 2
+
+
+class DeviceArray:
+    """A row-major array that kernels can reach: in VRAM, or in mapped host memory.
+
+    Slices along the first axis and reshapes are views and keep the owner alive.
+    """
+
+    __slots__ = ("dtype", "nbytes", "owner", "ptr", "shape")
+
+    def __init__(
+        self, ptr: int, shape: tuple[int, ...], dtype: npt.DTypeLike, owner: object
+    ) -> None:
+        self.ptr = ptr
+        """Device address."""
+        self.shape = shape
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
+        self.owner = owner
+
+    def __getitem__(self, key: int | slice) -> "DeviceArray":
+        """a[i] drops the first axis, a[i:j] keeps it; a step is refused."""
+        length, rest = self.shape[0], self.shape[1:]
+        row = math.prod(rest) * self.dtype.itemsize
+        if isinstance(key, slice):
+            start, stop, step = key.indices(length)
+            if step != 1:
+                raise IndexError(f"A device array is sliced in steps of 1, not {step}.")
+            count = max(0, stop - start)
+            return DeviceArray(self.ptr + start * row, (count, *rest), self.dtype, self.owner)
+        index = key + length if key < 0 else key
+        if not 0 <= index < length:
+            raise IndexError(f"Index {key} of an axis of {length}.")
+        return DeviceArray(self.ptr + index * row, rest, self.dtype, self.owner)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def reshape(self, *shape: int) -> "DeviceArray":
+        """The same bytes in another shape of the same size."""
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{list(self.shape)} cannot be reshaped to {list(shape)}.")
+        return DeviceArray(self.ptr, shape, self.dtype, self.owner)
+
+    def __repr__(self) -> str:
+        return f"DeviceArray({self.dtype} {list(self.shape)} at {self.ptr:#x})"
+
+
+class Block:
+    """One allocation; freed when the last array over it goes, or by `Pool.close`."""
+
+    def __init__(self, pool: "Pool", ptr: int, nbytes: int, what: str) -> None:
+        self.pool, self.ptr, self.nbytes, self.what = pool, ptr, nbytes, what
+
+    def free(self) -> None:
+        """Give it back; more than once is harmless."""
+        ptr, self.ptr = self.ptr, 0
+        if ptr and not self.pool.device.closed:
+            with contextlib.suppress(CudaError):  # the context may be lost
+                self.pool.device.driver("cuMemFree", ptr)
+        self.pool.forget(ptr)
+
+    def __del__(self) -> None:
+        if self.ptr:
+            self.free()
+
+
+class Pool:
+    """VRAM of one device."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.frozen = False
+        self._held: dict[int, tuple[int, str]] = {}
+        self._label = "other"
+
+    @property
+    def used(self) -> int:
+        """Bytes handed out."""
+        return sum(nbytes for nbytes, _ in self._held.values())
+
+    @contextlib.contextmanager
+    def label(self, what: str) -> Iterator[None]:
+        """What is allocated inside is for `what`, which OutOfMemory names."""
+        before, self._label = self._label, what
+        try:
+            yield
+        finally:
+            self._label = before
+
+    def freeze(self) -> None:
+        """From here on every allocation is a bug: nothing is allocated while serving."""
+        self.frozen = True
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """A new array in VRAM with unspecified contents.  Raises: OutOfMemory."""
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        assert not self.frozen, f"{nbytes} bytes were asked for while serving"
+        try:
+            ptr = int(self.device.driver("cuMemAlloc", max(nbytes, 16)))
+        except CudaError as error:
+            if error.code != _OUT_OF_MEMORY:
+                raise
+            raise self._refused(nbytes) from None
+        block = Block(self, ptr, nbytes, self._label)
+        self._held[ptr] = (nbytes, self._label)
+        return DeviceArray(ptr, shape, dtype, block)
+
+    def _refused(self, nbytes: int) -> OutOfMemory:
+        free, total = self.device.memory()
+        sums: dict[str, int] = {}
+        for size, what in self._held.values():
+            sums[what] = sums.get(what, 0) + size
+        held = ", ".join(f"{what} {_gib(size)}" for what, size in sums.items()) or "nothing"
+        return OutOfMemory(
+            f"{_gib(nbytes)} of VRAM for {self._label} were asked for, {_gib(free)} of "
+            f"{_gib(total)} are free; Osmium holds {held}. Lower --vram, --slots or --context."
+        )
+
+    def forget(self, ptr: int) -> None:
+        """A block was given back."""
+        self._held.pop(ptr, None)
+
+
+class HostBuffer:
+    """Page-locked host memory that kernels can read and write.
+
+    pinned, write-combined      cuMemHostAlloc: the driver's own pages
+    registered                  ordinary pages, locked and mapped by cuMemHostRegister
+    registered-huge             the same on transparent huge pages, where the system gives them
+    """
+
+    def __init__(self, device: Device, nbytes: int, kind: HostKind) -> None:
+        """Raises: OutOfMemory where the system refuses to lock so much."""
+        self.device, self.nbytes, self.kind = device, nbytes, kind
+        self._map: mmap.mmap | None = None
+        try:
+            if kind in ("pinned", "write-combined"):
+                extra = _WRITE_COMBINED if kind == "write-combined" else 0
+                flags = _PORTABLE | _MAPPED | extra
+                self.address = int(device.driver("cuMemHostAlloc", nbytes, flags))
+            else:
+                self.address = self._register(nbytes)
+        except (CudaError, OSError) as error:
+            raise OutOfMemory(
+                f"{_gib(nbytes)} of {kind} host memory were asked for and refused ({error}). "
+                "Free memory, choose a smaller model, or --no-wc-alloc for another kind."
+            ) from None
+        self.device_address = int(device.driver("cuMemHostGetDevicePointer", self.address, 0))
+
+    def _register(self, nbytes: int) -> int:
+        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self.kind == "registered-huge":
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
+        self.device.driver("cuMemHostRegister", address, nbytes, _PORTABLE | _MAPPED)
+        return address
+
+    def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """The host's view.  Reading write-combined memory is slow: only write."""
+        return _host_array(self.address, shape, np.dtype(dtype), self)
+
+    def device_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """The kernels' view of the same bytes."""
+        return DeviceArray(self.device_address, shape, dtype, self)
+
+    def close(self) -> None:
+        """Give it back; views of it must not be used any more."""
+        if not self.address or self.device.closed:
+            return
+        if self._map is None:
+            self.device.driver("cuMemFreeHost", self.address)
+        else:
+            self.device.driver("cuMemHostUnregister", self.address)
+        self.address = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "address", 0):
+            with contextlib.suppress(CudaError):
+                self.close()
+
+
+class _Memory:
+    """An address as NumPy's array interface has it; keeps its owner alive."""
+
+    def __init__(
+        self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: object
+    ) -> None:
+        self.__array_interface__ = {
+            "shape": shape, "typestr": dtype.str, "data": (address, False), "version": 3,
+        }  # fmt: skip
+        self.owner = owner
+
+
+def _host_array(
+    address: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: object
+) -> npt.NDArray[Any]:
+    return np.asarray(_Memory(address, shape, dtype, owner))
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / (1 << 30):.2f} GiB" if nbytes >= 1 << 27 else f"{nbytes / (1 << 20):.2f} MiB"

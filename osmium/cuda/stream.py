@@ -1,0 +1,235 @@
+"""Order: streams, events, graphs, and the machine that the operations run on."""
+
+import contextlib
+import ctypes
+import math
+import os
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.cuda.driver import Device
+from osmium.cuda.memory import DeviceArray, HostBuffer, HostKind, Pool
+from osmium.errors import CudaError, KernelError
+
+__all__ = ["Event", "Graph", "Machine", "Stream"]
+
+SYNC = os.environ.get("OSMIUM_SYNC") == "1"
+"""Wait after every launch, so that an error names its kernel."""
+
+
+class Launchable(Protocol):
+    """What a stream needs of a kernel."""
+
+    @property
+    def contract(self) -> Any: ...
+    def pack(self, values: tuple[Any, ...]) -> bytearray: ...
+
+
+class Event:
+    """A mark in a stream; `later - earlier` is the milliseconds between them."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.handle = device.driver("cuEventCreate", 0)
+
+    def record(self, stream: "Stream") -> "Event":
+        """Mark what `stream` has been given so far."""
+        self.device.driver("cuEventRecord", self.handle, stream.handle)
+        return self
+
+    def synchronize(self) -> None:
+        """Wait until the mark is reached."""
+        self.device.driver("cuEventSynchronize", self.handle)
+
+    def __sub__(self, earlier: "Event") -> float:
+        self.synchronize()
+        return float(self.device.driver("cuEventElapsedTime", earlier.handle, self.handle))
+
+    def close(self) -> None:
+        self.device.driver("cuEventDestroy", self.handle)
+
+
+class Graph:
+    """Launches captured once, to be replayed by one call."""
+
+    def __init__(self, device: Device, captured: Any) -> None:
+        self.device = device
+        self.nodes = int(device.driver("cuGraphGetNodes", captured, 0)[1])
+        self.handle = device.driver("cuGraphInstantiate", captured, 0)
+        device.driver("cuGraphDestroy", captured)
+
+    def replay(self, stream: "Stream") -> None:
+        """Run everything again, in order after what `stream` was given before."""
+        self.device.driver("cuGraphLaunch", self.handle, stream.handle)
+
+    def close(self) -> None:
+        self.device.driver("cuGraphExecDestroy", self.handle)
+
+
+class Stream:
+    """Launches and copies, in order."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.handle = device.driver("cuStreamCreate", 1)  # 1: does not wait for the null stream
+        self._packed: dict[Launchable, tuple[Any, Any, int]] = {}
+
+    # -- kernels -----------------------------------------------------------------------------------
+
+    def launch(self, kernel: Launchable, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        """Launch with `values`, the contract's parameters.  Raises: KernelError, CudaError."""
+        contract = kernel.contract
+        buffer = kernel.pack(values)
+        dynamic = 0 if contract.dynamic is None else contract.dynamic(_sizes(contract, values))
+        entry = contract.entry
+        found = self._packed.get(kernel)
+        if found is None or dynamic > found[2]:
+            found = (
+                self.device.function(entry, contract.text, dynamic),
+                _addresses(buffer, contract.offsets), dynamic,
+            )  # fmt: skip
+            self._packed[kernel] = found
+        x, y, z = (*grid, 1, 1)[:3]
+        try:
+            self.device.driver(
+                "cuLaunchKernel", found[0], x, y, z, contract.block, 1, 1, dynamic, self.handle,
+                ctypes.addressof(found[1]), 0,
+            )  # fmt: skip
+            if SYNC:
+                self.synchronize()
+        except CudaError as error:
+            if error.lost:
+                raise
+            raise KernelError(f"{entry}, grid {grid}: {error}") from None
+
+    # -- copies ------------------------------------------------------------------------------------
+
+    def copy_in(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
+        """Host to device.  `source` may be used again at once unless it is page-locked."""
+        plain = np.ascontiguousarray(source)
+        assert plain.nbytes == out.nbytes, f"{plain.nbytes} bytes into {out.nbytes}"
+        if plain.nbytes:
+            self.device.driver(
+                "cuMemcpyHtoDAsync", out.ptr, plain.ctypes.data, plain.nbytes, self.handle
+            )
+
+    def copy_out(self, out: npt.NDArray[Any], source: DeviceArray) -> None:
+        """Device to host; done when the stream has been waited for."""
+        assert out.nbytes == source.nbytes, f"{source.nbytes} bytes into {out.nbytes}"
+        if out.nbytes:
+            self.device.driver(
+                "cuMemcpyDtoHAsync", out.ctypes.data, source.ptr, out.nbytes, self.handle
+            )
+
+    def copy(self, out: DeviceArray, source: DeviceArray) -> None:
+        """Device to device, or out of mapped host memory."""
+        assert out.nbytes == source.nbytes, f"{source.nbytes} bytes into {out.nbytes}"
+        if out.nbytes:
+            self.device.driver("cuMemcpyAsync", out.ptr, source.ptr, out.nbytes, self.handle)
+
+    def fill(self, out: DeviceArray, byte: int) -> None:
+        """Every byte of `out` = byte."""
+        if out.nbytes:
+            self.device.driver("cuMemsetD8Async", out.ptr, byte, out.nbytes, self.handle)
+
+    # -- order -------------------------------------------------------------------------------------
+
+    def wait(self, event: Event) -> None:
+        """What follows on this stream starts after `event`."""
+        self.device.driver("cuStreamWaitEvent", self.handle, event.handle, 0)
+
+    def synchronize(self) -> None:
+        """Wait for everything given to this stream.  Raises: CudaError of what failed in it."""
+        self.device.driver("cuStreamSynchronize", self.handle)
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[list[Graph]]:
+        """Record what is launched inside instead of running it; the list then holds the graph."""
+        made: list[Graph] = []
+        mode = self.device.driver.binding.CUstreamCaptureMode(1)  # this thread alone
+        self.device.driver("cuStreamBeginCapture", self.handle, mode)
+        try:
+            yield made
+        except BaseException:
+            with contextlib.suppress(CudaError):
+                self.device.driver("cuStreamEndCapture", self.handle)
+            raise
+        made.append(Graph(self.device, self.device.driver("cuStreamEndCapture", self.handle)))
+
+    def close(self) -> None:
+        self.device.driver("cuStreamDestroy", self.handle)
+
+
+def _addresses(buffer: bytearray, offsets: tuple[int, ...]) -> Any:
+    """A C array of pointers to each parameter inside `buffer`, which must outlive it."""
+    base = ctypes.addressof((ctypes.c_uint8 * len(buffer)).from_buffer(buffer))
+    return (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
+
+
+def _sizes(contract: Any, values: tuple[Any, ...]) -> dict[str, int]:
+    pairs = zip(contract.params, values, strict=True)
+    return {p.name: int(value) for p, value in pairs if not p.is_array and p.type != "f32"}
+
+
+class Machine:
+    """A device with its pool and its stream: what ops.GpuOps runs on."""
+
+    def __init__(self, device: Device, host_kind: HostKind = "pinned") -> None:
+        self.device = device
+        self.pool = Pool(device)
+        self.stream = Stream(device)
+        self.host_kind: HostKind = host_kind
+        self._buffers: dict[int, HostBuffer] = {}
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """A new array in VRAM.  Raises: OutOfMemory."""
+        return self.pool.empty(shape, dtype)
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+        """A new array in page-locked host memory, as kernels see it.  Raises: OutOfMemory."""
+        assert not self.pool.frozen, "host memory was asked for while serving"
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        buffer = HostBuffer(self.device, max(nbytes, 4096), self.host_kind)
+        array = buffer.device_array(shape, dtype)
+        self._buffers[array.ptr] = buffer
+        return array
+
+    def host_view(self, array: DeviceArray) -> npt.NDArray[Any]:
+        """The host's view of what `host` gave."""
+        return self._buffers[array.ptr].array(array.shape, array.dtype)
+
+    def copy_in(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
+        """out = source, ordered before what is launched next."""
+        self.stream.copy_in(out, source)
+
+    def copy_out(self, source: DeviceArray) -> npt.NDArray[Any]:
+        """A NumPy copy, after everything launched."""
+        out = np.empty(source.shape, source.dtype)
+        self.stream.copy_out(out, source)
+        self.stream.synchronize()
+        return out
+
+    def copy(self, out: DeviceArray, source: DeviceArray) -> None:
+        self.stream.copy(out, source)
+
+    def fill(self, out: DeviceArray, byte: int) -> None:
+        self.stream.fill(out, byte)
+
+    def synchronize(self) -> None:
+        self.stream.synchronize()
+
+    def close(self) -> None:
+        """Give everything back: the stream, host memory, and the context with all of VRAM."""
+        if self.device.closed:
+            return
+        self.device.make_current()
+        with contextlib.suppress(CudaError):  # a lost context frees all by itself
+            self.stream.synchronize()
+            for buffer in self._buffers.values():
+                buffer.close()
+            self.stream.close()
+        with contextlib.suppress(CudaError):
+            self.device.close()

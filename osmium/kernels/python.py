@@ -1,0 +1,193 @@
+"""Kernels written in Python, compiled to PTX by Numba and launched like any other.
+
+    @python_kernel("void(CPointer(int32), uint32)", block=256, grid="ceil(n / 256)")
+    def count(out, n): ...
+
+Pointers and scalars only, no warp intrinsics: what a kernel shares across lanes goes through shared
+memory.  The contract is made from the signature and the function's own parameter names and written on
+top of the compiled text, so a compiled kernel reads like a hand-written one.
+
+Numba is needed to compile and for nothing else.  The text comes from osmium/kernels/compiled, where a
+wheel ships it; in a checkout it is compiled at first use and kept there, or in the user's cache folder
+where that cannot be written.  Its first line carries a hash of the source: a stale text is made anew.
+CUDA 12.8's compiler makes PTX 8.7, which every driver from 12.8 on takes.
+
+    python -m osmium.kernels.python      compile all of them
+"""
+
+import hashlib
+import importlib
+import inspect
+import math
+import os
+import re
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from osmium.errors import KernelError
+from osmium.kernels.ptx import Contract, Kernel, parse
+
+__all__ = ["KERNELS", "cuda", "exp2", "float32", "int32", "python_kernel", "uint32"]
+
+cuda: Any = None
+int32: Any = None
+uint32: Any = None
+float32: Any = None
+exp2: Any = None
+"""Numba's names, for a kernel's source to import; they mean something only while compiling."""
+
+LATEST_PTX = (8, 7)
+"""What a 12.8 driver takes."""
+
+TARGETS = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
+
+KERNELS: dict[str, "Source"] = {}
+"""Every decorated function, by name."""
+
+_TYPES = {"uint32": "u32", "int32": "s32", "float32": "f32"}
+_POINTS_TO = {
+    "int32": "i32", "uint32": "u32", "float32": "f32", "uint16": "u16", "int64": "i64",
+    "uint8": "u8",
+}  # fmt: skip
+
+
+class Source:
+    """A decorated function: what it takes to compile it."""
+
+    def __init__(
+        self, function: Callable[..., None], signature: str, block: int, grid: str, regs: int
+    ) -> None:
+        self.function = function
+        self.name = function.__name__
+        self.signature = signature
+        self.block, self.grid, self.regs = block, grid, regs
+
+    @property
+    def key(self) -> str:
+        """A hash of everything the compiled text follows from."""
+        parts = (inspect.getsource(self.function), self.signature, str(self.block), self.grid)
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+    def contract(self) -> Contract:
+        """The compiled text's.  Raises: KernelError."""
+        return parse(self.text(), f"{self.name} (Numba)")
+
+    def text(self) -> str:
+        """Compiled before, or now.  Raises: KernelError where it is neither there nor makeable."""
+        first = f"// {self.name}, compiled from Python {self.key}"
+        folders = [Path(__file__).with_name("compiled"), _cache()]
+        for folder in folders:
+            path = folder / f"{self.name}.ptx"
+            if path.is_file():
+                text = path.read_text(encoding="utf-8")
+                if text.startswith(first + "\n"):
+                    return text
+        text = first + "\n" + self._header() + self._compile()
+        for folder in folders:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                part = folder / f".{self.name}.{os.getpid()}"
+                part.write_text(text, encoding="utf-8")
+                part.replace(folder / f"{self.name}.ptx")
+                break
+            except OSError:
+                continue  # a read-only folder: the next one, or compile again another time
+        return text
+
+    def _parameters(self) -> list[tuple[str, str, str]]:
+        """(name, type, what it points to or "") of each parameter."""
+        kinds = re.findall(r"(CPointer\(\w+\)|\w+)(?=[,)])", self.signature.partition("(")[2])
+        names = list(inspect.signature(self.function).parameters)
+        if len(kinds) != len(names):
+            raise KernelError(
+                f"{self.name} has {len(names)} parameters, its signature {len(kinds)}."
+            )
+        made = []
+        for name, kind in zip(names, kinds, strict=True):
+            pointed = re.match(r"CPointer\((\w+)\)", kind)
+            if pointed:
+                made.append((name, "u64", _POINTS_TO[pointed[1]]))
+            else:
+                made.append((name, _TYPES[kind], ""))
+        return made
+
+    def _header(self) -> str:
+        """The contract, as a hand-written kernel has it."""
+        lines = [f"entry   {self.name}", f"grid    {self.grid}", f"block   {self.block}"]
+        lines += [f"regs    {self.regs}", f"target  {TARGETS}"]
+        for name, kind, pointed in self._parameters():
+            lines.append(f"param   {name}  {kind}" + (f"  inout {pointed}[.]" if pointed else ""))
+        return "".join(f"//: {line}\n" for line in lines)
+
+    def _compile(self) -> str:
+        """PTX by Numba, with our names for entry and parameters."""
+        try:
+            import numba  # here: only compiling needs it
+            import numba.cuda
+        except ImportError:
+            raise KernelError(
+                f"The kernel {self.name} is not compiled and Numba is not installed; "
+                "pip install 'osmium[build]', or install a wheel, which ships it compiled."
+            ) from None
+        found = {"cuda": numba.cuda, "exp2": math.exp2, "int32": numba.int32,
+                 "uint32": numba.uint32, "float32": numba.float32}  # fmt: skip
+        function = types.FunctionType(
+            self.function.__code__, {**self.function.__globals__, **found}, self.name
+        )
+        text, _ = numba.cuda.compile(
+            function, self.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
+        )
+        return self._renamed(text)
+
+    def _renamed(self, text: str) -> str:
+        version = re.search(r"^\.version (\d+)\.(\d+)", text, re.M)
+        if not version or (int(version[1]), int(version[2])) > LATEST_PTX:
+            raise KernelError(
+                f"Numba's toolkit wrote PTX {version[0].split()[1] if version else '?'}, which a 12.8 "
+                "driver refuses; pip install 'osmium[build]' pins CUDA 12.8's."
+            )
+        mangled = re.findall(r"\.visible \.entry (\w+)\(", text)
+        if len(mangled) != 1:
+            raise KernelError(f"Numba compiled {self.name} to {len(mangled)} entries, not one.")
+        for index, (name, _, _) in reversed(list(enumerate(self._parameters()))):
+            text = text.replace(f"{mangled[0]}_param_{index}", name)
+        text = text.replace(mangled[0], self.name)
+        head, body = re.split(rf"(?<=\.entry {self.name}\()", text, maxsplit=1)
+        return head + body.replace(")", f")\n.maxntid {self.block}", 1)
+
+
+def python_kernel(
+    signature: str, *, block: int, grid: str, regs: int = 255
+) -> Callable[[Callable[..., None]], Kernel]:
+    """Make a Kernel of a function.
+
+    signature  Numba's: void of CPointer(type) and uint32, int32 or float32
+    grid       as in a contract, over the parameters and launcher sizes
+    """
+
+    def decorate(function: Callable[..., None]) -> Kernel:
+        source = Source(function, signature, block, grid, regs)
+        KERNELS[source.name] = source
+        return Kernel(source.name, source.contract)
+
+    return decorate
+
+
+def _cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "osmium" / "kernels"
+
+
+def compile_all() -> list[str]:
+    """Compile every Numba kernel of the package; their names."""
+    importlib.import_module("osmium.kernels.place")
+    for source in KERNELS.values():
+        source.contract()
+    return sorted(KERNELS)
+
+
+if __name__ == "__main__":
+    # `python -m` runs this file a second time under another name; the registry is in the first.
+    print(*importlib.import_module("osmium.kernels.python").compile_all(), sep="\n")
