@@ -3,14 +3,14 @@
     @python_kernel("void(CPointer(int32), uint32)", block=256, grid="ceil(n / 256)")
     def count(out, n): ...
 
-Pointers and scalars only, no warp intrinsics: what a kernel shares across lanes goes through shared
-memory.  The contract is made from the signature and the function's own parameter names and written on
-top of the compiled text, so a compiled kernel reads like a hand-written one.
+Pointers and scalars only, no warp intrinsics: what a kernel shares across lanes goes through
+shared memory.  The contract is made from the signature and the function's own parameter names and
+written on top of the compiled text, so a compiled kernel reads like a hand-written one.
 
-Numba is needed to compile and for nothing else.  The text comes from osmium/kernels/compiled, where a
-wheel ships it; in a checkout it is compiled at first use and kept there, or in the user's cache folder
-where that cannot be written.  Its first line carries a hash of the source: a stale text is made anew.
-CUDA 12.8's compiler makes PTX 8.7, which every driver from 12.8 on takes.
+Numba is needed to compile and for nothing else.  The text comes from osmium/kernels/compiled, where
+a wheel ships it; in a checkout it is compiled at first use and kept there, or in the user's cache
+folder where that cannot be written.  Its first line carries a hash of the source: a stale text is
+made anew.  CUDA 12.8's compiler makes PTX 8.7, which every driver from 12.8 on takes.
 
     python -m osmium.kernels.python      compile all of them
 """
@@ -18,7 +18,6 @@ CUDA 12.8's compiler makes PTX 8.7, which every driver from 12.8 on takes.
 import hashlib
 import importlib
 import inspect
-import math
 import os
 import re
 import types
@@ -46,7 +45,9 @@ TARGETS = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 KERNELS: dict[str, "Source"] = {}
 """Every decorated function, by name."""
 
-_TYPES = {"uint32": "u32", "int32": "s32", "float32": "f32"}
+_TYPES = {"uint32": "u32", "int32": "u32", "float32": "f32"}
+"""Parameters have no sign in PTX: an int32 is for sizes, which are never below zero."""
+
 _POINTS_TO = {
     "int32": "i32", "uint32": "u32", "float32": "f32", "uint16": "u16", "int64": "i64",
     "uint8": "u8",
@@ -67,7 +68,7 @@ class Source:
     @property
     def key(self) -> str:
         """A hash of everything the compiled text follows from."""
-        parts = (inspect.getsource(self.function), self.signature, str(self.block), self.grid)
+        parts = (inspect.getsource(self.function), self.signature, self._header())
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def contract(self) -> Contract:
@@ -126,12 +127,13 @@ class Source:
         try:
             import numba  # here: only compiling needs it
             import numba.cuda
+            from numba.cuda import libdevice
         except ImportError:
             raise KernelError(
                 f"The kernel {self.name} is not compiled and Numba is not installed; "
                 "pip install 'osmium[build]', or install a wheel, which ships it compiled."
             ) from None
-        found = {"cuda": numba.cuda, "exp2": math.exp2, "int32": numba.int32,
+        found = {"cuda": numba.cuda, "exp2": libdevice.exp2f, "int32": numba.int32,
                  "uint32": numba.uint32, "float32": numba.float32}  # fmt: skip
         function = types.FunctionType(
             self.function.__code__, {**self.function.__globals__, **found}, self.name
@@ -145,8 +147,8 @@ class Source:
         version = re.search(r"^\.version (\d+)\.(\d+)", text, re.M)
         if not version or (int(version[1]), int(version[2])) > LATEST_PTX:
             raise KernelError(
-                f"Numba's toolkit wrote PTX {version[0].split()[1] if version else '?'}, which a 12.8 "
-                "driver refuses; pip install 'osmium[build]' pins CUDA 12.8's."
+                f"Numba's toolkit wrote PTX {version[0].split()[1] if version else '?'}, which a "
+                "12.8 driver refuses; pip install 'osmium[build]' pins CUDA 12.8's."
             )
         mangled = re.findall(r"\.visible \.entry (\w+)\(", text)
         if len(mangled) != 1:
