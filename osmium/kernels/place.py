@@ -1,0 +1,140 @@
+"""place: which slot every needed expert has, who must leave for it, and what to fetch."""
+
+from typing import Any
+
+import numpy as np
+
+from osmium.kernels.python import cuda, exp2, float32, int32, python_kernel, uint32
+
+
+KEPT = np.float32(np.inf)
+FREE = np.float32(-1)
+EXPERTS = 1024
+"""The most experts, and so slots, of a layer: what shared memory is laid out for."""
+
+
+@python_kernel(
+    "void(CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
+    "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(int32), CPointer(int32), "
+    "CPointer(int64), CPointer(uint16), int32, int32, int32, int32, int32, float32)",
+    block=256,
+    grid="1",
+)
+def place(
+    count: Any,
+    expert: Any,
+    slot: Any,
+    fetch: Any,
+    uses: Any,
+    slot_of: Any,
+    expert_in: Any,
+    heat: Any,
+    stamp: Any,
+    step: Any,
+    counters: Any,
+    ids: Any,
+    pairs: int,
+    experts: int,
+    capacity: int,
+    entries: int,
+    first: int,
+    rate: float,
+) -> None:
+    tally = cuda.shared.array(1024, int32)  # uses of each expert by this call
+    needed = cuda.shared.array(32, uint32)  # bit e: this call uses expert e
+    absent = cuda.shared.array(32, uint32)  # bit e: and it is in no slot
+    hits = cuda.shared.array(1, int32)
+    warmth = cuda.shared.array(1024, float32)  # of a slot: its expert's heat as of now
+    age = cuda.shared.array(1024, int32)  # of a slot: its expert's stamp
+    given = cuda.shared.array(1024, int32)  # slots in the order in which they are given away
+    me = cuda.threadIdx.x
+    width = cuda.blockDim.x
+
+    # -- 1. how often is each expert used?
+    for e in range(me, experts, width):
+        tally[e] = 0
+    for w in range(me, 32, width):
+        needed[w] = 0
+        absent[w] = 0
+    if me == 0:
+        hits[0] = 0
+        step[0] += first
+    cuda.syncthreads()  # zeros before sums; the step before anyone reads it
+    now = step[0]
+    for i in range(me, pairs, width):
+        cuda.atomic.add(tally, int32(ids[i]), 1)
+    cuda.syncthreads()  # the tally is whole
+
+    # -- 2. who is needed, who of them is not here, and how warm is every slot?
+    for e in range(me, experts, width):
+        if tally[e] > 0:
+            bit = uint32(1) << uint32(e & 31)
+            cuda.atomic.or_(needed, e >> 5, uint32(bit))
+            if slot_of[e] < 0:
+                cuda.atomic.or_(absent, e >> 5, uint32(bit))
+            else:
+                cuda.atomic.add(hits, 0, tally[e])
+    for s in range(me, capacity, width):
+        e = expert_in[s]
+        age[s] = 0
+        if e < 0:
+            warmth[s] = FREE  # free slots go first, from the lowest up
+        elif tally[e] > 0:
+            warmth[s] = KEPT  # an expert of this call never goes
+        else:
+            warmth[s] = heat[e] * exp2(float32(stamp[e] - now) * rate)
+            age[s] = stamp[e]
+    cuda.syncthreads()  # both sets of bits and all warmths are whole
+
+    unique = 0
+    missing = 0
+    for w in range(32):
+        unique += cuda.popc(needed[w])
+        missing += cuda.popc(absent[w])
+
+    # -- 3. a slot's place in the order is the number of slots before it
+    if missing > 0:
+        for s in range(me, capacity, width):
+            if warmth[s] < KEPT:
+                before = 0
+                for o in range(capacity):
+                    if warmth[o] < warmth[s]:
+                        before += 1
+                    elif warmth[o] == warmth[s]:
+                        if age[o] < age[s] or (age[o] == age[s] and o < s):
+                            before += 1
+                if before < missing:
+                    given[before] = s
+        cuda.syncthreads()  # the order is whole before it is used
+
+    # -- 4. entry u of the plan is the u-th needed expert; the m-th absent one takes given[m]
+    for e in range(me, experts, width):
+        if tally[e] > 0:
+            below = (uint32(1) << uint32(e & 31)) - uint32(1)
+            u = cuda.popc(uint32(needed[e >> 5] & below))
+            m = cuda.popc(uint32(absent[e >> 5] & below))
+            for w in range(e >> 5):
+                u += cuda.popc(needed[w])
+                m += cuda.popc(absent[w])
+            wanted = (absent[e >> 5] >> uint32(e & 31)) & uint32(1)
+            if wanted:
+                s = given[m]
+                gone = expert_in[s]
+                if gone >= 0:
+                    slot_of[gone] = -1
+                slot_of[e] = s
+                expert_in[s] = e
+            expert[u] = e
+            slot[u] = slot_of[e]
+            fetch[u] = wanted
+            uses[u] = tally[e]
+            heat[e] = heat[e] * exp2(float32(stamp[e] - now) * rate) + float32(tally[e])
+            stamp[e] = now
+    for u in range(unique + me, entries, width):
+        expert[u] = -1
+    if me == 0:
+        count[0] = unique
+        counters[1] += hits[0]
+
+
+PLACE = place

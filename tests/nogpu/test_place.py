@@ -1,0 +1,154 @@
+"""place, the Numba kernel, against ReferenceOps.place: the same plans, tables and counters.
+
+The kernel runs in Numba's simulator, in a process of its own, as the simulator replaces numba.cuda
+for all of it: `python -m tests.nogpu.test_place SEED CASE` compares one random sequence of calls.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.kernels.place import PLACE
+from osmium.kernels.python import KERNELS
+from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.record import Record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PLAN = ("count", "expert", "slot", "fetch", "uses")
+TABLES = ("slot_of", "expert_in", "stamp", "step", "counters")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A random sequence of calls."""
+
+    experts: int
+    slots: int
+    top_k: int
+    tokens: int
+    """At most, a call; slots >= tokens * top_k, or all experts fit."""
+    half_life: float
+    calls: int
+    skew: float
+    """0 uses all experts alike; 6 a few far more than the rest."""
+    threads: int = 32
+
+
+SEQUENCES = {
+    "evicting": Sequence(37, 13, 3, 4, 5.3, 14, 3),
+    "thrashing": Sequence(20, 4, 4, 1, 1.7, 16, 0),
+    "resident": Sequence(17, 17, 2, 12, 16.0, 8, 1),
+    "ties": Sequence(24, 9, 3, 3, 1e9, 16, 0),
+    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 10, 0),
+    "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 20, 0, 64),
+}
+
+
+def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCache:
+    """Three quarters of the slots taken; heats are small integers, so that many are equal."""
+    slot_of = np.full((layers, s.experts), -1, np.int32)
+    expert_in = np.full((layers, s.slots), -1, np.int32)
+    taken = 3 * s.slots // 4
+    for layer in range(layers):
+        slots, held = rng.permutation(s.slots)[:taken], rng.permutation(s.experts)[:taken]
+        expert_in[layer, slots], slot_of[layer, held] = held, slots
+    return ExpertCache(
+        Record(16, 8, 8), s.experts, s.slots, s.half_life,
+        slots=None,
+        slot_of=slot_of,
+        expert_in=expert_in,
+        heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        stamp=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
+        step=np.array([50], np.int32),
+        counters=np.zeros(4, np.int64),
+    )  # fmt: skip
+
+
+def empty_plan(entries: int) -> ExpertPlan:
+    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4)))
+
+
+def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
+    """u16 [T, A], the experts of a token distinct."""
+    p = rng.random(s.experts) ** s.skew
+    tokens = int(rng.integers(1, s.tokens + 1))
+    rows = [rng.choice(s.experts, s.top_k, replace=False, p=p / p.sum()) for _ in range(tokens)]
+    return np.stack(rows).astype(np.uint16)
+
+
+def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
+    """Run the sequence on both; assert that nothing differs but the last bits of heat."""
+    layers, reference = 2, ReferenceOps()
+    entries = min(s.experts, s.tokens * s.top_k)
+    a = some_cache(rng, s, layers)
+    b = copy.deepcopy(a)
+    evicted = 0
+    for call in range(s.calls):
+        layer = call % layers
+        ids = some_ids(rng, s)
+        before = a.expert_in[layer].copy()
+        x, y = empty_plan(entries), empty_plan(entries)
+        reference.place(x, a, layer, ids)
+        kernel[1, s.threads](
+            y.count, y.expert, y.slot, y.fetch, y.uses, b.slot_of[layer], b.expert_in[layer],
+            b.heat[layer], b.stamp[layer], b.step, b.counters, ids.reshape(-1), ids.size,
+            s.experts, s.slots, entries, int(layer == 0), np.float32(1 / s.half_life),
+        )  # fmt: skip
+        for name in PLAN:
+            np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
+        for name in TABLES:
+            np.testing.assert_array_equal(getattr(b, name), getattr(a, name), f"{name}, {call}")
+        np.testing.assert_allclose(b.heat, a.heat, rtol=1e-6, err_msg=f"heat, {call}")
+        evicted += int(((before >= 0) & (a.expert_in[layer] != before)).sum())
+    assert evicted or s.slots == s.experts, "nothing had to leave: the sequence proves little"
+    assert a.counters[1] > 0, "nothing was ever hit: the sequence proves little"
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_kernel_places_experts_as_the_reference_does(
+    name: str, rng: np.random.Generator
+) -> None:
+    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.nogpu.test_place", str(rng.integers(1 << 32)), name],
+        cwd=ROOT,
+        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_compiled_kernel_keeps_to_its_contract() -> None:
+    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    contract = PLACE.contract
+    assert contract.entry == "place"
+    assert contract.block == 256
+    assert [p.name for p in contract.params if not p.is_array] == [
+        "pairs", "experts", "capacity", "entries", "first", "rate",
+    ]  # fmt: skip
+
+
+def simulated() -> Any:
+    """The kernel for numba's simulator, launched as kernel[blocks, threads](...)."""
+    from numba import cuda, float32, int32, uint32
+
+    names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
+    function = KERNELS["place"].function
+    known = {**function.__globals__, **names, "exp2": lambda x: np.exp2(np.float32(x))}
+    return cuda.jit(types.FunctionType(function.__code__, known, "place"))
+
+
+if __name__ == "__main__":
+    compare(simulated(), np.random.default_rng(int(sys.argv[1])), SEQUENCES[sys.argv[2]])

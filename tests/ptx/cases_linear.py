@@ -1,0 +1,181 @@
+"""Ragged shapes for the matrices, the routed experts, route and fetch.
+
+tests/ops/cases.py runs every operation once; here are the edges: one token to more than two tiles
+of four, odd numbers of rows, inputs that fill a warp's 256 partly, exactly, or several times, every
+group of scales, records whose last 16 KiB step is cut short.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops
+from osmium.quant import int4, int8
+from osmium.quant.floats import bf16_from_f32
+from osmium.quant.record import Record
+from tests.ops.cases import Arrays, Case, records
+
+Make = Callable[[np.random.Generator], Case]
+
+
+def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
+    return rng.standard_normal(shape, np.float32)
+
+
+def _nan(*shape: int) -> npt.NDArray[np.float32]:
+    return np.full(shape, np.nan, np.float32)
+
+
+def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> Make:
+    """out [tokens, rows] = x [tokens, columns] @ W.T."""
+
+    def make(rng: np.random.Generator) -> Case:
+        w = _f32(rng, rows, columns)
+        arrays: Arrays = {"out": _nan(tokens, rows), "x": _f32(rng, tokens, columns)}
+        if form == "bf16":
+            arrays["w"] = bf16_from_f32(w)
+        elif form == "int8":
+            arrays["w"] = rng.integers(-128, 128, w.shape, dtype=np.int8)  # every byte
+            arrays["scale"] = int8.quantize(w)[1]
+        else:
+            arrays["w"] = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)  # every nibble
+            arrays["scale"] = int4.quantize(w, group)[1]
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            ops.linear(a["out"], a["x"], matrix)
+
+        return Case(arrays, call, {"out": "f32"})
+
+    return make
+
+
+def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
+    """One layer, without what only `place` reads."""
+    _, experts = slot_of.shape
+    return ExpertCache(
+        record, experts, slots.shape[1], 1.0, slots, slot_of, None, None, None, None, counters
+    )
+
+
+def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int) -> Make:
+    """Experts in shuffled slots, some of them in none."""
+
+    def make(rng: np.random.Generator) -> Case:
+        record, count, capacity = Record(bits, hidden, inner), top_k + 4, top_k + 2
+        held = rng.permutation(count)[:capacity]
+        slot_of = np.full((1, count), -1, np.int32)
+        slot_of[0, held] = np.arange(capacity)
+        slots = records(rng, record, capacity)
+        ids = np.stack([rng.permutation(held)[:top_k] for _ in range(tokens)]).astype(np.uint16)
+        arrays: Arrays = {
+            "out": _nan(tokens, hidden),
+            "inner": _nan(tokens, top_k, inner),
+            "x": _f32(rng, tokens, hidden),
+            "chosen": ids,
+            "weights": rng.random(ids.shape, np.float32),
+            "slots": slots[None],
+            "slot_of": slot_of,
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            cache = _cache(record, a["slots"], a["slot_of"])
+            ops.expert_mlp(a["out"], a["inner"], a["x"], a["chosen"], a["weights"], cache, 0)
+
+        return Case(arrays, call, {"out": "f32"})
+
+    return make
+
+
+def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
+    """Ties, both zeros, infinities below, and `spare` columns past the experts that are larger."""
+
+    def make(rng: np.random.Generator) -> Case:
+        logits = _f32(rng, tokens, count + spare) * 3
+        logits[:, count:] = 99
+        tied = rng.permutation(count)[: count // 2]
+        logits[0, tied] = logits[0, tied[:1]]
+        logits[-1, tied] = rng.choice(np.array([0.0, -0.0], np.float32), len(tied))
+        if count > top_k:
+            logits[:, rng.integers(count)] = -np.inf
+        arrays: Arrays = {
+            "ids": np.full((tokens, top_k), 999, np.uint16),
+            "weights": _nan(tokens, top_k),
+            "logits": logits,
+            "counters": np.array([5, 0, 0, 0], np.int64) << 33,  # 64 bits
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            ops.route(a["ids"], a["weights"], a["logits"], count, a["counters"])
+
+        return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
+
+    return make
+
+
+def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Make:
+    """A plan of len(fetched) experts in an array of `entries`; bf16 records."""
+
+    def make(rng: np.random.Generator) -> Case:
+        record, count, used = Record(16, hidden, inner), entries + 2, len(fetched)
+
+        def plan(values: Any) -> npt.NDArray[np.int32]:
+            out = np.full(entries, 10**9, np.int32)  # an entry past the count is never looked at
+            out[:used] = values
+            return out
+
+        arrays: Arrays = {
+            "arena": rng.integers(0, 256, (1, count, record.nbytes), dtype=np.uint8),
+            "slots": rng.integers(0, 256, (1, entries, record.nbytes), dtype=np.uint8),
+            "counters": np.array([1, 2, 3, 4], np.int64) << 32,
+            "count": np.array([used], np.int32),
+            "expert": plan(np.sort(rng.permutation(count)[:used])),
+            "slot": plan(rng.permutation(entries)[:used]),
+            "fetch": plan(fetched),
+            "uses": plan(rng.integers(1, 9, used)),
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            cache = _cache(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
+            plan = ExpertPlan(a["count"], a["expert"], a["slot"], a["fetch"], a["uses"])
+            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
+
+        return Case(arrays, call, {"slots": "exact", "counters": "exact"})
+
+    return make
+
+
+CASES: dict[str, Make] = {
+    "bf16_linear 1x1x8": linear("bf16", 1, 1, 8),
+    "bf16_linear 2x17x256": linear("bf16", 2, 17, 256),
+    "bf16_linear 3x2x272": linear("bf16", 3, 2, 272),
+    "bf16_linear 9x19x520": linear("bf16", 9, 19, 520),
+    "int8_linear 1x1x16": linear("int8", 1, 1, 16),
+    "int8_linear 2x17x256": linear("int8", 2, 17, 256),
+    "int8_linear 3x2x272": linear("int8", 3, 2, 272),
+    "int8_linear 9x19x528": linear("int8", 9, 19, 528),
+    "int4_linear 1x1x32 groups of 32": linear("int4", 1, 1, 32, 32),
+    "int4_linear 2x17x256 groups of 128": linear("int4", 2, 17, 256, 128),
+    "int4_linear 3x2x320 groups of 64": linear("int4", 3, 2, 320, 64),
+    "int4_linear 9x19x544 groups of 32": linear("int4", 9, 19, 544, 32),
+    "int4_linear 4x3x640 groups of 128": linear("int4", 4, 3, 640, 128),
+    "bf16_expert 3 tokens": experts(16, 3, 2, 24, 16),
+    "bf16_expert many inputs up": experts(16, 1, 3, 264, 24),
+    "bf16_expert many inputs down": experts(16, 1, 3, 24, 272),
+    "int8_expert 3 tokens": experts(8, 3, 2, 48, 16),
+    "int8_expert many inputs up": experts(8, 1, 3, 272, 16),
+    "int8_expert many inputs down": experts(8, 1, 3, 32, 272),
+    "int4_expert groups of 32 and 64": experts(4, 3, 2, 96, 64),
+    "int4_expert many inputs up": experts(4, 1, 3, 320, 32),
+    "int4_expert many inputs down": experts(4, 1, 3, 32, 320),
+    "int4_expert groups of 128": experts(4, 2, 1, 128, 128),
+    "route all of one": route(1, 1, 1, 0),
+    "route all of 7": route(3, 7, 7, 1),
+    "route 2 of 33": route(3, 33, 2, 3),
+    "route 32 of 70": route(2, 70, 32, 1),
+    "fetch one page": fetch(16, 8, (1, 0, 1), 5),
+    "fetch nothing": fetch(16, 8, (0, 0), 2),
+    "fetch two steps a block, the last of three pages": fetch(128, 120, (0, 1), 3),
+}
