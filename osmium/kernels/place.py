@@ -1,16 +1,15 @@
-"""place: which slot every needed expert has, who must leave for it, and what to fetch."""
+"""place: which slot every needed expert has, who must leave for it, and what to fetch.
 
+One thread block does a layer; its threads take experts, slots and pairs in turns.  Knows nothing of
+bytes: `fetch` copies what the plan says.
+"""
+
+import math
 from typing import Any
-
-import numpy as np
 
 from osmium.kernels.python import cuda, exp2, float32, int32, python_kernel, uint32
 
-
-KEPT = np.float32(np.inf)
-FREE = np.float32(-1)
-EXPERTS = 1024
-"""The most experts, and so slots, of a layer: what shared memory is laid out for."""
+__all__ = ["PLACE"]
 
 
 @python_kernel(
@@ -19,6 +18,7 @@ EXPERTS = 1024
     "CPointer(int64), CPointer(uint16), int32, int32, int32, int32, int32, float32)",
     block=256,
     grid="1",
+    regs=64,
 )
 def place(
     count: Any,
@@ -40,6 +40,13 @@ def place(
     first: int,
     rate: float,
 ) -> None:
+    """Ops.place: the plan is written, the layer's tables and the counters are brought up to date.
+
+    count i32 [1], expert, slot, fetch, uses i32 [entries]    the plan
+    slot_of i32 [E], expert_in i32 [S], heat f32 [E], stamp i32 [E]    of the layer
+    step i32 [1], counters i64 [4]    of the cache    ids u16 [pairs]
+    experts E <= 1024    capacity S <= E    first: 1 at layer 0, else 0    rate = 1 / half_life
+    """
     tally = cuda.shared.array(1024, int32)  # uses of each expert by this call
     needed = cuda.shared.array(32, uint32)  # bit e: this call uses expert e
     absent = cuda.shared.array(32, uint32)  # bit e: and it is in no slot
@@ -47,6 +54,7 @@ def place(
     warmth = cuda.shared.array(1024, float32)  # of a slot: its expert's heat as of now
     age = cuda.shared.array(1024, int32)  # of a slot: its expert's stamp
     given = cuda.shared.array(1024, int32)  # slots in the order in which they are given away
+    free, kept = float32(-1), float32(math.inf)
     me = cuda.threadIdx.x
     width = cuda.blockDim.x
 
@@ -78,9 +86,9 @@ def place(
         e = expert_in[s]
         age[s] = 0
         if e < 0:
-            warmth[s] = FREE  # free slots go first, from the lowest up
+            warmth[s] = free  # free slots go first, from the lowest up
         elif tally[e] > 0:
-            warmth[s] = KEPT  # an expert of this call never goes
+            warmth[s] = kept  # an expert of this call never goes
         else:
             warmth[s] = heat[e] * exp2(float32(stamp[e] - now) * rate)
             age[s] = stamp[e]
@@ -95,7 +103,7 @@ def place(
     # -- 3. a slot's place in the order is the number of slots before it
     if missing > 0:
         for s in range(me, capacity, width):
-            if warmth[s] < KEPT:
+            if warmth[s] < kept:
                 before = 0
                 for o in range(capacity):
                     if warmth[o] < warmth[s]:
