@@ -4,13 +4,16 @@ q, g, k, v = x Wqgkv;  q, k = rope(norm(q)), rope(norm(k))
 out = (softmax(q k^T / sqrt(d), causal) v * sigmoid(g)) Wout
 """
 
+import numpy as np
+import numpy.typing as npt
+
 from osmium.config import ModelConfig
 from osmium.models.state import AttentionState
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
 from osmium.ops import Array, Ops, Step
 
-__all__ = ["Attention"]
+__all__ = ["Attention", "rotary_frequencies"]
 
 
 class Attention:
@@ -36,3 +39,9 @@ class Attention:
         ops.attention(work.attended, work.q, k, v, step, self.scale)
         ops.sigmoid_gate(work.attended, work.qgkv)
         ops.linear(out, work.attended.reshape(step.tokens, self.width), self.out)
+
+
+def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
+    """theta^(-2j / R) for j < R / 2, radians a position.  f32 [R / 2]."""
+    exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
+    return (config.rope_theta**-exponent).astype(np.float32)

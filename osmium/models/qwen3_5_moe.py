@@ -14,7 +14,7 @@ import numpy as np
 
 from osmium.config import ModelConfig
 from osmium.experts.store import Store
-from osmium.models.attention import Attention
+from osmium.models.attention import Attention, rotary_frequencies
 from osmium.models.delta_net import DeltaNet
 from osmium.models.moe import Moe
 from osmium.models.state import State
@@ -25,7 +25,7 @@ from osmium.ops import Array, Linear, Ops, Step
 __all__ = ["Model"]
 
 
-class Layer:
+class _Layer:
     """Norm, mixer, norm, experts: the weights of one layer, and who computes with them."""
 
     def __init__(
@@ -72,7 +72,7 @@ class Model:
         )
         frequencies = ops.put(rotary_frequencies(config))
         self.layers = [
-            Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
+            _Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
         ]
         self.work = make_workspace(ops, config, rows)
 
@@ -101,9 +101,3 @@ class Model:
         ops.take(h, self.work.x, rows)
         ops.rms_norm(h, h, self.norm, self.config.eps)
         ops.linear(out, h, self.head_matrix)
-
-
-def rotary_frequencies(config: ModelConfig) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """theta^(-2j / R) for j < R / 2, radians a position.  f32 [R / 2]."""
-    exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
-    return (config.rope_theta**-exponent).astype(np.float32)
