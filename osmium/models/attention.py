@@ -1,7 +1,9 @@
 """Gated grouped-query attention: norms on q and k, partial rotation, paged keys and values.
 
-q, g, k, v = x Wqgkv;  q, k = rope(norm(q)), rope(norm(k))
-out = (softmax(q k^T / sqrt(d), causal) v * sigmoid(g)) Wout
+    q, g, k, v = x Wqgkv;  q, k = rope(norm(q)), rope(norm(k))
+    out = (softmax(q k^T / sqrt(d), causal) v * sigmoid(g)) Wout
+
+The gate, and the norms on q and k, are as in Qwen3-Next.
 """
 
 import numpy as np

@@ -1,6 +1,9 @@
 """Mixture of experts: a router, the experts it chooses through a store, and a shared expert.
 
-out = sum over the top k of w_e expert_e(x) + sigmoid(x gate) shared(x)
+    out = sum over the top k of w_e expert_e(x) + sigmoid(x gate) shared(x)
+    expert(x) = (silu(x Wgate) * x Wup) Wdown
+
+Every routed expert is computed, always.
 """
 
 from osmium.config import ModelConfig

@@ -1,26 +1,26 @@
 """A model's weights by our names, checked as they are taken.
 
-name                           what                                  shape
-embed                          bf16 array                            [vocab, D]
-head                           Linear; absent where it is the embedding   [vocab, D]
-norm                           f32                                   [D]
-layers.{i}.mixer_norm          f32                                   [D]
-layers.{i}.moe_norm            f32                                   [D]
-layers.{i}.router              Linear, bf16; the last row is the shared expert's gate   [E + 1, D]
-layers.{i}.shared_up           Linear, gate then up                  [2 Is, D]
-layers.{i}.shared_down         Linear                                [D, Is]
+name                        what                                            shape
+embed                       bf16                                            [vocab, D]
+head                        a matrix; absent where it is the embedding      [vocab, D]
+norm                        f32                                             [D]
+layers.{i}.mixer_norm       f32                                             [D]
+layers.{i}.moe_norm         f32                                             [D]
+layers.{i}.router           a matrix, bf16; last the shared expert's gate   [E + 1, D]
+layers.{i}.shared_up        a matrix, gate then up                          [2 Is, D]
+layers.{i}.shared_down      a matrix                                        [D, Is]
 of an attention layer:
-layers.{i}.qgkv                Linear, as ops.rope_append reads it   [(2H + 2G) d, D]
-layers.{i}.attention_norms     f32, of q, of k                       [2, d]
-layers.{i}.attention_out       Linear                                [D, H d]
+layers.{i}.qgkv             a matrix, as ops.rope_append reads it           [(2H + 2G) d, D]
+layers.{i}.attention_norms  f32, of q, of k                                 [2, d]
+layers.{i}.attention_out    a matrix                                        [D, H d]
 of a delta-net layer:
-layers.{i}.qkvz                Linear, queries, keys, values, gates  [C + V dv, D]
-layers.{i}.ab                  Linear                                [2V, D]
-layers.{i}.conv                f32                                   [C, 4]
-layers.{i}.a_log               f32                                   [V]
-layers.{i}.dt_bias             f32                                   [V]
-layers.{i}.gated_norm          f32                                   [dv]
-layers.{i}.delta_out           Linear                                [D, V dv]
+layers.{i}.qkvz             a matrix: queries, keys, values, gates          [C + V dv, D]
+layers.{i}.ab               a matrix                                        [2V, D]
+layers.{i}.conv             f32                                             [C, 4]
+layers.{i}.a_log            f32                                             [V]
+layers.{i}.dt_bias          f32                                             [V]
+layers.{i}.gated_norm       f32                                             [dv]
+layers.{i}.delta_out        a matrix                                        [D, V dv]
 """
 
 from collections.abc import Mapping
