@@ -1,0 +1,113 @@
+"""Ragged shapes for attention and the delta net.
+
+tests/ops/cases.py runs every operation once; here are the edges: heads that fill a warp's 128 values
+partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle or
+give them a second tile; pages cut anywhere; chunks that are full, ragged, or a single token; decays
+that forget everything.  What must not be read is poisoned: the recurrent state of a sequence
+without a past, rows of pages past a sequence's end, entries of the page table that it does not use.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from osmium.ops import Ops
+from osmium.ops.reference import ReferenceOps
+from tests.ops import cases
+from tests.ops.cases import TINY, Case
+
+Make = Callable[[np.random.Generator], Case]
+Counts = tuple[int, ...]
+"""One number a sequence."""
+
+NAN = 0x7FC1
+"""A bf16 that is no number."""
+NOWHERE = 10**9
+"""No page."""
+
+
+def rope(dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Counts) -> Make:
+    """Heads of `dim` values, of which `rotary` turn, written into pages of 4 tokens."""
+
+    def make(rng: np.random.Generator) -> Case:
+        near = (8,) * len(past)  # a pool of four pages a sequence, whatever its real positions
+        size = replace(
+            TINY, head_dim=dim, rotary=rotary, heads=heads, kv_heads=kv, lengths=lengths, past=near
+        )
+        case = cases.rope_append(rng, size)
+        a = case.arrays
+        a["positions"] += (np.array(past, np.int32) - 8)[a["sequence"]]
+        pool = iter(a["pages"].flatten())
+        a["pages"] = np.full((len(past), a["positions"].max() // size.page + 1), NOWHERE, np.int32)
+        for s, index in {*zip(a["sequence"], a["positions"] // size.page, strict=True)}:
+            a["pages"][s, index] = next(pool)
+        return case
+
+    return make
+
+
+def attention(dim: int, heads: int, kv: int, page: int, lengths: Counts, past: Counts) -> Make:
+    """Each sequence sees its own pages; everything else in the pool is NaN."""
+
+    def make(rng: np.random.Generator) -> Case:
+        size = replace(
+            TINY, head_dim=dim, heads=heads, kv_heads=kv, page=page, lengths=lengths, past=past
+        )
+        case = cases.attention(rng, size)
+        for row, length, before in zip(case.arrays["pages"], lengths, past, strict=True):
+            last, end = divmod(length + before, page)
+            for name in ("k_pages", "v_pages"):
+                case.arrays[name][row[last:][:1], end:] = NAN
+                case.arrays[name][row[last + 1 :]] = NAN
+            row[last + (end > 0) :] = NOWHERE
+        return case
+
+    return make
+
+
+def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
+    """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
+
+    Both kernels are held to the reference's delta_step: chunks must add nothing but rounding.
+    """
+
+    def make(rng: np.random.Generator) -> Case:
+        size = replace(
+            TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
+            lengths=lengths, past=past,
+        )  # fmt: skip
+        case, kernel = cases.CASES["delta_step"](rng, size), cases.CASES[name](rng, size)
+        a = case.arrays
+        a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
+        a["state"][a["slots"][a["past"] == 0]] = np.nan
+
+        def call(ops: Ops, placed: dict[str, Any]) -> None:
+            (case if isinstance(ops, ReferenceOps) else kernel).call(ops, placed)
+
+        return replace(case, call=call)
+
+    return make
+
+
+CASES: dict[str, Make] = {
+    "rope_append 32, all turn": rope(32, 32, 4, 2, (3, 1), (0, 6)),
+    "rope_append 64, 2 turn": rope(64, 2, 1, 1, (1, 5), (7, 0)),
+    "rope_append 96, far": rope(96, 32, 5, 1, (2, 1), (131071, 3)),
+    "rope_append 256, farthest": rope(256, 64, 2, 2, (2, 1, 1), (262142, 65537, 0)),
+    "attention 32, one token": attention(32, 2, 2, 4, (1, 1), (0, 1)),
+    "attention 64, within one tile": attention(64, 4, 1, 5, (3, 2), (0, 27)),
+    "attention 96, across tiles": attention(96, 2, 1, 16, (2, 1), (31, 64)),
+    "attention 128, every warp": attention(128, 2, 2, 7, (1,), (250,)),
+    "attention 160, a second tile a warp": attention(160, 1, 1, 16, (2, 1), (255, 12)),
+    "attention 256, grouped": attention(256, 4, 2, 8, (1, 1), (34, 8)),
+    "delta_step 32x32": delta("delta_step", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)),
+    "delta_step 64x96": delta("delta_step", (2, 2), (64, 96), (1, 4), (9, 0)),
+    "delta_step 96x64": delta("delta_step", (1, 1), (96, 64), (5,), (0,)),
+    "delta_step 128x128": delta("delta_step", (1, 3), (128, 128), (2, 1), (0, 1)),
+    "delta_chunk 32x32": delta("delta_chunk", (1, 2), (32, 32), (17, 1, 15), (0, 4, 2)),
+    "delta_chunk 64x96": delta("delta_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
+    "delta_chunk 96x64": delta("delta_chunk", (1, 1), (96, 64), (33,), (3,)),
+    "delta_chunk 128x128": delta("delta_chunk", (2, 2), (128, 128), (20,), (0,)),
+}
