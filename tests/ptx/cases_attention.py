@@ -1,8 +1,8 @@
 """Ragged shapes for attention and the delta net.
 
-tests/ops/cases.py runs every operation once; here are the edges: heads that fill a warp's 128 values
-partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle or
-give them a second tile; pages cut anywhere; chunks that are full, ragged, or a single token; decays
+tests/ops/cases.py runs every operation once; here are the edges: heads that fill 128 values of a
+warp partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle
+or give them a second tile; pages cut anywhere; chunks that are full, ragged, or one token; decays
 that forget everything.  What must not be read is poisoned: the recurrent state of a sequence
 without a past, rows of pages past a sequence's end, entries of the page table that it does not use.
 """
