@@ -1,0 +1,117 @@
+"""The linear, expert, route and fetch cases on the reference, against formulas in float64.
+
+What the interpreter compares kernels with is held here to a second way of saying it, on the very
+same ragged cases.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.floats import f32_from_bf16
+from osmium.quant.record import Record
+from tests.ops.cases import Arrays, Case, run
+from tests.ptx.cases_linear import CASES
+from tests.tolerance import close
+
+F64 = npt.NDArray[np.float64]
+
+
+def of(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in CASES if kind in name])
+
+
+def matrix(form: str, data: npt.NDArray[Any], scale: npt.NDArray[Any] | None) -> F64:
+    """A stored matrix [N, K], nibble by nibble (quant/int4.py's table of bits, read aloud)."""
+    if form == "bf16":
+        return f32_from_bf16(data).astype(np.float64)
+    assert scale is not None
+    wide = scale.astype(np.float64)
+    if form == "int8":
+        return data * wide[:, None]
+    words = np.ascontiguousarray(data).view(np.uint32)
+    q = np.stack([words >> (4 * (i // 2) + 16 * (i % 2)) & 15 for i in range(8)], axis=-1)
+    q = q.reshape(len(data), -1).astype(np.float64) - 8
+    return q * np.repeat(wide, q.shape[1] // wide.shape[1], axis=1)
+
+
+def halves(record: Record, raw: npt.NDArray[np.uint8]) -> tuple[F64, F64]:
+    """Gate and up [2I, D], and down [D, I], of one record."""
+    form = {16: "bf16", 8: "int8", 4: "int4"}[record.bits]
+    kind = {16: np.uint16, 8: np.int8, 4: np.uint8}[record.bits]
+    made = []
+    for rows, columns, start, scales, group in (
+        (2 * record.inner, record.hidden, 0, record.up_scale, record.up_group),
+        (record.hidden, record.inner, record.down, record.down_scale, record.down_group),
+    ):
+        nbytes = rows * columns * record.bits // 8
+        data = raw[start : start + nbytes].view(kind).reshape(rows, -1)
+        scale = None
+        if record.bits == 8:
+            scale = raw[scales : scales + 4 * rows].view(np.float32)
+        elif record.bits == 4:
+            n = rows * (columns // group)
+            scale = raw[scales : scales + 2 * n].view(np.float16).reshape(rows, -1)
+        made.append(matrix(form, data, scale))
+    return made[0], made[1]
+
+
+def case_and_outputs(name: str, rng: np.random.Generator) -> tuple[Case, Arrays]:
+    case = CASES[name](rng)
+    return case, run(case, ReferenceOps())
+
+
+@of("_linear")
+def test_linear_is_the_sum_of_products(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    w = matrix(name.split("_")[0], a["w"], a.get("scale"))
+    assert close(out["out"], a["x"].astype(np.float64) @ w.T, "f32")
+
+
+@of("_expert")
+def test_experts_are_summed_by_weight(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    bits = {"bf16": 16, "int8": 8, "int4": 4}[name.split("_")[0]]
+    record = Record(bits, a["x"].shape[1], a["inner"].shape[2])
+    want = np.zeros(a["x"].shape)
+    for t, chosen in enumerate(a["chosen"]):
+        for expert, weight in zip(chosen, a["weights"][t], strict=True):
+            up, down = halves(record, a["slots"][0, a["slot_of"][0, expert]])
+            g, u = np.split(up @ a["x"][t].astype(np.float64), 2)
+            want[t] += weight * (down @ (g / (1 + np.exp(-g)) * u))
+    assert close(out["out"], want, "f32")
+
+
+@of("route")
+def test_route_takes_the_largest_probabilities(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    logits = case.arrays["logits"]
+    spare = int((logits[0] == 99).sum())
+    top_k = out["ids"].shape[1]
+    for t, row in enumerate(logits[:, : logits.shape[1] - spare].astype(np.float64)):
+        p = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+        ids = sorted(range(len(p)), key=lambda e: (-p[e], e))[:top_k]
+        assert out["ids"][t].tolist() == ids
+        assert close(out["weights"][t], p[ids] / p[ids].sum(), "f32")
+    added = out["counters"] - case.arrays["counters"]
+    assert added.tolist() == [out["ids"].size, 0, 0, 0]
+
+
+@of("fetch")
+def test_fetch_copies_what_the_plan_says_and_nothing_else(
+    name: str, rng: np.random.Generator
+) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    want = a["slots"].copy()
+    copied = [u for u in range(a["count"][0]) if a["fetch"][u]]
+    for u in copied:
+        want[0, a["slot"][u]] = a["arena"][0, a["expert"][u]]
+    np.testing.assert_array_equal(out["slots"], want)
+    uses = sum(int(a["uses"][u]) for u in copied)
+    assert (out["counters"] - a["counters"]).tolist() == [0, 0, uses, len(copied)]
