@@ -1,7 +1,8 @@
 """INT4 in groups along the input axis, and the one description of its packed layout.
 
 w = (q - 8) * s with q in 0 .. 15 and an f16 scale of either sign for each group of 128, 64 or 32
-inputs.  The scale is found by least squares over a small grid of clips; a group of zeros has scale 0.
+inputs.  The scale is found by least squares over a small grid of clips; a group of zeros has
+scale 0.
 
 Packed, a row of K inputs is K/2 bytes.  Eight inputs k .. k + 7 are one little-endian 32-bit word:
 

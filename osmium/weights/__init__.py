@@ -1,1 +1,163 @@
-""""""
+"""From what the user names to a packed file that is open: a folder, a file, a hub id, or nothing.
+
+A checkpoint folder is packed once into the cache folder; a later start opens the packed file and
+reads nothing of the checkpoint but the sizes and times of its shards.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from osmium.config import EngineConfig, ModelConfig, Progress
+from osmium.errors import CheckpointError, ConfigError
+from osmium.weights.checkpoint import Checkpoint, Formats
+from osmium.weights.packed import FILES, Packed, locked, open_packed, write_packed
+from osmium.weights.shards import INDEX, Shards, open_shards, read_json
+
+__all__ = ["DEMO", "Packed", "cache_folder", "open_model", "open_packed", "resolve"]
+
+DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
+"""The bundled model."""
+
+
+def open_model(
+    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
+) -> Packed:
+    """The packed file of a model; packs a checkpoint where that has not been done.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    path = resolve(model)
+    if path.is_file():
+        packed = open_packed(path)
+        _same_formats(packed, config)
+        return packed
+    target = _target(path, config)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"{target.parent} cannot be made ({error}); choose another folder with --cache-dir."
+        ) from None
+    with locked(target, progress):
+        found = _reusable(target, path)
+        if found is not None:
+            return found
+        shards = open_shards(path)
+        generation = path / "generation_config.json"
+        read = read_json(generation) if generation.is_file() else None
+        model_config = ModelConfig.from_hf(read_json(path / "config.json"), read)
+        checkpoint = Checkpoint(shards, model_config, Formats.of(config))
+        write_packed(target, checkpoint, _fingerprint(path, shards), progress)
+        return open_packed(target)
+
+
+def _same_formats(packed: Packed, config: EngineConfig) -> None:
+    """A packed file has its formats; a flag that asks for others is refused.  Defaults ask for
+    nothing.  Raises: ConfigError."""
+    default, asked = EngineConfig(), packed.formats
+    for name, stored in (
+        ("gpu_expert_bits", asked.expert_bits), ("attention_quant", asked.attention),
+        ("shared_expert_quant", asked.shared), ("lm_head_quant", asked.head),
+    ):  # fmt: skip
+        wanted = getattr(config, name)
+        if wanted not in (getattr(default, name), stored):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{packed.path.name} is packed with {flag} {stored}, not {wanted}; leave the flag "
+                "out, or give the checkpoint's folder."
+            )
+
+
+def _reusable(target: Path, folder: Path) -> Packed | None:
+    """The packed file if it is there, whole, of this version and of this checkpoint."""
+    if not target.is_file():
+        return None
+    try:
+        packed = open_packed(target)
+    except CheckpointError:
+        return None  # cut short, damaged or of another version: packed again
+    now = {
+        name: [stat.st_size, stat.st_mtime_ns]
+        for name in packed.sources
+        if (folder / name).is_file() and (stat := (folder / name).stat())
+    }
+    texts = all(
+        not (folder / name).is_file() or (folder / name).read_bytes() == packed.file(name)
+        for name in FILES
+    )
+    if texts and (now == packed.sources or not any(folder.glob("*.safetensors"))):
+        return packed
+    if texts and packed.fingerprint == _fingerprint(folder, open_shards(folder)):
+        return packed  # copied or touched, but the same
+    return None
+
+
+def _fingerprint(folder: Path, shards: Shards) -> str:
+    """sha256 over config, tensor names, dtypes and shapes, and samples of every shard's bytes, so
+    that a fine-tune of the same shapes is another model."""
+    total = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
+    for name, tensor in sorted(shards.tensors.items()):
+        total.update(f"{name} {tensor.dtype} {tensor.shape}\n".encode())
+    for file in shards.files:
+        size = file.stat().st_size
+        with open(file, "rb") as raw:
+            for i in range(64):
+                raw.seek(size * i // 64)
+                total.update(raw.read(4096))
+    return total.hexdigest()
+
+
+def _target(folder: Path, config: EngineConfig) -> Path:
+    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
+    name = f"{folder.resolve().name}-{where}-{Formats.of(config)}.osmium"
+    return cache_folder(config) / name
+
+
+def cache_folder(config: EngineConfig) -> Path:
+    """--cache-dir, or osmium in $XDG_CACHE_HOME."""
+    if config.cache_dir:
+        return Path(config.cache_dir)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
+
+
+def resolve(model: str | os.PathLike[str] | None) -> Path:
+    """A packed file or a checkpoint folder on this machine; a hub id is downloaded.
+
+    Raises: ConfigError.
+    """
+    if model is None:
+        return DEMO
+    path = Path(model).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"{path} has no config.json, so it is no checkpoint.")
+        return path
+    text = str(model)
+    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
+        return _download(text)
+    raise ConfigError(
+        f"{text} is neither a folder, nor a packed file, nor a hub id like owner/name."
+    )
+
+
+def _download(name: str) -> Path:
+    """A hub model's files, in the hub's own cache."""
+    from huggingface_hub import snapshot_download  # half a second, and only a hub id needs it
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(name, allow_patterns=["*.safetensors", INDEX, "*.json", "*.jinja"])
+        )
+    except LocalEntryNotFoundError:
+        raise ConfigError(
+            f"{name} is not in the hub's cache and the hub cannot be reached; download it where "
+            "there is a network, or give a folder."
+        ) from None
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(f"{name} could not be downloaded: {first}") from None

@@ -1,0 +1,293 @@
+"""A checkpoint's tensors, by our names and in our formats.
+
+The only place that knows Hugging Face's tensor names.  `inventory` says what a model consists of;
+a `Checkpoint` makes each part of it out of the shards.  What each name is for is in
+models/weights.py.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.config import EngineConfig, ModelConfig
+from osmium.errors import CheckpointError
+from osmium.quant import int4, int8
+from osmium.quant.expert import pack_expert
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.record import Record, group_of
+from osmium.weights.shards import Shards
+
+__all__ = ["Checkpoint", "Formats", "Part", "inventory"]
+
+Format = Literal["f32", "bf16", "int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Formats:
+    """How the parts of a model are stored."""
+
+    expert_bits: int
+    attention: Format
+    shared: Format
+    head: Format
+
+    @classmethod
+    def of(cls, config: EngineConfig) -> "Formats":
+        """The user's choices, with auto resolved."""
+        auto: Format = "bf16" if config.gpu_expert_bits == 16 else "int8"
+        shared, head = (
+            auto if choice == "auto" else cast(Format, choice)
+            for choice in (config.shared_expert_quant, config.lm_head_quant)
+        )
+        return cls(config.gpu_expert_bits, config.attention_quant, shared, head)
+
+    def __str__(self) -> str:
+        return f"experts{self.expert_bits}-{self.attention}-{self.shared}-{self.head}"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One named array or matrix of a model."""
+
+    name: str
+    shape: tuple[int, ...]
+    format: Format
+    matrix: bool
+    """A Linear; else a plain array in f32, or bf16 for the embedding."""
+    sources: tuple[tuple[str, tuple[int, ...]], ...]
+    """Tensors that are joined along the first axis: name without root, and shape."""
+    root: bool = True
+    """Whether the tensors' names start with the text model's root."""
+
+    @property
+    def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+        """What it is stored as: data, and a matrix's scale."""
+        if self.format in ("f32", "bf16"):
+            dtype = np.dtype(np.float32 if self.format == "f32" else np.uint16)
+            return {"data": (self.shape, dtype)}
+        rows, columns = self.shape
+        if self.format == "int8":
+            return {
+                "data": ((rows, columns), np.dtype(np.int8)),
+                "scale": ((rows,), np.dtype(np.float32)),
+            }
+        return {
+            "data": ((rows, columns // 2), np.dtype(np.uint8)),
+            "scale": ((rows, columns // group_of(columns)), np.dtype(np.float16)),
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its arrays."""
+        return sum(math.prod(s) * dtype.itemsize for s, dtype in self.arrays.values())
+
+
+def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
+    """Everything but the routed experts.  Raises: CheckpointError for a shape that does not suit
+    its format."""
+    parts = [
+        _array("embed", (("embed_tokens.weight", (config.vocab, config.hidden)),), form="bf16"),
+        _array("norm", (("norm.weight", (config.hidden,)),)),
+    ]
+    if not config.tied_head:
+        shape = (config.vocab, config.hidden)
+        parts.append(Part("head", shape, formats.head, True, (("lm_head.weight", shape),), False))
+    for i in range(config.layers):
+        parts += _layer(config, formats, i)
+    for part in parts:
+        step = {"bf16": 8, "int8": 16, "int4": 32}.get(part.format, 1)
+        if part.matrix and part.shape[1] % step:
+            raise CheckpointError(
+                f"{part.name} is {list(part.shape)}; {part.format} needs its last axis to be a "
+                f"multiple of {step}. Choose another format for it."
+            )
+    return parts
+
+
+def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
+    """The parts of one layer."""
+    hidden, at, to = config.hidden, f"layers.{i}.", f"layers.{i}."
+
+    def array(name: str, *sources: tuple[str, tuple[int, ...]]) -> Part:
+        return _array(to + name, tuple((at + source, shape) for source, shape in sources))
+
+    def matrix(name: str, form: Format, columns: int, *sources: tuple[str, int]) -> Part:
+        wanted = tuple((at + source, (rows, columns)) for source, rows in sources)
+        return Part(to + name, (sum(r for _, r in sources), columns), form, True, wanted)
+
+    yield array("mixer_norm", ("input_layernorm.weight", (hidden,)))
+    yield array("moe_norm", ("post_attention_layernorm.weight", (hidden,)))
+    gates = (("mlp.gate.weight", config.experts), ("mlp.shared_expert_gate.weight", 1))
+    yield matrix("router", "bf16", hidden, *gates)
+    own, size = "mlp.shared_expert.", config.shared_size
+    both = ((f"{own}gate_proj.weight", size), (f"{own}up_proj.weight", size))
+    yield matrix("shared_up", formats.shared, hidden, *both)
+    yield matrix("shared_down", formats.shared, size, (f"{own}down_proj.weight", hidden))
+    if config.mixers[i] == "attention":
+        own, d = "self_attn.", config.head_dim
+        q, kv = 2 * config.heads * d, config.kv_heads * d
+        qgkv = (
+            (f"{own}q_proj.weight", q),
+            (f"{own}k_proj.weight", kv),
+            (f"{own}v_proj.weight", kv),
+        )
+        yield matrix("qgkv", formats.attention, hidden, *qgkv)
+        yield array("attention_norms", (f"{own}q_norm.weight", (d,)), (f"{own}k_norm.weight", (d,)))
+        yield matrix(
+            "attention_out", formats.attention, config.heads * d, (f"{own}o_proj.weight", hidden)
+        )
+    else:
+        own, heads = "linear_attn.", config.value_heads
+        values = heads * config.value_dim
+        qkvz = ((f"{own}in_proj_qkv.weight", config.channels), (f"{own}in_proj_z.weight", values))
+        yield matrix("qkvz", formats.attention, hidden, *qkvz)
+        ab = ((f"{own}in_proj_a.weight", heads), (f"{own}in_proj_b.weight", heads))
+        yield matrix("ab", "bf16", hidden, *ab)
+        yield array("conv", (f"{own}conv1d.weight", (config.channels, 1, 4)))
+        yield array("a_log", (f"{own}A_log", (heads,)))
+        yield array("dt_bias", (f"{own}dt_bias", (heads,)))
+        yield array("gated_norm", (f"{own}norm.weight", (config.value_dim,)))
+        yield matrix("delta_out", formats.attention, values, (f"{own}out_proj.weight", hidden))
+
+
+def _array(
+    name: str, sources: tuple[tuple[str, tuple[int, ...]], ...], form: Format = "f32"
+) -> Part:
+    shape = sources[0][1]
+    if len(sources) > 1:
+        shape = (len(sources), *shape)
+    elif shape[1:2] == (1,):
+        shape = (shape[0], *shape[2:])  # the convolution's middle axis
+    return Part(name, shape, form, False, sources)
+
+
+_ROOTS = ("model.language_model.", "language_model.model.", "model.")
+"""Where the text model's names start: published, MLX's, and the text class's own."""
+
+_SKIPPED = (
+    "model.visual.",
+    "visual.",
+    "vision_tower.",
+    "mtp.",
+    "model.mtp.",
+    "language_model.mtp.",
+)
+"""Vision and multi-token prediction: there, and not used."""
+
+
+class Checkpoint:
+    """The parts of one model, made out of its shards."""
+
+    def __init__(self, shards: Shards, config: ModelConfig, formats: Formats) -> None:
+        """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
+        self.shards, self.config, self.formats = shards, config, formats
+        self.parts = inventory(config, formats)
+        self.record = Record(formats.expert_bits, config.hidden, config.expert_size)
+        names = shards.tensors
+        roots = [root for root in _ROOTS if root + "embed_tokens.weight" in names]
+        if not roots:
+            raise CheckpointError(
+                f"{shards.folder} has no embed_tokens.weight under any of {', '.join(_ROOTS)}."
+            )
+        self.root = roots[0]
+        self.fused = f"{self.root}layers.0.mlp.experts.gate_up_proj" in names
+        self._check()
+
+    def _name(self, part: Part, source: str) -> str:
+        if part.root:
+            return self.root + source
+        nested = f"language_model.{source}"
+        return nested if nested in self.shards.tensors else source
+
+    def _check(self) -> None:
+        wanted: dict[str, tuple[int, ...]] = {}
+        for part in self.parts:
+            for source, shape in part.sources:
+                wanted[self._name(part, source)] = shape
+        config = self.config
+        for i in range(config.layers):
+            wanted.update(self._expert_shapes(i))
+        for name, shape in wanted.items():
+            tensor = self.shards.tensors.get(name)
+            if tensor is None:
+                raise CheckpointError(
+                    f"{self.shards.folder} lacks the tensor {name} {list(shape)}."
+                )
+            if tensor.shape != shape:
+                raise CheckpointError(
+                    f"{name} is {list(tensor.shape)} in {tensor.file.name}; config.json makes it "
+                    f"{list(shape)}."
+                )
+            if tensor.dtype not in ("BF16", "F32", "F16"):
+                raise CheckpointError(
+                    f"{name} is {tensor.dtype} in {tensor.file.name}; this version reads BF16, F32 "
+                    "and F16 checkpoints."
+                )
+        tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tied_head else set()
+        for name in self.shards.tensors:
+            if name not in wanted and name not in tied and not name.startswith(_SKIPPED):
+                raise CheckpointError(
+                    f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
+                    f"{config.model_type} with this config.json."
+                )
+
+    def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        config, at = self.config, f"{self.root}layers.{layer}.mlp.experts."
+        experts, inner, hidden = config.experts, config.expert_size, config.hidden
+        if self.fused:
+            return {
+                f"{at}gate_up_proj": (experts, 2 * inner, hidden),
+                f"{at}down_proj": (experts, hidden, inner),
+            }
+        shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        return {
+            f"{at}{e}.{kind}_proj.weight": shape
+            for e in range(experts)
+            for kind, shape in shapes.items()
+        }
+
+    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+        """A part in its format: data, and a matrix's scale."""
+        sources = [self.shards.read(self._name(part, source)) for source, _ in part.sources]
+        joined = sources[0] if len(sources) == 1 else np.concatenate(_alike(sources))
+        joined = joined.reshape(part.shape)
+        if part.format == "f32":
+            return {"data": _f32(joined)}
+        if part.format == "bf16":
+            return {"data": joined if joined.dtype == np.uint16 else bf16_from_f32(_f32(joined))}
+        if part.format == "int8":
+            data8, scale8 = int8.quantize(_f32(joined))
+            return {"data": data8, "scale": scale8}
+        data4, scale4 = int4.quantize(_f32(joined), group_of(part.shape[1]))
+        return {"data": data4, "scale": scale4}
+
+    def pack_expert(self, out: npt.NDArray[np.uint8], layer: int, expert: int) -> None:
+        """One routed expert's record, u8 [record.nbytes]."""
+        at = f"{self.root}layers.{layer}.mlp.experts."
+        if self.fused:
+            up = self.shards.read(f"{at}gate_up_proj")[expert]
+            down = self.shards.read(f"{at}down_proj")[expert]
+        else:
+            one = f"{at}{expert}."
+            both = [self.shards.read(f"{one}{kind}_proj.weight") for kind in ("gate", "up")]
+            up = np.concatenate(_alike(both))
+            down = self.shards.read(f"{one}down_proj.weight")
+        pack_expert(out, self.record, _plain(up), _plain(down))
+
+
+def _f32(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    return f32_from_bf16(x) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
+
+
+def _plain(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """bf16 as it is, the rest in f32."""
+    return x if x.dtype == np.uint16 else _f32(x)
+
+
+def _alike(arrays: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Of one dtype, so that they can be joined: bf16 must not be taken for integers."""
+    return arrays if len({x.dtype for x in arrays}) == 1 else [_f32(x) for x in arrays]

@@ -1,0 +1,129 @@
+"""Safetensors files: which tensors a checkpoint folder has, and their bytes as mapped arrays.
+
+Each file is validated by the safetensors package.  Its NumPy side has no BF16, so bytes are then
+mapped by the offsets of the header that it has accepted.  Knows names, shapes and bytes; knows
+nothing of models.  Format: github.com/huggingface/safetensors.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from safetensors import SafetensorError, safe_open
+
+from osmium.errors import CheckpointError
+
+__all__ = ["Shards", "Tensor", "open_shards", "read_json"]
+
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
+}  # fmt: skip
+"""What can be read; bf16 is kept as u16."""
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies."""
+
+    name: str
+    dtype: str
+    """As in the file: BF16, F32, F16, I32, F8_E4M3 ..."""
+    shape: tuple[int, ...]
+    file: Path
+    offset: int
+    """Bytes from the start of the file."""
+    nbytes: int
+
+
+class Shards:
+    """The tensors of a checkpoint, over all of its files."""
+
+    def __init__(self, folder: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
+        self.folder, self.files, self.tensors = folder, files, tensors
+        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
+
+    def read(self, name: str) -> npt.NDArray[Any]:
+        """A tensor as a view of the mapped file; bf16 as u16.  Raises: CheckpointError."""
+        tensor = self.tensors[name]
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is None:
+            raise CheckpointError(
+                f"{name} is {tensor.dtype} in {tensor.file.name}; BF16, F32 and F16 can be read."
+            )
+        if tensor.file not in self._maps:
+            self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, mode="r")
+        raw = self._maps[tensor.file][tensor.offset : tensor.offset + tensor.nbytes]
+        return raw.view(dtype).reshape(tensor.shape)
+
+
+def open_shards(folder: Path) -> Shards:
+    """Read the headers of a checkpoint's files.  Raises: CheckpointError."""
+    index = folder / INDEX
+    listed: Mapping[str, Any] = {}
+    if index.is_file():
+        listed = read_json(index).get("weight_map", {})
+        if not isinstance(listed, Mapping) or not listed:
+            raise CheckpointError(f"{INDEX} in {folder} has no weight_map.")
+        names = sorted({_plain(name, folder) for name in listed.values()})
+        files = [folder / name for name in names]
+    else:
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(f"{folder} has neither {INDEX} nor a .safetensors file.")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"{INDEX} names {file.name}, which is not in {folder}.")
+        for name, tensor in _header(file).items():
+            if name in tensors:
+                raise CheckpointError(f"{name} is in {tensors[name].file.name} and {file.name}.")
+            tensors[name] = tensor
+    for name, where in listed.items():
+        if name not in tensors or tensors[name].file.name != where:
+            raise CheckpointError(f"{INDEX} says that {name} is in {where}; it is not there.")
+    return Shards(folder, files, tensors)
+
+
+def _plain(name: object, folder: Path) -> str:
+    """A file name without a path in it: an index must not lead out of its folder."""
+    if not isinstance(name, str) or not name or Path(name).name != name:
+        raise CheckpointError(f"{INDEX} in {folder} names the file {name!r}.")
+    return name
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file, after the safetensors package has accepted it."""
+    try:
+        with safe_open(str(file), framework="numpy") as opened:
+            names = set(opened.keys())
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{file.name} is not a whole safetensors file: {error}") from None
+    with open(file, "rb") as raw:
+        size = int.from_bytes(raw.read(8), "little")
+        header = json.loads(raw.read(size))
+    found = {}
+    for name in names:
+        entry = header[name]
+        start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        found[name] = Tensor(name, entry["dtype"], shape, file, 8 + size + start, end - start)
+    return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object out of a file.  Raises: CheckpointError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path.parent} has no {path.name}.") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds {type(value).__name__}; it must be an object.")
+    return value
