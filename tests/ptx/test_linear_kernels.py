@@ -49,7 +49,7 @@ def halves(record: Record, raw: npt.NDArray[np.uint8]) -> tuple[F64, F64]:
     ):
         nbytes = rows * columns * record.bits // 8
         data = raw[start : start + nbytes].view(kind).reshape(rows, -1)
-        scale = None
+        scale: npt.NDArray[Any] | None = None
         if record.bits == 8:
             scale = raw[scales : scales + 4 * rows].view(np.float32)
         elif record.bits == 4:
