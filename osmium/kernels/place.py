@@ -18,7 +18,7 @@ __all__ = ["PLACE"]
     "CPointer(int64), CPointer(uint16), int32, int32, int32, int32, int32, float32)",
     block=256,
     grid="1",
-    regs=64,
+    regs=72,
 )
 def place(
     count: Any,
