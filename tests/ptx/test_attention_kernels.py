@@ -1,0 +1,105 @@
+"""The attention and delta net cases on the reference, against formulas in float64.
+
+What the interpreter compares kernels with is held here to a second way of saying it, on the very
+same ragged cases.
+"""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from tests.ops.cases import Arrays, Case, run
+from tests.ptx.cases_attention import CASES
+from tests.tolerance import close
+
+F64 = npt.NDArray[np.float64]
+PAGE = 4
+"""Tokens a page in the rope cases."""
+
+
+def of(kind: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("name", [name for name in CASES if kind in name])
+
+
+def case_and_outputs(name: str, rng: np.random.Generator) -> tuple[Case, Arrays]:
+    case = CASES[name](rng)
+    return case, run(case, ReferenceOps())
+
+
+def turned(x: F64, w: F64, position: int, frequencies: npt.NDArray[np.float32]) -> F64:
+    """One head: normed, weighted, its pairs turned as complex numbers.  The angle alone is f32."""
+    x = x / np.sqrt((x * x).mean() + 1e-6) * (1 + w)
+    half = len(frequencies)
+    angle = (np.float32(position) * frequencies).astype(np.float64)
+    pairs = (x[:half] + 1j * x[half : 2 * half]) * np.exp(1j * angle)
+    return np.concatenate([pairs.real, pairs.imag, x[2 * half :]])
+
+
+@of("rope_append")
+def test_heads_turn_and_land_in_their_page(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    tokens, heads, dim = out["q"].shape
+    kv = a["k_pages"].shape[2]
+    norms = a["norms"].astype(np.float64)
+    untouched = np.ones(a["k_pages"].shape[:2], bool)
+    for t in range(tokens):
+        rows = a["qgkv"][t].astype(np.float64).reshape(-1, dim)
+        queries, keys, values = rows[: 2 * heads : 2], rows[2 * heads : -kv], rows[-kv:]
+        position = int(a["positions"][t])
+        for h in range(heads):
+            want = turned(queries[h], norms[0], position, a["frequencies"])
+            assert close(out["q"][t, h], want, "f32")
+        at = a["pages"][a["sequence"][t], position // PAGE], position % PAGE
+        untouched[at] = False
+        for g in range(kv):
+            want = turned(keys[g], norms[1], position, a["frequencies"])
+            assert close(f32_from_bf16(out["k_pages"][at][g]), want, "bf16")
+        np.testing.assert_array_equal(out["v_pages"][at], bf16_from_f32(values.astype(np.float32)))
+    for pages in ("k_pages", "v_pages"):
+        np.testing.assert_array_equal(out[pages][untouched], a[pages][untouched])
+
+
+@of("attention ")
+def test_attention_is_a_mean_weighted_by_exp(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    page, kv = a["k_pages"].shape[1:3]
+    tokens, heads, dim = out["out"].shape
+    for t in range(tokens):
+        seen = np.arange(a["positions"][t] + 1)
+        where = a["pages"][a["sequence"][t], seen // page], seen % page
+        for h in range(heads):
+            k, v = (
+                f32_from_bf16(a[n][where][:, h // (heads // kv)]).astype(np.float64)
+                for n in ("k_pages", "v_pages")
+            )
+            weights = np.exp(k @ a["q"][t, h].astype(np.float64) / np.sqrt(dim))
+            assert close(out["out"][t, h], weights @ v / weights.sum(), "f32")
+
+
+@of("delta_")
+def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = case.arrays
+    _, heads, dk, dv = a["state"].shape
+    keys = (a["qkv"].shape[1] - heads * dv) // (2 * dk)
+    for s, slot in enumerate(a["slots"]):
+        for j in range(heads):
+            shared = j // (heads // keys)
+            state = np.zeros((dk, dv)) if a["past"][s] == 0 else a["state"][slot, j].astype(float)
+            made = []
+            for t in range(a["starts"][s], a["starts"][s + 1]):
+                row = a["qkv"][t].astype(np.float64)
+                q, k = row[: 2 * keys * dk].reshape(2, keys, dk)[:, shared]
+                v = row[2 * keys * dk :].reshape(heads, dv)[j]
+                q, k = (x / np.sqrt(x @ x + 1e-6) for x in (q, k))
+                state = state * np.exp(float(a["decay"][t, j]))
+                # towards v at k: beta of the way from what the state recalls there
+                state = state + np.outer(k, a["beta"][t, j] * (v - k @ state))
+                made.append(q @ state / np.sqrt(dk))
+            rows = slice(a["starts"][s], a["starts"][s + 1])
+            assert close(out["out"][rows, j], np.array(made), "f32")
+            assert close(out["state"][slot, j], state, "f32")
