@@ -1,1 +1,36 @@
-"""Osmium: a Mixture-of-Experts inference engine for one consumer GPU."""
+"""Osmium: a Mixture-of-Experts inference engine for one consumer GPU.
+
+    engine = osmium.load("path/to/model")
+    for token in engine.generate(ids, osmium.SamplingParams(temperature=0)):
+        ...
+
+Names are loaded when they are first used, so that importing this is quick.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from osmium.config import EngineConfig
+    from osmium.engine.engine import Engine
+    from osmium.engine.request import SamplingParams
+    from osmium.errors import OsmiumError
+    from osmium.load import load
+
+__all__ = ["Engine", "EngineConfig", "OsmiumError", "SamplingParams", "load"]
+
+_WHERE = {
+    "Engine": "osmium.engine.engine",
+    "EngineConfig": "osmium.config",
+    "OsmiumError": "osmium.errors",
+    "SamplingParams": "osmium.engine.request",
+    "load": "osmium.load",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'osmium' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_WHERE[name]), name)
+    globals()[name] = value  # `osmium.load` is the function, not the module of that name
+    return value

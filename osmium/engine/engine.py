@@ -1,0 +1,397 @@
+"""The engine: a crank on a thread of its own, that many callers may submit to.
+
+    schedule who is next -> compute their tokens -> sample -> give out
+
+Knows token ids; a tokenizer, where there is one, is only passed on to those who have text.
+"""
+
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.config import ModelConfig
+from osmium.engine.request import (
+    Decoder,
+    Event,
+    Finish,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Token,
+)
+from osmium.engine.runner import Runner
+from osmium.engine.sampler import sample
+from osmium.engine.scheduler import Batch, Scheduler
+from osmium.engine.state import Seats
+from osmium.engine.stops import Stops
+from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
+
+__all__ = ["Engine"]
+
+T = TypeVar("T")
+
+
+class Engine:
+    """One model, serving."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        seats: Seats,
+        *,
+        name: str,
+        context: int,
+        device: str = "cpu",
+        tokenizer: Any = None,
+        template: Any = None,
+        defaults: dict[str, Any] | None = None,
+        on_thread: Callable[[], None] | None = None,
+        on_close: Callable[[], None] | None = None,
+        plan: Any = None,
+    ) -> None:
+        """`on_thread` runs first on the engine's thread, `on_close` last of all."""
+        self.config: ModelConfig = runner.model.config
+        self.name, self.context, self.device, self.plan = name, context, device, plan
+        self.chunk = runner.rows
+        """Most tokens of a step."""
+        self.tokenizer, self.template = tokenizer, template
+        self.defaults = defaults or {}
+        """Sampling parameters that the model's makers recommend."""
+        self._runner, self._seats = runner, seats
+        self._scheduler = Scheduler(seats, runner.rows)
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._on_thread, self._on_close = on_thread, on_close
+        self._stopped: EngineStopped | None = None
+        self._closing = False
+        self._lock = threading.Lock()
+        self._tokens = {"prompt": 0, "completion": 0}
+        self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
+        self._thread.start()
+
+    # -- what callers do, on any thread ------------------------------------------------------------
+
+    def submit(
+        self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
+    ) -> Request:
+        """Ask for a reply.  `on_event` is called on the engine's thread with each Token and with
+        one Finish at the end; it must return at once.
+
+        Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
+        """
+        ids = [int(one) for one in prompt]
+        self._check(ids)
+        if len(ids) >= self.context:
+            raise RequestError(
+                f"This model's maximum context length is {self.context} tokens. However, your "
+                f"prompt has {len(ids)} tokens. Shorten it, or start with a larger --context.",
+                param="messages",
+                code="context_length_exceeded",
+            )
+        decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        request = Request(ids, params, on_event, Stops(decoder, params.stop), seed)
+        self._send(lambda: self._scheduler.add(request))
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """End a request, wherever it is; its Finish says cancelled.  Afterwards is harmless."""
+        request.cancelled.set()
+        if self._stopped is None:
+            self._inbox.put(lambda: None)  # wake the crank
+
+    def generate(
+        self, prompt: Sequence[int], params: SamplingParams | None = None
+    ) -> Iterator[Token]:
+        """The tokens of a reply as they come; leaving the loop early cancels the rest.
+
+        The text still held back at the end comes with the last token.
+        Raises: RequestError, EngineStopped.
+        """
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        request = self.submit(prompt, params or SamplingParams(), events.put)
+        return self._tokens_of(request, events)
+
+    def _tokens_of(self, request: Request, events: "queue.SimpleQueue[Event]") -> Iterator[Token]:
+        last: Token | None = None  # kept until it is known whether text follows it
+        try:
+            while True:
+                event = events.get()
+                if isinstance(event, Token):
+                    if last is not None:
+                        yield last
+                    last = event
+                    continue
+                if event.error is not None:
+                    raise event.error
+                if last is not None:
+                    yield Token(last.id, last.text + event.text, last.logprob, last.top)
+                return
+        finally:
+            self.cancel(request)
+
+    def logits(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Teacher-forced logits of every position, f32 [T, vocab], read in chunks.
+
+        Raises: RequestError, EngineStopped.
+        """
+        ids = [int(one) for one in prompt]
+        self._check(ids)
+        if len(ids) > self.context:
+            raise RequestError(
+                f"{len(ids)} ids do not fit the context of {self.context}.",
+                param="ids",
+                code="context_length_exceeded",
+            )
+        out = np.empty((len(ids), self.config.vocab), np.float32)
+        for rows, piece in self.forced([ids], self._runner.rows):
+            out[rows[0] : rows[0] + len(piece)] = piece
+        return out
+
+    def forced(
+        self, sequences: list[list[int]], chunk: int
+    ) -> list[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
+        """Logits of whole sequences, `chunk` tokens at a time, several sequences in one step.
+
+        ((position, sequence), f32 [n, vocab]) for pieces of rows from that position on.  Nothing
+        else runs meanwhile.  Raises: RequestError, EngineStopped.
+        """
+        return self.call(lambda: list(self._force(sequences, chunk)))
+
+    def each_forced(
+        self,
+        sequences: list[list[int]],
+        chunk: int,
+        use: Callable[[int, int, npt.NDArray[np.float32]], None],
+    ) -> None:
+        """The same, without keeping the logits: use(position, sequence, f32 [n, vocab])."""
+
+        def job() -> None:
+            for (position, sequence), piece in self._force(sequences, chunk):
+                use(position, sequence, piece)
+
+        self.call(job)
+
+    def call(self, job: Callable[[], T]) -> T:
+        """Run a job on the engine's thread, between two steps, and wait for it."""
+        answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+        def run() -> None:
+            try:
+                answer.put((True, job()))
+            except BaseException as error:
+                answer.put((False, error))
+                if isinstance(error, CudaError) and error.lost:
+                    raise
+
+        self._send(run)
+        while True:
+            try:
+                fine, value = answer.get(timeout=1.0)
+            except queue.Empty:
+                if self._stopped is not None:
+                    raise self._stopped from None
+                continue
+            if not fine:
+                raise value
+            result: T = value
+            return result
+
+    def status(self) -> dict[str, Any]:
+        """What is going on: requests, tokens so far, pages, experts by where they were."""
+
+        def look() -> dict[str, Any]:
+            counters = self._runner.store.counters()
+            return {
+                "running": len(self._scheduler.running),
+                "waiting": len(self._scheduler.waiting),
+                "free_pages": self._seats.free_pages,
+                "pages": self._seats.pages,
+                "tokens": dict(self._tokens),
+                "experts": vars(counters),
+            }
+
+        return self.call(look)
+
+    def close(self) -> None:
+        """Stop: whoever is running or waiting gets EngineStopped.  More than once is harmless."""
+        with self._lock:
+            self._closing = True
+        self._inbox.put(lambda: None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _check(self, ids: list[int]) -> None:
+        if not ids:
+            raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab:
+            raise RequestError(
+                f"Token id {low if low < 0 else high} is not in the vocabulary of "
+                f"{self.config.vocab}.",
+                param="prompt",
+                code="invalid_token",
+            )
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._stopped is not None:
+                raise EngineStopped(str(self._stopped))
+            if self._closing:
+                raise EngineStopped("The engine is closed.")
+            self._inbox.put(command)
+
+    # -- the crank, on the engine's thread ---------------------------------------------------------
+
+    def _run(self) -> None:
+        reason = EngineStopped("The engine is closed.")
+        try:
+            if self._on_thread is not None:
+                self._on_thread()
+            while not self._closing:
+                self._read_inbox()
+                self._drop_cancelled()
+                batch = self._scheduler.next()
+                if batch is not None:
+                    self._step(batch)
+        except Exception as error:  # the door: whatever it was, nobody may wait for ever
+            reason = EngineStopped(f"The engine has stopped: {error}")
+            reason.__cause__ = error
+        with self._lock:
+            self._stopped = reason
+        for request in self._scheduler.everyone():
+            self._finish(request, FinishReason.ERROR, reason)
+        while not self._inbox.empty():  # submitted too late to be seen
+            self._inbox.get()()
+        for request in self._scheduler.everyone():
+            self._finish(request, FinishReason.ERROR, reason)
+        if self._on_close is not None:
+            self._on_close()
+
+    def _read_inbox(self) -> None:
+        idle = not self._scheduler.running and not self._scheduler.waiting
+        if idle and not self._closing:
+            self._inbox.get()()
+        while not self._inbox.empty():
+            self._inbox.get()()
+
+    def _drop_cancelled(self) -> None:
+        for request in self._scheduler.everyone():
+            if request.cancelled.is_set():
+                self._finish(request, FinishReason.CANCELLED)
+
+    def _step(self, batch: Batch) -> None:
+        try:
+            self._runner.forward(batch)
+            rows, ready, row = [], [], 0
+            for request, count in batch.parts:
+                row += count
+                if request.pending == count:
+                    rows.append(row - 1)
+                    ready.append(request)
+            chosen: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
+            for piece in self._runner.logits(np.array(rows, np.int32)):
+                start = len(chosen)
+                for logits, request in zip(piece, ready[start:], strict=False):
+                    chosen.append(sample(logits, request))
+        except Exception as error:
+            if isinstance(error, CudaError) and error.lost:
+                raise
+            failed = (
+                error
+                if isinstance(error, OsmiumError)
+                else EngineStopped(f"A step failed: {error!r}")
+            )
+            for request, _ in batch.parts:
+                self._finish(request, FinishReason.ERROR, failed)
+            return
+        for request, count in batch.parts:
+            fresh = min(count, max(0, request.prompt_tokens - request.computed))
+            self._tokens["prompt"] += fresh
+            request.computed += count
+        for request, (token, logprob, top) in zip(ready, chosen, strict=True):
+            self._take(request, token, logprob, top)
+
+    def _take(
+        self,
+        request: Request,
+        token: int,
+        logprob: float | None,
+        top: tuple[tuple[int, float], ...],
+    ) -> None:
+        """A request has its next token."""
+        self._tokens["completion"] += 1
+        request.tokens.append(token)
+        params = request.params
+        if token in self.config.eos and not params.ignore_eos:
+            self._finish(request, FinishReason.STOP)
+            return
+        text = request.stops.push(token)
+        request.emit(Token(token, text, logprob, top))
+        if request.stops.hit:
+            self._finish(request, FinishReason.STOP)
+        elif request.completion_tokens == params.max_tokens or len(request.tokens) >= self.context:
+            self._finish(request, FinishReason.LENGTH)
+
+    def _finish(
+        self, request: Request, reason: FinishReason, error: OsmiumError | None = None
+    ) -> None:
+        self._scheduler.remove(request)
+        if request.done:
+            return
+        request.done = True
+        text = request.stops.flush() if error is None else ""
+        if request.stops.hit and reason is FinishReason.LENGTH:
+            reason = FinishReason.STOP  # the stop text ended in what the decoder still held
+        request.emit(Finish(reason, text, request.prompt_tokens, request.completion_tokens, error))
+
+    def _force(
+        self, sequences: list[list[int]], chunk: int
+    ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
+        """Teacher forcing on slots and pages of its own; whoever is running is read again later."""
+        for request in list(reversed(self._scheduler.running)):
+            self._scheduler.preempt(request)
+        every = list(enumerate(sequences))
+        while every:
+            group: list[tuple[int, Request]] = []
+            while every and len(group) < min(
+                self._runner.sequences, max(1, self._runner.rows // chunk)
+            ):
+                index, ids = every[0]
+                request = Request(ids, SamplingParams(), _ignore, None, 0)
+                if not self._seats.sit(request):
+                    break
+                if not self._seats.grow(request, len(ids)):
+                    self._seats.leave(request)
+                    break
+                group.append((index, request))
+                every.pop(0)
+            assert group, "a sequence of at most the context always fits alone"
+            try:
+                while live := [(i, r) for i, r in group if r.pending]:
+                    parts = [(r, min(r.pending, chunk)) for _, r in live]
+                    self._runner.forward(Batch(parts))
+                    yield from self._forced_rows(live, parts)
+            finally:
+                for _, request in group:
+                    self._seats.leave(request)
+
+    def _forced_rows(
+        self, live: list[tuple[int, Request]], parts: list[tuple[Request, int]]
+    ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
+        row = 0
+        for (index, request), (_, count) in zip(live, parts, strict=True):
+            at = request.computed
+            for piece in self._runner.logits(np.arange(row, row + count, dtype=np.int32)):
+                yield (at, index), piece
+                at += len(piece)
+            request.computed += count
+            row += count
+
+
+def _ignore(event: Event) -> None:
+    """Teacher forcing emits nothing."""

@@ -1,0 +1,68 @@
+"""Perplexity of a text, through either path of the engine.
+
+The text's ids are cut into windows of n, the rest is dropped; each window starts from an empty
+state and its tokens 2 .. n are scored.  perplexity = exp(mean negative log-likelihood).
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.config import Progress
+from osmium.engine.engine import Engine
+from osmium.engine.sampler import log_softmax
+from osmium.errors import ConfigError
+
+__all__ = ["perplexity"]
+
+
+def perplexity(
+    engine: Engine,
+    ids: Sequence[int],
+    window: int = 512,
+    path: str = "prefill",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """perplexity, nll (nats a token), tokens scored, tokens_per_s, window and path.
+
+    path is "prefill", windows read in chunks, or "decode", a token at a time, several windows
+    side by side.  Raises: ConfigError where no window fits.
+    """
+    if path not in ("prefill", "decode"):
+        raise ConfigError(f"--path is {path!r}; it must be prefill or decode.")
+    if not 2 <= window <= engine.context:
+        raise ConfigError(
+            f"--window is {window}; it must be from 2 to the context, {engine.context}."
+        )
+    windows = [list(ids[i : i + window]) for i in range(0, len(ids) - window + 1, window)]
+    if not windows:
+        raise ConfigError(f"The text has {len(ids)} tokens, fewer than one window of {window}.")
+    total, scored, done = 0.0, 0, 0
+
+    def use(position: int, sequence: int, logits: npt.NDArray[np.float32]) -> None:
+        nonlocal total, scored, done
+        following = windows[base + sequence][position + 1 : position + 1 + len(logits)]
+        logprobs = log_softmax(logits[: len(following)])
+        total -= float(logprobs[np.arange(len(following)), following].sum())
+        scored += len(following)
+        done += len(logits)
+        if progress:
+            progress("scoring", done, len(windows) * window)
+
+    start = time.perf_counter()
+    chunk = 1 if path == "decode" else engine.chunk
+    for base in range(0, len(windows), 8):  # between two groups others get their turn
+        engine.each_forced(windows[base : base + 8], chunk, use)
+    seconds = time.perf_counter() - start
+    return {
+        "perplexity": math.exp(total / scored),
+        "nll": total / scored,
+        "tokens": scored,
+        "tokens_per_s": len(windows) * window / seconds,
+        "window": window,
+        "path": path,
+    }

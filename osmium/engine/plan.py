@@ -1,0 +1,272 @@
+"""The memory plan: where every byte goes, before anything is allocated.
+
+Pure arithmetic over a model's shapes, the user's options and what the machine has.  What does not fit
+is said here, before loading, with the flag that helps.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.runner import runner_bytes
+from osmium.errors import ConfigError
+from osmium.experts.cache import cache_bytes
+from osmium.experts.store import store_bytes
+from osmium.models.state import state_bytes
+from osmium.models.workspace import workspace_bytes
+from osmium.quant.record import Record
+
+__all__ = ["Machine", "Plan", "available_ram", "make_plan"]
+
+GIB = 1 << 30
+
+CONTEXT_BYTES = 600 << 20
+"""A CUDA context with this engine's kernels loaded, to be refined by measuring."""
+
+CPU_COPIES = 4 << 30
+"""f32 copies of matrices that the CPU backend may keep (ReferenceOps)."""
+
+_HIT = ((0.0, 0.0), (0.10, 0.51), (0.15, 0.60), (0.20, 0.66), (0.36, 0.79), (0.40, 0.81),
+        (0.44, 0.83), (0.50, 0.86), (1.0, 1.0))  # fmt: skip
+"""Share of experts resident -> share of uses hit: an adaptive cache on published routing statistics
+of Qwen3.5-122B-A10B up to .36, beyond it an extrapolation."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is to plan with."""
+
+    gpu: bool
+    vram_free: int = 0
+    """Bytes free now, the context already made."""
+    vram_total: int = 0
+    ram_available: int = 0
+    ram_total: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Sizes, and the bytes they take."""
+
+    device: str
+    context: int
+    """Most tokens of a sequence."""
+    page: int
+    pages: int
+    sequences: int
+    chunk: int
+    """Most tokens of a step."""
+    kv_dtype: str
+    experts: int
+    slots: int
+    """Expert slots a layer."""
+    vram: dict[str, int]
+    """Bytes by what they are for; empty on the CPU."""
+    vram_limit: int
+    ram: dict[str, int]
+    ram_limit: int
+
+    @property
+    def table_pages(self) -> int:
+        """Entries of the page table a sequence."""
+        return -(-self.context // self.page)
+
+    @property
+    def hit_rate(self) -> float:
+        """What the slots may be expected to hit, an estimate from published routing statistics."""
+        share = self.slots / self.experts
+        for (x0, y0), (x1, y1) in pairwise(_HIT):
+            if share <= x1:
+                return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+        return 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**vars(self), "expected_hit_rate": round(self.hit_rate, 3)}
+
+    def table(self) -> str:
+        """For people."""
+        lines = [
+            f"device     {self.device}",
+            f"context    {self.context:,} tokens a sequence, {self.pages * self.page:,} in all, "
+            f"KV in {self.kv_dtype}",
+            f"sequences  {self.sequences} at once, steps of up to {self.chunk} tokens",
+        ]
+        if self.vram:
+            lines.append(
+                f"experts    {self.slots} of {self.experts} slots a layer; expected hit rate "
+                f"{self.hit_rate:.2f} (estimate)"
+            )
+        for name, parts, limit in (
+            ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
+        ):  # fmt: skip
+            if parts:
+                lines.append(f"\n{name:24}{'GiB':>8}")
+                lines += [f"  {what:22}{size / GIB:8.2f}" for what, size in parts.items()]
+                total = sum(parts.values())
+                lines.append(f"  {'in all':22}{total / GIB:8.2f}   of {limit / GIB:.2f}")
+        return "\n".join(lines)
+
+
+def make_plan(
+    config: ModelConfig,
+    record: Record,
+    weights: Sequence[tuple[str, int]],
+    options: EngineConfig,
+    machine: Machine,
+) -> Plan:
+    """Share out the memory.  `weights` are (name, bytes) of everything but the routed experts.
+
+    Raises: ConfigError where it does not fit.
+    """
+    context = options.context or min(config.max_context, 32768)
+    if context > config.max_context:
+        raise ConfigError(
+            f"--context is {context}; the model was made for {config.max_context} tokens at most."
+        )
+    kv_dtype = (
+        ("bf16" if machine.gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
+    )
+    if machine.gpu and kv_dtype != "bf16":
+        raise ConfigError(f"--kv-dtype is {kv_dtype}; on the GPU this version keeps KV in bf16.")
+    rows = min(options.chunk, context)
+    if options.sequences > rows:
+        raise ConfigError(
+            f"--sequences is {options.sequences}; a step of --chunk {rows} tokens has to hold one "
+            "of each."
+        )
+    pages = _pages(config, options, context, kv_dtype)
+    layers, experts = config.layers, config.experts
+    fixed = {
+        "KV": state_bytes(config, pages, options.page, 0, kv_dtype),
+        "recurrent states": state_bytes(config, 0, options.page, options.sequences, kv_dtype),
+        "workspace": workspace_bytes(config, rows)
+        + store_bytes(rows, experts, experts, config.top_k, config.expert_size)
+        + runner_bytes(config.vocab, rows, options.sequences, -(-context // options.page)),
+    }
+    arena = layers * experts * record.nbytes
+    embed = sum(size for name, size in weights if name == "embed")
+    rest = sum(size for name, size in weights) - embed
+    if config.tied_head:
+        rest += embed  # the head reads a copy of its own
+    if not machine.gpu:
+        copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * arena)
+        ram = {"model, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
+        slots, vram, vram_limit = experts, {}, 0
+        if options.slots is not None:
+            slots = _capped(options.slots, config)
+            ram["expert slots"] = cache_bytes(record, layers, experts, slots)
+    else:
+        vram_limit = options.vram if options.vram is not None else machine.vram_free + CONTEXT_BYTES
+        if vram_limit > machine.vram_free + CONTEXT_BYTES:
+            raise ConfigError(
+                f"--vram is {_gib(vram_limit)}, {_gib(machine.vram_free + CONTEXT_BYTES)} are free "
+                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU."
+            )
+        reserve = max(256 << 20, vram_limit // 50)
+        vram = {"CUDA context": CONTEXT_BYTES, "weights": rest, **fixed, "reserve": reserve}
+        slots = _slots(config, record, options, vram_limit - sum(vram.values()), vram)
+        vram["expert slots"] = cache_bytes(record, layers, experts, slots)
+        resident = slots == experts
+        ram = {"embedding": embed, "one layer, loading": experts * record.nbytes}
+        if not resident:
+            ram = {"expert arena": arena, "embedding": embed}
+    ram_limit = _ram_limit(options, machine)
+    need = sum(ram.values())
+    if need > ram_limit:
+        most = max(ram, key=lambda name: ram[name])
+        raise ConfigError(
+            f"The model needs {_gib(need)} of host memory ({most} {_gib(ram[most])}), "
+            f"{_gib(ram_limit)} can be used. Lower --context or --gpu-expert-bits, use a smaller "
+            "model, or say --ram SIZE if the system reports too little."
+        )
+    return Plan(
+        "gpu" if machine.gpu else "cpu", context, options.page, pages, options.sequences, rows,
+        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit,
+    )  # fmt: skip
+
+
+def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: str) -> int:
+    """Pages of KV, at least a whole context's."""
+    least = -(-context // options.page)
+    if options.kv_cache_mb is None:
+        return least
+    page = state_bytes(config, 1, options.page, 0, kv_dtype)
+    if page == 0:
+        return least  # no attention layer keeps anything
+    pages = (options.kv_cache_mb << 20) // page
+    if pages < least:
+        raise ConfigError(
+            f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page} tokens, the context "
+            f"is {context}. Raise it to {-(-least * page >> 20)}, or lower --context."
+        )
+    return pages
+
+
+def _capped(slots: int, config: ModelConfig) -> int:
+    if slots < config.top_k:
+        raise ConfigError(
+            f"--slots is {slots}; a token activates {config.top_k} experts a layer, each needs one."
+        )
+    return min(slots, config.experts)
+
+
+def _slots(
+    config: ModelConfig, record: Record, options: EngineConfig, room: int, vram: dict[str, int]
+) -> int:
+    """Expert slots a layer that `room` bytes of VRAM hold.  Raises: ConfigError."""
+    most = config.experts if options.slots is None else _capped(options.slots, config)
+    if not options.hcs:
+        most = config.top_k
+    tables = cache_bytes(record, config.layers, config.experts, 0)
+    slots = min(most, max(0, room - tables) // (config.layers * (record.nbytes + 4)))
+    if slots < config.top_k:
+        need = cache_bytes(record, config.layers, config.experts, config.top_k)
+        held = ", ".join(f"{name} {_gib(size)}" for name, size in vram.items() if size > GIB // 8)
+        raise ConfigError(
+            f"Hot experts need {_gib(need)} at least, {_gib(max(0, room))} are left of the VRAM "
+            f"({held}). Lower --kv-cache-mb or --context, or use a smaller model."
+        )
+    return slots
+
+
+def _ram_limit(options: EngineConfig, machine: Machine) -> int:
+    """What may be used: all of --ram; else what is available, with a part kept for the desktop:
+    6 GiB or a tenth, but not more than a quarter of a small machine."""
+    if options.ram is not None:
+        return options.ram
+    total = machine.ram_total
+    return max(0, machine.ram_available - min(max(6 * GIB, total // 10), total // 4))
+
+
+def available_ram() -> tuple[int, int]:
+    """Bytes of host memory that are available, and in all, by the system and by cgroup limits."""
+    memory = psutil.virtual_memory()
+    available, total = int(memory.available), int(memory.total)
+    for limit_file, used_file in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        limit, used = _cgroup(limit_file), _cgroup(used_file)
+        if limit is not None and limit < total:
+            available = min(available, max(0, limit - (used or 0)))
+            total = limit
+    return available, total
+
+
+def _cgroup(name: str) -> int | None:
+    try:
+        text = (Path(os.sep) / "sys/fs/cgroup" / name).read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None
+
+
+def _gib(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB"

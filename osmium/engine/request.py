@@ -1,0 +1,176 @@
+"""What is asked and what comes back: requests, how to sample, tokens, endings.
+
+Values with arithmetic on them.  The engine knows token ids and nothing of how text becomes them; a
+`Decoder` turns ids back into text, piece by piece.
+"""
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Protocol
+
+from osmium.errors import OsmiumError, RequestError
+
+__all__ = [
+    "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Token",
+]  # fmt: skip
+
+
+class Decoder(Protocol):
+    """Ids back to text, never splitting a character."""
+
+    def push(self, token: int) -> str: ...
+    def flush(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How the next token is chosen, and when to stop."""
+
+    temperature: float = 1.0
+    """0 always takes the likeliest token."""
+    top_k: int = 0
+    """Keep this many likeliest tokens; 0 keeps all."""
+    top_p: float = 1.0
+    """Keep the likeliest tokens that together have this probability."""
+    min_p: float = 0.0
+    """Drop tokens less likely than this share of the likeliest one's probability."""
+    presence_penalty: float = 0.0
+    """Taken once from the logit of every token already generated."""
+    frequency_penalty: float = 0.0
+    """Taken from a token's logit for each time it was generated."""
+    repetition_penalty: float = 1.0
+    """Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and
+    the reply.  Keskar et al. 2019, arXiv:1909.05858."""
+    seed: int | None = None
+    """The same seed gives the same reply, whatever else is running."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to logits, by token id."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the reply and are not part of it."""
+    max_tokens: int | None = None
+    """Most tokens of the reply; None goes on to the end of the context."""
+    ignore_eos: bool = False
+    """Go on past the model's end tokens."""
+    logprobs: int | None = None
+    """How many alternatives to give with each token; None gives no log-probabilities."""
+
+    def __post_init__(self) -> None:
+        """Raises: RequestError naming the field, its value and the rule."""
+        inf = math.inf
+        for name, low, high in (
+            ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
+            ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
+            ("repetition_penalty", 0, inf),
+        ):  # fmt: skip
+            value = getattr(self, name)
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not low <= value <= high or value == inf:
+                raise _refuse(name, value, f"a number from {low} to {high}")
+        if self.top_p == 0 or self.repetition_penalty == 0:
+            name = "top_p" if self.top_p == 0 else "repetition_penalty"
+            raise _refuse(name, 0, "above 0")
+        for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
+            value = getattr(self, name)
+            if value is None and name != "top_k":
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise _refuse(name, value, f"an integer from {least} to {most}")
+        if self.seed is not None and (
+            not isinstance(self.seed, int) or isinstance(self.seed, bool)
+        ):
+            raise _refuse("seed", self.seed, "an integer")
+        if not all(isinstance(one, str) and one for one in self.stop):
+            raise _refuse("stop", self.stop, "texts, none of them empty")
+        for token, bias in self.logit_bias.items():
+            if not isinstance(token, int) or not -100 <= bias <= 100:
+                raise _refuse(
+                    "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
+                )
+
+
+def _refuse(name: str, value: object, rule: str) -> RequestError:
+    return RequestError(
+        f"{name} is {value!r}; it must be {rule}.", param=name, code="invalid_value"
+    )
+
+
+class FinishReason(StrEnum):
+    """Why a reply ended."""
+
+    STOP = "stop"
+    """An end token, or a stop text."""
+    LENGTH = "length"
+    """max_tokens, or the context is full."""
+    CANCELLED = "cancelled"
+    ERROR = "error"
+
+
+@dataclass(frozen=True)
+class Token:
+    """One token of a reply."""
+
+    id: int
+    text: str
+    """The text that is certain by now: it may be empty, and include what was held back before."""
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+    """The likeliest alternatives and their log-probabilities."""
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a reply; the last event of every request."""
+
+    reason: FinishReason
+    text: str = ""
+    """What was still held back."""
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    """Tokens generated, an end token included."""
+    error: OsmiumError | None = None
+
+
+Event = Token | Finish
+
+
+class Request:
+    """One reply in the making.  The engine's thread alone changes it, but for `cancelled`."""
+
+    def __init__(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        emit: Callable[[Event], None],
+        stops: Any,
+        seed: int,
+    ) -> None:
+        self.params = params
+        self.emit = emit
+        self.stops = stops
+        self.seed = seed
+        self.tokens = list(prompt)
+        """Prompt and reply."""
+        self.prompt_tokens = len(prompt)
+        self.computed = 0
+        """Tokens whose keys, values and states the model has."""
+        self.slot = -1
+        self.pages: list[int] = []
+        self.cancelled = threading.Event()
+        self.done = False
+
+    @property
+    def pending(self) -> int:
+        """Tokens that must be computed before the next one can be sampled; 1 while decoding."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def generated(self) -> list[int]:
+        """The reply so far."""
+        return self.tokens[self.prompt_tokens :]
+
+    @property
+    def completion_tokens(self) -> int:
+        return len(self.tokens) - self.prompt_tokens

@@ -1,0 +1,165 @@
+"""From a path to an engine: open, plan, allocate, fill, start.
+
+The one place where the floors meet; what each step does is in its own module.
+"""
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from osmium.config import EngineConfig, Progress
+from osmium.cuda.driver import Device
+from osmium.cuda.stream import Machine as Gpu
+from osmium.engine.engine import Engine
+from osmium.engine.plan import Machine, Plan, available_ram, make_plan
+from osmium.engine.runner import Runner
+from osmium.engine.state import Seats
+from osmium.errors import ConfigError, NoDevice
+from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.store import Store
+from osmium.models import model_class
+from osmium.models.state import make_state
+from osmium.models.weights import upload
+from osmium.ops import Ops
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from osmium.text.chat import ChatTemplate
+from osmium.text.defaults import sampling_defaults
+from osmium.text.tokenizer import Tokenizer
+from osmium.weights import DEMO, Packed, open_model
+
+__all__ = ["load", "plan_for"]
+
+
+def load(
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Engine:
+    """An engine for a checkpoint folder, a packed file, a hub id, or (None) the bundled demo.
+
+    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.
+    Raises: ConfigError, CheckpointError, DeviceError.
+    """
+    config = _config(device, options)
+    gpu = _gpu(config)
+    try:
+        packed = open_model(path, config, progress)
+        plan = _plan(packed, config, gpu)
+        return _build(packed, plan, config, gpu, progress)
+    except BaseException:
+        if gpu is not None:
+            gpu.close()
+        raise
+
+
+def plan_for(path: str | Path | None = None, device: str = "auto", **options: Any) -> Plan:
+    """The memory plan of what `load` would do, without loading.  Packs a checkpoint if need be.
+
+    Raises: ConfigError, CheckpointError, DeviceError.
+    """
+    config = _config(device, options)
+    gpu = _gpu(config)
+    try:
+        return _plan(open_model(path, config), config, gpu)
+    finally:
+        if gpu is not None:
+            gpu.close()
+
+
+def _config(device: str, options: dict[str, Any]) -> EngineConfig:
+    known = {field.name for field in fields(EngineConfig)}
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"There is no option {name!r}; known are {', '.join(sorted(known))}.")
+    return EngineConfig(**{"device": device, **options})
+
+
+def _gpu(config: EngineConfig) -> Gpu | None:
+    """The GPU, or None where there is none and none was asked for."""
+    if config.device == "cpu":
+        return None
+    try:
+        kind = "pinned" if config.wc_alloc is False else "write-combined"
+        return Gpu(Device(), "pinned" if kind == "pinned" else "write-combined")
+    except NoDevice:
+        if config.device == "gpu":
+            raise
+        return None
+
+
+def _plan(packed: Packed, config: EngineConfig, gpu: Gpu | None) -> Plan:
+    free, total = gpu.device.memory() if gpu is not None else (0, 0)
+    available, ram = available_ram()
+    machine = Machine(gpu is not None, free, total, available, ram)
+    weights = [(name, part.nbytes) for name, part in packed.parts.items()]
+    return make_plan(packed.config, packed.record, weights, config, machine)
+
+
+def _build(
+    packed: Packed, plan: Plan, options: EngineConfig, gpu: Gpu | None, progress: Progress | None
+) -> Engine:
+    """Allocate by the plan, in its order, and fill."""
+    config, record = packed.config, packed.record
+    layers, experts = config.layers, config.experts
+    ops: Ops = ReferenceOps() if gpu is None else GpuOps(gpu)
+
+    values = {name: packed.tensor(name) for name in packed.names()}
+    weights = upload(ops, values, embed_on_host=gpu is not None)
+    if gpu is None:
+        arena = share_arena(record, packed.all_records())
+        if plan.slots == experts:
+            cache = resident_cache(ops, record, arena.records)
+        else:
+            cache = make_cache(ops, arena, plan.slots, config.top_k)
+    elif plan.slots == experts:
+        arena = None
+        slots = fill_slots(ops, record, layers, experts, packed.read_records, progress)
+        cache = resident_cache(ops, record, slots)
+    else:
+        arena = fill_arena(ops, record, layers, experts, packed.read_records, progress)
+        cache = make_cache(ops, arena, plan.slots, config.top_k)
+
+    store = Store(ops, arena, cache, plan.chunk, config.top_k)
+    model = model_class(config.model_type)(ops, config, weights, store, plan.chunk)
+    state = make_state(ops, config, plan.pages, plan.page, plan.sequences, plan.kv_dtype)
+    runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages)
+    ops.synchronize()
+    if gpu is not None:
+        gpu.pool.freeze()  # nothing is allocated while serving
+    return Engine(
+        runner,
+        Seats(plan.pages, plan.page, plan.sequences),
+        name=_name(packed.path),
+        context=plan.context,
+        device="cpu" if gpu is None else gpu.device.name,
+        tokenizer=_tokenizer(packed),
+        template=_template(packed),
+        defaults=sampling_defaults(packed.json("generation_config.json")),
+        on_thread=None if gpu is None else gpu.device.make_current,
+        on_close=None if gpu is None else gpu.close,
+        plan=plan,
+    )
+
+
+def _name(path: Path) -> str:
+    """What the model is called: `demo`, or the checkpoint's folder."""
+    if path == DEMO:
+        return "demo"
+    parts = path.stem.split("-")
+    folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
+    return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
+
+
+def _tokenizer(packed: Packed) -> Tokenizer | None:
+    raw = packed.file("tokenizer.json")
+    return None if raw is None else Tokenizer(raw)
+
+
+def _template(packed: Packed) -> ChatTemplate | None:
+    return ChatTemplate.find(
+        packed.file("chat_template.jinja"), packed.json("tokenizer_config.json")
+    )

@@ -1,0 +1,97 @@
+"""Text to ids and back: tokenizer.json, through the tokenizers package."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tokenizers
+from tokenizers.decoders import DecodeStream
+
+from osmium.errors import CheckpointError
+
+__all__ = ["Decoder", "Tokenizer"]
+
+
+class Tokenizer:
+    """One tokenizer.json."""
+
+    def __init__(self, source: bytes | str | os.PathLike[str]) -> None:
+        """`source` is the file's contents, or its path.  Raises: CheckpointError."""
+        try:
+            raw = source if isinstance(source, bytes) else Path(source).read_bytes()
+            self._inner = tokenizers.Tokenizer.from_buffer(raw)
+        except Exception as error:  # the package raises plain Exception, and OSError for the path
+            raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
+        self._inner.no_padding()
+        self._inner.no_truncation()
+
+    @property
+    def vocab(self) -> int:
+        """Ids, added tokens included."""
+        return int(self._inner.get_vocab_size(with_added_tokens=True))
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as it stands in the vocabulary."""
+        found = self._inner.token_to_id(token)
+        return None if found is None else int(found)
+
+    def encode(self, text: str, specials: bool = True) -> list[int]:
+        """Ids of a text.  With `specials`, names of special tokens in it become those tokens, as a
+        rendered chat template wants; without, they stay text, as in a plain text to be scored."""
+        self._inner.encode_special_tokens = not specials
+        return list(self._inner.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], specials: bool = False) -> str:
+        """The text of ids; special tokens are left out unless asked for."""
+        return str(self._inner.decode(list(ids), skip_special_tokens=not specials))
+
+    def piece(self, token: int) -> bytes:
+        """The bytes of one token: part of a character, perhaps."""
+        name = self._inner.id_to_token(token)
+        if name is None:
+            return b""
+        if token in self._inner.get_added_tokens_decoder():
+            return str(name).encode()
+        if all(letter in _BYTES for letter in name):
+            return bytes(_BYTES[letter] for letter in name)
+        return self.decode([token], specials=True).encode()
+
+    def decoder(self, specials: bool = False) -> "Decoder":
+        """Ids back to text as they come."""
+        return Decoder(self._inner, specials)
+
+
+class Decoder:
+    """One reply's ids, back to text piece by piece; a character is given out once it is whole."""
+
+    def __init__(self, inner: tokenizers.Tokenizer, specials: bool) -> None:
+        self._inner, self._specials = inner, specials
+        self._stream = DecodeStream(skip_special_tokens=not specials)
+        self._ids: list[int] = []
+        self._given = ""
+
+    def push(self, token: int) -> str:
+        """The text that is certain once `token` is there."""
+        self._ids.append(token)
+        text = str(self._stream.step(self._inner, token) or "")
+        self._given += text
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end; bytes that never became a character come as U+FFFD."""
+        whole = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
+        rest = whole[len(self._given) :]
+        self._given = whole
+        return rest
+
+
+def _byte_letters() -> dict[str, int]:
+    """The letters by which byte-level BPE writes bytes.  Radford et al. 2019 (GPT-2)."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in plain}
+    others = [byte for byte in range(256) if byte not in set(plain)]
+    letters.update({chr(256 + i): byte for i, byte in enumerate(others)})
+    return letters
+
+
+_BYTES = _byte_letters()
