@@ -2,9 +2,15 @@
 
 import os
 import secrets
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
+
+from osmium.cuda.driver import Device
+from osmium.cuda.stream import Machine
+from osmium.errors import NoDevice
+from osmium.ops.gpu import GpuOps
 
 
 @pytest.fixture
@@ -13,3 +19,16 @@ def rng() -> np.random.Generator:
     seed = int(os.environ.get("OSMIUM_SEED") or secrets.randbits(32))
     print(f"OSMIUM_SEED={seed}")
     return np.random.default_rng(seed)
+
+
+@pytest.fixture(scope="session")
+def gpu() -> Iterator[GpuOps]:
+    """The operations on this machine's GPU.  Skips where there is none, unless OSMIUM_NEED_GPU=1."""
+    try:
+        machine = Machine(Device())
+    except NoDevice as error:
+        if os.environ.get("OSMIUM_NEED_GPU") == "1":
+            raise
+        pytest.skip(str(error))
+    yield GpuOps(machine)
+    machine.close()

@@ -92,6 +92,13 @@ class Engine:
                 param="messages",
                 code="context_length_exceeded",
             )
+        for token in params.logit_bias:
+            if token >= self.config.vocab:
+                raise RequestError(
+                    f"logit_bias names token {token}; the vocabulary has {self.config.vocab}.",
+                    param="logit_bias",
+                    code="invalid_value",
+                )
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(ids, params, on_event, Stops(decoder, params.stop), seed)
@@ -216,6 +223,11 @@ class Engine:
             }
 
         return self.call(look)
+
+    @property
+    def stopped(self) -> EngineStopped | None:
+        """Why the engine serves no more, or None."""
+        return self._stopped
 
     def close(self) -> None:
         """Stop: whoever is running or waiting gets EngineStopped.  More than once is harmless."""

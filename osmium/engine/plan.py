@@ -1,7 +1,7 @@
 """The memory plan: where every byte goes, before anything is allocated.
 
-Pure arithmetic over a model's shapes, the user's options and what the machine has.  What does not fit
-is said here, before loading, with the flag that helps.
+Pure arithmetic over a model's shapes, the user's options and what the machine has.  What does not
+fit is said here, before loading, with the flag that helps.
 """
 
 import os

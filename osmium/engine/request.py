@@ -63,15 +63,14 @@ class SamplingParams:
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-            ("repetition_penalty", 0, inf),
+            ("repetition_penalty", 0.01, 100),
         ):  # fmt: skip
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or not low <= value <= high or value == inf:
+            if not number or not low <= value <= high:
                 raise _refuse(name, value, f"a number from {low} to {high}")
-        if self.top_p == 0 or self.repetition_penalty == 0:
-            name = "top_p" if self.top_p == 0 else "repetition_penalty"
-            raise _refuse(name, 0, "above 0")
+        if self.top_p == 0:
+            raise _refuse("top_p", self.top_p, "above 0")
         for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
             value = getattr(self, name)
             if value is None and name != "top_k":
@@ -82,10 +81,16 @@ class SamplingParams:
             not isinstance(self.seed, int) or isinstance(self.seed, bool)
         ):
             raise _refuse("seed", self.seed, "an integer")
-        if not all(isinstance(one, str) and one for one in self.stop):
-            raise _refuse("stop", self.stop, "texts, none of them empty")
+        if not isinstance(self.stop, tuple | list) or not all(
+            isinstance(one, str) and one for one in self.stop
+        ):
+            raise _refuse("stop", self.stop, "a tuple of texts, none of them empty")
+        if not isinstance(self.logit_bias, Mapping):
+            raise _refuse("logit_bias", self.logit_bias, "a mapping")
         for token, bias in self.logit_bias.items():
-            if not isinstance(token, int) or not -100 <= bias <= 100:
+            id_fine = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            number = isinstance(bias, int | float) and not isinstance(bias, bool)
+            if not id_fine or not number or not -100 <= bias <= 100:
                 raise _refuse(
                     "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
                 )

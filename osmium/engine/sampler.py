@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.engine.request import Request, SamplingParams
+from osmium.errors import OsmiumError
 
 __all__ = ["log_softmax", "sample"]
 
 F32 = npt.NDArray[np.float32]
+F64 = npt.NDArray[np.float64]
 
 
 def sample(
@@ -23,9 +25,14 @@ def sample(
 ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
     """The next token of a request, its log-probability and the likeliest alternatives.
 
-    logits f32 [vocab], left as they are.
+    logits f32 [vocab], left as they are.  Raises: OsmiumError where the largest is no number.
     """
     params = request.params
+    if not np.isfinite(logits.max()):
+        raise OsmiumError(
+            f"The largest logit is {logits.max()}, so no token can be chosen: the weights are "
+            "damaged, or a kernel computes wrongly."
+        )
     scores = _adjusted(logits, request)
     if params.temperature == 0:
         token = int(scores.argmax())
@@ -42,20 +49,17 @@ def sample(
     return token, float(logprobs[token]), top
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+def log_softmax(logits: npt.NDArray[Any]) -> F64:
     """Along the last axis, in float64."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
 
 
-def _adjusted(logits: F32, request: Request) -> F32:
-    """Penalties and bias; a copy where there are any."""
+def _adjusted(logits: F32, request: Request) -> F64:
+    """A copy with penalties and bias, in float64."""
     params = request.params
-    plain = params.repetition_penalty == 1 and not params.presence_penalty
-    if plain and not params.frequency_penalty and not params.logit_bias:
-        return logits
-    scores = logits.copy()
+    scores = logits.astype(np.float64)
     if params.repetition_penalty != 1:
         seen = np.unique(request.tokens)
         mine = scores[seen]
@@ -67,14 +71,11 @@ def _adjusted(logits: F32, request: Request) -> F32:
         said, times = np.unique(np.array(request.generated, np.int64), return_counts=True)
         scores[said] -= params.presence_penalty + params.frequency_penalty * times
     for token, bias in params.logit_bias.items():
-        if 0 <= token < len(scores):
-            scores[token] += bias
+        scores[token] += bias
     return scores
 
 
-def _filtered(
-    scores: F32, params: SamplingParams
-) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.float64]]:
+def _filtered(scores: F64, params: SamplingParams) -> tuple[npt.NDArray[np.intp], F64]:
     """The tokens that may be drawn, likeliest first, and their probabilities."""
     count = len(scores)
     if 0 < params.top_k < count:
@@ -82,8 +83,8 @@ def _filtered(
     else:
         kept = np.arange(count)
     ids = kept[np.lexsort((kept, -scores[kept]))]
-    x = scores[ids].astype(np.float64) / params.temperature
-    p = np.exp(x - x[0])
+    with np.errstate(over="ignore"):  # far below the best at next to no temperature: exp(-inf) = 0
+        p = np.exp((scores[ids] - scores[ids[0]]) / params.temperature)
     p /= p.sum()
     if params.top_p < 1:  # the token that crosses the mark is kept
         p = p[: int(np.searchsorted(np.cumsum(p), params.top_p)) + 1]

@@ -1,8 +1,8 @@
 """GpuOps: the list of operations on kernels.
 
-Each method is one launch, or two; a kernel's signature is the contract at the top of its file in ptx/
-and is not repeated here.  Nothing is allocated and nothing waits inside an operation: what a caller
-sees in host memory comes through `copy_out` alone, which counts its bytes.
+Each method is one launch, or two; a kernel's signature is the contract at the top of its file in
+ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an operation: what a
+caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
 from typing import Any, Protocol, cast
@@ -46,8 +46,8 @@ SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
 FETCH_BLOCKS = 4
-"""Thread blocks that copy one record.  Eight to sixteen saturate the link (H100, PCIe 5 x16, 2026-11),
-and a token misses a few experts a layer at once."""
+"""Thread blocks that copy one record.  Eight to sixteen saturate the link (H100, PCIe 5 x16,
+2026-11), and a token misses a few experts a layer at once."""
 
 
 class Machine(Protocol):
@@ -150,7 +150,8 @@ class GpuOps:
         ROPE_APPEND(
             self.stream, tokens, q, k_pages, v_pages, qgkv, norms, frequencies,
             step.positions, step.sequence, step.pages,
-            heads, k_pages.shape[2], dim, 2 * frequencies.shape[0], step.page, step.pages.shape[1], eps,
+            heads, k_pages.shape[2], dim, 2 * frequencies.shape[0],
+            step.page, step.pages.shape[1], eps,
         )  # fmt: skip
 
     def attention(

@@ -1,7 +1,7 @@
 """ReferenceOps: the list of operations in NumPy.  The specification, and the CPU backend.
 
-Written to be believed: each method is its formula from ops/__init__.py.  The one thing done for speed is
-to keep matrices in f32 once they have been read, within a budget of bytes.
+Written to be believed: each method is its formula from ops/__init__.py.  The one thing done for
+speed is to keep matrices in f32 once they have been read, within a budget of bytes.
 """
 
 from typing import Any, cast
@@ -73,7 +73,7 @@ class ReferenceOps:
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, keep: int = 4 << 30) -> None:
-        """`keep` bytes may hold f32 copies of matrices; past that they are made anew at each use."""
+        """`keep` bytes may hold f32 copies of matrices; past that they are made at each use."""
         self.bytes_to_host = 0
         self._room = keep
         self._kept: dict[int, tuple[Linear, F32]] = {}
@@ -353,7 +353,7 @@ class ReferenceOps:
 
 
 def _rope(x: F32, cos: F32, sin: F32) -> F32:
-    """Turn the pairs (j, j + R/2) of x [T, heads, d] by angles whose cos and sin are [T, 1, R/2]."""
+    """Turn the pairs (j, j + R/2) of x [T, heads, d]; the angles' cos and sin are [T, 1, R/2]."""
     half = cos.shape[-1]
     a, b = x[..., :half], x[..., half : 2 * half]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
@@ -393,19 +393,20 @@ def _delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple
     q, k [V, c, dk], v [V, c, dv], g, beta [V, c], state [V, dk, dv].
     """
     size = q.shape[1]
-    total = np.cumsum(g, axis=1, dtype=np.float32)
+    total = np.cumsum(g, axis=1, dtype=np.float64)  # differences of large sums: f32 would cancel
     lower = np.tri(size, dtype=bool)
     gap = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
     fade = np.exp(gap).astype(np.float32)  # D
     a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * fade, -1)
-    solved = np.concatenate([v, np.exp(total)[..., None] * k], axis=2) * beta[..., None]
+    gain = np.exp(total).astype(np.float32)[..., None]
+    solved = np.concatenate([v, gain * k], axis=2) * beta[..., None]
     for i in range(1, size):  # forward substitution: row i needs the rows above it
         solved[:, i] -= np.matmul(a[:, i, None, :i], solved[:, :i])[:, 0]
     u, w = solved[..., : v.shape[2]], solved[..., v.shape[2] :]
     new = u - np.matmul(w, state)
-    out = np.matmul(q * np.exp(total)[..., None], state)
+    out = np.matmul(q * gain, state)
     out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * fade, new)
-    last = total[:, -1:]
-    state = state * np.exp(last)[..., None]
-    state += np.matmul((k * np.exp(last - total)[..., None]).swapaxes(1, 2), new)
+    after = fade[:, -1, :, None]  # exp(G_last - G)
+    state = state * gain[:, -1:]
+    state += np.matmul((k * after).swapaxes(1, 2), new)
     return out, state

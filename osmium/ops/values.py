@@ -44,7 +44,8 @@ class Step:
     """Which tokens of which sequences one forward pass computes.
 
     Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in
-    order of position.  Position p of sequence s is kept at row p % page of page pages[s, p // page].
+    order of position.  Position p of sequence s is kept at row p % page of page
+    pages[s, p // page].
     """
 
     tokens: int

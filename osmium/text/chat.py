@@ -59,8 +59,8 @@ class ChatTemplate:
 
     @classmethod
     def find(cls, jinja: bytes | None, config: Mapping[str, Any] | None) -> "ChatTemplate | None":
-        """From chat_template.jinja, else from tokenizer_config.json: a text, or a list of named ones
-        of which `default` counts.  None where there is neither.  Raises: CheckpointError."""
+        """From chat_template.jinja, else from tokenizer_config.json: a text, or a list of named
+        ones of which `default` counts.  None where there is neither.  Raises: CheckpointError."""
         config = config or {}
         source: Any = jinja.decode("utf-8") if jinja is not None else config.get("chat_template")
         if isinstance(source, list):

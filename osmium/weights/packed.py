@@ -1,16 +1,17 @@
 """The packed file: a model quantised once, laid out as it is loaded.
 
-    0        magic "OSMIUM\\0\\1", u32 format version, u32 crc32 of the rest of the header, u64 length
+    0        magic "OSMIUM\\0\\1", u32 format version, u32 crc32 of the JSON, u64 its length
     24       JSON: fingerprint, formats, parts, sources; padded to 4 KiB
     ...      parts, each from a multiple of 4 KiB on
 
 A part is an array [name, dtype, shape, offset, nbytes, crc32].  Matrices are `name.data` and
 `name.scale`; the routed experts are one part a layer, `experts.{i}`, of records [E, nbytes] as
-quant/record.py lays them out; `file.config.json` and its like are what a start needs besides, so that
-the packed file stands alone.
+quant/record.py lays them out; `file.config.json` and its like are what a start needs besides, so
+that the packed file stands alone.
 
-It is written under a temporary name beside a journal of finished parts, each entered after its bytes
-have reached the disk, and renamed when whole: whoever is stopped at any moment goes on from there.
+It is written under a temporary name beside a journal of finished parts, each entered after its
+bytes have reached the disk, and renamed when whole: whoever is stopped at any moment goes on from
+there.
 """
 
 import contextlib
@@ -301,8 +302,9 @@ def write_packed(
     except OSError as error:
         if error.errno in _FULL:
             raise ConfigError(
-                f"The disk of {path.parent} is full: the packed file takes {plan.size / 1e9:.2f} GB. "
-                "Free space, or choose another disk with --cache-dir; what is packed is kept."
+                f"The disk of {path.parent} is full; the packed file takes "
+                f"{plan.size / 1e9:.2f} GB. Free space, or choose another disk with "
+                "--cache-dir; what is packed is kept."
             ) from None
         raise ConfigError(
             f"{path.parent} cannot be written ({error}); choose another folder with --cache-dir."
@@ -310,7 +312,7 @@ def write_packed(
 
 
 def _resume(partial: Path, journal: Path, plan: _Plan) -> dict[str, int]:
-    """Checksums of the parts that an earlier run finished; starts over if it packed another model."""
+    """Checksums of the parts that an earlier run finished; none if it packed another model."""
     crcs: dict[str, int] = {}
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []
     notes = []
@@ -393,7 +395,7 @@ def _units(plan: _Plan) -> Iterator[Unit]:
 
 
 def _pack_layer(checkpoint: Checkpoint, layer: int) -> npt.NDArray[np.uint8]:
-    """The records of one layer, u8 [E, nbytes]; NumPy lets go of the interpreter, so threads help."""
+    """The records of one layer, u8 [E, nbytes]; NumPy lets go of the GIL, so threads help."""
     count = checkpoint.config.experts
     out = np.empty((count, checkpoint.record.nbytes), np.uint8)
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:

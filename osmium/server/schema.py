@@ -1,0 +1,204 @@
+"""OpenAI's JSON in: request bodies as types, and from them prompts and sampling parameters.
+
+No HTTP and no engine here.  Unknown fields are let pass, wrong types are refused with their path.
+"""
+
+import re
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from osmium.engine.request import SamplingParams
+from osmium.errors import RequestError
+
+__all__ = [
+    "ChatRequest", "CompletionRequest", "one_prompt", "parse", "sampling_params",
+    "template_options",
+]  # fmt: skip
+
+
+class StreamOptions(msgspec.Struct):
+    """What a stream carries besides its text."""
+
+    include_usage: bool | None = None
+
+
+class Common(msgspec.Struct, kw_only=True):
+    """What both kinds of request share."""
+
+    model: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    max_tokens: int | None = None
+    logit_bias: dict[str, float] | None = None
+    ignore_eos: bool | None = None
+    n: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+
+class ChatRequest(Common, kw_only=True):
+    """POST /v1/chat/completions"""
+
+    messages: list[dict[str, Any]]
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+
+
+class CompletionRequest(Common, kw_only=True):
+    """POST /v1/completions"""
+
+    prompt: str | list[str | int | list[int]]
+    """A text, token ids, or a list that holds one of either."""
+    logprobs: int | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+Body = TypeVar("Body", ChatRequest, CompletionRequest)
+
+
+def parse(body: bytes, kind: type[Body]) -> Body:
+    """A request out of its body.  Raises: RequestError naming the path of what is wrong."""
+    try:
+        request = msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        text = str(error)
+        found = re.search(r" - at `\$\.?(.*?)`$", text)
+        missing = re.search(r"missing required field `(\w+)`", text)
+        param = missing[1] if missing else found[1] if found else None
+        raise RequestError(
+            f"{param or 'The body'}: {text.split(' - at ')[0]}.", param=param, code="invalid_type"
+        ) from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"The body is not JSON: {error}.", code="invalid_json") from None
+    _check(request)
+    return request
+
+
+def _check(request: Common) -> None:
+    """Refuse what is asked for and not done, rather than to leave it out in silence."""
+    if request.n not in (None, 1):
+        raise _unsupported("n", request.n, "one reply a request is what is served; send it again")
+    if isinstance(request, CompletionRequest):
+        for name, value in (("echo", request.echo), ("suffix", request.suffix)):
+            if value:
+                raise _unsupported(name, value, "leave it out")
+        if request.best_of not in (None, 1):
+            raise _unsupported("best_of", request.best_of, "leave it out")
+    if isinstance(request, ChatRequest):
+        form = (request.response_format or {}).get("type", "text")
+        if form != "text":
+            raise _unsupported("response_format", form, "only 'text' is served yet")
+        choice = request.tool_choice
+        if choice not in (None, "auto", "none"):
+            raise _unsupported("tool_choice", choice, "only 'auto' and 'none' are served yet")
+        for i, message in enumerate(request.messages):
+            if not isinstance(message.get("role"), str):
+                raise RequestError(
+                    f"messages[{i}].role is {message.get('role')!r}; it must be a text.",
+                    param=f"messages[{i}].role",
+                    code="invalid_type",
+                )
+        if not request.messages:
+            raise RequestError(
+                "messages is empty; it needs at least one.", param="messages", code="invalid_value"
+            )
+
+
+def one_prompt(request: CompletionRequest) -> str | list[int]:
+    """The text or the ids of a completion's prompt.  Raises: RequestError for more than one."""
+    prompt = request.prompt
+    if isinstance(prompt, str):
+        return prompt
+    ids = [one for one in prompt if isinstance(one, int)]
+    if len(ids) == len(prompt):
+        return ids
+    if len(prompt) > 1:
+        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one a request")
+    (only,) = prompt
+    assert not isinstance(only, int), "a list of ids was returned above"
+    return only
+
+
+def _unsupported(name: str, value: object, way_out: str) -> RequestError:
+    return RequestError(
+        f"{name} is {value!r}, which is not supported: {way_out}.",
+        param=name,
+        code="unsupported_value",
+    )
+
+
+_PLAIN: tuple[
+    Literal["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+            "repetition_penalty", "seed"], ...
+] = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
+     "repetition_penalty", "seed")  # fmt: skip
+
+
+def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams:
+    """How to sample: the model's defaults, and over them what was asked.  Raises: RequestError."""
+    given: dict[str, Any] = {
+        name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None
+    }
+    if request.stop is not None:
+        given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+    given["max_tokens"] = request.max_tokens
+    if isinstance(request, ChatRequest):
+        if request.max_completion_tokens is not None:
+            given["max_tokens"] = request.max_completion_tokens
+        if request.logprobs:
+            given["logprobs"] = request.top_logprobs or 0
+        elif request.top_logprobs:
+            raise RequestError(
+                "top_logprobs needs logprobs to be true.",
+                param="top_logprobs",
+                code="invalid_value",
+            )
+    elif isinstance(request, CompletionRequest):
+        given["logprobs"] = request.logprobs
+    if request.ignore_eos:
+        given["ignore_eos"] = True
+    if request.logit_bias:
+        given["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
+    return SamplingParams(**{**defaults, **given})
+
+
+def _token_id(key: str) -> int:
+    if not key.isdigit():
+        raise RequestError(
+            f"logit_bias has the key {key!r}; keys are token ids.",
+            param="logit_bias",
+            code="invalid_value",
+        )
+    return int(key)
+
+
+def template_options(request: ChatRequest) -> dict[str, Any]:
+    """The chat template's own switches."""
+    options = dict(request.chat_template_kwargs or {})
+    if request.enable_thinking is not None:
+        options["enable_thinking"] = request.enable_thinking
+    if request.reasoning_effort is not None:
+        options["reasoning_effort"] = request.reasoning_effort
+        if request.reasoning_effort == "none":
+            options.setdefault("enable_thinking", False)
+    for name in ("messages", "tools", "add_generation_prompt", "documents"):
+        options.pop(name, None)  # what the server itself gives the template
+    return options
