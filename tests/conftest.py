@@ -23,7 +23,7 @@ def rng() -> np.random.Generator:
 
 @pytest.fixture(scope="session")
 def gpu() -> Iterator[GpuOps]:
-    """The operations on this machine's GPU.  Skips where there is none, unless OSMIUM_NEED_GPU=1."""
+    """The operations on this machine's GPU.  Skips where there is none; OSMIUM_NEED_GPU=1 fails."""
     try:
         machine = Machine(Device())
     except NoDevice as error:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Make the bundled demo model out of the lab model's checkpoint: osmium/demo/demo.osmium.
 
-INT4 experts, INT8 head and shared expert, the rest in BF16; tokenizer and chat template inside.  The
-notices that have to go along are in osmium/demo/NOTICE.md.
+INT4 experts, INT8 head and shared expert, the rest in BF16; tokenizer and chat template inside.
+The notices that have to go along are in osmium/demo/NOTICE.md.
 """
 
 import argparse
