@@ -5,10 +5,12 @@
 Knows token ids; a tokenizer, where there is one, is only passed on to those who have text.
 """
 
+import logging
 import queue
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -34,6 +36,8 @@ from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
 __all__ = ["Engine"]
 
 T = TypeVar("T")
+
+LOG = logging.getLogger("osmium.engine")
 
 
 class Engine:
@@ -79,7 +83,7 @@ class Engine:
         self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
     ) -> Request:
         """Ask for a reply.  `on_event` is called on the engine's thread with each Token and with
-        one Finish at the end; it must return at once.
+        one Finish at the end; it must return at once.  If it raises, the request is cancelled.
 
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
@@ -113,7 +117,7 @@ class Engine:
 
     def generate(
         self, prompt: Sequence[int], params: SamplingParams | None = None
-    ) -> Iterator[Token]:
+    ) -> Generator[Token, None, None]:
         """The tokens of a reply as they come; leaving the loop early cancels the rest.
 
         The text still held back at the end comes with the last token.
@@ -121,9 +125,14 @@ class Engine:
         """
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = self.submit(prompt, params or SamplingParams(), events.put)
-        return self._tokens_of(request, events)
+        tokens = self._tokens_of(request, events)
+        # An iterator that is dropped before its first token never enters the loop that cancels.
+        weakref.finalize(tokens, self.cancel, request).atexit = False
+        return tokens
 
-    def _tokens_of(self, request: Request, events: "queue.SimpleQueue[Event]") -> Iterator[Token]:
+    def _tokens_of(
+        self, request: Request, events: "queue.SimpleQueue[Event]"
+    ) -> Generator[Token, None, None]:
         last: Token | None = None  # kept until it is known whether text follows it
         try:
             while True:
@@ -133,10 +142,10 @@ class Engine:
                         yield last
                     last = event
                     continue
-                if event.error is not None:
-                    raise event.error
                 if last is not None:
                     yield Token(last.id, last.text + event.text, last.logprob, last.top)
+                if event.error is not None:
+                    raise event.error
                 return
         finally:
             self.cancel(request)
@@ -147,13 +156,7 @@ class Engine:
         Raises: RequestError, EngineStopped.
         """
         ids = [int(one) for one in prompt]
-        self._check(ids)
-        if len(ids) > self.context:
-            raise RequestError(
-                f"{len(ids)} ids do not fit the context of {self.context}.",
-                param="ids",
-                code="context_length_exceeded",
-            )
+        self._check_forced([ids])
         out = np.empty((len(ids), self.config.vocab), np.float32)
         for rows, piece in self.forced([ids], self._runner.rows):
             out[rows[0] : rows[0] + len(piece)] = piece
@@ -167,6 +170,7 @@ class Engine:
         ((position, sequence), f32 [n, vocab]) for pieces of rows from that position on.  Nothing
         else runs meanwhile.  Raises: RequestError, EngineStopped.
         """
+        self._check_forced(sequences)
         return self.call(lambda: list(self._force(sequences, chunk)))
 
     def each_forced(
@@ -176,6 +180,7 @@ class Engine:
         use: Callable[[int, int, npt.NDArray[np.float32]], None],
     ) -> None:
         """The same, without keeping the logits: use(position, sequence, f32 [n, vocab])."""
+        self._check_forced(sequences)
 
         def job() -> None:
             for (position, sequence), piece in self._force(sequences, chunk):
@@ -184,10 +189,16 @@ class Engine:
         self.call(job)
 
     def call(self, job: Callable[[], T]) -> T:
-        """Run a job on the engine's thread, between two steps, and wait for it."""
+        """Run a job on the engine's thread, between two steps, and wait for it.
+
+        Raises: EngineStopped, and whatever the job raises.
+        """
         answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def run() -> None:
+            if self._stopped is not None:
+                answer.put((False, EngineStopped(str(self._stopped))))
+                return
             try:
                 answer.put((True, job()))
             except BaseException as error:
@@ -196,17 +207,11 @@ class Engine:
                     raise
 
         self._send(run)
-        while True:
-            try:
-                fine, value = answer.get(timeout=1.0)
-            except queue.Empty:
-                if self._stopped is not None:
-                    raise self._stopped from None
-                continue
-            if not fine:
-                raise value
-            result: T = value
-            return result
+        fine, value = answer.get()  # whoever is in the inbox is answered, also at the end
+        if not fine:
+            raise value
+        result: T = value
+        return result
 
     def status(self) -> dict[str, Any]:
         """What is going on: requests, tokens so far, pages, experts by where they were."""
@@ -248,6 +253,16 @@ class Engine:
                 param="prompt",
                 code="invalid_token",
             )
+
+    def _check_forced(self, sequences: list[list[int]]) -> None:
+        for ids in sequences:
+            self._check(ids)
+            if len(ids) > self.context:
+                raise RequestError(
+                    f"{len(ids)} ids do not fit the context of {self.context}.",
+                    param="ids",
+                    code="context_length_exceeded",
+                )
 
     def _send(self, command: Callable[[], None]) -> None:
         with self._lock:
@@ -316,7 +331,7 @@ class Engine:
             failed = (
                 error
                 if isinstance(error, OsmiumError)
-                else EngineStopped(f"A step failed: {error!r}")
+                else OsmiumError(f"A step failed: {error!r}")
             )
             for request, _ in batch.parts:
                 self._finish(request, FinishReason.ERROR, failed)
@@ -326,7 +341,10 @@ class Engine:
             self._tokens["prompt"] += fresh
             request.computed += count
         for request, (token, logprob, top) in zip(ready, chosen, strict=True):
-            self._take(request, token, logprob, top)
+            try:
+                self._take(request, token, logprob, top)
+            except Exception as error:  # a decoder or `on_event`: nobody else may suffer from it
+                self._finish(request, FinishReason.ERROR, _not_given_out(error))
 
     def _take(
         self,
@@ -356,10 +374,19 @@ class Engine:
         if request.done:
             return
         request.done = True
-        text = request.stops.flush() if error is None else ""
+        text = ""
+        if error is None:
+            try:
+                text = request.stops.flush()
+            except Exception as problem:
+                reason, error = FinishReason.ERROR, _not_given_out(problem)
         if request.stops.hit and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP  # the stop text ended in what the decoder still held
-        request.emit(Finish(reason, text, request.prompt_tokens, request.completion_tokens, error))
+        counts = request.prompt_tokens, request.completion_tokens
+        try:
+            request.emit(Finish(reason, text, *counts, error))
+        except Exception as problem:
+            _not_given_out(problem)
 
     def _force(
         self, sequences: list[list[int]], chunk: int
@@ -403,6 +430,11 @@ class Engine:
                 at += len(piece)
             request.computed += count
             row += count
+
+
+def _not_given_out(error: Exception) -> OsmiumError:
+    LOG.warning("A reply could not be given out: %r", error)
+    return OsmiumError(f"The reply could not be given out: {error!r}")
 
 
 def _ignore(event: Event) -> None:
