@@ -20,11 +20,12 @@ from typing import Any
 import uvicorn
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -130,7 +131,8 @@ def create_app(
         ],
         middleware=[cors, *([Middleware(KeyCheck, key=api_key)] if api_key else [])],
         exception_handlers={
-            OsmiumError: on_error, HTTPException: on_http_error, Exception: on_bug,
+            OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_gone,
+            Exception: on_bug,
         },
         lifespan=lifespan,
     )  # fmt: skip
@@ -170,6 +172,11 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for these alone"
     text = f"{request.method} {request.url.path}: {error.detail}."
     return JSONResponse(error_body(RequestError(text)), error.status_code, error.headers)
+
+
+async def on_gone(request: Request, error: Exception) -> Response:
+    """The client left while it was still sending: nobody reads this."""
+    return Response(status_code=499)
 
 
 async def on_bug(request: Request, error: Exception) -> Response:
@@ -283,7 +290,12 @@ async def completions(request: Request) -> Response:
     else:
         ids = await run_in_threadpool(engine.tokenizer.encode, prompt)
     reply = Reply(_name(request, engine), engine.tokenizer, chat=False)
-    return await _answer(request, engine, asked, ids, params, reply)
+    try:
+        return await _answer(request, engine, asked, ids, params, reply)
+    except RequestError as error:
+        if error.param == "messages":  # the engine's word for a prompt
+            error.param = "prompt"
+        raise
 
 
 async def _answer(
@@ -296,7 +308,7 @@ async def _answer(
 ) -> Response:
     """Submit, and answer whole or in a stream; who goes away is cancelled."""
     loop = asyncio.get_running_loop()
-    events: asyncio.Queue[Event] = asyncio.Queue()
+    events: asyncio.Queue[Event | None] = asyncio.Queue()
 
     def on_event(event: Event) -> None:  # on the engine's thread
         try:
@@ -310,26 +322,35 @@ async def _answer(
         return EventSourceResponse(
             _stream(engine, running, events, reply, usage),
             sep="\n",
+            background=BackgroundTask(engine.cancel, running),  # the stream may never have begun
             ping=PING,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive"),
             headers={"Cache-Control": "no-cache"},
         )
+    watch = asyncio.create_task(_watch(request, events))
     try:
         while reply.finish is None:
-            try:
-                reply.push(await asyncio.wait_for(events.get(), 0.25))
-            except TimeoutError:
-                if await request.is_disconnected():
-                    return Response(status_code=499)
+            event = await events.get()
+            if event is None:
+                return Response(status_code=499)
+            reply.push(event)
     finally:
+        watch.cancel()
         engine.cancel(running)
     if reply.finish.error is not None:
         raise reply.finish.error
     return JSONResponse(reply.body())
 
 
+async def _watch(request: Request, events: "asyncio.Queue[Event | None]") -> None:
+    """Puts None among the events once the client has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    events.put_nowait(None)
+
+
 async def _stream(
-    engine: Engine, running: Any, events: "asyncio.Queue[Event]", reply: Reply, usage: bool
+    engine: Engine, running: Any, events: "asyncio.Queue[Event | None]", reply: Reply, usage: bool
 ) -> AsyncIterator[dict[str, str]]:
     """Server-sent events of one reply.  Leaving it, in whatever way, cancels the request."""
     try:
@@ -337,6 +358,7 @@ async def _stream(
             yield _data(reply.first())
         while True:
             event = await events.get()
+            assert event is not None, "nobody watches a stream but the response itself"
             for chunk in reply.push(event):
                 yield _data(chunk)
             if isinstance(event, Finish):
@@ -352,7 +374,12 @@ async def _stream(
 
 
 def _data(value: dict[str, Any]) -> dict[str, str]:
-    return {"data": json.dumps(value, ensure_ascii=False, separators=(",", ":"))}
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return {"data": text.translate(_LINES)}
+
+
+_LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
+"""Unicode's own line ends, which JSON lets stand and some clients break a stream's lines at."""
 
 
 # -- running ---------------------------------------------------------------------------------------

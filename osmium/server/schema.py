@@ -71,6 +71,8 @@ class CompletionRequest(Common, kw_only=True):
     best_of: int | None = None
 
 
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
@@ -110,11 +112,12 @@ def _check(request: Common) -> None:
         if choice not in (None, "auto", "none"):
             raise _unsupported("tool_choice", choice, "only 'auto' and 'none' are served yet")
         for i, message in enumerate(request.messages):
-            if not isinstance(message.get("role"), str):
+            if message.get("role") not in _ROLES:
                 raise RequestError(
-                    f"messages[{i}].role is {message.get('role')!r}; it must be a text.",
+                    f"messages[{i}].role is {message.get('role')!r}; it must be one of "
+                    f"{', '.join(_ROLES)}.",
                     param=f"messages[{i}].role",
-                    code="invalid_type",
+                    code="invalid_value",
                 )
         if not request.messages:
             raise RequestError(
@@ -181,7 +184,7 @@ def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams
 
 
 def _token_id(key: str) -> int:
-    if not key.isdigit():
+    if not re.fullmatch("[0-9]{1,9}", key):
         raise RequestError(
             f"logit_bias has the key {key!r}; keys are token ids.",
             param="logit_bias",
@@ -199,6 +202,5 @@ def template_options(request: ChatRequest) -> dict[str, Any]:
         options["reasoning_effort"] = request.reasoning_effort
         if request.reasoning_effort == "none":
             options.setdefault("enable_thinking", False)
-    for name in ("messages", "tools", "add_generation_prompt", "documents"):
-        options.pop(name, None)  # what the server itself gives the template
+    options.pop("add_generation_prompt", None)  # a reply is what is asked for
     return options

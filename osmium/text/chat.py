@@ -83,6 +83,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
+        /,
         *,
         add_generation_prompt: bool = True,
         **more: Any,
@@ -93,11 +94,14 @@ class ChatTemplate:
         """
         try:
             return self._template.render(
-                messages=normalise(messages),
-                tools=list(tools) if tools else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **{**self._tokens, **more},
+                {
+                    **self._tokens,
+                    **more,
+                    "messages": normalise(messages),
+                    "tools": list(tools) if tools else None,
+                    "documents": None,
+                    "add_generation_prompt": add_generation_prompt,
+                }
             )
         except _FAULTS as error:
             raise RequestError(

@@ -19,8 +19,9 @@ class Thought:
     def __init__(self, thinking: bool) -> None:
         self.thinking = thinking
         self._held = ""
-        self._fresh = True
-        """Nothing of this part has been given out: its leading newlines are the template's."""
+        self._fresh = thinking
+        """Nothing of this part has been given out: its leading newlines are the template's.  A
+        reply that does not start in thought is all answer, and keeps its own."""
 
     def push(self, text: str) -> tuple[str, str]:
         """(thought, answer) that are certain once `text` is there."""

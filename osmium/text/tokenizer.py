@@ -2,12 +2,13 @@
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 from tokenizers.decoders import DecodeStream
 
-from osmium.errors import CheckpointError
+from osmium.errors import CheckpointError, RequestError
 
 __all__ = ["Decoder", "Tokenizer"]
 
@@ -24,6 +25,14 @@ class Tokenizer:
             raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
         self._inner.no_padding()
         self._inner.no_truncation()
+        self._added = frozenset(self._inner.get_added_tokens_decoder())
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """A second one for plain texts: the switch is the tokenizer's, which threads share."""
+        other = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        other.encode_special_tokens = True
+        return other
 
     @property
     def vocab(self) -> int:
@@ -37,9 +46,20 @@ class Tokenizer:
 
     def encode(self, text: str, specials: bool = True) -> list[int]:
         """Ids of a text.  With `specials`, names of special tokens in it become those tokens, as a
-        rendered chat template wants; without, they stay text, as in a plain text to be scored."""
-        self._inner.encode_special_tokens = not specials
-        return list(self._inner.encode(text, add_special_tokens=False).ids)
+        rendered chat template wants; without, they stay text, as in a plain text to be scored.
+
+        Raises: RequestError for a text that is not Unicode, as half a surrogate pair is not.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(
+                f"The text has {text[error.start]!r} at {error.start}, half of a surrogate pair; "
+                "send whole characters.",
+                code="invalid_text",
+            ) from None
+        inner = self._inner if specials else self._plain
+        return list(inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless asked for."""
@@ -50,7 +70,7 @@ class Tokenizer:
         name = self._inner.id_to_token(token)
         if name is None:
             return b""
-        if token in self._inner.get_added_tokens_decoder():
+        if token in self._added:
             return str(name).encode()
         if all(letter in _BYTES for letter in name):
             return bytes(_BYTES[letter] for letter in name)
@@ -68,20 +88,21 @@ class Decoder:
         self._inner, self._specials = inner, specials
         self._stream = DecodeStream(skip_special_tokens=not specials)
         self._ids: list[int] = []
-        self._given = ""
+        self._given = 0
+        """Characters given out."""
 
     def push(self, token: int) -> str:
         """The text that is certain once `token` is there."""
         self._ids.append(token)
         text = str(self._stream.step(self._inner, token) or "")
-        self._given += text
+        self._given += len(text)
         return text
 
     def flush(self) -> str:
         """What is left at the end; bytes that never became a character come as U+FFFD."""
         whole = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
-        rest = whole[len(self._given) :]
-        self._given = whole
+        rest = whole[self._given :]
+        self._given = len(whole)
         return rest
 
 

@@ -1,0 +1,30 @@
+"""A byte-level tokenizer made on the spot: every byte is a token, a few merges, special tokens."""
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+from osmium.text.tokenizer import Tokenizer
+
+__all__ = ["SPECIALS", "byte_level"]
+
+SPECIALS = ("<|im_start|>", "<|im_end|>")
+MERGES = ("th", "the", "in", "en", "er", "ab")
+"""Letters that come as one token where they stand together."""
+
+
+def byte_level() -> Tokenizer:
+    """Ids 0 .. 255 are bytes in their letters' order, then merges, specials, and think's marks."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: i for i, letter in enumerate(letters)}
+    merges = []
+    for word in MERGES:
+        vocab[word] = len(vocab)
+        merges.append((word[:-1], word[-1]))
+    made = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(one, special=True, normalized=False) for one in SPECIALS])
+    made.add_tokens(
+        [AddedToken(one, special=False, normalized=False) for one in ("<think>", "</think>")]
+    )
+    return Tokenizer(made.to_str().encode())

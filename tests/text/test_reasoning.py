@@ -1,0 +1,61 @@
+"""Thinking told apart from the answer, wherever the text is cut."""
+
+import numpy as np
+import pytest
+
+from osmium.text.defaults import sampling_defaults
+from osmium.text.reasoning import Thought, starts_in_thought
+
+
+def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
+    thought = Thought(thinking)
+    parts = [thought.push(piece) for piece in pieces]
+    parts.append(thought.flush())
+    return "".join(a for a, _ in parts), "".join(b for _, b in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("so it is\n</think>\n\nParis.", ("so it is", "Paris.")),
+        ("</think>Paris.", ("", "Paris.")),
+        ("\nline\n\nline\n</think>\n\nA\n\nB\n", ("line\n\nline", "A\n\nB\n")),
+        ("a < b </thin </think>x", ("a < b </thin ", "x")),
+        ("never ends", ("never ends", "")),
+        ("ends in </thi", ("ends in </thi", "")),
+        ("a</think>b</think>c", ("a", "b</think>c")),
+    ],
+)
+def test_a_reply_that_starts_in_thought_is_split_the_same_however_it_is_cut(
+    text: str, wanted: tuple[str, str], rng: np.random.Generator
+) -> None:
+    assert split([text], True) == wanted
+    assert split(list(text), True) == wanted
+    for _ in range(50):
+        cuts = sorted(rng.integers(0, len(text) + 1, 4).tolist())
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert split(pieces, True) == wanted
+
+
+@pytest.mark.parametrize("text", ["\n    return x", "\n\n", "plain", "</think>", ""])
+def test_a_reply_that_does_not_start_in_thought_is_all_answer_as_it_is(text: str) -> None:
+    assert split(list(text), False) == ("", text)
+
+
+def test_thought_is_given_out_as_it_comes() -> None:
+    thought = Thought(True)
+    assert thought.push("one two") == ("one two", "")
+
+
+def test_a_prompt_that_leaves_think_open_starts_in_thought() -> None:
+    assert starts_in_thought("<|im_start|>assistant\n<think>\n")
+    assert not starts_in_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not starts_in_thought("<|im_start|>assistant\n")
+
+
+def test_sampling_defaults_are_what_generation_config_says() -> None:
+    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1]}
+    assert sampling_defaults(said) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    assert sampling_defaults({"do_sample": False, "temperature": 0.6}) == {"temperature": 0.0}
+    assert sampling_defaults(None) == {}
+    assert sampling_defaults({"temperature": None, "top_k": True, "top_p": "0.9"}) == {}

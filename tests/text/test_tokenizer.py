@@ -1,0 +1,151 @@
+"""Text to ids and back, whole and piece by piece."""
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osmium.errors import CheckpointError, RequestError
+from osmium.text.tokenizer import Tokenizer
+from tests.text.byte_level import SPECIALS, byte_level
+
+LAB = Path(__file__).resolve().parents[3] / "shared" / "lab-model" / "tokenizer.json"
+
+ALPHABETS = (
+    (0x20, 0x7F), (0xA0, 0x250), (0x370, 0x400), (0x590, 0x600), (0x4E00, 0x5000),
+    (0x1F300, 0x1F650), (0x200B, 0x2030), (0x300, 0x370),
+)  # fmt: skip
+
+
+@pytest.fixture(params=["byte_level", "lab"])
+def tokenizer(request: pytest.FixtureRequest) -> Tokenizer:
+    if request.param == "byte_level":
+        return byte_level()
+    if not LAB.is_file():
+        pytest.skip("the lab model is not beside this checkout")
+    return Tokenizer(LAB)
+
+
+def some_text(rng: np.random.Generator) -> str:
+    letters = []
+    for _ in range(int(rng.integers(1, 60))):
+        low, high = ALPHABETS[rng.integers(len(ALPHABETS))]
+        letters.append(chr(int(rng.integers(low, high))))
+    return "".join(letters)
+
+
+def test_a_text_comes_back_as_it_was(rng: np.random.Generator) -> None:
+    tokenizer = byte_level()
+    for _ in range(200):
+        text = some_text(rng)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pieces_together_are_the_whole_text(tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+    for _ in range(200):
+        ids = tokenizer.encode(some_text(rng))
+        decoder = tokenizer.decoder()
+        pieces = [decoder.push(one) for one in ids]
+        assert not any("\ufffd" in piece for piece in pieces), "a character was split"
+        assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize("specials", [False, True])
+def test_pieces_of_random_ids_are_their_decoding_also_where_bytes_are_no_text(
+    tokenizer: Tokenizer, rng: np.random.Generator, specials: bool
+) -> None:
+    for _ in range(300):
+        high = tokenizer.vocab if rng.random() < 0.5 else 256
+        ids = rng.integers(0, high, int(rng.integers(1, 30))).tolist()
+        decoder = tokenizer.decoder(specials)
+        pieces = [decoder.push(one) for one in ids]
+        assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids, specials), ids
+
+
+def test_a_character_is_given_out_only_once_it_is_whole() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer.encode("a🙂b")
+    decoder = tokenizer.decoder()
+    assert [decoder.push(one) for one in ids] == ["a", "", "", "", "🙂", "b"]
+    assert decoder.flush() == ""
+
+
+def test_a_character_that_never_completes_comes_at_the_end_as_a_replacement() -> None:
+    tokenizer = byte_level()
+    decoder = tokenizer.decoder()
+    pushed = [decoder.push(one) for one in tokenizer.encode("x🙂")[:-1]]
+    assert pushed == ["x", "", "", ""]
+    assert set(decoder.flush()) == {"\ufffd"}
+    assert decoder.flush() == "", "what was given out is not given out again"
+
+
+def test_special_tokens_are_left_out_unless_asked_for() -> None:
+    tokenizer = byte_level()
+    ids = tokenizer.encode(f"{SPECIALS[0]}hi{SPECIALS[1]}")
+    assert len(ids) == 4
+    for specials, wanted in ((False, "hi"), (True, f"{SPECIALS[0]}hi{SPECIALS[1]}")):
+        decoder = tokenizer.decoder(specials)
+        assert "".join(decoder.push(one) for one in ids) + decoder.flush() == wanted
+        assert tokenizer.decode(ids, specials) == wanted
+
+
+def test_names_of_special_tokens_stay_text_in_a_plain_text() -> None:
+    tokenizer = byte_level()
+    text = f"say {SPECIALS[1]}"
+    assert tokenizer.id_of(SPECIALS[1]) in tokenizer.encode(text)
+    plain = tokenizer.encode(text, specials=False)
+    assert tokenizer.id_of(SPECIALS[1]) not in plain
+    assert tokenizer.decode(plain) == text
+
+
+def test_threads_that_want_specials_and_threads_that_do_not_do_not_disturb_each_other() -> None:
+    tokenizer = byte_level()
+    text = f"{SPECIALS[0]} the end " * 50
+    wanted = {flag: tokenizer.encode(text, flag) for flag in (True, False)}
+    wrong: list[object] = []
+
+    def work(flag: bool) -> None:
+        try:
+            for _ in range(100):
+                if tokenizer.encode(text, flag) != wanted[flag]:
+                    wrong.append(flag)
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_an_id_beyond_the_vocabulary_is_no_text() -> None:
+    """Heads are padded: a model may name ids that the tokenizer has not."""
+    tokenizer = byte_level()
+    decoder = tokenizer.decoder()
+    ids = tokenizer.encode("ab")
+    said = [decoder.push(one) for one in (*ids, tokenizer.vocab + 7, *ids)]
+    assert "".join(said) + decoder.flush() == "abab"
+    assert tokenizer.piece(tokenizer.vocab + 7) == b""
+
+
+def test_the_pieces_of_tokens_are_the_bytes_of_their_text(
+    tokenizer: Tokenizer, rng: np.random.Generator
+) -> None:
+    for _ in range(50):
+        ids = tokenizer.encode(some_text(rng))
+        whole = tokenizer.decode(ids, specials=True)
+        assert b"".join(tokenizer.piece(one) for one in ids) == whole.encode()
+
+
+def test_half_a_surrogate_pair_is_refused() -> None:
+    with pytest.raises(RequestError, match="ud800"):
+        byte_level().encode("a\ud800b")
+
+
+@pytest.mark.parametrize("source", [b"", b"{}", b"\xff\xfe", Path("/nowhere/tokenizer.json")])
+def test_a_file_that_is_no_tokenizer_is_refused(source: bytes | Path) -> None:
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
+        Tokenizer(source)
