@@ -62,14 +62,20 @@ class ChatTemplate:
         """From chat_template.jinja, else from tokenizer_config.json: a text, or a list of named
         ones of which `default` counts.  None where there is neither.  Raises: CheckpointError."""
         config = config or {}
-        source: Any = jinja.decode("utf-8") if jinja is not None else config.get("chat_template")
+        try:
+            source: Any = jinja.decode() if jinja is not None else config.get("chat_template")
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"chat_template.jinja is not UTF-8: {error}.") from None
         if isinstance(source, list):
-            named = {one.get("name"): one.get("template") for one in source}
-            source = named.get("default")
+            named = [one for one in source if isinstance(one, Mapping)]
+            source = next((o.get("template") for o in named if o.get("name") == "default"), source)
         if source is None:
             return None
         if not isinstance(source, str):
-            raise CheckpointError("chat_template in tokenizer_config.json is not a text.")
+            raise CheckpointError(
+                "chat_template in tokenizer_config.json is neither a text nor a list with one "
+                "that is named default."
+            )
         tokens = {}
         for name in _TOKENS:
             value = config.get(name)

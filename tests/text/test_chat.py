@@ -1,0 +1,217 @@
+"""Chat templates: rendered as transformers renders them, from messages in any form clients send."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from osmium.errors import CheckpointError, RequestError
+from osmium.text.chat import ChatTemplate, normalise
+from tests.text.templates import CONVERSATIONS, SOURCES, TOKENS, by_transformers
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "chat"
+"""Written by transformers: `python -m tests.text.make_golden`."""
+
+USER = {"role": "user", "content": "Hello"}
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_conversation_is_rendered_as_its_golden_text(source: str, case: str) -> None:
+    messages, options = CONVERSATIONS[case]
+    options = dict(options)
+    tools = options.pop("tools", None)
+    text = ChatTemplate(SOURCES[source](), TOKENS).render(messages, tools, **options)
+    assert text == (GOLDEN / f"{source}_{case}.txt").read_bytes().decode()
+
+
+@pytest.mark.parametrize("case", CONVERSATIONS)
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_conversation_is_rendered_as_transformers_renders_it(source: str, case: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is of the dev extra alone")
+    messages, options = CONVERSATIONS[case]
+    wanted = by_transformers(SOURCES[source](), messages, dict(options))
+    options = dict(options)
+    tools = options.pop("tools", None)
+    assert ChatTemplate(SOURCES[source](), TOKENS).render(messages, tools, **options) == wanted
+
+
+# -- where the template comes from -----------------------------------------------------------------
+
+
+def test_the_file_goes_before_the_configuration() -> None:
+    found = ChatTemplate.find(b"from the file", {"chat_template": "from the configuration"})
+    assert found is not None
+    assert found.render([USER]) == "from the file"
+
+
+def test_of_a_list_of_templates_the_default_counts() -> None:
+    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
+    found = ChatTemplate.find(None, {"chat_template": named})
+    assert found is not None
+    assert found.render([USER]) == "yes"
+
+
+def test_special_tokens_come_from_the_configuration_as_text_or_as_object() -> None:
+    config = {
+        "chat_template": "{{ bos_token }}|{{ eos_token }}|{{ unk_token is defined }}",
+        "bos_token": "<s>",
+        "eos_token": {"content": "</s>", "special": True},
+        "unk_token": None,
+    }
+    found = ChatTemplate.find(None, config)
+    assert found is not None
+    assert found.render([USER]) == "<s>|</s>|False"
+
+
+def test_no_template_is_none() -> None:
+    assert ChatTemplate.find(None, None) is None
+    assert ChatTemplate.find(None, {"bos_token": "<s>"}) is None
+
+
+@pytest.mark.parametrize("source", ["{% if %}", "{{ messages", "{% nothing %}"])
+def test_a_template_that_is_not_one_is_refused(source: str) -> None:
+    with pytest.raises(CheckpointError, match="template"):
+        ChatTemplate(source)
+
+
+@pytest.mark.parametrize("value", [7, {"default": "x"}])
+def test_a_template_of_a_wrong_type_is_refused(value: object) -> None:
+    with pytest.raises(CheckpointError, match="chat_template"):
+        ChatTemplate.find(None, {"chat_template": value})
+
+
+@pytest.mark.parametrize("broken", [[7], [None], ["x"], [], [{"name": "a", "template": "b"}]])
+def test_a_list_without_a_default_template_is_refused(broken: object) -> None:
+    with pytest.raises(CheckpointError, match="chat_template"):
+        ChatTemplate.find(None, {"chat_template": broken})
+
+
+def test_a_file_that_is_not_utf8_is_refused() -> None:
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja"):
+        ChatTemplate.find(b"\xff\xfe", None)
+
+
+# -- what a template may do ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('no ' ~ messages[0].role) }}",
+        "{{ messages[0].content.nothing.more }}",
+        "{{ 1 // 0 }}",
+        "{{ messages[0].content + 1 }}",
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ messages[9].role }}",
+        "{{ messages[0].content | tojson(no_such=1) }}",
+    ],
+)
+def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(source: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        ChatTemplate(source).render([USER])
+    assert caught.value.param == "messages"
+    assert caught.value.status == 400
+
+
+def test_a_template_knows_the_date() -> None:
+    year = ChatTemplate("{{ strftime_now('%Y') }}").render([USER])
+    assert year.isdigit()
+    assert len(year) == 4
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "self", "documents"])
+def test_a_switch_of_any_name_is_harmless(name: str) -> None:
+    text = ChatTemplate("{{ messages[0].content }}").render([USER], **{name: "mine"})
+    assert text == "Hello"
+
+
+# -- messages in the form that templates agree on --------------------------------------------------
+
+
+def test_leading_system_and_developer_messages_become_one() -> None:
+    found = normalise(
+        [
+            {"role": "developer", "content": "A"},
+            {"role": "system", "content": [{"type": "text", "text": "B"}]},
+            USER,
+        ]
+    )
+    assert found == [{"role": "system", "content": "A\n\nB"}, USER]
+
+
+def test_a_later_system_message_is_told_as_a_users() -> None:
+    found = normalise([USER, {"role": "system", "content": "now"}])
+    assert [one["role"] for one in found] == ["user", "user"]
+
+
+def test_parts_become_one_text() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, "c"]
+    assert normalise([{"role": "user", "content": parts}])[0]["content"] == "abc"
+
+
+def test_a_content_that_is_absent_is_empty() -> None:
+    for message in ({"role": "assistant"}, {"role": "assistant", "content": None}):
+        assert normalise([USER, message])[1] == {"role": "assistant", "content": ""}
+
+
+def test_reasoning_is_known_under_both_its_names() -> None:
+    for name in ("reasoning", "reasoning_content"):
+        found = normalise([USER, {"role": "assistant", "content": "4", name: "2 + 2"}])
+        assert found[1]["reasoning_content"] == "2 + 2"
+
+
+@pytest.mark.parametrize(
+    ("said", "wanted"),
+    [
+        ('{"a": [1, "x"]}', {"a": [1, "x"]}),
+        ("", {}),
+        ({"a": 1}, {"a": 1}),
+        ('{"a": ', {"arguments": '{"a": '}),
+        ("[1]", {"arguments": "[1]"}),
+    ],
+)
+def test_arguments_of_a_call_become_an_object(said: object, wanted: object) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": said}}
+    before = json.dumps(call)
+    found = normalise([USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
+    assert found[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": wanted}
+    assert json.dumps(call) == before, "the caller's own message is left as it was"
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:,"}}, "messages[1].content[1]"),
+        ({"type": "input_audio", "input_audio": {}}, "messages[1].content[1]"),
+        ({"type": "text", "text": 7}, "messages[1].content[1]"),
+        ({"type": "text"}, "messages[1].content[1]"),
+        (7, "messages[1].content[1]"),
+    ],
+)
+def test_a_part_that_is_no_text_is_refused_by_its_place(part: object, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        normalise([USER, {"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("content", [7, {"type": "text", "text": "a"}, True])
+def test_a_content_of_a_wrong_type_is_refused(content: object) -> None:
+    with pytest.raises(RequestError) as caught:
+        normalise([{"role": "user", "content": content}])
+    assert caught.value.param == "messages[0].content"
+
+
+@pytest.mark.parametrize("calls", ["x", 7, [7], [{"function": "f"}], [{"function": [1]}]])
+def test_calls_of_a_wrong_type_are_refused(calls: object) -> None:
+    template = ChatTemplate("{{ messages | tojson }}")
+    with pytest.raises(RequestError) as caught:
+        template.render([USER, {"role": "assistant", "content": "", "tool_calls": calls}])
+    assert (caught.value.param or "").startswith("messages")
+
+
+def test_no_messages_are_refused() -> None:
+    with pytest.raises(RequestError) as caught:
+        normalise([])
+    assert caught.value.param == "messages"
