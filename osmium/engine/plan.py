@@ -4,7 +4,6 @@ Pure arithmetic over a model's shapes, the user's options and what the machine h
 fit is said here, before loading, with the flag that helps.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -245,27 +244,57 @@ def _ram_limit(options: EngineConfig, machine: Machine) -> int:
     return max(0, machine.ram_available - min(max(6 * GIB, total // 10), total // 4))
 
 
-def available_ram() -> tuple[int, int]:
+def available_ram(
+    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> tuple[int, int]:
     """Bytes of host memory that are available, and in all, by the system and by cgroup limits."""
     memory = psutil.virtual_memory()
     available, total = int(memory.available), int(memory.total)
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        limit, used = _cgroup(limit_file), _cgroup(used_file)
-        if limit is not None and limit < total:
-            available = min(available, max(0, limit - (used or 0)))
-            total = limit
-    return available, total
+    for folder in _memory_cgroups(cgroups, own):
+        for limit_name, used_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = _integer(folder / limit_name), _integer(folder / used_name)
+            if limit is not None and used is not None and limit < total:
+                # Cached file pages count as used, and make room when asked to.
+                available = min(available, max(0, limit - used + _cached(folder / "memory.stat")))
+                total = limit
+    return min(available, total), total
 
 
-def _cgroup(name: str) -> int | None:
-    try:
-        text = (Path(os.sep) / "sys/fs/cgroup" / name).read_text().strip()
-    except OSError:
-        return None
+def _memory_cgroups(cgroups: Path, own: Path) -> list[Path]:
+    """The folders whose memory limits hold for this process: its own and all above it.
+
+    Inside a container its own path may not be there; the top folder is then the container's.
+    """
+    found = []
+    for line in _text(own).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = cgroups / "memory" if controllers else cgroups
+        inside = top / path.lstrip("/")
+        found += [one for one in (inside, *inside.parents) if one.is_relative_to(top)]
+    return found or [cgroups, cgroups / "memory"]
+
+
+def _cached(stat: Path) -> int:
+    """Bytes of file pages that a cgroup would give up first; version 1 sums under total_."""
+    values = dict(line.split(maxsplit=1) for line in _text(stat).splitlines())
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
+
+
+def _integer(file: Path) -> int | None:
+    text = _text(file).strip()
     return int(text) if text.isdigit() else None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def _gib(nbytes: int) -> str:

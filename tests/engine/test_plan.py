@@ -1,0 +1,241 @@
+"""The memory plan: arithmetic that holds, and refusals that come before anything is allocated."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.plan import Machine, Plan, available_ram, make_plan
+from osmium.errors import ConfigError
+from osmium.experts.cache import cache_bytes
+from osmium.models.state import state_bytes
+from osmium.quant.record import Record
+
+GIB = 1 << 30
+
+MODEL = ModelConfig(
+    model_type="qwen3_5_moe", vocab=248320, hidden=3072,
+    mixers=("delta_net", "delta_net", "delta_net", "attention") * 12,
+    heads=32, kv_heads=2, head_dim=256, rotary_dim=64, rope_theta=1e7,
+    key_heads=16, value_heads=64, key_dim=128, value_dim=128,
+    experts=256, top_k=8, expert_size=1024, shared_size=1024, eps=1e-6,
+    max_context=262144, tied_head=False, eos=(1,),
+)  # fmt: skip
+"""The shapes of a model that is larger than any card."""
+
+RECORD = Record(4, MODEL.hidden, MODEL.expert_size)
+
+WEIGHTS = [("embed", 2 * MODEL.vocab * MODEL.hidden), ("head", GIB), ("layers", 6 * GIB)]
+
+CARD = Machine(True, 31 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
+
+LAPTOP = Machine(False, ram_available=100 * GIB, ram_total=128 * GIB)
+
+
+def plan(machine: Machine = CARD, model: ModelConfig = MODEL, **options: Any) -> Plan:
+    return make_plan(model, RECORD, WEIGHTS, EngineConfig(**options), machine)
+
+
+# -- what fits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {}, {"context": 262144}, {"kv_cache_mb": 4096}, {"sequences": 16}, {"chunk": 4096},
+        {"slots": 20}, {"vram": 24 * GIB}, {"hcs": False}, {"page": 16},
+    ],
+)  # fmt: skip
+def test_the_parts_never_sum_to_more_than_the_limit(options: dict[str, Any]) -> None:
+    made = plan(**options)
+    assert sum(made.vram.values()) <= made.vram_limit
+    assert sum(made.ram.values()) <= made.ram_limit
+    assert MODEL.top_k <= made.slots <= MODEL.experts
+
+
+def test_slots_take_all_that_is_left() -> None:
+    made = plan()
+    assert made.vram["expert slots"] == cache_bytes(RECORD, MODEL.layers, MODEL.experts, made.slots)
+    one_more = MODEL.layers * (RECORD.nbytes + 4)
+    assert sum(made.vram.values()) + one_more > made.vram_limit
+    assert 0 < made.slots < MODEL.experts
+
+
+def test_a_smaller_budget_leaves_fewer_slots_and_nothing_else_changes() -> None:
+    small, large = plan(vram=20 * GIB), plan(vram=30 * GIB)
+    assert small.slots < large.slots
+    changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
+    assert changed == {"expert slots", "reserve"}  # the reserve is a share of the budget
+    assert small.hit_rate < large.hit_rate
+
+
+def test_a_model_that_fits_needs_no_arena() -> None:
+    few = replace(MODEL, mixers=MODEL.mixers[:4])
+    made = plan(model=few)
+    assert made.slots == few.experts
+    assert made.hit_rate == 1
+    assert "expert arena" not in made.ram
+    assert plan().ram["expert arena"] == MODEL.layers * MODEL.experts * RECORD.nbytes
+
+
+def test_pages_hold_a_context_and_more_where_asked() -> None:
+    made = plan(context=10_000, page=64)
+    assert (made.pages, made.table_pages) == (157, 157)
+    assert made.vram["KV"] == state_bytes(MODEL, 157, 64, 0, "bf16")
+    more = plan(context=10_000, page=64, kv_cache_mb=2048)
+    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "bf16")
+    assert more.table_pages == 157
+
+
+def test_the_context_is_the_models_up_to_a_sane_length() -> None:
+    assert plan().context == 32768
+    assert plan(model=replace(MODEL, max_context=5000)).context == 5000
+
+
+def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
+    assert plan(hcs=False).slots == MODEL.top_k
+
+
+def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
+    made = plan(LAPTOP)
+    assert (made.device, made.vram, made.kv_dtype) == ("cpu", {}, "f32")
+    assert plan().kv_dtype == "bf16"
+
+
+def test_a_plan_can_be_read_by_people_and_by_programs() -> None:
+    made = plan()
+    text = made.table()
+    for name in (*made.vram, *made.ram):
+        assert name in text
+    assert "estimate" in text
+    read = json.loads(json.dumps(made.as_dict()))
+    assert read["slots"] == made.slots
+    assert read["vram"] == made.vram
+    assert 0 < read["expected_hit_rate"] < 1
+
+
+def test_the_expected_hit_rate_rises_with_the_slots() -> None:
+    rates = [replace(plan(), slots=slots).hit_rate for slots in range(MODEL.experts + 1)]
+    assert rates == sorted(rates)
+    assert (rates[0], rates[-1]) == (0, 1)
+
+
+# -- what does not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "named"),
+    [
+        (CARD, {"vram": 9 * GIB}, ["--kv-cache-mb", "--context"]),
+        (CARD, {"vram": 40 * GIB}, ["--vram", "40.00 GiB"]),
+        (replace(CARD, vram_free=4 * GIB), {}, ["Hot experts need"]),
+        (CARD, {"kv_cache_mb": 26 << 10}, ["Hot experts need", "--kv-cache-mb"]),
+        (CARD, {"kv_cache_mb": 1}, ["--kv-cache-mb 1", "32768"]),
+        (CARD, {"context": 262145}, ["--context is 262145", "262144"]),
+        (CARD, {"slots": 7}, ["--slots is 7", "8"]),
+        (CARD, {"kv_dtype": "f32"}, ["--kv-dtype", "f32"]),
+        (CARD, {"ram": 10 * GIB}, ["10.00 GiB", "host memory"]),
+        (replace(CARD, ram_available=50 * GIB), {}, ["host memory", "arena"]),
+        (CARD, {"chunk": 4, "sequences": 5}, ["--sequences is 5", "4"]),
+        (replace(LAPTOP, ram_available=8 * GIB), {}, ["host memory"]),
+        (LAPTOP, {"ram": 1}, ["host memory"]),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
+    machine: Machine, options: dict[str, Any], named: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        plan(machine, **options)
+    for word in named:
+        assert word in str(caught.value)
+
+
+def test_the_flag_that_is_asked_for_helps() -> None:
+    with pytest.raises(ConfigError, match=r"Raise it to (\d+)") as caught:
+        plan(kv_cache_mb=100)
+    raised = int(str(caught.value).split("Raise it to ")[1].split(",")[0])
+    assert plan(kv_cache_mb=raised).pages * 64 >= 32768
+    with pytest.raises(ConfigError):
+        plan(kv_cache_mb=raised - 1)
+
+
+def test_a_part_of_the_ram_is_kept_unless_told_otherwise() -> None:
+    free = 64 * GIB
+    big = replace(LAPTOP, ram_available=free, ram_total=128 * GIB)
+    small = replace(LAPTOP, ram_available=7 * GIB, ram_total=8 * GIB)
+    few = replace(MODEL, mixers=MODEL.mixers[:4], experts=16)
+    weights = [("embed", 1 << 20)]
+    options = EngineConfig(context=512, chunk=16)
+    assert make_plan(few, RECORD, weights, options, big).ram_limit == free - 128 * GIB // 10
+    assert make_plan(few, RECORD, weights, options, small).ram_limit == 5 * GIB
+    told = replace(options, ram=63 * GIB)
+    assert make_plan(few, RECORD, weights, told, big).ram_limit == 63 * GIB
+
+
+# -- what the machine has --------------------------------------------------------------------------
+
+
+def write(folder: Path, **files: object) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in files.items():
+        (folder / name.replace("__", ".")).write_text(f"{value}\n")
+
+
+MIB = 1 << 20
+
+
+def test_without_limits_the_systems_memory_is_the_machines(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/user\n")
+    write(tmp_path / "user", memory__max="max", memory__current=5)
+    available, total = available_ram(tmp_path, own)
+    assert total == psutil.virtual_memory().total
+    assert 0 < available <= total
+
+
+@pytest.mark.parametrize("where", ["a/b", "a", ""])
+def test_a_cgroup_limit_holds_wherever_above_the_process_it_stands(
+    tmp_path: Path, where: str
+) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/a/b\n")
+    write(tmp_path / "a/b", memory__max="max", memory__current=MIB)
+    write(tmp_path / where, memory__max=100 * MIB, memory__current=30 * MIB)
+    assert available_ram(tmp_path, own) == (70 * MIB, 100 * MIB)
+
+
+def test_cached_files_count_as_available(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/\n")
+    stat = f"anon 1\nfile {60 * MIB}\ninactive_file {50 * MIB}"
+    write(tmp_path, memory__max=100 * MIB, memory__current=90 * MIB, memory__stat=stat)
+    assert available_ram(tmp_path, own) == (60 * MIB, 100 * MIB)
+
+
+def test_version_one_of_cgroups_is_read_too(tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.write_text("9:name=systemd:/\n4:cpu,memory:/job\n1:cpu:/\n")
+    write(
+        tmp_path / "memory/job",
+        memory__limit_in_bytes=100 * MIB,
+        memory__usage_in_bytes=80 * MIB,
+        memory__stat=f"inactive_file 1\ntotal_inactive_file {20 * MIB}",
+    )
+    assert available_ram(tmp_path, own) == (40 * MIB, 100 * MIB)
+
+
+def test_a_containers_limit_at_the_top_holds_though_its_own_path_is_not_there(
+    tmp_path: Path,
+) -> None:
+    own = tmp_path / "own"
+    own.write_text("0::/docker/0123\n")
+    write(tmp_path, memory__max=100 * MIB, memory__current=MIB)
+    assert available_ram(tmp_path, own) == (99 * MIB, 100 * MIB)
+
+
+def test_no_cgroups_at_all_are_no_limit(tmp_path: Path) -> None:
+    assert available_ram(tmp_path / "none", tmp_path / "no")[1] == psutil.virtual_memory().total
