@@ -475,6 +475,11 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
 }
 
 
+def tiny(name: str) -> Callable[[np.random.Generator], Case]:
+    """An operation's case at the size that the interpreter likes."""
+    return lambda rng: CASES[name](rng, TINY)
+
+
 def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:
     """The distance of an output from its reference; infinity where "exact" does not hold."""
     from osmium.quant.floats import f32_from_bf16

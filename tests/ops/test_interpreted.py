@@ -1,0 +1,39 @@
+"""Every hand-written kernel, through the product's own GpuOps, in the interpreter, against its
+reference operation: one case an operation, and the ragged ones of each kernel's author."""
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from tests.ops.cases import CASES, Case, allowed, compare, run, tiny
+from tests.ptx import cases_attention, cases_linear
+from tests.ptx.interpreter import InterpretedMachine
+
+ALL: dict[str, Callable[[np.random.Generator], Case]] = {
+    **{name: tiny(name) for name in CASES},
+    **cases_linear.CASES,
+    **cases_attention.CASES,
+}
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, name: str) -> None:
+    seed = int(rng.integers(1 << 32))
+    case = ALL[name](np.random.default_rng(seed))
+    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
+    found = run(case, GpuOps(InterpretedMachine(seed)))
+    for output, kind in case.writes.items():
+        assert compare(found[output], wanted[output], kind) <= allowed(kind), output
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "attention", "delta_chunk", "linear int4"])
+def test_the_order_of_warps_changes_no_bit(rng: np.random.Generator, name: str) -> None:
+    seed = int(rng.integers(1 << 32))
+    first, second = (
+        run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedMachine(order)))
+        for order in (1, 2)
+    )
+    assert all(first[output].tobytes() == second[output].tobytes() for output in first)

@@ -1,0 +1,778 @@
+"""A PTX interpreter in NumPy: what makes a hand-written kernel safe to change without a GPU.
+
+A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lowest instruction go
+first, so that they meet again.  The warps of a block run one after another, each until a barrier,
+in a seeded random order that changes at every barrier: a missing one shows.  Blocks go in random
+order.
+
+Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
+of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
+shuffle or a barrier, a warp that leaves while others wait, and loops that do not end.
+
+`InterpretedMachine` stands in for cuda.stream.Machine: the product's own ops.GpuOps runs on it.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.kernels.ptx import Kernel
+from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.record import Record
+
+__all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
+
+LANES = 32
+STEPS = 2_000_000
+"""Instructions of one warp after which it is said to loop for ever."""
+
+Values = npt.NDArray[Any]
+Mask = npt.NDArray[np.bool_] | None
+"""Which lanes take part; None is all of them."""
+
+TYPES: dict[str, np.dtype[Any]] = {
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "pred": np.bool_, "f32": np.float32, "f16": np.float16, "b8": np.uint8, "u8": np.uint8,
+        "b16": np.uint16, "u16": np.uint16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32,
+        "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
+    }.items()
+}  # fmt: skip
+
+
+class PtxFault(AssertionError):
+    """Something that a kernel must not do, or that the interpreter does not know."""
+
+
+# -- memory ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Block:
+    """Some bytes, and which of them anybody has written."""
+
+    data: npt.NDArray[np.uint8]
+    written: npt.NDArray[np.bool_]
+    name: str
+
+
+def _block(nbytes: int, name: str) -> Block:
+    return Block(np.full(nbytes, 0xA5, np.uint8), np.zeros(nbytes, np.bool_), name)
+
+
+SPAN = 32
+"""log2 of the address range of each array: whatever runs off one lands in nothing."""
+
+
+class InterpretedArray:
+    """What cuda.DeviceArray is, on a Block."""
+
+    def __init__(
+        self, block: Block, ptr: int, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike
+    ) -> None:
+        self.block, self.offset, self.shape = block, offset, shape
+        self.ptr = ptr
+        self.dtype: np.dtype[Any] = np.dtype(dtype)
+        self.nbytes = math.prod(shape) * self.dtype.itemsize
+
+    def __getitem__(self, key: int | slice) -> "InterpretedArray":
+        row = math.prod(self.shape[1:]) * self.dtype.itemsize
+        if isinstance(key, slice):
+            start, stop, step = key.indices(self.shape[0])
+            assert step == 1, "device arrays are sliced in steps of 1"
+            shape = (max(0, stop - start), *self.shape[1:])
+        else:
+            start, shape = key, self.shape[1:]
+            assert 0 <= key < self.shape[0], f"index {key} of {self.shape}"
+        by = start * row
+        return InterpretedArray(self.block, self.ptr + by, self.offset + by, shape, self.dtype)
+
+    def reshape(self, *shape: int) -> "InterpretedArray":
+        assert math.prod(shape) == math.prod(self.shape), f"{self.shape} to {shape}"
+        return InterpretedArray(self.block, self.ptr, self.offset, shape, self.dtype)
+
+    def numpy(self) -> Values:
+        """The bytes as an array; a view."""
+        raw = self.block.data[self.offset : self.offset + self.nbytes]
+        return raw.view(self.dtype).reshape(self.shape)
+
+    def touch(self) -> None:
+        """From now on these bytes count as written."""
+        self.block.written[self.offset : self.offset + self.nbytes] = True
+
+
+class InterpretedMachine:
+    """See ops.gpu.Machine.  `seed` orders warps and blocks."""
+
+    def __init__(self, seed: int = 0, without: tuple[str, int] | None = None) -> None:
+        """`without` is an entry and which of its barriers to leave out."""
+        self.blocks: list[Block] = []
+        self.stream = InterpretedStream(self, seed, without)
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
+        nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+        self.blocks.append(_block(nbytes, f"array {len(self.blocks)}, {np.dtype(dtype)} {shape}"))
+        return InterpretedArray(self.blocks[-1], len(self.blocks) << SPAN, 0, shape, dtype)
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
+        return self.empty(shape, dtype)
+
+    def host_view(self, array: InterpretedArray) -> Values:
+        array.touch()
+        return array.numpy()
+
+    def copy_in(self, out: InterpretedArray, source: Values) -> None:
+        out.numpy()[...] = source
+        out.touch()
+
+    def copy_out(self, source: InterpretedArray) -> Values:
+        return source.numpy().copy()
+
+    def copy(self, out: InterpretedArray, source: InterpretedArray) -> None:
+        out.numpy().reshape(-1).view(np.uint8)[...] = source.numpy().reshape(-1).view(np.uint8)
+        out.touch()
+
+    def fill(self, out: InterpretedArray, byte: int) -> None:
+        out.numpy().reshape(-1).view(np.uint8)[...] = byte
+        out.touch()
+
+    def synchronize(self) -> None:
+        pass
+
+
+def _reach(
+    block: Block, at: npt.NDArray[np.int64], size: int, where: str, *, read: bool
+) -> npt.NDArray[np.int64]:
+    """Offsets of `size` bytes each in a block, checked; one row of byte offsets a lane."""
+    if at.min() < 0 or at.max() + size > len(block.data):
+        raise PtxFault(f"{where}: bytes {at.min()} to {at.max() + size} of {block.name}")
+    if (at % size).any():
+        raise PtxFault(f"{where}: {size} bytes at offset {at[at % size > 0][0]} of {block.name}")
+    rows: npt.NDArray[np.int64] = at[:, None] + np.arange(size)
+    if read and not block.written[rows].all():
+        raise PtxFault(f"{where}: reads bytes of {block.name} that nobody wrote")
+    return rows
+
+
+# -- programs --------------------------------------------------------------------------------------
+
+Run = Callable[["Warp", Mask], None]
+
+
+@dataclass
+class Instruction:
+    """One line of a kernel."""
+
+    text: str
+    kind: str
+    """plain, bra, ret or bar."""
+    guard: str = ""
+    negated: bool = False
+    target: int = -1
+    run: Run | None = None
+
+
+@dataclass
+class Program:
+    """A parsed kernel."""
+
+    name: str
+    code: list[Instruction] = field(default_factory=list)
+    registers: dict[str, np.dtype[Any]] = field(default_factory=dict)
+    symbols: dict[str, int] = field(default_factory=dict)
+    """Offsets of shared arrays."""
+    shared: int = 0
+    params: dict[str, np.dtype[Any]] = field(default_factory=dict)
+
+
+_GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.S)
+
+
+def parse_program(text: str, without: int | None = None) -> Program:
+    """A module's one entry.  `without` leaves out one barrier, counted from 0."""
+    code = re.sub(r"//[^\n]*", "", text)
+    entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", code, re.S)
+    if not entry:
+        raise PtxFault("the text has no entry")
+    program = Program(entry[1])
+    for kind, name in re.findall(r"\.param\s+\.(\w+)\s+(\w+)", entry[2]):
+        program.params[name] = TYPES[kind]
+    body = code[code.index("{", entry.end()) + 1 : code.rindex("}")]
+    labels: dict[str, int] = {}
+    pending: list[tuple[Instruction, str]] = []
+    barriers = 0
+    for statement in re.findall(r"\s*(?:(\w+):(?!:)|([^;]+);)", body):
+        label, line = statement[0], " ".join(statement[1].split())
+        if label:
+            labels[label] = len(pending)
+        elif line.startswith(".reg"):
+            _declare(program, line)
+        elif line.startswith(".shared"):
+            found = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", line)
+            if not found:
+                raise PtxFault(f"{program.name}: {line}")
+            align = int(found[1])
+            program.symbols[found[2]] = -(-program.shared // align) * align
+            program.shared = program.symbols[found[2]] + int(found[3])
+        else:
+            guarded = _GUARD.match(line)
+            rest = guarded[3] if guarded else line
+            opcode = rest.split(" ")[0]
+            kind = {"bra": "bra", "ret": "ret", "exit": "ret"}.get(opcode, "plain")
+            if opcode.startswith(("bar.sync", "barrier.sync")):
+                kind = "bar"
+                barriers += 1
+                if barriers - 1 == without:
+                    continue
+            made = Instruction(line, kind)
+            if guarded:
+                made.negated, made.guard = bool(guarded[1]), guarded[2]
+            pending.append((made, rest))
+    for made, rest in pending:
+        if made.kind == "bra":
+            made.target = labels[rest.split()[1]]
+        elif made.kind == "plain":
+            made.run = _compile(program, rest)
+        program.code.append(made)
+    return program
+
+
+def _declare(program: Program, line: str) -> None:
+    kind, names = re.fullmatch(r"\.reg \.(\w+) (.*)", line).groups()  # type: ignore[union-attr]
+    for name in re.split(r"\s*,\s*", names):
+        many = re.fullmatch(r"(%\w+?)<(\d+)>", name)
+        for one in [f"{many[1]}{i}" for i in range(int(many[2]))] if many else [name]:
+            program.registers[one] = TYPES[kind]
+
+
+# -- execution -------------------------------------------------------------------------------------
+
+
+class Warp:
+    """32 lanes of one block."""
+
+    def __init__(
+        self, program: Program, values: dict[str, Any], machine: InterpretedMachine, shared: Block,
+        block: tuple[int, int, int], grid: tuple[int, int, int], threads: int, index: int,
+    ) -> None:  # fmt: skip
+        self.program, self.values, self.machine, self.shared = program, values, machine, shared
+        lane = np.arange(LANES, dtype=np.uint32)
+        self.special: dict[str, Values] = {
+            "%tid.x": lane + np.uint32(LANES * index),
+            "%laneid": lane,
+            "%ntid.x": np.full(LANES, threads, np.uint32),
+        }
+        for axis, here, count in zip("xyz", block, grid, strict=True):
+            self.special[f"%ctaid.{axis}"] = np.full(LANES, here, np.uint32)
+            self.special[f"%nctaid.{axis}"] = np.full(LANES, count, np.uint32)
+        self.registers: dict[str, Values] = {}
+        self.known: dict[str, npt.NDArray[np.bool_]] = {}
+        """Lanes that have a value, for registers that not every lane has written."""
+        self.groups: dict[int, npt.NDArray[np.bool_]] = {0: np.ones(LANES, np.bool_)}
+        """Where the living lanes are."""
+        self.steps = 0
+        self.where = ""
+
+    @property
+    def alive(self) -> bool:
+        return bool(self.groups)
+
+    def read(self, name: str, mask: Mask) -> Values:
+        """A register's 32 values, all of them known where the mask is set."""
+        if name in self.special:
+            return self.special[name]
+        value = self.registers.get(name)
+        if value is None:
+            raise PtxFault(f"{self.where}: {name} was never written")
+        known = self.known.get(name)
+        if known is not None and not (known.all() if mask is None else known[mask].all()):
+            raise PtxFault(f"{self.where}: {name} was not written by every lane that reads it")
+        return value
+
+    def write(self, name: str, value: Values, mask: Mask) -> None:
+        """Set a register where the mask is set."""
+        dtype = self.program.registers.get(name)
+        if dtype is None:
+            raise PtxFault(f"{self.where}: {name} is not declared")
+        if value.dtype != dtype:
+            if value.dtype.itemsize != dtype.itemsize:
+                raise PtxFault(f"{self.where}: {value.dtype} into {name}, which is {dtype}")
+            value = value.view(dtype)
+        if mask is None:
+            self.registers[name] = value
+            self.known.pop(name, None)
+            return
+        old = self.registers.get(name)
+        if old is None:
+            self.registers[name], self.known[name] = np.where(mask, value, value), mask.copy()
+            return
+        self.registers[name] = np.where(mask, value, old)
+        known = self.known.get(name)
+        if known is not None:
+            self.known[name] = known | mask
+
+    def go(self) -> None:
+        """Run until all lanes have left, or all living ones wait at a barrier."""
+        code = self.program.code
+        while self.groups:
+            pc = min(self.groups)
+            lanes = self.groups.pop(pc)
+            while True:
+                if pc in self.groups:  # others have waited here
+                    lanes = lanes | self.groups.pop(pc)
+                if pc >= len(code):
+                    break  # the end of the text is a ret
+                if self.groups and pc > min(self.groups):
+                    self._join(pc, lanes)
+                    break
+                self.steps += 1
+                instruction = code[pc]
+                self.where = f"{self.program.name}: {instruction.text}"
+                if self.steps > STEPS:
+                    raise PtxFault(f"{self.where}: {STEPS} instructions and no end")
+                taking = lanes
+                if instruction.guard:
+                    wanted = self.read(instruction.guard, lanes)
+                    taking = lanes & (~wanted if instruction.negated else wanted)
+                if instruction.kind == "plain":
+                    if taking.any():
+                        assert instruction.run is not None, "plain instructions are compiled"
+                        instruction.run(self, None if taking.all() else taking)
+                    pc += 1
+                elif instruction.kind == "bar":
+                    if self.groups:
+                        raise PtxFault(f"{self.where}: some lanes of the warp are elsewhere")
+                    self.groups[pc + 1] = lanes
+                    return
+                else:
+                    left = lanes & ~taking
+                    if instruction.kind == "bra" and taking.any():
+                        self._join(instruction.target, taking)
+                    if not left.any():
+                        break
+                    lanes, pc = left, pc + 1
+
+    def _join(self, pc: int, lanes: npt.NDArray[np.bool_]) -> None:
+        there = self.groups.get(pc)
+        self.groups[pc] = lanes if there is None else there | lanes
+
+    def memory(self, space: str, address: Values, mask: Mask) -> tuple[Block, Values]:
+        """The block that the taking lanes' addresses are in, and their offsets."""
+        taking = address if mask is None else address[mask]
+        if space == "shared":
+            return self.shared, taking.astype(np.int64)
+        index = int(taking[0]) >> SPAN
+        if not 0 < index <= len(self.machine.blocks) or (taking >> np.uint64(SPAN) != index).any():
+            raise PtxFault(f"{self.where}: address {int(taking[0]):#x} is in no array, or in two")
+        return self.machine.blocks[index - 1], (taking & np.uint64((1 << SPAN) - 1)).astype(
+            np.int64
+        )
+
+
+class InterpretedStream:
+    """What a kernel is launched on."""
+
+    def __init__(
+        self, machine: InterpretedMachine, seed: int, without: tuple[str, int] | None
+    ) -> None:
+        self.machine, self.without = machine, without
+        self.rng = np.random.default_rng(seed)
+        self._programs: dict[str, Program] = {}
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        """Run every block of a launch."""
+        if kernel.name == "place":
+            _place(values)
+            return
+        contract = kernel.contract
+        kernel.pack(values)  # the ABI's own checks
+        program = self._programs.get(contract.entry)
+        if program is None:
+            entry, which = self.without or ("", None)
+            program = parse_program(contract.text, which if entry == contract.entry else None)
+            self._programs[contract.entry] = program
+        named = dict(zip(program.params, values, strict=True))
+        whole: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
+        blocks = [
+            (x, y, z) for x in range(whole[0]) for y in range(whole[1]) for z in range(whole[2])
+        ]
+        with np.errstate(all="ignore"):
+            for at in self.rng.permutation(len(blocks)):
+                self._block(program, named, blocks[at], whole, contract.block)
+
+    def _block(
+        self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
+        grid: tuple[int, int, int], threads: int,
+    ) -> None:  # fmt: skip
+        shared = _block(program.shared, f"{program.name}'s shared memory")
+        warps = [
+            Warp(program, values, self.machine, shared, block, grid, threads, i)
+            for i in range(threads // LANES)
+        ]
+        while warps:
+            for i in self.rng.permutation(len(warps)):
+                warps[i].go()
+            waiting = [warp for warp in warps if warp.alive]
+            if waiting and len(waiting) < len(warps):
+                raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")
+            warps = waiting
+
+
+def _place(values: tuple[Any, ...]) -> None:
+    """Numba's kernel is not interpreted: tests/nogpu/test_place.py holds it to the reference, which
+    stands in for it here."""
+    arrays = [value.numpy() for value in values[:12]]
+    for value in values[:5]:
+        value.touch()
+    count, expert, slot, fetch, uses, slot_of, expert_in, heat, stamp, step, counters, ids = arrays
+    _, experts, capacity, _, first, rate = values[12:]
+    if not first:
+        step[0] -= 1  # the reference raises it
+    cache = ExpertCache(
+        Record(16, 8, 8), experts, capacity, 1 / rate, None, slot_of[None], expert_in[None],
+        heat[None], stamp[None], step, counters,
+    )  # fmt: skip
+    ReferenceOps().place(ExpertPlan(count, expert, slot, fetch, uses), cache, 0, ids)
+
+
+# -- instructions ----------------------------------------------------------------------------------
+
+Operand = Callable[[Warp, Mask], Values]
+
+
+def _operand(program: Program, text: str, dtype: np.dtype[Any]) -> Operand:
+    """A register, a number, or the address of a shared array, as 32 values of a type."""
+    if text.startswith("%"):
+
+        def register(w: Warp, m: Mask) -> Values:
+            value = w.read(text, m)
+            if value.dtype == dtype:
+                return value
+            if value.dtype.itemsize != dtype.itemsize:
+                raise PtxFault(f"{w.where}: {text} is {value.dtype}, {dtype} is wanted")
+            return value.view(dtype)
+
+        return register
+    if text in program.symbols:
+        constant = np.full(LANES, program.symbols[text], dtype)
+    elif text.startswith("0f"):
+        constant = np.full(LANES, int(text[2:], 16), np.uint32).view(np.float32)
+    else:
+        number = int(text.rstrip("U"), 0)
+        constant = np.full(LANES, number & ((1 << 8 * dtype.itemsize) - 1), f"u{dtype.itemsize}")
+        constant = constant.view(dtype)
+    return lambda w, m: constant
+
+
+def _arguments(text: str) -> list[str]:
+    return [part.strip() for part in re.findall(r"\{[^}]*\}|\[[^\]]*\]|[^,\s][^,]*", text)]
+
+
+def _shift(left: bool) -> Callable[[Values, Values], Values]:
+    def run(a: Values, b: Values) -> Values:
+        by = b.astype(np.uint64)
+        bits = 8 * a.dtype.itemsize
+        kept = np.minimum(by, bits - 1).astype(a.dtype)
+        out = np.asarray(a << kept if left else a >> kept)
+        if a.dtype.kind == "i":
+            return out
+        return np.asarray(np.where(by >= bits, a.dtype.type(0), out))
+
+    return run
+
+
+def _divide(a: Values, b: Values) -> Values:
+    if a.dtype.kind == "f":
+        return np.asarray((a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype))
+    if (b == 0).any():
+        raise PtxFault("a division by zero")
+    return np.asarray(a // b)
+
+
+def _fma(a: Values, b: Values, c: Values) -> Values:
+    # The product is exact in float64; rounding twice differs from once in one case of 2^29.
+    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+
+
+def _approx(f: Callable[[Values], Values]) -> Callable[[Values], Values]:
+    return lambda a: f(a.astype(np.float64)).astype(np.float32)
+
+
+ARITHMETIC: dict[str, Callable[..., Values]] = {
+    "mov": lambda a: a, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide,
+    "mad": lambda a, b, c: a * b + c, "fma": _fma, "min": np.fmin, "max": np.fmax,
+    "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor, "not": np.invert, "shl": _shift(True), "shr": _shift(False),
+    "ex2": _approx(np.exp2), "rcp": _approx(np.reciprocal), "sqrt": _approx(np.sqrt),
+    "rsqrt": _approx(lambda a: 1 / np.sqrt(a)), "sin": _approx(np.sin), "cos": _approx(np.cos),
+}  # fmt: skip
+
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "ex2": 1, "rcp": 1, "sqrt": 1,
+         "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+"""Operands of each; 2 where nothing is said."""
+
+MODIFIERS = {"rn", "approx", "lo", "pred"}
+
+COMPARE: dict[str, Callable[[Values, Values], Values]] = {
+    "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
+    "ne": np.not_equal,
+}  # fmt: skip
+
+
+def _compile(program: Program, line: str) -> Run:
+    """One instruction as a function of a warp and a mask."""
+    opcode, _, rest = line.partition(" ")
+    base, *parts = opcode.split(".")
+    args = _arguments(rest)
+    special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
+        "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
+        "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
+    }  # fmt: skip
+    try:
+        if base in special:
+            return special[base](program, parts, args)
+        if base in ("mul", "mad") and parts[0] == "wide":
+            return _wide(program, parts[1], args)
+        if base == "mov" and "{" in rest:
+            return _halves(program, args)
+        if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
+            raise KeyError(opcode)
+        return _arithmetic(program, base, TYPES[parts[-1]], args)
+    except (KeyError, IndexError, ValueError) as error:
+        raise PtxFault(f"{program.name}: {line}: not known ({error})") from error
+
+
+def _arithmetic(program: Program, base: str, dtype: np.dtype[Any], args: list[str]) -> Run:
+    if len(args) != 1 + COUNT.get(base, 2):
+        raise ValueError(f"{len(args)} operands")
+    function, out = ARITHMETIC[base], args[0]
+    kinds = [dtype] * (len(args) - 1)
+    if base in ("shl", "shr"):
+        kinds[1] = TYPES["u32"]  # what a value is shifted by is always 32 bits
+    operands = [_operand(program, a, kind) for a, kind in zip(args[1:], kinds, strict=True)]
+    if len(operands) == 1:
+        (only,) = operands
+        return lambda w, m: w.write(out, function(only(w, m)), m)
+    if len(operands) == 2:
+        first, second = operands
+        return lambda w, m: w.write(out, function(first(w, m), second(w, m)), m)
+    a, b, c = operands
+    return lambda w, m: w.write(out, function(a(w, m), b(w, m), c(w, m)), m)
+
+
+def _wide(program: Program, kind: str, args: list[str]) -> Run:
+    dtype = TYPES[kind]
+    double = np.dtype(f"{dtype.kind}8")
+    a, b = (_operand(program, arg, dtype) for arg in args[1:3])
+    c = _operand(program, args[3], double) if len(args) == 4 else None
+
+    def run(w: Warp, m: Mask) -> None:
+        product = a(w, m).astype(double) * b(w, m).astype(double)
+        w.write(args[0], product if c is None else product + c(w, m), m)
+
+    return run
+
+
+def _halves(program: Program, args: list[str]) -> Run:
+    """mov.b64 between a register and a pair."""
+    names = [name.strip() for name in args[1 if "{" in args[1] else 0].strip("{}").split(",")]
+    if "{" in args[1]:
+        low, high = (_operand(program, name, TYPES["u32"]) for name in names)
+
+        def join(w: Warp, m: Mask) -> None:
+            value = high(w, m).astype(np.uint64) << np.uint64(32) | low(w, m).astype(np.uint64)
+            w.write(args[0], value, m)
+
+        return join
+    whole = _operand(program, args[1], TYPES["u64"])
+
+    def split(w: Warp, m: Mask) -> None:
+        value = whole(w, m)
+        w.write(names[0], value.astype(np.uint32), m)
+        w.write(names[1], (value >> np.uint64(32)).astype(np.uint32), m)
+
+    return split
+
+
+_ADDRESS = re.compile(r"\[\s*(%?\w+)\s*(?:\+\s*(\d+))?\s*\]")
+
+
+def _address(program: Program, text: str, space: str) -> Operand:
+    found = _ADDRESS.fullmatch(text)
+    if not found:
+        raise ValueError(f"address {text}")
+    base = _operand(program, found[1], TYPES["u32" if space == "shared" else "u64"])
+    more = int(found[2] or 0)
+    return lambda w, m: base(w, m) + base(w, m).dtype.type(more)
+
+
+def _vector(parts: list[str]) -> int:
+    return next((int(part[1:]) for part in parts if part in ("v2", "v4")), 1)
+
+
+def _load(program: Program, parts: list[str], args: list[str]) -> Run:
+    space, dtype = parts[0], TYPES[parts[-1]]
+    if space == "param":
+        name = args[1].strip("[] ")
+        kind = program.params[name]
+
+        def parameter(w: Warp, m: Mask) -> None:
+            value = w.values[name]
+            w.write(args[0], np.full(LANES, getattr(value, "ptr", value), kind), m)
+
+        return parameter
+    _known(space, parts[1:-1])
+    address, count = _address(program, args[1], space), _vector(parts)
+    names = [name.strip() for name in args[0].strip("{}").split(",")]
+    if len(names) != count:
+        raise ValueError(f"{len(names)} registers for v{count}")
+
+    def load(w: Warp, m: Mask) -> None:
+        block, at = w.memory(space, address(w, m), m)
+        rows = _reach(block, at, dtype.itemsize * count, w.where, read=True)
+        found = block.data[rows].view(dtype)  # [lanes, count]
+        for i, name in enumerate(names):
+            value = np.ascontiguousarray(found[:, i])
+            if m is not None:
+                wide = np.zeros(LANES, dtype)
+                wide[m] = value
+                value = wide
+            if dtype.itemsize < w.program.registers[name].itemsize:
+                value = value.astype(w.program.registers[name])
+            w.write(name, value, m)
+
+    return load
+
+
+def _known(space: str, modifiers: list[str]) -> None:
+    fine = {"nc", "L1::no_allocate", "v2", "v4"}
+    if space not in ("global", "shared") or not set(modifiers) <= fine:
+        raise KeyError(".".join([space, *modifiers]))
+
+
+def _store(program: Program, parts: list[str], args: list[str]) -> Run:
+    space, dtype = parts[0], TYPES[parts[-1]]
+    _known(space, parts[1:-1])
+    address, count = _address(program, args[0], space), _vector(parts)
+    values = [_operand(program, n.strip(), dtype) for n in args[1].strip("{}").split(",")]
+    if len(values) != count:
+        raise ValueError(f"{len(values)} registers for v{count}")
+
+    def store(w: Warp, m: Mask) -> None:
+        block, at = w.memory(space, address(w, m), m)
+        rows = _reach(block, at, dtype.itemsize * count, w.where, read=False)
+        columns = [value(w, m) if m is None else value(w, m)[m] for value in values]
+        block.data[rows] = np.stack(columns, axis=1).view(np.uint8)
+        block.written[rows] = True
+
+    return store
+
+
+def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts[:2] != ["global", "add"]:
+        raise KeyError(".".join(parts))
+    dtype = TYPES[parts[2]]
+    address, value = _address(program, args[0], "global"), _operand(program, args[1], dtype)
+
+    def reduce(w: Warp, m: Mask) -> None:
+        block, at = w.memory("global", address(w, m), m)
+        _reach(block, at, dtype.itemsize, w.where, read=True)
+        mine = value(w, m) if m is None else value(w, m)[m]
+        np.add.at(block.data.view(dtype), at // dtype.itemsize, mine)
+
+    return reduce
+
+
+def _shuffle(program: Program, parts: list[str], args: list[str]) -> Run:
+    sync, mode, _ = parts
+    if sync != "sync" or mode not in ("bfly", "idx") or args[3] != "31":
+        raise KeyError(".".join(parts))
+    value = _operand(program, args[1], TYPES["b32"])
+    by = _operand(program, args[2], TYPES["u32"])
+    if int(args[4], 0) != 0xFFFFFFFF:
+        raise ValueError("only whole warps shuffle")
+    lane = np.arange(LANES, dtype=np.uint32)
+
+    def shuffle(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at a shuffle")
+        source = lane ^ by(w, m) if mode == "bfly" else by(w, m) & np.uint32(31)
+        w.write(args[0], value(w, m)[source], m)
+
+    return shuffle
+
+
+def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
+    *modes, to, source = parts
+    if to == "bf16":
+        if modes != ["rn"] or source != "f32":
+            raise KeyError(".".join(parts))
+        bits = _operand(program, args[1], TYPES["u32"])
+
+        def narrow(w: Warp, m: Mask) -> None:
+            x = bits(w, m)
+            even = (x >> np.uint32(16)) & np.uint32(1)
+            rounded = (x + np.uint32(0x7FFF) + even) >> np.uint32(16)
+            nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+            w.write(args[0], np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16), m)
+
+        return narrow
+    value, dtype = _operand(program, args[1], TYPES[source]), TYPES[to]
+    floats = (dtype.kind == "f", TYPES[source].kind == "f")
+    if modes == ["rni"] and floats == (True, True):
+        return lambda w, m: w.write(args[0], np.rint(value(w, m)), m)
+    wanted = ["rn"] if floats == (True, False) else []
+    if modes != wanted or floats == (False, True):
+        raise KeyError(".".join(parts))
+    return lambda w, m: w.write(args[0], value(w, m).astype(dtype), m)
+
+
+def _compare(program: Program, parts: list[str], args: list[str]) -> Run:
+    how, kind = parts
+    a, b = (_operand(program, arg, TYPES[kind]) for arg in args[1:3])
+    return lambda w, m: w.write(args[0], COMPARE[how](a(w, m), b(w, m)), m)
+
+
+def _select(program: Program, parts: list[str], args: list[str]) -> Run:
+    (kind,) = parts
+    a, b = (_operand(program, arg, TYPES[kind]) for arg in args[1:3])
+    which = _operand(program, args[3], TYPES["pred"])
+    return lambda w, m: w.write(args[0], np.where(which(w, m), a(w, m), b(w, m)), m)
+
+
+def _lop3(program: Program, parts: list[str], args: list[str]) -> Run:
+    a, b, c = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
+    table = int(args[4], 0)
+
+    def run(w: Warp, m: Mask) -> None:
+        x, y, z = a(w, m), b(w, m), c(w, m)
+        out = np.zeros(LANES, np.uint32)
+        for row in range(8):
+            if table >> row & 1:
+                out |= (x if row & 4 else ~x) & (y if row & 2 else ~y) & (z if row & 1 else ~z)
+        w.write(args[0], out, m)
+
+    return run
+
+
+def _permute(program: Program, parts: list[str], args: list[str]) -> Run:
+    a, b, how = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
+
+    def run(w: Warp, m: Mask) -> None:
+        both = a(w, m).astype(np.uint64) | b(w, m).astype(np.uint64) << np.uint64(32)
+        out = np.zeros(LANES, np.uint32)
+        for i in range(4):
+            pick = (how(w, m) >> np.uint32(4 * i)) & np.uint32(0xF)
+            byte = both >> (np.uint64(8) * (pick & np.uint32(7)).astype(np.uint64))
+            byte = (byte & np.uint64(0xFF)).astype(np.uint32)
+            sign = np.where(byte & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+            out |= np.where(pick & np.uint32(8), sign, byte) << np.uint32(8 * i)
+        w.write(args[0], out, m)
+
+    return run

@@ -1,0 +1,59 @@
+"""A barrier that orders shared data cannot be taken away: some case fails without it."""
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from tests.ops.cases import CASES, Case, allowed, compare, run, tiny
+from tests.ptx import cases_attention
+from tests.ptx.interpreter import InterpretedMachine, PtxFault
+from tests.ptx.kernels import FOLDER, NAMES
+
+Make = Callable[[np.random.Generator], Case]
+
+BARRIERS = [
+    (name, i)
+    for name in NAMES
+    for i in range(len(re.findall(r"^\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)))
+]
+
+SEEDS = range(6)
+
+
+def cases_of(name: str) -> list[Make]:
+    """The cases that launch a kernel."""
+    ragged = cases_attention.CASES
+    prefix = {
+        "rms_norm_f32": ("rms_norm",),
+        "rope_append_bf16": ("rope",),
+        "gqa_attention_bf16": ("attention",),
+        "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
+    }.get(name)
+    assert prefix, f"{name} has a barrier: say here which cases launch it"
+    found: list[Make] = [tiny(key) for key in CASES if key.startswith(prefix)]
+    found += [make for key, make in ragged.items() if key.startswith(prefix)]
+    return found
+
+
+def right(make: Make, seed: int, without: tuple[str, int] | None) -> bool:
+    """Whether a case comes out as its reference, with one barrier left out or none."""
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    case = make(np.random.default_rng(seed))
+    try:
+        found = run(case, GpuOps(InterpretedMachine(seed, without)))
+    except PtxFault:
+        return False
+    return all(
+        compare(found[k], wanted[k], kind) <= allowed(kind) for k, kind in case.writes.items()
+    )
+
+
+@pytest.mark.parametrize(("name", "which"), BARRIERS)
+def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> None:
+    makes = cases_of(name)
+    assert makes and right(makes[0], 0, None), "it is right with all of them"
+    assert any(not right(make, seed, (name, which)) for seed in SEEDS for make in makes)

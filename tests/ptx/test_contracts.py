@@ -1,0 +1,94 @@
+"""Every kernel's header against its entry and against ptxas, on every architecture."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, files
+from pathlib import Path
+
+import pytest
+
+from osmium.kernels.ptx import Contract, kernel
+from tests.ptx.kernels import FOLDER, NAMES
+
+TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+
+
+def find_ptxas() -> str | None:
+    """From PATH, or out of NVIDIA's wheel."""
+    found = shutil.which("ptxas")
+    if found:
+        return found
+    try:
+        for file in files("nvidia-cuda-nvcc-cu12") or []:
+            if file.name == "ptxas":
+                return str(file.locate())
+    except PackageNotFoundError:
+        pass
+    return None
+
+
+def assemble(path: Path, target: str) -> tuple[int, int, int]:
+    """Registers, bytes spilled and bytes of static shared memory, by ptxas."""
+    ptxas = find_ptxas()
+    if ptxas is None:
+        pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc-cu12==12.8.*")
+    done = subprocess.run(
+        [ptxas, "-v", f"-arch={target}", str(path), "-o", "/dev/null"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{path.name} on {target}:\n{done.stderr}"
+    registers = re.search(r"Used (\d+) registers", done.stderr)
+    spilled = re.findall(r"(\d+) bytes spill", done.stderr)
+    shared = re.search(r"(\d+) bytes smem", done.stderr)
+    assert registers, done.stderr
+    return int(registers[1]), sum(map(int, spilled)), int(shared[1]) if shared else 0
+
+
+def check(contract: Contract, path: Path, target: str) -> None:
+    registers, spilled, shared = assemble(path, target)
+    assert spilled == 0, f"{contract.entry} spills {spilled} bytes on {target}"
+    assert registers <= contract.regs, (
+        f"{registers} registers on {target}, {contract.regs} promised"
+    )
+    assert shared == contract.shared, f"{shared} bytes of shared memory, {contract.shared} promised"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_contract_is_what_ptxas_says(name: str) -> None:
+    contract = kernel(name).contract
+    assert contract.entry == name
+    assert contract.targets == TARGETS
+    with ThreadPoolExecutor(2) as pool:
+        path = FOLDER / f"{name}.ptx"
+        list(pool.map(lambda target: check(contract, path, target), TARGETS))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_is_written_by_the_guide(name: str) -> None:
+    """One entry a file, words for registers, a bound on threads, and a reason at every barrier."""
+    text = (FOLDER / f"{name}.ptx").read_text()
+    code = re.sub(r"//[^\n]*", "", text)
+    assert len(re.findall(r"\.entry", code)) == 1
+    assert not re.search(r"%(tid|ctaid|ntid|nctaid|laneid)\s*[,;]", code), "a special one's name"
+    assert not re.search(r"%(f|rd|fd)\d+\b[^>]*;", _declared(code)), "registers are words"
+    for line in text.splitlines():
+        if "bar.sync" in line.split("//")[0]:
+            assert "//" in line, f"a barrier without its reason: {line.strip()}"
+
+
+def _declared(code: str) -> str:
+    return "\n".join(re.findall(r"\.reg[^;]*;", code))
+
+
+def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
+    pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
+    from osmium.kernels.place import PLACE
+
+    path = tmp_path / "place.ptx"
+    path.write_text(PLACE.contract.text)
+    for target in TARGETS:
+        registers, spilled, _ = assemble(path, target)
+        assert spilled == 0 and registers <= PLACE.contract.regs
