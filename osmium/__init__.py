@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from osmium.engine.engine import Engine
     from osmium.engine.request import SamplingParams
     from osmium.errors import OsmiumError
-    from osmium.load import load
+    from osmium.loader import load
 
 __all__ = ["Engine", "EngineConfig", "OsmiumError", "SamplingParams", "load"]
 
@@ -24,7 +24,7 @@ _WHERE = {
     "EngineConfig": "osmium.config",
     "OsmiumError": "osmium.errors",
     "SamplingParams": "osmium.engine.request",
-    "load": "osmium.load",
+    "load": "osmium.loader",
 }
 
 
@@ -32,5 +32,5 @@ def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'osmium' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
-    globals()[name] = value  # `osmium.load` is the function, not the module of that name
+    globals()[name] = value
     return value

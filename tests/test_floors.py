@@ -19,7 +19,7 @@ FLOOR = {
     "weights": 4, "experts": 4,
     "models": 5,
     "engine": 6, "text": 6,
-    "server": 7, "load": 7,
+    "server": 7, "loader": 7,
     "bench": 8, "cli": 8, "__init__": 9, "__main__": 9,
 }  # fmt: skip
 

@@ -18,7 +18,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
-from osmium.load import load, plan_for
+from osmium.loader import load, plan_for
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
 from osmium.weights import open_model

@@ -1,0 +1,245 @@
+"""The whole engine on tiny real models: what `osmium.load` gives."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import osmium
+from osmium import loader
+from osmium.engine.engine import Engine
+from osmium.engine.perplexity import perplexity
+from osmium.engine.request import SamplingParams
+from osmium.errors import ConfigError, NoDevice
+from osmium.ops.reference import ReferenceOps
+from osmium.weights import Packed
+from tests.engine.fakes import Reply
+from tests.models.build import CASES, Case, prompt, write_checkpoint
+from tests.models.run import runner
+from tests.tolerance import close, distance
+
+MIXED = CASES[0]
+
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+
+
+def load(case: Case, folder: Path, **options: Any) -> Engine:
+    """An engine of a seeded model, BF16 throughout unless told otherwise."""
+    model = folder / case.name
+    if not model.exists():
+        write_checkpoint(case, model)
+    settings = {"gpu_expert_bits": 16, "context": 256, "chunk": 64, "page": 16, **options}
+    engine: Engine = loader.load(model, device="cpu", cache_dir=str(folder / "cache"), **settings)
+    return engine
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture
+def engine(folder: Path) -> Iterator[Engine]:
+    made = load(MIXED, folder)
+    yield made
+    made.close()
+
+
+def say(engine: Engine, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
+    return [token.id for token in engine.generate(ids, params)]
+
+
+def is_greedy(engine: Engine, ids: list[int], reply: list[int]) -> None:
+    """Every token of the reply is the likeliest, or within rounding of it, after what came before:
+    another grouping of rows sums in another order, and that may turn a tie."""
+    rows = engine.logits([*ids, *reply])[len(ids) - 1 : -1]
+    chosen = rows[np.arange(len(reply)), reply]
+    assert (rows.max(axis=1) - chosen <= 1e-3).all()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_logits_are_those_of_the_model_alone(folder: Path, case: Case) -> None:
+    ids = prompt(case)
+    made = load(case, folder)
+    got = made.logits(ids.tolist())
+    made.close()
+    wanted = runner(case).logits(ids, len(ids))
+    assert close(got, wanted, "logits"), distance(got, wanted)
+
+
+def test_a_greedy_reply_is_the_likeliest_token_each_time(engine: Engine) -> None:
+    ids = prompt(MIXED).tolist()
+    reply = say(engine, ids)
+    assert len(reply) == 12
+    is_greedy(engine, ids, reply)
+
+
+@pytest.mark.parametrize("options", [{"chunk": 7}, {"page": 1}, {"slots": 2}, {"sequences": 1}])
+def test_the_same_is_said_however_memory_and_steps_are_cut(
+    folder: Path, options: dict[str, int]
+) -> None:
+    ids = prompt(MIXED).tolist()
+    plain, other = load(MIXED, folder), load(MIXED, folder, **{"sequences": 2, **options})
+    assert close(other.logits(ids), plain.logits(ids), "logits")
+    reply = say(other, ids)
+    is_greedy(plain, ids, reply)
+    plain.close()
+    other.close()
+
+
+def test_requests_side_by_side_say_what_they_say_alone(folder: Path) -> None:
+    """Ten requests on two sequences' memory: they wait, interleave and make room."""
+    made = load(MIXED, folder, sequences=2, chunk=16)
+    rng = np.random.default_rng(5)
+    asked = [rng.integers(0, MIXED.vocab, int(n)).tolist() for n in rng.integers(1, 120, 10)]
+    replies = [Reply() for _ in asked]
+    for ids, reply in zip(asked, replies, strict=True):
+        made.submit(ids, GREEDY, reply.take)
+    for ids, reply in zip(asked, replies, strict=True):
+        assert reply.wait().error is None
+        assert len(reply.ids) == 12
+        is_greedy(made, ids, reply.ids)
+    made.close()
+
+
+def test_a_seed_gives_the_same_reply_twice(engine: Engine) -> None:
+    ids = prompt(MIXED).tolist()
+    params = SamplingParams(temperature=1.0, seed=3, ignore_eos=True, max_tokens=30)
+    first = say(engine, ids, params)
+    assert say(engine, ids, params) == first
+    other = SamplingParams(temperature=1.0, seed=4, ignore_eos=True, max_tokens=30)
+    assert say(engine, ids, other) != first
+
+
+def test_perplexity_is_the_same_through_both_paths(engine: Engine) -> None:
+    ids = np.random.default_rng(1).integers(0, MIXED.vocab, 330).tolist()
+    prefill, decode = (perplexity(engine, ids, 64, path) for path in ("prefill", "decode"))
+    assert prefill["tokens"] == decode["tokens"] == 5 * 63
+    assert prefill["nll"] == pytest.approx(decode["nll"], rel=1e-5)
+    rows = engine.logits(ids[:64]).astype(np.float64)
+    logprobs = rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    first = -float(logprobs[np.arange(63), ids[1:64]].mean())
+    assert perplexity(engine, ids[:64], 64)["nll"] == pytest.approx(first, rel=1e-5)
+
+
+def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
+    made = load(MIXED, folder, slots=4)
+    ids = prompt(MIXED).tolist()
+    say(made, ids)
+    experts = made.status()["experts"]
+    made.close()
+    computed = len(ids) + 12 - 1  # the last token is not read
+    layers, top_k = len(MIXED.kinds), MIXED.experts[1]
+    assert experts["routed"] == computed * layers * top_k
+    assert experts["hit"] + experts["fetched"] == experts["routed"]
+    assert 0 < experts["fetched"] < experts["routed"]
+
+
+# -- the plan holds --------------------------------------------------------------------------------
+
+
+class CountingOps(ReferenceOps):
+    """Counts the bytes that are asked for."""
+
+    allocated = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        array = super().empty(shape, dtype)
+        type(self).allocated += array.nbytes
+        return array
+
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
+        array = super().host(shape, dtype)
+        type(self).allocated += array.nbytes
+        return array
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
+    monkeypatch.setattr(CountingOps, "allocated", 0)
+    monkeypatch.setattr(loader, "ReferenceOps", CountingOps)
+    return CountingOps
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"slots": 3}, {"sequences": 7, "page": 5}, {"chunk": 128}, {"kv_dtype": "bf16"}],
+)
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_what_is_allocated_is_what_was_planned(
+    folder: Path, counted: type[CountingOps], case: Case, options: dict[str, Any]
+) -> None:
+    made = load(case, folder, **options)
+    parts = made.plan.ram
+    made.close()
+    planned = sum(parts[name] for name in ("KV", "recurrent states", "workspace"))
+    planned += parts.get("expert slots", 0)
+    assert 0.9 * planned <= counted.allocated <= 1.01 * planned + 8192  # a resident cache's tables
+
+
+def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -> None:
+    made = load(MIXED, folder, slots=3)
+    before = counted.allocated
+    say(made, prompt(MIXED).tolist())
+    made.logits([1, 2, 3])
+    made.close()
+    assert counted.allocated == before > 0
+
+
+@pytest.mark.parametrize(
+    "options", [{"ram": 1}, {"slots": 1}, {"context": 2049}, {"sequences": 9, "chunk": 8}]
+)
+def test_a_plan_that_fails_has_allocated_and_read_nothing(
+    folder: Path,
+    counted: type[CountingOps],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, int],
+) -> None:
+    load(MIXED, folder).close()  # packed now
+    counted.allocated = 0
+    read: list[str] = []
+    for method in ("tensor", "all_records", "read_records"):
+        monkeypatch.setattr(Packed, method, lambda self, *args, m=method: read.append(m))
+    with pytest.raises(ConfigError):
+        load(MIXED, folder, **options)
+    assert counted.allocated == 0
+    assert read == []
+
+
+# -- options and names -----------------------------------------------------------------------------
+
+
+def test_an_option_that_there_is_not_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="kv_dtipe"):
+        loader.load(tmp_path, kv_dtipe="f32")
+
+
+def test_a_gpu_that_is_asked_for_and_not_there_is_said_to_be_missing(folder: Path) -> None:
+    from osmium.cuda.driver import Device
+
+    try:
+        Device()
+    except NoDevice:
+        pass
+    else:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(NoDevice):
+        loader.load(folder / MIXED.name, device="gpu")
+
+
+def test_the_public_names_are_there() -> None:
+    for name in osmium.__all__:
+        assert getattr(osmium, name).__name__ == name
+    with pytest.raises(AttributeError, match="nothing_of_the_kind"):
+        osmium.nothing_of_the_kind  # noqa: B018
+
+
+def test_importing_the_package_loads_no_numpy() -> None:
+    code = "import sys, osmium; print('numpy' in sys.modules, callable(osmium.load))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["False", "True"]
