@@ -475,9 +475,9 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
 }
 
 
-def tiny(name: str) -> Callable[[np.random.Generator], Case]:
-    """An operation's case at the size that the interpreter likes."""
-    return lambda rng: CASES[name](rng, TINY)
+def sized(name: str, size: Size) -> Callable[[np.random.Generator], Case]:
+    """An operation's case at one size."""
+    return lambda rng: CASES[name](rng, size)
 
 
 def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:

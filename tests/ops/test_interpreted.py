@@ -8,12 +8,12 @@ import pytest
 
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from tests.ops.cases import CASES, Case, allowed, compare, run, tiny
+from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
 from tests.ptx.interpreter import InterpretedMachine
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
-    **{name: tiny(name) for name in CASES},
+    **{name: sized(name, TINY) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
 }

@@ -8,7 +8,7 @@ import pytest
 
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from tests.ops.cases import CASES, Case, allowed, compare, run, tiny
+from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention
 from tests.ptx.interpreter import InterpretedMachine, PtxFault
 from tests.ptx.kernels import FOLDER, NAMES
@@ -34,7 +34,7 @@ def cases_of(name: str) -> list[Make]:
         "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: say here which cases launch it"
-    found: list[Make] = [tiny(key) for key in CASES if key.startswith(prefix)]
+    found: list[Make] = [sized(key, TINY) for key in CASES if key.startswith(prefix)]
     found += [make for key, make in ragged.items() if key.startswith(prefix)]
     return found
 
