@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.engine.request import Event, FinishReason, SamplingParams, Token
+from osmium.engine.request import Event, Finish, FinishReason, SamplingParams, Token
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
 from osmium.ops import Step
 from tests.engine.fakes import (
@@ -534,8 +534,9 @@ def test_a_callback_that_raises_loses_its_own_reply_and_no_other(bench: Make) ->
     one.engine.submit([1], LONG, broken)
     assert other.wait().error is None
     assert other.ids == follow(scrambled, [2], 20)
-    until(lambda: one.engine.status()["running"] == 0)
-    assert len([event for event in calls if isinstance(event, Token)]) == 1
+    until(lambda: len(calls) == 2)
+    assert [type(event) for event in calls] == [Token, Finish]
+    assert one.engine.status()["running"] == 0
 
 
 @pytest.mark.parametrize("method", ["push", "flush"])
