@@ -324,7 +324,7 @@ async def _answer(
             sep="\n",
             background=BackgroundTask(engine.cancel, running),  # the stream may never have begun
             ping=PING,
-            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive"),
+            ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             headers={"Cache-Control": "no-cache"},
         )
     watch = asyncio.create_task(_watch(request, events))

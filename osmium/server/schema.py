@@ -163,11 +163,15 @@ def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     given["max_tokens"] = request.max_tokens
+    names: dict[str | None, str] = {}
+    """The engine's names that are not the client's."""
     if isinstance(request, ChatRequest):
         if request.max_completion_tokens is not None:
             given["max_tokens"] = request.max_completion_tokens
+            names["max_tokens"] = "max_completion_tokens"
         if request.logprobs:
             given["logprobs"] = request.top_logprobs or 0
+            names["logprobs"] = "top_logprobs"
         elif request.top_logprobs:
             raise RequestError(
                 "top_logprobs needs logprobs to be true.",
@@ -180,7 +184,14 @@ def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams
         given["ignore_eos"] = True
     if request.logit_bias:
         given["logit_bias"] = {_token_id(key): bias for key, bias in request.logit_bias.items()}
-    return SamplingParams(**{**defaults, **given})
+    try:
+        return SamplingParams(**{**defaults, **given})
+    except RequestError as error:
+        name = names.get(error.param)
+        if name is None:
+            raise
+        text = str(error).replace(str(error.param), name, 1)
+        raise RequestError(text, param=name, code=error.code) from None
 
 
 def _token_id(key: str) -> int:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,7 +124,8 @@ def test_a_template_knows_the_date() -> None:
 
 @pytest.mark.parametrize("name", ["messages", "tools", "self", "documents"])
 def test_a_switch_of_any_name_is_harmless(name: str) -> None:
-    text = ChatTemplate("{{ messages[0].content }}").render([USER], **{name: "mine"})
+    options: dict[str, Any] = {name: "mine"}
+    text = ChatTemplate("{{ messages[0].content }}").render([USER], **options)
     assert text == "Hello"
 
 

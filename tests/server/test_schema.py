@@ -1,0 +1,259 @@
+"""Request bodies: every field of a wrong type is refused by its name, unknown ones are let pass."""
+
+import json
+from typing import Any
+
+import pytest
+
+from osmium.engine.request import SamplingParams
+from osmium.errors import RequestError
+from osmium.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    one_prompt,
+    parse,
+    sampling_params,
+    template_options,
+)
+
+MESSAGES = [{"role": "user", "content": "Hello"}]
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return parse(json.dumps({"messages": MESSAGES, **fields}).encode(), ChatRequest)
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    return parse(json.dumps({"prompt": "Hello", **fields}).encode(), CompletionRequest)
+
+
+NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
+           "repetition_penalty")  # fmt: skip
+INTEGERS = ("top_k", "seed", "max_tokens", "n")
+BOTH = [
+    *((name, value) for name in NUMBERS for value in ("1", [1], {}, True)),
+    *((name, value) for name in INTEGERS for value in ("1", 1.5, [1], True)),
+    *(("stop", value) for value in (7, {}, ["a", 7], [["a"]])),
+    *(("logit_bias", value) for value in ("a", [1], {"5": "x"}, {"5": None})),
+    *(("stream", value) for value in ("true", 1, [])),
+    *(("stream_options", value) for value in (True, [], {"include_usage": "yes"})),
+    *(("ignore_eos", value) for value in ("true", 1)),
+    *(("model", value) for value in (7, ["a"])),
+    *(("user", value) for value in (7, {})),
+]
+CHAT = [
+    *(("messages", value) for value in (None, "Hello", {}, [7], ["Hello"], [None])),
+    *(("max_completion_tokens", value) for value in ("1", 1.5, True)),
+    *(("logprobs", value) for value in (1, "true")),
+    *(("top_logprobs", value) for value in ("1", 1.5, True)),
+    *(("tools", value) for value in ({}, "x", [7])),
+    *(("tool_choice", value) for value in (7, ["auto"])),
+    *(("response_format", value) for value in ("text", 7)),
+    *(("chat_template_kwargs", value) for value in ("x", [1])),
+    *(("enable_thinking", value) for value in ("true", 1)),
+    *(("reasoning_effort", value) for value in (1, ["low"])),
+]
+COMPLETION = [
+    *(("prompt", value) for value in (None, 7, {}, [None], [1.5], [{"a": 1}], [["a"]], [True])),
+    *(("logprobs", value) for value in (True, "1", 1.5)),
+    *(("echo", value) for value in ("true", 1)),
+    *(("suffix", value) for value in (7, [])),
+    *(("best_of", value) for value in ("1", 1.5)),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BOTH + CHAT)
+def test_a_chat_field_of_a_wrong_type_is_refused_by_its_path(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**{name: value})
+    assert caught.value.status == 400
+    assert (caught.value.param or "").startswith(name)
+
+
+@pytest.mark.parametrize(("name", "value"), BOTH + COMPLETION)
+def test_a_completion_field_of_a_wrong_type_is_refused_by_its_path(name: str, value: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(**{name: value})
+    assert caught.value.status == 400
+    assert (caught.value.param or "").startswith(name)
+
+
+def test_every_field_has_been_tried_with_wrong_types() -> None:
+    for kind, tried in ((ChatRequest, BOTH + CHAT), (CompletionRequest, BOTH + COMPLETION)):
+        assert {name for name, _ in tried} == set(kind.__struct_fields__)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "param"),
+    [
+        ("stop", ["a", 7], "stop[1]"),
+        ("stream_options", {"include_usage": 7}, "stream_options.include_usage"),
+        ("messages", [MESSAGES[0], 7], "messages[1]"),
+        ("messages", [{"role": "robot", "content": ""}], "messages[0].role"),
+        ("messages", [MESSAGES[0], {"content": ""}], "messages[1].role"),
+        ("messages", [{"role": ["user"], "content": ""}], "messages[0].role"),
+    ],
+)
+def test_a_path_reaches_to_what_is_wrong(name: str, value: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**{name: value})
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"", b"{", b'{"messages": [}', b'{"a": \xff}', b'"\xff"', b"\x00", b"[" * 100_000,
+     b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', b'{"messages": NaN}'],
+)  # fmt: skip
+def test_what_is_not_json_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(body, ChatRequest)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("body", [b"[]", b"7", b"null", b'"text"'])
+def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(body, ChatRequest)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("kind", "param"), [(ChatRequest, "messages"), (CompletionRequest, "prompt")]
+)
+def test_what_is_missing_is_named(kind: Any, param: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        parse(b"{}", kind)
+    assert caught.value.param == param
+
+
+def test_unknown_fields_and_nulls_are_let_pass() -> None:
+    found = chat(store=False, metadata={"a": [1]}, temperature=None, stop=None, tools=None, n=1)
+    assert sampling_params(found, {}) == SamplingParams()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"n": 0}, "n"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"messages": []}, "messages"),
+    ],
+)
+def test_what_is_not_served_in_chat_is_refused_and_not_left_out(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        chat(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"),
+     ({"n": 2}, "n")],
+)  # fmt: skip
+def test_what_is_not_served_in_completions_is_refused_and_not_left_out(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        completion(**fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"stop": ["a", ""]}, "stop"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"x": 1}}, "logit_bias"),
+        ({"logit_bias": {"²": 1}}, "logit_bias"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"-1": 1}}, "logit_bias"),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_by_its_own_name(
+    fields: dict[str, Any], param: str
+) -> None:
+    with pytest.raises(RequestError) as caught:
+        sampling_params(chat(**fields), {})
+    assert caught.value.param == param
+    assert caught.value.status == 400
+
+
+def test_every_sampling_field_reaches_the_engine() -> None:
+    found = sampling_params(
+        chat(
+            temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1,
+            frequency_penalty=-1, repetition_penalty=1.5, seed=-3, stop=["a", "b"],
+            max_tokens=9, logit_bias={"5": -1, "6": 2.5}, ignore_eos=True,
+            logprobs=True, top_logprobs=4,
+        ),
+        {},
+    )  # fmt: skip
+    assert found == SamplingParams(
+        temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1.0,
+        frequency_penalty=-1.0, repetition_penalty=1.5, seed=-3, stop=("a", "b"),
+        max_tokens=9, logit_bias={5: -1.0, 6: 2.5}, ignore_eos=True, logprobs=4,
+    )  # fmt: skip
+
+
+def test_the_models_defaults_hold_where_nothing_is_asked() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20}
+    assert sampling_params(chat(), defaults) == SamplingParams(temperature=0.6, top_k=20)
+    asked = sampling_params(chat(temperature=0, top_k=0), defaults)
+    assert asked == SamplingParams(temperature=0.0, top_k=0)
+
+
+def test_one_stop_may_be_a_text() -> None:
+    assert sampling_params(chat(stop="END"), {}).stop == ("END",)
+
+
+def test_max_completion_tokens_goes_before_max_tokens() -> None:
+    assert sampling_params(chat(max_tokens=5, max_completion_tokens=7), {}).max_tokens == 7
+
+
+def test_logprobs_of_completions_are_a_number() -> None:
+    assert sampling_params(completion(logprobs=3), {}).logprobs == 3
+    assert sampling_params(completion(logprobs=0), {}).logprobs == 0
+    assert sampling_params(completion(), {}).logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], []), ("", "")],
+)
+def test_a_prompt_is_a_text_or_ids(prompt: Any, wanted: Any) -> None:
+    assert one_prompt(completion(prompt=prompt)) == wanted
+
+
+@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, "a"], [[1], "a"]])
+def test_more_than_one_prompt_is_refused(prompt: Any) -> None:
+    with pytest.raises(RequestError) as caught:
+        one_prompt(completion(prompt=prompt))
+    assert caught.value.param == "prompt"
+
+
+def test_the_templates_switches() -> None:
+    asked = chat(chat_template_kwargs={"preserve_thinking": True, "add_generation_prompt": False})
+    assert template_options(asked) == {"preserve_thinking": True}
+    assert template_options(chat(enable_thinking=False)) == {"enable_thinking": False}
+    assert template_options(chat(reasoning_effort="low")) == {"reasoning_effort": "low"}
+    none = template_options(chat(reasoning_effort="none"))
+    assert none == {"reasoning_effort": "none", "enable_thinking": False}
