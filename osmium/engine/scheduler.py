@@ -62,13 +62,18 @@ class Scheduler:
         return self._batch([(r, 1) for r in decoding[: self.chunk]])
 
     def _admit(self, request: Request) -> bool:
-        """Whether a waiting request may run: alone always, since a whole context fits."""
-        room = self.seats.free_pages * self.seats.page >= len(request.tokens) + 1
-        return (room or not self.running) and self.seats.sit(request)
+        """Whether a waiting request may run: alone always, since a whole context fits; beside
+        others if there are pages for what it and they have to say so far."""
+        wanted = sum(self._missing(one) for one in (*self.running, request))
+        return (wanted <= self.seats.free_pages or not self.running) and self.seats.sit(request)
+
+    def _missing(self, request: Request) -> int:
+        """Pages that a request will need for the tokens it has and the next one."""
+        return max(0, -(-(len(request.tokens) + 1) // self.seats.page) - len(request.pages))
 
     def _batch(self, parts: list[tuple[Request, int]]) -> Batch | None:
         """The parts that have pages, after those who came last have made room."""
-        kept = []
+        kept = []  # in order of arrival, so that who makes room is never among them
         for request, count in parts:
             if request not in self.running:
                 continue  # made room for somebody before it in this very list
@@ -79,7 +84,6 @@ class Scheduler:
                     break
             else:
                 kept.append((request, count))
-        kept = [part for part in kept if part[0] in self.running]
         if kept or not self.running:
             return Batch(kept) if kept else None
         return self.next()

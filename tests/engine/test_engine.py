@@ -267,6 +267,7 @@ def test_leaving_the_loop_of_generate_cancels_the_rest(bench: Make) -> None:
     tokens.close()
     assert said == follow(scrambled, [5], 3)
     until(lambda: one.engine.status()["running"] == 0)
+    assert one.engine.status()["tokens"]["completion"] < 4000
 
 
 def test_an_iterator_that_is_never_looped_over_cancels_its_request(bench: Make) -> None:
@@ -471,41 +472,59 @@ def test_a_cuda_error_that_leaves_the_context_whole_ends_one_step_only(bench: Ma
     assert one.ask([1]).wait().error is None
 
 
+def lost() -> CudaError:
+    return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, lost=True)
+
+
 def test_a_lost_context_stops_the_engine_for_everybody(bench: Make) -> None:
     gate = Gate()
     one = bench(gate=gate, sequences=1)
     running = one.ask([1])
     gate.arrival()
     waiting = one.ask([2])
-    failed: list[Exception] = []
-
-    def client() -> None:
-        try:
-            one.engine.logits([3])
-        except OsmiumError as error:
-            failed.append(error)
-
-    thread = threading.Thread(target=client)
-    thread.start()
-    time.sleep(0.05)
-    one.model.before = Failing(1, CudaError("gone", call="c", name="N", code=700, lost=True))
+    one.model.before = Failing(2, lost())
     gate.open()
     for reply in (running, waiting):
         finish = reply.wait()
         assert finish.reason is FinishReason.ERROR
         assert isinstance(finish.error, EngineStopped)
-    thread.join(PATIENCE_S)
-    assert len(failed) == 1
-    until(lambda: one.engine.stopped is not None)
+    assert len(running.ids) == 2
     with pytest.raises(EngineStopped, match="gone"):
         one.ask([1])
     with pytest.raises(EngineStopped):
         one.engine.status()
 
 
+def test_jobs_that_wait_when_the_context_is_lost_are_told(bench: Make) -> None:
+    gate = Gate()
+    one = bench(gate=gate)
+    running = one.ask([1])
+    gate.arrival()
+    told: list[OsmiumError] = []
+
+    def client() -> None:
+        try:
+            one.engine.logits([3])
+        except OsmiumError as error:
+            told.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.05)
+    one.model.before = Failing(1, lost())
+    gate.open()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert sorted(type(error).__name__ for error in told) == [
+        "CudaError", "EngineStopped", "EngineStopped",
+    ]  # fmt: skip
+    assert isinstance(running.wait().error, EngineStopped)
+
+
 def test_a_context_lost_inside_a_job_is_told_and_stops_the_engine(bench: Make) -> None:
     one = bench()
-    one.model.before = Failing(1, CudaError("gone", call="c", name="N", code=700, lost=True))
+    one.model.before = Failing(1, lost())
     with pytest.raises(CudaError):
         one.engine.logits([3])
     until(lambda: one.engine.stopped is not None)

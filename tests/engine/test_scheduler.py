@@ -139,6 +139,25 @@ def test_requests_wait_in_order_of_arrival() -> None:
     assert list(turns.waiting) == four[3:]
 
 
+def test_who_would_only_be_sent_away_again_waits() -> None:
+    """Pages promised to others are as good as taken: no prompt is read only to be forgotten."""
+    turns = scheduler(pages=6, page=4)
+    first, second, third = request(11), request(12), request(3)
+    for one in (first, second, third):
+        turns.add(one)
+
+    while len(first.tokens) < 16:
+        batch = turns.next()
+        assert batch is not None
+        assert [one for one, _ in batch.parts] == [first]
+        compute(batch)
+
+    assert list(turns.waiting) == [second, third]
+    turns.remove(first)
+    batch = turns.next()
+    assert turns.running == [second, third]  # four pages and one, of six
+
+
 def test_a_waiting_request_that_is_removed_does_not_run() -> None:
     turns = scheduler(slots=1)
     three = [request(2) for _ in range(3)]
