@@ -84,6 +84,26 @@ class Packed:
         self.config = ModelConfig.from_hf(config, generation)
         self.record = Record(self.formats.expert_bits, self.config.hidden, self.config.expert_size)
         self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, self.formats)}
+        self._check()
+
+    def _check(self) -> None:
+        """Raises: CheckpointError where the table is not that of the config."""
+        wanted = {
+            f"{part.name}.{kind}": (shape, dtype)
+            for part in self.parts.values()
+            for kind, (shape, dtype) in part.arrays.items()
+        }
+        shape = (self.config.experts, self.record.nbytes)
+        for layer in range(self.config.layers):
+            wanted[f"experts.{layer}"] = (shape, np.dtype(np.uint8))
+        for name, (shape, dtype) in wanted.items():
+            entry = self._entries.get(name)
+            if entry is None or (entry.shape, np.dtype(entry.dtype)) != (shape, dtype):
+                found = f"{entry.dtype} {list(entry.shape)}" if entry else "missing"
+                raise CheckpointError(
+                    f"{self.path}: {name} is {found}; its config makes it {dtype.str} "
+                    f"{list(shape)}. Pack it again."
+                )
 
     def names(self) -> list[str]:
         """Everything but the routed experts."""
@@ -140,9 +160,15 @@ class Packed:
         return self._array(key).tobytes() if key in self._entries else None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The same, parsed."""
+        """The same, parsed: an object.  Raises: CheckpointError."""
         raw = self.file(name)
-        return None if raw is None else json.loads(raw)
+        try:
+            value = None if raw is None else json.loads(raw)
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{name} in {self.path} is not JSON: {error}") from None
+        if value is not None and not isinstance(value, dict):
+            raise CheckpointError(f"{name} in {self.path} holds no object.")
+        return value
 
     def verify(self) -> None:
         """Check every part's checksum.  Raises: CheckpointError."""
@@ -436,11 +462,15 @@ def locked(path: Path, progress: Progress | None) -> Iterator[None]:
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             who = os.pread(handle, 64, 0).decode(errors="replace").strip()
             if progress:
                 progress(f"waiting for process {who or '?'}", 0, 0)
             fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError as error:
+            raise ConfigError(
+                f"{lock} cannot be locked ({error}); choose another folder with --cache-dir."
+            ) from None
         os.ftruncate(handle, 0)
         os.pwrite(handle, str(os.getpid()).encode(), 0)
         yield

@@ -1,4 +1,7 @@
-"""A server in a process of its own, for tests that press Ctrl-C: `python -m tests.server.served`."""
+"""A server in a process of its own, for tests that press Ctrl-C.
+
+`python -m tests.server.served serves|slow|fails PORT`
+"""
 
 import sys
 import time

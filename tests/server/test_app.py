@@ -462,7 +462,8 @@ def test_a_prompt_over_the_context_is_told_in_the_words_that_clients_know() -> N
 
 def test_an_empty_prompt_is_refused_by_its_own_name() -> None:
     with client_of() as client:
-        for prompt in ("", [], [""], [[]]):
+        prompts: list[Any] = ["", [], [""], [[]]]
+        for prompt in prompts:
             assert told(complete(client, prompt=prompt), 400)["param"] == "prompt"
 
 
@@ -493,14 +494,12 @@ def test_what_nobody_foresaw_is_a_500_without_its_insides(
 
 def test_with_a_key_only_who_has_it_is_served() -> None:
     with client_of(Scripted(), api_key="sésame") as client:
-        for headers in (
-            {},
-            {"Authorization": "Bearer wrong"},
-            {"Authorization": "sésame".encode()},
-        ):
+        for given in ("", "Bearer wrong", "sésame", "Bearer sésamee"):
+            headers = {b"Authorization": given.encode()}
             answer = client.get("/v1/models", headers=headers)
             assert told(answer, 401)["code"] == "invalid_api_key"
-        right = {"Authorization": "Bearer sésame".encode()}
+            assert client.post("/v1/completions", headers=headers).status_code == 401
+        right = {b"Authorization": "Bearer sésame".encode()}
         assert client.get("/v1/models", headers=right).status_code == 200
         assert client.get("/health").status_code == 200
 

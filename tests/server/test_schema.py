@@ -30,7 +30,7 @@ def completion(**fields: Any) -> CompletionRequest:
 NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty",
            "repetition_penalty")  # fmt: skip
 INTEGERS = ("top_k", "seed", "max_tokens", "n")
-BOTH = [
+BOTH: list[tuple[str, Any]] = [
     *((name, value) for name in NUMBERS for value in ("1", [1], {}, True)),
     *((name, value) for name in INTEGERS for value in ("1", 1.5, [1], True)),
     *(("stop", value) for value in (7, {}, ["a", 7], [["a"]])),
@@ -39,9 +39,9 @@ BOTH = [
     *(("stream_options", value) for value in (True, [], {"include_usage": "yes"})),
     *(("ignore_eos", value) for value in ("true", 1)),
     *(("model", value) for value in (7, ["a"])),
-    *(("user", value) for value in (7, {})),
+    *(("user", value) for value in (7, [])),
 ]
-CHAT = [
+CHAT: list[tuple[str, Any]] = [
     *(("messages", value) for value in (None, "Hello", {}, [7], ["Hello"], [None])),
     *(("max_completion_tokens", value) for value in ("1", 1.5, True)),
     *(("logprobs", value) for value in (1, "true")),
@@ -53,7 +53,7 @@ CHAT = [
     *(("enable_thinking", value) for value in ("true", 1)),
     *(("reasoning_effort", value) for value in (1, ["low"])),
 ]
-COMPLETION = [
+COMPLETION: list[tuple[str, Any]] = [
     *(("prompt", value) for value in (None, 7, {}, [None], [1.5], [{"a": 1}], [["a"]], [True])),
     *(("logprobs", value) for value in (True, "1", 1.5)),
     *(("echo", value) for value in ("true", 1)),
