@@ -154,6 +154,8 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download  # half a second, and only a hub id needs it
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # HTTPError of httpx or httpx2, whichever this hub is built on: a line that breaks midway.
+    transport: type[Exception] = HfHubHTTPError.__mro__[1]
     try:
         return Path(
             snapshot_download(name, allow_patterns=["*.safetensors", INDEX, "*.json", "*.jinja"])
@@ -163,6 +165,6 @@ def _download(name: str) -> Path:
             f"{name} is not in the hub's cache and the hub cannot be reached; download it where "
             "there is a network, or give a folder."
         ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (transport, HFValidationError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{name} could not be downloaded: {first}") from None

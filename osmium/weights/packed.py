@@ -88,14 +88,14 @@ class Packed:
 
     def _check(self) -> None:
         """Raises: CheckpointError where the table is not that of the config."""
-        wanted = {
+        wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             f"{part.name}.{kind}": (shape, dtype)
             for part in self.parts.values()
             for kind, (shape, dtype) in part.arrays.items()
         }
-        shape = (self.config.experts, self.record.nbytes)
+        records = (self.config.experts, self.record.nbytes)
         for layer in range(self.config.layers):
-            wanted[f"experts.{layer}"] = (shape, np.dtype(np.uint8))
+            wanted[f"experts.{layer}"] = (records, np.dtype(np.uint8))
         for name, (shape, dtype) in wanted.items():
             entry = self._entries.get(name)
             if entry is None or (entry.shape, np.dtype(entry.dtype)) != (shape, dtype):

@@ -1,0 +1,219 @@
+"""Names, shapes and formats: what a checkpoint becomes, and what is refused."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osmium.config import EngineConfig
+from osmium.errors import CheckpointError, ConfigError, OsmiumError
+from osmium.ops import Linear
+from osmium.weights import Packed, open_model
+from tests.models.build import (
+    CASES,
+    Case,
+    Tensor,
+    hf_config,
+    hf_tensors,
+    our_records,
+    our_weights,
+)
+from tests.weights.files import CASE, ROOT, TIED, per_expert, wide, write
+
+BF16 = {"gpu_expert_bits": 16}
+
+
+def pack(folder: Path, **options: object) -> Packed:
+    config = EngineConfig(cache_dir=str(folder.parent / "cache"), **options)  # type: ignore[arg-type]
+    return open_model(folder, config)
+
+
+def same(one: Packed, other: Packed) -> None:
+    """Every part and every record, bit for bit."""
+    assert one.names() == other.names()
+    for name in one.names():
+        a, b = one.tensor(name), other.tensor(name)
+        if isinstance(a, Linear):
+            assert isinstance(b, Linear) and np.array_equal(a.data, b.data), name
+            if a.scale is not None:
+                assert b.scale is not None and np.array_equal(a.scale, b.scale), name
+        else:
+            assert not isinstance(b, Linear) and np.array_equal(a, b), name
+    assert np.array_equal(one.all_records(), other.all_records())
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_parts_and_records_are_those_of_the_recipe(case: Case, bits: int, tmp_path: Path) -> None:
+    tensors = hf_tensors(case)
+    bf16 = {"shared_expert_quant": "bf16", "lm_head_quant": "bf16"}
+    packed = pack(write(tmp_path / "m", tensors, case), gpu_expert_bits=bits, **bf16)
+    wanted = our_weights(packed.config, tensors)
+    assert set(packed.names()) == set(wanted)
+    for name, right in wanted.items():
+        found = packed.tensor(name)
+        if isinstance(right, Linear):
+            assert isinstance(found, Linear)
+            assert (found.rows, found.columns, found.format) == (right.rows, right.columns, "bf16")
+            assert np.array_equal(found.data, right.data), name
+        else:
+            assert not isinstance(found, Linear)
+            assert found.dtype == right.dtype and np.array_equal(found, right), name
+    record, records = our_records(packed.config, tensors, bits)
+    assert packed.record == record
+    assert np.array_equal(packed.all_records(), records)
+
+
+def test_a_tied_head_is_absent_and_a_copy_of_it_is_passed_over(tmp_path: Path) -> None:
+    tensors = hf_tensors(TIED)
+    plain = pack(write(tmp_path / "a", tensors, TIED))
+    assert "head" not in plain.names()
+    copy = {**tensors, "lm_head.weight": tensors[f"{ROOT}embed_tokens.weight"]}
+    same(plain, pack(write(tmp_path / "b", copy, TIED)))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_experts_one_by_one_equal_fused_experts(bits: int, tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    fused = pack(write(tmp_path / "fused", tensors), gpu_expert_bits=bits)
+    single = write(tmp_path / "single", per_expert(tensors), shards=3)
+    same(fused, pack(single, gpu_expert_bits=bits))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_f32_tensors_of_the_same_values_give_the_same_bytes(bits: int, tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    narrow = pack(write(tmp_path / "narrow", tensors), gpu_expert_bits=bits)
+    same(narrow, pack(write(tmp_path / "wide", wide(tensors)), gpu_expert_bits=bits))
+
+
+def test_f16_and_mixed_dtypes_are_read_by_value(tmp_path: Path) -> None:
+    tensors = wide(hf_tensors(CASE))
+    # Values that f16, bf16 and f32 all hold.
+    coarse = {n: np.round(t * 8).clip(-16, 16).astype(np.float32) / 8 for n, t in tensors.items()}
+    mixed: dict[str, Tensor] = {
+        n: t.astype(np.float16) if i % 2 else t for i, (n, t) in enumerate(coarse.items())
+    }
+    half = {n: t.astype(np.float16) for n, t in coarse.items()}
+    right = pack(write(tmp_path / "f32", coarse), **BF16)
+    same(right, pack(write(tmp_path / "mixed", mixed), **BF16))
+    same(right, pack(write(tmp_path / "f16", half), **BF16))
+
+
+@pytest.mark.parametrize("root", ["model.", "language_model.model."])
+def test_other_roots_are_known(root: str, tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    nested = root.startswith("language_model")
+    other = {
+        n.replace(ROOT, root)
+        if n.startswith(ROOT)
+        else ("language_model." if nested else "") + n: t
+        for n, t in tensors.items()
+    }
+    same(pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", other)))
+
+
+def test_vision_and_mtp_are_passed_over_even_in_dtypes_that_cannot_be_read(tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    more: dict[str, Tensor] = {
+        "model.visual.patch_embed.proj.weight": np.zeros((2, 3), np.float16),
+        "visual.blocks.0.norm1.weight": np.zeros(3, np.uint16),
+        "mtp.layers.0.mlp.experts.0.gate_proj.weight": np.zeros((2, 3), np.uint16),
+    }
+    same(pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", {**tensors, **more})))
+
+
+# -- what is refused -------------------------------------------------------------------------------
+
+NAMES = sorted(hf_tensors(CASE))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    del tensors[name]
+    # Without the first fused tensor a checkpoint is taken to have its experts one by one.
+    said = "experts.0.gate_proj" if name.endswith("0.mlp.experts.gate_up_proj") else name
+    if name.endswith("embed_tokens.weight"):
+        said = "embed_tokens.weight"
+    with pytest.raises(CheckpointError) as raised:
+        pack(write(tmp_path / "m", tensors))
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_wrong_shape_is_named_with_what_was_found_and_wanted(name: str, tmp_path: Path) -> None:
+    tensors = hf_tensors(CASE)
+    right = tensors[name]
+    tensors[name] = np.concatenate([right, right[:1]])
+    with pytest.raises(CheckpointError) as raised:
+        pack(write(tmp_path / "m", tensors))
+    for said in (name, str(list(tensors[name].shape)), str(list(right.shape))):
+        assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["stray", f"{ROOT}layers.2.input_layernorm.weight", f"{ROOT}layers.0.self_attn.q_proj.bias",
+     f"{ROOT}layers.0.mlp.experts.0.gate_proj.weight"],
+)  # fmt: skip
+def test_an_extra_tensor_is_named(name: str, tmp_path: Path) -> None:
+    tensors: dict[str, Tensor] = {**hf_tensors(CASE), name: np.zeros((2, 2), np.float32)}
+    with pytest.raises(CheckpointError) as raised:
+        pack(write(tmp_path / "m", tensors))
+    assert name in str(raised.value)
+
+
+def test_a_tensor_in_integers_is_named(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    raw = (folder / "model.safetensors").read_bytes()
+    name = b'"lm_head.weight": {"dtype": "BF16"'
+    assert raw.count(name) == 1
+    (folder / "model.safetensors").write_bytes(raw.replace(name, name.replace(b"BF16", b"I16 ")))
+    with pytest.raises(CheckpointError):
+        pack(folder)
+    (folder / "model.safetensors").write_bytes(
+        raw.replace(name + b",", name.replace(b'"BF16"', b'"I16"') + b", ")
+    )
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is I16"):
+        pack(folder)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "num_experts", "vocab_size", "rms_norm_eps"])
+def test_a_config_without_a_needed_key_is_refused_by_key(key: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace(f'"{key}"', '"other"', 1))
+    with pytest.raises(CheckpointError, match=key):
+        pack(folder)
+
+
+def test_another_model_type_is_refused_by_its_value(tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text.replace('"qwen3_5_moe"', '"mamba"'))
+    with pytest.raises(CheckpointError, match="mamba"):
+        pack(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "[" * 100_000])
+def test_a_malformed_config_is_refused_by_file(name: str, text: str, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m")
+    (folder / name).write_text(text)
+    with pytest.raises(CheckpointError, match=name):
+        pack(folder)
+
+
+def test_a_format_that_a_shape_does_not_suit_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    narrow = Case("narrow", 9, 64, "a", (2, 1, 32), 0.5, (1, 1, 32, 32), (3, 2, 16), 16, True, 20)
+    folder = write(tmp_path / "m", case=narrow, tensors=hf_tensors(narrow))
+    assert hf_config(narrow)["text_config"]["moe_intermediate_size"] == 16
+    with pytest.raises(ConfigError, match="16"):
+        pack(folder)
+    with pytest.raises(OsmiumError, match="shared_down"):
+        pack(folder, gpu_expert_bits=8, shared_expert_quant="int4")
+    assert not list((tmp_path / "cache").glob("*.partial"))
+    pack(folder, gpu_expert_bits=8)

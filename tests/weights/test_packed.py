@@ -1,0 +1,332 @@
+"""The packed file: what it carries, when it is made anew, and what damage is seen."""
+
+import json
+import os
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.config import EngineConfig
+from osmium.errors import CheckpointError, ConfigError
+from osmium.ops import Linear
+from osmium.weights import DEMO, Packed, cache_folder, open_model, open_packed, resolve
+from osmium.weights.packed import FILES
+from tests.models.build import hf_tensors
+from tests.weights.files import CASE, write
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return write(tmp_path / "model", shards=2)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> EngineConfig:
+    return EngineConfig(cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def packed(model: Path, config: EngineConfig) -> Packed:
+    return open_model(model, config)
+
+
+def stamp(packed: Packed) -> tuple[int, int]:
+    """Changes when a file is written anew."""
+    stat = packed.path.stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+# -- a second start --------------------------------------------------------------------------------
+
+
+def test_a_second_start_reads_nothing_of_the_shards(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    first, was = packed.all_records().copy(), stamp(packed)
+    for shard in model.glob("*.safetensors"):
+        stat = shard.stat()
+        shard.write_bytes(b"\0" * stat.st_size)  # of the same size and time, and nothing in it
+        os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    again = open_model(model, config)
+    again.verify()
+    assert stamp(again) == was
+    assert np.array_equal(again.all_records(), first)
+
+
+def test_a_packed_model_starts_without_its_shards(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    was = stamp(packed)
+    for shard in model.glob("*.safetensors"):
+        shard.unlink()
+    assert stamp(open_model(model, config)) == was
+
+
+def test_touched_shards_are_not_packed_again(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    was = stamp(packed)
+    for shard in model.glob("*.safetensors"):
+        os.utime(shard, ns=(1, 1))
+    assert stamp(open_model(model, config)) == was
+
+
+def test_the_packed_file_alone_is_enough(packed: Packed, model: Path, tmp_path: Path) -> None:
+    texts = {name: (model / name).read_bytes() for name in FILES if (model / name).is_file()}
+    assert {"config.json", "generation_config.json"} == set(texts)
+    moved = tmp_path / "elsewhere.osmium"
+    shutil.copyfile(packed.path, moved)
+    shutil.rmtree(model)
+    alone = open_model(moved, EngineConfig())
+    assert {name: alone.file(name) for name in texts} == texts
+    assert alone.file("tokenizer.json") is None and alone.json("tokenizer_config.json") is None
+    assert alone.config == packed.config and 3 in alone.config.eos
+    assert np.array_equal(alone.all_records(), packed.all_records())
+
+
+@pytest.mark.parametrize("name", sorted(hf_tensors(CASE)))
+def test_an_edited_tensor_of_any_name_is_packed_again(name: str, tmp_path: Path) -> None:
+    config = EngineConfig(cache_dir=str(tmp_path / "cache"))
+    tensors = hf_tensors(CASE)
+    before = open_model(write(tmp_path / "model", tensors), config)
+    old = before.path.read_bytes()
+    tensors[name] = tensors[name][::-1].copy() if len(tensors[name]) > 1 else -tensors[name]
+    after = open_model(write(tmp_path / "model", tensors), config)
+    after.verify()
+    assert after.path == before.path and after.path.read_bytes() != old
+
+
+def test_an_edited_config_is_packed_again(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    text = (model / "generation_config.json").read_text()
+    (model / "generation_config.json").write_text(text.replace("3", "5"))
+    assert 5 in open_model(model, config).config.eos
+
+
+def test_each_choice_of_formats_has_its_own_file(packed: Packed, model: Path) -> None:
+    cache = str(packed.path.parent)
+    eight = open_model(model, EngineConfig(cache_dir=cache, gpu_expert_bits=8))
+    wide = open_model(model, EngineConfig(cache_dir=cache, attention_quant="int8"))
+    assert len({packed.path, eight.path, wide.path}) == 3
+    assert eight.record.bits == 8
+    linear = wide.tensor("layers.1.qgkv")
+    assert isinstance(linear, Linear) and linear.format == "int8"
+
+
+def test_folders_of_one_name_have_files_of_their_own(tmp_path: Path, config: EngineConfig) -> None:
+    one, two = (open_model(write(tmp_path / at / "model"), config) for at in "ab")
+    assert one.path != two.path
+
+
+@pytest.mark.parametrize(
+    "flag", [{"gpu_expert_bits": 16}, {"attention_quant": "int4"},
+             {"shared_expert_quant": "bf16"}, {"lm_head_quant": "int4"}],
+)  # fmt: skip
+def test_a_packed_file_refuses_flags_that_ask_for_other_formats(
+    flag: dict[str, Any], packed: Packed
+) -> None:
+    (name,) = flag
+    with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
+        open_model(packed.path, EngineConfig(**flag))
+
+
+def test_a_packed_file_takes_flags_that_ask_for_what_it_has(model: Path, tmp_path: Path) -> None:
+    asked = EngineConfig(
+        cache_dir=str(tmp_path), gpu_expert_bits=8, attention_quant="int8", lm_head_quant="bf16"
+    )
+    assert open_model(open_model(model, asked).path, asked).record.bits == 8
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def test_records_are_read_into_the_callers_memory(packed: Packed) -> None:
+    for layer in range(packed.config.layers):
+        mapped = packed.records(layer)
+        out = np.full(mapped.shape, 0xAA, np.uint8)
+        packed.read_records(layer, out)
+        assert np.array_equal(out, mapped)
+    assert np.array_equal(packed.all_records()[1], packed.records(1))
+
+
+def test_parts_start_at_whole_pages(packed: Packed) -> None:
+    raw = packed.path.read_bytes()
+    header = json.loads(raw[24 : 24 + int.from_bytes(raw[16:24], "little")])
+    ends = [0]
+    for part in header["parts"]:
+        assert part["offset"] % 4096 == 0 and part["offset"] >= ends[-1]
+        ends.append(part["offset"] + part["nbytes"])
+        assert zlib.crc32(raw[part["offset"] : ends[-1]]) == int(part["crc"], 16)
+    assert ends[-1] <= header["size"] == len(raw)
+
+
+# -- damage ----------------------------------------------------------------------------------------
+
+
+def broken(packed: Packed, folder: Path, raw: bytes) -> Path:
+    path = folder / "broken.osmium"
+    path.write_bytes(raw)
+    return path
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    raw = path.read_bytes()
+    parts: list[dict[str, Any]] = json.loads(raw[24 : 24 + int.from_bytes(raw[16:24], "little")])[
+        "parts"
+    ]
+    return parts
+
+
+def test_cut_short_anywhere_it_is_refused(
+    packed: Packed, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    raw = packed.path.read_bytes()
+    lengths = [0, 1, 23, 24, 100, 4096, len(raw) - 1, *rng.integers(0, len(raw), 20).tolist()]
+    for length in lengths:
+        path = broken(packed, tmp_path, raw[:length])
+        with pytest.raises(CheckpointError, match=r"broken\.osmium"):
+            open_packed(path)
+    with pytest.raises(CheckpointError):
+        open_packed(broken(packed, tmp_path, raw + b"\0"))
+
+
+def test_an_edited_byte_of_the_header_is_seen_at_once(
+    packed: Packed, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    raw = packed.path.read_bytes()
+    length = 24 + int.from_bytes(raw[16:24], "little")
+    for at in [*range(24), *rng.integers(24, length, 40).tolist()]:
+        edited = bytearray(raw)
+        edited[at] ^= int(rng.integers(1, 256))
+        with pytest.raises(CheckpointError, match=r"broken\.osmium"):
+            open_packed(broken(packed, tmp_path, bytes(edited)))
+
+
+def test_an_edited_byte_of_any_part_is_named_when_it_is_read(
+    packed: Packed, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    raw = packed.path.read_bytes()
+    for part in table(packed.path):
+        name, edited = part["name"], bytearray(raw)
+        edited[part["offset"] + int(rng.integers(0, part["nbytes"]))] ^= 1 << int(rng.integers(8))
+        path = broken(packed, tmp_path, bytes(edited))
+        with pytest.raises(CheckpointError) as raised:
+            damaged = open_packed(path)  # config.json is read here
+            damaged.verify()
+        assert name in str(raised.value)
+        if not name.startswith("experts."):
+            continue
+        layer = int(name.removeprefix("experts."))
+        out = np.empty(packed.records(layer).shape, np.uint8)
+        with pytest.raises(CheckpointError, match=name):
+            open_packed(path).records(layer)
+        with pytest.raises(CheckpointError, match=name):
+            open_packed(path).all_records()
+        with pytest.raises(CheckpointError, match=name):
+            open_packed(path).read_records(layer, out)
+
+
+def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
+    packed: Packed, tmp_path: Path
+) -> None:
+    raw = packed.path.read_bytes()
+    length = int.from_bytes(raw[16:24], "little")
+    text = raw[24 : 24 + length]
+    for old, new in (
+        (b"layers.0.ab.data", b"layers.7.ab.data"),
+        (b'"shape": [64]', b'"shape": [32]'),
+    ):
+        assert old in text
+        other = text.replace(old, new, 1)
+        head = raw[:12] + zlib.crc32(other).to_bytes(4, "little") + raw[16:24]
+        path = broken(packed, tmp_path, head + other + raw[24 + length :])
+        with pytest.raises(CheckpointError, match=r"layers\.0|\[64\]"):
+            open_packed(path)
+
+
+@pytest.mark.parametrize("part", ["file.config.json", "file.generation_config.json", ""])
+def test_a_damaged_file_in_the_cache_is_packed_again(
+    part: str, packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    whole = packed.path.read_bytes()
+    at = next((p["offset"] for p in table(packed.path) if p["name"] == part), 12)
+    edited = bytearray(whole)
+    edited[at] ^= 1
+    packed.path.write_bytes(edited)
+    again = open_model(model, config)
+    again.verify()
+    assert again.path.read_bytes() == whole
+
+
+def test_a_cut_file_in_the_cache_is_packed_again(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    whole = packed.path.read_bytes()
+    packed.path.write_bytes(whole[:-4096])
+    assert open_model(model, config).path.read_bytes() == whole
+
+
+def test_another_format_version_is_refused_by_number_and_packed_again_from_a_folder(
+    packed: Packed, model: Path, config: EngineConfig
+) -> None:
+    whole = packed.path.read_bytes()
+    packed.path.write_bytes(whole[:8] + (999).to_bytes(4, "little") + whole[12:])
+    with pytest.raises(CheckpointError, match="999"):
+        open_packed(packed.path)
+    assert open_model(model, config).path.read_bytes() == whole
+
+
+def test_text_that_is_no_json_is_refused_by_name(model: Path, config: EngineConfig) -> None:
+    for text in ("{", "[]", "[" * 100_000):
+        (model / "tokenizer_config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
+            open_model(model, config).json("tokenizer_config.json")
+
+
+# -- names of models -------------------------------------------------------------------------------
+
+
+def test_nothing_is_the_bundled_demo_and_it_is_whole() -> None:
+    assert resolve(None) == DEMO
+    demo = open_model(None, EngineConfig())
+    demo.verify()
+    assert demo.record.bits == 4
+    for name in FILES:
+        assert demo.file(name), name
+
+
+def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.osmium").write_text("hello")
+    with pytest.raises(ConfigError, match="nowhere"):
+        resolve(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="empty"):
+        resolve(tmp_path / "empty")
+    with pytest.raises(CheckpointError, match=r"text\.osmium"):
+        open_model(tmp_path / "text.osmium", EngineConfig())
+
+
+@pytest.mark.parametrize("name", ["nobody/no-such-model", "bad name/with spaces", "a--b/c..d"])
+def test_a_hub_id_that_cannot_be_had_offline_is_refused_by_name(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError) as raised:
+        resolve(name)
+    assert name in str(raised.value)
+
+
+def test_the_cache_folder_follows_the_flag_then_xdg_then_home(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert cache_folder(EngineConfig(cache_dir="/flag")) == Path("/flag")
+    assert cache_folder(EngineConfig()) == Path("/xdg/osmium")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder(EngineConfig()) == tmp_path / ".cache" / "osmium"
