@@ -4,6 +4,7 @@ It keeps the promises of `Engine` that the server builds on: events on another t
 the end of every request, cancel at any moment, refusals before anything is queued.
 """
 
+import json
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +23,16 @@ from osmium.text.chat import ChatTemplate
 from osmium.text.tokenizer import Tokenizer
 from tests.text.byte_level import byte_level
 
-__all__ = ["PATIENCE_S", "TEMPLATE", "Asked", "Scripted", "client_of", "host_of"]
+__all__ = [
+    "PATIENCE_S",
+    "TEMPLATE",
+    "TOKENIZER",
+    "Asked",
+    "Scripted",
+    "chunks",
+    "client_of",
+    "host_of",
+]
 
 PATIENCE_S = 20.0
 """A test that waits longer than this has found something that never comes."""
@@ -180,3 +190,11 @@ def client_of(engine: Scripted | OsmiumError | None = None, **options: Any) -> I
     with TestClient(app, raise_server_exceptions=False) as client:
         assert done.wait(PATIENCE_S)
         yield client
+
+
+def chunks(text: str) -> list[dict[str, Any]]:
+    """The objects of a stream, which must end as streams end."""
+    events = [one for one in text.split("\n\n") if one and not one.startswith(":")]
+    assert all(one.startswith("data: ") for one in events)
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(one.removeprefix("data: ")) for one in events[:-1]]

@@ -13,7 +13,7 @@ from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
 from osmium.server.app import ModelHost, create_app
-from tests.server.scripted import PATIENCE_S, TOKENIZER, Scripted, client_of
+from tests.server.scripted import PATIENCE_S, TOKENIZER, Scripted, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -30,14 +30,6 @@ def fixed(text: str) -> str:
     """With the id and the time that no two answers share replaced."""
     text = re.sub(r'"id":\s*"(chatcmpl|cmpl)-[0-9a-f]{24}"', r'"id":"\1-X"', text)
     return re.sub(r'"created":\s*\d+', '"created":0', text)
-
-
-def chunks(text: str) -> list[dict[str, Any]]:
-    """The objects of a stream, which must end as streams end."""
-    events = [one for one in text.split("\n\n") if one and not one.startswith(":")]
-    assert all(one.startswith("data: ") for one in events)
-    assert events[-1] == "data: [DONE]"
-    return [json.loads(one.removeprefix("data: ")) for one in events[:-1]]
 
 
 # -- whole answers ---------------------------------------------------------------------------------

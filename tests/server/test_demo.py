@@ -1,0 +1,87 @@
+"""The whole way, socket to socket: the bundled demo model behind the server, on the CPU."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+import osmium
+from osmium.server.app import ModelHost, create_app
+from tests.server.scripted import chunks
+
+FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[TestClient]:
+    engine = osmium.load(device="cpu")
+    host = ModelHost(lambda progress: engine)
+    with TestClient(create_app(host)) as made:
+        while made.get("/health").status_code == 503:
+            pass
+        yield made
+    assert engine.stopped is not None, "the server closes its engine"
+
+
+def ask(client: TestClient, **fields: Any) -> Any:
+    answer = client.post(
+        "/v1/chat/completions",
+        json={"messages": FRANCE, "temperature": 0, "max_tokens": 60, **fields},
+    )
+    assert answer.status_code == 200, answer.text
+    return answer
+
+
+def test_the_readmes_question_is_answered(client: TestClient) -> None:
+    body = ask(client, model="demo", chat_template_kwargs={"enable_thinking": False}).json()
+    assert body["model"] == "demo"
+    assert "Paris" in body["choices"][0]["message"]["content"]
+    assert body["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stream_says_what_a_whole_answer_says(client: TestClient) -> None:
+    message = ask(client).json()["choices"][0]["message"]
+    deltas = [one["choices"][0]["delta"] for one in chunks(ask(client, stream=True).text)]
+    for name in ("content", "reasoning_content"):
+        assert "".join(one.get(name, "") for one in deltas) == message.get(name, "")
+    assert message["reasoning_content"], "the demo thinks unless told not to"
+
+
+def test_logprobs_name_the_tokens_of_the_text(client: TestClient) -> None:
+    answer = client.post(
+        "/v1/completions",
+        json={"prompt": "The capital of", "temperature": 0, "max_tokens": 8, "logprobs": 3},
+    ).json()
+    choice = answer["choices"][0]
+    assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+    for own, top in zip(
+        choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True
+    ):
+        assert own == max(top.values()), "greedy takes the likeliest"
+        assert len(top) == 3
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [999_999]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"prompt": "x", "logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"prompt": "word " * 20_000}, "prompt"),
+    ],
+)
+def test_the_engines_refusals_reach_the_client(
+    client: TestClient, fields: dict[str, Any], param: str
+) -> None:
+    answer = client.post("/v1/completions", json=fields)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
+def test_the_same_seed_gives_the_same_answer(client: TestClient) -> None:
+    def once(seed: int) -> str:
+        fields = {"prompt": "Once", "temperature": 1.5, "max_tokens": 30, "seed": seed}
+        return str(client.post("/v1/completions", json=fields).json()["choices"][0]["text"])
+
+    assert once(-7) == once(-7) != once(8)
