@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "osmium"
 
 FLOOR = {
-    "errors": 0, "config": 0,
+    "errors": -1, "config": 0,
     "cuda": 1, "quant": 1,
     "kernels": 2,
     "ops": 3,
@@ -20,7 +20,7 @@ FLOOR = {
     "models": 5,
     "engine": 6, "text": 6,
     "server": 7, "loader": 7,
-    "bench": 8, "cli": 8, "__init__": 9, "__main__": 9,
+    "bench": 8, "cli": 9, "__init__": 10, "__main__": 10,
 }  # fmt: skip
 
 HEAVY = ("torch", "transformers", "jax", "numba")
@@ -106,7 +106,9 @@ def test_the_walk_in_readme_names_what_exists() -> None:
 
 @pytest.mark.parametrize("module", ["osmium", "osmium.cuda", "osmium.cli"])
 def test_importing_loads_neither_the_binding_nor_numba(module: str) -> None:
-    code = f"import sys, {module}; print(sorted(m.split('.')[0] for m in sys.modules))"
+    # Some packages load a part of themselves whenever Python starts: only what is new counts.
+    code = f"import sys; old = set(sys.modules); import {module}; print(*set(sys.modules) - old)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    loaded = set(ast.literal_eval(out.stdout))
+    loaded = {name.split(".")[0] for name in out.stdout.split()}
+    assert "osmium" in loaded
     assert not loaded & {"cuda", "numba", "torch", "transformers", "jax"}
