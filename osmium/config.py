@@ -240,9 +240,10 @@ class EngineConfig:
     slots: int | None = None
     """At most this many expert slots a layer."""
     hcs: bool = True
-    """Keep hot experts in VRAM; without it every layer has top_k slots and nothing stays."""
+    """Keep hot experts in VRAM; without it a layer has no more slots than a token needs."""
     wc_alloc: bool | None = None
-    """Write-combined host memory: None measures, True forces, False forbids."""
+    """Write-combined host memory for experts that stay there: False forbids, None and True take
+    it.  tools/dma_bandwidth.py says which suits this machine."""
     chunk: int = 512
     """Most tokens of a prefill step."""
     page: int = 64

@@ -13,7 +13,7 @@ from osmium.bench.speed import measure
 from osmium.cli.doctor import examine
 from osmium.cli.flags import engine_options
 from osmium.cli.progress import progress_bar
-from osmium.config import EngineConfig
+from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
@@ -112,7 +112,18 @@ def serve(args: argparse.Namespace) -> None:
         return
     model, options = engine_options(args)
     EngineConfig(**options)  # a flag that cannot be is said before the port opens
-    host = ModelHost(lambda progress: load(model, progress=progress, **options))
+
+    def loading(progress: Progress) -> Engine:
+        """Shown on the terminal as well as by /health."""
+        with progress_bar() as bar:
+
+            def both(stage: str, done: int, total: int) -> None:
+                progress(stage, done, total)
+                bar(stage, done, total)
+
+            return load(model, progress=both, **options)
+
+    host = ModelHost(loading)
     serve_host(
         host,
         address=args.host,

@@ -77,7 +77,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         "--wc-alloc",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="write-combined host memory for experts (measured at start)",
+        help="write-combined host memory for experts (on; tools/dma_bandwidth.py measures)",
     )
     add("--chunk", type=int, metavar="TOKENS", help="most tokens of a prefill step (512)")
     add("--page", type=int, metavar="TOKENS", help="tokens a page of KV (64)")
