@@ -1,5 +1,6 @@
 """Names, shapes and formats: what a checkpoint becomes, and what is refused."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError, OsmiumError
 from osmium.ops import Linear
+from osmium.quant.floats import bf16_from_f32
 from osmium.weights import Packed, open_model
 from tests.models.build import (
     CASES,
@@ -91,10 +93,13 @@ def test_f16_and_mixed_dtypes_are_read_by_value(tmp_path: Path) -> None:
     tensors = wide(hf_tensors(CASE))
     # Values that f16, bf16 and f32 all hold.
     coarse = {n: np.round(t * 8).clip(-16, 16).astype(np.float32) / 8 for n, t in tensors.items()}
-    mixed: dict[str, Tensor] = {
-        n: t.astype(np.float16) if i % 2 else t for i, (n, t) in enumerate(coarse.items())
-    }
-    half = {n: t.astype(np.float16) for n, t in coarse.items()}
+    turns: list[Callable[[Tensor], Tensor]] = [
+        lambda t: t,
+        lambda t: t.astype(np.float16),
+        bf16_from_f32,
+    ]
+    mixed: dict[str, Tensor] = {n: turns[i % 3](t) for i, (n, t) in enumerate(coarse.items())}
+    half: dict[str, Tensor] = {n: t.astype(np.float16) for n, t in coarse.items()}
     right = pack(write(tmp_path / "f32", coarse), **BF16)
     same(right, pack(write(tmp_path / "mixed", mixed), **BF16))
     same(right, pack(write(tmp_path / "f16", half), **BF16))
