@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -220,6 +220,13 @@ class Machine:
 
     def synchronize(self) -> None:
         self.stream.synchronize()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """The launches of `run` as one graph; calling what comes back replays it."""
+        with self.stream.capture() as made:
+            run()
+        (graph,) = made
+        return lambda: graph.replay(self.stream)
 
     def close(self) -> None:
         """Give everything back: the stream, host memory, and the context with all of VRAM."""

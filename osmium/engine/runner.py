@@ -3,7 +3,7 @@
 Owns the arrays that a step is described in; they are one block on the device, written by one copy.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -34,32 +34,65 @@ class Runner:
     """A model, its state, and the description of one step."""
 
     def __init__(
-        self, ops: Ops, model: Model, store: Store, state: State, sequences: int, table: int
+        self,
+        ops: Ops,
+        model: Model,
+        store: Store,
+        state: State,
+        sequences: int,
+        table: int,
+        recording: bool = True,
     ) -> None:
         """Steps have at most the model's rows, of `sequences` sequences of `table` pages each.
 
-        Raises: OutOfMemory.
+        Without `recording` every step is launched kernel by kernel.  Raises: OutOfMemory.
         """
+        self.recording = recording
         self.ops, self.model, self.store, self.state = ops, model, store, state
         rows = model.rows
         self.rows, self.sequences, self.table = rows, sequences, table
         self._block = ops.empty((_integers(rows, sequences, table),), np.int32)
         self._host = np.zeros(_integers(rows, sequences, table), np.int32)
         self._logits = ops.empty((LOGIT_ROWS, model.config.vocab), np.float32)
+        self._replays: dict[int, Callable[[], None]] = {}
+        """Steps of one row a sequence, by how many: they differ in nothing but the block."""
+        self._warm: set[int] = set()
+        self._ready = 0
+        """Rows, from the first, whose logits have been made already."""
 
     def forward(self, batch: Batch) -> None:
-        """Compute the batch's pending tokens; their states are kept, their logits not yet made."""
-        self.model.forward(self._step(batch), self.state)
+        """Compute the batch's pending tokens; their states are kept."""
+        step = self._step(batch)
+        self._ready = 0
+        if step.tokens == step.sequences <= LOGIT_ROWS:
+            self._decode(step)
+        else:
+            self.model.forward(step, self.state)
+
+    def _decode(self, step: Step) -> None:
+        """One row a sequence, logits included: launched once, then recorded, then replayed."""
+        rows = step.tokens
+        out, wanted = self._logits[:rows], self._views(self._block)["wanted"][:rows]
+
+        def run() -> None:
+            self.model.forward(step, self.state)
+            self.model.head(out, wanted)
+
+        if self.recording and rows in self._warm and rows not in self._replays:
+            self._replays[rows] = self.ops.record(run)
+        self._replays.get(rows, run)()
+        self._warm.add(rows)
+        self._ready = rows
 
     def logits(self, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
         """The logits of some rows of the last step, in pieces f32 [<= LOGIT_ROWS, vocab]."""
-        at = 3 * self.rows
         for start in range(0, len(rows), LOGIT_ROWS):
             piece = rows[start : start + LOGIT_ROWS]
-            wanted = self._block[at : at + len(piece)]
-            self.ops.copy_in(wanted, piece)
             out = self._logits[: len(piece)]
-            self.model.head(out, wanted)
+            if not np.array_equal(piece, np.arange(self._ready)):
+                wanted = self._views(self._block)["wanted"][: len(piece)]
+                self.ops.copy_in(wanted, piece)
+                self.model.head(out, wanted)
             yield self.ops.copy_out(out).astype(np.float32, copy=False)
 
     def _step(self, batch: Batch) -> Step:
@@ -72,6 +105,7 @@ class Runner:
         views["starts"][0] = 0
         for s, (request, count) in enumerate(batch.parts):
             part, past = slice(row, row + count), request.computed
+            views["wanted"][part] = np.arange(row, row + count)
             views["ids"][part] = request.tokens[past : past + count]
             views["positions"][part] = np.arange(past, past + count)
             views["sequence"][part] = s

@@ -12,6 +12,7 @@ Letters are in values.py.  A wide array that several operations share is passed 
 column where the wanted part starts.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -59,6 +60,13 @@ class Ops(Protocol):
 
     def synchronize(self) -> None:
         """Wait for everything launched, and raise what failed."""
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        """Something that does what `run` does, on the same arrays, as often as it is called.
+
+        On the GPU `run` is only recorded now, its launches as one graph; it must neither allocate
+        nor wait, and everything in it must have been launched once before.
+        """
 
     bytes_to_host: int
     """Bytes that `copy_out` has brought back so far."""

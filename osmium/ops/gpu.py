@@ -5,6 +5,7 @@ ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an
 caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -64,6 +65,7 @@ class Machine(Protocol):
     def copy(self, out: Any, source: Any) -> None: ...
     def fill(self, out: Any, byte: int) -> None: ...
     def synchronize(self) -> None: ...
+    def record(self, run: Callable[[], None]) -> Callable[[], None]: ...
 
 
 class GpuOps:
@@ -105,6 +107,9 @@ class GpuOps:
 
     def synchronize(self) -> None:
         self.machine.synchronize()
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        return self.machine.record(run)
 
     # -- rows ------------------------------------------------------------------------------------
 

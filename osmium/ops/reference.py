@@ -4,6 +4,7 @@ Written to be believed: each method is its formula from ops/__init__.py.  The on
 speed is to keep matrices in f32 once they have been read, within a budget of bytes.
 """
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import numpy as np
@@ -109,6 +110,9 @@ class ReferenceOps:
 
     def synchronize(self) -> None:
         pass
+
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        return run
 
     # -- rows ------------------------------------------------------------------------------------
 

@@ -145,6 +145,9 @@ class InterpretedMachine:
     def synchronize(self) -> None:
         pass
 
+    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+        return run
+
 
 def _reach(
     block: Block, at: npt.NDArray[np.int64], size: int, where: str, *, read: bool
