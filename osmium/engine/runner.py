@@ -41,11 +41,12 @@ class Runner:
         state: State,
         sequences: int,
         table: int,
-        recording: bool = True,
+        recording: bool = False,
     ) -> None:
         """Steps have at most the model's rows, of `sequences` sequences of `table` pages each.
 
-        Without `recording` every step is launched kernel by kernel.  Raises: OutOfMemory.
+        With `recording` a decoded token becomes one graph; off until it has run on a GPU.
+        Raises: OutOfMemory.
         """
         self.recording = recording
         self.ops, self.model, self.store, self.state = ops, model, store, state
