@@ -17,10 +17,11 @@ from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
-from osmium.errors import ConfigError
+from osmium.errors import CheckpointError, ConfigError
 from osmium.loader import load, plan_for
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
+from osmium.text.tokenizer import Tokenizer
 from osmium.weights import open_model
 
 __all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
@@ -34,6 +35,17 @@ def _engine(args: argparse.Namespace) -> Engine:
     model, options = engine_options(args)
     with progress_bar() as progress:
         return load(model, progress=progress, **options)
+
+
+def _need_tokenizer(engine: Engine) -> Tokenizer:
+    """The model's tokenizer.  Raises: CheckpointError where it came without one."""
+    if engine.tokenizer is None:
+        raise CheckpointError(
+            f"{engine.name} has no tokenizer.json, so text has no ids; put the file beside the "
+            "model's config.json."
+        )
+    found: Tokenizer = engine.tokenizer
+    return found
 
 
 def _read(path: str) -> str:
@@ -57,10 +69,11 @@ def _params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
 
 
 def _prompt(engine: Engine, messages: list[dict[str, Any]], think: bool | None) -> list[int]:
-    if engine.tokenizer is None or engine.template is None:
+    tokenizer = _need_tokenizer(engine)
+    if engine.template is None:
         raise ConfigError(f"{engine.name} has no chat template; use `osmium run --raw`.")
     more = {} if think is None else {"enable_thinking": think}
-    return list(engine.tokenizer.encode(engine.template.render(messages, **more)))
+    return tokenizer.encode(engine.template.render(messages, **more))
 
 
 def _answer(engine: Engine, ids: list[int], params: SamplingParams) -> str:
@@ -78,9 +91,7 @@ def run(args: argparse.Namespace) -> None:
     engine = _engine(args)
     try:
         if args.raw:
-            if engine.tokenizer is None:
-                raise ConfigError(f"{engine.name} has no tokenizer.")
-            ids = list(engine.tokenizer.encode(text))
+            ids = _need_tokenizer(engine).encode(text)
         else:
             ids = _prompt(engine, [{"role": "user", "content": text}], args.think)
         _answer(engine, ids, _params(args, engine))
@@ -121,7 +132,13 @@ def serve(args: argparse.Namespace) -> None:
                 progress(stage, done, total)
                 bar(stage, done, total)
 
-            return load(model, progress=both, **options)
+            engine = load(model, progress=both, **options)
+        try:
+            _need_tokenizer(engine)
+        except CheckpointError:
+            engine.close()
+            raise
+        return engine
 
     host = ModelHost(loading)
     serve_host(
@@ -165,9 +182,7 @@ def perplexity(args: argparse.Namespace) -> None:
     text = _read(args.text)
     engine = _engine(args)
     try:
-        if engine.tokenizer is None:
-            raise ConfigError(f"{engine.name} has no tokenizer, so a text has no ids.")
-        ids = engine.tokenizer.encode(text, specials=False)
+        ids = _need_tokenizer(engine).encode(text, specials=False)
         with progress_bar() as progress:
             found = measure_perplexity(
                 engine, ids, window=args.window, path=args.path, progress=progress

@@ -13,6 +13,7 @@ from osmium.cli.doctor import examine
 from osmium.cli.flags import _NAMES
 from osmium.config import EngineConfig
 from osmium.weights import DEMO
+from tests.models.build import CASES, write_checkpoint
 
 pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here")
 
@@ -130,6 +131,17 @@ def test_ids_that_are_no_ids_are_refused(
         ids.write_text(text)
         assert main(["logits", *CPU, "--ids", str(ids), "--out", str(tmp_path / "o.npy")]) == 2
         assert capsys.readouterr().err.strip()
+
+
+@pytest.mark.parametrize("command", [["run", "--raw"], ["run"], ["serve", "--port", "0"]])
+def test_a_model_without_its_tokenizer_is_refused_by_what_needs_text(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_checkpoint(CASES[0], tmp_path / "mute")
+    asked = ["hello"] if command[0] == "run" else []
+    where = ["--model-path", str(tmp_path / "mute"), "--cache-dir", str(tmp_path / "cache")]
+    assert main([*command, *CPU, *where, "--gpu-expert-bits", "16", *asked]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
 
 
 def test_every_option_has_its_flag() -> None:
