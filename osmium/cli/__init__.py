@@ -55,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("prompt", help="the prompt, or - for stdin")
     run.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     _sampling(run)
+    _recording(run)
     chat = add("chat", "Talk on the terminal.")
     chat.add_argument("--system", metavar="TEXT", help="the system message (none)")
     _sampling(chat)
@@ -70,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         default="prefill",
         help="which path computes it: whole chunks, or one token at a time (prefill)",
     )
+    _recording(perplexity)
     logits = add("logits", "Teacher-forced logits; ends with one JSON line.")
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
@@ -79,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--tokens", type=int, default=128, help="tokens of decode (128)")
     bench.add_argument("--repeats", type=int, default=3, help="medians of this many (3)")
     return parser
+
+
+def _recording(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--record-routing",
+        metavar="FILE",
+        help="write which experts were asked for, an .npz for tools/simulate_cache (slower)",
+    )
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:

@@ -4,6 +4,8 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,17 @@ def _need_tokenizer(engine: Engine) -> Tokenizer:
         )
     found: Tokenizer = engine.tokenizer
     return found
+
+
+@contextmanager
+def _recorded(engine: Engine, path: str | None) -> Iterator[None]:
+    """What is routed inside goes into a file, if one is named.  Raises: ConfigError."""
+    if path is None:
+        yield
+        return
+    recorder = engine.record_routing()
+    yield
+    recorder.save(path)
 
 
 def _read(path: str) -> str:
@@ -94,7 +107,8 @@ def run(args: argparse.Namespace) -> None:
             ids = _need_tokenizer(engine).encode(text)
         else:
             ids = _prompt(engine, [{"role": "user", "content": text}], args.think)
-        _answer(engine, ids, _params(args, engine))
+        with _recorded(engine, args.record_routing):
+            _answer(engine, ids, _params(args, engine))
     finally:
         engine.close()
 
@@ -183,7 +197,7 @@ def perplexity(args: argparse.Namespace) -> None:
     engine = _engine(args)
     try:
         ids = _need_tokenizer(engine).encode(text, specials=False)
-        with progress_bar() as progress:
+        with progress_bar() as progress, _recorded(engine, args.record_routing):
             found = measure_perplexity(
                 engine, ids, window=args.window, path=args.path, progress=progress
             )

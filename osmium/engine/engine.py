@@ -32,6 +32,7 @@ from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.state import Seats
 from osmium.engine.stops import Stops
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
+from osmium.experts.routing import Recorder
 
 __all__ = ["Engine"]
 
@@ -212,6 +213,17 @@ class Engine:
             raise value
         result: T = value
         return result
+
+    def record_routing(self) -> Recorder:
+        """From now on collect which experts each token is given, which is slower: look into it, or
+        save it, when nothing runs.  A sequence that starts begins a prompt of the record."""
+
+        def start() -> Recorder:
+            store = self._runner.store
+            store.recorder = Recorder(self.config.layers)
+            return store.recorder
+
+        return self.call(start)
 
     def status(self) -> dict[str, Any]:
         """What is going on: requests, tokens so far, pages, experts by where they were."""

@@ -65,6 +65,9 @@ class Runner:
         """Compute the batch's pending tokens; their states are kept."""
         step = self._step(batch)
         self._ready = 0
+        recorder = self.store.recorder
+        if recorder is not None and any(request.computed == 0 for request, _ in batch.parts):
+            recorder.prompt()
         if step.tokens == step.sequences <= LOGIT_ROWS:
             self._decode(step)
         else:
@@ -79,9 +82,10 @@ class Runner:
             self.model.forward(step, self.state)
             self.model.head(out, wanted)
 
-        if self.recording and rows in self._warm and rows not in self._replays:
+        recordable = self.recording and self.store.recorder is None  # that one waits at each layer
+        if recordable and rows in self._warm and rows not in self._replays:
             self._replays[rows] = self.ops.record(run)
-        self._replays.get(rows, run)()
+        (self._replays.get(rows, run) if recordable else run)()
         self._warm.add(rows)
         self._ready = rows
 

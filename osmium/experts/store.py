@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from osmium.experts.routing import Recorder
 from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops
 
 __all__ = ["Counters", "Store", "store_bytes"]
@@ -36,6 +37,8 @@ class Store:
         assert resident or arena is not None, "experts that are not resident need an arena"
         self.ops, self.cache = ops, cache
         self.arena = None if resident else arena  # nothing is ever fetched
+        self.recorder: Recorder | None = None
+        """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.empty((self.block, top_k, cache.record.inner), np.float32)
@@ -53,6 +56,8 @@ class Store:
         out, x f32 [T, D]    ids u16 [T, A]    weights f32 [T, A]
         """
         ops, cache, plan = self.ops, self.cache, self.plan
+        if self.recorder is not None:
+            self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
         tokens = x.shape[0]
         for start in range(0, tokens, self.block):
             end = min(start + self.block, tokens)

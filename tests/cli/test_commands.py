@@ -154,3 +154,15 @@ def test_help_needs_no_numpy() -> None:
     )
     code += "assert 'numpy' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_routing_is_recorded_token_by_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "routing.npz"
+    short = ["--raw", "--temperature", "0", "--max-tokens", "4"]
+    assert main(["run", *CPU, *short, "--record-routing", str(path), "The Congress"]) == 0
+    with np.load(path) as file:
+        ids, starts = file["ids"], file["prompt_starts"]
+    assert ids.shape[1:] == (8, 4) and ids.shape[0] >= 4 and ids.max() < 32
+    assert starts.tolist() == [0]

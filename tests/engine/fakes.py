@@ -158,6 +158,8 @@ class Gate:
 class _Store:
     """No experts."""
 
+    recorder = None
+
     def counters(self) -> Counters:
         return Counters(0, 0, 0, 0)
 

@@ -1,0 +1,180 @@
+"""Cache policies on routing traces: what share of uses each would hit.
+
+A simulator of the expert cache, all layers side by side.  Every miss is fetched and admitted, and
+an expert of the present token never leaves, as in ops.place.  Policies differ in who leaves:
+
+    static     nobody: the experts used most in the trace's first half stay, misses pass through
+    lru        who was used longest ago
+    decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
+    popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
+    quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
+    belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.experts.routing import Trace
+
+__all__ = ["POLICIES", "hit_rate", "simulate"]
+
+F64 = npt.NDArray[np.float64]
+
+HALF_LIVES = (4, 8, 16, 24, 32, 64, 128)
+
+
+@dataclass
+class Cache:
+    """What a policy sees: all arrays [L, E]."""
+
+    count: F64
+    """Decayed count of uses, as of the last use."""
+    uses: F64
+    """All uses so far."""
+    last: npt.NDArray[np.int64]
+    """The token of the last use, -1 for never."""
+    after: npt.NDArray[np.int64]
+    """The token of the next use."""
+    now: int = 0
+
+
+Worth = Callable[[Cache], F64]
+"""How much each expert is worth keeping, [L, E]; the least leaves first."""
+
+
+def _lru(cache: Cache) -> F64:
+    return cache.last.astype(np.float64)
+
+
+def _belady(cache: Cache) -> F64:
+    return -cache.after.astype(np.float64)
+
+
+def _decayed(half_life: float) -> Worth:
+    def worth(cache: Cache) -> F64:
+        faded = cache.count * np.exp2((cache.last - cache.now) / half_life)
+        return faded + 1e-9 * cache.last  # ties by recency
+
+    return worth
+
+
+def _popular(cache: Cache) -> F64:
+    recent = cache.count * np.exp2((cache.last - cache.now) / 16) * (1 - 2 ** (-1 / 16))
+    return recent + cache.uses / (cache.now + 20) + 1e-9 * cache.last
+
+
+POLICIES = (
+    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "quotas", "belady",
+)  # fmt: skip
+
+
+def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
+    """The share of uses hit after the first `skip` tokens, by a policy of POLICIES."""
+    layers = trace.ids.shape[1]
+    if policy == "static":
+        return _static(trace, slots, skip)
+    if policy == "quotas":
+        return float(simulate(trace, _quotas(trace, slots), _decayed(24), 24, skip).mean())
+    each = np.full(layers, slots)
+    if policy == "lru":
+        return float(simulate(trace, each, _lru, 24, skip).mean())
+    if policy == "popular":
+        return float(simulate(trace, each, _popular, 16, skip).mean())
+    if policy == "belady":
+        return float(simulate(trace, each, _belady, 24, skip).mean())
+    half_life = float(policy.removeprefix("decayed "))
+    return float(simulate(trace, each, _decayed(half_life), half_life, skip).mean())
+
+
+def simulate(
+    trace: Trace, slots: npt.NDArray[np.int64], worth: Worth, half_life: float, skip: int
+) -> F64:
+    """The share of uses hit after `skip` tokens, a layer.  slots [L], at least A each."""
+    ids = trace.ids.astype(np.int64)
+    tokens, layers, top_k = ids.shape
+    assert (slots >= top_k).all(), "every layer needs a slot for each expert of a token"
+    rows = np.arange(layers)[:, None]
+    after = _next_uses(ids, trace.experts)
+    shape = (layers, trace.experts)
+    cache = Cache(np.zeros(shape), np.zeros(shape), np.full(shape, -1), np.full(shape, tokens))
+    inside = np.zeros(shape, bool)
+    hits = np.zeros(layers)
+    for t in range(tokens):
+        mine = ids[t]
+        hit = inside[rows, mine]
+        if t >= skip:
+            hits += hit.sum(axis=1)
+        inside[rows, mine] = True
+        cache.now = t
+        cache.count[rows, mine] = (
+            cache.count[rows, mine] * np.exp2((cache.last[rows, mine] - t) / half_life) + 1
+        )
+        cache.uses[rows, mine] += 1
+        cache.last[rows, mine] = t
+        cache.after[rows, mine] = after[t]
+        over = inside.sum(axis=1) - slots
+        most = int(over.max())
+        if most > 0:
+            value = np.where(inside, worth(cache), np.inf)
+            value[rows, mine] = np.inf
+            leaving = np.argpartition(value, most - 1, axis=1)[:, :most]
+            order = np.take_along_axis(value, leaving, axis=1).argsort(axis=1)
+            leaving = np.take_along_axis(leaving, order, axis=1)
+            goes = np.arange(most) < over[:, None]
+            inside[np.broadcast_to(rows, goes.shape)[goes], leaving[goes]] = False
+    return np.asarray(hits / ((tokens - skip) * top_k))
+
+
+def _next_uses(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
+    """[T, L, A]: the next token that uses the same expert in the same layer."""
+    tokens, layers, _ = ids.shape
+    rows = np.arange(layers)[:, None]
+    soonest = np.full((layers, experts), tokens)
+    after = np.empty_like(ids)
+    for t in range(tokens - 1, -1, -1):
+        after[t] = soonest[rows, ids[t]]
+        soonest[rows, ids[t]] = t
+    return after
+
+
+def _counts(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
+    """Uses of each expert, [L, E]."""
+    layers = [np.bincount(layer.ravel(), minlength=experts) for layer in ids.swapaxes(0, 1)]
+    return np.stack(layers)
+
+
+def _static(trace: Trace, slots: int, skip: int) -> float:
+    ids = trace.ids.astype(np.int64)
+    half = len(ids) // 2
+    order = np.argsort(-_counts(ids[:half], trace.experts), axis=1)[:, :slots]
+    inside = np.zeros((ids.shape[1], trace.experts), bool)
+    np.put_along_axis(inside, order, True, axis=1)
+    rest = ids[max(half, skip) :]
+    return float(inside[np.arange(ids.shape[1])[:, None], rest].mean())
+
+
+def _quotas(trace: Trace, slots: int) -> npt.NDArray[np.int64]:
+    """Slots a layer, the same in all: by steps of 1/16 of a layer's, from the layer that loses
+    least to the one that gains most, on the first half of the trace."""
+    half = Trace(trace.ids[: len(trace.ids) // 2], trace.starts, trace.experts)
+    layers, top_k = trace.ids.shape[1:]
+    step = max(1, slots // 16)
+    sizes = [slots + i * step for i in range(-4, 5)]
+    sizes = [size for size in sizes if top_k <= size <= trace.experts]
+    rates = np.stack(
+        [simulate(half, np.full(layers, size), _decayed(24), 24, 64) for size in sizes]
+    )
+    at = np.full(layers, sizes.index(slots))
+    while True:
+        up = np.where(at + 1 < len(sizes), rates[np.minimum(at + 1, len(sizes) - 1), range(layers)]
+                      - rates[at, range(layers)], -np.inf)  # fmt: skip
+        down = np.where(at > 0, rates[at, range(layers)]
+                        - rates[np.maximum(at - 1, 0), range(layers)], np.inf)  # fmt: skip
+        gains, loses = int(up.argmax()), int(down.argmin())
+        if gains == loses or up[gains] <= down[loses] + 1e-4:
+            return np.array([sizes[i] for i in at])
+        at[gains] += 1
+        at[loses] -= 1

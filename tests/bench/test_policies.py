@@ -1,0 +1,103 @@
+"""The cache simulator against plain restatements, and against the operation that it stands for."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osmium.bench import policies
+from osmium.errors import ConfigError
+from osmium.experts.routing import Recorder, Trace, read_trace
+from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.record import Record
+
+
+def trace(rng: np.random.Generator, tokens: int, layers: int, experts: int, top_k: int) -> Trace:
+    """Routing with popular experts and with drift."""
+    base = rng.normal(0, 1, (layers, experts))
+    drift = np.zeros((layers, experts))
+    ids = np.empty((tokens, layers, top_k), np.uint16)
+    for t in range(tokens):
+        drift = 0.9 * drift + rng.normal(0, 0.6, drift.shape)
+        score = base + drift + rng.normal(0, 0.5, drift.shape)
+        ids[t] = np.argsort(-score, axis=1)[:, :top_k]
+    return Trace(ids, np.array([0]), experts)
+
+
+def test_a_decayed_count_hits_what_place_hits(rng: np.random.Generator) -> None:
+    """Token by token, layer by layer: the simulator is the operation."""
+    t = trace(rng, 120, 3, 20, 3)
+    slots, layers, experts, skip = 8, 3, 20, 10
+    cache = ExpertCache(
+        Record(16, 8, 8), experts, slots, 24.0, None,
+        np.full((layers, experts), -1, np.int32), np.full((layers, slots), -1, np.int32),
+        np.zeros((layers, experts), np.float32), np.zeros((layers, experts), np.int32),
+        np.zeros(1, np.int32), np.zeros(4, np.int64),
+    )  # fmt: skip
+    plan = ExpertPlan(*(np.zeros(n, np.int32) for n in (1, 3, 3, 3, 3)))
+    ops = ReferenceOps()
+    for now, token in enumerate(t.ids):
+        if now == skip:
+            cache.counters[:] = 0
+        for layer in range(layers):
+            ops.place(plan, cache, layer, token[layer : layer + 1])
+    wanted = cache.counters[1] / ((120 - skip) * layers * 3)
+    assert policies.hit_rate(t, slots, "decayed 24", skip) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_lru_equals_a_list_in_order_of_use(rng: np.random.Generator) -> None:
+    t = trace(rng, 150, 2, 16, 2)
+    hits = 0
+    for layer in range(2):
+        order: list[int] = []
+        for now, token in enumerate(t.ids[:, layer]):
+            hits += sum(int(e) in order for e in token) if now >= 20 else 0
+            order = [e for e in order if e not in token] + sorted(int(e) for e in token)
+            order = order[-6:]
+    found = policies.hit_rate(t, 6, "lru", 20)
+    assert found == pytest.approx(hits / (130 * 2 * 2), abs=0.02)  # ties inside a token differ
+
+
+@pytest.mark.parametrize("policy", [p for p in policies.POLICIES if p != "static"])
+def test_nobody_beats_belady_and_everybody_hits_when_all_is_resident(
+    rng: np.random.Generator, policy: str
+) -> None:
+    t = trace(rng, 200, 3, 16, 2)
+    bound = policies.hit_rate(t, 5, "belady", 20)
+    assert policies.hit_rate(t, 5, policy, 20) <= bound + 1e-12
+    assert policies.hit_rate(t, 16, policy, 150) == pytest.approx(1, abs=0.02)
+
+
+def test_quotas_share_out_the_same_number_of_slots(rng: np.random.Generator) -> None:
+    t = trace(rng, 200, 5, 32, 2)
+    assert policies._quotas(t, 8).sum() == 5 * 8
+
+
+def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> None:
+    recorder = Recorder(2)
+    parts = [rng.integers(0, 9, (n, 2, 3)).astype(np.uint16) for n in (4, 1, 5)]
+    for i, part in enumerate(parts):
+        if i == 2:
+            recorder.prompt()
+        for layer in range(2):
+            recorder.add(layer, part[:, layer])
+    recorder.save(tmp_path / "routing.npz")
+    found = read_trace(tmp_path / "routing.npz", 9)
+    assert np.array_equal(found.ids, np.concatenate(parts))
+    assert found.starts.tolist() == [0, 5]
+
+
+def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "bad.npz"
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(ConfigError, match=r"bad\.npz"):
+        read_trace(path)
+    np.savez(path, ids=np.zeros((2, 3), np.uint8))
+    with pytest.raises(ConfigError, match=r"bad\.npz"):
+        read_trace(path)
+    np.savez(path, ids=np.full((2, 3, 1), 40, np.uint8))
+    with pytest.raises(ConfigError, match="40"):
+        read_trace(path, 40)
+    with pytest.raises(ConfigError):
+        Recorder(1).save(tmp_path / "no" / "where.npz")
