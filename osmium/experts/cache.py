@@ -15,8 +15,8 @@ from osmium.quant.record import Record
 __all__ = ["HALF_LIFE", "cache_bytes", "make_cache", "resident", "resident_cache", "verify"]
 
 HALF_LIFE = 24.0
-"""Steps in which an unused expert loses half of its heat: the best of 4 to 128 at 36 % resident, on
-published routing statistics of the 122B and on the lab model's own (tools/simulate_cache, LOG.md)."""
+"""Steps in which an unused expert loses half of its heat: the best of 4 to 128 at 36 % resident,
+on published routing statistics of the 122B and on the lab model's own (tools/simulate_cache)."""
 
 
 def make_cache(ops: Ops, arena: ExpertArena, capacity: int, top_k: int) -> ExpertCache:
