@@ -1,0 +1,134 @@
+"""The machine itself: memory on both sides, order, graphs, and what goes wrong."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from osmium.cuda.memory import HostBuffer, HostKind
+from osmium.cuda.stream import Event, Machine, Stream
+from osmium.errors import KernelError, OutOfMemory
+from osmium.kernels.ptx import Kernel, kernel, parse
+from osmium.ops.gpu import GpuOps
+
+pytestmark = pytest.mark.gpu
+
+ADD = kernel("add_f32")
+
+
+@pytest.fixture
+def machine(gpu: GpuOps) -> Iterator[Machine]:
+    assert isinstance(gpu.machine, Machine)
+    yield gpu.machine
+
+
+def test_what_goes_in_comes_out(machine: Machine, rng: np.random.Generator) -> None:
+    for dtype in (np.uint8, np.float16, np.int64):
+        source = rng.integers(0, 100, (3, 5, 7)).astype(dtype)
+        array = machine.empty(source.shape, dtype)
+        machine.copy_in(array, source)
+        assert np.array_equal(machine.copy_out(array), source)
+        assert np.array_equal(machine.copy_out(array[1:3]), source[1:3])
+        machine.fill(array[0], 0)
+        assert not machine.copy_out(array)[0].any()
+
+
+@pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
+def test_kernels_read_and_write_host_memory(
+    machine: Machine, rng: np.random.Generator, kind: HostKind
+) -> None:
+    count = 4096
+    buffer = HostBuffer(machine.device, 4 * count, kind)
+    view, mapped = buffer.array((count,), np.float32), buffer.device_array((count,), np.float32)
+    a, b = (rng.standard_normal(count).astype(np.float32) for _ in range(2))
+    view[...] = a
+    other = machine.empty((count,), np.float32)
+    machine.copy_in(other, b)
+    ADD(machine.stream, mapped, other, count)
+    ADD(machine.stream, other, mapped, count)
+    machine.synchronize()
+    assert np.array_equal(view, a + b)
+    assert np.array_equal(machine.copy_out(other), b + (a + b))
+    buffer.close()
+
+
+def test_a_graph_does_again_what_was_recorded(machine: Machine) -> None:
+    count = 1000
+    out, one = (machine.empty((count,), np.float32) for _ in range(2))
+    machine.copy_in(out, np.zeros(count, np.float32))
+    machine.copy_in(one, np.ones(count, np.float32))
+    ADD(machine.stream, out, one, count)
+    with machine.stream.capture() as made:
+        for _ in range(3):
+            ADD(machine.stream, out, one, count)
+    (graph,) = made
+    assert graph.nodes == 3
+    assert machine.copy_out(out).max() == 1, "recording runs nothing"
+    for _ in range(4):
+        graph.replay(machine.stream)
+    assert (machine.copy_out(out) == 13).all()
+    graph.close()
+
+
+def test_one_stream_waits_for_another(machine: Machine) -> None:
+    count = 1 << 22
+    out, one = (machine.empty((count,), np.float32) for _ in range(2))
+    machine.fill(out, 0)
+    machine.copy_in(one, np.ones(count, np.float32))
+    start, end = Event(machine.device), Event(machine.device)
+    start.record(machine.stream)
+    for _ in range(50):
+        ADD(machine.stream, out, one, count)
+    end.record(machine.stream)
+    other = Stream(machine.device)
+    other.wait(end)
+    ADD(other, one, out, count)
+    other.synchronize()
+    assert (machine.copy_out(one) == 51).all()
+    assert end - start > 0
+    other.close()
+
+
+def test_running_out_says_who_holds_what(machine: Machine) -> None:
+    with machine.pool.label("the test's own"):
+        held = machine.empty((1 << 20,), np.uint8)
+        with pytest.raises(OutOfMemory, match="the test's own"):
+            machine.empty((1 << 50,), np.uint8)
+    assert held.nbytes == 1 << 20
+
+
+def test_memory_comes_back_when_nobody_holds_it(machine: Machine) -> None:
+    before = machine.pool.used
+    array = machine.empty((1 << 20,), np.uint8)
+    view = array[100:200]
+    del array
+    assert machine.pool.used == before + (1 << 20), "a view keeps it"
+    del view
+    assert machine.pool.used == before
+
+
+def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: Machine) -> None:
+    text = """//: entry   wrong
+//: grid    1
+//: block   32
+//: param   n  u32
+.version 7.8
+.target sm_80
+.address_size 64
+.visible .entry wrong(
+    .param .u32 n)
+.maxntid 32
+{
+    add.u32 %nowhere, 1, 2;
+    ret;
+}
+"""
+    contract = parse(text, "wrong.ptx")
+    with pytest.raises(KernelError, match="nowhere"):
+        Kernel("wrong", lambda: contract)(machine.stream, 1)
+
+
+def test_a_launch_too_large_is_said_with_its_kernel(machine: Machine) -> None:
+    out = machine.empty((4, 4), np.float32)
+    with pytest.raises(KernelError, match="silu_mul_f32"):
+        kernel("silu_mul_f32")(machine.stream, 1 << 20, out, out, 4)
