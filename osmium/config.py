@@ -250,6 +250,8 @@ class EngineConfig:
     """Tokens a page of KV."""
     sequences: int = 4
     """Most requests whose state is held at once; others wait."""
+    routing: str | None = None
+    """A trace that is replayed instead of the router's choice, for benchmarks on random weights."""
     cache_dir: str | None = None
     """Where packed files go; None is $XDG_CACHE_HOME/osmium."""
 

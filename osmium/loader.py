@@ -7,6 +7,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
 from osmium.cuda.stream import Machine as Gpu
@@ -17,6 +20,7 @@ from osmium.engine.state import Seats
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
@@ -124,6 +128,8 @@ def _build(
         cache = make_cache(ops, arena, plan.slots, config.top_k)
 
     store = Store(ops, arena, cache, plan.chunk, config.top_k)
+    if options.routing is not None:
+        store.trace = ops.put(_routing(options.routing, packed))
     model = model_class(config.model_type)(ops, config, weights, store, plan.chunk)
     state = make_state(ops, config, plan.pages, plan.page, plan.sequences, plan.kv_dtype)
     runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages)
@@ -143,6 +149,18 @@ def _build(
         on_close=None if gpu is None else gpu.close,
         plan=plan,
     )
+
+
+def _routing(path: str, packed: Packed) -> npt.NDArray[np.uint16]:
+    """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
+    config = packed.config
+    found = read_trace(path, config.experts).ids
+    if found.shape[1:] != (config.layers, config.top_k):
+        raise ConfigError(
+            f"{path} has {found.shape[1]} layers of {found.shape[2]} experts a token; the model "
+            f"has {config.layers} of {config.top_k}."
+        )
+    return found
 
 
 def _name(path: Path) -> str:

@@ -82,6 +82,7 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--chunk", type=int, metavar="TOKENS", help="most tokens of a prefill step (512)")
     add("--page", type=int, metavar="TOKENS", help="tokens a page of KV (64)")
     add("--sequences", type=int, metavar="N", help="most requests held at once (4)")
+    add("--routing", metavar="FILE", help="replay this routing trace (benchmarks; none)")
     add("--cache-dir", metavar="DIR", help="where packed files go ($XDG_CACHE_HOME/osmium)")
 
 
@@ -104,7 +105,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
     "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "slots", "hcs", "wc_alloc", "chunk",
-    "page", "sequences", "cache_dir",
+    "page", "sequences", "routing", "cache_dir",
 )  # fmt: skip
 
 

@@ -37,6 +37,8 @@ class Store:
         assert resident or arena is not None, "experts that are not resident need an arena"
         self.ops, self.cache = ops, cache
         self.arena = None if resident else arena  # nothing is ever fetched
+        self.trace: Array | None = None
+        """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
         self.recorder: Recorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)

@@ -10,7 +10,7 @@ from osmium.config import ModelConfig
 from osmium.experts.store import Store
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops
+from osmium.ops import Array, Ops, Step
 
 __all__ = ["Moe"]
 
@@ -28,11 +28,13 @@ class Moe:
         self.shared_up = weights.linear("shared_up", 2 * inner, hidden)
         self.shared_down = weights.linear("shared_down", hidden, inner)
 
-    def forward(self, out: Array, x: Array, work: Workspace) -> None:
+    def forward(self, out: Array, x: Array, step: Step, work: Workspace) -> None:
         """out, x f32 [T, D]."""
         ops, store = self.ops, self.store
         ops.linear(work.scores, x, self.router)
         ops.route(work.ids, work.weights, work.scores, self.experts, store.cache.counters)
+        if store.trace is not None:
+            ops.replay(work.ids, store.trace, self.layer, step.positions)
         store.mlp(out, x, work.ids, work.weights, self.layer)
         ops.linear(work.shared_both, x, self.shared_up)
         ops.silu_mul(work.shared_inner, work.shared_both)

@@ -88,7 +88,7 @@ class Model:
             layer.mixer.mix(y, h, step, own, work)
             ops.add(x, y)
             ops.rms_norm(h, x, layer.moe_norm, eps)
-            layer.moe.forward(y, h, work)
+            layer.moe.forward(y, h, step, work)
             ops.add(x, y)
         return x
 

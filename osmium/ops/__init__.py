@@ -216,6 +216,12 @@ class Ops(Protocol):
         ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= experts]    counters[0] += T * A
         """
 
+    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+        """ids[t] = trace[positions[t] % N, layer]: routing that is told, not computed.
+
+        ids u16 [T, A]    trace u16 [N, L, A]    positions i32 [T]    A <= 32
+        """
+
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
         """Find every expert of `ids` a slot of `layer`, and say which must be fetched.
 

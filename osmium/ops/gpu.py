@@ -32,6 +32,7 @@ DELTA_STEP = kernel("delta_step_f32")
 DELTA_CHUNK = kernel("delta_chunk_f32")
 GATED_NORM = kernel("gated_norm_f32")
 ROUTE = kernel("route_f32")
+REPLAY = kernel("replay_u16")
 FETCH = kernel("fetch_records")
 EXPERT_UP = {
     16: kernel("bf16_expert_up_f32"),
@@ -221,6 +222,11 @@ class GpuOps:
     ) -> None:
         tokens, top_k = ids.shape
         ROUTE(self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1])
+
+    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+        tokens, top_k = ids.shape
+        count, layers, _ = trace.shape
+        REPLAY(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
 
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
         PLACE(

@@ -264,6 +264,9 @@ class ReferenceOps:
         weights[...] = p / p.sum(axis=1, keepdims=True)
         counters[0] += ids.size
 
+    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+        ids[...] = trace[positions % len(trace), layer]
+
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
         if layer == 0:
             cache.step[0] += 1

@@ -317,6 +317,20 @@ def route(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
 
 
+def replay(rng: np.random.Generator, size: Size) -> Case:
+    tokens = sum(size.lengths)
+    arrays: Arrays = {
+        "ids": np.full((tokens, size.top_k), 999, np.uint16),
+        "trace": rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16),
+        "positions": rng.integers(0, 1 << 18, tokens).astype(np.int32),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.replay(a["ids"], a["trace"], 3, a["positions"])
+
+    return Case(arrays, call, {"ids": "exact"})
+
+
 def records(rng: np.random.Generator, record: Record, count: int) -> npt.NDArray[np.uint8]:
     """Random experts as records, u8 [count, nbytes]: every bit pattern of a nibble or a byte."""
     out = np.zeros((count, record.nbytes), np.uint8)
@@ -466,6 +480,7 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "delta_chunk": _delta("delta_chunk"),
     "gated_norm": gated_norm,
     "route": route,
+    "replay": replay,
     "place": place,
     "experts bf16": _experts(16),
     "experts int8": _experts(8),
