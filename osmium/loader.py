@@ -3,6 +3,7 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Packed, open_model
+from osmium.weights import DEMO, Model, open_weights
+from osmium.weights.synthetic import PREFIX
 
 __all__ = ["load", "plan_for"]
 
@@ -51,7 +53,7 @@ def load(
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        packed = open_model(path, config, progress)
+        packed = open_weights(path, config, progress)
         plan = _plan(packed, config, gpu)
         return _build(packed, plan, config, gpu, progress)
     except BaseException:
@@ -68,7 +70,7 @@ def plan_for(path: str | Path | None = None, device: str = "auto", **options: An
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        return _plan(open_model(path, config), config, gpu)
+        return _plan(open_weights(path, config), config, gpu)
     finally:
         if gpu is not None:
             gpu.close()
@@ -95,7 +97,7 @@ def _gpu(config: EngineConfig) -> Gpu | None:
         return None
 
 
-def _plan(packed: Packed, config: EngineConfig, gpu: Gpu | None) -> Plan:
+def _plan(packed: Model, config: EngineConfig, gpu: Gpu | None) -> Plan:
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
     machine = Machine(gpu is not None, free, total, available, ram)
@@ -104,15 +106,14 @@ def _plan(packed: Packed, config: EngineConfig, gpu: Gpu | None) -> Plan:
 
 
 def _build(
-    packed: Packed, plan: Plan, options: EngineConfig, gpu: Gpu | None, progress: Progress | None
+    packed: Model, plan: Plan, options: EngineConfig, gpu: Gpu | None, progress: Progress | None
 ) -> Engine:
     """Allocate by the plan, in its order, and fill."""
     config, record = packed.config, packed.record
     layers, experts = config.layers, config.experts
     ops: Ops = ReferenceOps() if gpu is None else GpuOps(gpu)
 
-    values = {name: packed.tensor(name) for name in packed.names()}
-    weights = upload(ops, values, embed_on_host=gpu is not None)
+    weights = upload(ops, _Tensors(packed), embed_on_host=gpu is not None)
     if gpu is None:
         arena = share_arena(record, packed.all_records())
         if plan.slots == experts:
@@ -151,7 +152,25 @@ def _build(
     )
 
 
-def _routing(path: str, packed: Packed) -> npt.NDArray[np.uint16]:
+class _Tensors(Mapping[str, Any]):
+    """A model's tensors by name, each made or mapped when it is asked for."""
+
+    def __init__(self, packed: Model) -> None:
+        self._packed = packed
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._packed.parts:
+            raise KeyError(name)
+        return self._packed.tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._packed.names())
+
+    def __len__(self) -> int:
+        return len(self._packed.names())
+
+
+def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
     """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
     config = packed.config
     found = read_trace(path, config.experts).ids
@@ -167,17 +186,19 @@ def _name(path: Path) -> str:
     """What the model is called: `demo`, or the checkpoint's folder."""
     if path == DEMO:
         return "demo"
+    if str(path).startswith(PREFIX):
+        return str(path)
     parts = path.stem.split("-")
     folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
     return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
 
 
-def _tokenizer(packed: Packed) -> Tokenizer | None:
+def _tokenizer(packed: Model) -> Tokenizer | None:
     raw = packed.file("tokenizer.json")
     return None if raw is None else Tokenizer(raw)
 
 
-def _template(packed: Packed) -> ChatTemplate | None:
+def _template(packed: Model) -> ChatTemplate | None:
     return ChatTemplate.find(
         packed.file("chat_template.jinja"), packed.json("tokenizer_config.json")
     )

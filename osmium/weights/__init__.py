@@ -14,11 +14,30 @@ from osmium.errors import CheckpointError, ConfigError
 from osmium.weights.checkpoint import Checkpoint, Formats
 from osmium.weights.packed import FILES, Packed, locked, open_packed, write_packed
 from osmium.weights.shards import INDEX, Shards, open_shards, read_json
+from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
 
-__all__ = ["DEMO", "Packed", "cache_folder", "open_model", "open_packed", "resolve"]
+__all__ = [
+    "DEMO", "Model", "Packed", "cache_folder", "open_model", "open_packed", "open_weights",
+    "resolve",
+]  # fmt: skip
+
+Model = Packed | Synthetic
+"""What a model is loaded from."""
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 """The bundled model."""
+
+
+def open_weights(
+    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
+) -> Model:
+    """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    if isinstance(model, str) and model.startswith(PREFIX):
+        return open_synthetic(model, config)
+    return open_model(model, config, progress)
 
 
 def open_model(
