@@ -228,7 +228,7 @@ def parse_program(text: str, without: int | None = None) -> Program:
             rest = guarded[3] if guarded else line
             opcode = rest.split(" ")[0]
             kind = {"bra": "bra", "ret": "ret", "exit": "ret"}.get(opcode, "plain")
-            if opcode.startswith(("bar.sync", "barrier.sync")):
+            if rest == "bar.sync 0":
                 kind = "bar"
                 barriers += 1
                 if barriers - 1 == without:
@@ -349,8 +349,8 @@ class Warp:
                         instruction.run(self, None if taking.all() else taking)
                     pc += 1
                 elif instruction.kind == "bar":
-                    if self.groups:
-                        raise PtxFault(f"{self.where}: some lanes of the warp are elsewhere")
+                    if not taking.all():
+                        raise PtxFault(f"{self.where}: lanes are missing at a barrier")
                     self.groups[pc + 1] = lanes
                     return
                 else:
@@ -394,6 +394,8 @@ class InterpretedStream:
             _place(values)
             return
         contract = kernel.contract
+        if contract.block % LANES:
+            raise PtxFault(f"{contract.entry}: {contract.block} threads are not whole warps")
         kernel.pack(values)  # the ABI's own checks
         program = self._programs.get(contract.entry)
         if program is None:
@@ -493,9 +495,8 @@ def _shift(left: bool) -> Callable[[Values, Values], Values]:
 def _divide(a: Values, b: Values) -> Values:
     if a.dtype.kind == "f":
         return np.asarray((a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype))
-    if (b == 0).any():
-        raise PtxFault("a division by zero")
-    return np.asarray(a // b)
+    down = np.asarray(a // b)
+    return np.asarray(down + ((down < 0) & (down * b != a)))  # toward zero, as PTX rounds
 
 
 def _fma(a: Values, b: Values, c: Values) -> Values:
@@ -524,8 +525,9 @@ MODIFIERS = {"rn", "approx", "lo", "pred"}
 
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
-    "ne": np.not_equal,
+    "ne": lambda a, b: (a < b) | (a > b),
 }  # fmt: skip
+"""All are false of a NaN, ne too."""
 
 
 def _compile(program: Program, line: str) -> Run:
@@ -564,7 +566,14 @@ def _arithmetic(program: Program, base: str, dtype: np.dtype[Any], args: list[st
         return lambda w, m: w.write(out, function(only(w, m)), m)
     if len(operands) == 2:
         first, second = operands
-        return lambda w, m: w.write(out, function(first(w, m), second(w, m)), m)
+
+        def run(w: Warp, m: Mask) -> None:
+            a, b = first(w, m), second(w, m)
+            if base == "div" and dtype.kind != "f" and not (b if m is None else b[m]).all():
+                raise PtxFault(f"{w.where}: a division by zero")
+            w.write(out, function(a, b), m)
+
+        return run
     a, b, c = operands
     return lambda w, m: w.write(out, function(a(w, m), b(w, m), c(w, m)), m)
 
@@ -705,7 +714,9 @@ def _shuffle(program: Program, parts: list[str], args: list[str]) -> Run:
     def shuffle(w: Warp, m: Mask) -> None:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at a shuffle")
-        source = lane ^ by(w, m) if mode == "bfly" else by(w, m) & np.uint32(31)
+        source = by(w, m) & np.uint32(31)
+        if mode == "bfly":
+            source = lane ^ source
         w.write(args[0], value(w, m)[source], m)
 
     return shuffle
@@ -738,8 +749,9 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
 
 def _compare(program: Program, parts: list[str], args: list[str]) -> Run:
     how, kind = parts
+    compare = COMPARE[how]
     a, b = (_operand(program, arg, TYPES[kind]) for arg in args[1:3])
-    return lambda w, m: w.write(args[0], COMPARE[how](a(w, m), b(w, m)), m)
+    return lambda w, m: w.write(args[0], compare(a(w, m), b(w, m)), m)
 
 
 def _select(program: Program, parts: list[str], args: list[str]) -> Run:
@@ -750,6 +762,8 @@ def _select(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _lop3(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts != ["b32"]:
+        raise KeyError(".".join(parts))
     a, b, c = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
     table = int(args[4], 0)
 
@@ -765,6 +779,8 @@ def _lop3(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _permute(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts != ["b32"]:
+        raise KeyError(".".join(parts))
     a, b, how = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
 
     def run(w: Warp, m: Mask) -> None:
