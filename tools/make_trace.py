@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
 """Expert-routing traces for benchmarks on random weights.
 
-A random router picks experts uniformly, so a cache looks worthless and a benchmark on random weights
-says nothing about a real model.  These traces stand in for the router: for each token and layer, the
-ids of the experts it activates.  Routing recorded from a real model (--record-routing) is better
-wherever there is one.
+A random router picks experts uniformly, so a cache looks worthless and a benchmark on random
+weights says nothing about a real model.  These traces stand in for the router: for each token and
+layer, the ids of the experts it activates.  Routing recorded from a real model (--record-routing)
+is better wherever there is one.
 
-The generator is a sum of four normal variables per layer and expert: a static popularity, a slow drift
-(the prompt's subject), a fast drift (the last few tokens) and noise; the top k are activated.  Deeper
-layers are more skewed than early ones.  Fitted to what is published about Qwen3.5-122B-A10B
-(256 experts, top 8):
+The generator is a sum of four normal variables per layer and expert: a static popularity, a slow
+drift (the prompt's subject), a fast drift (the last few tokens) and noise; the top k are activated.
+Deeper layers are more skewed than early ones.  Fitted to what is published about
+Qwen3.5-122B-A10B (256 experts, top 8):
 
     statistic                                  published                  this generator
     overlap with the previous token            .33                        .31
