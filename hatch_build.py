@@ -29,8 +29,9 @@ class CompileKernels(BuildHookInterface[Any]):
             )
             return
         root = Path(self.root)
+        folder = root / "osmium" / "kernels" / "compiled"
         done = subprocess.run(
-            [sys.executable, "-m", "osmium.kernels.python"],
+            [sys.executable, "-m", "osmium.kernels.python", str(folder)],
             cwd=root,
             env={**os.environ, "PYTHONPATH": str(root)},
             capture_output=True,
@@ -38,6 +39,5 @@ class CompileKernels(BuildHookInterface[Any]):
         )
         if done.returncode:
             raise RuntimeError(f"The Numba kernels do not compile:\n{done.stderr[-2000:]}")
-        for name in done.stdout.split():
-            path = root / "osmium" / "kernels" / "compiled" / f"{name}.ptx"
-            build_data["force_include"][str(path)] = f"osmium/kernels/compiled/{name}.ptx"
+        for path in done.stdout.splitlines():
+            build_data["force_include"][path] = f"osmium/kernels/compiled/{Path(path).name}"

@@ -237,6 +237,8 @@ class EngineConfig:
     """Bytes of VRAM to plan for, the CUDA context included; None takes what is free."""
     ram: int | None = None
     """Bytes of host memory to plan for; None takes what the system reports."""
+    ram_floor: int | None = None
+    """Bytes of host memory below which the engine stops; None is 0.5 % of it, at least 512 MiB."""
     slots: int | None = None
     """At most this many expert slots a layer."""
     hcs: bool = True
@@ -269,7 +271,7 @@ class EngineConfig:
                 names = ", ".join(str(one) for one in known)
                 raise ConfigError(f"{_flag(name)} is {value!r}; it must be one of {names}.")
         least = {"chunk": 1, "page": 1, "sequences": 1}
-        optional = {"kv_cache_mb": 1, "context": 2, "vram": 1, "ram": 1, "slots": 1}
+        optional = {"kv_cache_mb": 1, "context": 2, "vram": 1, "ram": 1, "ram_floor": 1, "slots": 1}
         for name, low in {**least, **optional}.items():
             value = getattr(self, name)
             if value is None and name in optional:

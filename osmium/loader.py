@@ -18,6 +18,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
+from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
@@ -137,7 +138,15 @@ def _build(
     ops.synchronize()
     if gpu is not None:
         gpu.pool.freeze()  # nothing is allocated while serving
-    return Engine(
+    watchdogs: list[Watchdog] = []
+
+    def on_close() -> None:
+        for watchdog in watchdogs:
+            watchdog.close()
+        if gpu is not None:
+            gpu.close()
+
+    engine = Engine(
         runner,
         Seats(plan.pages, plan.page, plan.sequences),
         name=_name(packed.path),
@@ -147,9 +156,12 @@ def _build(
         template=_template(packed),
         defaults=sampling_defaults(packed.json("generation_config.json")),
         on_thread=None if gpu is None else gpu.device.make_current,
-        on_close=None if gpu is None else gpu.close,
+        on_close=on_close,
         plan=plan,
     )
+    floor = options.ram_floor or default_floor(available_ram()[1])
+    watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
+    return engine
 
 
 class _Tensors(Mapping[str, Any]):

@@ -66,6 +66,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
         metavar="SIZE",
         help="plan for this much host memory, as 64G (what the system reports)",
     )
+    add(
+        "--ram-floor",
+        type=_parsed(parse_size),
+        metavar="SIZE",
+        help="stop when less host memory than this is left (0.5 %%, at least 512M)",
+    )
     add("--slots", type=int, metavar="N", help="most expert slots a layer (what fits)")
     add(
         "--hcs",
@@ -104,8 +110,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
-    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "slots", "hcs", "wc_alloc", "chunk",
-    "page", "sequences", "routing", "cache_dir",
+    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "ram_floor", "slots", "hcs", "wc_alloc",
+    "chunk", "page", "sequences", "routing", "cache_dir",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ __all__ = ["LEAST_DRIVER", "Device", "Driver", "load_driver"]
 LEAST_DRIVER = 12080
 """CUDA 12.8, as cuDriverGetVersion says it."""
 
-_LOST = {214, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
+_LOST = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
 
 _GUESS = {
@@ -106,7 +106,8 @@ class Device:
             )
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
         self.closed = False
-        self._functions: dict[str, Any] = {}
+        self._functions: dict[tuple[str, str], Any] = {}
+        self._dynamic: dict[tuple[str, str], int] = {}
         self._modules: list[Any] = []
         self._lock = threading.Lock()
         self.make_current()
@@ -135,14 +136,17 @@ class Device:
         Raises: KernelError with the driver's log.
         """
         with self._lock:
-            found = self._functions.get(entry)
+            found = self._functions.get((entry, text))
             if found is None:
                 module = self._module(entry, text)
                 found = self.driver("cuModuleGetFunction", module, entry.encode())
-                self._functions[entry] = found
-        if dynamic > 48 << 10:
-            attribute = self.driver.binding.CUfunction_attribute(8)
-            self.driver("cuFuncSetAttribute", found, attribute, dynamic)
+                self._functions[entry, text] = found
+            # Static and dynamic shared memory beyond 48 KiB must be asked for; never ask for less
+            # than another stream did.
+            if dynamic > self._dynamic.get((entry, text), 0):
+                attribute = self.driver.binding.CUfunction_attribute(8)
+                self.driver("cuFuncSetAttribute", found, attribute, dynamic)
+                self._dynamic[entry, text] = dynamic
         return found
 
     def _module(self, entry: str, text: str) -> Any:

@@ -166,6 +166,8 @@ class HostBuffer:
             else:
                 self.address = self._register(nbytes)
         except (CudaError, OSError) as error:
+            if isinstance(error, CudaError) and error.lost:
+                raise
             raise OutOfMemory(
                 f"{_gib(nbytes)} of {kind} host memory were asked for and refused ({error}). "
                 "Free memory, choose a smaller model, or --no-wc-alloc for another kind."

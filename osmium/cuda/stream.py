@@ -17,7 +17,7 @@ from osmium.errors import CudaError, KernelError
 __all__ = ["Event", "Graph", "Machine", "Stream"]
 
 SYNC = os.environ.get("OSMIUM_SYNC") == "1"
-"""Wait after every launch, so that an error names its kernel."""
+"""Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
 
 
 class Launchable(Protocol):
@@ -76,6 +76,7 @@ class Stream:
         self.device = device
         self.handle = device.driver("cuStreamCreate", 1)  # 1: does not wait for the null stream
         self._packed: dict[Launchable, tuple[Any, Any, int]] = {}
+        self._capturing = False
 
     # -- kernels -----------------------------------------------------------------------------------
 
@@ -86,24 +87,26 @@ class Stream:
         dynamic = 0 if contract.dynamic is None else contract.dynamic(_sizes(contract, values))
         entry = contract.entry
         found = self._packed.get(kernel)
-        if found is None or dynamic > found[2]:
-            found = (
-                self.device.function(entry, contract.text, dynamic),
-                _addresses(buffer, contract.offsets), dynamic,
-            )  # fmt: skip
-            self._packed[kernel] = found
         x, y, z = (*grid, 1, 1)[:3]
         try:
+            if found is None or dynamic > found[2]:
+                found = (
+                    self.device.function(entry, contract.text, dynamic),
+                    _addresses(buffer, contract.offsets), dynamic,
+                )  # fmt: skip
+                self._packed[kernel] = found
             self.device.driver(
                 "cuLaunchKernel", found[0], x, y, z, contract.block, 1, 1, dynamic, self.handle,
                 ctypes.addressof(found[1]), 0,
             )  # fmt: skip
-            if SYNC:
+            if SYNC and not self._capturing:
                 self.synchronize()
         except CudaError as error:
-            if error.lost:
-                raise
-            raise KernelError(f"{entry}, grid {grid}: {error}") from None
+            if not error.lost:
+                raise KernelError(f"{entry}, grid {grid}: {error}") from None
+            if SYNC:  # else it is an earlier launch that did it
+                error.args = (f"{entry}, grid {grid}: {error}",)
+            raise
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -151,12 +154,15 @@ class Stream:
         made: list[Graph] = []
         mode = self.device.driver.binding.CUstreamCaptureMode(1)  # this thread alone
         self.device.driver("cuStreamBeginCapture", self.handle, mode)
+        self._capturing = True
         try:
             yield made
         except BaseException:
             with contextlib.suppress(CudaError):
                 self.device.driver("cuStreamEndCapture", self.handle)
             raise
+        finally:
+            self._capturing = False
         made.append(Graph(self.device, self.device.driver("cuStreamEndCapture", self.handle)))
 
     def close(self) -> None:
@@ -223,6 +229,8 @@ class Machine:
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         """The launches of `run` as one graph; calling what comes back replays it."""
+        if SYNC:
+            return run
         with self.stream.capture() as made:
             run()
         (graph,) = made

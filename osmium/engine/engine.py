@@ -73,6 +73,11 @@ class Engine:
         self._on_thread, self._on_close = on_thread, on_close
         self._stopped: EngineStopped | None = None
         self._closing = False
+        self._why: str | None = None
+        self.failure: EngineStopped | None = None
+        """Why the engine stopped, if nobody had closed it."""
+        self.when_stopped: Callable[[], None] | None = None
+        """Called on the engine's thread once it serves no more."""
         self._lock = threading.Lock()
         self._tokens = {"prompt": 0, "completion": 0}
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
@@ -246,6 +251,14 @@ class Engine:
         """Why the engine serves no more, or None."""
         return self._stopped
 
+    def stop(self, why: str) -> None:
+        """Stop as `close` does, with a reason that everybody is told; does not wait."""
+        with self._lock:
+            if not self._closing:
+                self._why = why
+            self._closing = True
+        self._inbox.put(lambda: None)
+
     def close(self) -> None:
         """Stop: whoever is running or waiting gets EngineStopped.  More than once is harmless."""
         with self._lock:
@@ -298,8 +311,10 @@ class Engine:
                 if batch is not None:
                     self._step(batch)
         except Exception as error:  # the door: whatever it was, nobody may wait for ever
-            reason = EngineStopped(f"The engine has stopped: {error}")
+            reason = self.failure = EngineStopped(f"The engine has stopped: {error}")
             reason.__cause__ = error
+        if self._why is not None:
+            reason = self.failure = EngineStopped(self._why)
         with self._lock:
             self._stopped = reason
         for request in self._scheduler.everyone():
@@ -310,6 +325,8 @@ class Engine:
             self._finish(request, FinishReason.ERROR, reason)
         if self._on_close is not None:
             self._on_close()
+        if self.when_stopped is not None:
+            self.when_stopped()
 
     def _read_inbox(self) -> None:
         idle = not self._scheduler.running and not self._scheduler.waiting

@@ -19,6 +19,7 @@ ceil(a / b), all in integers.
 """
 
 import ast
+import operator
 import os
 import re
 import struct
@@ -180,47 +181,61 @@ class Contract:
 
 def parse(text: str, where: str) -> Contract:
     """A module's contract, held against its entry.  Raises: KernelError naming file and rule."""
-    lines: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        found = re.match(r"//:\s+(\w+)\s+(.*)$", line)
-        if found:
-            lines.setdefault(found[1], []).append(found[2].rstrip())
-    known = {
-        "entry", "grid", "block", "shared", "dynamic", "regs", "target", "param", "moves", "order",
-    }  # fmt: skip
-    for key in lines:
-        if key not in known:
-            raise KernelError(f"{where}: the contract has {key!r}; known are {sorted(known)}.")
-        if key != "param" and len(lines[key]) > 1:
-            raise KernelError(f"{where}: the contract has {key!r} {len(lines[key])} times; once.")
+    lines = _lines(text, where)
     for key in ("entry", "grid", "block", "param"):
         if key not in lines:
             raise KernelError(f"{where}: the contract has no {key!r} line.")
 
     def word(key: str, default: str) -> str:
-        return re.split(r"\s{2,}", lines.get(key, [default])[0])[0]
+        return re.split(r"\s{2,}", lines[key][0][1])[0] if key in lines else default
 
     def number(key: str, default: str) -> int:
         if not word(key, default).isdigit():
-            raise KernelError(f"{where}: {key} is {word(key, default)!r}; it must be an integer.")
+            at, value = lines[key][0][0], word(key, default)
+            raise KernelError(f"{at}: {key} is {value!r}; it must be an integer.")
         return int(word(key, default))
+
+    def formula(key: str) -> Expression | None:
+        return Expression(word(key, ""), lines[key][0][0]) if key in lines else None
 
     made = Contract(
         entry=word("entry", ""),
         text=text,
-        grid=tuple(Expression(axis, where) for axis in _split(word("grid", ""))),
+        grid=tuple(Expression(axis, lines["grid"][0][0]) for axis in _split(word("grid", ""))),
         block=number("block", ""),
-        params=tuple(_parameter(line, where) for line in lines["param"]),
+        params=tuple(_parameter(line, at) for at, line in lines["param"]),
         shared=number("shared", "0"),
-        dynamic=Expression(word("dynamic", ""), where) if "dynamic" in lines else None,
+        dynamic=formula("dynamic"),
         regs=number("regs", "255"),
         targets=tuple(word("target", "").split()),
-        moves=Expression(word("moves", ""), where) if "moves" in lines else None,
+        moves=formula("moves"),
         order=word("order", "fixed"),
         where=where,
     )
+    _check_names(made)
     _check_entry(made)
     return made
+
+
+def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
+    """The contract's lines by key: ("file:line", what follows the key)."""
+    known = {
+        "entry", "grid", "block", "shared", "dynamic", "regs", "target", "param", "moves", "order",
+    }  # fmt: skip
+    lines: dict[str, list[tuple[str, str]]] = {}
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.startswith("//:"):
+            continue
+        at, found = f"{where}:{number}", re.match(r"//:\s+(\w+)\s+(\S.*)$", line)
+        if not found:
+            raise KernelError(f"{at}: {line!r} is no contract line; write '//: key   value'.")
+        key = found[1]
+        if key not in known:
+            raise KernelError(f"{at}: the contract has {key!r}; known are {sorted(known)}.")
+        if key in lines and key != "param":
+            raise KernelError(f"{at}: the contract has {key!r} a second time.")
+        lines.setdefault(key, []).append((at, found[2].rstrip()))
+    return lines
 
 
 def _split(text: str) -> list[str]:
@@ -253,6 +268,28 @@ def _parameter(line: str, where: str) -> Parameter:
         if re.search(rf"\b{name}\b", part) and re.search(r"[<>=]=|[<>]", part):
             rule = Expression(part, where)
     return Parameter(name, kind, rule=rule)
+
+
+def _check_names(contract: Contract) -> None:
+    """What is computed at a launch knows whole numbers among the parameters, and `moves` and rules
+    the launcher sizes too."""
+    whole = {p.name for p in contract.params if p.type in ("u32", "s32")}
+    others = {p.name for p in contract.params} - whole
+    formulas = [("grid", axis, set(axis.names) - others) for axis in contract.grid]
+    if contract.dynamic is not None:
+        formulas.append(("dynamic", contract.dynamic, whole))
+    if contract.moves is not None:
+        formulas.append(("moves", contract.moves, whole | set(contract.sizes)))
+    for p in contract.params:
+        if p.rule is not None:
+            formulas.append((p.name, p.rule, whole | set(contract.sizes)))
+    for what, formula, known in formulas:
+        unknown = [name for name in formula.names if name not in known]
+        if unknown:
+            raise KernelError(
+                f"{contract.where}: {what} is {formula.text!r}; {unknown[0]} is no whole number "
+                "that is known there."
+            )
 
 
 def _check_entry(contract: Contract) -> None:
@@ -305,11 +342,11 @@ class Kernel:
         contract = self.contract
         names = [*contract.sizes, *(p.name for p in contract.params)]
         axes = [
-            ast.unparse(_Integers().visit(ast.parse(axis.text, mode="eval").body))
+            f"_whole({ast.unparse(_Integers().visit(ast.parse(axis.text, mode='eval').body))})"
             for axis in contract.grid
         ]
         made: Callable[..., tuple[int, ...]] = eval(
-            f"lambda {', '.join(names)}: ({', '.join(axes)},)"
+            f"lambda {', '.join(names)}: ({', '.join(axes)},)", {"_whole": operator.index}
         )
         return made
 
@@ -320,7 +357,16 @@ class Kernel:
         if len(values) != first + len(contract.params):
             wanted = ", ".join([*contract.sizes, *(p.name for p in contract.params)])
             raise KernelError(f"{self.name} takes ({wanted}); {len(values)} values were given.")
-        grid = self._grid(*values)
+        try:
+            grid = self._grid(*values)
+        except (TypeError, ZeroDivisionError) as error:
+            for size, value in zip(contract.sizes, values, strict=False):
+                if not isinstance(value, int | np.integer):
+                    raise KernelError(
+                        f"{self.name}: {size} is {value!r}; it must be whole."
+                    ) from None
+            self._complain([getattr(value, "ptr", value) for value in values[first:]])
+            raise KernelError(f"{self.name}: the grid of {values} is none: {error}.") from None
         if min(grid) < 1:
             raise KernelError(f"{self.name}: the grid is {grid}; every axis must be at least 1.")
         if CHECK:
@@ -376,6 +422,8 @@ def check(contract: Contract, values: tuple[Any, ...]) -> None:
             raise KernelError(f"{name}: {p.name} is {value}; the rule is {p.rule.text}.")
         if not p.is_array:
             continue
+        if not hasattr(value, "dtype"):
+            raise KernelError(f"{name}: {p.name} is {value!r}; it must be an array.")
         if np.dtype(value.dtype) != DTYPES[p.dtype]:
             raise KernelError(f"{name}: {p.name} is {value.dtype}; it must be {p.dtype}.")
         if p.align and value.ptr % p.align:

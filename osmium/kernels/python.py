@@ -12,7 +12,7 @@ a wheel ships it; in a checkout it is compiled at first use and kept there, or i
 folder where that cannot be written.  Its first line carries a hash of the source: a stale text is
 made anew.  CUDA 12.8's compiler makes PTX 8.7, which every driver from 12.8 on takes.
 
-    python -m osmium.kernels.python      compile all of them
+    python -m osmium.kernels.python FOLDER      write all of them there, as a wheel ships them
 """
 
 import hashlib
@@ -20,6 +20,7 @@ import importlib
 import inspect
 import os
 import re
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -108,10 +109,11 @@ class Source:
         made = []
         for name, kind in zip(names, kinds, strict=True):
             pointed = re.match(r"CPointer\((\w+)\)", kind)
-            if pointed:
-                made.append((name, "u64", _POINTS_TO[pointed[1]]))
-            else:
-                made.append((name, _TYPES[kind], ""))
+            known = _POINTS_TO if pointed else _TYPES
+            found = known.get(pointed[1] if pointed else kind)
+            if found is None:
+                raise KernelError(f"{self.name}: {name} is {kind}; known are {', '.join(known)}.")
+            made.append((name, "u64", found) if pointed else (name, found, ""))
         return made
 
     def _header(self) -> str:
@@ -138,9 +140,14 @@ class Source:
         function = types.FunctionType(
             self.function.__code__, {**self.function.__globals__, **found}, self.name
         )
-        text, _ = numba.cuda.compile(
-            function, self.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
-        )
+        try:
+            text, _ = numba.cuda.compile(
+                function, self.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
+            )
+        except (OSError, RuntimeError, ImportError) as error:  # a toolkit wheel is missing
+            raise KernelError(
+                f"{self.name}: Numba finds no CUDA compiler ({error}); pip install 'osmium[build]'."
+            ) from error
         return self._renamed(text)
 
     def _renamed(self, text: str) -> str:
@@ -182,14 +189,20 @@ def _cache() -> Path:
     return Path(base) / "osmium" / "kernels"
 
 
-def compile_all() -> list[str]:
-    """Compile every Numba kernel of the package; their names."""
+def compile_all(folder: Path) -> list[Path]:
+    """Write every Numba kernel of the package to `folder`; the files."""
     importlib.import_module("osmium.kernels.place")
-    for source in KERNELS.values():
-        source.contract()
-    return sorted(KERNELS)
+    folder.mkdir(parents=True, exist_ok=True)
+    made = []
+    for name, source in sorted(KERNELS.items()):
+        made.append(folder / f"{name}.ptx")
+        text = source.contract().text
+        if not made[-1].is_file() or made[-1].read_text(encoding="utf-8") != text:
+            made[-1].write_text(text, encoding="utf-8")
+    return made
 
 
 if __name__ == "__main__":
     # `python -m` runs this file a second time under another name; the registry is in the first.
-    print(*importlib.import_module("osmium.kernels.python").compile_all(), sep="\n")
+    ours = importlib.import_module("osmium.kernels.python")
+    print(*ours.compile_all(Path(sys.argv[1])), sep="\n")

@@ -405,10 +405,16 @@ def serve(
     )
     server = uvicorn.Server(config)
 
+    def leave() -> None:
+        server.should_exit = True
+
     def loaded() -> None:
         if host.failure is not None:
             server.should_exit = True
         elif host.engine is not None:
+            host.engine.when_stopped = leave
+            if host.engine.stopped is not None:
+                leave()
             where = f"[{address}]" if ":" in address else address
             print(
                 f"{served_name or host.engine.name} is served on "
@@ -424,6 +430,8 @@ def serve(
         listening.close()
     if host.failure is not None:
         raise host.failure
+    if host.engine is not None and host.engine.failure is not None:
+        raise host.engine.failure
 
 
 def _listen(address: str, port: int) -> socket.socket:

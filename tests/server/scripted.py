@@ -89,6 +89,8 @@ class Scripted:
         self.defaults = defaults or {}
         self.name = "scripted"
         self.stopped: EngineStopped | None = None
+        self.failure: EngineStopped | None = None
+        self.when_stopped: Callable[[], None] | None = None
         self.asked: list[Asked] = []
         self.arrived = threading.Semaphore(0)
         """Released for each request that came in."""
