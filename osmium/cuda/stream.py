@@ -240,8 +240,8 @@ class Machine:
         """Give everything back: the stream, host memory, and the context with all of VRAM."""
         if self.device.closed:
             return
-        self.device.make_current()
         with contextlib.suppress(CudaError):  # a lost context frees all by itself
+            self.device.make_current()
             self.stream.synchronize()
             for buffer in self._buffers.values():
                 buffer.close()

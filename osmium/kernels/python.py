@@ -146,7 +146,8 @@ class Source:
             )
         except (OSError, RuntimeError, ImportError) as error:  # a toolkit wheel is missing
             raise KernelError(
-                f"{self.name}: Numba finds no CUDA compiler ({error}); pip install 'osmium[build]'."
+                f"{self.name}: Numba finds no CUDA compiler ({' '.join(str(error).split())}); "
+                "pip install 'osmium[build]'."
             ) from error
         return self._renamed(text)
 

@@ -1,11 +1,15 @@
 """The machine itself: memory on both sides, order, graphs, and what goes wrong."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from threading import Thread
 
 import numpy as np
 import pytest
 
-from osmium.cuda.memory import HostBuffer, HostKind
+from osmium.cuda.memory import HostBuffer, HostKind, Pool
 from osmium.cuda.stream import Event, Machine, Stream
 from osmium.errors import KernelError, OutOfMemory
 from osmium.kernels.ptx import Kernel, kernel, parse
@@ -132,3 +136,140 @@ def test_a_launch_too_large_is_said_with_its_kernel(machine: Machine) -> None:
     out = machine.empty((4, 4), np.float32)
     with pytest.raises(KernelError, match="silu_mul_f32"):
         kernel("silu_mul_f32")(machine.stream, 1 << 20, out, out, 4)
+
+
+REACH = """//: entry   reach
+//: grid    1
+//: block   32
+//: dynamic n
+//: param   out  u64  out u32[1]
+//: param   n    u32
+.version 7.8
+.target sm_80
+.address_size 64
+.extern .shared .align 16 .b8 room[];
+.visible .entry reach(
+    .param .u64 out, .param .u32 n)
+.maxntid 32
+{
+    .reg .u64 %out;
+    .reg .u32 %lane, %at, %last, %value;
+    .reg .pred %other;
+    mov.u32 %lane, %tid.x;
+    setp.ne.u32 %other, %lane, 0;
+    @%other bra done;
+    ld.param.u64 %out, [out];
+    ld.param.u32 %last, [n];
+    mov.u32 %at, room;
+    add.u32 %at, %at, %last;
+    st.shared.u32 [%at+-4], %last;
+    ld.shared.u32 %value, [%at+-4];
+    st.global.u32 [%out], %value;
+done:
+    ret;
+}
+"""
+
+
+def reaching(text: str) -> Kernel:
+    contract = parse(text, "reach.ptx")
+    return Kernel("reach", lambda: contract)
+
+
+def test_shared_memory_past_48_kib_is_asked_for_on_every_stream(machine: Machine) -> None:
+    """It writes and reads the last word of its dynamic shared memory."""
+    reach, out = reaching(REACH), machine.empty((1,), np.uint32)
+    other = Stream(machine.device)
+    for stream, nbytes in (
+        (machine.stream, 96 << 10), (other, 60 << 10), (machine.stream, 80 << 10),
+        (other, 96 << 10), (machine.stream, 1 << 10),
+    ):  # fmt: skip
+        reach(stream, out, nbytes)
+        stream.synchronize()
+        assert machine.copy_out(out)[0] == nbytes
+    with pytest.raises(KernelError, match="reach"):
+        reach(machine.stream, out, 1 << 20)
+    other.close()
+
+
+def test_two_texts_may_share_an_entrys_name(machine: Machine) -> None:
+    """The same name with other numbers in it is another kernel."""
+    out = machine.empty((1,), np.uint32)
+    for word in ("%last", "64"):
+        text = REACH.replace("[%at+-4], %last", f"[%at+-4], {word}")
+        reaching(text)(machine.stream, out, 256)
+        assert machine.copy_out(out)[0] == (256 if word == "%last" else 64)
+
+
+def test_a_frozen_pool_gives_nothing_more(machine: Machine) -> None:
+    pool = Pool(machine.device)
+    kept = pool.empty((16,), np.uint8)
+    pool.freeze()
+    with pytest.raises(AssertionError, match="32"):
+        pool.empty((32,), np.uint8)
+    assert pool.used == kept.nbytes
+
+
+@pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
+def test_too_much_host_memory_is_refused_with_the_number(machine: Machine, kind: HostKind) -> None:
+    with pytest.raises(OutOfMemory, match=r"1073741824\.00 GiB"):
+        HostBuffer(machine.device, 1 << 60, kind)
+
+
+def test_another_thread_launches_once_the_context_is_current_there(machine: Machine) -> None:
+    count = 1000
+    out, one = (machine.empty((count,), np.float32) for _ in range(2))
+    machine.copy_in(one, np.ones(count, np.float32))
+    machine.fill(out, 0)
+    machine.synchronize()
+    failed: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            machine.device.make_current()
+            ADD(machine.stream, out, one, count)
+            machine.synchronize()
+        except BaseException as error:
+            failed.append(error)
+
+    thread = Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not failed
+    assert (machine.copy_out(out) == 1).all()
+
+
+LOSE = """
+import numpy as np
+from osmium.cuda.driver import Device
+from osmium.cuda.memory import DeviceArray
+from osmium.cuda.stream import Machine
+from osmium.errors import CudaError
+from osmium.kernels.ptx import kernel
+
+machine = Machine(Device())
+out = machine.empty((1024,), np.float32)
+nowhere = DeviceArray(0, (1024,), np.float32, None)
+for again in range(2):
+    try:
+        kernel("add_f32")(machine.stream, out, nowhere, 1024)
+        machine.synchronize()
+    except CudaError as error:
+        print(error.lost, error.code, "add_f32" in str(error), "restart" in str(error))
+machine.close()
+"""
+
+
+@pytest.mark.parametrize("sync", ["0", "1"])
+def test_a_lost_context_says_so_and_with_sync_names_the_kernel(gpu: GpuOps, sync: str) -> None:
+    """In a process of its own, as nothing can be done with a context after that."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOSE],
+        env={**os.environ, "OSMIUM_SYNC": sync},
+        capture_output=True,
+        text=True,
+    )
+    first = done.stdout.splitlines()[0]
+    assert first == f"True 700 {sync == '1'} True", done.stderr
+    assert len(done.stdout.splitlines()) == 2, "everything after it fails too"
+    assert done.returncode == 0, done.stderr

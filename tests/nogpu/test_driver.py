@@ -1,7 +1,12 @@
 """The driver layer where there is no GPU, and what it says of results."""
 
+import functools
+import sys
+from types import ModuleType
+
 import pytest
 
+from osmium.cuda import driver
 from osmium.cuda.driver import Device, Driver, load_driver
 from osmium.cuda.memory import DeviceArray
 from osmium.errors import NoDevice
@@ -27,12 +32,57 @@ def test_a_machine_without_a_gpu_gives_one_clear_error() -> None:
         pytest.skip("there is a GPU here")
 
 
-def test_the_driver_is_asked_again_after_it_was_not_there() -> None:
-    for _ in range(2):
-        try:
-            load_driver()
-        except NoDevice:
-            continue
+def hide(monkeypatch: pytest.MonkeyPatch, binding: object) -> None:
+    """Let `binding` be what is imported as the driver's; None: it is not installed."""
+    package = ModuleType("cuda.bindings")
+    if binding is not None:
+        package.driver = binding  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda.bindings", package)
+    monkeypatch.delitem(sys.modules, "cuda.bindings.driver", raising=False)
+    monkeypatch.setattr(driver, "load_driver", functools.cache(load_driver.__wrapped__))
+
+
+def test_without_the_binding_the_error_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    hide(monkeypatch, None)
+    with pytest.raises(NoDevice, match=r"osmium\[cu13\]"):
+        Device()
+
+
+class Binding:
+    """The two calls by which a driver is judged."""
+
+    def __init__(self, init: int, version: int) -> None:
+        self.init, self.version = init, version
+
+    def cuInit(self, flags: int) -> tuple[Result]:
+        if self.init < 0:
+            raise RuntimeError("Failed to dlopen libcuda.so.1")
+        return (Result(self.init, "CUDA_ERROR_NO_DEVICE"),)
+
+    def cuDriverGetVersion(self) -> tuple[Result, int]:
+        return Result(0, "CUDA_SUCCESS"), self.version
+
+
+@pytest.mark.parametrize(
+    ("init", "version", "named"),
+    [(-1, 0, "libcuda"), (100, 0, "CUDA_ERROR_NO_DEVICE"), (0, 12040, r"12\.4")],
+)
+def test_no_driver_no_gpu_and_an_old_driver_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, init: int, version: int, named: str
+) -> None:
+    hide(monkeypatch, Binding(init, version))
+    with pytest.raises(NoDevice, match=named):
+        Device()
+
+
+def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    binding = Binding(100, 12080)
+    hide(monkeypatch, binding)
+    with pytest.raises(NoDevice):
+        driver.load_driver()
+    binding.init = 0
+    assert driver.load_driver()("cuDriverGetVersion") == 12080
+    assert driver.load_driver() is driver.load_driver()
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,12 @@ def test_bytes_moved_are_the_contracts_formula() -> None:
         ("//: order   fixed", "//: wishes  none", "wishes"),
         ("//: block   64\n", "", "block"),
         ("//: order   fixed\n", "//: order   fixed\n//: order   atomic\n", "order"),
+        ("//: dynamic n * 4", "//:dynamic n * 4", "//:dynamic n * 4"),
+        ("//: order   fixed", "//: order", "//: order"),
+        ("//: dynamic n * 4", "//: dynamic rows * 4", "rows"),
+        ("//: moves   rows * n * 8", "//: moves   rows * m * 8", "m is no"),
+        ("//: grid    ceil(n / 64), rows", "//: grid    ceil(scale / 64), rows", "scale"),
+        ("n % 4 == 0", "n % width == 0", "width"),
     ],
 )
 def test_a_broken_contract_is_refused_by_name(old: str, new: str, named: str) -> None:
@@ -122,6 +128,12 @@ def test_a_broken_contract_is_refused_by_name(old: str, new: str, named: str) ->
     with pytest.raises(KernelError, match=r"scale\.ptx") as refused:
         made(HEADER.replace(old, new))
     assert named in str(refused.value)
+
+
+def test_a_refusal_names_its_line() -> None:
+    at = HEADER.splitlines().index("//: block   64") + 1
+    with pytest.raises(KernelError, match=rf"scale\.ptx:{at}\b"):
+        made(HEADER.replace("//: block   64", "//: block   many"))
 
 
 @pytest.mark.parametrize(
@@ -149,8 +161,23 @@ def test_a_value_of_the_wrong_kind_names_its_parameter(at: int, value: object, n
 
 @pytest.mark.parametrize(
     ("at", "value", "named"),
+    [(0, 2.5, "rows is 2.5"), (0, None, "rows is None"), (5, 64.0, "n is 64.0"), (5, "x", "n is")],
+)
+def test_a_grid_of_what_is_not_whole_names_the_size(at: int, value: object, named: str) -> None:
+    values: list[Any] = [3, floats(0, 3, 64), 0, floats(0, 3, 64), 1.0, 64]
+    stream = Stream()
+    made()(stream, *values)
+    values[at] = value
+    with pytest.raises(KernelError, match=named):
+        made()(stream, *values)
+    assert len(stream.seen) == 1, "what is refused is not launched"
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "named"),
     [
         (1, floats(8, 3, 8), "align"),
+        (3, 1 << 40, "x is"),
         (1, floats(16, 3, 7), "out"),
         (3, Array(16, (3, 8), np.uint16, 96), "uint16"),
         (5, 6, "n % 4"),

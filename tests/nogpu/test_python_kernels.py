@@ -1,12 +1,14 @@
 """Kernels written in Python: compiled to PTX for a 12.8 driver, kept, and made anew if stale."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 from osmium.errors import KernelError
 from osmium.kernels import python
+from osmium.kernels.ptx import parse
 from osmium.kernels.python import KERNELS, Source, cuda, python_kernel
 
 pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
@@ -58,6 +60,35 @@ def test_a_signature_must_fit_its_function() -> None:
     wrong = Source(double, "void(CPointer(float32))", 128, "1", 32)
     with pytest.raises(KernelError, match="2"):
         wrong.text()
+
+
+def test_a_type_that_no_contract_has_is_refused_by_name() -> None:
+    for signature, named in (
+        ("void(CPointer(float64), uint32)", r"out is CPointer\(float64\)"),
+        ("void(CPointer(float32), float64)", "n is float64"),
+    ):
+        with pytest.raises(KernelError, match=named):
+            Source(double, signature, 128, "1", 32).text()
+
+
+def test_the_packages_kernels_are_written_where_a_wheel_takes_them(elsewhere: Path) -> None:
+    (elsewhere / "compiled").mkdir()
+    (elsewhere / "compiled" / "place.ptx").write_text("stale")
+    (path,) = python.compile_all(elsewhere / "compiled")
+    assert path == elsewhere / "compiled" / "place.ptx"
+    contract = parse(path.read_text(), path.name)
+    assert contract.entry == "place" and contract.block == 256
+    assert path.read_text().startswith(f"// place, compiled from Python {KERNELS['place'].key}\n")
+
+
+def test_without_numba_a_compiled_kernel_is_read_and_another_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = source().text()
+    monkeypatch.setitem(sys.modules, "numba", None)
+    assert source().text() == text
+    with pytest.raises(KernelError, match=r"osmium\[build\]"):
+        source(grid="n").text()
 
 
 def test_the_decorator_registers_and_waits() -> None:
