@@ -250,8 +250,9 @@ class EngineConfig:
     """Most tokens of a prefill step."""
     page: int = 64
     """Tokens a page of KV."""
-    sequences: int = 4
-    """Most requests whose state is held at once; others wait."""
+    sequences: int | None = None
+    """Most requests whose state is held at once, others wait; None is 4, or as many as a step has
+    rows."""
     routing: str | None = None
     """A trace that is replayed instead of the router's choice, for benchmarks on random weights."""
     cache_dir: str | None = None
@@ -270,8 +271,16 @@ class EngineConfig:
             if value not in known:
                 names = ", ".join(str(one) for one in known)
                 raise ConfigError(f"{_flag(name)} is {value!r}; it must be one of {names}.")
-        least = {"chunk": 1, "page": 1, "sequences": 1}
-        optional = {"kv_cache_mb": 1, "context": 2, "vram": 1, "ram": 1, "ram_floor": 1, "slots": 1}
+        least = {"chunk": 1, "page": 1}
+        optional = {
+            "kv_cache_mb": 1,
+            "context": 2,
+            "vram": 1,
+            "ram": 1,
+            "ram_floor": 1,
+            "slots": 1,
+            "sequences": 1,
+        }
         for name, low in {**least, **optional}.items():
             value = getattr(self, name)
             if value is None and name in optional:

@@ -135,19 +135,19 @@ def make_plan(
     if machine.gpu and kv_dtype != "bf16":
         raise ConfigError(f"--kv-dtype is {kv_dtype}; on the GPU this version keeps KV in bf16.")
     rows = min(options.chunk, context)
-    if options.sequences > rows:
+    sequences = min(4, rows) if options.sequences is None else options.sequences
+    if sequences > rows:
         raise ConfigError(
-            f"--sequences is {options.sequences}; a step of --chunk {rows} tokens has to hold one "
-            "of each."
+            f"--sequences is {sequences}; a step of --chunk {rows} tokens has to hold one of each."
         )
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.layers, config.experts
     fixed = {
         "KV": state_bytes(config, pages, options.page, 0, kv_dtype),
-        "recurrent states": state_bytes(config, 0, options.page, options.sequences, kv_dtype),
+        "recurrent states": state_bytes(config, 0, options.page, sequences, kv_dtype),
         "workspace": workspace_bytes(config, rows)
         + store_bytes(rows, experts, experts, config.top_k, config.expert_size)
-        + runner_bytes(config.vocab, rows, options.sequences, -(-context // options.page)),
+        + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
     }
     arena = layers * experts * record.nbytes
     embed = sum(size for name, size in weights if name == "embed")
@@ -186,7 +186,7 @@ def make_plan(
             "model, or say --ram SIZE if the system reports too little."
         )
     return Plan(
-        "gpu" if machine.gpu else "cpu", context, options.page, pages, options.sequences, rows,
+        "gpu" if machine.gpu else "cpu", context, options.page, pages, sequences, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit,
     )  # fmt: skip
 

@@ -96,6 +96,11 @@ def test_the_context_is_the_models_up_to_a_sane_length() -> None:
     assert plan(model=replace(MODEL, max_context=5000)).context == 5000
 
 
+def test_short_steps_hold_fewer_sequences_unless_told_otherwise() -> None:
+    assert [plan(chunk=n).sequences for n in (1, 3, 512)] == [1, 3, 4]
+    assert plan(chunk=8, sequences=8).sequences == 8
+
+
 def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
     assert plan(hcs=False).slots == MODEL.top_k
 
