@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from osmium.cuda.driver import Device
+from osmium.engine.plan import available_ram
 from osmium.errors import DeviceError, NoDevice
 
 __all__ = ["Finding", "examine"]
@@ -126,28 +127,17 @@ def _links() -> list[Finding]:
 def _memory() -> list[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
-    limit = _cgroup_limit()
     found = [Finding("memory", text)]
-    if limit is not None and limit < memory.total:
+    available, limit = available_ram()
+    if limit < memory.total:
         found.append(
             Finding(
-                "cgroup limit",
-                f"{limit / GIB:.1f} GiB",
+                "memory limit",
+                f"{limit / GIB:.1f} GiB, {available / GIB:.1f} GiB of it available",
                 "The container allows less than the machine has; raise its memory limit.",
             )
         )
     return found
-
-
-def _cgroup_limit() -> int | None:
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(path).read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < 1 << 60:
-            return int(text)
-    return None
 
 
 def _swap() -> list[Finding]:
