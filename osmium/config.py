@@ -4,13 +4,17 @@
 """
 
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from osmium.errors import CheckpointError, ConfigError
 
-__all__ = ["EngineConfig", "ModelConfig", "Progress", "parse_count", "parse_size"]
+__all__ = [
+    "EngineConfig", "ModelConfig", "Progress", "parse_count", "parse_size", "user_cache",
+]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
 """Called as (stage, done, total) while something long runs; stage is a short word for people."""
@@ -293,6 +297,11 @@ class EngineConfig:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def user_cache() -> Path:
+    """Where what can be made again is kept: osmium in $XDG_CACHE_HOME, else in ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
 
 
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

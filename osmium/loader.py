@@ -90,8 +90,7 @@ def _gpu(config: EngineConfig) -> Gpu | None:
     if config.device == "cpu":
         return None
     try:
-        kind = "pinned" if config.wc_alloc is False else "write-combined"
-        return Gpu(Device(), "pinned" if kind == "pinned" else "write-combined")
+        return Gpu(Device(), "pinned" if config.wc_alloc is False else "write-combined")
     except NoDevice:
         if config.device == "gpu":
             raise

@@ -73,20 +73,19 @@ POLICIES = (
 
 def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     """The share of uses hit after the first `skip` tokens, by a policy of POLICIES."""
-    layers = trace.ids.shape[1]
     if policy == "static":
         return _static(trace, slots, skip)
+    each, worth, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
     if policy == "quotas":
-        return float(simulate(trace, _quotas(trace, slots), _decayed(24), 24, skip).mean())
-    each = np.full(layers, slots)
-    if policy == "lru":
-        return float(simulate(trace, each, _lru, 24, skip).mean())
-    if policy == "popular":
-        return float(simulate(trace, each, _popular, 16, skip).mean())
-    if policy == "belady":
-        return float(simulate(trace, each, _belady, 24, skip).mean())
-    half_life = float(policy.removeprefix("decayed "))
-    return float(simulate(trace, each, _decayed(half_life), half_life, skip).mean())
+        each = _quotas(trace, slots)
+    elif policy == "popular":
+        worth, half_life = _popular, 16
+    elif policy in ("lru", "belady"):
+        worth = _lru if policy == "lru" else _belady
+    else:
+        half_life = float(policy.removeprefix("decayed "))
+        worth = _decayed(half_life)
+    return float(simulate(trace, each, worth, half_life, skip).mean())
 
 
 def simulate(

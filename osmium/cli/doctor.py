@@ -14,6 +14,7 @@ from typing import Any
 
 import psutil
 
+from osmium.config import user_cache
 from osmium.cuda.driver import Device
 from osmium.engine.plan import available_ram
 from osmium.errors import DeviceError, NoDevice
@@ -167,13 +168,12 @@ def _huge_pages() -> list[Finding]:
 
 
 def _disk() -> list[Finding]:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = base / "osmium"
-    here = cache if cache.exists() else base if base.exists() else Path.home()
+    cache = user_cache()
+    here = next((one for one in (cache, cache.parent) if one.exists()), Path.home())
     free = shutil.disk_usage(here).free
     advice = ""
     if free < 70 * GIB:
-        advice = "A packed 122B model takes 68 GB; --cache-dir puts it on another disk."
+        advice = "A packed 122B model takes 71 GB; --cache-dir puts it on another disk."
     writable = os.access(here, os.W_OK)
     if not writable:
         advice = f"{here} cannot be written; set XDG_CACHE_HOME or --cache-dir."

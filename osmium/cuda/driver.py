@@ -97,8 +97,6 @@ class Device:
         self.driver_version = int(self.driver("cuDriverGetVersion"))
         self.name = self.driver("cuDeviceGetName", 96, self.handle).split(b"\0")[0].decode()
         self.capability = (self._attribute(75), self._attribute(76))
-        self.multiprocessors = self._attribute(16)
-        self.l2_bytes = self._attribute(38)
         if self.capability < (8, 0):
             raise NoDevice(
                 f"{self.name} is sm_{self.capability[0]}{self.capability[1]}; Osmium needs sm_80 "

@@ -162,10 +162,13 @@ class Engine:
         Raises: RequestError, EngineStopped.
         """
         ids = [int(one) for one in prompt]
-        self._check_forced([ids])
+        self._check_forced([ids])  # before the array, which a wrong length would make huge
         out = np.empty((len(ids), self.config.vocab), np.float32)
-        for rows, piece in self.forced([ids], self._runner.rows):
-            out[rows[0] : rows[0] + len(piece)] = piece
+
+        def keep(position: int, sequence: int, piece: npt.NDArray[np.float32]) -> None:
+            out[position : position + len(piece)] = piece
+
+        self.each_forced([ids], self._runner.rows, keep)
         return out
 
     def forced(

@@ -54,12 +54,13 @@ class Runner:
         self.rows, self.sequences, self.table = rows, sequences, table
         self._block = ops.empty((_integers(rows, sequences, table),), np.int32)
         self._host = np.zeros(_integers(rows, sequences, table), np.int32)
+        self._there, self._here = self._views(self._block), self._views(self._host)
         self._logits = ops.empty((LOGIT_ROWS, model.config.vocab), np.float32)
         self._replays: dict[int, Callable[[], None]] = {}
         """Steps of one row a sequence, by how many: they differ in nothing but the block."""
         self._warm: set[int] = set()
         self._ready = 0
-        """Rows, from the first, whose logits have been made already."""
+        """Rows, from the first, whose logits are in `_logits`."""
 
     def forward(self, batch: Batch) -> None:
         """Compute the batch's pending tokens; their states are kept."""
@@ -76,7 +77,7 @@ class Runner:
     def _decode(self, step: Step) -> None:
         """One row a sequence, logits included: launched once, then recorded, then replayed."""
         rows = step.tokens
-        out, wanted = self._logits[:rows], self._views(self._block)["wanted"][:rows]
+        out, wanted = self._logits[:rows], self._there["wanted"][:rows]
 
         def run() -> None:
             self.model.forward(step, self.state)
@@ -93,9 +94,12 @@ class Runner:
         """The logits of some rows of the last step, in pieces f32 [<= LOGIT_ROWS, vocab]."""
         for start in range(0, len(rows), LOGIT_ROWS):
             piece = rows[start : start + LOGIT_ROWS]
-            out = self._logits[: len(piece)]
-            if not np.array_equal(piece, np.arange(self._ready)):
-                wanted = self._views(self._block)["wanted"][: len(piece)]
+            first, count = int(piece[0]), len(piece)
+            if first + count <= self._ready and np.array_equal(piece - first, np.arange(count)):
+                out = self._logits[first : first + count]
+            else:
+                out, wanted = self._logits[:count], self._there["wanted"][:count]
+                self._ready = 0  # what was there is written over
                 self.ops.copy_in(wanted, piece)
                 self.model.head(out, wanted)
             yield self.ops.copy_out(out).astype(np.float32, copy=False)
@@ -105,7 +109,7 @@ class Runner:
         tokens, sequences = sum(counts), len(counts)
         assert tokens <= self.rows, f"{tokens} tokens in a step of at most {self.rows}"
         assert sequences <= self.sequences, f"{sequences} sequences, room for {self.sequences}"
-        views, device = self._views(self._host), self._views(self._block)
+        views, device = self._here, self._there
         row = 0
         views["starts"][0] = 0
         for s, (request, count) in enumerate(batch.parts):

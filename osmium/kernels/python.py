@@ -26,6 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from osmium.config import user_cache
 from osmium.errors import KernelError
 from osmium.kernels.ptx import Contract, Kernel, parse
 
@@ -79,7 +80,7 @@ class Source:
     def text(self) -> str:
         """Compiled before, or now.  Raises: KernelError where it is neither there nor makeable."""
         first = f"// {self.name}, compiled from Python {self.key}"
-        folders = [Path(__file__).with_name("compiled"), _cache()]
+        folders = [Path(__file__).with_name("compiled"), user_cache() / "kernels"]
         for folder in folders:
             path = folder / f"{self.name}.ptx"
             if path.is_file():
@@ -183,11 +184,6 @@ def python_kernel(
         return Kernel(source.name, source.contract)
 
     return decorate
-
-
-def _cache() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(base) / "osmium" / "kernels"
 
 
 def compile_all(folder: Path) -> list[Path]:

@@ -9,7 +9,7 @@ import json
 import os
 from pathlib import Path
 
-from osmium.config import EngineConfig, ModelConfig, Progress
+from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.weights.checkpoint import Checkpoint, Formats
 from osmium.weights.packed import FILES, Packed, locked, open_packed, write_packed
@@ -141,7 +141,7 @@ def cache_folder(config: EngineConfig) -> Path:
     """--cache-dir, or osmium in $XDG_CACHE_HOME."""
     if config.cache_dir:
         return Path(config.cache_dir)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
+    return user_cache()
 
 
 def resolve(model: str | os.PathLike[str] | None) -> Path:
