@@ -48,8 +48,8 @@ SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
 FETCH_BLOCKS = 4
-"""Thread blocks that copy one record.  Eight to sixteen saturate the link (H100, PCIe 5 x16,
-2026-11), and a token misses a few experts a layer at once."""
+"""Thread blocks that copy one record: a token misses a few experts a layer at once, and sixteen
+blocks move 50 GB/s (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).  Four is not measured."""
 
 
 class Machine(Protocol):
