@@ -357,7 +357,7 @@ class Engine:
                 start = len(chosen)
                 for logits, request in zip(piece, ready[start:], strict=False):
                     chosen.append(sample(logits, request))
-        except Exception as error:
+        except Exception as error:  # whatever a step met, it fails its own requests and no others
             if isinstance(error, CudaError) and error.lost:
                 raise
             failed = (
@@ -410,14 +410,14 @@ class Engine:
         if error is None:
             try:
                 text = request.stops.flush()
-            except Exception as problem:
+            except Exception as problem:  # the decoder's, when all that is left is to say the end
                 reason, error = FinishReason.ERROR, _not_given_out(problem)
         if request.stops.hit and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP  # the stop text ended in what the decoder still held
         counts = request.prompt_tokens, request.completion_tokens
         try:
             request.emit(Finish(reason, text, *counts, error))
-        except Exception as problem:
+        except Exception as problem:  # the caller's own: nobody is left to tell but the log
             _not_given_out(problem)
 
     def _force(
