@@ -66,7 +66,12 @@ def test_nobody_beats_belady_and_everybody_hits_when_all_is_resident(
     t = trace(rng, 200, 3, 16, 2)
     bound = policies.hit_rate(t, 5, "belady", 20)
     assert policies.hit_rate(t, 5, policy, 20) <= bound + 1e-12
-    assert policies.hit_rate(t, 16, policy, 150) == pytest.approx(1, abs=0.02)
+    # With room for all, what misses is the first use of each expert, and nothing else.
+    first = 0
+    for layer in t.ids.swapaxes(0, 1):
+        _, where = np.unique(layer, return_index=True)
+        first += int((where // 2 >= 150).sum())
+    assert policies.hit_rate(t, 16, policy, 150) == pytest.approx(1 - first / (50 * 3 * 2))
 
 
 def test_quotas_share_out_the_same_number_of_slots(rng: np.random.Generator) -> None:
