@@ -132,8 +132,12 @@ def _build(
     if options.routing is not None:
         store.trace = ops.put(_routing(options.routing, packed))
     model = model_class(config.model_type)(ops, config, weights, store, plan.chunk)
-    state = make_state(ops, config, plan.pages, plan.page, plan.sequences, plan.kv_dtype)
-    runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages)
+    # One page and one slot are nobody's: rows that have ended write there.
+    state = make_state(ops, config, plan.pages + 1, plan.page, plan.sequences + 1, plan.kv_dtype)
+    ahead = 0 if gpu is None else 1
+    runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages, ahead)
+    if gpu is not None:
+        runner.prepare()
     ops.synchronize()
     if gpu is not None:
         gpu.pool.freeze()  # nothing is allocated while serving

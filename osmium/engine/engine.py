@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
+from osmium.engine.forced import forced_logits
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -26,8 +27,8 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
 )
-from osmium.engine.runner import Runner
-from osmium.engine.sampler import sample
+from osmium.engine.runner import Reply, Runner
+from osmium.engine.sampler import no_token, plain, sample
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.state import Seats
 from osmium.engine.stops import Stops
@@ -111,7 +112,7 @@ class Engine:
                 )
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, Stops(decoder, params.stop), seed)
+        request = Request(ids, params, on_event, Stops(decoder, params.stop), seed, self.context)
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -180,7 +181,7 @@ class Engine:
         else runs meanwhile.  Raises: RequestError, EngineStopped.
         """
         self._check_forced(sequences)
-        return self.call(lambda: list(self._force(sequences, chunk)))
+        return self.call(lambda: list(self._forced(sequences, chunk)))
 
     def each_forced(
         self,
@@ -192,10 +193,15 @@ class Engine:
         self._check_forced(sequences)
 
         def job() -> None:
-            for (position, sequence), piece in self._force(sequences, chunk):
+            for (position, sequence), piece in self._forced(sequences, chunk):
                 use(position, sequence, piece)
 
         self.call(job)
+
+    def _forced(
+        self, sequences: list[list[int]], chunk: int
+    ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
+        return forced_logits(self._runner, self._scheduler, sequences, chunk)
 
     def call(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.
@@ -345,6 +351,11 @@ class Engine:
 
     def _step(self, batch: Batch) -> None:
         try:
+            if self._runner.store.recorder is None and all(
+                request.pending == 1 and plain(request) for request, _ in batch.parts
+            ):
+                self._reply(batch)
+                return
             self._runner.forward(batch)
             rows, ready, row = [], [], 0
             for request, count in batch.parts:
@@ -369,14 +380,57 @@ class Engine:
                 self._finish(request, FinishReason.ERROR, failed)
             return
         for request, count in batch.parts:
-            fresh = min(count, max(0, request.prompt_tokens - request.computed))
-            self._tokens["prompt"] += fresh
-            request.computed += count
+            self._computed(request, count)
         for request, (token, logprob, top) in zip(ready, chosen, strict=True):
-            try:
-                self._take(request, token, logprob, top)
-            except Exception as error:  # a decoder or `on_event`: nobody else may suffer from it
-                self._finish(request, FinishReason.ERROR, _not_given_out(error))
+            self._give(request, token, logprob, top)
+
+    def _reply(self, batch: Batch) -> None:
+        """Let the device go from token to token, until something else is to be done."""
+        reply = self._runner.begin(batch)
+        reply.launch()
+        while reply.outstanding:
+            while reply.outstanding <= self._runner.ahead and self._may_go_on(reply):
+                reply.launch()
+            for request, token in zip(reply.requests, reply.take(), strict=True):
+                if request.done or token == -2:
+                    continue
+                self._computed(request, 1)
+                if token == -1:
+                    self._finish(request, FinishReason.ERROR, no_token())
+                else:
+                    self._give(request, token, None, ())
+            if not reply.outstanding and self._may_go_on(reply):
+                reply.launch()
+
+    def _may_go_on(self, reply: Reply) -> bool:
+        """Whether another step of the same rows is wanted, and has pages to write to."""
+        more = reply.outstanding + 1
+        return (
+            not self._closing
+            and self._inbox.empty()
+            and not (self._scheduler.waiting and self._seats.free_slots)
+            and len(self._scheduler.running) == len(reply.requests)
+            and not any(one.done or one.cancelled.is_set() for one in reply.requests)
+            and all(one.left >= more for one in reply.requests)
+            and all(self._seats.grow(one, one.computed + more) for one in reply.requests)
+        )
+
+    def _computed(self, request: Request, count: int) -> None:
+        """So many more of its tokens are in the model's state."""
+        self._tokens["prompt"] += min(count, max(0, request.prompt_tokens - request.computed))
+        request.computed += count
+
+    def _give(
+        self,
+        request: Request,
+        token: int,
+        logprob: float | None,
+        top: tuple[tuple[int, float], ...],
+    ) -> None:
+        try:
+            self._take(request, token, logprob, top)
+        except Exception as error:  # a decoder or `on_event`: nobody else may suffer from it
+            self._finish(request, FinishReason.ERROR, _not_given_out(error))
 
     def _take(
         self,
@@ -396,7 +450,7 @@ class Engine:
         request.emit(Token(token, text, logprob, top))
         if request.stops.hit:
             self._finish(request, FinishReason.STOP)
-        elif request.completion_tokens == params.max_tokens or len(request.tokens) >= self.context:
+        elif request.left <= 0:
             self._finish(request, FinishReason.LENGTH)
 
     def _finish(
@@ -420,54 +474,7 @@ class Engine:
         except Exception as problem:  # the caller's own: nobody is left to tell but the log
             _not_given_out(problem)
 
-    def _force(
-        self, sequences: list[list[int]], chunk: int
-    ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        """Teacher forcing on slots and pages of its own; whoever is running is read again later."""
-        for request in list(reversed(self._scheduler.running)):
-            self._scheduler.preempt(request)
-        every = list(enumerate(sequences))
-        while every:
-            group: list[tuple[int, Request]] = []
-            while every and len(group) < min(
-                self._runner.sequences, max(1, self._runner.rows // chunk)
-            ):
-                index, ids = every[0]
-                request = Request(ids, SamplingParams(), _ignore, None, 0)
-                if not self._seats.sit(request):
-                    break
-                if not self._seats.grow(request, len(ids)):
-                    self._seats.leave(request)
-                    break
-                group.append((index, request))
-                every.pop(0)
-            assert group, "a sequence of at most the context always fits alone"
-            try:
-                while live := [(i, r) for i, r in group if r.pending]:
-                    parts = [(r, min(r.pending, chunk)) for _, r in live]
-                    self._runner.forward(Batch(parts))
-                    yield from self._forced_rows(live, parts)
-            finally:
-                for _, request in group:
-                    self._seats.leave(request)
-
-    def _forced_rows(
-        self, live: list[tuple[int, Request]], parts: list[tuple[Request, int]]
-    ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        row = 0
-        for (index, request), (_, count) in zip(live, parts, strict=True):
-            at = request.computed
-            for piece in self._runner.logits(np.arange(row, row + count, dtype=np.int32)):
-                yield (at, index), piece
-                at += len(piece)
-            request.computed += count
-            row += count
-
 
 def _not_given_out(error: Exception) -> OsmiumError:
     LOG.warning("A reply could not be given out: %r", error)
     return OsmiumError(f"The reply could not be given out: {error!r}")
-
-
-def _ignore(event: Event) -> None:
-    """Teacher forcing emits nothing."""

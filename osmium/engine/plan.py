@@ -143,8 +143,9 @@ def make_plan(
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.layers, config.experts
     fixed = {
-        "KV": state_bytes(config, pages, options.page, 0, kv_dtype),
-        "recurrent states": state_bytes(config, 0, options.page, sequences, kv_dtype),
+        # a page and a slot more than are given out: rows of a step that have ended write there
+        "KV": state_bytes(config, pages + 1, options.page, 0, kv_dtype),
+        "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows)
         + store_bytes(rows, experts, experts, config.top_k, config.expert_size)
         + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
@@ -199,11 +200,11 @@ def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: s
     page = state_bytes(config, 1, options.page, 0, kv_dtype)
     if page == 0:
         return least  # no attention layer keeps anything
-    pages = (options.kv_cache_mb << 20) // page
+    pages = (options.kv_cache_mb << 20) // page - 1  # one is nobody's
     if pages < least:
         raise ConfigError(
             f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page} tokens, the context "
-            f"is {context}. Raise it to {-(-least * page >> 20)}, or lower --context."
+            f"is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
         )
     return pages
 

@@ -151,11 +151,14 @@ class Request:
         emit: Callable[[Event], None],
         stops: Any,
         seed: int,
+        room: int = 1 << 30,
     ) -> None:
         self.params = params
         self.emit = emit
         self.stops = stops
         self.seed = seed
+        self.room = room
+        """Most tokens, prompt and reply."""
         self.tokens = list(prompt)
         """Prompt and reply."""
         self.prompt_tokens = len(prompt)
@@ -170,6 +173,14 @@ class Request:
     def pending(self) -> int:
         """Tokens that must be computed before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.computed
+
+    @property
+    def left(self) -> int:
+        """Tokens that may still be said: by max_tokens, and by the context."""
+        most = self.room - len(self.tokens)
+        if self.params.max_tokens is None:
+            return most
+        return min(most, self.params.max_tokens - self.completion_tokens)
 
     @property
     def generated(self) -> list[int]:

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.engine.request import Request, SamplingParams
+from osmium.engine.request import Request
 from osmium.errors import OsmiumError
+from osmium.ops.sampling import draw
 
-__all__ = ["log_softmax", "sample"]
+__all__ = ["chance", "log_softmax", "no_token", "plain", "sample"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -29,18 +30,10 @@ def sample(
     """
     params = request.params
     if not np.isfinite(logits.max()):
-        raise OsmiumError(
-            f"The largest logit is {logits.max()}, so no token can be chosen: the weights are "
-            "damaged, or a kernel computes wrongly."
-        )
+        raise no_token()
     scores = _adjusted(logits, request)
-    if params.temperature == 0:
-        token = int(scores.argmax())
-    else:
-        ids, p = _filtered(scores, params)
-        draw = _uniform(request.seed, request.completion_tokens)
-        at = int(np.searchsorted(np.cumsum(p), draw, side="right"))
-        token = int(ids[min(at, len(ids) - 1)])
+    lot = chance(request, request.completion_tokens)
+    token = draw(scores, params.temperature, params.top_k, params.top_p, params.min_p, lot)
     if params.logprobs is None:
         return token, None, ()
     logprobs = log_softmax(logits)
@@ -75,25 +68,30 @@ def _adjusted(logits: F32, request: Request) -> F64:
     return scores
 
 
-def _filtered(scores: F64, params: SamplingParams) -> tuple[npt.NDArray[np.intp], F64]:
-    """The tokens that may be drawn, likeliest first, and their probabilities."""
-    count = len(scores)
-    if 0 < params.top_k < count:
-        kept = np.argpartition(-scores, params.top_k - 1)[: params.top_k]
-    else:
-        kept = np.arange(count)
-    ids = kept[np.lexsort((kept, -scores[kept]))]
-    with np.errstate(over="ignore"):  # far below the best at next to no temperature: exp(-inf) = 0
-        p = np.exp((scores[ids] - scores[ids[0]]) / params.temperature)
-    p /= p.sum()
-    if params.top_p < 1:  # the token that crosses the mark is kept
-        p = p[: int(np.searchsorted(np.cumsum(p), params.top_p)) + 1]
-    if params.min_p > 0:
-        p = p[p >= params.min_p * p[0]]
-    return ids[: len(p)], p / p.sum()
+def no_token() -> OsmiumError:
+    """What to say where a row's largest logit is not finite."""
+    return OsmiumError(
+        "The largest logit is not finite, so no token can be chosen: the weights are damaged, or a "
+        "kernel computes wrongly."
+    )
 
 
-def _uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that depends on nothing but these two."""
-    key = np.array([seed & (1 << 64) - 1, index], np.uint64)
+def plain(request: Request) -> bool:
+    """Whether Ops.sample draws this request's tokens: no penalty, no bias, no log-probabilities."""
+    params = request.params
+    return (
+        params.repetition_penalty == 1
+        and not params.presence_penalty
+        and not params.frequency_penalty
+        and not params.logit_bias
+        and params.logprobs is None
+    )
+
+
+def chance(request: Request, index: int) -> float:
+    """What decides the draw of a reply's token `index`: a number in [0, 1) that depends on nothing
+    but the seed and the index."""
+    if request.params.temperature == 0:
+        return 0.0
+    key = np.array([request.seed & (1 << 64) - 1, index], np.uint64)
     return float(np.random.Generator(np.random.Philox(key=key)).random())

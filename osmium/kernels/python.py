@@ -30,12 +30,18 @@ from osmium.config import user_cache
 from osmium.errors import KernelError
 from osmium.kernels.ptx import Contract, Kernel, parse
 
-__all__ = ["KERNELS", "cuda", "exp2", "float32", "int32", "python_kernel", "uint32"]
+__all__ = [
+    "KERNELS", "cuda", "exp2", "float32", "float64", "int32", "int64", "python_kernel", "uint32",
+    "uint64",
+]  # fmt: skip
 
 cuda: Any = None
 int32: Any = None
 uint32: Any = None
+uint64: Any = None
+int64: Any = None
 float32: Any = None
+float64: Any = None
 exp2: Any = None
 """Numba's names, for a kernel's source to import; they mean something only while compiling."""
 
@@ -52,7 +58,7 @@ _TYPES = {"uint32": "u32", "int32": "u32", "float32": "f32"}
 
 _POINTS_TO = {
     "int32": "i32", "uint32": "u32", "float32": "f32", "uint16": "u16", "int64": "i64",
-    "uint8": "u8",
+    "uint8": "u8", "float64": "f64",
 }  # fmt: skip
 
 
@@ -136,8 +142,9 @@ class Source:
                 f"The kernel {self.name} is not compiled and Numba is not installed; "
                 "pip install 'osmium[build]', or install a wheel, which ships it compiled."
             ) from None
-        found = {"cuda": numba.cuda, "exp2": libdevice.exp2f, "int32": numba.int32,
-                 "uint32": numba.uint32, "float32": numba.float32}  # fmt: skip
+        plain = ("int32", "int64", "uint32", "uint64", "float32", "float64")
+        found = {name: getattr(numba, name) for name in plain}
+        found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f}
         function = types.FunctionType(
             self.function.__code__, {**self.function.__globals__, **found}, self.name
         )
@@ -188,7 +195,8 @@ def python_kernel(
 
 def compile_all(folder: Path) -> list[Path]:
     """Write every Numba kernel of the package to `folder`; the files."""
-    importlib.import_module("osmium.kernels.place")
+    for name in ("place", "sample"):
+        importlib.import_module(f"osmium.kernels.{name}")
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, source in sorted(KERNELS.items()):

@@ -18,9 +18,19 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+from osmium.ops.values import (
+    Array,
+    ExpertArena,
+    ExpertCache,
+    ExpertPlan,
+    Linear,
+    Replies,
+    Step,
+)
 
-__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Step"]
+__all__ = [
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Replies", "Step",
+]  # fmt: skip
 
 
 @runtime_checkable
@@ -42,8 +52,14 @@ class Ops(Protocol):
         """
 
     def host_view(self, array: Array) -> npt.NDArray[np.generic]:
-        """The host's NumPy view of what `host` gave, for filling it.  Write-combined memory is
-        slow to read: only write through this."""
+        """The host's NumPy view of what `host` or `mailbox` gave.  Memory of `host` may be
+        write-combined and slow to read: only write there."""
+
+    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        """A new array of zeros in host memory that both sides read and write.
+
+        Raises: OutOfMemory.
+        """
 
     def copy_in(self, out: Array, source: npt.NDArray[np.generic]) -> None:
         """out = source, same shape and dtype, ordered before what is launched next."""
@@ -268,4 +284,24 @@ class Ops(Protocol):
         """out[t] += sigmoid(gate[t, column]) * x[t].
 
         out, x f32 [T, D]    gate f32 [T, >= column + 1]    D % 4 == 0
+        """
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def sample(self, logits: Array, replies: Replies) -> None:
+        """replies.token[r] = a token drawn from row r: the likeliest (the lower id of equals) at
+        temperature 0; else with p = softmax(logits / temperature), in order of p, ties to the lower
+        id: the top-k likeliest; of these as few as reach top-p of their sum; of these what has at
+        least min-p times the largest p; and the first of them whose running sum of p passes the
+        row's chance.  -1 where the largest logit is not finite.
+
+        logits f32 [R, vocab]
+        """
+
+    def advance(self, step: Step, replies: Replies) -> None:
+        """Write each row's token where the next step reads it, one position on, and mail it.
+
+        A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2
+        and computes as nobody, at position 0 of a page and slot that are no sequence's.  The step
+        has one row a sequence; ids, positions, past, slots and pages of it are written.
         """

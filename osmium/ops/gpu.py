@@ -14,7 +14,8 @@ import numpy.typing as npt
 from osmium.errors import ConfigError
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
-from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
 
 __all__ = ["GpuOps", "Machine"]
 
@@ -60,6 +61,7 @@ class Machine(Protocol):
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
+    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
     def host_view(self, array: Any) -> npt.NDArray[Any]: ...
     def copy_in(self, out: Any, source: npt.NDArray[Any]) -> None: ...
     def copy_out(self, source: Any) -> npt.NDArray[Any]: ...
@@ -89,6 +91,9 @@ class GpuOps:
 
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return self.machine.host(shape, dtype)
+
+    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self.machine.mailbox(shape, dtype)
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return self.machine.host_view(array)
@@ -275,6 +280,25 @@ class GpuOps:
     def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         tokens, dim = out.shape
         ADD_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def sample(self, logits: Array, replies: Replies) -> None:
+        rows, vocab = logits.shape
+        slices = replies.best.shape[1]
+        PEAKS(self.stream, rows, replies.best, replies.where, logits, vocab, slices)
+        DRAW(
+            self.stream, rows, replies.token, logits, replies.best, replies.where,
+            replies.settings, replies.chance, replies.turn, vocab, slices, replies.ring,
+        )  # fmt: skip
+
+    def advance(self, step: Step, replies: Replies) -> None:
+        ADVANCE(
+            self.stream, step.ids, step.positions, step.past, step.slots, step.pages,
+            replies.token, replies.left, replies.heed, replies.eos, replies.turn, replies.mail,
+            step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
+            replies.nobody, replies.nowhere,
+        )  # fmt: skip
 
 
 def _need_bf16(pages: Array) -> None:

@@ -10,7 +10,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Step
+from osmium.ops.sampling import draw
+from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from osmium.quant.record import Record
@@ -90,6 +91,9 @@ class ReferenceOps:
 
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.empty(shape, dtype)
+
+    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return np.zeros(shape, dtype)
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return cast(npt.NDArray[Any], array)
@@ -354,6 +358,35 @@ class ReferenceOps:
 
     def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         out += _sigmoid(gate[:, column : column + 1]) * x
+
+    # -- replies -----------------------------------------------------------------------------------
+
+    def sample(self, logits: Array, replies: Replies) -> None:
+        chances = replies.chance[int(replies.turn[0]) % replies.ring]
+        for row, scores in enumerate(logits):
+            if not np.isfinite(scores.max()):
+                replies.token[row] = -1
+                continue
+            temperature, top_k, top_p, min_p = (float(x) for x in replies.settings[row])
+            wide, lot = scores.astype(np.float64), float(chances[row])
+            replies.token[row] = draw(wide, temperature, top_k, top_p, min_p, lot)
+
+    def advance(self, step: Step, replies: Replies) -> None:
+        said = np.where(replies.left > 0, replies.token, -2)
+        over = (said == -1) | (replies.left == 1)
+        over |= (replies.heed != 0) & np.isin(said, replies.eos)
+        gone, on = over & (said != -2), ~over & (said != -2)
+        for array in (step.ids, step.positions, step.past, replies.left):
+            array[gone] = 0
+        step.slots[gone], step.pages[gone, 0] = replies.nobody, replies.nowhere
+        step.ids[on] = said[on]
+        step.positions[on] += 1
+        step.past[on] += 1
+        replies.left[on] -= 1
+        rows, turn = len(said), int(replies.turn[0])
+        at = 1 + turn % replies.ring * rows
+        replies.mail[at : at + rows] = said
+        replies.turn[0] = replies.mail[0] = turn + 1
 
 
 # -- parts of the longer formulas ------------------------------------------------------------------

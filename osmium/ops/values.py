@@ -8,12 +8,12 @@ Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E 
 experts a token, I inner size of an expert, H heads, C channels of the convolution.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from osmium.quant.record import Record
 
-__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Step"]
+__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Replies", "Step"]
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
@@ -133,3 +133,54 @@ class ExpertPlan:
     """i32 [U], 1 where the record must be copied into the slot, else 0."""
     uses: Array
     """i32 [U], pairs of this call that use the expert."""
+
+
+@dataclass(frozen=True)
+class Replies:
+    """What decoding needs to go on by itself from one step to the next; R rows, one a sequence.
+
+    `chance` and `mail` are memory of the host that both sides reach; turn t uses row t % ring of
+    them.
+    """
+
+    ring: int
+    """Turns that may be on their way at once."""
+    nobody: int
+    """State slot that is no sequence's: where rows that have ended write."""
+    nowhere: int
+    """Page that is no sequence's."""
+    settings: Array
+    """f32 [R, 4]: temperature, top-k (below 1: all), top-p, min-p."""
+    chance: Array
+    """f64 [ring, R], a number in [0, 1) for every draw."""
+    token: Array
+    """i32 [R], what was drawn last; -1 where the largest logit was not finite."""
+    left: Array
+    """i32 [R], tokens that a row may still say; 0 once it has ended."""
+    heed: Array
+    """i32 [R], 1 where a token of `eos` ends the row."""
+    eos: Array
+    """i32 [N]."""
+    turn: Array
+    """i32 [1], turns done."""
+    mail: Array
+    """i32 [1 + ring * R]: turns done, then the tokens of each turn of the ring; -2 for a row that
+    had ended before."""
+    best: Array
+    """f32 [R, slices], scratch."""
+    where: Array
+    """i32 [R, slices], scratch."""
+
+    def first(self, rows: int) -> "Replies":
+        """The same for fewer rows, from the start of every array."""
+        return replace(
+            self,
+            settings=self.settings[:rows],
+            chance=self.chance.reshape(-1)[: self.ring * rows].reshape(self.ring, rows),
+            token=self.token[:rows],
+            left=self.left[:rows],
+            heed=self.heed[:rows],
+            mail=self.mail[: 1 + self.ring * rows],
+            best=self.best[:rows],
+            where=self.where[:rows],
+        )

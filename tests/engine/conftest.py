@@ -8,13 +8,13 @@ import pytest
 from tests.engine.fakes import Bench
 
 
-@pytest.fixture
-def bench() -> Iterator[Callable[..., Bench]]:
-    """Makes a Bench of the given options."""
+@pytest.fixture(params=[0, 1, 3], ids=lambda ahead: f"{ahead} ahead")
+def bench(request: pytest.FixtureRequest) -> Iterator[Callable[..., Bench]]:
+    """Makes a Bench of the given options, whose runner launches 0, 1 or 3 steps ahead."""
     made: list[Bench] = []
 
     def make(*args: Any, **options: Any) -> Bench:
-        made.append(Bench(*args, **options))
+        made.append(Bench(*args, **{"ahead": request.param, **options}))
         return made[-1]
 
     yield make

@@ -111,7 +111,8 @@ class HistoryModel:
             self.slots[slot] = (len(ids), hash(tuple(ids)))
             self.said += [(ids, past + 1 + i) for i in range(end - first)]
             parts.append((slot, past, end - first))
-        assert len({slot for slot, _, _ in parts}) == len(parts), "two sequences in one slot"
+        held = [slot for slot, _, _ in parts if slot < len(self.slots) - 1]  # the last is nobody's
+        assert len(set(held)) == len(held), "two sequences in one slot"
         assert len(self.said) == step.tokens
         self.steps.append(parts)
 
@@ -204,17 +205,18 @@ class Bench:
         pages: int | None = None,
         sequences: int = 3,
         gate: Gate | None = None,
+        ahead: int = 0,
         **options: Any,
     ) -> None:
         table = -(-context // page)
         pages = table * sequences if pages is None else pages
-        self.model = HistoryModel(rule, pages, page, sequences, chunk)
+        self.model = HistoryModel(rule, pages + 1, page, sequences + 1, chunk)
         if gate is not None:
             self.model.before = gate
         self.seats = Seats(pages, page, sequences)
-        state = State(page, pages, sequences, ())
+        state = State(page, pages + 1, sequences + 1, ())
         model, store = cast(Any, self.model), cast(Any, _Store())
-        runner = Runner(ReferenceOps(), model, store, state, sequences, table)
+        runner = Runner(ReferenceOps(), model, store, state, sequences, table, ahead)
         options.setdefault("tokenizer", ByteTokenizer())
         self.engine = Engine(runner, self.seats, name="fake", context=context, **options)
 

@@ -488,7 +488,7 @@ def test_a_lost_context_stops_the_engine_for_everybody(bench: Make) -> None:
         finish = reply.wait()
         assert finish.reason is FinishReason.ERROR
         assert isinstance(finish.error, EngineStopped)
-    assert len(running.ids) == 2
+    assert len(running.ids) in (1, 2)  # a step may be launched before the last one is looked at
     with pytest.raises(EngineStopped, match="gone"):
         one.ask([1])
     with pytest.raises(EngineStopped):
@@ -538,7 +538,7 @@ def test_logits_that_are_no_numbers_fail_the_reply(bench: Make) -> None:
 
     finish = bench(rule).ask([1]).wait()
     assert isinstance(finish.error, OsmiumError)
-    assert "nan" in str(finish.error)
+    assert "not finite" in str(finish.error)
 
 
 def test_a_callback_that_raises_loses_its_own_reply_and_no_other(bench: Make) -> None:

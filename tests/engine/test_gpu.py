@@ -1,5 +1,6 @@
 """The engine on a GPU: recorded steps, requests side by side, what comes back, what is held."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,14 +39,32 @@ def replies(engine: Engine, asked: list[list[int]]) -> list[list[int]]:
     return [[token.id for token in one] for one in going]
 
 
-def test_recorded_steps_say_what_launched_ones_say(rng: np.random.Generator) -> None:
+def test_replies_of_the_device_are_those_of_the_host(rng: np.random.Generator) -> None:
+    """Asked for log-probabilities, the host looks at every row of logits and draws itself."""
     engine = demo()
     try:
-        asked = prompts(engine, rng, 3)
-        launched = replies(engine, asked)
-        engine._runner.recording = True
-        assert replies(engine, asked) == launched
-        assert engine._runner._replays
+        assert engine._runner._replays, "a token was recorded before anybody is served"
+        for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}):
+            params = replace(GREEDY, **settings)  # type: ignore[arg-type]
+            for ids in prompts(engine, rng, 3):
+                device = [token.id for token in engine.generate(ids, params)]
+                host = [token.id for token in engine.generate(ids, replace(params, logprobs=0))]
+                assert device == host
+    finally:
+        engine.close()
+
+
+def test_a_reply_ends_at_an_end_token(rng: np.random.Generator) -> None:
+    engine = demo(sequences=3)
+    try:
+        params = SamplingParams(temperature=1, max_tokens=200, seed=1)
+        asked = prompts(engine, rng, 6)
+        going = [engine.generate(ids, params) for ids in asked]
+        together = [[token.id for token in one] for one in going]
+        host = replace(params, logprobs=0)
+        alone = [[token.id for token in engine.generate(ids, host)] for ids in asked]
+        same = sum(a == b for a, b in zip(alone, together, strict=True))
+        assert same >= 4, f"{same} of 6"  # a sum in another order may flip a draw
     finally:
         engine.close()
 
@@ -76,7 +95,8 @@ def test_only_logits_come_back(rng: np.random.Generator) -> None:
         list(engine.generate(ids, GREEDY))
         before = ops.bytes_to_host
         count = len(list(engine.generate(ids, GREEDY)))
-        assert ops.bytes_to_host - before == count * engine.config.vocab * 4
+        assert count == GREEDY.max_tokens
+        assert ops.bytes_to_host - before == engine.config.vocab * 4, "the first token's logits"
     finally:
         engine.close()
 

@@ -85,7 +85,7 @@ def test_a_model_that_fits_needs_no_arena() -> None:
 def test_pages_hold_a_context_and_more_where_asked() -> None:
     made = plan(context=10_000, page=64)
     assert (made.pages, made.table_pages) == (157, 157)
-    assert made.vram["KV"] == state_bytes(MODEL, 157, 64, 0, "bf16")
+    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "bf16")
     more = plan(context=10_000, page=64, kv_cache_mb=2048)
     assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "bf16")
     assert more.table_pages == 157

@@ -241,7 +241,7 @@ def test_log_softmax_stands_huge_and_tiny_logits() -> None:
 def test_logits_that_are_no_numbers_are_an_error(value: float, temperature: float) -> None:
     row = np.zeros(VOCAB, np.float32)
     row[5] = value
-    with pytest.raises(OsmiumError, match=str(value)):
+    with pytest.raises(OsmiumError, match="not finite"):
         sample(row, asked(SamplingParams(temperature=temperature)))
 
 

@@ -46,5 +46,5 @@ def test_only_an_editable_install_compiles_nothing() -> None:
     hook().initialize("editable", build_data)
     assert build_data == {"force_include": {}}
     hook().initialize("standard", build_data)
-    assert list(build_data["force_include"].values()) == ["osmium/kernels/compiled/place.ptx"]
+    assert "osmium/kernels/compiled/place.ptx" in build_data["force_include"].values()
     assert all(Path(path).is_file() for path in build_data["force_include"])

@@ -5,13 +5,13 @@ the method writes.  `run` does that on any backend and gives the outputs back as
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops, Step
+from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops, Replies, Step
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record, group_of
@@ -463,6 +463,71 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
+# -- replies -------------------------------------------------------------------------------------
+
+RING = 3
+
+
+def _replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
+    """Arrays of Replies; rows draw in every way that there is."""
+    ways = np.array(
+        [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 20, 0.95, 0), (1.5, 0, 0.8, 0.02), (0.3, 5, 1, 0),
+         (2, 0, 1, 0.1), (1e-3, 0, 0.5, 0), (100, 0, 1, 0)],
+        np.float32,
+    )  # fmt: skip
+    return {
+        "settings": ways[rng.permutation(np.resize(np.arange(len(ways)), rows))],
+        "chance": rng.random((RING, rows)),
+        "token": np.full(rows, -7, np.int32),
+        "left": np.full(rows, 9, np.int32),
+        "heed": np.ones(rows, np.int32),
+        "eos": np.array([3, vocab - 1], np.int32),
+        "turn": np.array([4], np.int32),
+        "mail": np.full(1 + RING * rows, -7, np.int32),
+        "best": _nan(rows, 4),
+        "where": np.full((rows, 4), -7, np.int32),
+    }
+
+
+def _as_replies(a: dict[str, Any]) -> Replies:
+    names = (
+        "settings", "chance", "token", "left", "heed", "eos", "turn", "mail", "best", "where",
+    )  # fmt: skip
+    return Replies(RING, 77, 99, *(a[name] for name in names))
+
+
+def sample(rng: np.random.Generator, size: Size) -> Case:
+    """Logits are multiples of 1/16, so that many are equal and few draws are near a border."""
+    rows, vocab = min(8, sum(size.lengths)), size.outputs
+    logits = np.round(_f32(rng, rows, vocab) * 48) / np.float32(16)
+    logits[:, rng.integers(0, vocab, 2)] = -np.inf
+    if rows > 2:
+        logits[rng.integers(0, rows), rng.integers(0, vocab)] = rng.choice([np.nan, np.inf])
+        logits[rng.integers(0, rows)] = 5  # all equal: by id
+    arrays = {"logits": logits, **_replies(rng, rows, vocab)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.sample(a["logits"], _as_replies(a))
+
+    return Case(arrays, call, {"token": "exact"})
+
+
+def advance(rng: np.random.Generator, size: Size) -> Case:
+    """Rows that go on, that have ended, that end now: by an end token, by length, by no token."""
+    rows = min(8, sum(size.lengths))
+    one = replace(size, lengths=(1,) * rows, past=tuple(range(rows)))
+    arrays = step_arrays(rng, one) | _replies(rng, rows, size.outputs)
+    arrays["token"] = rng.choice(np.array([-1, 3, 5, 6], np.int32), rows)
+    arrays["left"] = rng.choice(np.array([0, 1, 2, 9], np.int32), rows)
+    arrays["heed"] = rng.integers(0, 2, rows, dtype=np.int32)
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.advance(_step(one, a), _as_replies(a))
+
+    names = ("ids", "positions", "past", "slots", "pages", "left", "turn", "mail")
+    return Case(arrays, call, dict.fromkeys(names, "exact"))
+
+
 CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "embed": embed,
     "take": take,
@@ -487,6 +552,8 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "experts int4": _experts(4),
     "silu_mul": silu_mul,
     "add_gated": add_gated,
+    "sample": sample,
+    "advance": advance,
 }
 
 

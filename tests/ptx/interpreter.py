@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
-from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops import ExpertCache, ExpertPlan, Replies, Step
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 
@@ -122,6 +122,11 @@ class InterpretedMachine:
 
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         return self.empty(shape, dtype)
+
+    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
+        made = self.empty(shape, dtype)
+        self.host_view(made)[...] = 0
+        return made
 
     def host_view(self, array: InterpretedArray) -> Values:
         array.touch()
@@ -390,8 +395,8 @@ class InterpretedStream:
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         """Run every block of a launch."""
-        if kernel.name == "place":
-            _place(values)
+        if kernel.name in STAND_INS:
+            STAND_INS[kernel.name](values)
             return
         contract = kernel.contract
         if contract.block % LANES:
@@ -444,6 +449,41 @@ def _place(values: tuple[Any, ...]) -> None:
         heat[None], stamp[None], step, counters,
     )  # fmt: skip
     ReferenceOps().place(ExpertPlan(count, expert, slot, fetch, uses), cache, 0, ids)
+
+
+def _draw(values: tuple[Any, ...]) -> None:
+    """As _place: tests/nogpu/test_sample.py holds the kernel to the reference."""
+    token, logits, _, _, settings, chance, turn = (value.numpy() for value in values[:7])
+    values[0].touch()
+    nothing: Any = None
+    ReferenceOps().sample(
+        logits,
+        Replies(
+            values[9], 0, 0, settings, chance, token, nothing, nothing, nothing, turn, nothing,
+            nothing, nothing,
+        ),
+    )  # fmt: skip
+
+
+def _advance(values: tuple[Any, ...]) -> None:
+    """As _draw."""
+    arrays = [value.numpy() for value in values[:11]]
+    ids, positions, past, slots, pages, token, left, heed, eos, turn, mail = arrays
+    nothing: Any = None
+    rows, _, _, ring, nobody, nowhere = values[11:]
+    step = Step(
+        rows, rows, 1, ids, positions, nothing, nothing, past, slots, pages,
+    )  # fmt: skip
+    replies = Replies(
+        ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail, nothing,
+        nothing,
+    )  # fmt: skip
+    ReferenceOps().advance(step, replies)
+
+
+STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
+    "place": _place, "peaks": lambda values: None, "draw": _draw, "advance": _advance,
+}  # fmt: skip
 
 
 # -- instructions ----------------------------------------------------------------------------------

@@ -1,0 +1,104 @@
+"""sample and advance, the Numba kernels, against ReferenceOps: the same tokens, steps and mail.
+
+As in test_place.py the kernels run in Numba's simulator, in a process of their own:
+`python -m tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
+"""
+
+import os
+import subprocess
+import sys
+import types
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+from osmium.ops.reference import ReferenceOps
+from tests.ops.cases import TINY, Case, advance, sample
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
+
+
+class Simulated(ReferenceOps):
+    """The reference, but for the kernels under test."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernels = {name: simulated(name) for name in ("peaks", "draw", "advance")}
+
+    def sample(self, logits: Any, replies: Any) -> None:
+        r, (rows, vocab) = replies, logits.shape
+        slices = r.best.shape[1]
+        flat = logits.reshape(-1)
+        best, where = r.best.reshape(-1), r.where.reshape(-1)
+        self.kernels["peaks"][(slices, rows), 16](best, where, flat, vocab, slices)
+        self.kernels["draw"][rows, 32](
+            r.token, flat, best, where, r.settings.reshape(-1), r.chance.reshape(-1), r.turn,
+            vocab, slices, r.ring,
+        )  # fmt: skip
+
+    def advance(self, step: Any, replies: Any) -> None:
+        r = replies
+        self.kernels["advance"][1, 32](
+            step.ids, step.positions, step.past, step.slots, step.pages.reshape(-1), r.token,
+            r.left, r.heed, r.eos, r.turn, r.mail, step.tokens, step.pages.shape[1], len(r.eos),
+            r.ring, r.nobody, r.nowhere,
+        )  # fmt: skip
+
+
+def simulated(name: str) -> Any:
+    """A kernel for Numba's simulator, launched as kernel[blocks, threads](...); its list is short,
+    so that a handful of tokens overflows it."""
+    import numba
+    from numba import cuda
+
+    from osmium.kernels.python import KERNELS
+
+    kinds = ("int32", "int64", "uint32", "uint64", "float32", "float64")
+    names = {kind: getattr(numba, kind) for kind in kinds}
+    function = KERNELS[name].function
+    known = {**function.__globals__, **names, "cuda": cuda, "exp2": np.exp2, "LIST": 16}
+    return cuda.jit(types.FunctionType(function.__code__, known, name))
+
+
+def compare(case: Any, seed: int, size: Any) -> None:
+    made: list[Case] = [case(np.random.default_rng(seed), size) for _ in range(2)]
+    made[0].call(ReferenceOps(), made[0].arrays)
+    made[1].call(Simulated(), made[1].arrays)
+    for name in made[0].writes:
+        np.testing.assert_array_equal(made[1].arrays[name], made[0].arrays[name], name)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_kernels_draw_and_advance_as_the_reference_does(
+    name: str, rng: np.random.Generator
+) -> None:
+    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.nogpu.test_sample", str(rng.integers(1 << 32)), name],
+        cwd=ROOT,
+        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_compiled_kernels_keep_to_their_contracts() -> None:
+    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    assert [kernel.contract.entry for kernel in (PEAKS, DRAW, ADVANCE)] == [
+        "peaks", "draw", "advance",
+    ]  # fmt: skip
+    assert [kernel.contract.block for kernel in (PEAKS, DRAW, ADVANCE)] == [256, 512, 32]
+
+
+if __name__ == "__main__":
+    first, size = int(sys.argv[1]), CASES[sys.argv[2]]
+    compare(sample, first, size)
+    for turn in range(9):
+        compare(advance, first + turn, size)
