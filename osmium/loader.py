@@ -3,8 +3,9 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy.typing as npt
 
 from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
+from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
+from osmium.cuda.stream import copy_rate, memory_rate
 from osmium.engine.engine import Engine
-from osmium.engine.plan import Machine, Plan, available_ram, make_plan
+from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
@@ -27,7 +30,7 @@ from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import Ops
+from osmium.ops import ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
@@ -36,7 +39,9 @@ from osmium.text.tokenizer import Tokenizer
 from osmium.weights import DEMO, Model, open_weights
 from osmium.weights.synthetic import PREFIX
 
-__all__ = ["load", "plan_for"]
+LOG = logging.getLogger("osmium.loader")
+
+__all__ = ["Loader", "load", "plan_for"]
 
 
 def load(
@@ -51,15 +56,11 @@ def load(
     `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    config = _config(device, options)
-    gpu = _gpu(config)
+    loader = Loader(path, device, progress=progress, **options)
     try:
-        packed = open_weights(path, config, progress)
-        plan = _plan(packed, config, gpu)
-        return _build(packed, plan, config, gpu, progress)
+        return loader.engine(last=True)
     except BaseException:
-        if gpu is not None:
-            gpu.close()
+        loader.close()
         raise
 
 
@@ -71,7 +72,7 @@ def plan_for(path: str | Path | None = None, device: str = "auto", **options: An
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        return _plan(open_weights(path, config), config, gpu)
+        return _plan(open_weights(path, config), config, gpu, 0, None)
     finally:
         if gpu is not None:
             gpu.close()
@@ -90,81 +91,149 @@ def _gpu(config: EngineConfig) -> Gpu | None:
     if config.device == "cpu":
         return None
     try:
-        return Gpu(Device(), "pinned" if config.wc_alloc is False else "write-combined")
+        device = Device()
     except NoDevice:
         if config.device == "gpu":
             raise
         return None
+    if config.wc_alloc:
+        return Gpu(device, "write-combined")
+    kinds: list[HostKind] = ["registered-huge", "pinned"]
+    if config.wc_alloc is None:
+        kinds.append("write-combined")
+    rates = {kind: copy_rate(device, kind) for kind in kinds}
+    # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
+    best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
+    LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
+    return Gpu(device, best)
 
 
-def _plan(packed: Model, config: EngineConfig, gpu: Gpu | None) -> Plan:
+def _plan(
+    packed: Model, config: EngineConfig, gpu: Gpu | None, held: int, arena: ExpertArena | None
+) -> Plan:
+    """`held` bytes of VRAM and the arena are there already, and are planned for again."""
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
-    machine = Machine(gpu is not None, free, total, available, ram)
+    available += 0 if gpu is None or arena is None else arena.records.nbytes
+    machine = Machine(gpu is not None, free + held, total, available, ram)
     weights = [(name, part.nbytes) for name, part in packed.parts.items()]
     return make_plan(packed.config, packed.record, weights, config, machine)
 
 
-def _build(
-    packed: Model, plan: Plan, options: EngineConfig, gpu: Gpu | None, progress: Progress | None
-) -> Engine:
-    """Allocate by the plan, in its order, and fill."""
-    config, record = packed.config, packed.record
-    layers, experts = config.layers, config.experts
-    ops: Ops = ReferenceOps() if gpu is None else GpuOps(gpu)
+class Loader:
+    """A model, and engines on it, one at a time.  Its weights and its experts in host memory are
+    loaded once, for all of them."""
 
-    weights = upload(ops, _Tensors(packed), embed_on_host=gpu is not None)
-    if gpu is None:
-        arena = share_arena(record, packed.all_records())
-        if plan.slots == experts:
-            cache = resident_cache(ops, record, arena.records)
-        else:
-            cache = make_cache(ops, arena, plan.slots, config.top_k)
-    elif plan.slots == experts:
-        arena = None
-        slots = fill_slots(ops, record, layers, experts, packed.read_records, progress)
-        cache = resident_cache(ops, record, slots)
-    else:
-        arena = fill_arena(ops, record, layers, experts, packed.read_records, progress)
-        cache = make_cache(ops, arena, plan.slots, config.top_k)
+    def __init__(
+        self,
+        path: str | Path | None = None,
+        device: str = "auto",
+        *,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> None:
+        """As `load`.  Raises: ConfigError, CheckpointError, DeviceError."""
+        self.options = _config(device, options)
+        self.progress = progress
+        self.gpu = _gpu(self.options)
+        try:
+            self.packed = open_weights(path, self.options, progress)
+        except BaseException:
+            self.close()
+            raise
+        self.ops: Ops = ReferenceOps() if self.gpu is None else GpuOps(self.gpu)
+        self._weights: dict[str, Any] | None = None
+        self._arena: ExpertArena | None = None
 
-    store = Store(ops, arena, cache, plan.chunk, config.top_k)
-    if options.routing is not None:
-        store.trace = ops.put(_routing(options.routing, packed))
-    model = model_class(config.model_type)(ops, config, weights, store, plan.chunk)
-    # One page and one slot are nobody's: rows that have ended write there.
-    state = make_state(ops, config, plan.pages + 1, plan.page, plan.sequences + 1, plan.kv_dtype)
-    ahead = 0 if gpu is None else 1
-    runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages, ahead)
-    if gpu is not None:
-        runner.prepare()
-    ops.synchronize()
-    if gpu is not None:
-        gpu.pool.freeze()  # nothing is allocated while serving
-    watchdogs: list[Watchdog] = []
+    def memory_rate(self) -> float:
+        """GB/s of VRAM, read and written; 0 without a GPU.  To be asked before the first engine."""
+        return 0.0 if self.gpu is None else memory_rate(self.gpu.device)
 
-    def on_close() -> None:
-        for watchdog in watchdogs:
-            watchdog.close()
+    def kv_tokens(self, kv_cache_mb: int) -> int:
+        """Tokens of context that so many MiB of KV hold, up to the model's."""
+        options = replace(self.options, kv_cache_mb=kv_cache_mb)
+        return tokens_held(self.packed.config, options, self.gpu is not None)
+
+    def engine(self, *, last: bool = False, **changes: Any) -> Engine:
+        """An engine with some options changed.  Whoever was made before must be closed and gone.
+
+        With `last` closing the engine closes the loader.  Raises: ConfigError, DeviceError.
+        """
+        options, gpu = replace(self.options, **changes), self.gpu
         if gpu is not None:
-            gpu.close()
+            gpu.pool.frozen = False
+        held = 0 if gpu is None else gpu.pool.used
+        plan = _plan(self.packed, options, gpu, held, self._arena)
+        runner = self._runner(plan, options)
+        self.ops.synchronize()
+        if gpu is not None:
+            gpu.pool.freeze()  # nothing is allocated while serving
+        watchdogs: list[Watchdog] = []
 
-    engine = Engine(
-        runner,
-        Seats(plan.pages, plan.page, plan.sequences),
-        name=_name(packed.path),
-        context=plan.context,
-        device="cpu" if gpu is None else gpu.device.name,
-        tokenizer=_tokenizer(packed),
-        template=_template(packed),
-        defaults=sampling_defaults(packed.json("generation_config.json")),
-        on_thread=None if gpu is None else gpu.device.make_current,
-        on_close=on_close,
-        plan=plan,
-    )
-    floor = options.ram_floor or default_floor(available_ram()[1])
-    watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
-    return engine
+        def on_close() -> None:
+            for watchdog in watchdogs:
+                watchdog.close()
+            if last:
+                self.close()
+
+        packed = self.packed
+        engine = Engine(
+            runner,
+            Seats(plan.pages, plan.page, plan.sequences),
+            name=_name(packed.path),
+            context=plan.context,
+            device="cpu" if gpu is None else gpu.device.name,
+            tokenizer=_tokenizer(packed),
+            template=_template(packed),
+            defaults=sampling_defaults(packed.json("generation_config.json")),
+            on_thread=None if gpu is None else gpu.device.make_current,
+            on_close=on_close,
+            plan=plan,
+            host_memory="pageable" if gpu is None else gpu.host_kind,
+        )
+        floor = options.ram_floor or default_floor(available_ram()[1])
+        watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
+        return engine
+
+    def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
+        """Allocate by the plan, in its order, and fill."""
+        ops, packed, config = self.ops, self.packed, self.packed.config
+        if self._weights is None:
+            self._weights = upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+        store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
+        if options.routing is not None:
+            store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
+        model = model_class(config.model_type)(ops, config, self._weights, store, plan.chunk)
+        # One page and one slot are nobody's: rows that have ended write there.
+        pages, slots = plan.pages + 1, plan.sequences + 1
+        state = make_state(ops, config, pages, plan.page, slots, plan.kv_dtype)
+        ahead = 0 if self.gpu is None else 1
+        runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages, ahead)
+        if self.gpu is not None:
+            runner.prepare()
+        return runner
+
+    def _experts(self, plan: Plan) -> tuple[ExpertArena | None, ExpertCache]:
+        """The experts in host memory, unless VRAM holds them all, and the cache of them."""
+        ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
+        layers, experts = config.layers, config.experts
+        read, progress = packed.read_records, self.progress
+        if self.gpu is None:
+            if self._arena is None:
+                self._arena = share_arena(record, packed.all_records())
+            if plan.slots == experts:
+                return self._arena, resident_cache(ops, record, self._arena.records)
+        elif plan.slots == experts and self._arena is None:
+            slots = fill_slots(ops, record, layers, experts, read, progress)
+            return None, resident_cache(ops, record, slots)
+        elif self._arena is None:
+            self._arena = fill_arena(ops, record, layers, experts, read, progress)
+        return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
+
+    def close(self) -> None:
+        """Give everything back.  More than once is harmless."""
+        if self.gpu is not None:
+            self.gpu.close()
 
 
 class _Tensors(Mapping[str, Any]):
@@ -189,6 +258,8 @@ def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
     """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
     config = packed.config
     found = read_trace(path, config.experts).ids
+    if str(packed.path).startswith(PREFIX):
+        found = found[:, : config.layers]  # it may have the first layers only
     if found.shape[1:] != (config.layers, config.top_k):
         raise ConfigError(
             f"{path} has {found.shape[1]} layers of {found.shape[2]} experts a token; the model "

@@ -1,64 +1,316 @@
-"""How fast prompts are read and replies are written, end to end through the engine.
+"""How fast replies are written and prompts are read, end to end through the engine.
 
-Method.  A prompt of random token ids (seeded; no text that repeats itself, which a cache of experts
-would flatter) is given to an engine that runs nothing else.  Prefill is the time from submitting it
-to its first token; decode is the time between the first token and the last.  Each figure is the
-median over the repeats, after one run that does not count.  Every routed expert is computed: the
-counters of the three kernels that route, look up and copy must add up, or the bench fails.
+Method.  Decode: sequences stand at a depth of so many tokens, their KV and states seeded with
+random values, and say so many tokens, greedily; ids replay a trace where the model's routers are
+random (--routing).  One reply warms the cache up; then the median of the repeats counts, each of
+which goes on where the last one ended, so that no token of the trace comes twice.  Prefill: a
+prompt of random ids, from submitting it to its first token.  Every routed expert is computed: the
+counters of the three kernels that route, look up and copy must add up, and sampled slots must equal
+their records byte for byte, or the bench fails.
+
+The floor of a token is max(bytes fetched / link rate, bytes read / memory rate); both rates are
+measured here: fetching records with nothing else running, and a copy inside VRAM.
 """
 
 import datetime
 import platform
 import statistics
+import threading
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import psutil
 
+from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
-from osmium.engine.request import SamplingParams
+from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import ConfigError
+from osmium.experts.cache import verify
+from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["measure"]
+__all__ = ["Settings", "link_rate", "measure", "seed_state"]
+
+SAMPLED_SLOTS = 8
 
 
-def measure(engine: Engine, prompt_tokens: int, tokens: int, repeats: int) -> dict[str, Any]:
-    """Medians of prefill and decode, as a document for JSON.
+@dataclass(frozen=True)
+class Settings:
+    """What to measure."""
 
-    Raises: ConfigError where prompt and reply do not fit the context, or a size is not positive.
+    depths: tuple[str, ...] = ("1k",)
+    """Tokens of context, as 1k, or a share of what the KV holds, as 90%."""
+    tokens: int = 256
+    repeats: int = 3
+    warm_up: int = 256
+    parallel: tuple[int, ...] = (1,)
+    """Sequences at once."""
+    prompts: tuple[int, ...] = ()
+    """Tokens of prefill."""
+
+
+def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dict[str, Any]:
+    """A document for JSON; `memory_gb_s` is the rate of VRAM.
+
+    Raises: ConfigError where the sizes do not fit the engine.
     """
     for name, value, least in (
-        ("--prompt-tokens", prompt_tokens, 1), ("--tokens", tokens, 2), ("--repeats", repeats, 1),
+        ("--tokens", settings.tokens, 2), ("--repeats", settings.repeats, 1),
+        ("--warm-up", settings.warm_up, 1),
     ):  # fmt: skip
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
-    if prompt_tokens + tokens > engine.context:
-        raise ConfigError(
-            f"{prompt_tokens} prompt tokens and {tokens} more do not fit the context of "
-            f"{engine.context}; lower --prompt-tokens or raise --context."
-        )
-    rng = np.random.default_rng(1)
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-    runs = []
-    for _ in range(repeats + 1):
-        ids = [int(one) for one in rng.integers(0, engine.config.vocab, prompt_tokens)]
-        start = time.perf_counter()
-        stamps = [time.perf_counter() for _ in engine.generate(ids, params)]
-        runs.append((stamps[0] - start, stamps[-1] - stamps[0], len(stamps)))
-    prefill = statistics.median(run[0] for run in runs[1:])
-    decode = statistics.median(run[1] / (run[2] - 1) for run in runs[1:])
+    rates = {"link_gb_s": engine.call(lambda: link_rate(engine)), "memory_gb_s": memory_gb_s}
+    rows = [_prefill(engine, tokens, settings) for tokens in settings.prompts]
+    if settings.depths:
+        engine.call(lambda: seed_state(engine))
+    for count in settings.parallel:
+        for depth in settings.depths:
+            rows.append(_decode(engine, depth, count, settings, rates))
+    checked = engine.call(lambda: _verify(engine))
     experts = engine.status()["experts"]
-    if experts["routed"] != experts["hit"] + experts["fetched"]:
-        raise AssertionError(f"the counters of routed experts do not add up: {experts}")
+    plan = engine.plan
     return {
         "model": engine.name,
         "device": engine.device,
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
-        "repeats": repeats,
-        "rows": [
-            {"what": "prefill", "tokens": prompt_tokens, "tokens_per_s": prompt_tokens / prefill},
-            {"what": "decode", "tokens": tokens, "tokens_per_s": 1 / decode},
-        ],
+        "repeats": settings.repeats,
+        "rates": rates,
+        "rows": rows,
         "experts": experts,
+        "slots": [plan.slots, plan.experts],
+        "slots_equal_to_records": checked,
+        "kv_dtype": plan.kv_dtype,
+        "vram": plan.vram,
+        "rss": psutil.Process().memory_info().rss,
+        "swap_used": psutil.swap_memory().used,
+        "host_memory": engine.host_memory,
     }
+
+
+def seed_state(engine: Engine) -> None:
+    """Seeded random keys, values and recurrent states, in every page and slot."""
+    ops, rng = engine.runner.ops, np.random.default_rng(7)
+    noise = rng.standard_normal(1 << 22, np.float32)
+    for array in _arrays(engine.runner.state.layers):
+        dtype, whole = np.dtype(array.dtype), array.reshape(-1)
+        if dtype == np.uint16:
+            some: Any = bf16_from_f32(noise)
+        elif dtype == np.uint8:  # e4m3, none of them NaN
+            some = rng.integers(0, 256, noise.size, np.uint8) & np.uint8(0xBF)
+        elif dtype == np.float16:
+            some = np.full(noise.size, 0.01, np.float16)
+        else:
+            some = noise * np.float32(0.1)
+        size = whole.shape[0]
+        for start in range(0, size, some.size):
+            part = whole[start : min(start + some.size, size)]
+            ops.copy_in(part, some[: part.shape[0]])
+
+
+def _arrays(value: Any) -> Iterator[Any]:
+    """Every array in a tree of dataclasses and tuples."""
+    if is_dataclass(value):
+        for field in fields(value):
+            yield from _arrays(getattr(value, field.name))
+    elif isinstance(value, tuple):
+        for one in value:
+            yield from _arrays(one)
+    elif hasattr(value, "nbytes"):
+        yield value
+
+
+def _prefill(engine: Engine, tokens: int, settings: Settings) -> dict[str, Any]:
+    if tokens < 1 or tokens + 1 > engine.context:
+        raise ConfigError(f"A prompt of {tokens} tokens does not fit {engine.context} of context.")
+    rng = np.random.default_rng(1)
+    times = []
+    for _ in range(settings.repeats + 1):
+        ids = [int(one) for one in rng.integers(0, engine.config.vocab, tokens)]
+        start = time.perf_counter()
+        next(iter(engine.generate(ids, SamplingParams(temperature=0, max_tokens=1))))
+        times.append(time.perf_counter() - start)
+    spent = statistics.median(times[1:])
+    return {"what": "prefill", "tokens": tokens, "tokens_per_s": tokens / spent}
+
+
+def _decode(
+    engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
+) -> dict[str, Any]:
+    runs = settings.warm_up + settings.repeats * settings.tokens
+    context = _depth(engine, depth, count, runs, settings)
+    before, at, found = _experts(engine), context, []
+    cold = _say(engine, at, count, min(64, settings.warm_up))
+    first = _difference(before, _experts(engine))
+    if settings.warm_up > 64:
+        _say(engine, at + 64, count, settings.warm_up - 64)
+    at += settings.warm_up
+    for _ in range(settings.repeats):
+        before = _experts(engine)
+        seconds = _say(engine, at, count, settings.tokens)
+        after = _difference(before, _experts(engine))
+        found.append((seconds / (settings.tokens - 1), after))
+        at += settings.tokens
+    spent = statistics.median(one for one, _ in found)
+    total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
+    steps = settings.repeats * settings.tokens
+    fetched = total["copied"] * engine.runner.store.cache.record.nbytes / steps
+    read = _bytes_read(engine, context, count)
+    link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
+    floor = max(fetched / link if link else 0, read / memory if memory else 0)
+    return {
+        "what": "decode",
+        "depth": context,
+        "sequences": count,
+        "tokens": settings.tokens,
+        "tokens_per_s": count / spent,
+        "ms_per_token": spent * 1e3,
+        "spread_ms": [round(1e3 * one, 3) for one, _ in found],
+        "cold_ms_per_token": cold * 1e3 / max(1, min(64, settings.warm_up) - 1),
+        "hit_rate_first_64": _hits(first),
+        "hit_rate": _hits(total),
+        **total,
+        "mb_fetched_per_token": fetched / 1e6,
+        "link_gb_s": fetched / spent / 1e9,
+        "link_share": fetched / spent / link if link else 0.0,
+        "mb_read_per_token": read / 1e6,
+        "memory_share": read / spent / memory if memory else 0.0,
+        "floor_ms": floor * 1e3,
+        "floor_over_time": floor / spent,
+    }
+
+
+def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:
+    """Tokens of context to stand at.  Raises: ConfigError."""
+    plan = engine.plan
+    room = min(engine.context, plan.pages * plan.page // count)
+    text = depth.lower()
+    try:
+        if text.endswith("%"):
+            tokens = int(room * float(text[:-1]) / 100)
+        else:
+            tokens = int(float(text.rstrip("k")) * (1024 if text.endswith("k") else 1))
+    except ValueError:
+        raise ConfigError(f"A depth is {depth!r}; say 1k, 4096 or 90%.") from None
+    most = room - more - count * SPACING
+    if text.endswith("%"):
+        tokens = max(1, min(tokens, most))
+    if not 0 < tokens <= most or count > plan.sequences:
+        raise ConfigError(
+            f"{count} sequences at a depth of {tokens} tokens, {more} more of each by --tokens "
+            f"{settings.tokens}: there is room for {plan.sequences} sequences of {room} tokens. Raise --context, "
+            "--kv-cache-mb or --sequences."
+        )
+    return tokens
+
+
+SPACING = 768
+"""Tokens that sequences side by side stand apart: other prompts of a trace, at most four times."""
+
+
+def _say(engine: Engine, at: int, count: int, tokens: int) -> float:
+    """Seconds from the first token to the last, of `count` sequences side by side."""
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    done = threading.Semaphore(0)
+    stamps: list[float] = []
+    errors: list[Exception] = []
+
+    def on_event(event: Token | Finish) -> None:
+        if isinstance(event, Token):
+            stamps.append(time.perf_counter())
+            return
+        if event.error is not None:
+            errors.append(event.error)
+        done.release()
+
+    def submit() -> None:
+        for row in range(count):
+            prompt = [row + 1] * (at + row * SPACING + 1)
+            engine.submit(prompt, params, on_event, seeded=True)
+
+    submit()
+    for _ in range(count):
+        done.acquire()
+    if errors:
+        raise errors[0]
+    stamps.sort()
+    return stamps[-1] - stamps[count - 1]
+
+
+def _experts(engine: Engine) -> dict[str, int]:
+    found: dict[str, int] = engine.status()["experts"]
+    if found["routed"] != found["hit"] + found["fetched"]:
+        raise AssertionError(f"the counters of routed experts do not add up: {found}")
+    return found
+
+
+def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
+    return {name: after[name] - before[name] for name in after}
+
+
+def _hits(experts: dict[str, int]) -> float:
+    return experts["hit"] / max(1, experts["routed"])
+
+
+def _bytes_read(engine: Engine, depth: int, count: int) -> float:
+    """Bytes of VRAM that a step of one token a sequence has to read or write at least."""
+    plan, config, cache = engine.plan, engine.config, engine.runner.store.cache
+    state = engine.runner.state
+    pages = state.pages * state.page
+    kv = sum(
+        array.nbytes / pages * depth
+        for layer, mixer in zip(state.layers, config.mixers, strict=True)
+        if mixer == "attention"
+        for array in _arrays(layer)
+    )
+    recurrent = sum(
+        2 * array.nbytes / state.slots
+        for layer, mixer in zip(state.layers, config.mixers, strict=True)
+        if mixer != "attention"
+        for array in _arrays(layer)
+    )
+    experts = config.layers * config.top_k * cache.record.nbytes
+    return float(plan.vram.get("weights", 0)) + count * (kv + recurrent + experts)
+
+
+def link_rate(engine: Engine) -> float:
+    """GB/s of fetching records with nothing else running; 0 where nothing is ever fetched.
+
+    Experts are fetched into the slots where they are: nothing changes.
+    """
+    ops, store = engine.runner.ops, engine.runner.store
+    cache, plan = store.cache, store.plan
+    machine = getattr(ops, "machine", None)
+    if store.arena is None or machine is None:
+        return 0.0
+    counters = ops.copy_out(cache.counters)
+    held = ops.copy_out(cache.expert_in)[0]
+    slots = np.flatnonzero(held >= 0)[: plan.expert.shape[0]].astype(np.int32)
+    entries = np.zeros((4, plan.expert.shape[0]), np.int32)
+    entries[0, : len(slots)], entries[1, : len(slots)], entries[2:, : len(slots)] = (
+        held[slots], slots, 1,
+    )  # fmt: skip
+    ops.copy_in(plan.count, np.array([len(slots)], np.int32))
+    for array, values in zip((plan.expert, plan.slot, plan.fetch, plan.uses), entries, strict=True):
+        ops.copy_in(array, values)
+    times = []
+    for _ in range(9):
+        start = Event(machine.device).record(machine.stream)
+        for _ in range(4):
+            ops.fetch(cache, plan, store.arena, 0)
+        end = Event(machine.device).record(machine.stream)
+        times.append((end - start) / 4)
+    ops.copy_in(cache.counters, counters)
+    return float(len(slots) * cache.record.nbytes / statistics.median(times) / 1e6)
+
+
+def _verify(engine: Engine) -> int:
+    """Slots compared with their records in host memory; 0 where there is no arena."""
+    store, ops = engine.runner.store, engine.runner.ops
+    if store.arena is None:
+        return 0
+    records: Any = ops.host_view(store.arena.records)
+    return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))

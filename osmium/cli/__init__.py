@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from osmium.cli.flags import add_engine_flags, add_server_flags
+from osmium.cli.flags import add_engine_flags, add_server_flags, integers
 from osmium.errors import OsmiumError
 
 __all__ = ["main", "serve"]
@@ -44,10 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="osmium", description="A Mixture-of-Experts engine.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, text: str, *, engine: bool = True) -> argparse.ArgumentParser:
+    def add(
+        name: str, text: str, *, engine: bool = True, many: bool = False
+    ) -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=text, description=text)
         if engine:
-            add_engine_flags(one)
+            add_engine_flags(one, many)
         return one
 
     add_server_flags(add("serve", "Serve the OpenAI API."))
@@ -76,10 +78,15 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
     add("doctor", "Say what this machine has and what to fix.", engine=False)
-    bench = add("bench", "Measure prefill and decode; ends with one JSON line.")
-    bench.add_argument("--prompt-tokens", type=int, default=512, help="tokens of prefill (512)")
-    bench.add_argument("--tokens", type=int, default=128, help="tokens of decode (128)")
-    bench.add_argument("--repeats", type=int, default=3, help="medians of this many (3)")
+    bench = add("bench", "Measure decode and prefill; ends with one JSON line.", many=True)
+    flag = bench.add_argument
+    flag("--depth", default="1k", help="tokens of context, as 1k,16k or 90%% of the KV (1k)")
+    flag("--tokens", type=int, default=256, help="tokens of a reply (256)")
+    flag("--repeats", type=int, default=3, help="medians of this many (3)")
+    flag("--warm-up", type=int, default=256, help="tokens before that do not count (256)")
+    flag("--parallel", type=integers, default=(1,), help="sequences at once, as 1,4 (1)")
+    flag("--prompt-tokens", type=integers, default=(512,), help="tokens of prefill; 0: none (512)")
+    flag("--compare", nargs=2, metavar="FILE", help="compare two results instead")
     return parser
 
 

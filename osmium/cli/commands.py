@@ -1,6 +1,7 @@
 """What each command does, with the arguments that cli/__init__.py has parsed."""
 
 import argparse
+import gc
 import json
 import os
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from osmium.bench.speed import measure
+from osmium.bench.report import compare, table
+from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
 from osmium.cli.flags import engine_options
 from osmium.cli.progress import progress_bar
@@ -20,13 +22,24 @@ from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError
-from osmium.loader import load, plan_for
+from osmium.loader import Loader, load, plan_for
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
 from osmium.text.tokenizer import Tokenizer
 from osmium.weights import open_model
 
-__all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
+__all__ = [
+    "BENCH",
+    "bench",
+    "chat",
+    "doctor",
+    "logits",
+    "pack",
+    "perplexity",
+    "plan",
+    "run",
+    "serve",
+]
 
 
 def _say(text: str) -> None:
@@ -132,7 +145,9 @@ def chat(args: argparse.Namespace) -> None:
 def serve(args: argparse.Namespace) -> None:
     """The HTTP server."""
     if args.benchmark:
-        args.prompt_tokens, args.tokens, args.repeats = 512, 128, 3
+        for name, value in BENCH.items():
+            setattr(args, name, value)
+        args.kv_cache_mb = None if args.kv_cache_mb is None else [args.kv_cache_mb]
         bench(args)
         return
     model, options = engine_options(args)
@@ -226,13 +241,58 @@ def logits(args: argparse.Namespace) -> None:
         engine.close()
 
 
+BENCH: dict[str, Any] = {
+    "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
+    "prompt_tokens": (512,), "compare": None,
+}  # fmt: skip
+"""What `osmium bench` measures if it is not told otherwise."""
+
+
 def bench(args: argparse.Namespace) -> None:
-    """Prefill and decode, medians; one JSON line on stdout, the table on stderr."""
-    engine = _engine(args)
+    """Decode and prefill, medians; the table on stderr, one JSON line on stdout."""
+    if args.compare:
+        print(compare(*(_json_file(path) for path in args.compare)))
+        return
+    model, options = engine_options(args)
+    budgets = options.pop("kv_cache_mb", None) or [None]
+    settings = Settings(
+        tuple(args.depth.split(",")) if args.depth else (),
+        args.tokens, args.repeats, args.warm_up, args.parallel, args.prompt_tokens,
+    )  # fmt: skip
+    device = options.pop("device", "auto")
+    found = []
+    with progress_bar() as show:
+        loader = Loader(model, device, progress=show, **options)
     try:
-        found = measure(engine, args.prompt_tokens, args.tokens, args.repeats)
+        rate = loader.memory_rate()
+        for budget in budgets:
+            with progress_bar() as show:
+                loader.progress = show
+                engine = loader.engine(**_context(loader, budget, args.depth))
+            try:
+                found.append({"kv_cache_mb": budget, **measure(engine, settings, rate)})
+            finally:
+                engine.close()
+                del engine
+                gc.collect()  # its VRAM, before the next one asks for some
+            _say(table(found[-1]))
     finally:
-        engine.close()
-    for row in found["rows"]:
-        _say(f"{row['what']:8}{row['tokens']:8} tokens{row['tokens_per_s']:12.1f} tok/s")
-    print(json.dumps(found))
+        loader.close()
+    print(json.dumps(found if len(found) > 1 else found[0]))
+
+
+def _context(loader: Loader, budget: int | None, depth: str) -> dict[str, Any]:
+    """Options of one KV budget; a depth in percent is of all that the KV holds."""
+    if budget is None:
+        return {}
+    if "%" not in depth:
+        return {"kv_cache_mb": budget}
+    return {"kv_cache_mb": budget, "context": loader.kv_tokens(budget)}
+
+
+def _json_file(path: str) -> Any:
+    """The last line of a file as JSON.  Raises: ConfigError."""
+    try:
+        return json.loads(Path(path).read_text().strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(f"{path} holds no result of osmium bench: {error}") from None

@@ -9,7 +9,7 @@ from typing import Any
 from osmium.config import parse_count, parse_size
 from osmium.errors import ConfigError
 
-__all__ = ["add_engine_flags", "add_server_flags", "engine_options"]
+__all__ = ["add_engine_flags", "add_server_flags", "engine_options", "integers"]
 
 
 def _parsed(parse: Any) -> Any:
@@ -24,8 +24,13 @@ def _parsed(parse: Any) -> Any:
     return convert
 
 
-def add_engine_flags(parser: argparse.ArgumentParser) -> None:
-    """Every option of EngineConfig, and the model to load."""
+def integers(text: str) -> tuple[int, ...]:
+    """ "1,4" as (1, 4); "0" as ()."""
+    return tuple(int(one) for one in text.split(",") if int(one))
+
+
+def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> None:
+    """Every option of EngineConfig, and the model to load; with `many` some take lists."""
     parser.add_argument(
         "model",
         nargs="?",
@@ -47,7 +52,12 @@ def add_engine_flags(parser: argparse.ArgumentParser) -> None:
     add("--shared-expert-quant", choices=("auto", *matrix), help="shared expert (auto: int8)")
     add("--lm-head-quant", choices=("auto", *matrix), help="format of the head (auto: int8)")
     add("--kv-dtype", choices=("auto", "f32", "bf16"), help="KV (auto: GPU bf16, CPU f32)")
-    add("--kv-cache-mb", type=int, metavar="MIB", help="memory for KV in MiB (from --context)")
+    add(
+        "--kv-cache-mb",
+        type=integers if many else int,
+        metavar="MIB",
+        help="memory for KV in MiB (from --context)" + ("; a list runs once each" * many),
+    )
     add(
         "--context",
         type=_parsed(parse_count),

@@ -12,9 +12,9 @@ import numpy.typing as npt
 
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import DeviceArray, HostBuffer, HostKind, Pool
-from osmium.errors import CudaError, KernelError
+from osmium.errors import CudaError, KernelError, OutOfMemory
 
-__all__ = ["Event", "Graph", "Machine", "Stream"]
+__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rate", "memory_rate"]
 
 SYNC = os.environ.get("OSMIUM_SYNC") == "1"
 """Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
@@ -61,12 +61,19 @@ class Graph:
         self.handle = device.driver("cuGraphInstantiate", captured, 0)
         device.driver("cuGraphDestroy", captured)
 
+    def __del__(self) -> None:
+        if not self.device.closed:
+            with contextlib.suppress(CudaError):
+                self.close()
+
     def replay(self, stream: "Stream") -> None:
         """Run everything again, in order after what `stream` was given before."""
         self.device.driver("cuGraphLaunch", self.handle, stream.handle)
 
     def close(self) -> None:
-        self.device.driver("cuGraphExecDestroy", self.handle)
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            self.device.driver("cuGraphExecDestroy", handle)
 
 
 class Stream:
@@ -258,3 +265,37 @@ class Machine:
             self.stream.close()
         with contextlib.suppress(CudaError):
             self.device.close()
+
+
+def copy_rate(device: Device, kind: HostKind, nbytes: int = 64 << 20) -> float:
+    """GB/s at which the copy engine takes host memory of a kind; 0 where there is none of it."""
+    pool = Pool(device)
+    try:
+        source = HostBuffer(device, nbytes, kind)
+    except (OutOfMemory, CudaError):
+        return 0.0
+    out = pool.empty((nbytes,), np.uint8)
+    rate = _rate(device, out, source.device_array((nbytes,), np.uint8), 5)
+    source.close()
+    return rate
+
+
+def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
+    """GB/s of a copy inside VRAM, bytes read and bytes written."""
+    pool = Pool(device)
+    out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
+    return 2 * _rate(device, out, source, 9)
+
+
+def _rate(device: Device, out: DeviceArray, source: DeviceArray, rounds: int) -> float:
+    """The median GB/s of copying, after one round that does not count."""
+    stream, times = Stream(device), []
+    for _ in range(rounds + 1):
+        start, end = Event(device).record(stream), Event(device)
+        stream.copy(out, source)
+        end.record(stream)
+        times.append(end - start)
+        start.close()
+        end.close()
+    stream.close()
+    return out.nbytes / sorted(times[1:])[rounds // 2] / 1e6

@@ -59,10 +59,13 @@ class Engine:
         on_thread: Callable[[], None] | None = None,
         on_close: Callable[[], None] | None = None,
         plan: Any = None,
+        host_memory: str = "pageable",
     ) -> None:
         """`on_thread` runs first on the engine's thread, `on_close` last of all."""
         self.config: ModelConfig = runner.model.config
         self.name, self.context, self.device, self.plan = name, context, device, plan
+        self.host_memory = host_memory
+        """The kind of host memory that experts are read from."""
         self.chunk = runner.rows
         """Most tokens of a step."""
         self.tokenizer, self.template = tokenizer, template
@@ -87,10 +90,15 @@ class Engine:
     # -- what callers do, on any thread ------------------------------------------------------------
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        on_event: Callable[[Event], None],
+        seeded: bool = False,
     ) -> Request:
         """Ask for a reply.  `on_event` is called on the engine's thread with each Token and with
         one Finish at the end; it must return at once.  If it raises, the request is cancelled.
+        With `seeded` the prompt is not read: whatever the pages and slots hold counts as its state.
 
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
@@ -112,7 +120,9 @@ class Engine:
                 )
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, Stops(decoder, params.stop), seed, self.context)
+        request = Request(
+            ids, params, on_event, Stops(decoder, params.stop), seed, self.context, seeded
+        )
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -254,6 +264,11 @@ class Engine:
             }
 
         return self.call(look)
+
+    @property
+    def runner(self) -> Runner:
+        """What computes, for who measures it; to be used within `call`."""
+        return self._runner
 
     @property
     def stopped(self) -> EngineStopped | None:

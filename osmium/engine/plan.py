@@ -21,7 +21,7 @@ from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
 from osmium.quant.record import Record
 
-__all__ = ["Machine", "Plan", "available_ram", "make_plan"]
+__all__ = ["Machine", "Plan", "available_ram", "make_plan", "tokens_held"]
 
 GIB = 1 << 30
 
@@ -129,9 +129,7 @@ def make_plan(
         raise ConfigError(
             f"--context is {context}; the model was made for {config.max_context} tokens at most."
         )
-    kv_dtype = (
-        ("bf16" if machine.gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
-    )
+    kv_dtype = _kv_dtype(options, machine.gpu)
     if machine.gpu and kv_dtype != "bf16":
         raise ConfigError(f"--kv-dtype is {kv_dtype}; on the GPU this version keeps KV in bf16.")
     rows = min(options.chunk, context)
@@ -207,6 +205,18 @@ def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: s
             f"is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
         )
     return pages
+
+
+def tokens_held(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
+    """Tokens that --kv-cache-mb holds, up to the model's longest context."""
+    assert options.kv_cache_mb is not None
+    page = state_bytes(config, 1, options.page, 0, _kv_dtype(options, gpu))
+    pages = (options.kv_cache_mb << 20) // max(1, page) - 1
+    return max(2, min(config.max_context, pages * options.page))
+
+
+def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
+    return ("bf16" if gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
 
 
 def _capped(slots: int, config: ModelConfig) -> int:

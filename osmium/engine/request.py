@@ -152,6 +152,7 @@ class Request:
         stops: Any,
         seed: int,
         room: int = 1 << 30,
+        seeded: bool = False,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -159,6 +160,8 @@ class Request:
         self.seed = seed
         self.room = room
         """Most tokens, prompt and reply."""
+        self.seeded = seeded
+        """The state is taken to hold the prompt already, but for its last token (benchmarks)."""
         self.tokens = list(prompt)
         """Prompt and reply."""
         self.prompt_tokens = len(prompt)

@@ -51,7 +51,10 @@ class Scheduler:
     def next(self) -> Batch | None:
         """The next step, or None if there is nothing to do."""
         while self.waiting and self._admit(self.waiting[0]):
-            self.running.append(self.waiting.popleft())
+            request = self.waiting.popleft()
+            if request.seeded:
+                request.computed = len(request.tokens) - 1
+            self.running.append(request)
         reading = [r for r in self.running if r.pending > 1]
         decoding = [r for r in self.running if r.pending == 1]
         if reading and (self._decoded_last or not decoding):

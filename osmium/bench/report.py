@@ -1,0 +1,59 @@
+"""What `osmium bench` found, for people: one table, and the comparison of two."""
+
+from typing import Any
+
+__all__ = ["compare", "table"]
+
+
+def table(found: dict[str, Any]) -> str:
+    """The rows of one document."""
+    rates, rows = found["rates"], found["rows"]
+    slots, experts = found["slots"]
+    lines = [
+        f"{found['model']} on {found['device']}, {slots} of {experts} slots a layer, "
+        f"KV {found['kv_dtype']}" + (f", {found['kv_cache_mb']} MiB" * bool(found["kv_cache_mb"])),
+    ]
+    if rates["memory_gb_s"]:
+        lines.append(
+            f"link {rates['link_gb_s']:.1f} GB/s ({found['host_memory']}), VRAM "
+            f"{rates['memory_gb_s']:.0f} GB/s; {found['slots_equal_to_records']} slots equal their "
+            "records"
+        )
+    lines.append(
+        f"{'':8}{'depth':>8}{'at once':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'first 64':>10}"
+        f"{'MB/token':>10}{'link':>7}{'floor/time':>12}"
+    )
+    for row in rows:
+        if row["what"] == "prefill":
+            lines.append(f"prefill {row['tokens']:8}{'':9}{row['tokens_per_s']:10.1f}")
+            continue
+        lines.append(
+            f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
+            f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}{row['hit_rate_first_64']:10.3f}"
+            f"{row['mb_fetched_per_token']:10.1f}{row['link_share']:7.2f}"
+            f"{row['floor_over_time']:12.2f}"
+        )
+    return "\n".join(lines)
+
+
+def compare(first: Any, second: Any) -> str:
+    """Rows that both have, side by side, and the ratio of their speeds."""
+    lines = [f"{'':30}{'first':>10}{'second':>10}{'ratio':>8}"]
+    before, after = _speeds(first), _speeds(second)
+    for key, speed in before.items():
+        if key in after:
+            name = " ".join(str(part) for part in key if part is not None)
+            lines.append(f"{name:30}{speed:10.1f}{after[key]:10.1f}{after[key] / speed:8.3f}")
+    for key in before.keys() ^ after.keys():
+        lines.append(f"{' '.join(str(part) for part in key if part is not None):30}  in one only")
+    return "\n".join(lines)
+
+
+def _speeds(found: Any) -> dict[tuple[Any, ...], float]:
+    """tok/s by KV budget, what, and size."""
+    return {
+        (one.get("kv_cache_mb"), row["what"], row.get("depth", row["tokens"]),
+         row.get("sequences")): row["tokens_per_s"]
+        for one in (found if isinstance(found, list) else [found])
+        for row in one["rows"]
+    }  # fmt: skip
