@@ -201,8 +201,8 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
     if not 0 < tokens <= most or count > plan.sequences:
         raise ConfigError(
             f"{count} sequences at a depth of {tokens} tokens, {more} more of each by --tokens "
-            f"{settings.tokens}: there is room for {plan.sequences} sequences of {room} tokens. Raise --context, "
-            "--kv-cache-mb or --sequences."
+            f"{settings.tokens}: there is room for {plan.sequences} sequences of {room} tokens. "
+            "Raise --context, --kv-cache-mb or --sequences."
         )
     return tokens
 

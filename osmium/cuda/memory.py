@@ -61,7 +61,10 @@ class DeviceArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> "DeviceArray":
-        """The same bytes in another shape of the same size."""
+        """The same bytes in another shape of the same size; one length may be -1: what is left."""
+        if -1 in shape:
+            left = math.prod(self.shape) // max(1, -math.prod(shape))
+            shape = tuple(left if one == -1 else one for one in shape)
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"{list(self.shape)} cannot be reshaped to {list(shape)}.")
         return DeviceArray(self.ptr, shape, self.dtype, self.owner)
