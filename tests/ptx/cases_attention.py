@@ -1,4 +1,4 @@
-"""Ragged shapes for attention and the delta net.
+"""Ragged shapes for attention, the delta net and the norms.
 
 tests/ops/cases.py runs every operation once; here are the edges: heads that fill 128 values of a
 warp partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle
@@ -109,6 +109,11 @@ def one_each(name: str, heads: Counts, dims: Counts, hidden: int, past: Counts) 
     return make
 
 
+def rms_norm(hidden: int) -> Make:
+    """Two rows of `hidden` values."""
+    return lambda rng: cases.rms_norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
+
+
 CASES: dict[str, Make] = {
     "rope_append 32, all turn": rope(32, 32, 4, 2, (3, 1), (0, 6)),
     "rope_append 64, 2 turn": rope(64, 2, 1, 1, (1, 5), (7, 0)),
@@ -136,4 +141,8 @@ CASES: dict[str, Make] = {
     "conv_gates, a row in one turn": one_each("conv_gates", (2, 4), (64, 96), 3072, (0, 7)),
     "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
     "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
+    "rms_norm 3072, in registers": rms_norm(3072),
+    "rms_norm 4096, in registers": rms_norm(4096),
+    "rms_norm 6148, one more turn": rms_norm(6148),
+    "rms_norm 10240, three more": rms_norm(10240),
 }
