@@ -41,11 +41,16 @@ class DeltaNet:
         """out, x f32 [T, D].  The sequences' states become those after the step."""
         ops = self.ops
         ops.linear(work.qkvz, x, self.qkvz)
-        ops.linear(work.ab, x, self.ab)
-        ops.conv(work.qkv, work.qkvz, self.conv, state.conv, step)
-        ops.delta_gates(work.decay, work.beta, work.ab, self.a_log, self.dt_bias)
+        ops.conv_gates(
+            work.qkv, work.decay, work.beta, work.ab, work.qkvz, x, self.conv, state.conv,
+            self.ab, self.a_log, self.dt_bias, step,
+        )  # fmt: skip
+        rule = (work.qkv, work.decay, work.beta, state.delta)
+        norm = (work.qkvz, self.channels, self.norm, self.eps)
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
-        rule = ops.delta_chunk if step.tokens - step.sequences > _FEW else ops.delta_step
-        rule(work.read, work.qkv, work.decay, work.beta, state.delta, step)
-        ops.gated_norm(work.read, work.read, work.qkvz, self.channels, self.norm, self.eps)
+        if step.tokens - step.sequences > _FEW:
+            ops.delta_chunk(work.read, *rule, step)
+            ops.gated_norm(work.read, work.read, *norm)
+        else:
+            ops.delta_step_gated(work.read, *rule, *norm, step)
         ops.linear(out, work.read.reshape(step.tokens, self.width), self.out)

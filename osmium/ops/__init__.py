@@ -186,6 +186,27 @@ class Ops(Protocol):
         softplus(x) = x for x > 20.  Dao & Gu 2024, arXiv:2405.21060 (the gate).
         """
 
+    def conv_gates(
+        self,
+        out: Array,
+        decay: Array,
+        beta: Array,
+        ab: Array,
+        u: Array,
+        h: Array,
+        w: Array,
+        state: Array,
+        ab_matrix: Linear,
+        a_log: Array,
+        dt_bias: Array,
+        step: Step,
+    ) -> None:
+        """out = conv(u);  ab = h @ ab_matrix.T;  decay, beta = delta_gates(ab).
+
+        ab f32 [T, 2V], scratch    h f32 [T, D]    ab_matrix [2V, D]    C % 4 == 0
+        The other arguments are those of conv and of delta_gates.
+        """
+
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
@@ -199,6 +220,25 @@ class Ops(Protocol):
         out f32 [T, V, dv]    qkv f32 [T, 2U*dk + V*dv]: U queries, U keys, V values
         decay, beta f32 [T, V]    state f32 [slots, V, dk, dv]    dk % 32 == 0, dk, dv <= 128
         Yang et al. 2024, arXiv:2412.06464.
+        """
+
+    def delta_step_gated(
+        self,
+        out: Array,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        state: Array,
+        z: Array,
+        column: int,
+        w: Array,
+        eps: float,
+        step: Step,
+    ) -> None:
+        """out = gated_norm(delta_step(qkv, decay, beta), z, w), the state as after delta_step.
+
+        out f32 [T, V, dv]    z f32 [T, Z], columns column .. column + V*dv    w f32 [dv]
+        dv % 32 == 0    The other arguments are those of delta_step.
         """
 
     def delta_chunk(
@@ -218,7 +258,7 @@ class Ops(Protocol):
         """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.
 
         out, x f32 [T, V, dv], may be one array    z f32 [T, Z], columns column .. column + V*dv
-        w f32 [dv]    dv % 32 == 0
+        w f32 [dv]    dv % 32 == 0, dv <= 128    Z % 4 == 0    column % 4 == 0
         """
 
     # -- experts -----------------------------------------------------------------------------------

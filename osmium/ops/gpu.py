@@ -29,7 +29,9 @@ ATTENTION = kernel("gqa_attention_bf16")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
+CONV_GATES = kernel("conv_gates_f32")
 DELTA_STEP = kernel("delta_step_f32")
+DELTA_STEP_GATED = kernel("delta_step_gated_f32")
 DELTA_CHUNK = kernel("delta_chunk_f32")
 GATED_NORM = kernel("gated_norm_f32")
 ROUTE = kernel("route_f32")
@@ -51,6 +53,10 @@ ADD_GATED = kernel("add_gated_f32")
 FETCH_BLOCKS = 4
 """Thread blocks that copy one record: a token misses a few experts a layer at once, and sixteen
 blocks move 50 GB/s (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).  Four is not measured."""
+
+
+CONV_GATES_MOST = 8
+"""Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
 
 
 class Machine(Protocol):
@@ -195,10 +201,62 @@ class GpuOps:
         tokens, heads = decay.shape
         DELTA_GATES(self.stream, tokens, decay, beta, ab, a_log, dt_bias, heads)
 
+    def conv_gates(
+        self,
+        out: Array,
+        decay: Array,
+        beta: Array,
+        ab: Array,
+        u: Array,
+        h: Array,
+        w: Array,
+        state: Array,
+        ab_matrix: Linear,
+        a_log: Array,
+        dt_bias: Array,
+        step: Step,
+    ) -> None:
+        if not (
+            _one_each(step) and step.sequences <= CONV_GATES_MOST and ab_matrix.format == "bf16"
+        ):
+            self.linear(ab, h, ab_matrix)
+            self.conv(out, u, w, state, step)
+            self.delta_gates(decay, beta, ab, a_log, dt_bias)
+            return
+        CONV_GATES(
+            self.stream, step.sequences, out, decay, beta, u, h, w, state, ab_matrix.data,
+            a_log, dt_bias, step.past, step.slots,
+            out.shape[1], u.shape[1], decay.shape[1], ab_matrix.columns,
+        )  # fmt: skip
+
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
         self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
+
+    def delta_step_gated(
+        self,
+        out: Array,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        state: Array,
+        z: Array,
+        column: int,
+        w: Array,
+        eps: float,
+        step: Step,
+    ) -> None:
+        if not _one_each(step):
+            self.delta_step(out, qkv, decay, beta, state, step)
+            self.gated_norm(out, out, z, column, w, eps)
+            return
+        _, value_heads, dk, dv = state.shape
+        key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
+        DELTA_STEP_GATED(
+            self.stream, step.sequences, out, qkv, decay, beta, state, z, w, step.past, step.slots,
+            key_heads, value_heads, dk, dv, z.shape[1], column, eps,
+        )  # fmt: skip
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
@@ -299,6 +357,11 @@ class GpuOps:
             step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
             replies.nobody, replies.nowhere,
         )  # fmt: skip
+
+
+def _one_each(step: Step) -> bool:
+    """Whether row s is the one row of sequence s."""
+    return step.tokens == step.sequences
 
 
 def _need_bf16(pages: Array) -> None:

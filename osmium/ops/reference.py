@@ -222,6 +222,25 @@ class ReferenceOps:
         decay[...] = -np.exp(a_log) * softplus
         beta[...] = _sigmoid(b)
 
+    def conv_gates(
+        self,
+        out: Array,
+        decay: Array,
+        beta: Array,
+        ab: Array,
+        u: Array,
+        h: Array,
+        w: Array,
+        state: Array,
+        ab_matrix: Linear,
+        a_log: Array,
+        dt_bias: Array,
+        step: Step,
+    ) -> None:
+        self.linear(ab, h, ab_matrix)
+        self.conv(out, u, w, state, step)
+        self.delta_gates(decay, beta, ab, a_log, dt_bias)
+
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
@@ -236,6 +255,22 @@ class ReferenceOps:
                 carried += k[t, :, :, None] * d[:, None]
                 out[rows][t] = np.matmul(q[t, :, None], carried)[:, 0]
             state[s] = carried
+
+    def delta_step_gated(
+        self,
+        out: Array,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        state: Array,
+        z: Array,
+        column: int,
+        w: Array,
+        eps: float,
+        step: Step,
+    ) -> None:
+        self.delta_step(out, qkv, decay, beta, state, step)
+        self.gated_norm(out, out, z, column, w, eps)
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step

@@ -257,6 +257,29 @@ def delta_gates(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"decay": "f32", "beta": "f32"})
 
 
+def conv_gates(rng: np.random.Generator, size: Size) -> Case:
+    arrays = conv(rng, size).arrays
+    tokens, heads, hidden = sum(size.lengths), size.value_heads, size.hidden
+    arrays |= {
+        "decay": _nan(tokens, heads),
+        "beta": _nan(tokens, heads),
+        "ab": _nan(tokens, 2 * heads),
+        "h": _f32(rng, tokens, hidden),
+        "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(8 * hidden**-0.5)),
+        "a_log": _f32(rng, heads),
+        "dt_bias": _f32(rng, heads),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        matrix = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
+        ops.conv_gates(
+            a["out"], a["decay"], a["beta"], a["ab"], a["u"], a["h"], a["w"], a["state"], matrix,
+            a["a_log"], a["dt_bias"], _step(size, a),
+        )  # fmt: skip
+
+    return Case(arrays, call, {"out": "f32", "state": "exact", "decay": "f32", "beta": "f32"})
+
+
 def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
         arrays = step_arrays(rng, size)
@@ -294,6 +317,22 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
         ops.gated_norm(a["out"], a["x"], a["z"], channels, a["w"], 1e-6)
 
     return Case(arrays, call, {"out": "f32"})
+
+
+def delta_step_gated(rng: np.random.Generator, size: Size) -> Case:
+    arrays = _delta("delta_step")(rng, size).arrays
+    channels = _channels(size)
+    width = channels + size.value_heads * size.value_dim
+    arrays["z"] = _f32(rng, sum(size.lengths), width) * 3
+    arrays["w"] = _f32(rng, size.value_dim)
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.delta_step_gated(
+            a["out"], a["qkv"], a["decay"], a["beta"], a["state"], a["z"], channels, a["w"], 1e-6,
+            _step(size, a),
+        )  # fmt: skip
+
+    return Case(arrays, call, {"out": "f32", "state": "f32"})
 
 
 # -- experts -------------------------------------------------------------------------------------
@@ -541,7 +580,9 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "sigmoid_gate": sigmoid_gate,
     "conv": conv,
     "delta_gates": delta_gates,
+    "conv_gates": conv_gates,
     "delta_step": _delta("delta_step"),
+    "delta_step_gated": delta_step_gated,
     "delta_chunk": _delta("delta_chunk"),
     "gated_norm": gated_norm,
     "route": route,

@@ -29,7 +29,17 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
 
 
-@pytest.mark.parametrize("name", ["rms_norm", "attention", "delta_chunk", "linear int4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "rms_norm",
+        "attention",
+        "delta_chunk",
+        "linear int4",
+        "gated rule 64x96",
+        "conv_gates, ragged",
+    ],
+)
 def test_the_order_of_warps_changes_no_bit(rng: np.random.Generator, name: str) -> None:
     seed = int(rng.integers(1 << 32))
     first, second = (

@@ -1,4 +1,4 @@
-"""Ragged shapes for attention and the delta net.
+"""Ragged shapes for attention, the delta net and the norms.
 
 tests/ops/cases.py runs every operation once; here are the edges: heads that fill 128 values of a
 warp partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle
@@ -91,6 +91,29 @@ def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts)
     return make
 
 
+def one_each(name: str, heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
+    """One row a sequence; the states of a sequence without a past are NaN."""
+
+    def make(rng: np.random.Generator) -> Case:
+        size = replace(
+            TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
+            hidden=hidden, lengths=(1,) * len(past), past=past,
+        )  # fmt: skip
+        case = cases.CASES[name](rng, size)
+        a = case.arrays
+        a["state"][a["slots"][a["past"] == 0]] = np.nan
+        if "h" not in a:
+            a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
+        return case
+
+    return make
+
+
+def rms_norm(hidden: int) -> Make:
+    """Two rows of `hidden` values."""
+    return lambda rng: cases.rms_norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
+
+
 CASES: dict[str, Make] = {
     "rope_append 32, all turn": rope(32, 32, 4, 2, (3, 1), (0, 6)),
     "rope_append 64, 2 turn": rope(64, 2, 1, 1, (1, 5), (7, 0)),
@@ -110,4 +133,16 @@ CASES: dict[str, Make] = {
     "delta_chunk 64x96": delta("delta_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
     "delta_chunk 96x64": delta("delta_chunk", (1, 1), (96, 64), (33,), (3,)),
     "delta_chunk 128x128": delta("delta_chunk", (2, 2), (128, 128), (20,), (0,)),
+    "gated rule 32x32": one_each("delta_step_gated", (1, 2), (32, 32), 64, (3, 0, 2)),
+    "gated rule 64x96": one_each("delta_step_gated", (2, 2), (64, 96), 64, (9,)),
+    "gated rule 96x64": one_each("delta_step_gated", (1, 1), (96, 64), 64, (0,)),
+    "gated rule 128x128": one_each("delta_step_gated", (1, 3), (128, 128), 64, (1, 0, 5)),
+    "conv_gates, ragged": one_each("conv_gates", (1, 3), (32, 32), 200, (4, 0, 1)),
+    "conv_gates, a row in one turn": one_each("conv_gates", (2, 4), (64, 96), 3072, (0, 7)),
+    "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
+    "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
+    "rms_norm 3072, in registers": rms_norm(3072),
+    "rms_norm 4096, in registers": rms_norm(4096),
+    "rms_norm 6148, one more turn": rms_norm(6148),
+    "rms_norm 10240, three more": rms_norm(10240),
 }

@@ -31,6 +31,8 @@ def cases_of(name: str) -> list[Make]:
         "rms_norm_f32": ("rms_norm",),
         "rope_append_bf16": ("rope",),
         "gqa_attention_bf16": ("attention",),
+        "conv_gates_f32": ("conv_gates, ",),
+        "delta_step_gated_f32": ("gated rule",),
         "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: say here which cases launch it"
