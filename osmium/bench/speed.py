@@ -273,7 +273,7 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         for array in _arrays(layer)
     )
     experts = config.layers * config.top_k * cache.record.nbytes
-    return float(plan.vram.get("weights", 0)) + count * (kv + recurrent + experts)
+    return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))
 
 
 def link_rate(engine: Engine) -> float:

@@ -102,6 +102,7 @@ class Device:
                 f"{self.name} is sm_{self.capability[0]}{self.capability[1]}; Osmium needs sm_80 "
                 "(RTX 30 series) or newer."
             )
+        self.multiprocessors = self._attribute(16)
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
         self.closed = False
         self._functions: dict[tuple[str, str], Any] = {}

@@ -197,6 +197,11 @@ class Machine:
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
+    @property
+    def multiprocessors(self) -> int:
+        """How many of them the device has."""
+        return self.device.multiprocessors
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)

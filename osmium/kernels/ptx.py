@@ -421,7 +421,7 @@ def check(contract: Contract, values: tuple[Any, ...]) -> None:
     for p, value in zip(contract.params, values[len(contract.sizes) :], strict=True):
         if p.rule is not None and not p.rule(sizes):
             raise KernelError(f"{name}: {p.name} is {value}; the rule is {p.rule.text}.")
-        if not p.is_array:
+        if not p.is_array or (isinstance(value, int) and value == 0):  # 0: there is none
             continue
         if not hasattr(value, "dtype"):
             raise KernelError(f"{name}: {p.name} is {value!r}; it must be an array.")

@@ -29,6 +29,7 @@ class DeltaNet:
         self.eps = config.eps
         self.channels = config.channels
         self.width = heads * config.value_dim
+        self.mixer_norm = weights.array("mixer_norm", hidden)
         self.qkvz = weights.linear("qkvz", self.channels + self.width, hidden)
         self.ab = weights.linear("ab", 2 * heads, hidden)
         self.conv = weights.array("conv", self.channels, 4)
@@ -37,12 +38,13 @@ class DeltaNet:
         self.norm = weights.array("gated_norm", config.value_dim)
         self.out = weights.linear("delta_out", hidden, self.width)
 
-    def mix(self, out: Array, x: Array, step: Step, state: DeltaState, work: Workspace) -> None:
-        """out, x f32 [T, D].  The sequences' states become those after the step."""
-        ops = self.ops
-        ops.linear(work.qkvz, x, self.qkvz)
+    def mix(self, x: Array, step: Step, state: DeltaState, work: Workspace) -> None:
+        """x += the mixer of norm(x); x f32 [T, D].  The sequences' states become those after the
+        step."""
+        ops, h = self.ops, work.h
+        ops.norm_linear(work.qkvz, h, x, self.mixer_norm, self.qkvz, self.eps)
         ops.conv_gates(
-            work.qkv, work.decay, work.beta, work.ab, work.qkvz, x, self.conv, state.conv,
+            work.qkv, work.decay, work.beta, work.ab, work.qkvz, h, self.conv, state.conv,
             self.ab, self.a_log, self.dt_bias, step,
         )  # fmt: skip
         rule = (work.qkv, work.decay, work.beta, state.delta)
@@ -53,4 +55,4 @@ class DeltaNet:
             ops.gated_norm(work.read, work.read, *norm)
         else:
             ops.delta_step_gated(work.read, *rule, *norm, step)
-        ops.linear(out, work.read.reshape(step.tokens, self.width), self.out)
+        ops.linear_add(x, work.read.reshape(step.tokens, self.width), self.out)

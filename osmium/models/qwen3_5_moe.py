@@ -37,7 +37,6 @@ class _Layer:
         index: int,
         frequencies: Array,
     ) -> None:
-        self.mixer_norm = weights.array("mixer_norm", config.hidden)
         self.moe_norm = weights.array("moe_norm", config.hidden)
         # State.layers holds the mixer's own kind of state at the same index.
         self.mixer: Any = (
@@ -84,9 +83,7 @@ class Model:
         x, h, y = work.x, work.h, work.y
         ops.embed(x, step.ids, self.embed)
         for layer, own in zip(self.layers, state.layers, strict=True):
-            ops.rms_norm(h, x, layer.mixer_norm, eps)
-            layer.mixer.mix(y, h, step, own, work)
-            ops.add(x, y)
+            layer.mixer.mix(x, step, own, work)
             ops.rms_norm(h, x, layer.moe_norm, eps)
             layer.moe.forward(y, h, step, work)
             ops.add(x, y)

@@ -120,6 +120,17 @@ class Ops(Protocol):
         out f32 [T, N]    x f32 [T, K]    w [N, K], see values.Linear
         """
 
+    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
+        """out += x @ W.T; arguments as linear's."""
+
+    def norm_linear(
+        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
+    ) -> None:
+        """h = x * rsqrt(mean(x^2 over K) + eps) * (1 + norm); out = h @ W.T.
+
+        out f32 [T, N]    h, x f32 [T, K], two arrays    norm f32 [K]    w [N, K]
+        """
+
     # -- attention -------------------------------------------------------------------------------
 
     def rope_append(

@@ -24,6 +24,9 @@ TAKE = kernel("take_f32")
 ADD = kernel("add_f32")
 RMS_NORM = kernel("rms_norm_f32")
 LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
+MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
+MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
+"""What the inputs of a matrix must be a multiple of for MATVEC; LINEAR takes the others."""
 ROPE_APPEND = kernel("rope_append_bf16")
 ATTENTION = kernel("gqa_attention_bf16")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
@@ -59,11 +62,22 @@ CONV_GATES_MOST = 8
 """Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
 
 
+MATVEC_ROWS = 8
+"""Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
+
+MATVEC_SHARED = 64 << 10
+"""Bytes of shared memory for them, at most: three blocks stay on a multiprocessor of an H100, one
+on an RTX 30's."""
+
+
 class Machine(Protocol):
     """Where the arrays are and the launches go: cuda.Device, or the tests' interpreter."""
 
     stream: Any
     """Anything with launch(kernel, grid, values)."""
+
+    @property
+    def multiprocessors(self) -> int: ...
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
     def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
@@ -141,13 +155,54 @@ class GpuOps:
         RMS_NORM(self.stream, rows, out, x, w, dim, eps)
 
     def linear(self, out: Array, x: Array, w: Linear) -> None:
+        if _fits_matvec(w):
+            self._matvec(out, None, x, None, w, 0, 0.0)
+        else:
+            self._linear(out, x, w, 0)
+
+    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
+        if _fits_matvec(w):
+            self._matvec(out, None, x, None, w, 1, 0.0)
+        else:
+            self._linear(out, x, w, 1)
+
+    def norm_linear(
+        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
+    ) -> None:
+        if _fits_matvec(w) and x.shape[0] <= MATVEC_ROWS:
+            self._matvec(out, h, x, norm, w, 0, eps)
+        else:
+            self.rms_norm(h, x, norm, eps)
+            self.linear(out, h, w)
+
+    def _linear(self, out: Array, x: Array, w: Linear, add: int) -> None:
         sizes = (x.shape[0], w.rows, w.columns)
         if w.format == "bf16":
-            LINEAR["bf16"](self.stream, out, x, w.data, *sizes)
+            LINEAR["bf16"](self.stream, out, x, w.data, *sizes, add)
         elif w.format == "int8":
-            LINEAR["int8"](self.stream, out, x, w.data, w.scale, *sizes)
+            LINEAR["int8"](self.stream, out, x, w.data, w.scale, *sizes, add)
         else:
-            LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group)
+            LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group, add)
+
+    def _matvec(
+        self,
+        out: Array,
+        h: Array | None,
+        x: Array,
+        norm: Array | None,
+        w: Linear,
+        add: int,
+        eps: float,
+    ) -> None:
+        tokens = x.shape[0]
+        rows = max(1, min(tokens, MATVEC_ROWS, MATVEC_SHARED // (4 * w.columns)))
+        tiles = -(-w.rows // 16)
+        turns = -(-tiles // (3 * self.machine.multiprocessors))  # three blocks fit at once
+        MATVEC[w.format](
+            self.stream, -(-tiles // turns), out, 0 if h is None else h, x,
+            0 if norm is None else norm, w.data, *([] if w.scale is None else [w.scale]),
+            tokens, rows, w.rows, w.columns, add, eps,
+        )  # fmt: skip
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -362,6 +417,10 @@ class GpuOps:
 def _one_each(step: Step) -> bool:
     """Whether row s is the one row of sequence s."""
     return step.tokens == step.sequences
+
+
+def _fits_matvec(w: Linear) -> bool:
+    return w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
 
 
 def _need_bf16(pages: Array) -> None:

@@ -135,6 +135,15 @@ class ReferenceOps:
     def linear(self, out: Array, x: Array, w: Linear) -> None:
         np.matmul(x, self._f32(w).T, out=out)
 
+    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
+        out += np.matmul(x, self._f32(w).T)
+
+    def norm_linear(
+        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
+    ) -> None:
+        self.rms_norm(h, x, norm, eps)
+        self.linear(out, h, w)
+
     def _f32(self, w: Linear) -> F32:
         kept = self._kept.get(id(w))
         if kept is not None:

@@ -52,6 +52,33 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
     return make
 
 
+def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> Make:
+    """norm_linear, then linear_add of what it wrote to h; one token's x may be all zeros, and others
+    of very different sizes."""
+
+    def make(rng: np.random.Generator) -> Case:
+        inner = linear(form, tokens, rows, columns, 128)(rng)
+        x = inner.arrays["x"]
+        x *= np.float32(gain) * np.exp(3 * _f32(rng, tokens, 1))
+        if tokens > 2:
+            x[1] = 0
+        arrays = inner.arrays | {
+            "h": _nan(tokens, columns),
+            "norm": _f32(rng, columns),
+            "more": _f32(rng, tokens, rows),
+        }
+        group = 128 if form == "int4" else 0
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            ops.norm_linear(a["out"], a["h"], a["x"], a["norm"], matrix, 1e-6)
+            ops.linear_add(a["more"], a["x"], matrix)
+
+        return Case(arrays, call, {"out": "f32", "h": "f32", "more": "f32"})
+
+    return make
+
+
 def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
@@ -161,6 +188,16 @@ CASES: dict[str, Make] = {
     "int4_linear 3x2x320 groups of 64": linear("int4", 3, 2, 320, 64),
     "int4_linear 9x19x544 groups of 32": linear("int4", 9, 19, 544, 32),
     "int4_linear 4x3x640 groups of 128": linear("int4", 4, 3, 640, 128),
+    "bf16_matvec 1x40x64": fused("bf16", 1, 40, 64),
+    "bf16_matvec 8x70x1088": fused("bf16", 8, 70, 1088),
+    "bf16_matvec 11x35x64": fused("bf16", 11, 35, 64),
+    "int8_matvec 1x1x64": fused("int8", 1, 1, 64, 1e-6),
+    "int8_matvec 8x70x1088": fused("int8", 8, 70, 1088),
+    "int8_matvec 11x19x64": fused("int8", 11, 19, 64, 1e4),
+    "int4_matvec 1x1x128": fused("int4", 1, 1, 128, 1e4),
+    "int4_matvec 8x70x1152": fused("int4", 8, 70, 1152),
+    "int4_matvec 3x17x2176": fused("int4", 3, 17, 2176, 1e-6),
+    "int4_matvec 9x19x128": fused("int4", 9, 19, 128),
     "bf16_expert 3 tokens": experts(16, 3, 2, 24, 16),
     "bf16_expert many inputs up": experts(16, 1, 3, 264, 24),
     "bf16_expert many inputs down": experts(16, 1, 3, 24, 272),

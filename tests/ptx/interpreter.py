@@ -24,6 +24,7 @@ import numpy.typing as npt
 from osmium.kernels.ptx import Kernel
 from osmium.ops import ExpertCache, ExpertPlan, Replies, Step
 from osmium.ops.reference import ReferenceOps
+from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record
 
 __all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
@@ -109,6 +110,8 @@ class InterpretedArray:
 
 class InterpretedMachine:
     """See ops.gpu.Machine.  `seed` orders warps and blocks."""
+
+    multiprocessors = 1
 
     def __init__(self, seed: int = 0, without: tuple[str, int] | None = None) -> None:
         """`without` is an entry and which of its barriers to leave out."""
@@ -242,6 +245,10 @@ def parse_program(text: str, without: int | None = None) -> Program:
             if guarded:
                 made.negated, made.guard = bool(guarded[1]), guarded[2]
             pending.append((made, rest))
+    dynamic = re.search(r"\.extern \.shared \.align (\d+) \.b8 (\w+)\[\];", code)
+    if dynamic:  # what is asked for at launch comes after what is declared
+        program.shared = -(-program.shared // int(dynamic[1])) * int(dynamic[1])
+        program.symbols[dynamic[2]] = program.shared
     for made, rest in pending:
         if made.kind == "bra":
             made.target = labels[rest.split()[1]]
@@ -412,15 +419,19 @@ class InterpretedStream:
         blocks = [
             (x, y, z) for x in range(whole[0]) for y in range(whole[1]) for z in range(whole[2])
         ]
+        more = 0
+        if contract.dynamic is not None:
+            pairs = zip(contract.params, values, strict=True)
+            more = contract.dynamic({p.name: v for p, v in pairs if p.type == "u32"})
         with np.errstate(all="ignore"):
             for at in self.rng.permutation(len(blocks)):
-                self._block(program, named, blocks[at], whole, contract.block)
+                self._block(program, named, blocks[at], whole, contract.block, more)
 
     def _block(
         self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
-        grid: tuple[int, int, int], threads: int,
+        grid: tuple[int, int, int], threads: int, dynamic: int,
     ) -> None:  # fmt: skip
-        shared = _block(program.shared, f"{program.name}'s shared memory")
+        shared = _block(program.shared + dynamic, f"{program.name}'s shared memory")
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
             for i in range(threads // LANES)
@@ -577,7 +588,7 @@ def _compile(program: Program, line: str) -> Run:
     args = _arguments(rest)
     special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
-        "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
+        "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute, "mma": _mma,
     }  # fmt: skip
     try:
         if base in special:
@@ -585,7 +596,9 @@ def _compile(program: Program, line: str) -> Run:
         if base in ("mul", "mad") and parts[0] == "wide":
             return _wide(program, parts[1], args)
         if base == "mov" and "{" in rest:
-            return _halves(program, args)
+            return _halves(program, parts[0], args)
+        if parts[-1] == "f16x2":
+            return _packed(program, base, args)
         if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
             raise KeyError(opcode)
         return _arithmetic(program, base, TYPES[parts[-1]], args)
@@ -631,23 +644,78 @@ def _wide(program: Program, kind: str, args: list[str]) -> Run:
     return run
 
 
-def _halves(program: Program, args: list[str]) -> Run:
-    """mov.b64 between a register and a pair."""
+def _packed(program: Program, base: str, args: list[str]) -> Run:
+    """Two halves at once."""
+    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c}[base]
+    operands = [_operand(program, arg, TYPES["u32"]) for arg in args[1:]]
+
+    def run(w: Warp, m: Mask) -> None:
+        halves = [operand(w, m).view(np.float16).astype(np.float64) for operand in operands]
+        w.write(args[0], function(*halves).astype(np.float16).view(np.uint32), m)
+
+    return run
+
+
+def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
+    """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g and
+    g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and g + 8
+    and columns 2q, 2q + 1."""
+    kinds = {"f16": np.float16, "bf16": np.uint16}
+    if parts[:5] != ["sync", "aligned", "m16n8k16", "row", "col"] or parts[5:] not in (
+        ["f32", kind, kind, "f32"] for kind in kinds
+    ):
+        raise KeyError(".".join(parts))
+    names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
+    if [len(group) for group in names] != [4, 4, 2, 4]:
+        raise ValueError("registers of a fragment")
+    a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
+    c = [_operand(program, name, TYPES["f32"]) for name in names[3]]
+    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+
+    def wide(value: Values) -> npt.NDArray[np.float64]:
+        """[lanes, 2], the lower half first."""
+        if parts[6] == "f16":
+            return value.view(np.float16).astype(np.float64).reshape(LANES, 2)
+        halves = value.view(np.uint16).astype(np.uint32) << np.uint32(16)
+        return halves.view(np.float32).astype(np.float64).reshape(LANES, 2)
+
+    def run(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at an mma")
+        first, second = np.zeros((16, 16)), np.zeros((16, 8))
+        for i, operand in enumerate(a):
+            for half, value in enumerate(wide(operand(w, m)).T):
+                first[g + 8 * (i % 2), 2 * q + half + 8 * (i // 2)] = value
+        for i, operand in enumerate(b):
+            for half, value in enumerate(wide(operand(w, m)).T):
+                second[2 * q + half + 8 * i, g] = value
+        product = first @ second
+        for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
+            mine = product[g + 8 * (i // 2), 2 * q + i % 2]
+            w.write(name, (mine + operand(w, m)).astype(np.float32), m)
+
+    return run
+
+
+def _halves(program: Program, kind: str, args: list[str]) -> Run:
+    """mov between a register and a pair of halves of it."""
+    small, big, bits = {"b32": ("u16", "u32", 16), "b64": ("u32", "u64", 32)}[kind]
+    half, double = TYPES[small], TYPES[big]
     names = [name.strip() for name in args[1 if "{" in args[1] else 0].strip("{}").split(",")]
     if "{" in args[1]:
-        low, high = (_operand(program, name, TYPES["u32"]) for name in names)
+        low, high = (_operand(program, name, half) for name in names)
 
         def join(w: Warp, m: Mask) -> None:
-            value = high(w, m).astype(np.uint64) << np.uint64(32) | low(w, m).astype(np.uint64)
+            value = high(w, m).astype(double) << double.type(bits) | low(w, m).astype(double)
             w.write(args[0], value, m)
 
         return join
-    whole = _operand(program, args[1], TYPES["u64"])
+    whole = _operand(program, args[1], double)
 
     def split(w: Warp, m: Mask) -> None:
         value = whole(w, m)
-        w.write(names[0], value.astype(np.uint32), m)
-        w.write(names[1], (value >> np.uint64(32)).astype(np.uint32), m)
+        w.write(names[0], value.astype(half), m)
+        w.write(names[1], (value >> double.type(bits)).astype(half), m)
 
     return split
 
@@ -777,11 +845,24 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
             w.write(args[0], np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16), m)
 
         return narrow
+    if to in ("f16x2", "bf16x2"):  # the second operand is the lower half
+        if modes != ["rn"] or source != "f32":
+            raise KeyError(".".join(parts))
+        high, low = (_operand(program, arg, TYPES["f32"]) for arg in args[1:3])
+
+        def pack(w: Warp, m: Mask) -> None:
+            pair = [x(w, m) for x in (low, high)]
+            bits = [x.astype(np.float16).view(np.uint16) for x in pair]
+            if to == "bf16x2":
+                bits = [bf16_from_f32(x) for x in pair]
+            w.write(args[0], np.stack(bits, axis=1).reshape(-1).view(np.uint32), m)
+
+        return pack
     value, dtype = _operand(program, args[1], TYPES[source]), TYPES[to]
     floats = (dtype.kind == "f", TYPES[source].kind == "f")
     if modes == ["rni"] and floats == (True, True):
         return lambda w, m: w.write(args[0], np.rint(value(w, m)), m)
-    wanted = ["rn"] if floats == (True, False) else []
+    wanted = ["rn"] if floats == (True, False) or to == "f16" else []
     if modes != wanted or floats == (False, True):
         raise KeyError(".".join(parts))
     return lambda w, m: w.write(args[0], value(w, m).astype(dtype), m)
