@@ -47,9 +47,9 @@ EXPERT_DOWN = {
 SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
-FETCH_BLOCKS = 4
-"""Thread blocks that copy one record: a token misses a few experts a layer at once, and sixteen
-blocks move 50 GB/s (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).  Four is not measured."""
+FETCH_BLOCKS = 16
+"""Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
+leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
 
 class Machine(Protocol):
@@ -238,9 +238,9 @@ class GpuOps:
 
     def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
         FETCH(
-            self.stream, FETCH_BLOCKS, plan.expert.shape[0], cache.slots[layer],
-            arena.records[layer], plan.expert, plan.slot, plan.fetch, plan.uses, plan.count,
-            cache.counters, cache.record.nbytes,
+            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
+            plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
+            plan.expert.shape[0], cache.record.nbytes,
         )  # fmt: skip
 
     def expert_mlp(

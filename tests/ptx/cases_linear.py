@@ -177,5 +177,6 @@ CASES: dict[str, Make] = {
     "route 32 of 70": route(2, 70, 32, 1),
     "fetch one page": fetch(16, 8, (1, 0, 1), 5),
     "fetch nothing": fetch(16, 8, (0, 0), 2),
-    "fetch two steps a block, the last of three pages": fetch(128, 120, (0, 1), 3),
+    "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),
+    "fetch of 35 entries": fetch(32, 24, (0,) * 30 + (1, 0, 1, 1, 0), 36),
 }
