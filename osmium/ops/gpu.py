@@ -44,12 +44,17 @@ EXPERT_DOWN = {
     8: kernel("int8_expert_down_f32"),
     4: kernel("int4_expert_down_f32"),
 }
+INT4_EXPERT_DOWN_FEW = kernel("int4_expert_down_few_f32")
 SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
 FETCH_BLOCKS = 16
 """Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
 leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
+
+FEW_TOKENS = 8
+"""Up to so many tokens, a token's experts are shared out among the warps of a block: one warp that
+takes them in turns has too few loads in flight.  Not measured."""
 
 
 class Machine(Protocol):
@@ -264,9 +269,10 @@ class GpuOps:
             up = (record.up_scale, record.up_group)
             down = (record.down, record.down_scale, record.down_group)
         EXPERT_UP[record.bits](self.stream, tokens, inner, x, ids, slots, slot_of, *sizes, *up)
-        EXPERT_DOWN[record.bits](
-            self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down
-        )
+        second = EXPERT_DOWN[record.bits]
+        if record.bits == 4 and tokens <= FEW_TOKENS:
+            second = INT4_EXPERT_DOWN_FEW
+        second(self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down)
 
     def silu_mul(self, out: Array, x: Array) -> None:
         tokens, inner = out.shape

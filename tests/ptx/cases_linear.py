@@ -171,6 +171,8 @@ CASES: dict[str, Make] = {
     "int4_expert many inputs up": experts(4, 1, 3, 320, 32),
     "int4_expert many inputs down": experts(4, 1, 3, 32, 320),
     "int4_expert groups of 128": experts(4, 2, 1, 128, 128),
+    "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),
+    "int4_expert 9 tokens": experts(4, 9, 2, 64, 320),
     "route all of one": route(1, 1, 1, 0),
     "route all of 7": route(3, 7, 7, 1),
     "route 2 of 33": route(3, 33, 2, 3),

@@ -9,7 +9,7 @@ import pytest
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention
+from tests.ptx import cases_attention, cases_linear
 from tests.ptx.interpreter import InterpretedMachine, PtxFault
 from tests.ptx.kernels import FOLDER, NAMES
 
@@ -26,9 +26,10 @@ SEEDS = range(6)
 
 def cases_of(name: str) -> list[Make]:
     """The cases that launch a kernel."""
-    ragged = cases_attention.CASES
+    ragged = cases_attention.CASES | cases_linear.CASES
     prefix = {
         "rms_norm_f32": ("rms_norm",),
+        "int4_expert_down_few_f32": ("int4_expert",),
         "rope_append_bf16": ("rope",),
         "gqa_attention_bf16": ("attention",),
         "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
