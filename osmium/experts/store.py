@@ -1,7 +1,7 @@
 """The store: from token and expert ids to the experts' output, wherever their bytes are.
 
-Place, fetch, compute, in blocks of rows small enough for the slots.  Every routed expert is
-computed; the counters say from where.
+Place, fetch, compute, in blocks of rows small enough for the slots; where every expert has its
+slot, compute alone.  Every routed expert is computed; the counters say from where.
 """
 
 from dataclasses import dataclass
@@ -64,8 +64,8 @@ class Store:
         for start in range(0, tokens, self.block):
             end = min(start + self.block, tokens)
             some, inner = ids[start:end], self.inner[: end - start]
-            ops.place(plan, cache, layer, some)
             if self.arena is not None:
+                ops.place(plan, cache, layer, some)
                 ops.fetch(cache, plan, self.arena, layer)
             ops.expert_mlp(
                 out[start:end], inner, x[start:end], some, weights[start:end], cache, layer
@@ -77,6 +77,8 @@ class Store:
         Asserts that every routed pair was either hit or fetched.
         """
         routed, hit, fetched, copied = (int(n) for n in self.ops.copy_out(self.cache.counters))
+        if self.arena is None:
+            hit = routed  # nothing is placed, so nobody counts
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
         return Counters(routed, hit, fetched, copied)
 

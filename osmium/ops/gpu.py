@@ -50,12 +50,17 @@ EXPERT_DOWN = {
     8: kernel("int8_expert_down_f32"),
     4: kernel("int4_expert_down_f32"),
 }
+INT4_EXPERT_DOWN_FEW = kernel("int4_expert_down_few_f32")
 SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
-FETCH_BLOCKS = 4
-"""Thread blocks that copy one record: a token misses a few experts a layer at once, and sixteen
-blocks move 50 GB/s (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).  Four is not measured."""
+FETCH_BLOCKS = 16
+"""Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
+leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
+
+FEW_TOKENS = 8
+"""Up to so many tokens, a token's experts are shared out among the warps of a block: one warp that
+takes them in turns has too few loads in flight.  Not measured."""
 
 
 CONV_GATES_MOST = 8
@@ -356,9 +361,9 @@ class GpuOps:
 
     def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
         FETCH(
-            self.stream, FETCH_BLOCKS, plan.expert.shape[0], cache.slots[layer],
-            arena.records[layer], plan.expert, plan.slot, plan.fetch, plan.uses, plan.count,
-            cache.counters, cache.record.nbytes,
+            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
+            plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
+            plan.expert.shape[0], cache.record.nbytes,
         )  # fmt: skip
 
     def expert_mlp(
@@ -382,9 +387,10 @@ class GpuOps:
             up = (record.up_scale, record.up_group)
             down = (record.down, record.down_scale, record.down_group)
         EXPERT_UP[record.bits](self.stream, tokens, inner, x, ids, slots, slot_of, *sizes, *up)
-        EXPERT_DOWN[record.bits](
-            self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down
-        )
+        second = EXPERT_DOWN[record.bits]
+        if record.bits == 4 and tokens <= FEW_TOKENS:
+            second = INT4_EXPERT_DOWN_FEW
+        second(self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down)
 
     def silu_mul(self, out: Array, x: Array) -> None:
         tokens, inner = out.shape

@@ -53,8 +53,8 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
 
 
 def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> Make:
-    """norm_linear, then linear_add of what it wrote to h; one token's x may be all zeros, and others
-    of very different sizes."""
+    """norm_linear, and linear_add; one token's x may be all zeros, others are of very different
+    sizes."""
 
     def make(rng: np.random.Generator) -> Case:
         inner = linear(form, tokens, rows, columns, 128)(rng)
@@ -208,11 +208,14 @@ CASES: dict[str, Make] = {
     "int4_expert many inputs up": experts(4, 1, 3, 320, 32),
     "int4_expert many inputs down": experts(4, 1, 3, 32, 320),
     "int4_expert groups of 128": experts(4, 2, 1, 128, 128),
+    "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),
+    "int4_expert 9 tokens": experts(4, 9, 2, 64, 320),
     "route all of one": route(1, 1, 1, 0),
     "route all of 7": route(3, 7, 7, 1),
     "route 2 of 33": route(3, 33, 2, 3),
     "route 32 of 70": route(2, 70, 32, 1),
     "fetch one page": fetch(16, 8, (1, 0, 1), 5),
     "fetch nothing": fetch(16, 8, (0, 0), 2),
-    "fetch two steps a block, the last of three pages": fetch(128, 120, (0, 1), 3),
+    "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),
+    "fetch of 35 entries": fetch(32, 24, (0,) * 30 + (1, 0, 1, 1, 0), 36),
 }

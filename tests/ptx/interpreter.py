@@ -646,7 +646,10 @@ def _wide(program: Program, kind: str, args: list[str]) -> Run:
 
 def _packed(program: Program, base: str, args: list[str]) -> Run:
     """Two halves at once."""
-    function = {"add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c}[base]
+    functions: dict[str, Callable[..., Values]] = {
+        "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c,
+    }  # fmt: skip
+    function = functions[base]
     operands = [_operand(program, arg, TYPES["u32"]) for arg in args[1:]]
 
     def run(w: Warp, m: Mask) -> None:
@@ -657,9 +660,9 @@ def _packed(program: Program, base: str, args: list[str]) -> Run:
 
 
 def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
-    """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g and
-    g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and g + 8
-    and columns 2q, 2q + 1."""
+    """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g
+    and g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and
+    g + 8 and columns 2q, 2q + 1."""
     kinds = {"f16": np.float16, "bf16": np.uint16}
     if parts[:5] != ["sync", "aligned", "m16n8k16", "row", "col"] or parts[5:] not in (
         ["f32", kind, kind, "f32"] for kind in kinds

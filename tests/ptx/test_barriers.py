@@ -29,6 +29,7 @@ def cases_of(name: str) -> list[Make]:
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
     prefix = {
         "rms_norm_f32": ("rms_norm",),
+        "int4_expert_down_few_f32": ("int4_expert",),
         "rope_append_bf16": ("rope",),
         "gqa_attention_bf16": ("attention",),
         "bf16_matvec_f32": ("bf16_matvec",),
