@@ -5,6 +5,7 @@ through `Driver`, which raises what the result says.
 """
 
 import functools
+import os
 import threading
 from typing import Any
 
@@ -109,6 +110,8 @@ class Device:
         self._dynamic: dict[tuple[str, str], int] = {}
         self._modules: list[Any] = []
         self._lock = threading.Lock()
+        self.early = self.capability >= (9, 0) and os.environ.get("OSMIUM_EARLY") != "0"
+        """Whether recorded kernels begin while those before them end (kernels.ptx.early)."""
         self.make_current()
 
     def _attribute(self, number: int) -> int:
@@ -127,6 +130,11 @@ class Device:
     def synchronize(self) -> None:
         """Wait for everything on this device."""
         self.driver("cuCtxSynchronize")
+
+    def text(self, contract: Any) -> str:
+        """A kernel's text, as this device runs it best."""
+        found: str = contract.early if self.early else contract.text
+        return found
 
     def function(self, entry: str, text: str, dynamic: int = 0) -> Any:
         """The function `entry` of a PTX text, compiled by the driver at first use.

@@ -79,11 +79,16 @@ class Graph:
 class Stream:
     """Launches and copies, in order."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, first: bool = True) -> None:
+        """With `first` its blocks get multiprocessors before those of streams without."""
         self.device = device
-        self.handle = device.driver("cuStreamCreate", 1)  # 1: does not wait for the null stream
+        # 1: does not wait for the null stream.  The smaller the priority's number, the sooner.
+        least, most = device.driver("cuCtxGetStreamPriorityRange")
+        self.handle = device.driver("cuStreamCreateWithPriority", 1, most if first else least)
         self._packed: dict[Launchable, tuple[Any, Any, int]] = {}
         self._capturing = False
+        self._follows = False
+        """Whether what is recorded next follows a kernel of this stream and nothing else."""
 
     # -- kernels -----------------------------------------------------------------------------------
 
@@ -98,14 +103,20 @@ class Stream:
         try:
             if found is None or dynamic > found[2]:
                 found = (
-                    self.device.function(entry, contract.text, dynamic),
+                    self.device.function(entry, self.device.text(contract), dynamic),
                     _addresses(buffer, contract.offsets), dynamic,
                 )  # fmt: skip
                 self._packed[kernel] = found
-            self.device.driver(
-                "cuLaunchKernel", found[0], x, y, z, contract.block, 1, 1, dynamic, self.handle,
-                ctypes.addressof(found[1]), 0,
-            )  # fmt: skip
+            if self._capturing and self._follows and self.device.early:
+                config = self._overlapping((x, y, z), contract.block, dynamic)
+                at = ctypes.addressof(found[1])
+                self.device.driver("cuLaunchKernelEx", config, found[0], at, 0)
+            else:
+                self.device.driver(
+                    "cuLaunchKernel", found[0], x, y, z, contract.block, 1, 1, dynamic,
+                    self.handle, ctypes.addressof(found[1]), 0,
+                )  # fmt: skip
+            self._follows = self._capturing
             if SYNC and not self._capturing:
                 self.synchronize()
         except CudaError as error:
@@ -114,6 +125,19 @@ class Stream:
             if SYNC:  # else it is an earlier launch that did it
                 error.args = (f"{entry}, grid {grid}: {error}",)
             raise
+
+    def _overlapping(self, grid: tuple[int, int, int], block: int, dynamic: int) -> Any:
+        """A launch that may begin while the kernel before it ends (kernels.ptx.early)."""
+        binding = self.device.driver.binding
+        attribute = binding.CUlaunchAttribute()
+        attribute.id = binding.CUlaunchAttributeID(6)  # programmatic stream serialization
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        config = binding.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+        config.sharedMemBytes, config.hStream = dynamic, self.handle
+        config.attrs, config.numAttrs = [attribute], 1
+        return config
 
     # -- copies ------------------------------------------------------------------------------------
 
@@ -149,6 +173,7 @@ class Stream:
 
     def wait(self, event: Event) -> None:
         """What follows on this stream starts after `event`."""
+        self._follows = False
         self.device.driver("cuStreamWaitEvent", self.handle, event.handle, 0)
 
     def synchronize(self) -> None:
@@ -161,7 +186,7 @@ class Stream:
         made: list[Graph] = []
         mode = self.device.driver.binding.CUstreamCaptureMode(1)  # this thread alone
         self.device.driver("cuStreamBeginCapture", self.handle, mode)
-        self._capturing = True
+        self._capturing, self._follows = True, False
         try:
             yield made
         except BaseException:
@@ -193,7 +218,8 @@ class Machine:
     def __init__(self, device: Device, host_kind: HostKind = "pinned") -> None:
         self.device = device
         self.pool = Pool(device)
-        self.stream = Stream(device)
+        self.stream, self.side = Stream(device), Stream(device, first=False)
+        self._forked, self._joined = Event(device), Event(device)
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
@@ -253,10 +279,25 @@ class Machine:
         """The launches of `run` as one graph; calling what comes back replays it."""
         if SYNC:
             return run
-        with self.stream.capture() as made:
-            run()
+        self.side._capturing = True
+        try:
+            with self.stream.capture() as made:
+                run()
+        finally:
+            self.side._capturing = False
         (graph,) = made
         return lambda: graph.replay(self.stream)
+
+    def fork(self) -> Stream:
+        """The side stream, which goes on from where the main one is."""
+        self._forked.record(self.stream)
+        self.side.wait(self._forked)
+        return self.side
+
+    def join(self) -> None:
+        """The main stream goes on when the side stream is done."""
+        self._joined.record(self.side)
+        self.stream.wait(self._joined)
 
     def close(self) -> None:
         """Give everything back: the stream, host memory, and the context with all of VRAM."""
@@ -268,6 +309,7 @@ class Machine:
             for buffer in self._buffers.values():
                 buffer.close()
             self.stream.close()
+            self.side.close()
         with contextlib.suppress(CudaError):
             self.device.close()
 

@@ -50,26 +50,52 @@ class Store:
             slot=ops.empty((most,), np.int32),
             fetch=ops.empty((most,), np.int32),
             uses=ops.empty((most,), np.int32),
+            pairs=ops.empty((self.block, top_k), np.int32),
         )
 
-    def mlp(self, out: Array, x: Array, ids: Array, weights: Array, layer: int) -> None:
-        """out[t] = sum over a of weights[t, a] * expert ids[t, a] of x[t].
+    def mlp(
+        self,
+        out: Array,
+        x: Array,
+        ids: Array,
+        weights: Array,
+        layer: int,
+        shared: Array,
+        scores: Array,
+        column: int,
+        y: Array,
+    ) -> None:
+        """out[t] += sum over a of weights[t, a] * expert ids[t, a] of x[t], and the shared expert
+        times its gate; ends what was launched beside.
 
-        out, x f32 [T, D]    ids u16 [T, A]    weights f32 [T, A]
+        out, x, shared f32 [T, D]    ids u16 [T, A]    weights f32 [T, A]
+        scores f32 [T, >= column + 1]    y f32 [T, D], scratch
         """
-        ops, cache, plan = self.ops, self.cache, self.plan
+        ops, cache = self.ops, self.cache
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
         tokens = x.shape[0]
+        plan = None if self.arena is None else self.plan
         for start in range(0, tokens, self.block):
-            end = min(start + self.block, tokens)
-            some, inner = ids[start:end], self.inner[: end - start]
-            if self.arena is not None:
+            part = slice(start, min(start + self.block, tokens))
+            some, read = ids[part], x[part]
+            inner = self.inner[: part.stop - start]
+            up = (inner, read, some, plan, cache, layer)
+            if plan is None:
+                ops.expert_up(*up, "all")
+            else:
+                assert self.arena is not None, "what is placed is fetched from somewhere"
                 ops.place(plan, cache, layer, some)
+                with ops.beside():
+                    ops.expert_up(*up, "there")
                 ops.fetch(cache, plan, self.arena, layer)
-            ops.expert_mlp(
-                out[start:end], inner, x[start:end], some, weights[start:end], cache, layer
-            )
+            ops.join()
+            if plan is not None:
+                ops.expert_up(*up, "rest")
+            ops.expert_down(
+                out[part], inner, some, weights[part], plan, cache, layer, shared[part],
+                scores[part], column, y[part],
+            )  # fmt: skip
 
     def counters(self) -> Counters:
         """What was routed, hit, fetched and copied so far; waits for what was launched.
@@ -86,7 +112,7 @@ class Store:
 def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int) -> int:
     """Bytes of a store's own arrays; `inner` is I."""
     block = _block(rows, capacity, experts, top_k)
-    return 4 * (block * top_k * inner + 1 + 4 * min(experts, block * top_k))
+    return 4 * (block * top_k * (inner + 1) + 1 + 4 * min(experts, block * top_k))
 
 
 def _block(rows: int, capacity: int, experts: int, top_k: int) -> int:

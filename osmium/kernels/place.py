@@ -14,11 +14,12 @@ __all__ = ["PLACE"]
 
 @python_kernel(
     "void(CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
-    "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(int32), CPointer(int32), "
-    "CPointer(int64), CPointer(uint16), int32, int32, int32, int32, int32, float32)",
+    "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(float32), CPointer(int32), "
+    "CPointer(int32), CPointer(int64), CPointer(uint16), int32, int32, int32, int32, int32, "
+    "float32)",
     block=256,
     grid="1",
-    regs=72,
+    regs=80,
 )
 def place(
     count: Any,
@@ -26,6 +27,7 @@ def place(
     slot: Any,
     fetch: Any,
     uses: Any,
+    pair: Any,
     slot_of: Any,
     expert_in: Any,
     heat: Any,
@@ -42,7 +44,7 @@ def place(
 ) -> None:
     """Ops.place: the plan is written, the layer's tables and the counters are brought up to date.
 
-    count i32 [1], expert, slot, fetch, uses i32 [entries]    the plan
+    count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs]    the plan
     slot_of i32 [E], expert_in i32 [S], heat f32 [E], stamp i32 [E]    of the layer
     step i32 [1], counters i64 [4]    of the cache    ids u16 [pairs]
     experts E <= 1024    capacity S <= E    first: 1 at layer 0, else 0    rate = 1 / half_life
@@ -140,6 +142,11 @@ def place(
             stamp[e] = now
     for u in range(unique + me, entries, width):
         expert[u] = -1
+    cuda.syncthreads()  # every needed expert has its slot
+    for i in range(me, pairs, width):
+        e = int32(ids[i])
+        wanted = (absent[e >> 5] >> uint32(e & 31)) & uint32(1)
+        pair[i] = ~slot_of[e] if wanted else slot_of[e]
     if me == 0:
         count[0] = unique
         counters[1] += hits[0]

@@ -19,6 +19,7 @@ ceil(a / b), all in integers.
 """
 
 import ast
+import functools
 import operator
 import os
 import re
@@ -33,7 +34,7 @@ import numpy as np
 
 from osmium.errors import KernelError
 
-__all__ = ["Contract", "Expression", "Kernel", "Parameter", "kernel", "parse"]
+__all__ = ["Contract", "Expression", "Kernel", "Parameter", "early", "kernel", "parse"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -159,6 +160,11 @@ class Contract:
         mine = {p.name for p in self.params}
         names = dict.fromkeys(name for axis in self.grid for name in axis.names)
         return tuple(name for name in names if name not in mine)
+
+    @cached_property
+    def early(self) -> str:
+        """The text for devices on which a kernel may start while the one before it ends."""
+        return early(self.text)
 
     @cached_property
     def layout(self) -> struct.Struct:
@@ -401,6 +407,27 @@ class Kernel:
         if contract.moves is None:
             raise KernelError(f"{contract.where}: the contract has no moves line.")
         return contract.moves(_known(contract, values))
+
+
+EARLY = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
+"""From sm_90 on a kernel may start while the one before it ends, and waits here for its results."""
+
+
+@functools.cache
+def early(text: str) -> str:
+    """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
+    by a line `// -- early`, or at once.
+
+    Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
+    """
+    text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
+    if "// -- early" in text:
+        return re.sub(r"^( *)// -- early.*$", rf"\1{EARLY}", text, count=1, flags=re.M)
+    body = text.index("{", text.index(".entry"))
+    # the declarations at the start of the body, and comments between them
+    start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
+    assert start is not None, "a body starts with a brace"
+    return f"{text[: start.end()]}\n    {EARLY}{text[start.end() :]}"
 
 
 CHECK = os.environ.get("OSMIUM_CHECK") == "1"

@@ -76,7 +76,8 @@ class Source:
     @property
     def key(self) -> str:
         """A hash of everything the compiled text follows from."""
-        parts = (inspect.getsource(self.function), self.signature, self._header())
+        made = inspect.getsource(Source._renamed)
+        parts = (inspect.getsource(self.function), self.signature, self._header(), made)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def contract(self) -> Contract:
@@ -173,7 +174,7 @@ class Source:
             text = text.replace(f"{mangled[0]}_param_{index}", name)
         text = text.replace(mangled[0], self.name)
         head, body = re.split(rf"(?<=\.entry {self.name}\()", text, maxsplit=1)
-        return head + body.replace(")", f")\n.maxntid {self.block}", 1)
+        return head + body.replace(")", f")\n.maxntid {self.block}\n.minnctapersm 1", 1)
 
 
 def python_kernel(

@@ -23,20 +23,23 @@ class Moe:
     ) -> None:
         hidden, inner = config.hidden, config.shared_size
         self.ops, self.store, self.layer = ops, store, layer
-        self.experts = config.experts
+        self.experts, self.eps = config.experts, config.eps
+        self.moe_norm = weights.array("moe_norm", hidden)
         self.router = weights.linear("router", config.experts + 1, hidden)
         self.shared_up = weights.linear("shared_up", 2 * inner, hidden)
         self.shared_down = weights.linear("shared_down", hidden, inner)
 
-    def forward(self, out: Array, x: Array, step: Step, work: Workspace) -> None:
-        """out, x f32 [T, D]."""
-        ops, store = self.ops, self.store
-        ops.linear(work.scores, x, self.router)
+    def forward(self, x: Array, step: Step, work: Workspace) -> None:
+        """x += the experts of norm(x); x f32 [T, D]."""
+        ops, store, h = self.ops, self.store, work.h
+        ops.norm_linear(work.scores, h, x, self.moe_norm, self.router, self.eps)
+        with ops.beside():  # the shared expert needs no route
+            ops.gated_up(work.shared_inner, h, self.shared_up, work.shared_both)
+            ops.linear(work.shared, work.shared_inner, self.shared_down)
         ops.route(work.ids, work.weights, work.scores, self.experts, store.cache.counters)
         if store.trace is not None:
             ops.replay(work.ids, store.trace, self.layer, step.positions)
-        store.mlp(out, x, work.ids, work.weights, self.layer)
-        ops.linear(work.shared_both, x, self.shared_up)
-        ops.silu_mul(work.shared_inner, work.shared_both)
-        ops.linear(work.shared, work.shared_inner, self.shared_down)
-        ops.add_gated(out, work.shared, work.scores, self.experts)
+        store.mlp(
+            x, h, work.ids, work.weights, self.layer, work.shared, work.scores, self.experts,
+            work.y,
+        )  # fmt: skip

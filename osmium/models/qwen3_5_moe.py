@@ -37,7 +37,6 @@ class _Layer:
         index: int,
         frequencies: Array,
     ) -> None:
-        self.moe_norm = weights.array("moe_norm", config.hidden)
         # State.layers holds the mixer's own kind of state at the same index.
         self.mixer: Any = (
             Attention(ops, config, weights, frequencies)
@@ -79,14 +78,12 @@ class Model:
         """The residual stream after the last layer, f32 [T, D]; it is overwritten by the next
         step.  Allocates nothing."""
         assert step.tokens <= self.rows, f"a step of {step.tokens} rows, room for {self.rows}"
-        ops, eps, work = self.ops, self.config.eps, self.work.first(step.tokens)
-        x, h, y = work.x, work.h, work.y
-        ops.embed(x, step.ids, self.embed)
+        work = self.work.first(step.tokens)
+        x = work.x
+        self.ops.embed(x, step.ids, self.embed)
         for layer, own in zip(self.layers, state.layers, strict=True):
             layer.mixer.mix(x, step, own, work)
-            ops.rms_norm(h, x, layer.moe_norm, eps)
-            layer.moe.forward(y, h, step, work)
-            ops.add(x, y)
+            layer.moe.forward(x, step, work)
         return x
 
     def head(self, out: Array, rows: Array) -> None:

@@ -13,7 +13,8 @@ column where the wanted part starts.
 """
 
 from collections.abc import Callable
-from typing import Protocol, runtime_checkable
+from contextlib import AbstractContextManager
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +84,13 @@ class Ops(Protocol):
         On the GPU `run` is only recorded now, its launches as one graph; it must neither allocate
         nor wait, and everything in it must have been launched once before.
         """
+
+    def beside(self) -> AbstractContextManager[None]:
+        """What is launched inside follows all that was launched before, but what is launched
+        outside, until `join`, does not wait for it."""
+
+    def join(self) -> None:
+        """What is launched from here on waits for all that was launched beside."""
 
     bytes_to_host: int
     """Bytes that `copy_out` has brought back so far."""
@@ -290,7 +298,8 @@ class Ops(Protocol):
         """
 
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
-        """Find every expert of `ids` a slot of `layer`, and say which must be fetched.
+        """Find every expert of `ids` a slot of `layer`, and say which must be fetched: as experts,
+        and pair by pair in plan.pairs.
 
         At layer 0 the cache's step is raised by one.  The unique ids, ascending, become
         plan.expert.  An expert of this call that is in a slot is a hit.  Missing experts,
@@ -308,21 +317,50 @@ class Ops(Protocol):
         counters[2] += uses of the records copied, counters[3] += records copied.
         """
 
-    def expert_mlp(
+    def expert_up(
         self,
-        out: Array,
         inner: Array,
         x: Array,
         ids: Array,
-        weights: Array,
+        plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
+        part: Literal["all", "there", "rest"],
     ) -> None:
-        """out[t] = sum over a of weights[t, a] * down_e(silu(gate_e x[t]) * up_e x[t]), with
-        e = ids[t, a], in the order of a, from the experts' slots.
+        """inner[t, a] = silu(gate_e x[t]) * (up_e x[t]), e = ids[t, a], from the experts' slots.
 
-        out f32 [T, D]    inner f32 [T, A, I], scratch    x f32 [T, D]    ids u16 [T, A]
-        weights f32 [T, A]
+        Without a plan every expert is in the slot of its number.  "there" may do the pairs whose
+        expert was in its slot before this call, and nothing of the others; "rest" does what "there"
+        has left.
+
+        inner f32 [T, A, I]    x f32 [T, D]    ids u16 [T, A]
+        """
+
+    def expert_down(
+        self,
+        out: Array,
+        inner: Array,
+        ids: Array,
+        weights: Array,
+        plan: ExpertPlan | None,
+        cache: ExpertCache,
+        layer: int,
+        shared: Array,
+        scores: Array,
+        column: int,
+        y: Array,
+    ) -> None:
+        """out[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
+        sigmoid(scores[t, column]) * shared[t].
+
+        out, shared f32 [T, D]    inner f32 [T, A, I]    ids u16 [T, A]    weights f32 [T, A]
+        scores f32 [T, >= column + 1]    y f32 [T, D], scratch
+        """
+
+    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
+        """inner = silu(x @ gate.T) * (x @ up.T), gate the first half of w's rows, up the second.
+
+        inner f32 [T, I]    x f32 [T, K]    w [2I, K]    both f32 [T, 2I], scratch
         """
 
     def silu_mul(self, out: Array, x: Array) -> None:

@@ -5,8 +5,9 @@ ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an
 caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, cast
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
 from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
+from osmium.quant.record import Record
 
 __all__ = ["GpuOps", "Machine"]
 
@@ -50,7 +52,9 @@ EXPERT_DOWN = {
     8: kernel("int8_expert_down_f32"),
     4: kernel("int4_expert_down_f32"),
 }
-INT4_EXPERT_DOWN_FEW = kernel("int4_expert_down_few_f32")
+EXPERTS_UP = kernel("int4_experts_up_f32")
+EXPERTS_DOWN = kernel("int4_experts_down_f32")
+GATED_UP = kernel("int8_gated_up_f32")
 SILU_MUL = kernel("silu_mul_f32")
 ADD_GATED = kernel("add_gated_f32")
 
@@ -58,14 +62,8 @@ FETCH_BLOCKS = 16
 """Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
 leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
-FEW_TOKENS = 8
-"""Up to so many tokens, a token's experts are shared out among the warps of a block: one warp that
-takes them in turns has too few loads in flight.  Not measured."""
-
-
 CONV_GATES_MOST = 8
 """Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
-
 
 MATVEC_ROWS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
@@ -94,6 +92,8 @@ class Machine(Protocol):
     def fill(self, out: Any, byte: int) -> None: ...
     def synchronize(self) -> None: ...
     def record(self, run: Callable[[], None]) -> Callable[[], None]: ...
+    def fork(self) -> Any: ...
+    def join(self) -> None: ...
 
 
 class GpuOps:
@@ -138,6 +138,17 @@ class GpuOps:
 
     def synchronize(self) -> None:
         self.machine.synchronize()
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        self.stream = self.machine.fork()
+        try:
+            yield
+        finally:
+            self.stream = self.machine.stream
+
+    def join(self) -> None:
+        self.machine.join()
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return self.machine.record(run)
@@ -200,7 +211,7 @@ class GpuOps:
         eps: float,
     ) -> None:
         tokens = x.shape[0]
-        rows = max(1, min(tokens, MATVEC_ROWS, MATVEC_SHARED // (4 * w.columns)))
+        rows = _rows_at_once(tokens, w.columns)
         tiles = -(-w.rows // 16)
         turns = -(-tiles // (3 * self.machine.multiprocessors))  # three blocks fit at once
         MATVEC[w.format](
@@ -353,7 +364,7 @@ class GpuOps:
 
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
         PLACE(
-            self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses,
+            self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
             cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer], cache.stamp[layer],
             cache.step, cache.counters, ids, ids.nbytes // 2, cache.experts, cache.capacity,
             plan.expert.shape[0], int(layer == 0), 1 / cache.half_life,
@@ -366,31 +377,87 @@ class GpuOps:
             plan.expert.shape[0], cache.record.nbytes,
         )  # fmt: skip
 
-    def expert_mlp(
+    def expert_up(
         self,
-        out: Array,
         inner: Array,
         x: Array,
         ids: Array,
-        weights: Array,
+        plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
+        part: Literal["all", "there", "rest"],
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
-        slots, slot_of = cache.slots[layer], cache.slot_of[layer]
-        sizes = (record.hidden, record.inner, top_k, record.nbytes)
-        up: tuple[int, ...] = ()
-        down: tuple[int, ...] = (record.down,)
+        slots = cache.slots[layer]
+        if _few(record, tokens) and record.up_group == 128:
+            tiles = top_k * record.inner // 8
+            turns = -(-tiles // (3 * self.machine.multiprocessors))
+            EXPERTS_UP(
+                self.stream, -(-tiles // turns), tokens, inner, x, ids,
+                0 if plan is None else plan.pairs, slots, record.hidden, record.inner, top_k,
+                record.nbytes, record.up_scale, ("all", "there", "rest").index(part),
+            )  # fmt: skip
+            return
+        if part == "there":
+            return
+        more: tuple[int, ...] = ()
+        if record.bits != 16:
+            more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
+        EXPERT_UP[record.bits](
+            self.stream, tokens, inner, x, ids, slots, cache.slot_of[layer], record.hidden,
+            record.inner, top_k, record.nbytes, *more,
+        )  # fmt: skip
+
+    def expert_down(
+        self,
+        out: Array,
+        inner: Array,
+        ids: Array,
+        weights: Array,
+        plan: ExpertPlan | None,
+        cache: ExpertCache,
+        layer: int,
+        shared: Array,
+        scores: Array,
+        column: int,
+        y: Array,
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        slots = cache.slots[layer]
+        if _few(record, tokens) and record.down_group == 128 and record.hidden % 16 == 0:
+            tiles = record.hidden // 16
+            turns = -(-tiles // (3 * self.machine.multiprocessors))
+            EXPERTS_DOWN(
+                self.stream, -(-tiles // turns), tokens, out, inner, ids,
+                0 if plan is None else plan.pairs, weights, slots, shared, scores, record.hidden,
+                record.inner, top_k, record.nbytes, record.down, record.down_scale, column,
+                scores.shape[1],
+            )  # fmt: skip
+            return
+        more: tuple[int, ...] = (record.down,)
         if record.bits == 8:
-            up, down = (record.up_scale,), (record.down, record.down_scale)
+            more += (record.down_scale,)
         elif record.bits == 4:
-            up = (record.up_scale, record.up_group)
-            down = (record.down, record.down_scale, record.down_group)
-        EXPERT_UP[record.bits](self.stream, tokens, inner, x, ids, slots, slot_of, *sizes, *up)
-        second = EXPERT_DOWN[record.bits]
-        if record.bits == 4 and tokens <= FEW_TOKENS:
-            second = INT4_EXPERT_DOWN_FEW
-        second(self.stream, tokens, out, inner, ids, weights, slots, slot_of, *sizes, *down)
+            more += (record.down_scale, record.down_group)
+        EXPERT_DOWN[record.bits](
+            self.stream, tokens, y, inner, ids, weights, slots, cache.slot_of[layer],
+            record.hidden, record.inner, top_k, record.nbytes, *more,
+        )  # fmt: skip
+        self.add_gated(y, shared, scores, column)
+        self.add(out, y)
+
+    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
+        tokens, size = inner.shape
+        if w.format != "int8" or tokens > MATVEC_ROWS or w.columns % 64 or size % 8:
+            self.linear(both, x, w)
+            self.silu_mul(inner, both)
+            return
+        rows = _rows_at_once(tokens, w.columns)
+        turns = -(-(size // 8) // (3 * self.machine.multiprocessors))
+        GATED_UP(
+            self.stream, -(-(size // 8) // turns), inner, x, w.data, w.scale, tokens, rows, size,
+            w.columns,
+        )  # fmt: skip
 
     def silu_mul(self, out: Array, x: Array) -> None:
         tokens, inner = out.shape
@@ -427,6 +494,16 @@ def _one_each(step: Step) -> bool:
 
 def _fits_matvec(w: Linear) -> bool:
     return w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+
+
+def _rows_at_once(tokens: int, columns: int) -> int:
+    """Tokens that a block of MATVEC takes."""
+    return max(1, min(tokens, MATVEC_ROWS, MATVEC_SHARED // (4 * columns)))
+
+
+def _few(record: Record, tokens: int) -> bool:
+    """Whether the experts' kernels for few tokens do it."""
+    return record.bits == 4 and tokens <= MATVEC_ROWS
 
 
 def _need_bf16(pages: Array) -> None:

@@ -4,8 +4,9 @@ Written to be believed: each method is its formula from ops/__init__.py.  The on
 speed is to keep matrices in f32 once they have been read, within a budget of bytes.
 """
 
-from collections.abc import Callable
-from typing import Any, cast
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -113,6 +114,13 @@ class ReferenceOps:
         out.view(np.uint8)[...] = byte
 
     def synchronize(self) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def beside(self) -> Iterator[None]:
+        yield
+
+    def join(self) -> None:
         pass
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -346,6 +354,9 @@ class ReferenceOps:
         plan.expert[len(experts) :] = -1
         plan.slot[: len(experts)] = slot_of[experts]
         plan.uses[: len(experts)] = uses
+        slots = slot_of[ids.reshape(-1)]
+        new = np.isin(ids.reshape(-1), missing)
+        plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
 
     def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
         for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
@@ -355,30 +366,59 @@ class ReferenceOps:
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
 
-    def expert_mlp(
+    def expert_up(
         self,
-        out: Array,
         inner: Array,
         x: Array,
         ids: Array,
-        weights: Array,
+        plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
+        part: Literal["all", "there", "rest"],
     ) -> None:
-        top_k = ids.shape[1]
-        pairs = np.empty((ids.size, x.shape[1]), np.float32)
-        flat = ids.reshape(-1)
-        for expert in np.unique(flat):
-            up, down = self._expert(cache, layer, int(cache.slot_of[layer, expert]))
-            mine = np.flatnonzero(flat == expert)
+        top_k, size = ids.shape[1], cache.record.inner
+        slots = _slots(ids, plan)
+        flat = inner.reshape(-1, size)
+        for slot in np.unique(slots):
+            if (part == "there" and slot < 0) or (part == "rest" and slot >= 0):
+                continue
+            up, _ = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
+            mine = np.flatnonzero(slots == slot)
             both = x[mine // top_k] @ up.T
-            size = cache.record.inner
-            pairs[mine] = (_silu(both[:, :size]) * both[:, size:]) @ down.T
+            flat[mine] = _silu(both[:, :size]) * both[:, size:]
+
+    def expert_down(
+        self,
+        out: Array,
+        inner: Array,
+        ids: Array,
+        weights: Array,
+        plan: ExpertPlan | None,
+        cache: ExpertCache,
+        layer: int,
+        shared: Array,
+        scores: Array,
+        column: int,
+        y: Array,
+    ) -> None:
+        slots = _slots(ids, plan)
+        flat = inner.reshape(ids.size, -1)
+        pairs = np.empty((ids.size, out.shape[1]), np.float32)
+        for slot in np.unique(slots):
+            _, down = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
+            mine = np.flatnonzero(slots == slot)
+            pairs[mine] = flat[mine] @ down.T
         pairs *= weights.reshape(-1, 1)
-        by_token = pairs.reshape(len(ids), top_k, -1)
-        out[...] = by_token[:, 0]
-        for a in range(1, top_k):
-            out += by_token[:, a]
+        by_token = pairs.reshape(*ids.shape, -1)
+        y[...] = by_token[:, 0]
+        for a in range(1, ids.shape[1]):
+            y += by_token[:, a]
+        self.add_gated(y, shared, scores, column)
+        out += y
+
+    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
+        self.linear(both, x, w)
+        self.silu_mul(inner, both)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
         kept = self._experts.get((id(cache), layer, slot))
@@ -434,6 +474,13 @@ class ReferenceOps:
 
 
 # -- parts of the longer formulas ------------------------------------------------------------------
+
+
+def _slots(ids: Array, plan: ExpertPlan | None) -> Array:
+    """The slot of every pair, ~slot where its expert is being fetched; [T * A]."""
+    if plan is None:
+        return ids.reshape(-1).astype(np.int32)
+    return plan.pairs.reshape(-1)[: ids.size]
 
 
 def _rope(x: F32, cos: F32, sin: F32) -> F32:

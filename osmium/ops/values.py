@@ -133,6 +133,9 @@ class ExpertPlan:
     """i32 [U], 1 where the record must be copied into the slot, else 0."""
     uses: Array
     """i32 [U], pairs of this call that use the expert."""
+    pairs: Array
+    """i32 [rows, A], the slot of each pair of a token and an expert; ~slot (below 0) where the
+    expert is fetched by this call."""
 
 
 @dataclass(frozen=True)

@@ -73,9 +73,10 @@ def run(
     x = rng.standard_normal((tokens, RECORD.hidden)).astype(np.float32)
     ids = routed(rng, tokens)
     weights = rng.uniform(0, 1, ids.shape).astype(np.float32)
-    out = np.full_like(x, np.nan)
+    out, shared = np.ones_like(x), np.full_like(x, 2)
     route(store.cache, ids)
-    store.mlp(out, x, ids, weights, layer)
+    store.mlp(out, x, ids, weights, layer, shared, np.zeros((tokens, 1)), 0, np.empty_like(x))
+    out -= 2  # what was there, and half of the shared expert's
     want = expected(arena, x, ids, weights, layer)
     assert close(out, want, "f32"), distance(out, want)
 
@@ -112,7 +113,8 @@ def use(store: Store, layer: int, *experts: int) -> None:
     x = np.ones((1, RECORD.hidden), np.float32)
     ids, weights = np.array([experts], np.uint16), np.ones((1, TOP_K), np.float32)
     route(store.cache, ids)
-    store.mlp(np.empty_like(x), x, ids, weights, layer)
+    y = np.zeros_like(x)
+    store.mlp(y, x, ids, weights, layer, np.zeros_like(x), np.zeros((1, 1)), 0, np.empty_like(x))
 
 
 def test_an_expert_used_often_outlives_one_used_once_since(rng: np.random.Generator) -> None:

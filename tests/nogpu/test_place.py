@@ -25,7 +25,7 @@ from osmium.quant.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLAN = ("count", "expert", "slot", "fetch", "uses")
+PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs")
 TABLES = ("slot_of", "expert_in", "stamp", "step", "counters")
 
 
@@ -75,8 +75,8 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
     )  # fmt: skip
 
 
-def empty_plan(entries: int) -> ExpertPlan:
-    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4)))
+def empty_plan(entries: int, pairs: int) -> ExpertPlan:
+    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs)))
 
 
 def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
@@ -91,6 +91,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
     """Run the sequence on both; assert that nothing differs but the last bits of heat."""
     layers, reference = 2, ReferenceOps()
     entries = min(s.experts, s.tokens * s.top_k)
+    pairs = s.tokens * s.top_k
     a = some_cache(rng, s, layers)
     b = copy.deepcopy(a)
     evicted = 0
@@ -98,12 +99,13 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         layer = call % layers
         ids = some_ids(rng, s)
         before = a.expert_in[layer].copy()
-        x, y = empty_plan(entries), empty_plan(entries)
+        x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
         reference.place(x, a, layer, ids)
         kernel[1, s.threads](
-            y.count, y.expert, y.slot, y.fetch, y.uses, b.slot_of[layer], b.expert_in[layer],
-            b.heat[layer], b.stamp[layer], b.step, b.counters, ids.reshape(-1), ids.size,
-            s.experts, s.slots, entries, int(layer == 0), np.float32(1 / s.half_life),
+            y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, b.slot_of[layer],
+            b.expert_in[layer], b.heat[layer], b.stamp[layer], b.step, b.counters,
+            ids.reshape(-1), ids.size, s.experts, s.slots, entries, int(layer == 0),
+            np.float32(1 / s.half_life),
         )  # fmt: skip
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")

@@ -415,17 +415,16 @@ def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
     )  # fmt: skip
 
 
+PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs")
+
+
 def _plan(a: dict[str, Any]) -> ExpertPlan:
-    return ExpertPlan(
-        a["plan_count"], a["plan_expert"], a["plan_slot"], a["plan_fetch"], a["plan_uses"]
-    )
+    return ExpertPlan(*(a[f"plan_{name}"] for name in PLAN))
 
 
-def _plan_arrays(most: int) -> Arrays:
-    return {
-        "plan_count": np.full(1, -7, np.int32),
-        **{f"plan_{n}": np.full(most, -7, np.int32) for n in ("expert", "slot", "fetch", "uses")},
-    }
+def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
+    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape}
+    return {f"plan_{name}": np.full(size, -7, np.int32) for name, size in sizes.items()}
 
 
 def _chosen(rng: np.random.Generator, size: Size) -> npt.NDArray[np.uint16]:
@@ -439,24 +438,24 @@ def _chosen(rng: np.random.Generator, size: Size) -> npt.NDArray[np.uint16]:
 def place(rng: np.random.Generator, size: Size) -> Case:
     ids = _chosen(rng, size)
     record = Record(4, 64, 32)
-    arrays = cache_arrays(rng, size, record.nbytes) | _plan_arrays(min(size.experts, ids.size))
+    arrays = cache_arrays(rng, size, record.nbytes) | _plan_arrays(min(size.experts, ids.size), ids)
     arrays["chosen"] = ids
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
 
-    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count")
+    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs")
     return Case(arrays, call, {**dict.fromkeys(exact, "exact"), "heat": "f32"})
 
 
 def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
-    """place, fetch and expert_mlp in a row: the output, the counters, and the slots' bytes."""
+    """place, fetch and both halves of the experts in a row: output, counters, the slots' bytes."""
 
     def make(rng: np.random.Generator, size: Size) -> Case:
         record = Record(bits, size.hidden, size.inner)
         ids = _chosen(rng, size)
         arrays = cache_arrays(rng, size, record.nbytes)
-        arrays |= _plan_arrays(min(size.experts, ids.size))
+        arrays |= _plan_arrays(min(size.experts, ids.size), ids)
         arena = records(rng, record, size.experts)
         held = arrays["expert_in"][0]
         arrays["cache_slots"][0, held >= 0] = arena[held[held >= 0]]
@@ -464,7 +463,10 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
         arrays |= {
             "arena": arena[None],
             "chosen": ids,
-            "out": _nan(len(ids), size.hidden),
+            "out": _f32(rng, len(ids), size.hidden),
+            "shared": _f32(rng, len(ids), size.hidden),
+            "scores": _f32(rng, len(ids), 2),
+            "y": _nan(len(ids), size.hidden),
             "inner": _nan(*ids.shape, size.inner),
             "x": _f32(rng, len(ids), size.hidden),
             "weights": w / w.sum(axis=1, keepdims=True),
@@ -474,7 +476,15 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             cache, plan = _cache(size, record, a), _plan(a)
             ops.place(plan, cache, 0, a["chosen"])
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
-            ops.expert_mlp(a["out"], a["inner"], a["x"], a["chosen"], a["weights"], cache, 0)
+            up = (a["inner"], a["x"], a["chosen"], plan, cache, 0)
+            with ops.beside():
+                ops.expert_up(*up, "there")
+            ops.join()
+            ops.expert_up(*up, "rest")
+            ops.expert_down(
+                a["out"], a["inner"], a["chosen"], a["weights"], plan, cache, 0, a["shared"],
+                a["scores"], 1, a["y"],
+            )  # fmt: skip
 
         writes = {"out": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)

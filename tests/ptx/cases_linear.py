@@ -79,6 +79,23 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
     return make
 
 
+def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
+    """gated_up of a matrix [2 * inner, columns]."""
+
+    def make(rng: np.random.Generator) -> Case:
+        arrays = linear(form, tokens, 2 * inner, columns)(rng).arrays
+        arrays |= {"inner": _nan(tokens, inner), "both": arrays.pop("out")}
+        arrays["x"] *= np.float32(1e-2)
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            matrix = Linear(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
+            ops.gated_up(a["inner"], a["x"], matrix, a["both"])
+
+        return Case(arrays, call, {"inner": "f32"})
+
+    return make
+
+
 def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
@@ -87,8 +104,9 @@ def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> Ex
     )
 
 
-def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int) -> Make:
-    """Experts in shuffled slots, some of them in none."""
+def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int, *parts: str) -> Make:
+    """Experts in shuffled slots, some of them in none, some said to be fetched just now."""
+    parts = parts or ("there", "rest")
 
     def make(rng: np.random.Generator) -> Case:
         record, count, capacity = Record(bits, hidden, inner), top_k + 4, top_k + 2
@@ -98,9 +116,13 @@ def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int) -> Make
         slots = records(rng, record, capacity)
         ids = np.stack([rng.permutation(held)[:top_k] for _ in range(tokens)]).astype(np.uint16)
         arrays: Arrays = {
-            "out": _nan(tokens, hidden),
+            "out": _f32(rng, tokens, hidden),
             "inner": _nan(tokens, top_k, inner),
             "x": _f32(rng, tokens, hidden),
+            "shared": _f32(rng, tokens, hidden),
+            "scores": _f32(rng, tokens, 5) * 3,
+            "y": _nan(tokens, hidden),
+            "pairs": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
             "chosen": ids,
             "weights": rng.random(ids.shape, np.float32),
             "slots": slots[None],
@@ -109,9 +131,15 @@ def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int) -> Make
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = _cache(record, a["slots"], a["slot_of"])
-            ops.expert_mlp(a["out"], a["inner"], a["x"], a["chosen"], a["weights"], cache, 0)
+            plan = ExpertPlan(None, None, None, None, None, a["pairs"])
+            for part in parts:
+                ops.expert_up(a["inner"], a["x"], a["chosen"], plan, cache, 0, part)  # type: ignore[arg-type]
+            ops.expert_down(
+                a["out"], a["inner"], a["chosen"], a["weights"], plan, cache, 0, a["shared"],
+                a["scores"], 3, a["y"],
+            )  # fmt: skip
 
-        return Case(arrays, call, {"out": "f32"})
+        return Case(arrays, call, {"out": "f32", "inner": "f32"})
 
     return make
 
@@ -166,7 +194,7 @@ def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Ma
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = _cache(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
-            plan = ExpertPlan(a["count"], a["expert"], a["slot"], a["fetch"], a["uses"])
+            plan = ExpertPlan(a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None)
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
 
         return Case(arrays, call, {"slots": "exact", "counters": "exact"})
@@ -208,6 +236,14 @@ CASES: dict[str, Make] = {
     "int4_expert many inputs up": experts(4, 1, 3, 320, 32),
     "int4_expert many inputs down": experts(4, 1, 3, 32, 320),
     "int4_expert groups of 128": experts(4, 2, 1, 128, 128),
+    "int4_experts in parts": experts(4, 3, 3, 256, 128),
+    "int4_experts at once": experts(4, 2, 5, 128, 384, "all"),
+    "int4_experts many inputs": experts(4, 1, 2, 1280, 1152),
+    "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
+    "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
+    "gated_up int8 5x56x640": gated("int8", 5, 56, 640),
+    "gated_up int8 9x16x64": gated("int8", 9, 16, 64),
+    "gated_up bf16 2x8x64": gated("bf16", 2, 8, 64),
     "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),
     "int4_expert 9 tokens": experts(4, 9, 2, 64, 320),
     "route all of one": route(1, 1, 1, 0),

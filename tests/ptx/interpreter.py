@@ -156,6 +156,12 @@ class InterpretedMachine:
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
+    def fork(self) -> "InterpretedStream":
+        return self.stream
+
+    def join(self) -> None:
+        pass
+
 
 def _reach(
     block: Block, at: npt.NDArray[np.int64], size: int, where: str, *, read: bool
@@ -448,18 +454,18 @@ class InterpretedStream:
 def _place(values: tuple[Any, ...]) -> None:
     """Numba's kernel is not interpreted: tests/nogpu/test_place.py holds it to the reference, which
     stands in for it here."""
-    arrays = [value.numpy() for value in values[:12]]
-    for value in values[:5]:
+    arrays = [value.numpy() for value in values[:13]]
+    for value in values[:6]:
         value.touch()
-    count, expert, slot, fetch, uses, slot_of, expert_in, heat, stamp, step, counters, ids = arrays
-    _, experts, capacity, _, first, rate = values[12:]
+    slot_of, expert_in, heat, stamp, step, counters, ids = arrays[6:]
+    _, experts, capacity, _, first, rate = values[13:]
     if not first:
         step[0] -= 1  # the reference raises it
     cache = ExpertCache(
         Record(16, 8, 8), experts, capacity, 1 / rate, None, slot_of[None], expert_in[None],
         heat[None], stamp[None], step, counters,
     )  # fmt: skip
-    ReferenceOps().place(ExpertPlan(count, expert, slot, fetch, uses), cache, 0, ids)
+    ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
 
 
 def _draw(values: tuple[Any, ...]) -> None:
@@ -563,13 +569,15 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "mov": lambda a: a, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide,
     "mad": lambda a, b, c: a * b + c, "fma": _fma, "min": np.fmin, "max": np.fmax,
     "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
-    "xor": np.bitwise_xor, "not": np.invert, "shl": _shift(True), "shr": _shift(False),
+    "xor": np.bitwise_xor, "not": np.invert,
+    "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "shl": _shift(True), "shr": _shift(False),
     "ex2": _approx(np.exp2), "rcp": _approx(np.reciprocal), "sqrt": _approx(np.sqrt),
     "rsqrt": _approx(lambda a: 1 / np.sqrt(a)), "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "ex2": 1, "rcp": 1, "sqrt": 1,
-         "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "rcp": 1,
+         "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
 MODIFIERS = {"rn", "approx", "lo", "pred"}
@@ -588,7 +596,8 @@ def _compile(program: Program, line: str) -> Run:
     args = _arguments(rest)
     special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
-        "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute, "mma": _mma,
+        "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
+        "mma": _mma,
     }  # fmt: skip
     try:
         if base in special:
@@ -698,6 +707,20 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
             w.write(name, (mine + operand(w, m)).astype(np.float32), m)
 
     return run
+
+
+def _vote(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts != ["sync", "ballot", "b32"] or int(args[2], 0) != 0xFFFFFFFF:
+        raise KeyError(".".join(parts))
+    which = _operand(program, args[1], TYPES["pred"])
+    bits = np.uint32(1) << np.arange(LANES, dtype=np.uint32)
+
+    def vote(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at a vote")
+        w.write(args[0], np.full(LANES, bits[which(w, m)].sum(), np.uint32), m)
+
+    return vote
 
 
 def _halves(program: Program, kind: str, args: list[str]) -> Run:

@@ -29,7 +29,9 @@ def cases_of(name: str) -> list[Make]:
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
     prefix = {
         "rms_norm_f32": ("rms_norm",),
-        "int4_expert_down_few_f32": ("int4_expert",),
+        "int4_experts_up_f32": ("int4_experts",),
+        "int4_experts_down_f32": ("int4_experts",),
+        "int8_gated_up_f32": ("gated_up int8",),
         "rope_append_bf16": ("rope",),
         "gqa_attention_bf16": ("attention",),
         "bf16_matvec_f32": ("bf16_matvec",),

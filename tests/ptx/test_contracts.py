@@ -67,6 +67,21 @@ def test_a_contract_is_what_ptxas_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_kernel_that_starts_early_waits_before_it_writes(name: str, tmp_path: Path) -> None:
+    contract = kernel(name).contract
+    path = tmp_path / f"{name}.ptx"
+    path.write_text(contract.early)
+    code = re.sub(r"//[^\n]*", "", contract.early)
+    before, wait, _ = code.partition("griddepcontrol.wait")
+    assert wait and ".target sm_90" in before
+    assert not re.search(r"\bst\.global|\bred\.|\batom\.|\bret\b", before)
+    assert not re.search(r"ld\.global(?!\.nc)", before), "results of the kernel before"
+    for target in ("sm_90", "sm_120"):
+        _, spilled, _ = assemble(path, target)
+        assert spilled == 0, f"{name} spills on {target}"
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_is_written_by_the_guide(name: str) -> None:
     """One entry a file, words for registers, a bound on threads, and a reason at every barrier."""
     text = (FOLDER / f"{name}.ptx").read_text()
@@ -86,9 +101,12 @@ def _declared(code: str) -> str:
 def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
     pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
     from osmium.kernels.place import PLACE
+    from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
 
-    path = tmp_path / "place.ptx"
-    path.write_text(PLACE.contract.text)
-    for target in TARGETS:
-        registers, spilled, _ = assemble(path, target)
-        assert spilled == 0 and registers <= PLACE.contract.regs
+    for made in (PLACE, ADVANCE, DRAW, PEAKS):
+        path = tmp_path / f"{made.name}.ptx"
+        for target in TARGETS:
+            contract = made.contract
+            path.write_text(contract.early if target >= "sm_90" else contract.text)
+            registers, spilled, _ = assemble(path, target)
+            assert spilled == 0 and registers <= contract.regs, made.name

@@ -480,7 +480,7 @@ def test_additions_to_one_word_all_count(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        "popc.b32 %a, %t",
+        "brev.b32 %a, %t",
         "vote.sync.any.pred %p, %p, 0xffffffff",
         "bar.sync 1",
         "bar.sync 0, 32",
