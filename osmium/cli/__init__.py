@@ -86,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--warm-up", type=int, default=256, help="tokens before that do not count (256)")
     flag("--parallel", type=integers, default=(1,), help="sequences at once, as 1,4 (1)")
     flag("--prompt-tokens", type=integers, default=(512,), help="tokens of prefill; 0: none (512)")
+    flag("--profile", action="store_true", help="then time a token kernel by kernel")
     flag("--compare", nargs=2, metavar="FILE", help="compare two results instead")
     return parser
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
@@ -243,7 +244,7 @@ def logits(args: argparse.Namespace) -> None:
 
 BENCH: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "prompt_tokens": (512,), "compare": None,
+    "prompt_tokens": (512,), "compare": None, "profile": False,
 }  # fmt: skip
 """What `osmium bench` measures if it is not told otherwise."""
 
@@ -271,11 +272,15 @@ def bench(args: argparse.Namespace) -> None:
                 engine = loader.engine(**_context(loader, budget, args.depth))
             try:
                 found.append({"kv_cache_mb": budget, **measure(engine, settings, rate)})
+                _say(table(found[-1]))
+                if args.profile:
+                    depth = found[-1]["rows"][-1].get("depth", 1024)
+                    found[-1]["profile"] = profile(engine, depth)
+                    _say(profile_table(found[-1]["profile"]))
             finally:
                 engine.close()
                 del engine
                 gc.collect()  # its VRAM, before the next one asks for some
-            _say(table(found[-1]))
     finally:
         loader.close()
     print(json.dumps(found if len(found) > 1 else found[0]))

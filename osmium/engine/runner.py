@@ -170,16 +170,19 @@ class Runner:
         return Reply(self, [request for request, _ in batch.parts], self._reply(rows, step))
 
     def _reply(self, rows: int, step: Step) -> Callable[[], None]:
+        return self._recorded(("reply", rows), lambda: self._token(rows, step))
+
+    def _token(self, rows: int, step: Step) -> None:
         replies = self.replies.first(rows)
         out, wanted = self._logits[:rows], self._there["wanted"][:rows]
+        self.model.forward(step, self.state)
+        self.model.head(out, wanted)
+        self.ops.sample(out, replies)
+        self.ops.advance(step, replies)
 
-        def run() -> None:
-            self.model.forward(step, self.state)
-            self.model.head(out, wanted)
-            self.ops.sample(out, replies)
-            self.ops.advance(step, replies)
-
-        return self._recorded(("reply", rows), run)
+    def one_token(self, rows: int) -> None:
+        """Launch what `begin` records, for who looks at the launches."""
+        self._token(rows, self._cut(rows, rows))
 
     def set_page(self, row: int, entry: int, page: int) -> None:
         """Entry `entry` of a row's page table, for the steps launched from now on."""
@@ -263,7 +266,9 @@ class Reply:
     def __init__(self, runner: Runner, requests: list[Request], replay: Callable[[], None]) -> None:
         self.requests = requests
         self.launched = self.taken = 0
-        self._runner, self._replay = runner, replay
+        self.replay = replay
+        """Computes one more step on the device; `launch` sees to what it needs."""
+        self._runner = runner
         rows, view = len(requests), runner.ops.host_view
         self._chance = view(runner.replies.chance).reshape(-1)[: RING * rows].reshape(RING, rows)
         self._mail = view(runner.replies.mail)
@@ -283,7 +288,7 @@ class Reply:
             self._pages[row] = len(request.pages)
             index = request.completion_tokens + self.outstanding
             self._chance[self.launched % RING, row] = chance(request, index)
-        self._replay()
+        self.replay()
         self.launched += 1
 
     def take(self) -> list[int]:

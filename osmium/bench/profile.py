@@ -1,0 +1,136 @@
+"""Where a token's time goes: every kind of launch of one decoded token, by itself.
+
+Method.  The launches of one step are listed, not run, and put together by kernel and grid.  All
+launches of a kind, one a layer and each on its own layer's arrays, are recorded as one graph, which
+is timed: what the layers read is far more than L2 holds, so nothing is measured from there.  What
+kinds do beside each other, and what a graph lets begin early, is not in the sum; the token's own
+time, measured in the same run, is beside it.
+"""
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from osmium.cuda.stream import Event
+from osmium.engine.engine import Engine
+from osmium.engine.request import Request, SamplingParams
+from osmium.engine.scheduler import Batch
+from osmium.errors import ConfigError
+from osmium.ops.gpu import GpuOps
+
+__all__ = ["profile", "profile_table"]
+
+ROUNDS = 7
+
+Launch = tuple[Any, tuple[int, ...], tuple[Any, ...]]
+
+
+@dataclass
+class _List:
+    """A stream that writes down what it is asked to launch."""
+
+    launches: list[Launch]
+
+    def launch(self, kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        self.launches.append((kernel, grid, values))
+
+
+def profile(engine: Engine, depth: int) -> dict[str, Any]:
+    """One sequence at a depth; a document for JSON.  To be called when nothing else is measured
+    any more: experts and states are changed.  Raises: ConfigError without a GPU."""
+    return engine.call(lambda: _profile(engine, depth))
+
+
+def _profile(engine: Engine, depth: int) -> dict[str, Any]:
+    runner = engine.runner
+    ops = runner.ops
+    if not isinstance(ops, GpuOps):
+        raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
+    machine: Any = ops.machine
+    request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
+    request.computed, request.slot = depth, 0
+    request.pages = list(range(-(-(depth + 1) // runner.state.page)))
+    replay = runner.begin(Batch([(request, 1)])).replay
+    noted: list[Launch] = []
+    ops.stream, fork, join = _List(noted), machine.fork, machine.join
+    machine.fork, machine.join = lambda: ops.stream, lambda: None
+    main, machine.stream = machine.stream, ops.stream
+    try:
+        runner.one_token(1)
+    finally:
+        machine.fork, machine.join, machine.stream = fork, join, main
+        ops.stream = main
+    kinds: dict[tuple[Any, ...], list[Launch]] = {}
+    for kernel, grid, values in noted:
+        sizes = tuple(v for v in values if isinstance(v, int) and v != 0)
+        kinds.setdefault((kernel.name, grid, sizes), []).append((kernel, grid, values))
+    rows = []
+    for (name, grid, _), launches in kinds.items():
+        again = machine.record(lambda launches=launches: _launch(main, launches))
+        us = 1e3 * _milliseconds(machine, again) / len(launches)
+        row = {"kernel": name, "grid": list(grid), "launches": len(launches), "us": round(us, 2)}
+        row["share_us"] = round(us * len(launches), 1)
+        nbytes = _moved(launches[0])
+        if nbytes:
+            row["gb_s"] = round(nbytes / us / 1e3, 1)
+        rows.append(row)
+    rows.sort(key=lambda row: -row["share_us"])
+    return {
+        "depth": depth,
+        "nodes": len(noted),
+        "sum_ms": round(sum(row["share_us"] for row in rows) / 1e3, 3),
+        "token_ms": round(_milliseconds(machine, replay), 3),
+        "rows": rows,
+    }
+
+
+def profile_table(found: dict[str, Any]) -> str:
+    """For people."""
+    lines = [
+        f"one token at a depth of {found['depth']}: {found['token_ms']:.3f} ms as one graph of "
+        f"{found['nodes']} kernels, {found['sum_ms']:.3f} ms kind by kind",
+        f"{'kernel':28}{'grid':>16}{'times':>7}{'us each':>10}{'us in all':>11}{'GB/s':>9}",
+    ]
+    for row in found["rows"]:
+        lines.append(
+            f"{row['kernel']:28}{'x'.join(map(str, row['grid'])):>16}{row['launches']:7}"
+            f"{row['us']:10.2f}{row['share_us']:11.1f}{row.get('gb_s', 0):9.1f}"
+        )
+    return "\n".join(lines)
+
+
+def _launch(stream: Any, launches: list[Launch]) -> None:
+    for kernel, grid, values in launches:
+        stream.launch(kernel, grid, values)
+
+
+def _milliseconds(machine: Any, run: Any) -> float:
+    times = []
+    for _ in range(ROUNDS + 1):
+        start = Event(machine.device).record(machine.stream)
+        run()
+        end = Event(machine.device).record(machine.stream)
+        times.append(end - start)
+        start.close()
+        end.close()
+    return statistics.median(times[1:])
+
+
+def _moved(launch: Launch) -> int:
+    """Bytes that a launch moves, by its contract; 0 where the contract does not say."""
+    kernel, grid, values = launch
+    contract = kernel.contract
+    if contract.moves is None:
+        return 0
+    named = {p.name: v for p, v in zip(contract.params, values, strict=True)}
+    sizes = []
+    for name in contract.sizes:
+        axes = [
+            length // axis({**named, name: 1})
+            for axis, length in zip(contract.grid, grid, strict=True)
+            if name in axis.names
+        ]
+        sizes.append(axes[0] if axes else 1)
+    return int(np.asarray(kernel.bytes_moved((*sizes, *values))))
