@@ -40,8 +40,7 @@ class Attention:
         ops, k, v = self.ops, state.k_pages, state.v_pages
         ops.norm_linear(work.qgkv, work.h, x, self.mixer_norm, self.qgkv, self.eps)
         ops.rope_append(work.q, k, v, work.qgkv, self.norms, self.frequencies, step, self.eps)
-        ops.attention(work.attended, work.q, k, v, step, self.scale)
-        ops.sigmoid_gate(work.attended, work.qgkv)
+        ops.gated_attention(work.attended, work.q, k, v, work.qgkv, step, self.scale, work.partial)
         ops.linear_add(x, work.attended.reshape(step.tokens, self.width), self.out)
 
 

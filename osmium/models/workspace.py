@@ -11,6 +11,13 @@ from osmium.ops import Array, Ops
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
+SPLITS = 32
+"""Blocks that share the context of a query: 32 of 32 heads fill a large GPU several times, and a
+short context uses as many as it has tiles of 256 tokens."""
+
+FEW_ROWS = 8
+"""Steps of up to so many rows, one a sequence, share contexts out."""
+
 
 @dataclass(frozen=True)
 class Workspace:
@@ -53,20 +60,32 @@ class Workspace:
     shared: Array
     """f32 [T, D], what the shared expert says."""
 
+    partial: Array
+    """f32 [few rows, H, SPLITS, d + 2], what blocks that share a context leave."""
+
     def first(self, tokens: int) -> "Workspace":
         """The same arrays, cut to a step's rows."""
-        return Workspace(*(getattr(self, field.name)[:tokens] for field in fields(self)))
+        cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name != "partial"}
+        return Workspace(**cut, partial=self.partial)
 
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
     shapes = _shapes(config)
-    return Workspace(**{name: ops.empty((rows, *s), t) for name, (s, t) in shapes.items()})
+    return Workspace(
+        **{name: ops.empty((rows, *s), t) for name, (s, t) in shapes.items()},
+        partial=ops.empty(_partial(config, rows), np.float32),
+    )
 
 
 def workspace_bytes(config: ModelConfig, rows: int) -> int:
     """Bytes that make_workspace asks for."""
-    return rows * sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
+    wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
+    return rows * wide + 4 * math.prod(_partial(config, rows))
+
+
+def _partial(config: ModelConfig, rows: int) -> tuple[int, ...]:
+    return (min(rows, FEW_ROWS), config.heads, SPLITS, config.head_dim + 2)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

@@ -178,6 +178,23 @@ class Ops(Protocol):
         Kwon et al. 2023, arXiv:2309.06180 (pages).
         """
 
+    def gated_attention(
+        self,
+        out: Array,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        step: Step,
+        scale: float,
+        partial: Array,
+    ) -> None:
+        """attention, then sigmoid_gate.
+
+        partial f32 [R, H, splits, d + 2], scratch: for steps of at most R rows, one a sequence, a
+        context is shared out over `splits` blocks
+        """
+
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         """out[t, h] *= sigmoid(the gate of head h in qgkv).
 

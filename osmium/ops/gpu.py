@@ -31,6 +31,8 @@ MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
 """What the inputs of a matrix must be a multiple of for MATVEC; LINEAR takes the others."""
 ROPE_APPEND = kernel("rope_append_bf16")
 ATTENTION = kernel("gqa_attention_bf16")
+SPLIT = kernel("gqa_split_bf16")
+COMBINE = kernel("gqa_combine_f32")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
@@ -67,6 +69,9 @@ CONV_GATES_MOST = 8
 
 MATVEC_ROWS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
+
+MATVEC_NORM = 4096
+"""Inputs up to which MATVEC takes a norm."""
 
 MATVEC_SHARED = 64 << 10
 """Bytes of shared memory for them, at most: three blocks stay on a multiprocessor of an H100, one
@@ -185,7 +190,7 @@ class GpuOps:
     def norm_linear(
         self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
     ) -> None:
-        if _fits_matvec(w) and x.shape[0] <= MATVEC_ROWS:
+        if _fits_matvec(w) and x.shape[0] <= MATVEC_ROWS and w.columns <= MATVEC_NORM:
             self._matvec(out, h, x, norm, w, 0, eps)
         else:
             self.rms_norm(h, x, norm, eps)
@@ -213,7 +218,8 @@ class GpuOps:
         tokens = x.shape[0]
         rows = _rows_at_once(tokens, w.columns)
         tiles = -(-w.rows // 16)
-        turns = -(-tiles // (3 * self.machine.multiprocessors))  # three blocks fit at once
+        fit = 2 if w.format == "bf16" else 3  # blocks on a multiprocessor at once, by registers
+        turns = -(-tiles // (fit * self.machine.multiprocessors))
         MATVEC[w.format](
             self.stream, -(-tiles // turns), out, 0 if h is None else h, x,
             0 if norm is None else norm, w.data, *([] if w.scale is None else [w.scale]),
@@ -251,6 +257,34 @@ class GpuOps:
             self.stream, tokens, out, q, k_pages, v_pages,
             step.positions, step.sequence, step.pages,
             heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], scale,
+        )  # fmt: skip
+
+    def gated_attention(
+        self,
+        out: Array,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        step: Step,
+        scale: float,
+        partial: Array,
+    ) -> None:
+        tokens, heads, dim = q.shape
+        if not _one_each(step) or tokens > partial.shape[0]:
+            self.attention(out, q, k_pages, v_pages, step, scale)
+            self.sigmoid_gate(out, qgkv)
+            return
+        _need_bf16(k_pages)
+        splits = partial.shape[2]
+        SPLIT(
+            self.stream, tokens, partial, q, k_pages, v_pages,
+            step.positions, step.sequence, step.pages,
+            heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], splits, scale,
+        )  # fmt: skip
+        COMBINE(
+            self.stream, tokens, out, partial, qgkv, step.positions, heads, dim, splits,
+            qgkv.shape[1],
         )  # fmt: skip
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
@@ -493,7 +527,8 @@ def _one_each(step: Step) -> bool:
 
 
 def _fits_matvec(w: Linear) -> bool:
-    return w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+    whole = w.format != "int4" or w.rows % 16 == 0
+    return whole and w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
 
 
 def _rows_at_once(tokens: int, columns: int) -> int:

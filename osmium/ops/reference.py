@@ -213,6 +213,20 @@ class ReferenceOps:
             mixed = np.matmul(scores, v[:, None])  # [G, r, t, d]
             out[rows] = mixed.transpose(2, 0, 1, 3).reshape(-1, heads, size)
 
+    def gated_attention(
+        self,
+        out: Array,
+        q: Array,
+        k_pages: Array,
+        v_pages: Array,
+        qgkv: Array,
+        step: Step,
+        scale: float,
+        partial: Array,
+    ) -> None:
+        self.attention(out, q, k_pages, v_pages, step, scale)
+        self.sigmoid_gate(out, qgkv)
+
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
         out *= _sigmoid(qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)[:, :, 1])

@@ -209,6 +209,29 @@ def attention(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
+def gated_attention(rng: np.random.Generator, size: Size) -> Case:
+    """One row a sequence: contexts of one tile of 256 to several a split."""
+    rows = min(3, len(size.past))
+    one = replace(size, lengths=(1,) * rows, past=(*size.past[: rows - 1], size.past[0] + 1300))
+    arrays = step_arrays(rng, one)
+    shape = (rows, size.heads, size.head_dim)
+    arrays |= _pages(rng, one, arrays["pages"])
+    arrays |= {
+        "out": _nan(*shape),
+        "q": _f32(rng, *shape) * 2,
+        "qgkv": _f32(rng, rows, 2 * (size.heads + size.kv_heads) * size.head_dim) * 4,
+        "partial": _nan(rows, size.heads, 3, size.head_dim + 2),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.gated_attention(
+            a["out"], a["q"], a["k_pages"], a["v_pages"], a["qgkv"], _step(one, a),
+            size.head_dim**-0.5, a["partial"],
+        )  # fmt: skip
+
+    return Case(arrays, call, {"out": "f32"})
+
+
 def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
     tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
     arrays: Arrays = {
@@ -587,6 +610,7 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "linear int4": _linear("int4"),
     "rope_append": rope_append,
     "attention": attention,
+    "gated_attention": gated_attention,
     "sigmoid_gate": sigmoid_gate,
     "conv": conv,
     "delta_gates": delta_gates,

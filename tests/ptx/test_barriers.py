@@ -34,6 +34,7 @@ def cases_of(name: str) -> list[Make]:
         "int8_gated_up_f32": ("gated_up int8",),
         "rope_append_bf16": ("rope",),
         "gqa_attention_bf16": ("attention",),
+        "gqa_split_bf16": ("gated_attention",),
         "bf16_matvec_f32": ("bf16_matvec",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
