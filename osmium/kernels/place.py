@@ -19,7 +19,7 @@ __all__ = ["PLACE"]
     "float32)",
     block=256,
     grid="1",
-    regs=80,
+    regs=96,
 )
 def place(
     count: Any,

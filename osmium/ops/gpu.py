@@ -218,7 +218,7 @@ class GpuOps:
         tokens = x.shape[0]
         rows = _rows_at_once(tokens, w.columns)
         tiles = -(-w.rows // 16)
-        fit = 2 if w.format == "bf16" else 3  # blocks on a multiprocessor at once, by registers
+        fit = 3 if w.format == "int8" else 2  # blocks on a multiprocessor at once, by registers
         turns = -(-tiles // (fit * self.machine.multiprocessors))
         MATVEC[w.format](
             self.stream, -(-tiles // turns), out, 0 if h is None else h, x,
@@ -425,7 +425,7 @@ class GpuOps:
         slots = cache.slots[layer]
         if _few(record, tokens) and record.up_group == 128:
             tiles = top_k * record.inner // 8
-            turns = -(-tiles // (3 * self.machine.multiprocessors))
+            turns = -(-tiles // (2 * self.machine.multiprocessors))
             EXPERTS_UP(
                 self.stream, -(-tiles // turns), tokens, inner, x, ids,
                 0 if plan is None else plan.pairs, slots, record.hidden, record.inner, top_k,
@@ -460,7 +460,7 @@ class GpuOps:
         slots = cache.slots[layer]
         if _few(record, tokens) and record.down_group == 128 and record.hidden % 16 == 0:
             tiles = record.hidden // 16
-            turns = -(-tiles // (3 * self.machine.multiprocessors))
+            turns = -(-tiles // (2 * self.machine.multiprocessors))
             EXPERTS_DOWN(
                 self.stream, -(-tiles // turns), tokens, out, inner, ids,
                 0 if plan is None else plan.pairs, weights, slots, shared, scores, record.hidden,
