@@ -40,7 +40,7 @@ LIST = 1024
     "void(CPointer(float32), CPointer(int32), CPointer(float32), int32, int32)",
     block=256,
     grid="slices, rows",
-    regs=40,
+    regs=64,
 )
 def peaks(best: Any, where: Any, logits: Any, vocab: int, slices: int) -> None:
     """The largest logit of each slice of a row, and the first token that has it.

@@ -7,17 +7,25 @@ caller sees in host memory comes through `copy_out` alone, which counts its byte
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from osmium.errors import ConfigError
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+from osmium.ops.fit import (
+    MATVEC_NORM,
+    MATVEC_ROWS,
+    fits_experts,
+    fits_matvec,
+    need_bf16,
+    one_each,
+    rows_at_once,
+)
+from osmium.ops.machine import Machine
 from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
-from osmium.quant.record import Record
 
 __all__ = ["GpuOps", "Machine"]
 
@@ -27,8 +35,6 @@ ADD = kernel("add_f32")
 RMS_NORM = kernel("rms_norm_f32")
 LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
-MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
-"""What the inputs of a matrix must be a multiple of for MATVEC; LINEAR takes the others."""
 ROPE_APPEND = kernel("rope_append_bf16")
 ATTENTION = kernel("gqa_attention_bf16")
 SPLIT = kernel("gqa_split_bf16")
@@ -66,39 +72,6 @@ leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16,
 
 CONV_GATES_MOST = 8
 """Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
-
-MATVEC_ROWS = 8
-"""Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
-
-MATVEC_NORM = 4096
-"""Inputs up to which MATVEC takes a norm."""
-
-MATVEC_SHARED = 64 << 10
-"""Bytes of shared memory for them, at most: three blocks stay on a multiprocessor of an H100, one
-on an RTX 30's."""
-
-
-class Machine(Protocol):
-    """Where the arrays are and the launches go: cuda.Device, or the tests' interpreter."""
-
-    stream: Any
-    """Anything with launch(kernel, grid, values)."""
-
-    @property
-    def multiprocessors(self) -> int: ...
-
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any: ...
-    def host_view(self, array: Any) -> npt.NDArray[Any]: ...
-    def copy_in(self, out: Any, source: npt.NDArray[Any]) -> None: ...
-    def copy_out(self, source: Any) -> npt.NDArray[Any]: ...
-    def copy(self, out: Any, source: Any) -> None: ...
-    def fill(self, out: Any, byte: int) -> None: ...
-    def synchronize(self) -> None: ...
-    def record(self, run: Callable[[], None]) -> Callable[[], None]: ...
-    def fork(self) -> Any: ...
-    def join(self) -> None: ...
 
 
 class GpuOps:
@@ -176,13 +149,13 @@ class GpuOps:
         RMS_NORM(self.stream, rows, out, x, w, dim, eps)
 
     def linear(self, out: Array, x: Array, w: Linear) -> None:
-        if _fits_matvec(w):
+        if fits_matvec(w):
             self._matvec(out, None, x, None, w, 0, 0.0)
         else:
             self._linear(out, x, w, 0)
 
     def linear_add(self, out: Array, x: Array, w: Linear) -> None:
-        if _fits_matvec(w):
+        if fits_matvec(w):
             self._matvec(out, None, x, None, w, 1, 0.0)
         else:
             self._linear(out, x, w, 1)
@@ -190,7 +163,7 @@ class GpuOps:
     def norm_linear(
         self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
     ) -> None:
-        if _fits_matvec(w) and x.shape[0] <= MATVEC_ROWS and w.columns <= MATVEC_NORM:
+        if fits_matvec(w) and x.shape[0] <= MATVEC_ROWS and w.columns <= MATVEC_NORM:
             self._matvec(out, h, x, norm, w, 0, eps)
         else:
             self.rms_norm(h, x, norm, eps)
@@ -216,7 +189,7 @@ class GpuOps:
         eps: float,
     ) -> None:
         tokens = x.shape[0]
-        rows = _rows_at_once(tokens, w.columns)
+        rows = rows_at_once(tokens, w.columns)
         tiles = -(-w.rows // 16)
         fit = 3 if w.format == "int8" else 2  # blocks on a multiprocessor at once, by registers
         turns = -(-tiles // (fit * self.machine.multiprocessors))
@@ -239,7 +212,7 @@ class GpuOps:
         step: Step,
         eps: float,
     ) -> None:
-        _need_bf16(k_pages)
+        need_bf16(k_pages)
         tokens, heads, dim = q.shape
         ROPE_APPEND(
             self.stream, tokens, q, k_pages, v_pages, qgkv, norms, frequencies,
@@ -251,7 +224,7 @@ class GpuOps:
     def attention(
         self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
     ) -> None:
-        _need_bf16(k_pages)
+        need_bf16(k_pages)
         tokens, heads, dim = q.shape
         ATTENTION(
             self.stream, tokens, out, q, k_pages, v_pages,
@@ -271,11 +244,11 @@ class GpuOps:
         partial: Array,
     ) -> None:
         tokens, heads, dim = q.shape
-        if not _one_each(step) or tokens > partial.shape[0]:
+        if not one_each(step) or tokens > partial.shape[0]:
             self.attention(out, q, k_pages, v_pages, step, scale)
             self.sigmoid_gate(out, qgkv)
             return
-        _need_bf16(k_pages)
+        need_bf16(k_pages)
         splits = partial.shape[2]
         SPLIT(
             self.stream, tokens, partial, q, k_pages, v_pages,
@@ -322,9 +295,9 @@ class GpuOps:
         step: Step,
     ) -> None:
         if not (
-            _one_each(step) and step.sequences <= CONV_GATES_MOST and ab_matrix.format == "bf16"
+            one_each(step) and step.sequences <= CONV_GATES_MOST and ab_matrix.format == "bf16"
         ):
-            self.linear(ab, h, ab_matrix)
+            self._linear(ab, h, ab_matrix, 0)  # a gate is an exponential: all of f32's bits
             self.conv(out, u, w, state, step)
             self.delta_gates(decay, beta, ab, a_log, dt_bias)
             return
@@ -352,7 +325,7 @@ class GpuOps:
         eps: float,
         step: Step,
     ) -> None:
-        if not _one_each(step):
+        if not one_each(step):
             self.delta_step(out, qkv, decay, beta, state, step)
             self.gated_norm(out, out, z, column, w, eps)
             return
@@ -423,7 +396,7 @@ class GpuOps:
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
         slots = cache.slots[layer]
-        if _few(record, tokens) and record.up_group == 128:
+        if fits_experts(record, tokens) and record.up_group == 128:
             tiles = top_k * record.inner // 8
             turns = -(-tiles // (2 * self.machine.multiprocessors))
             EXPERTS_UP(
@@ -458,7 +431,7 @@ class GpuOps:
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
         slots = cache.slots[layer]
-        if _few(record, tokens) and record.down_group == 128 and record.hidden % 16 == 0:
+        if fits_experts(record, tokens) and record.down_group == 128 and record.hidden % 16 == 0:
             tiles = record.hidden // 16
             turns = -(-tiles // (2 * self.machine.multiprocessors))
             EXPERTS_DOWN(
@@ -486,7 +459,7 @@ class GpuOps:
             self.linear(both, x, w)
             self.silu_mul(inner, both)
             return
-        rows = _rows_at_once(tokens, w.columns)
+        rows = rows_at_once(tokens, w.columns)
         turns = -(-(size // 8) // (3 * self.machine.multiprocessors))
         GATED_UP(
             self.stream, -(-(size // 8) // turns), inner, x, w.data, w.scale, tokens, rows, size,
@@ -519,28 +492,3 @@ class GpuOps:
             step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
             replies.nobody, replies.nowhere,
         )  # fmt: skip
-
-
-def _one_each(step: Step) -> bool:
-    """Whether row s is the one row of sequence s."""
-    return step.tokens == step.sequences
-
-
-def _fits_matvec(w: Linear) -> bool:
-    whole = w.format != "int4" or w.rows % 16 == 0
-    return whole and w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
-
-
-def _rows_at_once(tokens: int, columns: int) -> int:
-    """Tokens that a block of MATVEC takes."""
-    return max(1, min(tokens, MATVEC_ROWS, MATVEC_SHARED // (4 * columns)))
-
-
-def _few(record: Record, tokens: int) -> bool:
-    """Whether the experts' kernels for few tokens do it."""
-    return record.bits == 4 and tokens <= MATVEC_ROWS
-
-
-def _need_bf16(pages: Array) -> None:
-    if cast(np.dtype[Any], pages.dtype) != np.uint16:
-        raise ConfigError("The GPU keeps KV in bf16; --kv-dtype f32 is for the CPU.")

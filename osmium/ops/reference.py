@@ -11,65 +11,26 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from osmium.ops.formulas import (
+    CHUNK,
+    F32,
+    context,
+    delta_chunk,
+    expert_matrices,
+    heads_of,
+    matrix,
+    normed,
+    rope,
+    sequences_of,
+    sigmoid,
+    silu,
+    slots_of,
+)
 from osmium.ops.sampling import draw
 from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
-from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import Record
 
-__all__ = ["ReferenceOps", "expert_matrices"]
-
-F32 = npt.NDArray[np.float32]
-
-_CHUNK = 64
-"""Tokens a chunk of the delta rule."""
-
-
-def _sigmoid(x: F32) -> F32:
-    return cast(F32, 0.5 * (1 + np.tanh(0.5 * x)))
-
-
-def _silu(x: F32) -> F32:
-    return x * _sigmoid(x)
-
-
-def _unit(x: F32) -> F32:
-    """x / ||x||, with 1e-6 inside the root, along the last axis."""
-    return cast(F32, x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + np.float32(1e-6)))
-
-
-def _normed(x: F32, eps: float) -> F32:
-    """x / its root mean square along the last axis."""
-    mean = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
-    return cast(F32, x / np.sqrt(mean + np.float32(eps)))
-
-
-def _matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
-    """A stored matrix in f32."""
-    if format == "bf16":
-        return f32_from_bf16(data)
-    assert scale is not None, f"an {format} matrix has scales"
-    return int8.dequantize(data, scale) if format == "int8" else int4.dequantize(data, scale)
-
-
-def expert_matrices(record: Record, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
-    """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
-    up, down = (2 * record.inner, record.hidden), (record.hidden, record.inner)
-    parts = []
-    for (n, k), start, scales in ((up, 0, record.up_scale), (down, record.down, record.down_scale)):
-        raw = data[start : start + n * k * record.bits // 8]
-        if record.bits == 16:
-            parts.append(_matrix("bf16", raw.view(np.uint16).reshape(n, k), None))
-        elif record.bits == 8:
-            scale = data[scales : scales + 4 * n].view(np.float32)
-            parts.append(_matrix("int8", raw.view(np.int8).reshape(n, k), scale))
-        else:
-            groups = k // (
-                record.up_group if k == record.hidden and start == 0 else record.down_group
-            )
-            scale16 = data[scales : scales + 2 * n * groups].view(np.float16).reshape(n, groups)
-            parts.append(_matrix("int4", raw.reshape(n, k // 2), scale16))
-    return parts[0], parts[1]
+__all__ = ["ReferenceOps"]
 
 
 class ReferenceOps:
@@ -138,7 +99,7 @@ class ReferenceOps:
         out += x
 
     def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
-        np.multiply(_normed(x, eps), 1 + w, out=out)
+        np.multiply(normed(x, eps), 1 + w, out=out)
 
     def linear(self, out: Array, x: Array, w: Linear) -> None:
         np.matmul(x, self._f32(w).T, out=out)
@@ -156,11 +117,11 @@ class ReferenceOps:
         kept = self._kept.get(id(w))
         if kept is not None:
             return kept[1]
-        matrix = _matrix(w.format, w.data, w.scale)
-        if matrix.nbytes <= self._room:
-            self._room -= matrix.nbytes
-            self._kept[id(w)] = w, matrix  # holding w keeps its id from being used again
-        return matrix
+        made = matrix(w.format, w.data, w.scale)
+        if made.nbytes <= self._room:
+            self._room -= made.nbytes
+            self._kept[id(w)] = w, made  # holding w keeps its id from being used again
+        return made
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -181,8 +142,8 @@ class ReferenceOps:
         kv = qgkv[:, 2 * heads * size :].reshape(tokens, 2, groups, size)
         angle = step.positions[:, None, None].astype(np.float32) * frequencies  # [T, 1, R/2]
         cos, sin = np.cos(angle), np.sin(angle)
-        q[...] = _rope(_normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
-        k = _rope(_normed(kv[:, 0], eps) * (1 + norms[1]), cos, sin)
+        q[...] = rope(normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
+        k = rope(normed(kv[:, 0], eps) * (1 + norms[1]), cos, sin)
         page = step.pages[step.sequence, step.positions // step.page]
         row = step.positions % step.page
         narrow = k_pages.dtype == np.uint16
@@ -199,8 +160,8 @@ class ReferenceOps:
             positions = step.positions[rows]
             length = int(positions[-1]) + 1
             pages = step.pages[s, : -(-length // step.page)]
-            k = _context(k_pages, pages, length)  # [G, n, d]
-            v = _context(v_pages, pages, length)
+            k = context(k_pages, pages, length)  # [G, n, d]
+            v = context(v_pages, pages, length)
             mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
             scores = np.matmul(mine, k[:, None].swapaxes(-1, -2)) * np.float32(
                 scale
@@ -229,7 +190,7 @@ class ReferenceOps:
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
-        out *= _sigmoid(qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)[:, :, 1])
+        out *= sigmoid(qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)[:, :, 1])
 
     # -- gated delta net ---------------------------------------------------------------------------
 
@@ -241,7 +202,7 @@ class ReferenceOps:
             before = state[slot].T if step.past[s] else np.zeros((3, channels), np.float32)
             window = np.concatenate([before, u[rows, :channels]])  # [3 + t, C]
             t = len(window) - 3
-            out[rows] = _silu(sum(w[:, i] * window[i : i + t] for i in range(4)))
+            out[rows] = silu(sum(w[:, i] * window[i : i + t] for i in range(4)))
             state[slot] = window[-3:].T
 
     def delta_gates(
@@ -251,7 +212,7 @@ class ReferenceOps:
         x = a + dt_bias
         softplus = np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
         decay[...] = -np.exp(a_log) * softplus
-        beta[...] = _sigmoid(b)
+        beta[...] = sigmoid(b)
 
     def conv_gates(
         self,
@@ -275,8 +236,8 @@ class ReferenceOps:
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
-        for s, rows, past in _sequences(step):
-            q, k, v = _heads(qkv[rows], state.shape)
+        for s, rows, past in sequences_of(step):
+            q, k, v = heads_of(qkv[rows], state.shape)
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
             gain = np.exp(decay[rows])[..., None, None]  # [t, V, 1, 1]
             for t in range(len(q)):
@@ -306,19 +267,19 @@ class ReferenceOps:
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
-        for s, rows, past in _sequences(step):
-            q, k, v = (x.swapaxes(0, 1) for x in _heads(qkv[rows], state.shape))  # [V, t, d]
+        for s, rows, past in sequences_of(step):
+            q, k, v = (x.swapaxes(0, 1) for x in heads_of(qkv[rows], state.shape))  # [V, t, d]
             g, b = decay[rows].T, beta[rows].T  # [V, t]
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
-            for start in range(0, q.shape[1], _CHUNK):
-                c = slice(start, start + _CHUNK)
-                o, carried = _delta_chunk(q[:, c], k[:, c], v[:, c], g[:, c], b[:, c], carried)
+            for start in range(0, q.shape[1], CHUNK):
+                c = slice(start, start + CHUNK)
+                o, carried = delta_chunk(q[:, c], k[:, c], v[:, c], g[:, c], b[:, c], carried)
                 out[rows][c] = o.swapaxes(0, 1)
             state[s] = carried
 
     def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
         gate = z[:, column : column + x.shape[1] * x.shape[2]].reshape(x.shape)
-        np.multiply(_normed(x, eps) * w, _silu(gate), out=out)
+        np.multiply(normed(x, eps) * w, silu(gate), out=out)
 
     # -- experts -----------------------------------------------------------------------------------
 
@@ -391,7 +352,7 @@ class ReferenceOps:
         part: Literal["all", "there", "rest"],
     ) -> None:
         top_k, size = ids.shape[1], cache.record.inner
-        slots = _slots(ids, plan)
+        slots = slots_of(ids, plan)
         flat = inner.reshape(-1, size)
         for slot in np.unique(slots):
             if (part == "there" and slot < 0) or (part == "rest" and slot >= 0):
@@ -399,7 +360,7 @@ class ReferenceOps:
             up, _ = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
             mine = np.flatnonzero(slots == slot)
             both = x[mine // top_k] @ up.T
-            flat[mine] = _silu(both[:, :size]) * both[:, size:]
+            flat[mine] = silu(both[:, :size]) * both[:, size:]
 
     def expert_down(
         self,
@@ -415,7 +376,7 @@ class ReferenceOps:
         column: int,
         y: Array,
     ) -> None:
-        slots = _slots(ids, plan)
+        slots = slots_of(ids, plan)
         flat = inner.reshape(ids.size, -1)
         pairs = np.empty((ids.size, out.shape[1]), np.float32)
         for slot in np.unique(slots):
@@ -452,10 +413,10 @@ class ReferenceOps:
 
     def silu_mul(self, out: Array, x: Array) -> None:
         size = out.shape[1]
-        np.multiply(_silu(x[:, :size]), x[:, size:], out=out)
+        np.multiply(silu(x[:, :size]), x[:, size:], out=out)
 
     def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
-        out += _sigmoid(gate[:, column : column + 1]) * x
+        out += sigmoid(gate[:, column : column + 1]) * x
 
     # -- replies -----------------------------------------------------------------------------------
 
@@ -485,73 +446,3 @@ class ReferenceOps:
         at = 1 + turn % replies.ring * rows
         replies.mail[at : at + rows] = said
         replies.turn[0] = replies.mail[0] = turn + 1
-
-
-# -- parts of the longer formulas ------------------------------------------------------------------
-
-
-def _slots(ids: Array, plan: ExpertPlan | None) -> Array:
-    """The slot of every pair, ~slot where its expert is being fetched; [T * A]."""
-    if plan is None:
-        return ids.reshape(-1).astype(np.int32)
-    return plan.pairs.reshape(-1)[: ids.size]
-
-
-def _rope(x: F32, cos: F32, sin: F32) -> F32:
-    """Turn the pairs (j, j + R/2) of x [T, heads, d]; the angles' cos and sin are [T, 1, R/2]."""
-    half = cos.shape[-1]
-    a, b = x[..., :half], x[..., half : 2 * half]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
-
-
-def _context(pages: Array, table: Array, length: int) -> F32:
-    """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
-    rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
-    return f32_from_bf16(rows) if pages.dtype == np.uint16 else rows
-
-
-def _sequences(step: Step) -> list[tuple[int, slice, int]]:
-    """(state slot, rows, past) of each sequence of a step."""
-    edges = [int(x) for x in step.starts[: step.sequences + 1]]
-    return [
-        (int(step.slots[s]), slice(edges[s], edges[s + 1]), int(step.past[s]))
-        for s in range(step.sequences)
-    ]
-
-
-def _heads(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:
-    """q, k [t, V, dk], of unit length and q scaled by dk^-0.5, and v [t, V, dv]."""
-    _, value_heads, dk, dv = state
-    key_width = (qkv.shape[1] - value_heads * dv) // 2
-    key_heads = key_width // dk
-    t = len(qkv)
-    q = _unit(qkv[:, :key_width].reshape(t, key_heads, dk)) * np.float32(dk**-0.5)
-    k = _unit(qkv[:, key_width : 2 * key_width].reshape(t, key_heads, dk))
-    v = qkv[:, 2 * key_width :].reshape(t, value_heads, dv)
-    each = value_heads // key_heads
-    return np.repeat(q, each, axis=1), np.repeat(k, each, axis=1), v
-
-
-def _delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[F32, F32]:
-    """One chunk of the gated delta rule: out [V, c, dv] and the state after it [V, dk, dv].
-
-    q, k [V, c, dk], v [V, c, dv], g, beta [V, c], state [V, dk, dv].
-    """
-    size = q.shape[1]
-    total = np.cumsum(g, axis=1, dtype=np.float64)  # differences of large sums: f32 would cancel
-    lower = np.tri(size, dtype=bool)
-    gap = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
-    fade = np.exp(gap).astype(np.float32)  # D
-    a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * fade, -1)
-    gain = np.exp(total).astype(np.float32)[..., None]
-    solved = np.concatenate([v, gain * k], axis=2) * beta[..., None]
-    for i in range(1, size):  # forward substitution: row i needs the rows above it
-        solved[:, i] -= np.matmul(a[:, i, None, :i], solved[:, :i])[:, 0]
-    u, w = solved[..., : v.shape[2]], solved[..., v.shape[2] :]
-    new = u - np.matmul(w, state)
-    out = np.matmul(q * gain, state)
-    out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * fade, new)
-    after = fade[:, -1, :, None]  # exp(G_last - G)
-    state = state * gain[:, -1:]
-    state += np.matmul((k * after).swapaxes(1, 2), new)
-    return out, state

@@ -11,7 +11,8 @@ from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
 from osmium.experts.store import Store, store_bytes
 from osmium.ops import ExpertArena, ExpertCache
-from osmium.ops.reference import ReferenceOps, expert_matrices
+from osmium.ops.formulas import expert_matrices
+from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 from tests.tolerance import close, distance
 

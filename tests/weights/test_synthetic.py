@@ -11,7 +11,7 @@ import osmium
 from osmium.config import EngineConfig
 from osmium.errors import ConfigError
 from osmium.ops import Linear
-from osmium.ops.reference import _matrix, expert_matrices
+from osmium.ops.formulas import expert_matrices, matrix
 from osmium.weights.synthetic import Synthetic, open_synthetic
 
 PUBLISHED = {
@@ -43,7 +43,7 @@ def test_every_part_is_finite_and_keeps_the_size_of_what_it_multiplies(bits: int
     for name in model.names():
         value = model.tensor(name)
         if isinstance(value, Linear):
-            w = _matrix(value.format, value.data, value.scale)
+            w = matrix(value.format, value.data, value.scale)
             assert w.shape == model.parts[name].shape
             assert 0.3 < np.sqrt((w.astype(np.float64) ** 2).mean() * w.shape[1]) < 3, name
         else:

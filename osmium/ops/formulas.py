@@ -1,0 +1,135 @@
+"""Parts of the longer formulas, in NumPy.  Letters are in values.py."""
+
+from typing import cast
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops.values import Array, ExpertPlan, Step
+from osmium.quant import int4, int8
+from osmium.quant.floats import f32_from_bf16
+from osmium.quant.record import Record
+
+__all__ = [
+    "CHUNK", "F32", "context", "delta_chunk", "expert_matrices", "heads_of", "matrix", "normed",
+    "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit",
+]  # fmt: skip
+
+F32 = npt.NDArray[np.float32]
+
+CHUNK = 64
+"""Tokens a chunk of the delta rule."""
+
+
+def sigmoid(x: F32) -> F32:
+    return cast(F32, 0.5 * (1 + np.tanh(0.5 * x)))
+
+
+def silu(x: F32) -> F32:
+    return x * sigmoid(x)
+
+
+def unit(x: F32) -> F32:
+    """x / ||x||, with 1e-6 inside the root, along the last axis."""
+    return cast(F32, x / np.sqrt((x * x).sum(axis=-1, keepdims=True) + np.float32(1e-6)))
+
+
+def normed(x: F32, eps: float) -> F32:
+    """x / its root mean square along the last axis."""
+    mean = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
+    return cast(F32, x / np.sqrt(mean + np.float32(eps)))
+
+
+def matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
+    """A stored matrix in f32."""
+    if format == "bf16":
+        return f32_from_bf16(data)
+    assert scale is not None, f"an {format} matrix has scales"
+    return int8.dequantize(data, scale) if format == "int8" else int4.dequantize(data, scale)
+
+
+def expert_matrices(record: Record, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
+    """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
+    up, down = (2 * record.inner, record.hidden), (record.hidden, record.inner)
+    parts = []
+    for (n, k), start, scales in ((up, 0, record.up_scale), (down, record.down, record.down_scale)):
+        raw = data[start : start + n * k * record.bits // 8]
+        if record.bits == 16:
+            parts.append(matrix("bf16", raw.view(np.uint16).reshape(n, k), None))
+        elif record.bits == 8:
+            scale = data[scales : scales + 4 * n].view(np.float32)
+            parts.append(matrix("int8", raw.view(np.int8).reshape(n, k), scale))
+        else:
+            groups = k // (
+                record.up_group if k == record.hidden and start == 0 else record.down_group
+            )
+            scale16 = data[scales : scales + 2 * n * groups].view(np.float16).reshape(n, groups)
+            parts.append(matrix("int4", raw.reshape(n, k // 2), scale16))
+    return parts[0], parts[1]
+
+
+def slots_of(ids: Array, plan: ExpertPlan | None) -> Array:
+    """The slot of every pair, ~slot where its expert is being fetched; [T * A]."""
+    if plan is None:
+        return ids.reshape(-1).astype(np.int32)
+    return plan.pairs.reshape(-1)[: ids.size]
+
+
+def rope(x: F32, cos: F32, sin: F32) -> F32:
+    """Turn the pairs (j, j + R/2) of x [T, heads, d]; the angles' cos and sin are [T, 1, R/2]."""
+    half = cos.shape[-1]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
+
+
+def context(pages: Array, table: Array, length: int) -> F32:
+    """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
+    rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
+    return f32_from_bf16(rows) if pages.dtype == np.uint16 else rows
+
+
+def sequences_of(step: Step) -> list[tuple[int, slice, int]]:
+    """(state slot, rows, past) of each sequence of a step."""
+    edges = [int(x) for x in step.starts[: step.sequences + 1]]
+    return [
+        (int(step.slots[s]), slice(edges[s], edges[s + 1]), int(step.past[s]))
+        for s in range(step.sequences)
+    ]
+
+
+def heads_of(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:
+    """q, k [t, V, dk], of unit length and q scaled by dk^-0.5, and v [t, V, dv]."""
+    _, value_heads, dk, dv = state
+    key_width = (qkv.shape[1] - value_heads * dv) // 2
+    key_heads = key_width // dk
+    t = len(qkv)
+    q = unit(qkv[:, :key_width].reshape(t, key_heads, dk)) * np.float32(dk**-0.5)
+    k = unit(qkv[:, key_width : 2 * key_width].reshape(t, key_heads, dk))
+    v = qkv[:, 2 * key_width :].reshape(t, value_heads, dv)
+    each = value_heads // key_heads
+    return np.repeat(q, each, axis=1), np.repeat(k, each, axis=1), v
+
+
+def delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[F32, F32]:
+    """One chunk of the gated delta rule: out [V, c, dv] and the state after it [V, dk, dv].
+
+    q, k [V, c, dk], v [V, c, dv], g, beta [V, c], state [V, dk, dv].
+    """
+    size = q.shape[1]
+    total = np.cumsum(g, axis=1, dtype=np.float64)  # differences of large sums: f32 would cancel
+    lower = np.tri(size, dtype=bool)
+    gap = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
+    fade = np.exp(gap).astype(np.float32)  # D
+    a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * fade, -1)
+    gain = np.exp(total).astype(np.float32)[..., None]
+    solved = np.concatenate([v, gain * k], axis=2) * beta[..., None]
+    for i in range(1, size):  # forward substitution: row i needs the rows above it
+        solved[:, i] -= np.matmul(a[:, i, None, :i], solved[:, :i])[:, 0]
+    u, w = solved[..., : v.shape[2]], solved[..., v.shape[2] :]
+    new = u - np.matmul(w, state)
+    out = np.matmul(q * gain, state)
+    out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * fade, new)
+    after = fade[:, -1, :, None]  # exp(G_last - G)
+    state = state * gain[:, -1:]
+    state += np.matmul((k * after).swapaxes(1, 2), new)
+    return out, state
