@@ -1,0 +1,86 @@
+"""What `osmium bench` measures, on the CPU: that it adds up, and that what does not fit is said."""
+
+import json
+from typing import Any
+
+import pytest
+
+import osmium
+from osmium.bench.profile import profile
+from osmium.bench.report import compare, table
+from osmium.bench.speed import Settings, measure
+from osmium.cli import main
+from osmium.errors import ConfigError
+
+SHORT = Settings(depths=("64",), tokens=6, repeats=2, warm_up=8)
+
+
+@pytest.fixture
+def engine() -> Any:
+    made = osmium.load("synthetic:tiny", device="cpu", slots=4, context=4096, chunk=64)
+    yield made
+    made.close()
+
+
+def test_a_row_adds_up(engine: Any) -> None:
+    found = measure(engine, SHORT)
+    (row,) = found["rows"]
+    config = engine.config
+    assert row["routed"] == 2 * 6 * config.layers * config.top_k
+    assert row["routed"] == row["hit"] + row["fetched"]
+    assert row["hit_rate"] == pytest.approx(row["hit"] / row["routed"])
+    record = engine.runner.store.cache.record.nbytes
+    assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(row["copied"] * record / 12)
+    assert row["tokens_per_s"] > 0
+    assert found["slots_equal_to_records"] == 8
+    assert found["slots"] == [4, 8]
+    assert json.loads(json.dumps(found)) == found
+
+
+def test_sequences_side_by_side_are_counted_together(engine: Any) -> None:
+    settings = Settings(depths=("64",), tokens=4, repeats=1, warm_up=4, parallel=(2,))
+    (row,) = measure(engine, settings)["rows"]
+    assert row["routed"] == 2 * 4 * engine.config.layers * engine.config.top_k
+    assert row["sequences"] == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (Settings(depths=("9k",)), "9216"),
+        (Settings(depths=("deep",)), "'deep'"),
+        (Settings(tokens=1), "--tokens is 1"),
+        (Settings(parallel=(9,)), "9 sequences"),
+        (Settings(depths=(), prompts=(5000,)), "5000"),
+    ],
+)
+def test_what_does_not_fit_is_said(engine: Any, settings: Settings, named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        measure(engine, settings)
+
+
+def test_a_profile_needs_a_gpu(engine: Any) -> None:
+    with pytest.raises(ConfigError, match="GPU"):
+        profile(engine, 64)
+
+
+def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:
+    first = measure(engine, SHORT)
+    second = json.loads(json.dumps(first))
+    second["rows"][0]["tokens_per_s"] = 2 * first["rows"][0]["tokens_per_s"]
+    assert "2.000" in compare(first, second)
+    second["rows"][0]["depth"] = 65
+    assert compare(first, second).count("in one only") == 2
+    assert "decode" in table({"kv_cache_mb": None, **first})
+
+
+def test_several_budgets_run_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:
+    asked = (
+        "bench synthetic:tiny --device cpu --kv-cache-mb 1,2 --context 256 --depth 50% --tokens 4 "
+        "--warm-up 4 --repeats 1 --prompt-tokens 16"
+    )
+    assert main(asked.split()) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [one["kv_cache_mb"] for one in found] == [1, 2]
+    assert [row["what"] for row in found[0]["rows"]] == ["prefill", "decode"]
+    assert found[1]["rows"][1]["depth"] > found[0]["rows"][1]["depth"]
