@@ -288,7 +288,7 @@ def conv_gates(rng: np.random.Generator, size: Size) -> Case:
         "beta": _nan(tokens, heads),
         "ab": _nan(tokens, 2 * heads),
         "h": _f32(rng, tokens, hidden),
-        "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(8 * hidden**-0.5)),
+        "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
         "a_log": _f32(rng, heads),
         "dt_bias": _f32(rng, heads),
     }
