@@ -20,7 +20,7 @@ from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 
-__all__ = ["profile", "profile_table"]
+__all__ = ["moved", "profile", "profile_table"]
 
 ROUNDS = 7
 
@@ -74,7 +74,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
         us = max(0.5, 1e3 * _milliseconds(machine, again) - empty) / len(launches)
         row = {"kernel": name, "grid": list(grid), "launches": len(launches), "us": round(us, 2)}
         row["share_us"] = round(us * len(launches), 1)
-        nbytes = _moved(launches[0])
+        nbytes = moved(launches[0])
         if nbytes:
             row["gb_s"] = round(nbytes / us / 1e3, 1)
         rows.append(row)
@@ -131,19 +131,21 @@ def _milliseconds(machine: Any, run: Any) -> float:
     return statistics.median(times[1:])
 
 
-def _moved(launch: Launch) -> int:
+def moved(launch: Launch) -> int:
     """Bytes that a launch moves, by its contract; 0 where the contract does not say."""
     kernel, grid, values = launch
     contract = kernel.contract
     if contract.moves is None:
-        return 0
+        return 0  # tables, not data
     named = {p.name: v for p, v in zip(contract.params, values, strict=True)}
-    sizes = []
-    for name in contract.sizes:
-        axes = [
-            length // axis({**named, name: 1})
-            for axis, length in zip(contract.grid, grid, strict=True)
-            if name in axis.names
-        ]
-        sizes.append(axes[0] if axes else 1)
-    return int(np.asarray(kernel.bytes_moved((*sizes, *values))))
+    sizes = [_size(name, contract, grid, named) for name in contract.sizes]
+    nbytes: int = kernel.bytes_moved((*sizes, *values))
+    return nbytes
+
+
+def _size(name: str, contract: Any, grid: tuple[int, ...], named: dict[str, Any]) -> int:
+    """A launcher size, from the axis of the grid that is it, or a multiple of it."""
+    for axis, length in zip(contract.grid, grid, strict=True):
+        if name in axis.names:
+            return int(length // axis({**named, name: 1}))
+    raise ValueError(f"{contract.entry}: no axis gives {name}")

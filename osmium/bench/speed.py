@@ -226,12 +226,9 @@ def _say(engine: Engine, at: int, count: int, tokens: int) -> float:
             errors.append(event.error)
         done.release()
 
-    def submit() -> None:
-        for row in range(count):
-            prompt = [row + 1] * (at + row * SPACING + 1)
-            engine.submit(prompt, params, on_event, seeded=True)
-
-    submit()
+    for row in range(count):
+        prompt = [row + 1] * (at + row * SPACING + 1)
+        engine.submit(prompt, params, on_event, seeded=True)
     for _ in range(count):
         done.acquire()
     if errors:

@@ -8,7 +8,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
-from osmium.cli.flags import add_engine_flags, add_server_flags, integers
+from osmium.cli.flags import add_bench_flags, add_engine_flags, add_server_flags
 from osmium.errors import OsmiumError
 
 __all__ = ["main", "serve"]
@@ -78,16 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
     add("doctor", "Say what this machine has and what to fix.", engine=False)
-    bench = add("bench", "Measure decode and prefill; ends with one JSON line.", many=True)
-    flag = bench.add_argument
-    flag("--depth", default="1k", help="tokens of context, as 1k,16k or 90%% of the KV (1k)")
-    flag("--tokens", type=int, default=256, help="tokens of a reply (256)")
-    flag("--repeats", type=int, default=3, help="medians of this many (3)")
-    flag("--warm-up", type=int, default=256, help="tokens before that do not count (256)")
-    flag("--parallel", type=integers, default=(1,), help="sequences at once, as 1,4 (1)")
-    flag("--prompt-tokens", type=integers, default=(512,), help="tokens of prefill; 0: none (512)")
-    flag("--profile", action="store_true", help="then time a token kernel by kernel")
-    flag("--compare", nargs=2, metavar="FILE", help="compare two results instead")
+    add_bench_flags(add("bench", "Measure decode and prefill; ends with one JSON line.", many=True))
     return parser
 
 

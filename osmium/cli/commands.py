@@ -16,7 +16,7 @@ from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
-from osmium.cli.flags import engine_options
+from osmium.cli.flags import BENCH, engine_options
 from osmium.cli.progress import progress_bar
 from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
@@ -29,18 +29,7 @@ from osmium.server.app import serve as serve_host
 from osmium.text.tokenizer import Tokenizer
 from osmium.weights import open_model
 
-__all__ = [
-    "BENCH",
-    "bench",
-    "chat",
-    "doctor",
-    "logits",
-    "pack",
-    "perplexity",
-    "plan",
-    "run",
-    "serve",
-]
+__all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
 
 
 def _say(text: str) -> None:
@@ -240,13 +229,6 @@ def logits(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.out} cannot be written: {error}") from None
     finally:
         engine.close()
-
-
-BENCH: dict[str, Any] = {
-    "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "prompt_tokens": (512,), "compare": None, "profile": False,
-}  # fmt: skip
-"""What `osmium bench` measures if it is not told otherwise."""
 
 
 def bench(args: argparse.Namespace) -> None:

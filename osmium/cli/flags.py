@@ -9,7 +9,13 @@ from typing import Any
 from osmium.config import parse_count, parse_size
 from osmium.errors import ConfigError
 
-__all__ = ["add_engine_flags", "add_server_flags", "engine_options", "integers"]
+__all__ = ["BENCH", "add_bench_flags", "add_engine_flags", "add_server_flags", "engine_options"]
+
+BENCH: dict[str, Any] = {
+    "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
+    "prompt_tokens": (512,), "profile": False, "compare": None,
+}  # fmt: skip
+"""What `osmium bench` measures if it is not told otherwise, and `--benchmark` of the server."""
 
 
 def _parsed(parse: Any) -> Any:
@@ -24,7 +30,7 @@ def _parsed(parse: Any) -> Any:
     return convert
 
 
-def integers(text: str) -> tuple[int, ...]:
+def _integers(text: str) -> tuple[int, ...]:
     """ "1,4" as (1, 4); "0" as ()."""
     return tuple(int(one) for one in text.split(",") if int(one))
 
@@ -54,7 +60,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
     add("--kv-dtype", choices=("auto", "f32", "bf16"), help="KV (auto: GPU bf16, CPU f32)")
     add(
         "--kv-cache-mb",
-        type=integers if many else int,
+        type=_integers if many else int,
         metavar="MIB",
         help="memory for KV in MiB (from --context)" + ("; a list runs once each" * many),
     )
@@ -100,6 +106,21 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
     add("--sequences", type=int, metavar="N", help="most requests held at once (4)")
     add("--routing", metavar="FILE", help="replay this routing trace (benchmarks; none)")
     add("--cache-dir", metavar="DIR", help="where packed files go ($XDG_CACHE_HOME/osmium)")
+
+
+def add_bench_flags(parser: argparse.ArgumentParser) -> None:
+    """What to measure."""
+    flags = parser.add_argument_group("bench")
+    add = flags.add_argument
+    add("--depth", help="tokens of context, as 1k,16k or 90%% of the KV (1k)")
+    add("--tokens", type=int, help="tokens of a reply (256)")
+    add("--repeats", type=int, help="medians of this many (3)")
+    add("--warm-up", type=int, help="tokens before that do not count (256)")
+    add("--parallel", type=_integers, help="sequences at once, as 1,4 (1)")
+    add("--prompt-tokens", type=_integers, help="tokens of prefill; 0: none (512)")
+    add("--profile", action="store_true", help="then time a token kernel by kernel")
+    add("--compare", nargs=2, metavar="FILE", help="compare two results instead")
+    parser.set_defaults(**BENCH)
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:

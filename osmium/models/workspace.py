@@ -28,7 +28,7 @@ class Workspace:
     h: Array
     """f32 [T, D], what a block reads: x, normed."""
     y: Array
-    """f32 [T, D], what a block adds to x."""
+    """f32 [T, D], scratch of the experts."""
     qgkv: Array
     """f32 [T, (2H + 2G) d]."""
     q: Array

@@ -6,11 +6,13 @@ from typing import Any
 import pytest
 
 import osmium
-from osmium.bench.profile import profile
+from osmium.bench.profile import moved, profile
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli import main
 from osmium.errors import ConfigError
+from osmium.kernels.ptx import kernel
+from osmium.kernels.sample import ADVANCE
 
 SHORT = Settings(depths=("64",), tokens=6, repeats=2, warm_up=8)
 
@@ -62,6 +64,12 @@ def test_what_does_not_fit_is_said(engine: Any, settings: Settings, named: str) 
 def test_a_profile_needs_a_gpu(engine: Any) -> None:
     with pytest.raises(ConfigError, match="GPU"):
         profile(engine, 64)
+
+
+def test_what_a_launch_moves_is_its_contracts_with_the_grids_sizes() -> None:
+    take = kernel("take_f32")  # the launcher's size is the grid
+    assert moved((take, (3,), ("out", "x", "rows", 64))) == take.bytes_moved((3, "", "", "", 64))
+    assert moved((ADVANCE, (1,), ())) == 0, "a contract that does not say"
 
 
 def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:

@@ -22,10 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
-from osmium.ops import ExpertCache, ExpertPlan, Replies, Step
-from osmium.ops.reference import ReferenceOps
 from osmium.quant.floats import bf16_from_f32
-from osmium.quant.record import Record
+from tests.ptx.stand_ins import STAND_INS
 
 __all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
 
@@ -449,58 +447,6 @@ class InterpretedStream:
             if waiting and len(waiting) < len(warps):
                 raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")
             warps = waiting
-
-
-def _place(values: tuple[Any, ...]) -> None:
-    """Numba's kernel is not interpreted: tests/nogpu/test_place.py holds it to the reference, which
-    stands in for it here."""
-    arrays = [value.numpy() for value in values[:13]]
-    for value in values[:6]:
-        value.touch()
-    slot_of, expert_in, heat, stamp, step, counters, ids = arrays[6:]
-    _, experts, capacity, _, first, rate = values[13:]
-    if not first:
-        step[0] -= 1  # the reference raises it
-    cache = ExpertCache(
-        Record(16, 8, 8), experts, capacity, 1 / rate, None, slot_of[None], expert_in[None],
-        heat[None], stamp[None], step, counters,
-    )  # fmt: skip
-    ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
-
-
-def _draw(values: tuple[Any, ...]) -> None:
-    """As _place: tests/nogpu/test_sample.py holds the kernel to the reference."""
-    token, logits, _, _, settings, chance, turn = (value.numpy() for value in values[:7])
-    values[0].touch()
-    nothing: Any = None
-    ReferenceOps().sample(
-        logits,
-        Replies(
-            values[9], 0, 0, settings, chance, token, nothing, nothing, nothing, turn, nothing,
-            nothing, nothing,
-        ),
-    )  # fmt: skip
-
-
-def _advance(values: tuple[Any, ...]) -> None:
-    """As _draw."""
-    arrays = [value.numpy() for value in values[:11]]
-    ids, positions, past, slots, pages, token, left, heed, eos, turn, mail = arrays
-    nothing: Any = None
-    rows, _, _, ring, nobody, nowhere = values[11:]
-    step = Step(
-        rows, rows, 1, ids, positions, nothing, nothing, past, slots, pages,
-    )  # fmt: skip
-    replies = Replies(
-        ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail, nothing,
-        nothing,
-    )  # fmt: skip
-    ReferenceOps().advance(step, replies)
-
-
-STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
-    "place": _place, "peaks": lambda values: None, "draw": _draw, "advance": _advance,
-}  # fmt: skip
 
 
 # -- instructions ----------------------------------------------------------------------------------
