@@ -104,6 +104,8 @@ class Device:
                 "(RTX 30 series) or newer."
             )
         self.multiprocessors = self._attribute(16)
+        self.shared = self._attribute(97)
+        """Bytes of shared memory that a block may ask for."""
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
         self.closed = False
         self._functions: dict[tuple[str, str], Any] = {}
@@ -147,6 +149,10 @@ class Device:
             if found is None:
                 module = self._module(entry, text)
                 found = self.driver("cuModuleGetFunction", module, entry.encode())
+                # All of a multiprocessor's shared memory, for every kernel alike: else the driver
+                # gives each what it needs, and where the next needs more it cannot begin early.
+                carveout = self.driver.binding.CUfunction_attribute(9)
+                self.driver("cuFuncSetAttribute", found, carveout, 100)
                 self._functions[entry, text] = found
             # Static and dynamic shared memory beyond 48 KiB must be asked for; never ask for less
             # than another stream did.

@@ -228,6 +228,11 @@ class Machine:
         """How many of them the device has."""
         return self.device.multiprocessors
 
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory that a block may ask for."""
+        return self.device.shared
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)

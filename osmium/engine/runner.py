@@ -131,11 +131,11 @@ class Runner:
             recorder.prompt()
         rows = step.tokens
         if rows == step.sequences <= LOGIT_ROWS:
-            out, wanted = self._logits[:rows], self._there["wanted"][:rows]
+            out = self._logits[:rows]
 
             def run() -> None:
                 self.model.forward(step, self.state)
-                self.model.head(out, wanted)
+                self.model.head(out)
 
             self._recorded(("logits", rows), run)()
             self._ready = rows
@@ -174,9 +174,9 @@ class Runner:
 
     def _token(self, rows: int, step: Step) -> None:
         replies = self.replies.first(rows)
-        out, wanted = self._logits[:rows], self._there["wanted"][:rows]
+        out = self._logits[:rows]
         self.model.forward(step, self.state)
-        self.model.head(out, wanted)
+        self.model.head(out)
         self.ops.sample(out, replies)
         self.ops.advance(step, replies)
 

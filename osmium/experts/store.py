@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from osmium.experts.routing import Recorder
-from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops
+from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops, Rows, SharedExpert
+from osmium.ops.values import rows_bytes
 
 __all__ = ["Counters", "Store", "store_bytes"]
 
@@ -43,7 +44,7 @@ class Store:
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         most = min(cache.experts, self.block * top_k)
-        self.inner = ops.empty((self.block, top_k, cache.record.inner), np.float32)
+        self.inner = ops.rows(self.block * top_k, cache.record.inner)
         self.plan = ExpertPlan(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
@@ -55,47 +56,52 @@ class Store:
 
     def mlp(
         self,
-        out: Array,
         x: Array,
+        h: Rows,
         ids: Array,
         weights: Array,
         layer: int,
-        shared: Array,
+        shared: SharedExpert,
         scores: Array,
-        column: int,
+        shared_inner: Rows,
+        both: Array,
+        said: Array,
         y: Array,
+        norm: Array,
     ) -> None:
-        """out[t] += sum over a of weights[t, a] * expert ids[t, a] of x[t], and the shared expert
-        times its gate; ends what was launched beside.
+        """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], and the shared expert
+        times its gate; h = norm(x).
 
-        out, x, shared f32 [T, D]    ids u16 [T, A]    weights f32 [T, A]
-        scores f32 [T, >= column + 1]    y f32 [T, D], scratch
+        x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]    norm f32 [D]
+        scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
+        said, y f32 [T, D], scratch
         """
         ops, cache = self.ops, self.cache
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
-        tokens = x.shape[0]
+        tokens, top_k = ids.shape
         plan = None if self.arena is None else self.plan
         for start in range(0, tokens, self.block):
-            part = slice(start, min(start + self.block, tokens))
-            some, read = ids[part], x[part]
-            inner = self.inner[: part.stop - start]
-            up = (inner, read, some, plan, cache, layer)
+            rows = slice(start, min(start + self.block, tokens))
+            some = ids[rows]
+            pairs, own = self.inner[: some.shape[0] * top_k], shared_inner[rows]
+            up = (pairs, own, h[rows], some, plan, cache, layer)
+            down = (x[rows], pairs, own, some, weights[rows], plan, cache, layer)
+            with_up = (shared, both[rows])
+            with_down = (shared, scores[rows], said[rows], y[rows], h[rows], norm)
             if plan is None:
-                ops.expert_up(*up, "all")
-            else:
-                assert self.arena is not None, "what is placed is fetched from somewhere"
-                ops.place(plan, cache, layer, some)
-                with ops.beside():
-                    ops.expert_up(*up, "there")
-                ops.fetch(cache, plan, self.arena, layer)
+                ops.expert_up(*up, "all", *with_up)
+                ops.expert_down(*down, "all", *with_down)
+                continue
+            assert self.arena is not None, "what is placed is fetched from somewhere"
+            ops.place(plan, cache, layer, some)
+            with ops.beside():  # what was there, while the others are fetched
+                ops.expert_up(*up, "there", *with_up)
+                ops.expert_down(*down, "there", *with_down)
+            ops.fetch(cache, plan, self.arena, layer)
             ops.join()
-            if plan is not None:
-                ops.expert_up(*up, "rest")
-            ops.expert_down(
-                out[part], inner, some, weights[part], plan, cache, layer, shared[part],
-                scores[part], column, y[part],
-            )  # fmt: skip
+            ops.expert_up(*up, "rest", *with_up)
+            ops.expert_down(*down, "rest", *with_down)
 
     def counters(self) -> Counters:
         """What was routed, hit, fetched and copied so far; waits for what was launched.
@@ -112,7 +118,9 @@ class Store:
 def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int) -> int:
     """Bytes of a store's own arrays; `inner` is I."""
     block = _block(rows, capacity, experts, top_k)
-    return 4 * (block * top_k * (inner + 1) + 1 + 4 * min(experts, block * top_k))
+    return rows_bytes(block * top_k, inner, False) + 4 * (
+        block * top_k + 1 + 4 * min(experts, block * top_k)
+    )
 
 
 def _block(rows: int, capacity: int, experts: int, top_k: int) -> int:

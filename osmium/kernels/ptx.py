@@ -19,7 +19,6 @@ ceil(a / b), all in integers.
 """
 
 import ast
-import functools
 import operator
 import os
 import re
@@ -410,19 +409,20 @@ class Kernel:
 
 
 EARLY = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
-"""From sm_90 on a kernel may start while the one before it ends, and waits here for its results."""
+"""From sm_90 on a kernel may start while the one before it ends, and waits here for its results.
+Only then may the next one start: so what the last kernel but one made may be read before the wait
+(by ld.global.cg, past a multiprocessor's own cache)."""
 
 
-@functools.cache
 def early(text: str) -> str:
     """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
-    by a line `// -- early`, or at once.
+    by a line `// -- early` on each of its ways, or at once.
 
     Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
     """
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
     if "// -- early" in text:
-        return re.sub(r"^( *)// -- early.*$", rf"\1{EARLY}", text, count=1, flags=re.M)
+        return re.sub(r"^( *)// -- early.*$", rf"\1{EARLY}", text, flags=re.M)
     body = text.index("{", text.index(".entry"))
     # the declarations at the start of the body, and comments between them
     start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)

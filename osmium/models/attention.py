@@ -28,20 +28,20 @@ class Attention:
         self.frequencies = frequencies
         self.eps = config.eps
         self.scale = size**-0.5
-        self.width = heads * size
-        self.mixer_norm = weights.array("mixer_norm", hidden)
         self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
         self.norms = weights.array("attention_norms", 2, size)
-        self.out = weights.linear("attention_out", hidden, self.width)
+        self.out = weights.linear("attention_out", hidden, heads * size)
 
-    def mix(self, x: Array, step: Step, state: AttentionState, work: Workspace) -> None:
-        """x += the mixer of norm(x); x f32 [T, D].  Keys and values of the step are kept before any
-        is read."""
+    def mix(
+        self, x: Array, step: Step, state: AttentionState, work: Workspace, norm: Array
+    ) -> None:
+        """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+        Keys and values of the step are kept before any is read."""
         ops, k, v = self.ops, state.k_pages, state.v_pages
-        ops.norm_linear(work.qgkv, work.h, x, self.mixer_norm, self.qgkv, self.eps)
+        ops.linear(work.qgkv, work.h, self.qgkv)
         ops.rope_append(work.q, k, v, work.qgkv, self.norms, self.frequencies, step, self.eps)
         ops.gated_attention(work.attended, work.q, k, v, work.qgkv, step, self.scale, work.partial)
-        ops.linear_add(x, work.attended.reshape(step.tokens, self.width), self.out)
+        ops.linear_norm(x, work.attended, self.out, work.h, norm)
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:

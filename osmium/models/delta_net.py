@@ -28,31 +28,29 @@ class DeltaNet:
         self.ops = ops
         self.eps = config.eps
         self.channels = config.channels
-        self.width = heads * config.value_dim
-        self.mixer_norm = weights.array("mixer_norm", hidden)
-        self.qkvz = weights.linear("qkvz", self.channels + self.width, hidden)
+        width = heads * config.value_dim
+        self.qkvz = weights.linear("qkvz", self.channels + width, hidden)
         self.ab = weights.linear("ab", 2 * heads, hidden)
         self.conv = weights.array("conv", self.channels, 4)
         self.a_log = weights.array("a_log", heads)
         self.dt_bias = weights.array("dt_bias", heads)
         self.norm = weights.array("gated_norm", config.value_dim)
-        self.out = weights.linear("delta_out", hidden, self.width)
+        self.out = weights.linear("delta_out", hidden, width)
 
-    def mix(self, x: Array, step: Step, state: DeltaState, work: Workspace) -> None:
-        """x += the mixer of norm(x); x f32 [T, D].  The sequences' states become those after the
-        step."""
+    def mix(self, x: Array, step: Step, state: DeltaState, work: Workspace, norm: Array) -> None:
+        """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+        The sequences' states become those after the step."""
         ops, h = self.ops, work.h
-        ops.norm_linear(work.qkvz, h, x, self.mixer_norm, self.qkvz, self.eps)
+        ops.linear(work.qkvz, h, self.qkvz)
         ops.conv_gates(
             work.qkv, work.decay, work.beta, work.ab, work.qkvz, h, self.conv, state.conv,
             self.ab, self.a_log, self.dt_bias, step,
         )  # fmt: skip
-        rule = (work.qkv, work.decay, work.beta, state.delta)
-        norm = (work.qkvz, self.channels, self.norm, self.eps)
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
-        if step.tokens - step.sequences > _FEW:
-            ops.delta_chunk(work.read, *rule, step)
-            ops.gated_norm(work.read, work.read, *norm)
-        else:
-            ops.delta_step_gated(work.read, *rule, *norm, step)
-        ops.linear_add(x, work.read.reshape(step.tokens, self.width), self.out)
+        many = step.tokens - step.sequences > _FEW
+        rule = ops.delta_chunk_gated if many else ops.delta_step_gated
+        rule(
+            work.read, work.qkv, work.decay, work.beta, state.delta, work.qkvz, self.channels,
+            self.norm, self.eps, step,
+        )  # fmt: skip
+        ops.linear_norm(x, work.read, self.out, h, norm)

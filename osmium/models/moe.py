@@ -10,7 +10,7 @@ from osmium.config import ModelConfig
 from osmium.experts.store import Store
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops, Step
+from osmium.ops import Array, Ops, SharedExpert, Step
 
 __all__ = ["Moe"]
 
@@ -22,24 +22,22 @@ class Moe:
         self, ops: Ops, config: ModelConfig, weights: Weights, store: Store, layer: int
     ) -> None:
         hidden, inner = config.hidden, config.shared_size
-        self.ops, self.store, self.layer = ops, store, layer
-        self.experts, self.eps = config.experts, config.eps
-        self.moe_norm = weights.array("moe_norm", hidden)
+        self.ops, self.store, self.layer, self.experts = ops, store, layer, config.experts
         self.router = weights.linear("router", config.experts + 1, hidden)
-        self.shared_up = weights.linear("shared_up", 2 * inner, hidden)
-        self.shared_down = weights.linear("shared_down", hidden, inner)
+        self.shared = SharedExpert(
+            up=weights.linear("shared_up", 2 * inner, hidden),
+            down=weights.linear("shared_down", hidden, inner),
+            column=config.experts,
+        )
 
-    def forward(self, x: Array, step: Step, work: Workspace) -> None:
-        """x += the experts of norm(x); x f32 [T, D]."""
-        ops, store, h = self.ops, self.store, work.h
-        ops.norm_linear(work.scores, h, x, self.moe_norm, self.router, self.eps)
-        with ops.beside():  # the shared expert needs no route
-            ops.gated_up(work.shared_inner, h, self.shared_up, work.shared_both)
-            ops.linear(work.shared, work.shared_inner, self.shared_down)
-        ops.route(work.ids, work.weights, work.scores, self.experts, store.cache.counters)
-        if store.trace is not None:
-            ops.replay(work.ids, store.trace, self.layer, step.positions)
+    def forward(self, x: Array, step: Step, work: Workspace, norm: Array) -> None:
+        """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]"""
+        store = self.store
+        self.ops.router(
+            work.ids, work.weights, work.scores, work.h, self.router, self.experts,
+            store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
+        )  # fmt: skip
         store.mlp(
-            x, h, work.ids, work.weights, self.layer, work.shared, work.scores, self.experts,
-            work.y,
+            x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
+            work.shared_inner, work.shared_both, work.shared, work.y, norm,
         )  # fmt: skip

@@ -26,7 +26,7 @@ __all__ = ["Model"]
 
 
 class _Layer:
-    """Norm, mixer, norm, experts: the weights of one layer, and who computes with them."""
+    """A mixer and experts, and the norm before each."""
 
     def __init__(
         self,
@@ -37,6 +37,8 @@ class _Layer:
         index: int,
         frequencies: Array,
     ) -> None:
+        self.mixer_norm = weights.array("mixer_norm", config.hidden)
+        self.moe_norm = weights.array("moe_norm", config.hidden)
         # State.layers holds the mixer's own kind of state at the same index.
         self.mixer: Any = (
             Attention(ops, config, weights, frequencies)
@@ -74,24 +76,25 @@ class Model:
         ]
         self.work = make_workspace(ops, config, rows)
 
-    def forward(self, step: Step, state: State) -> Array:
-        """The residual stream after the last layer, f32 [T, D]; it is overwritten by the next
-        step.  Allocates nothing."""
+    def forward(self, step: Step, state: State) -> None:
+        """Compute a step: `head` then knows its rows, until the next.  Allocates nothing."""
         assert step.tokens <= self.rows, f"a step of {step.tokens} rows, room for {self.rows}"
         work = self.work.first(step.tokens)
         x = work.x
         self.ops.embed(x, step.ids, self.embed)
-        for layer, own in zip(self.layers, state.layers, strict=True):
-            layer.mixer.mix(x, step, own, work)
-            layer.moe.forward(x, step, work)
-        return x
+        self.ops.norm(work.h, x, self.layers[0].mixer_norm)
+        after = [layer.mixer_norm for layer in self.layers[1:]] + [self.norm]
+        for layer, own, norm in zip(self.layers, state.layers, after, strict=True):
+            layer.mixer.mix(x, step, own, work, layer.moe_norm)
+            layer.moe.forward(x, step, work, norm)
 
-    def head(self, out: Array, rows: Array) -> None:
-        """The logits of some rows of the last step.
+    def head(self, out: Array, rows: Array | None = None) -> None:
+        """The logits of some rows of the last step; of its first ones, if right after it.
 
         out f32 [R, vocab]    rows i32 [R]    R at most the model's rows
         """
-        ops, h = self.ops, self.work.h[: rows.shape[0]]
-        ops.take(h, self.work.x, rows)
-        ops.rms_norm(h, h, self.norm, self.config.eps)
+        ops, h = self.ops, self.work.h[: out.shape[0]]
+        if rows is not None:
+            ops.take(h.f32, self.work.x, rows)
+            ops.norm(h, h.f32, self.norm)
         ops.linear(out, h, self.head_matrix)

@@ -7,7 +7,8 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.ops import Array, Ops
+from osmium.ops import Array, Ops, Rows
+from osmium.ops.values import rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
@@ -21,20 +22,20 @@ FEW_ROWS = 8
 
 @dataclass(frozen=True)
 class Workspace:
-    """Rows are the tokens of a step.  Letters are in ops/values.py and config.py."""
+    """What a step writes on its way, a row a token.  Letters are in ops/values.py and config.py."""
 
     x: Array
     """f32 [T, D], the residual stream."""
-    h: Array
-    """f32 [T, D], what a block reads: x, normed."""
+    h: Rows
+    """[T, D], what a block reads: x, normed."""
     y: Array
     """f32 [T, D], scratch of the experts."""
     qgkv: Array
     """f32 [T, (2H + 2G) d]."""
     q: Array
     """f32 [T, H, d]."""
-    attended: Array
-    """f32 [T, H, d]."""
+    attended: Rows
+    """[T, H d]."""
     qkvz: Array
     """f32 [T, C + V dv]."""
     qkv: Array
@@ -45,8 +46,8 @@ class Workspace:
     """f32 [T, V]."""
     beta: Array
     """f32 [T, V]."""
-    read: Array
-    """f32 [T, V, dv], what the delta rule reads from its state."""
+    read: Rows
+    """[T, V dv], what the delta rule reads from its state, normed and gated."""
     scores: Array
     """f32 [T, E + 1], router logits, then the shared expert's gate."""
     ids: Array
@@ -55,33 +56,41 @@ class Workspace:
     """f32 [T, A], their weights."""
     shared_both: Array
     """f32 [T, 2 Is], the shared expert's gate and up."""
-    shared_inner: Array
-    """f32 [T, Is]."""
+    shared_inner: Rows
+    """[T, Is]."""
     shared: Array
     """f32 [T, D], what the shared expert says."""
 
     partial: Array
     """f32 [few rows, H, SPLITS, d + 2], what blocks that share a context leave."""
+    arrived: Array
+    """i32 [1], 0: blocks of the router that have ended."""
 
     def first(self, tokens: int) -> "Workspace":
-        """The same arrays, cut to a step's rows."""
-        cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name != "partial"}
-        return Workspace(**cut, partial=self.partial)
+        """The same, cut to a step's rows."""
+        whole = ("partial", "arrived")
+        cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in whole}
+        return Workspace(**cut, partial=self.partial, arrived=self.arrived)
 
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    shapes = _shapes(config)
+    arrived = ops.empty((1,), np.int32)
+    ops.fill(arrived, 0)
+    arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
-        **{name: ops.empty((rows, *s), t) for name, (s, t) in shapes.items()},
+        **arrays,
+        **{name: ops.rows(rows, width, eps) for name, (width, eps) in _rows(config).items()},
         partial=ops.empty(_partial(config, rows), np.float32),
+        arrived=arrived,
     )
 
 
 def workspace_bytes(config: ModelConfig, rows: int) -> int:
     """Bytes that make_workspace asks for."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
-    return rows * wide + 4 * math.prod(_partial(config, rows))
+    split = sum(rows_bytes(1, width, eps is not None) for width, eps in _rows(config).values())
+    return rows * (wide + split) + 4 * math.prod(_partial(config, rows)) + 4
 
 
 def _partial(config: ModelConfig, rows: int) -> tuple[int, ...]:
@@ -95,21 +104,27 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLi
     values = (config.value_heads, config.value_dim)
     f32: dict[str, tuple[int, ...]] = {
         "x": (hidden,),
-        "h": (hidden,),
         "y": (hidden,),
         "qgkv": (2 * (config.heads + config.kv_heads) * config.head_dim,),
         "q": heads,
-        "attended": heads,
         "qkvz": (config.channels + math.prod(values),),
         "qkv": (config.channels,),
         "ab": (2 * config.value_heads,),
         "decay": (config.value_heads,),
         "beta": (config.value_heads,),
-        "read": values,
         "scores": (config.experts + 1,),
         "weights": (config.top_k,),
         "shared_both": (2 * config.shared_size,),
-        "shared_inner": (config.shared_size,),
         "shared": (hidden,),
     }
     return {"ids": ((config.top_k,), np.uint16), **{n: (s, np.float32) for n, s in f32.items()}}
+
+
+def _rows(config: ModelConfig) -> dict[str, tuple[int, float | None]]:
+    """Width of each of the rows that matrices read, and the eps of those that are normed."""
+    return {
+        "h": (config.hidden, config.eps),
+        "attended": (config.heads * config.head_dim, None),
+        "read": (config.value_heads * config.value_dim, None),
+        "shared_inner": (config.shared_size, None),
+    }

@@ -26,11 +26,14 @@ from osmium.ops.values import (
     ExpertPlan,
     Linear,
     Replies,
+    Rows,
+    SharedExpert,
     Step,
 )
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Replies", "Step",
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Replies", "Rows",
+    "SharedExpert", "Step",
 ]  # fmt: skip
 
 
@@ -61,6 +64,9 @@ class Ops(Protocol):
 
         Raises: OutOfMemory.
         """
+
+    def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
+        """New rows; with `eps` they are normed.  width % 8 == 0.  Raises: OutOfMemory."""
 
     def copy_in(self, out: Array, source: npt.NDArray[np.generic]) -> None:
         """out = source, same shape and dtype, ordered before what is launched next."""
@@ -115,28 +121,26 @@ class Ops(Protocol):
         out, x f32, same shape, size % 4 == 0
         """
 
-    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
-        """out = x * rsqrt(mean(x^2 over D) + eps) * (1 + w).
+    def settle(self, a: Rows) -> None:
+        """a.f32 has been written: make of it what matrices read.  `a` is not normed."""
 
-        out, x f32 [T, D], may be one array    w f32 [D]    D % 4 == 0
+    def norm(self, h: Rows, x: Array, w: Array) -> None:
+        """h = x * rsqrt(mean(x^2 over K) + h.eps) * (1 + w).
+
+        x f32 [T, K]    w f32 [K]    K % 8 == 0
         Zhang & Sennrich 2019, arXiv:1910.07467; zero-centred weight as in Qwen3-Next.
         """
 
-    def linear(self, out: Array, x: Array, w: Linear) -> None:
-        """out = x @ W.T.
+    def linear(self, out: Array, a: Rows, w: Linear) -> None:
+        """out = a @ W.T.
 
-        out f32 [T, N]    x f32 [T, K]    w [N, K], see values.Linear
+        out f32 [T, N]    a [T, K]    w [N, K], see values.Linear
         """
 
-    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
-        """out += x @ W.T; arguments as linear's."""
+    def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
+        """x += a @ W.T; h = norm(x).
 
-    def norm_linear(
-        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
-    ) -> None:
-        """h = x * rsqrt(mean(x^2 over K) + eps) * (1 + norm); out = h @ W.T.
-
-        out f32 [T, N]    h, x f32 [T, K], two arrays    norm f32 [K]    w [N, K]
+        x f32 [T, N]    a [T, K]    w [N, K]    h [T, N]    norm f32 [N]
         """
 
     # -- attention -------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ class Ops(Protocol):
 
     def gated_attention(
         self,
-        out: Array,
+        out: Rows,
         q: Array,
         k_pages: Array,
         v_pages: Array,
@@ -191,8 +195,8 @@ class Ops(Protocol):
     ) -> None:
         """attention, then sigmoid_gate.
 
-        partial f32 [R, H, splits, d + 2], scratch: for steps of at most R rows, one a sequence, a
-        context is shared out over `splits` blocks
+        out [T, H d]    partial f32 [R, H, splits, d + 2], scratch: for steps of at most R rows,
+        one a sequence, a context is shared out over `splits` blocks
         """
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
@@ -229,7 +233,7 @@ class Ops(Protocol):
         beta: Array,
         ab: Array,
         u: Array,
-        h: Array,
+        h: Rows,
         w: Array,
         state: Array,
         ab_matrix: Linear,
@@ -239,7 +243,7 @@ class Ops(Protocol):
     ) -> None:
         """out = conv(u);  ab = h @ ab_matrix.T;  decay, beta = delta_gates(ab).
 
-        ab f32 [T, 2V], scratch    h f32 [T, D]    ab_matrix [2V, D]    C % 4 == 0
+        ab f32 [T, 2V], scratch    h [T, D]    ab_matrix [2V, D]    C % 4 == 0
         The other arguments are those of conv and of delta_gates.
         """
 
@@ -260,7 +264,7 @@ class Ops(Protocol):
 
     def delta_step_gated(
         self,
-        out: Array,
+        out: Rows,
         qkv: Array,
         decay: Array,
         beta: Array,
@@ -273,7 +277,7 @@ class Ops(Protocol):
     ) -> None:
         """out = gated_norm(delta_step(qkv, decay, beta), z, w), the state as after delta_step.
 
-        out f32 [T, V, dv]    z f32 [T, Z], columns column .. column + V*dv    w f32 [dv]
+        out [T, V * dv]    z f32 [T, Z], columns column .. column + V*dv    w f32 [dv]
         dv % 32 == 0    The other arguments are those of delta_step.
         """
 
@@ -290,6 +294,21 @@ class Ops(Protocol):
         Same arguments as delta_step.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
 
+    def delta_chunk_gated(
+        self,
+        out: Rows,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        state: Array,
+        z: Array,
+        column: int,
+        w: Array,
+        eps: float,
+        step: Step,
+    ) -> None:
+        """delta_step_gated by way of delta_chunk."""
+
     def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
         """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.
 
@@ -298,6 +317,25 @@ class Ops(Protocol):
         """
 
     # -- experts -----------------------------------------------------------------------------------
+
+    def router(
+        self,
+        ids: Array,
+        weights: Array,
+        scores: Array,
+        h: Rows,
+        w: Linear,
+        experts: int,
+        counters: Array,
+        arrived: Array,
+        trace: Array | None,
+        layer: int,
+        positions: Array,
+    ) -> None:
+        """scores = h @ W.T; route; and where there is a trace, replay.
+
+        scores f32 [T, N]    h [T, D]    w [N, D]    arrived i32 [1], 0 before and after
+        """
 
     def route(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
@@ -336,48 +374,61 @@ class Ops(Protocol):
 
     def expert_up(
         self,
-        inner: Array,
-        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
+        h: Rows,
         ids: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
+        both: Array,
     ) -> None:
-        """inner[t, a] = silu(gate_e x[t]) * (up_e x[t]), e = ids[t, a], from the experts' slots.
+        """inner[t, a] = silu(gate_e h[t]) * (up_e h[t]), e = ids[t, a], from the experts' slots;
+        shared_inner = gated_up(h, shared.up).
 
         Without a plan every expert is in the slot of its number.  "there" may do the pairs whose
-        expert was in its slot before this call, and nothing of the others; "rest" does what "there"
-        has left.
+        expert was in its slot before this call, and nothing of the others, and does the shared
+        expert; "rest" does what "there" has left.
 
-        inner f32 [T, A, I]    x f32 [T, D]    ids u16 [T, A]
+        inner [T * A, I]    shared_inner [T, Is]    h [T, D]    ids u16 [T, A]
+        both f32 [T, 2 Is], scratch
         """
 
     def expert_down(
         self,
-        out: Array,
-        inner: Array,
+        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
         ids: Array,
         weights: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
-        shared: Array,
+        part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
         scores: Array,
-        column: int,
+        said: Array,
         y: Array,
+        h: Rows,
+        norm: Array,
     ) -> None:
-        """out[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
-        sigmoid(scores[t, column]) * shared[t].
+        """x[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
+        sigmoid(scores[t, column]) * (shared.down shared_inner[t]); then h = norm(x).
 
-        out, shared f32 [T, D]    inner f32 [T, A, I]    ids u16 [T, A]    weights f32 [T, A]
-        scores f32 [T, >= column + 1]    y f32 [T, D], scratch
+        "there" may leave in y the shared expert's and those of the pairs whose expert was in its
+        slot before; "rest" then does what is left.
+
+        x f32 [T, D]    inner [T * A, I]    ids u16 [T, A]    weights f32 [T, A]
+        scores f32 [T, > column]    said f32 [T, D], scratch; y too, but between the two parts
+        h [T, D]    norm f32 [D]
         """
 
-    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
-        """inner = silu(x @ gate.T) * (x @ up.T), gate the first half of w's rows, up the second.
+    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+        """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of w's rows, up the second.
 
-        inner f32 [T, I]    x f32 [T, K]    w [2I, K]    both f32 [T, 2I], scratch
+        inner [T, I]    a [T, K]    w [2I, K]    both f32 [T, 2I], scratch
         """
 
     def silu_mul(self, out: Array, x: Array) -> None:

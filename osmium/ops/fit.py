@@ -1,16 +1,18 @@
-"""What the kernels for few tokens take, and how much of it at once."""
+"""What the kernels for few tokens take, and how their blocks share it out."""
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import numpy as np
 
 from osmium.errors import ConfigError
-from osmium.ops.values import Array, Linear, Step
+from osmium.ops.machine import Machine
+from osmium.ops.values import Array, Linear, SharedExpert, Step
 from osmium.quant.record import Record
 
 __all__ = [
-    "MATVEC_NORM", "MATVEC_ROWS", "fits_experts", "fits_matvec", "need_bf16", "one_each",
-    "rows_at_once",
+    "MATVEC_ROWS", "Share", "fits_experts", "fits_matvec", "fits_shared", "need_bf16", "one_each",
+    "share",
 ]  # fmt: skip
 
 MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
@@ -20,11 +22,47 @@ MATVEC_ROWS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
 
 MATVEC_NORM = 4096
-"""Inputs up to which MATVEC takes a norm."""
+"""Inputs up to which the kernels for few tokens take rows that are normed."""
 
-MATVEC_SHARED = 64 << 10
-"""Bytes of shared memory for them, at most: three blocks stay on a multiprocessor of an H100, one
-on an RTX 30's."""
+RING = 32 << 10
+"""Bytes of shared memory for the pieces of weights that a block has on their way."""
+
+SUMS = 2 << 10
+"""Bytes of it, a token, for what the warps of a block add up."""
+
+SCALES = 16 << 10
+"""Bytes of it for a block's scales, at most."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """A matrix, shared out over blocks."""
+
+    blocks: int
+    tiles: int
+    """Tiles that a block does, at most."""
+    most: int
+    """Tokens that a block does, at most."""
+
+    def rows(self, tokens: int) -> int:
+        """Tokens that a block does, of so many."""
+        return min(tokens, self.most)
+
+
+def share(
+    machine: Machine, rows: int, columns: int, high: int, scaled: bool, part: float = 1.0
+) -> Share:
+    """Tiles of `high` rows of a matrix [rows, columns] over two blocks a multiprocessor, or one
+    where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
+    block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs."""
+    total = -(-rows // high)
+    fixed, row = RING + (SCALES if scaled else 0), SUMS + 4 * columns
+    each = 2 if machine.shared >= 2 * (fixed + row) else 1
+    blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
+    if scaled:
+        blocks = max(blocks, -(-total * columns // (8 * SCALES)))
+    most = max(1, min(MATVEC_ROWS, (machine.shared - fixed) // row))
+    return Share(blocks, -(-total // blocks), most)
 
 
 def one_each(step: Step) -> bool:
@@ -33,18 +71,19 @@ def one_each(step: Step) -> bool:
 
 
 def fits_matvec(w: Linear) -> bool:
-    whole = w.format != "int4" or w.rows % 16 == 0
+    whole = w.format != "int4" or w.rows % 8 == 0
     return whole and w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
-
-
-def rows_at_once(tokens: int, columns: int) -> int:
-    """Tokens that a block of MATVEC takes."""
-    return max(1, min(tokens, MATVEC_ROWS, MATVEC_SHARED // (4 * columns)))
 
 
 def fits_experts(record: Record, tokens: int) -> bool:
     """Whether the experts' kernels for few tokens do it."""
-    return record.bits == 4 and tokens <= MATVEC_ROWS
+    groups = record.up_group == record.down_group == 128
+    return record.bits == 4 and tokens <= MATVEC_ROWS and groups and record.hidden <= MATVEC_NORM
+
+
+def fits_shared(shared: SharedExpert) -> bool:
+    """Whether they do the shared expert, too."""
+    return shared.up.format == shared.down.format == "int8" and shared.down.columns % 64 == 0
 
 
 def need_bf16(pages: Array) -> None:

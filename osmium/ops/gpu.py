@@ -5,36 +5,36 @@ ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an
 caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
-
-import numpy as np
-import numpy.typing as npt
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
 from osmium.ops.fit import (
-    MATVEC_NORM,
     MATVEC_ROWS,
     fits_experts,
     fits_matvec,
+    fits_shared,
     need_bf16,
     one_each,
-    rows_at_once,
+    share,
 )
+from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.machine import Machine
-from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
+from osmium.ops.values import (
+    Array,
+    ExpertArena,
+    ExpertCache,
+    ExpertPlan,
+    Linear,
+    Replies,
+    Rows,
+    SharedExpert,
+    Step,
+)
 
 __all__ = ["GpuOps", "Machine"]
 
-EMBED = kernel("embed_bf16")
-TAKE = kernel("take_f32")
-ADD = kernel("add_f32")
-RMS_NORM = kernel("rms_norm_f32")
-LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
-MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 ROPE_APPEND = kernel("rope_append_bf16")
 ATTENTION = kernel("gqa_attention_bf16")
 SPLIT = kernel("gqa_split_bf16")
@@ -47,6 +47,7 @@ DELTA_STEP = kernel("delta_step_f32")
 DELTA_STEP_GATED = kernel("delta_step_gated_f32")
 DELTA_CHUNK = kernel("delta_chunk_f32")
 GATED_NORM = kernel("gated_norm_f32")
+ROUTER = kernel("router_f32")
 ROUTE = kernel("route_f32")
 REPLAY = kernel("replay_u16")
 FETCH = kernel("fetch_records")
@@ -70,134 +71,18 @@ FETCH_BLOCKS = 16
 """Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
 leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
+ROUTER_EXPERTS = 256
+"""Experts up to which the router picks, too: eight a lane."""
+
+PARTS = ("all", "there", "rest")
+"""Of the experts, by the number that kernels know them by."""
+
 CONV_GATES_MOST = 8
 """Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
 
 
-class GpuOps:
+class GpuOps(GpuRows):
     """See ops.Ops for every method's formula, shapes and source."""
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-        self.stream = machine.stream
-        self.bytes_to_host = 0
-
-    # -- memory ----------------------------------------------------------------------------------
-
-    def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.empty(shape, dtype)
-
-    def put(self, array: npt.NDArray[Any]) -> Array:
-        made = self.machine.empty(array.shape, array.dtype)
-        self.machine.copy_in(made, np.ascontiguousarray(array))
-        return made
-
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.host(shape, dtype)
-
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.mailbox(shape, dtype)
-
-    def host_view(self, array: Array) -> npt.NDArray[Any]:
-        return self.machine.host_view(array)
-
-    def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
-        self.machine.copy_in(out, source)
-
-    def copy_out(self, source: Array) -> npt.NDArray[Any]:
-        self.bytes_to_host += source.nbytes
-        return self.machine.copy_out(source)
-
-    def copy(self, out: Array, source: Array) -> None:
-        self.machine.copy(out, source)
-
-    def fill(self, out: Array, byte: int) -> None:
-        self.machine.fill(out, byte)
-
-    def synchronize(self) -> None:
-        self.machine.synchronize()
-
-    @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        self.stream = self.machine.fork()
-        try:
-            yield
-        finally:
-            self.stream = self.machine.stream
-
-    def join(self) -> None:
-        self.machine.join()
-
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        return self.machine.record(run)
-
-    # -- rows ------------------------------------------------------------------------------------
-
-    def embed(self, out: Array, ids: Array, table: Array) -> None:
-        tokens, dim = out.shape
-        EMBED(self.stream, tokens, out, ids, table, dim)
-
-    def take(self, out: Array, x: Array, rows: Array) -> None:
-        count, dim = out.shape
-        TAKE(self.stream, count, out, x, rows, dim)
-
-    def add(self, out: Array, x: Array) -> None:
-        ADD(self.stream, out, x, out.nbytes // 4)
-
-    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
-        rows, dim = x.shape
-        RMS_NORM(self.stream, rows, out, x, w, dim, eps)
-
-    def linear(self, out: Array, x: Array, w: Linear) -> None:
-        if fits_matvec(w):
-            self._matvec(out, None, x, None, w, 0, 0.0)
-        else:
-            self._linear(out, x, w, 0)
-
-    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
-        if fits_matvec(w):
-            self._matvec(out, None, x, None, w, 1, 0.0)
-        else:
-            self._linear(out, x, w, 1)
-
-    def norm_linear(
-        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
-    ) -> None:
-        if fits_matvec(w) and x.shape[0] <= MATVEC_ROWS and w.columns <= MATVEC_NORM:
-            self._matvec(out, h, x, norm, w, 0, eps)
-        else:
-            self.rms_norm(h, x, norm, eps)
-            self.linear(out, h, w)
-
-    def _linear(self, out: Array, x: Array, w: Linear, add: int) -> None:
-        sizes = (x.shape[0], w.rows, w.columns)
-        if w.format == "bf16":
-            LINEAR["bf16"](self.stream, out, x, w.data, *sizes, add)
-        elif w.format == "int8":
-            LINEAR["int8"](self.stream, out, x, w.data, w.scale, *sizes, add)
-        else:
-            LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group, add)
-
-    def _matvec(
-        self,
-        out: Array,
-        h: Array | None,
-        x: Array,
-        norm: Array | None,
-        w: Linear,
-        add: int,
-        eps: float,
-    ) -> None:
-        tokens = x.shape[0]
-        rows = rows_at_once(tokens, w.columns)
-        tiles = -(-w.rows // 16)
-        fit = 3 if w.format == "int8" else 2  # blocks on a multiprocessor at once, by registers
-        turns = -(-tiles // (fit * self.machine.multiprocessors))
-        MATVEC[w.format](
-            self.stream, -(-tiles // turns), out, 0 if h is None else h, x,
-            0 if norm is None else norm, w.data, *([] if w.scale is None else [w.scale]),
-            tokens, rows, w.rows, w.columns, add, eps,
-        )  # fmt: skip
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -234,7 +119,7 @@ class GpuOps:
 
     def gated_attention(
         self,
-        out: Array,
+        out: Rows,
         q: Array,
         k_pages: Array,
         v_pages: Array,
@@ -245,8 +130,10 @@ class GpuOps:
     ) -> None:
         tokens, heads, dim = q.shape
         if not one_each(step) or tokens > partial.shape[0]:
-            self.attention(out, q, k_pages, v_pages, step, scale)
-            self.sigmoid_gate(out, qgkv)
+            read = out.f32.reshape(tokens, heads, dim)
+            self.attention(read, q, k_pages, v_pages, step, scale)
+            self.sigmoid_gate(read, qgkv)
+            self.settle(out)
             return
         need_bf16(k_pages)
         splits = partial.shape[2]
@@ -256,7 +143,7 @@ class GpuOps:
             heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], splits, scale,
         )  # fmt: skip
         COMBINE(
-            self.stream, tokens, out, partial, qgkv, step.positions, heads, dim, splits,
+            self.stream, tokens, out.split, partial, qgkv, step.positions, heads, dim, splits,
             qgkv.shape[1],
         )  # fmt: skip
 
@@ -286,7 +173,7 @@ class GpuOps:
         beta: Array,
         ab: Array,
         u: Array,
-        h: Array,
+        h: Rows,
         w: Array,
         state: Array,
         ab_matrix: Linear,
@@ -297,14 +184,14 @@ class GpuOps:
         if not (
             one_each(step) and step.sequences <= CONV_GATES_MOST and ab_matrix.format == "bf16"
         ):
-            self._linear(ab, h, ab_matrix, 0)  # a gate is an exponential: all of f32's bits
+            self.plain_linear(ab, self.joined(h), ab_matrix, 0)
             self.conv(out, u, w, state, step)
             self.delta_gates(decay, beta, ab, a_log, dt_bias)
             return
         CONV_GATES(
-            self.stream, step.sequences, out, decay, beta, u, h, w, state, ab_matrix.data,
-            a_log, dt_bias, step.past, step.slots,
-            out.shape[1], u.shape[1], decay.shape[1], ab_matrix.columns,
+            self.stream, step.sequences, out, decay, beta, u, h.split, h.squares or 0, w, state,
+            ab_matrix.data, a_log, dt_bias, step.past, step.slots,
+            out.shape[1], u.shape[1], decay.shape[1], ab_matrix.columns, h.eps,
         )  # fmt: skip
 
     def delta_step(
@@ -314,7 +201,7 @@ class GpuOps:
 
     def delta_step_gated(
         self,
-        out: Array,
+        out: Rows,
         qkv: Array,
         decay: Array,
         beta: Array,
@@ -326,20 +213,43 @@ class GpuOps:
         step: Step,
     ) -> None:
         if not one_each(step):
-            self.delta_step(out, qkv, decay, beta, state, step)
-            self.gated_norm(out, out, z, column, w, eps)
+            self._gated(self.delta_step, out, qkv, decay, beta, state, z, column, w, eps, step)
             return
         _, value_heads, dk, dv = state.shape
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         DELTA_STEP_GATED(
-            self.stream, step.sequences, out, qkv, decay, beta, state, z, w, step.past, step.slots,
-            key_heads, value_heads, dk, dv, z.shape[1], column, eps,
+            self.stream, step.sequences, out.split, qkv, decay, beta, state, z, w,
+            step.past, step.slots, key_heads, value_heads, dk, dv, z.shape[1], column, eps,
         )  # fmt: skip
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
         self._delta(DELTA_CHUNK, out, qkv, decay, beta, state, step)
+
+    def delta_chunk_gated(
+        self,
+        out: Rows,
+        qkv: Array,
+        decay: Array,
+        beta: Array,
+        state: Array,
+        z: Array,
+        column: int,
+        w: Array,
+        eps: float,
+        step: Step,
+    ) -> None:
+        self._gated(self.delta_chunk, out, qkv, decay, beta, state, z, column, w, eps, step)
+
+    def _gated(
+        self, rule: Any, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
+        column: int, w: Array, eps: float, step: Step,
+    ) -> None:  # fmt: skip
+        read = out.f32.reshape(out.f32.shape[0], state.shape[1], state.shape[3])
+        rule(read, qkv, decay, beta, state, step)
+        self.gated_norm(read, read, z, column, w, eps)
+        self.settle(out)
 
     def _delta(
         self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
@@ -357,6 +267,37 @@ class GpuOps:
         GATED_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
 
     # -- experts -----------------------------------------------------------------------------------
+
+    def router(
+        self,
+        ids: Array,
+        weights: Array,
+        scores: Array,
+        h: Rows,
+        w: Linear,
+        experts: int,
+        counters: Array,
+        arrived: Array,
+        trace: Array | None,
+        layer: int,
+        positions: Array,
+    ) -> None:
+        tokens, top_k = ids.shape
+        few = tokens <= MATVEC_ROWS and experts <= ROUTER_EXPERTS
+        if not (few and w.format == "bf16" and fits_matvec(w) and self.fits(h)):
+            self.linear(scores, h, w)
+            self.route(ids, weights, scores, experts, counters)
+            if trace is not None:
+                self.replay(ids, trace, layer, positions)
+            return
+        count, layers = (0, 0) if trace is None else trace.shape[:2]
+        some = self.share(w)
+        ROUTER(
+            self.stream, some.blocks, ids, weights, scores, counters, arrived,
+            h.split, h.squares or 0, w.data, 0 if trace is None else trace, positions,
+            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, experts, top_k,
+            count, layers, layer, h.eps,
+        )  # fmt: skip
 
     def route(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
@@ -386,84 +327,118 @@ class GpuOps:
 
     def expert_up(
         self,
-        inner: Array,
-        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
+        h: Rows,
         ids: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
+        both: Array,
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
-        slots = cache.slots[layer]
-        if fits_experts(record, tokens) and record.up_group == 128:
-            tiles = top_k * record.inner // 8
-            turns = -(-tiles // (2 * self.machine.multiprocessors))
-            EXPERTS_UP(
-                self.stream, -(-tiles // turns), tokens, inner, x, ids,
-                0 if plan is None else plan.pairs, slots, record.hidden, record.inner, top_k,
-                record.nbytes, record.up_scale, ("all", "there", "rest").index(part),
-            )  # fmt: skip
+        if not fits_experts(record, tokens):
+            if part != "there":
+                self._plain_up(inner, h, ids, cache, layer)
+            if part != "rest":
+                self.gated_up(shared_inner, h, shared.up, both)
             return
-        if part == "there":
-            return
+        wide, size, part_of = 0, shared.up.rows // 2, 0.0
+        if part != "rest":
+            if fits_shared(shared):
+                # a tile of INT8 is twice the bytes of one of INT4
+                part_of = 2 * size / (2 * size + top_k * record.inner)
+                wide = share(self.machine, size, record.hidden, 4, False, part_of).blocks
+            else:
+                self.gated_up(shared_inner, h, shared.up, both)
+        some = share(self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of)
+        EXPERTS_UP(
+            self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
+            h.squares or 0, ids, 0 if plan is None else plan.pairs, cache.slots[layer],
+            *((shared.up.data, shared.up.scale) if wide else (0, 0)),
+            record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
+            PARTS.index(part), wide, some.tiles, h.eps,
+        )  # fmt: skip
+
+    def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
         more: tuple[int, ...] = ()
         if record.bits != 16:
             more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
         EXPERT_UP[record.bits](
-            self.stream, tokens, inner, x, ids, slots, cache.slot_of[layer], record.hidden,
-            record.inner, top_k, record.nbytes, *more,
+            self.stream, tokens, inner.f32, self.joined(h), ids, cache.slots[layer],
+            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
 
     def expert_down(
         self,
-        out: Array,
-        inner: Array,
+        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
         ids: Array,
         weights: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
-        shared: Array,
+        part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
         scores: Array,
-        column: int,
+        said: Array,
         y: Array,
+        h: Rows,
+        norm: Array,
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
-        slots = cache.slots[layer]
-        if fits_experts(record, tokens) and record.down_group == 128 and record.hidden % 16 == 0:
-            tiles = record.hidden // 16
-            turns = -(-tiles // (2 * self.machine.multiprocessors))
-            EXPERTS_DOWN(
-                self.stream, -(-tiles // turns), tokens, out, inner, ids,
-                0 if plan is None else plan.pairs, weights, slots, shared, scores, record.hidden,
-                record.inner, top_k, record.nbytes, record.down, record.down_scale, column,
-                scores.shape[1],
-            )  # fmt: skip
+        if not fits_experts(record, tokens):
+            if part == "there":
+                return
+            self._plain_down(y, inner, ids, weights, cache, layer)
+            self.linear(said, shared_inner, shared.down)
+            self.add_gated(y, said, scores, shared.column)
+            self.add(x, y)
+            self.norm(h, x, norm)
             return
+        wide = fits_shared(shared)
+        if not wide and part != "rest":
+            self.linear(said, shared_inner, shared.down)
+        some = share(self.machine, record.hidden, record.inner * top_k, 8, True)
+        EXPERTS_DOWN(
+            self.stream, some.blocks, tokens, x, inner.split, ids,
+            0 if plan is None else plan.pairs, weights, cache.slots[layer], shared_inner.split,
+            *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
+            scores, y, h.split, norm, h.squares, record.hidden, record.inner,
+            shared.down.columns if wide else 0, top_k, record.nbytes, record.down,
+            record.down_scale, shared.column, scores.shape[1], some.tiles,
+            PARTS.index(part),
+        )  # fmt: skip
+
+    def _plain_down(
+        self, y: Array, inner: Rows, ids: Array, weights: Array, cache: ExpertCache, layer: int
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
         more: tuple[int, ...] = (record.down,)
         if record.bits == 8:
             more += (record.down_scale,)
         elif record.bits == 4:
             more += (record.down_scale, record.down_group)
         EXPERT_DOWN[record.bits](
-            self.stream, tokens, y, inner, ids, weights, slots, cache.slot_of[layer],
-            record.hidden, record.inner, top_k, record.nbytes, *more,
+            self.stream, tokens, y, inner.f32, ids, weights, cache.slots[layer],
+            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
-        self.add_gated(y, shared, scores, column)
-        self.add(out, y)
 
-    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
-        tokens, size = inner.shape
-        if w.format != "int8" or tokens > MATVEC_ROWS or w.columns % 64 or size % 8:
-            self.linear(both, x, w)
-            self.silu_mul(inner, both)
+    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+        tokens, size = inner.f32.shape
+        if w.format != "int8" or w.columns % 64 or size % 4 or not self.fits(a):
+            self.linear(both, a, w)
+            self.silu_mul(inner.f32, both)
+            self.settle(inner)
             return
-        rows = rows_at_once(tokens, w.columns)
-        turns = -(-(size // 8) // (3 * self.machine.multiprocessors))
+        some = share(self.machine, size, w.columns, 4, False)
         GATED_UP(
-            self.stream, -(-(size // 8) // turns), inner, x, w.data, w.scale, tokens, rows, size,
-            w.columns,
+            self.stream, some.blocks, inner.split, a.split, a.squares or 0, w.data, w.scale, tokens,
+            some.rows(tokens), size, w.columns, some.tiles, a.eps,
         )  # fmt: skip
 
     def silu_mul(self, out: Array, x: Array) -> None:

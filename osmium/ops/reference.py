@@ -27,7 +27,17 @@ from osmium.ops.formulas import (
     slots_of,
 )
 from osmium.ops.sampling import draw
-from osmium.ops.values import Array, ExpertArena, ExpertCache, ExpertPlan, Linear, Replies, Step
+from osmium.ops.values import (
+    Array,
+    ExpertArena,
+    ExpertCache,
+    ExpertPlan,
+    Linear,
+    Replies,
+    Rows,
+    SharedExpert,
+    Step,
+)
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 
 __all__ = ["ReferenceOps"]
@@ -59,6 +69,9 @@ class ReferenceOps:
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return cast(npt.NDArray[Any], array)
+
+    def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
+        return Rows(np.empty((tokens, width), np.float32), eps=eps or 0.0)
 
     def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
         assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"
@@ -98,20 +111,18 @@ class ReferenceOps:
     def add(self, out: Array, x: Array) -> None:
         out += x
 
-    def rms_norm(self, out: Array, x: Array, w: Array, eps: float) -> None:
-        np.multiply(normed(x, eps), 1 + w, out=out)
+    def settle(self, a: Rows) -> None:
+        pass
 
-    def linear(self, out: Array, x: Array, w: Linear) -> None:
-        np.matmul(x, self._f32(w).T, out=out)
+    def norm(self, h: Rows, x: Array, w: Array) -> None:
+        np.multiply(normed(x, h.eps), 1 + w, out=h.f32)
 
-    def linear_add(self, out: Array, x: Array, w: Linear) -> None:
-        out += np.matmul(x, self._f32(w).T)
+    def linear(self, out: Array, a: Rows, w: Linear) -> None:
+        np.matmul(a.f32, self._f32(w).T, out=out)
 
-    def norm_linear(
-        self, out: Array, h: Array, x: Array, norm: Array, w: Linear, eps: float
-    ) -> None:
-        self.rms_norm(h, x, norm, eps)
-        self.linear(out, h, w)
+    def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
+        x += np.matmul(a.f32, self._f32(w).T)
+        self.norm(h, x, norm)
 
     def _f32(self, w: Linear) -> F32:
         kept = self._kept.get(id(w))
@@ -176,7 +187,7 @@ class ReferenceOps:
 
     def gated_attention(
         self,
-        out: Array,
+        out: Rows,
         q: Array,
         k_pages: Array,
         v_pages: Array,
@@ -185,8 +196,9 @@ class ReferenceOps:
         scale: float,
         partial: Array,
     ) -> None:
-        self.attention(out, q, k_pages, v_pages, step, scale)
-        self.sigmoid_gate(out, qgkv)
+        read = out.f32.reshape(q.shape)
+        self.attention(read, q, k_pages, v_pages, step, scale)
+        self.sigmoid_gate(read, qgkv)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
@@ -221,7 +233,7 @@ class ReferenceOps:
         beta: Array,
         ab: Array,
         u: Array,
-        h: Array,
+        h: Rows,
         w: Array,
         state: Array,
         ab_matrix: Linear,
@@ -249,20 +261,24 @@ class ReferenceOps:
             state[s] = carried
 
     def delta_step_gated(
-        self,
-        out: Array,
-        qkv: Array,
-        decay: Array,
-        beta: Array,
-        state: Array,
-        z: Array,
-        column: int,
-        w: Array,
-        eps: float,
-        step: Step,
-    ) -> None:
-        self.delta_step(out, qkv, decay, beta, state, step)
-        self.gated_norm(out, out, z, column, w, eps)
+        self, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
+        column: int, w: Array, eps: float, step: Step,
+    ) -> None:  # fmt: skip
+        self._gated(self.delta_step, out, qkv, decay, beta, state, z, column, w, eps, step)
+
+    def delta_chunk_gated(
+        self, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
+        column: int, w: Array, eps: float, step: Step,
+    ) -> None:  # fmt: skip
+        self._gated(self.delta_chunk, out, qkv, decay, beta, state, z, column, w, eps, step)
+
+    def _gated(
+        self, rule: Any, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
+        column: int, w: Array, eps: float, step: Step,
+    ) -> None:  # fmt: skip
+        read = out.f32.reshape(-1, state.shape[1], state.shape[3])
+        rule(read, qkv, decay, beta, state, step)
+        self.gated_norm(read, read, z, column, w, eps)
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
@@ -282,6 +298,25 @@ class ReferenceOps:
         np.multiply(normed(x, eps) * w, silu(gate), out=out)
 
     # -- experts -----------------------------------------------------------------------------------
+
+    def router(
+        self,
+        ids: Array,
+        weights: Array,
+        scores: Array,
+        h: Rows,
+        w: Linear,
+        experts: int,
+        counters: Array,
+        arrived: Array,
+        trace: Array | None,
+        layer: int,
+        positions: Array,
+    ) -> None:
+        self.linear(scores, h, w)
+        self.route(ids, weights, scores, experts, counters)
+        if trace is not None:
+            self.replay(ids, trace, layer, positions)
 
     def route(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
@@ -343,57 +378,68 @@ class ReferenceOps:
 
     def expert_up(
         self,
-        inner: Array,
-        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
+        h: Rows,
         ids: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
+        both: Array,
     ) -> None:
         top_k, size = ids.shape[1], cache.record.inner
         slots = slots_of(ids, plan)
-        flat = inner.reshape(-1, size)
         for slot in np.unique(slots):
             if (part == "there" and slot < 0) or (part == "rest" and slot >= 0):
                 continue
             up, _ = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
             mine = np.flatnonzero(slots == slot)
-            both = x[mine // top_k] @ up.T
-            flat[mine] = silu(both[:, :size]) * both[:, size:]
+            gates = h.f32[mine // top_k] @ up.T
+            inner.f32[mine] = silu(gates[:, :size]) * gates[:, size:]
+        if part != "rest":
+            self.gated_up(shared_inner, h, shared.up, both)
 
     def expert_down(
         self,
-        out: Array,
-        inner: Array,
+        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
         ids: Array,
         weights: Array,
         plan: ExpertPlan | None,
         cache: ExpertCache,
         layer: int,
-        shared: Array,
+        part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
         scores: Array,
-        column: int,
+        said: Array,
         y: Array,
+        h: Rows,
+        norm: Array,
     ) -> None:
+        if part == "there":
+            return
         slots = slots_of(ids, plan)
-        flat = inner.reshape(ids.size, -1)
-        pairs = np.empty((ids.size, out.shape[1]), np.float32)
+        pairs = np.empty((ids.size, x.shape[1]), np.float32)
         for slot in np.unique(slots):
             _, down = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
             mine = np.flatnonzero(slots == slot)
-            pairs[mine] = flat[mine] @ down.T
+            pairs[mine] = inner.f32[mine] @ down.T
         pairs *= weights.reshape(-1, 1)
         by_token = pairs.reshape(*ids.shape, -1)
         y[...] = by_token[:, 0]
         for a in range(1, ids.shape[1]):
             y += by_token[:, a]
-        self.add_gated(y, shared, scores, column)
-        out += y
+        self.linear(said, shared_inner, shared.down)
+        self.add_gated(y, said, scores, shared.column)
+        x += y
+        self.norm(h, x, norm)
 
-    def gated_up(self, inner: Array, x: Array, w: Linear, both: Array) -> None:
-        self.linear(both, x, w)
-        self.silu_mul(inner, both)
+    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+        self.linear(both, a, w)
+        self.silu_mul(inner.f32, both)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
         kept = self._experts.get((id(cache), layer, slot))

@@ -13,7 +13,10 @@ from typing import Any, Literal
 
 from osmium.quant.record import Record
 
-__all__ = ["Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Replies", "Step"]
+__all__ = [
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Replies", "Rows",
+    "SharedExpert", "Step", "rows_bytes",
+]  # fmt: skip
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
@@ -37,6 +40,52 @@ class Linear:
     scale: Array | None = None
     group: int = 0
     """int4: inputs that share a scale, 128, 64 or 32."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows [T, K] on their way into matrices, in the form in which a backend's matrices read them.
+
+    On the CPU that is `f32`.  On the GPU it is `split`, and where the rows are normed `squares`:
+    the matrices divide their sums by the root of the mean square.  `f32` is then room for kernels
+    that read f32, and for those that write it before `Ops.settle`.
+    """
+
+    f32: Array
+    """f32 [T, K]."""
+    split: Array | None = None
+    """bf16 [T, 2, K]: hi, then lo; hi + lo is the value to 2^-17, without the division."""
+    squares: Array | None = None
+    """f32 [T, K / 8]: sums of eight squares each of what the norm divides; None: not normed."""
+    eps: float = 0.0
+    """Of the norm."""
+
+    def __getitem__(self, part: slice) -> "Rows":
+        """Some of the rows."""
+        split, squares = self.split, self.squares
+        return Rows(
+            self.f32[part],
+            None if split is None else split[part],
+            None if squares is None else squares[part],
+            self.eps,
+        )
+
+
+def rows_bytes(tokens: int, width: int, normed: bool) -> int:
+    """Bytes of Rows on a GPU; on the CPU it is half of that."""
+    return tokens * (8 * width + (width // 2 if normed else 0))
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """The expert that every token uses."""
+
+    up: Linear
+    """[2 Is, D], gate then up."""
+    down: Linear
+    """[D, Is]."""
+    column: int
+    """Column of the router's scores that, through a sigmoid, is its weight."""
 
 
 @dataclass(frozen=True)

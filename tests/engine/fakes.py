@@ -116,8 +116,8 @@ class HistoryModel:
         assert len(self.said) == step.tokens
         self.steps.append(parts)
 
-    def head(self, out: Logits, rows: npt.NDArray[np.int32]) -> None:
-        for i, row in enumerate(rows):
+    def head(self, out: Logits, rows: npt.NDArray[np.int32] | None = None) -> None:
+        for i, row in enumerate(range(len(out)) if rows is None else rows):
             ids, seen = self.said[row]
             out[i] = self.rule(ids[:seen])
 

@@ -10,7 +10,7 @@ from osmium.errors import CheckpointError, ConfigError
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
 from osmium.experts.store import Store, store_bytes
-from osmium.ops import ExpertArena, ExpertCache
+from osmium.ops import ExpertArena, ExpertCache, Linear, SharedExpert
 from osmium.ops.formulas import expert_matrices
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
@@ -74,12 +74,34 @@ def run(
     x = rng.standard_normal((tokens, RECORD.hidden)).astype(np.float32)
     ids = routed(rng, tokens)
     weights = rng.uniform(0, 1, ids.shape).astype(np.float32)
-    out, shared = np.ones_like(x), np.full_like(x, 2)
     route(store.cache, ids)
-    store.mlp(out, x, ids, weights, layer, shared, np.zeros((tokens, 1)), 0, np.empty_like(x))
-    out -= 2  # what was there, and half of the shared expert's
+    out = mlp(store, x, ids, weights, layer)
+    out -= 1  # what was there
     want = expected(arena, x, ids, weights, layer)
     assert close(out, want, "f32"), distance(out, want)
+
+
+def mlp(
+    store: Store,
+    x: npt.NDArray[np.float32],
+    ids: npt.NDArray[np.uint16],
+    weights: npt.NDArray[np.float32],
+    layer: int,
+) -> npt.NDArray[np.float32]:
+    """1 + what the store makes of x, with a shared expert that says nothing."""
+    tokens, hidden = x.shape
+    nothing = SharedExpert(
+        Linear("bf16", 16, hidden, np.zeros((16, hidden), np.uint16)),
+        Linear("bf16", hidden, 8, np.zeros((hidden, 8), np.uint16)),
+        column=0,
+    )
+    out, scores = np.ones_like(x), np.zeros((tokens, 1), np.float32)
+    both, inner = np.empty((tokens, 16), np.float32), OPS.rows(tokens, 8)
+    said, y, norm = np.empty_like(x), np.empty_like(x), np.zeros(hidden, np.float32)
+    h = OPS.rows(tokens, hidden, 1e-6)
+    h.f32[:] = x
+    store.mlp(out, h, ids, weights, layer, nothing, scores, inner, both, said, y, norm)
+    return out
 
 
 @pytest.mark.parametrize("capacity", [TOP_K, TOP_K + 1, 2 * TOP_K + 1, EXPERTS - 1, EXPERTS])
@@ -114,8 +136,7 @@ def use(store: Store, layer: int, *experts: int) -> None:
     x = np.ones((1, RECORD.hidden), np.float32)
     ids, weights = np.array([experts], np.uint16), np.ones((1, TOP_K), np.float32)
     route(store.cache, ids)
-    y = np.zeros_like(x)
-    store.mlp(y, x, ids, weights, layer, np.zeros_like(x), np.zeros((1, 1)), 0, np.empty_like(x))
+    mlp(store, x, ids, weights, layer)
 
 
 def test_an_expert_used_often_outlives_one_used_once_since(rng: np.random.Generator) -> None:
@@ -208,7 +229,8 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         cache, store = parts(arena, capacity)
         arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
-        own = store.inner.nbytes + sum(x.nbytes for x in vars(store.plan).values())
+        half = store.inner.f32.nbytes  # on a GPU they are there twice, once as hi and lo
+        own = 2 * half + sum(x.nbytes for x in vars(store.plan).values())
         assert store_bytes(8, capacity, EXPERTS, TOP_K, RECORD.inner) == own
 
 

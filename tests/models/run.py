@@ -14,7 +14,7 @@ from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import Linear, Ops, Step
+from osmium.ops import Linear, Ops, Rows, Step
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 from tests.models.build import Case, hf_config, hf_tensors, our_records, our_weights
@@ -66,8 +66,11 @@ class Runner:
         pages = each * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)
         for owner in (*self.state.layers, self.model.work):
-            for array in vars(owner).values():
-                ops.fill(array, POISON)
+            for name, value in vars(owner).items():
+                arrays = vars(value).values() if isinstance(value, Rows) else [value]
+                for array in arrays:
+                    if name != "arrived" and hasattr(array, "dtype"):
+                        ops.fill(array, POISON)
         self.out = ops.empty((self.rows, config.vocab), np.float32)
         # Pages lie scattered, as they do after a while.
         shuffled = np.random.default_rng(each).permutation(pages).astype(np.int32)

@@ -23,9 +23,9 @@ class Watched(Store):
 
     seen: list[npt.NDArray[Any]]
 
-    def mlp(self, out: Array, x: Array, ids: Array, *more: Any) -> None:
+    def mlp(self, x: Array, h: Any, ids: Array, *more: Any) -> None:
         self.seen.append(np.sort(self.ops.copy_out(ids), axis=1))
-        super().mlp(out, x, ids, *more)
+        super().mlp(x, h, ids, *more)
 
 
 def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:

@@ -11,7 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops, Replies, Step
+from osmium.ops import (
+    ExpertArena,
+    ExpertCache,
+    ExpertPlan,
+    Linear,
+    Ops,
+    Replies,
+    Rows,
+    SharedExpert,
+    Step,
+)
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record, group_of
@@ -85,6 +95,36 @@ def _nan(*shape: int) -> npt.NDArray[np.float32]:
     return np.full(shape, np.nan, np.float32)
 
 
+def rows_of(ops: Ops, x: Any) -> Rows:
+    """Rows [T, K] of an f32 array, not normed."""
+    made = new_rows(ops, x.shape[0], x.shape[1])
+    ops.copy(made.f32, x)
+    ops.settle(made)
+    return made
+
+
+def normed_rows(ops: Ops, x: Any, w: Any, eps: float = 1e-6) -> Rows:
+    """The norm of x [T, K]."""
+    made = new_rows(ops, x.shape[0], x.shape[1], eps)
+    ops.norm(made, x, w)
+    return made
+
+
+def new_rows(ops: Ops, tokens: int, width: int, eps: float | None = None) -> Rows:
+    """Rows that nobody has written: not a number, in any form."""
+    made = ops.rows(tokens, width, eps)
+    for array in (made.f32, made.split, made.squares):
+        if array is not None:
+            ops.fill(array, 0xFF)
+    return made
+
+
+def read_rows(ops: Ops, out: Any, rows: Rows) -> None:
+    """out = the rows, in f32."""
+    joined = getattr(ops, "joined", lambda rows: rows.f32)(rows)
+    ops.copy(out.reshape(*joined.shape), joined)
+
+
 def step_arrays(rng: np.random.Generator, size: Size) -> Arrays:
     """The arrays of a step, with a shuffled page table and shuffled state slots."""
     lengths, past = np.array(size.lengths), np.array(size.past)
@@ -137,10 +177,24 @@ def add(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, lambda ops, a: ops.add(a["out"], a["x"]), {"out": "exact"})
 
 
-def rms_norm(rng: np.random.Generator, size: Size) -> Case:
+def norm(rng: np.random.Generator, size: Size) -> Case:
     shape = (sum(size.lengths), size.hidden)
     arrays: Arrays = {"out": _nan(*shape), "x": _f32(rng, *shape) * 3, "w": _f32(rng, size.hidden)}
-    return Case(arrays, lambda ops, a: ops.rms_norm(a["out"], a["x"], a["w"], 1e-6), {"out": "f32"})
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        read_rows(ops, a["out"], normed_rows(ops, a["x"], a["w"]))
+
+    return Case(arrays, call, {"out": "f32"})
+
+
+def settle(rng: np.random.Generator, size: Size) -> Case:
+    shape = (sum(size.lengths), size.hidden)
+    arrays: Arrays = {"out": _nan(*shape), "x": _f32(rng, *shape)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        read_rows(ops, a["out"], rows_of(ops, a["x"]))
+
+    return Case(arrays, call, {"out": "f32"})
 
 
 def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
@@ -160,7 +214,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
-            ops.linear(a["out"], a["x"], matrix)
+            ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
         return Case(arrays, call, {"out": "f32"})
 
@@ -224,10 +278,12 @@ def gated_attention(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
+        out = new_rows(ops, rows, size.heads * size.head_dim)
         ops.gated_attention(
-            a["out"], a["q"], a["k_pages"], a["v_pages"], a["qgkv"], _step(one, a),
+            out, a["q"], a["k_pages"], a["v_pages"], a["qgkv"], _step(one, a),
             size.head_dim**-0.5, a["partial"],
         )  # fmt: skip
+        read_rows(ops, a["out"], out)
 
     return Case(arrays, call, {"out": "f32"})
 
@@ -287,7 +343,8 @@ def conv_gates(rng: np.random.Generator, size: Size) -> Case:
         "decay": _nan(tokens, heads),
         "beta": _nan(tokens, heads),
         "ab": _nan(tokens, 2 * heads),
-        "h": _f32(rng, tokens, hidden),
+        "x": _f32(rng, tokens, hidden) * 3,
+        "norm": _f32(rng, hidden) * np.float32(0.1),
         "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
         "a_log": _f32(rng, heads),
         "dt_bias": _f32(rng, heads),
@@ -296,8 +353,8 @@ def conv_gates(rng: np.random.Generator, size: Size) -> Case:
     def call(ops: Ops, a: dict[str, Any]) -> None:
         matrix = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
         ops.conv_gates(
-            a["out"], a["decay"], a["beta"], a["ab"], a["u"], a["h"], a["w"], a["state"], matrix,
-            a["a_log"], a["dt_bias"], _step(size, a),
+            a["out"], a["decay"], a["beta"], a["ab"], a["u"], normed_rows(ops, a["x"], a["norm"]),
+            a["w"], a["state"], matrix, a["a_log"], a["dt_bias"], _step(size, a),
         )  # fmt: skip
 
     return Case(arrays, call, {"out": "f32", "state": "exact", "decay": "f32", "beta": "f32"})
@@ -342,20 +399,25 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-def delta_step_gated(rng: np.random.Generator, size: Size) -> Case:
-    arrays = _delta("delta_step")(rng, size).arrays
-    channels = _channels(size)
-    width = channels + size.value_heads * size.value_dim
-    arrays["z"] = _f32(rng, sum(size.lengths), width) * 3
-    arrays["w"] = _f32(rng, size.value_dim)
+def _delta_gated(name: str) -> Callable[[np.random.Generator, Size], Case]:
+    def make(rng: np.random.Generator, size: Size) -> Case:
+        arrays = _delta("delta_step")(rng, size).arrays
+        channels = _channels(size)
+        width = size.value_heads * size.value_dim
+        arrays["z"] = _f32(rng, sum(size.lengths), channels + width) * 3
+        arrays["w"] = _f32(rng, size.value_dim)
 
-    def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.delta_step_gated(
-            a["out"], a["qkv"], a["decay"], a["beta"], a["state"], a["z"], channels, a["w"], 1e-6,
-            _step(size, a),
-        )  # fmt: skip
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            out = new_rows(ops, sum(size.lengths), width)
+            getattr(ops, name)(
+                out, a["qkv"], a["decay"], a["beta"], a["state"], a["z"], channels, a["w"], 1e-6,
+                _step(size, a),
+            )  # fmt: skip
+            read_rows(ops, a["out"], out)
 
-    return Case(arrays, call, {"out": "f32", "state": "f32"})
+        return Case(arrays, call, {"out": "f32", "state": "f32"})
+
+    return make
 
 
 # -- experts -------------------------------------------------------------------------------------
@@ -377,6 +439,41 @@ def route(rng: np.random.Generator, size: Size) -> Case:
         ops.route(a["ids"], a["weights"], a["logits"], size.experts, a["counters"])
 
     return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
+
+
+def router(rng: np.random.Generator, size: Size) -> Case:
+    """Scores far enough apart that rounding turns no choice over; twice, as a launch leaves
+    `arrived` as it was."""
+    tokens, count = min(5, sum(size.lengths)), size.experts + 1
+    places = np.argsort(rng.random((tokens, count)), axis=1)
+    x = np.zeros((tokens, size.hidden), np.float32)
+    x[:, :tokens] = np.eye(tokens, dtype=np.float32) * np.float32(size.hidden**0.5)
+    w = np.zeros((count, size.hidden), np.float32)
+    w[:, :tokens] = (places.T - count / 2) / 16
+    arrays: Arrays = {
+        "ids": np.full((tokens, size.top_k), 999, np.uint16),
+        "weights": _nan(tokens, size.top_k),
+        "scores": _nan(tokens, count),
+        "x": x,
+        "norm": np.zeros(size.hidden, np.float32),
+        "w": bf16_from_f32(w),
+        "counters": np.zeros(4, np.int64),
+        "arrived": np.zeros(1, np.int32),
+        "told": np.full((tokens, size.top_k), 999, np.uint16),
+        "trace": rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16),
+        "positions": rng.integers(0, 1 << 18, tokens).astype(np.int32),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        h, matrix = normed_rows(ops, a["x"], a["norm"]), Linear("bf16", count, size.hidden, a["w"])
+        for ids, trace in ((a["told"], a["trace"]), (a["ids"], None)):
+            ops.router(
+                ids, a["weights"], a["scores"], h, matrix, size.experts, a["counters"],
+                a["arrived"], trace, 3, a["positions"],
+            )  # fmt: skip
+
+    exact = dict.fromkeys(("ids", "told", "counters", "arrived"), "exact")
+    return Case(arrays, call, {**exact, "scores": "f32", "weights": "f32"})
 
 
 def replay(rng: np.random.Generator, size: Size) -> Case:
@@ -487,32 +584,70 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             "arena": arena[None],
             "chosen": ids,
             "out": _f32(rng, len(ids), size.hidden),
-            "shared": _f32(rng, len(ids), size.hidden),
-            "scores": _f32(rng, len(ids), 2),
-            "y": _nan(len(ids), size.hidden),
-            "inner": _nan(*ids.shape, size.inner),
+            "next": _nan(len(ids), size.hidden),
+            "norm": _f32(rng, size.hidden),
             "x": _f32(rng, len(ids), size.hidden),
             "weights": w / w.sum(axis=1, keepdims=True),
+            **shared_arrays(rng, "int8", len(ids), size.hidden, size.inner, 2),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache, plan = _cache(size, record, a), _plan(a)
             ops.place(plan, cache, 0, a["chosen"])
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
-            up = (a["inner"], a["x"], a["chosen"], plan, cache, 0)
-            with ops.beside():
-                ops.expert_up(*up, "there")
-            ops.join()
-            ops.expert_up(*up, "rest")
-            ops.expert_down(
-                a["out"], a["inner"], a["chosen"], a["weights"], plan, cache, 0, a["shared"],
-                a["scores"], 1, a["y"],
-            )  # fmt: skip
+            experts_call(ops, a, "int8", plan, cache, ("there", "rest"), 1)
 
-        writes = {"out": "f32", "counters": "exact", "cache_slots": "exact"}
+        writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)
 
     return make
+
+
+def shared_arrays(
+    rng: np.random.Generator, form: str, tokens: int, hidden: int, inner: int, columns: int
+) -> Arrays:
+    """A shared expert, and what it and the routed ones leave on the way."""
+    up = _f32(rng, 2 * inner, hidden) * np.float32(hidden**-0.5)
+    down = _f32(rng, hidden, inner) * np.float32(inner**-0.5)
+    arrays: Arrays = {
+        "scores": _f32(rng, tokens, columns) * 3,
+        "both": _nan(tokens, 2 * inner),
+        "said": _nan(tokens, hidden),
+        "y": _nan(tokens, hidden),
+    }
+    for name, w in (("up", up), ("down", down)):
+        if form == "int8":
+            arrays[f"shared_{name}"], arrays[f"shared_{name}_scale"] = int8.quantize(w)
+        else:
+            arrays[f"shared_{name}"] = bf16_from_f32(w)
+    return arrays
+
+
+def experts_call(
+    ops: Ops, a: dict[str, Any], form: Any, plan: Any, cache: Any, parts: tuple[Any, ...],
+    column: int, norm: bool = False,
+) -> None:  # fmt: skip
+    """Both halves of the experts, the first in parts; `out` and the rows that follow it."""
+    (tokens, top_k), (_, hidden) = a["chosen"].shape, a["x"].shape
+    inner = a["both"].shape[1] // 2
+    shared = SharedExpert(
+        Linear(form, 2 * inner, hidden, a["shared_up"], a.get("shared_up_scale")),
+        Linear(form, hidden, inner, a["shared_down"], a.get("shared_down_scale")),
+        column,
+    )
+    h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
+    halves = (new_rows(ops, tokens * top_k, cache.record.inner), new_rows(ops, tokens, inner))
+    for part in parts:
+        with ops.beside():
+            ops.expert_up(*halves, h, a["chosen"], plan, cache, 0, part, shared, a["both"])
+        ops.join()
+    following = new_rows(ops, tokens, hidden, 1e-6)
+    for part in parts:
+        ops.expert_down(
+            a["out"], *halves, a["chosen"], a["weights"], plan, cache, 0, part, shared,
+            a["scores"], a["said"], a["y"], following, a["norm"],
+        )  # fmt: skip
+    read_rows(ops, a["next"], following)
 
 
 def silu_mul(rng: np.random.Generator, size: Size) -> Case:
@@ -604,7 +739,8 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "embed": embed,
     "take": take,
     "add": add,
-    "rms_norm": rms_norm,
+    "norm": norm,
+    "settle": settle,
     "linear bf16": _linear("bf16"),
     "linear int8": _linear("int8"),
     "linear int4": _linear("int4"),
@@ -616,9 +752,11 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "delta_gates": delta_gates,
     "conv_gates": conv_gates,
     "delta_step": _delta("delta_step"),
-    "delta_step_gated": delta_step_gated,
+    "delta_step_gated": _delta_gated("delta_step_gated"),
+    "delta_chunk_gated": _delta_gated("delta_chunk_gated"),
     "delta_chunk": _delta("delta_chunk"),
     "gated_norm": gated_norm,
+    "router": router,
     "route": route,
     "replay": replay,
     "place": place,

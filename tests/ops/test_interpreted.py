@@ -32,7 +32,8 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
 @pytest.mark.parametrize(
     "name",
     [
-        "rms_norm",
+        "norm",
+        "router",
         "attention",
         "delta_chunk",
         "linear int4",

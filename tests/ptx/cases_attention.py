@@ -102,16 +102,16 @@ def one_each(name: str, heads: Counts, dims: Counts, hidden: int, past: Counts) 
         case = cases.CASES[name](rng, size)
         a = case.arrays
         a["state"][a["slots"][a["past"] == 0]] = np.nan
-        if "h" not in a:
+        if "norm" not in a:
             a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
         return case
 
     return make
 
 
-def rms_norm(hidden: int) -> Make:
+def norm(hidden: int) -> Make:
     """Two rows of `hidden` values."""
-    return lambda rng: cases.rms_norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
+    return lambda rng: cases.norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
 
 
 CASES: dict[str, Make] = {
@@ -137,12 +137,10 @@ CASES: dict[str, Make] = {
     "gated rule 64x96": one_each("delta_step_gated", (2, 2), (64, 96), 64, (9,)),
     "gated rule 96x64": one_each("delta_step_gated", (1, 1), (96, 64), 64, (0,)),
     "gated rule 128x128": one_each("delta_step_gated", (1, 3), (128, 128), 64, (1, 0, 5)),
+    "norm 8, a thread": norm(8),
+    "norm 3080, two turns": norm(3080),
     "conv_gates, ragged": one_each("conv_gates", (1, 3), (32, 32), 200, (4, 0, 1)),
     "conv_gates, a row in one turn": one_each("conv_gates", (2, 4), (64, 96), 3072, (0, 7)),
     "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
     "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
-    "rms_norm 3072, in registers": rms_norm(3072),
-    "rms_norm 4096, in registers": rms_norm(4096),
-    "rms_norm 6148, one more turn": rms_norm(6148),
-    "rms_norm 10240, three more": rms_norm(10240),
 }

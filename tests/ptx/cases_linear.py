@@ -15,7 +15,17 @@ from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record
-from tests.ops.cases import Arrays, Case, records
+from tests.ops.cases import (
+    Arrays,
+    Case,
+    experts_call,
+    new_rows,
+    normed_rows,
+    read_rows,
+    records,
+    rows_of,
+    shared_arrays,
+)
 
 Make = Callable[[np.random.Generator], Case]
 
@@ -45,16 +55,16 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
-            ops.linear(a["out"], a["x"], matrix)
+            ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
-        return Case(arrays, call, {"out": "f32"})
+        return Case(arrays, call, {"out": "rows"})
 
     return make
 
 
 def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> Make:
-    """norm_linear, and linear_add; one token's x may be all zeros, others are of very different
-    sizes."""
+    """linear of normed rows, and linear_norm; one token's x may be all zeros, others are of very
+    different sizes."""
 
     def make(rng: np.random.Generator) -> Case:
         inner = linear(form, tokens, rows, columns, 128)(rng)
@@ -63,18 +73,23 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
         if tokens > 2:
             x[1] = 0
         arrays = inner.arrays | {
-            "h": _nan(tokens, columns),
             "norm": _f32(rng, columns),
             "more": _f32(rng, tokens, rows),
+            "following": _f32(rng, rows),
+            "next": _nan(tokens, rows),
         }
         group = 128 if form == "int4" else 0
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
-            ops.norm_linear(a["out"], a["h"], a["x"], a["norm"], matrix, 1e-6)
-            ops.linear_add(a["more"], a["x"], matrix)
+            ops.linear(a["out"], normed_rows(ops, a["x"], a["norm"]), matrix)
+            if rows % 8 == 0:
+                h = new_rows(ops, tokens, rows, 1e-6)
+                ops.linear_norm(a["more"], rows_of(ops, a["x"]), matrix, h, a["following"])
+                read_rows(ops, a["next"], h)
 
-        return Case(arrays, call, {"out": "f32", "h": "f32", "more": "f32"})
+        more = {"more": "rows", "next": "rows"} if rows % 8 == 0 else {}
+        return Case(arrays, call, {"out": "rows", **more})
 
     return make
 
@@ -89,7 +104,9 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             matrix = Linear(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
-            ops.gated_up(a["inner"], a["x"], matrix, a["both"])
+            out = new_rows(ops, tokens, inner)
+            ops.gated_up(out, rows_of(ops, a["x"]), matrix, a["both"])
+            read_rows(ops, a["inner"], out)
 
         return Case(arrays, call, {"inner": "f32"})
 
@@ -104,8 +121,12 @@ def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> Ex
     )
 
 
-def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int, *parts: str) -> Make:
-    """Experts in shuffled slots, some of them in none, some said to be fetched just now."""
+def experts(
+    bits: int, tokens: int, top_k: int, hidden: int, inner: int, *parts: str, shared: int = 64,
+    form: str = "int8",
+) -> Make:  # fmt: skip
+    """Experts in shuffled slots, some of them in none, some said to be fetched just now, and a
+    shared expert of `shared` values."""
     parts = parts or ("there", "rest")
 
     def make(rng: np.random.Generator) -> Case:
@@ -117,29 +138,23 @@ def experts(bits: int, tokens: int, top_k: int, hidden: int, inner: int, *parts:
         ids = np.stack([rng.permutation(held)[:top_k] for _ in range(tokens)]).astype(np.uint16)
         arrays: Arrays = {
             "out": _f32(rng, tokens, hidden),
-            "inner": _nan(tokens, top_k, inner),
+            "next": _nan(tokens, hidden),
+            "norm": _f32(rng, hidden),
             "x": _f32(rng, tokens, hidden),
-            "shared": _f32(rng, tokens, hidden),
-            "scores": _f32(rng, tokens, 5) * 3,
-            "y": _nan(tokens, hidden),
             "pairs": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
             "chosen": ids,
             "weights": rng.random(ids.shape, np.float32),
             "slots": slots[None],
             "slot_of": slot_of,
+            **shared_arrays(rng, form, tokens, hidden, shared, 5),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = _cache(record, a["slots"], a["slot_of"])
             plan = ExpertPlan(None, None, None, None, None, a["pairs"])
-            for part in parts:
-                ops.expert_up(a["inner"], a["x"], a["chosen"], plan, cache, 0, part)  # type: ignore[arg-type]
-            ops.expert_down(
-                a["out"], a["inner"], a["chosen"], a["weights"], plan, cache, 0, a["shared"],
-                a["scores"], 3, a["y"],
-            )  # fmt: skip
+            experts_call(ops, a, form, plan, cache, parts, 3, norm=True)
 
-        return Case(arrays, call, {"out": "f32", "inner": "f32"})
+        return Case(arrays, call, {"out": "f32", "next": "f32"})
 
     return make
 
@@ -203,15 +218,15 @@ def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Ma
 
 
 CASES: dict[str, Make] = {
-    "bf16_linear 1x1x8": linear("bf16", 1, 1, 8),
+    "bf16_linear 1x3x8": linear("bf16", 1, 3, 8),
     "bf16_linear 2x17x256": linear("bf16", 2, 17, 256),
     "bf16_linear 3x2x272": linear("bf16", 3, 2, 272),
     "bf16_linear 9x19x520": linear("bf16", 9, 19, 520),
-    "int8_linear 1x1x16": linear("int8", 1, 1, 16),
+    "int8_linear 1x3x16": linear("int8", 1, 3, 16),
     "int8_linear 2x17x256": linear("int8", 2, 17, 256),
     "int8_linear 3x2x272": linear("int8", 3, 2, 272),
     "int8_linear 9x19x528": linear("int8", 9, 19, 528),
-    "int4_linear 1x1x32 groups of 32": linear("int4", 1, 1, 32, 32),
+    "int4_linear 1x3x32 groups of 32": linear("int4", 1, 3, 32, 32),
     "int4_linear 2x17x256 groups of 128": linear("int4", 2, 17, 256, 128),
     "int4_linear 3x2x320 groups of 64": linear("int4", 3, 2, 320, 64),
     "int4_linear 9x19x544 groups of 32": linear("int4", 9, 19, 544, 32),
@@ -219,7 +234,7 @@ CASES: dict[str, Make] = {
     "bf16_matvec 1x40x64": fused("bf16", 1, 40, 64),
     "bf16_matvec 8x70x1088": fused("bf16", 8, 70, 1088),
     "bf16_matvec 11x35x64": fused("bf16", 11, 35, 64),
-    "int8_matvec 1x1x64": fused("int8", 1, 1, 64, 1e-6),
+    "int8_matvec 1x3x64": fused("int8", 1, 3, 64, 1e-6),
     "int8_matvec 8x70x1088": fused("int8", 8, 70, 1088),
     "int8_matvec 11x19x64": fused("int8", 11, 19, 64, 1e4),
     "int4_matvec 1x16x128": fused("int4", 1, 16, 128, 1e4),
@@ -239,10 +254,13 @@ CASES: dict[str, Make] = {
     "int4_expert groups of 128": experts(4, 2, 1, 128, 128),
     "int4_experts in parts": experts(4, 3, 3, 256, 128),
     "int4_experts at once": experts(4, 2, 5, 128, 384, "all"),
+    "int4_experts and a bf16 one": experts(4, 2, 3, 128, 128, form="bf16"),
+    "int4_experts and a wide one": experts(4, 1, 2, 384, 128, "all", shared=448),
     "int4_experts many inputs": experts(4, 1, 2, 1280, 1152),
     "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
     "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
     "gated_up int8 5x56x640": gated("int8", 5, 56, 640),
+    "gated_up int8 3x152x128": gated("int8", 3, 152, 128),
     "gated_up int8 9x16x64": gated("int8", 9, 16, 64),
     "gated_up bf16 2x8x64": gated("bf16", 2, 8, 64),
     "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),

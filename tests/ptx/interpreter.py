@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
-from osmium.quant.floats import bf16_from_f32
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ptx.stand_ins import STAND_INS
 
 __all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
@@ -109,7 +109,8 @@ class InterpretedArray:
 class InterpretedMachine:
     """See ops.gpu.Machine.  `seed` orders warps and blocks."""
 
-    multiprocessors = 1
+    multiprocessors = 3
+    shared = 99 << 10
 
     def __init__(self, seed: int = 0, without: tuple[str, int] | None = None) -> None:
         """`without` is an entry and which of its barriers to leave out."""
@@ -295,6 +296,8 @@ class Warp:
         """Lanes that have a value, for registers that not every lane has written."""
         self.groups: dict[int, npt.NDArray[np.bool_]] = {0: np.ones(LANES, np.bool_)}
         """Where the living lanes are."""
+        self.copies: list[list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]] = [[]]
+        """Groups of copies on their way to shared memory, the open one last."""
         self.steps = 0
         self.where = ""
 
@@ -543,7 +546,7 @@ def _compile(program: Program, line: str) -> Run:
     special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
-        "mma": _mma,
+        "mma": _mma, "cp": _copy, "atom": _atomic, "membar": _fence, "redux": _redux, "bar": _warp,
     }  # fmt: skip
     try:
         if base in special:
@@ -552,8 +555,8 @@ def _compile(program: Program, line: str) -> Run:
             return _wide(program, parts[1], args)
         if base == "mov" and "{" in rest:
             return _halves(program, parts[0], args)
-        if parts[-1] == "f16x2":
-            return _packed(program, base, args)
+        if parts[-1] in ("f16x2", "bf16x2"):
+            return _packed(program, base, parts[-1], args)
         if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
             raise KeyError(opcode)
         return _arithmetic(program, base, TYPES[parts[-1]], args)
@@ -599,17 +602,25 @@ def _wide(program: Program, kind: str, args: list[str]) -> Run:
     return run
 
 
-def _packed(program: Program, base: str, args: list[str]) -> Run:
+def _packed(program: Program, base: str, kind: str, args: list[str]) -> Run:
     """Two halves at once."""
     functions: dict[str, Callable[..., Values]] = {
         "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": lambda a, b, c: a * b + c,
     }  # fmt: skip
     function = functions[base]
     operands = [_operand(program, arg, TYPES["u32"]) for arg in args[1:]]
+    if kind == "bf16x2" and base != "fma":
+        raise KeyError(f"{base}.bf16x2")  # sm_90
 
     def run(w: Warp, m: Mask) -> None:
-        halves = [operand(w, m).view(np.float16).astype(np.float64) for operand in operands]
-        w.write(args[0], function(*halves).astype(np.float16).view(np.uint32), m)
+        pairs = [operand(w, m) for operand in operands]
+        if kind == "f16x2":
+            halves = [pair.view(np.float16).astype(np.float64) for pair in pairs]
+            made: npt.NDArray[Any] = function(*halves).astype(np.float16)
+        else:
+            halves = [f32_from_bf16(pair.view(np.uint16)).astype(np.float64) for pair in pairs]
+            made = bf16_from_f32(function(*halves).astype(np.float32))
+        w.write(args[0], made.view(np.uint32), m)
 
     return run
 
@@ -667,6 +678,31 @@ def _vote(program: Program, parts: list[str], args: list[str]) -> Run:
         w.write(args[0], np.full(LANES, bits[which(w, m)].sum(), np.uint32), m)
 
     return vote
+
+
+def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
+    """bar.warp.sync: the lanes of a warp go together as it is."""
+    if parts != ["warp", "sync"] or int(args[0], 0) != 0xFFFFFFFF:
+        raise KeyError(".".join(parts))
+
+    def meet(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing where a warp meets")
+
+    return meet
+
+
+def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts != ["sync", "max", "u32"] or int(args[2], 0) != 0xFFFFFFFF:
+        raise KeyError(".".join(parts))
+    value = _operand(program, args[1], TYPES["u32"])
+
+    def largest(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at a reduction")
+        w.write(args[0], np.full(LANES, value(w, m).max(), np.uint32), m)
+
+    return largest
 
 
 def _halves(program: Program, kind: str, args: list[str]) -> Run:
@@ -743,7 +779,7 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _known(space: str, modifiers: list[str]) -> None:
-    fine = {"nc", "L1::no_allocate", "v2", "v4"}
+    fine = {"nc", "cg", "L1::no_allocate", "v2", "v4"}
     if space not in ("global", "shared") or not set(modifiers) <= fine:
         raise KeyError(".".join([space, *modifiers]))
 
@@ -779,6 +815,68 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
         np.add.at(block.data.view(dtype), at // dtype.itemsize, mine)
 
     return reduce
+
+
+def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
+    """An addition that gives back what was there; one lane, as that is all that is used."""
+    if parts != ["global", "add", "u32"]:
+        raise KeyError(".".join(parts))
+    address, value = _address(program, args[1], "global"), _operand(program, args[2], TYPES["u32"])
+
+    def add(w: Warp, m: Mask) -> None:
+        block, at = w.memory("global", address(w, m), m)
+        _reach(block, at, 4, w.where, read=True)
+        if len(at) != 1:
+            raise PtxFault(f"{w.where}: {len(at)} lanes, whose order nobody knows")
+        word = block.data.view(np.uint32)[at // 4]
+        block.data.view(np.uint32)[at // 4] = word + value(w, m)[m][0]
+        w.write(args[0], np.full(LANES, word[0], np.uint32), m)
+
+    return add
+
+
+def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
+    """Blocks go one after another: all they wrote is there."""
+    if parts != ["gl"]:
+        raise KeyError(".".join(parts))
+    return lambda w, m: None
+
+
+def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
+    """cp.async: the bytes are taken at once, and are there when their group has been waited for.
+    With a fourth operand, how many bytes are taken (none or all); zeros follow."""
+    if parts == ["async", "commit_group"]:
+        return lambda w, m: w.copies.append([])
+    if parts == ["async", "wait_group"]:
+        left = int(args[0])
+
+        def wait(w: Warp, m: Mask) -> None:
+            if m is not None:
+                raise PtxFault(f"{w.where}: lanes are missing at a wait")
+            while len(w.copies) > left + 1:
+                for rows, data in w.copies.pop(0):
+                    w.shared.data[rows], w.shared.written[rows] = data, True
+
+        return wait
+    size = int(args[2])
+    if parts[0] != "async" or parts[2:] != ["shared", "global"]:
+        raise KeyError(".".join(parts))
+    if size not in {"cg": (16,), "ca": (4, 8, 16)}[parts[1]]:
+        raise KeyError(f"{size} bytes")
+    to, source = _address(program, args[0], "shared"), _address(program, args[1], "global")
+    taken = _operand(program, args[3], TYPES["u32"]) if len(args) == 4 else None
+
+    def copy(w: Warp, m: Mask) -> None:
+        lanes = np.ones(LANES, np.bool_) if m is None else m
+        there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w.where, read=False)
+        data = np.zeros((len(there), size), np.uint8)
+        full = lanes if taken is None else lanes & (taken(w, m) == size)
+        if full.any():
+            block, at = w.memory("global", source(w, m), full)
+            data[full[lanes]] = block.data[_reach(block, at, size, w.where, read=True)]
+        w.copies[-1].append((there, data))
+
+    return copy
 
 
 def _shuffle(program: Program, parts: list[str], args: list[str]) -> Run:
