@@ -30,6 +30,7 @@ from osmium.ops.values import (
     SharedExpert,
     Step,
 )
+from osmium.quant.noise import Pattern
 
 __all__ = [
     "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Replies", "Rows",
@@ -64,6 +65,9 @@ class Ops(Protocol):
 
         Raises: OutOfMemory.
         """
+
+    def release(self, array: Array) -> None:
+        """Give back what `host` or `mailbox` gave, once all that uses it is done."""
 
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
         """New rows; with `eps` they are normed.  width % 8 == 0.  Raises: OutOfMemory."""
@@ -461,4 +465,23 @@ class Ops(Protocol):
         A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2
         and computes as nobody, at position 0 of a page and slot that are no sequence's.  The step
         has one row a sequence; ids, positions, past, slots and pages of it are written.
+        """
+
+    # -- making weights: while loading -----------------------------------------------------------
+
+    def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
+        """out[e]: from byte `data` the nibbles, from byte `scale` the f16 scales of w[e], with the
+        groups of group_of(K); see quant/int4.py.
+
+        out u8 [E, bytes]    w bf16 [E, N, K]    clips f32 [C]    data, scale, bytes % 16 == 0
+        """
+
+    def quantize_int8(self, out: Array, data: int, scale: int, w: Array) -> None:
+        """The same with bytes and f32 scales; see quant/int8.py.  K % 8 == 0"""
+
+    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+        """Bytes start .. start + nbytes of each row of `out`: words of the stream of `seed`, each
+        by its place in `out`; see quant/noise.py.
+
+        out u8 [E, bytes], in VRAM or host memory    start, nbytes, bytes % 16 == 0
         """

@@ -26,6 +26,7 @@ from osmium.ops.formulas import (
     silu,
     slots_of,
 )
+from osmium.ops.making import ReferenceMaking
 from osmium.ops.sampling import draw
 from osmium.ops.values import (
     Array,
@@ -43,7 +44,7 @@ from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps:
+class ReferenceOps(ReferenceMaking):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, keep: int = 4 << 30) -> None:
@@ -69,6 +70,9 @@ class ReferenceOps:
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return cast(npt.NDArray[Any], array)
+
+    def release(self, array: Array) -> None:
+        pass
 
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
         return Rows(np.empty((tokens, width), np.float32), eps=eps or 0.0)

@@ -96,6 +96,11 @@ class InterpretedArray:
         assert math.prod(shape) == math.prod(self.shape), f"{self.shape} to {shape}"
         return InterpretedArray(self.block, self.ptr, self.offset, shape, self.dtype)
 
+    def view(self, dtype: npt.DTypeLike) -> "InterpretedArray":
+        last = self.shape[-1] * self.dtype.itemsize // np.dtype(dtype).itemsize
+        shape = (*self.shape[:-1], last)
+        return InterpretedArray(self.block, self.ptr, self.offset, shape, dtype)
+
     def numpy(self) -> Values:
         """The bytes as an array; a view."""
         raw = self.block.data[self.offset : self.offset + self.nbytes]
@@ -129,6 +134,9 @@ class InterpretedMachine:
         made = self.empty(shape, dtype)
         self.host_view(made)[...] = 0
         return made
+
+    def release(self, array: InterpretedArray) -> None:
+        array.block.written[:] = False  # whoever still reads it is told
 
     def host_view(self, array: InterpretedArray) -> Values:
         array.touch()
