@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BITS", "Pattern", "bf16", "f16_scales", "f32_scales", "fill", "seed_of"]
+__all__ = ["BITS", "Pattern", "ahead", "bf16", "f16_scales", "f32_scales", "fill", "seed_of"]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WHOLE = (1 << 64) - 1
@@ -64,6 +64,11 @@ def seed_of(name: str) -> int:
     """A stream of its own for every name."""
     z = zlib.crc32(name.encode()) * _GAMMA
     return (z ^ z >> 29) * _GAMMA & _WHOLE
+
+
+def ahead(seed: int, words: int) -> int:
+    """The seed of what a stream is from its word `words` on."""
+    return seed + words * _GAMMA & _WHOLE
 
 
 def fill(words: npt.NDArray[Any], seed: int, first: int, pattern: Pattern) -> None:
