@@ -4,7 +4,7 @@ The one place where the floors meet; what each step does is in its own module.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,18 @@ from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import ExpertArena, ExpertCache, Ops
+from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, open_weights
-from osmium.weights.synthetic import PREFIX
+from osmium.weights import DEMO, Model, open_model, open_weights
+from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
-__all__ = ["Loader", "load", "plan_for"]
+__all__ = ["Loader", "load", "pack", "plan_for"]
 
 
 def load(
@@ -72,10 +72,35 @@ def plan_for(path: str | Path | None = None, device: str = "auto", **options: An
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        return _plan(open_weights(path, config), config, gpu, 0, None)
+        return _plan(open_weights(path, config, None, _packing(gpu)), config, gpu, 0, None)
     finally:
         if gpu is not None:
             gpu.close()
+
+
+def pack(
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """The packed file of what `load` would load, written if it is not there; `synthetic:NAME` too.
+
+    Raises: ConfigError, CheckpointError, DeviceError.
+    """
+    config = _config(device, options)
+    gpu = _gpu(config)
+    try:
+        return open_model(path, config, progress, _packing(gpu)).path
+    finally:
+        if gpu is not None:
+            gpu.close()
+
+
+def _packing(gpu: Gpu | None) -> Ops | None:
+    """What quantises a checkpoint, where there is more to it than NumPy."""
+    return None if gpu is None else GpuOps(gpu)
 
 
 def _config(device: str, options: dict[str, Any]) -> EngineConfig:
@@ -137,7 +162,7 @@ class Loader:
         self.progress = progress
         self.gpu = _gpu(self.options)
         try:
-            self.packed = open_weights(path, self.options, progress)
+            self.packed = open_weights(path, self.options, progress, _packing(self.gpu))
         except BaseException:
             self.close()
             raise
@@ -198,7 +223,9 @@ class Loader:
     def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
-        if self._weights is None:
+        if self._weights is None and isinstance(packed, Synthetic) and self.gpu is not None:
+            self._weights = packed.place(ops)
+        elif self._weights is None:
             self._weights = upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
         store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
         if options.routing is not None:
@@ -224,11 +251,27 @@ class Loader:
             if plan.slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.slots == experts and self._arena is None:
-            slots = fill_slots(ops, record, layers, experts, read, progress)
+            if isinstance(packed, Synthetic):
+                slots = self._made(packed, ops.empty)
+            else:
+                slots = fill_slots(ops, record, layers, experts, read, progress)
             return None, resident_cache(ops, record, slots)
+        elif self._arena is None and isinstance(packed, Synthetic):
+            self._arena = ExpertArena(record, self._made(packed, ops.host))
         elif self._arena is None:
             self._arena = fill_arena(ops, record, layers, experts, read, progress)
         return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
+
+    def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
+        """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
+        layers, experts = made_up.config.layers, made_up.config.experts
+        records = room((layers, experts, made_up.record.nbytes), np.uint8)
+        for layer in range(layers):
+            made_up.fill_records(self.ops, layer, records[layer])
+            self.ops.synchronize()
+            if self.progress:
+                self.progress("experts", layer + 1, layers)
+        return records
 
     def close(self) -> None:
         """Give everything back.  More than once is harmless."""
@@ -258,7 +301,7 @@ def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
     """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
     config = packed.config
     found = read_trace(path, config.experts).ids
-    if str(packed.path).startswith(PREFIX):
+    if packed.fingerprint.startswith(PREFIX):
         found = found[:, : config.layers]  # it may have the first layers only
     if found.shape[1:] != (config.layers, config.top_k):
         raise ConfigError(

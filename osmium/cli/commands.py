@@ -24,10 +24,10 @@ from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError
 from osmium.loader import Loader, load, plan_for
+from osmium.loader import pack as pack_model
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import open_model
 
 __all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
 
@@ -184,8 +184,8 @@ def pack(args: argparse.Namespace) -> None:
     """Quantise once; prints the packed file's path."""
     model, options = engine_options(args)
     with progress_bar() as progress:
-        packed = open_model(model, EngineConfig(**options), progress)
-    print(packed.path)
+        path = pack_model(model, progress=progress, **options)
+    print(path)
 
 
 def doctor(args: argparse.Namespace) -> None:
