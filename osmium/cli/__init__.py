@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _sampling(chat)
     plan = add("plan", "Print the memory plan without loading.")
     plan.add_argument("--json", action="store_true", help="as one JSON line")
-    add("pack", "Quantise a checkpoint into its packed file.")
+    add("pack", "Write a model's packed file, quantised; prints where.")
     perplexity = add("perplexity", "Perplexity of a text; ends with one JSON line.")
     perplexity.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
     perplexity.add_argument("--window", type=int, default=512, help="tokens a window (512)")

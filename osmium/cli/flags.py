@@ -41,7 +41,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder, a packed file or a hub id; the bundled demo model if absent",
+        help="a checkpoint folder, a packed file, a hub id, or synthetic:NAME[:LAYERS], made up in "
+        "the shape of qwen3.5-35b-a3b, -122b-a10b or -397b-a17b; the bundled demo model if absent",
     )
     parser.add_argument("--model-path", metavar="MODEL", help="the same, as a flag")
     flags = parser.add_argument_group("engine")

@@ -1,4 +1,4 @@
-"""From what the user names to a packed file that is open: a folder, a file, a hub id, or nothing.
+"""From what the user names to weights: a folder, a file, a hub id, a made-up model, or nothing.
 
 A checkpoint folder is packed once into the cache folder, by NumPy, or by the kernels of the `ops`
 that are passed along; a later start opens the packed file and reads nothing of the checkpoint but

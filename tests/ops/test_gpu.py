@@ -19,6 +19,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_linear.CASES,
     **cases_attention.CASES,
     **cases_making.CASES,
+    **cases_making.LARGE,
 }
 
 

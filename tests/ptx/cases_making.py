@@ -11,7 +11,7 @@ from osmium.quant.floats import bf16_from_f32
 from osmium.quant.noise import Pattern
 from tests.ops.cases import Arrays, Case
 
-__all__ = ["CASES"]
+__all__ = ["CASES", "LARGE"]
 
 
 def _weights(rng: np.random.Generator, *shape: int) -> Any:
@@ -75,3 +75,11 @@ CASES: dict[str, Callable[[np.random.Generator], Case]] = {
     "noise, f16 scales": _noise(noise.f16_scales(0.004), 2, 96, slice(32, 80)),
     "noise, f32 scales": _noise(noise.f32_scales(0.0002), 2, 96, slice(0, 16)),
 }
+
+LARGE: dict[str, Callable[[np.random.Generator], Case]] = {
+    "quantize int4, 122b": _quantize(4, 3, 2048, 3072),
+    "quantize int4, 122b down": _quantize(4, 3, 3072, 1024),
+    "quantize int8, 122b": _quantize(8, 1, 8209, 3072),
+    "noise, 122b": _noise(noise.BITS, 5, 1188 * 4096, slice(0, 1188 * 4096)),
+}
+"""For a GPU."""
