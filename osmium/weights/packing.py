@@ -12,7 +12,7 @@ import json
 import os
 import zlib
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -233,7 +233,7 @@ def _write_parts(
     done = sum(entry.nbytes for name, entry in entries.items() if name in crcs)
     made = _units(plan, set(crcs))
     with (
-        ThreadPoolExecutor(1, thread_name_prefix="osmium-pack") as writer,
+        ThreadPoolExecutor(2, thread_name_prefix="osmium-pack") as pool,  # one writes, one sums
         contextlib.closing(made),
     ):
         going = None
@@ -242,7 +242,7 @@ def _write_parts(
         for unit in made:
             if going is not None:
                 crcs.update(going.result())
-            going = writer.submit(_write, file, notes, entries, unit)
+            going = pool.submit(_write, file, notes, entries, unit, pool)
             done += sum(entries[name].nbytes for name, _ in unit)
             if progress:
                 progress("packing", done, total)
@@ -251,7 +251,7 @@ def _write_parts(
 
 
 def _write(
-    file: BinaryIO, notes: BinaryIO, entries: dict[str, Entry], unit: Unit
+    file: BinaryIO, notes: BinaryIO, entries: dict[str, Entry], unit: Unit, pool: Executor
 ) -> dict[str, int]:
     """Bytes to the disk, then their names into the journal.  Returns their checksums."""
     fresh: dict[str, int] = {}
@@ -259,8 +259,9 @@ def _write(
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         entry = entries[name]
         assert raw.nbytes == entry.nbytes, f"{name}: {raw.nbytes} bytes, {entry.nbytes} planned"
+        total = pool.submit(zlib.crc32, raw)
         _pwrite(file, raw, entry.offset)
-        fresh[name] = zlib.crc32(raw)
+        fresh[name] = total.result()
     os.fdatasync(file.fileno())
     _note(notes, fresh)
     return fresh
