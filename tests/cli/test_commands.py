@@ -82,6 +82,17 @@ def test_bench_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> No
     assert experts["routed"] == experts["hit"] + experts["fetched"] > 0
 
 
+def test_a_made_up_model_is_packed_and_measured_from_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["pack", *CPU, "--cache-dir", str(tmp_path), "synthetic:tiny:3"]) == 0
+    (path,) = capsys.readouterr().out.splitlines()
+    assert Path(path).parent == tmp_path
+    asked = "--context 1k --depth 64 --tokens 4 --warm-up 4 --repeats 1 --prompt-tokens 16"
+    assert main(["bench", *CPU, *asked.split(), path]) == 0
+    assert last_json(capsys)["model"] == "synthetic-tiny-3"
+
+
 def test_doctor_says_what_it_finds() -> None:
     found = {finding.name for finding in examine()}
     assert {"system", "CUDA bindings", "memory", "swap", "huge pages", "packed models"} <= found
