@@ -52,15 +52,19 @@ def _parser() -> argparse.ArgumentParser:
             add_engine_flags(one, many)
         return one
 
-    add_server_flags(add("serve", "Serve the OpenAI API."))
+    serving = add("serve", "Serve the OpenAI API.")
+    add_server_flags(serving)
+    _timing(serving)
     run = add("run", "Answer one prompt on stdout.")
     run.add_argument("prompt", help="the prompt, or - for stdin")
     run.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     _sampling(run)
     _recording(run)
+    _timing(run)
     chat = add("chat", "Talk on the terminal.")
     chat.add_argument("--system", metavar="TEXT", help="the system message (none)")
     _sampling(chat)
+    _timing(chat)
     plan = add("plan", "Print the memory plan without loading.")
     plan.add_argument("--json", action="store_true", help="as one JSON line")
     add("pack", "Quantise a checkpoint into its packed file.")
@@ -87,6 +91,14 @@ def _recording(parser: argparse.ArgumentParser) -> None:
         "--record-routing",
         metavar="FILE",
         help="write which experts were asked for, an .npz for tools/simulate_cache (slower)",
+    )
+
+
+def _timing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timing",
+        action="store_true",
+        help="a line on stderr for each reply: tok/s, hit rate, MB fetched a token, ms (off)",
     )
 
 

@@ -18,6 +18,7 @@ from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
 from osmium.cli.flags import BENCH, engine_options
 from osmium.cli.progress import progress_bar
+from osmium.cli.timing import tell_timing
 from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
@@ -39,7 +40,10 @@ def _say(text: str) -> None:
 def _engine(args: argparse.Namespace) -> Engine:
     model, options = engine_options(args)
     with progress_bar() as progress:
-        return load(model, progress=progress, **options)
+        engine = load(model, progress=progress, **options)
+    if getattr(args, "timing", False):
+        tell_timing(engine)
+    return engine
 
 
 def _need_tokenizer(engine: Engine) -> Tokenizer:
@@ -157,6 +161,9 @@ def serve(args: argparse.Namespace) -> None:
         except CheckpointError:
             engine.close()
             raise
+        _say(engine.plan.table())
+        if args.timing:
+            tell_timing(engine, while_serving=True)
         return engine
 
     host = ModelHost(loading)
