@@ -20,7 +20,7 @@ from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 
-__all__ = ["moved", "profile", "profile_table"]
+__all__ = ["Launch", "Listing", "milliseconds", "moved", "profile", "profile_table"]
 
 ROUNDS = 7
 
@@ -28,7 +28,7 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...]]
 
 
 @dataclass
-class _List:
+class Listing:
     """A stream that writes down what it is asked to launch."""
 
     launches: list[Launch]
@@ -54,7 +54,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     request.pages = list(range(-(-(depth + 1) // runner.state.page)))
     replay = runner.begin(Batch([(request, 1)])).replay
     noted: list[Launch] = []
-    ops.stream, fork, join = _List(noted), machine.fork, machine.join
+    ops.stream, fork, join = Listing(noted), machine.fork, machine.join
     machine.fork, machine.join = lambda: ops.stream, lambda: None
     main, machine.stream = machine.stream, ops.stream
     try:
@@ -68,10 +68,10 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
             (kernel, grid, values)
         )
     rows = []
-    empty = 1e3 * _milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
+    empty = 1e3 * milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
     for (name, grid, _), launches in kinds.items():
         again = machine.record(lambda launches=launches: _launch(main, launches))
-        us = max(0.5, 1e3 * _milliseconds(machine, again) - empty) / len(launches)
+        us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
         row = {"kernel": name, "grid": list(grid), "launches": len(launches), "us": round(us, 2)}
         row["share_us"] = round(us * len(launches), 1)
         nbytes = moved(launches[0])
@@ -83,7 +83,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
         "depth": depth,
         "nodes": len(noted),
         "sum_ms": round(sum(row["share_us"] for row in rows) / 1e3, 3),
-        "token_ms": round(_milliseconds(machine, replay), 3),
+        "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
     }
 
@@ -119,7 +119,8 @@ def _launch(stream: Any, launches: list[Launch]) -> None:
         stream.launch(kernel, grid, values)
 
 
-def _milliseconds(machine: Any, run: Any) -> float:
+def milliseconds(machine: Any, run: Any) -> float:
+    """The median time of what `run` launches, after one round that does not count."""
     times = []
     for _ in range(ROUNDS + 1):
         start = Event(machine.device).record(machine.stream)

@@ -13,6 +13,8 @@ measured here: fetching records with nothing else running, and a copy inside VRA
 """
 
 import datetime
+import functools
+import math
 import platform
 import statistics
 import threading
@@ -22,6 +24,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
 from osmium.cuda.stream import Event
@@ -29,9 +32,10 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import ConfigError
 from osmium.experts.cache import verify
+from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "link_rate", "measure", "seed_state"]
+__all__ = ["Settings", "fill_noise", "link_rate", "measure", "seed_state"]
 
 SAMPLED_SLOTS = 8
 
@@ -93,22 +97,30 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
 
 def seed_state(engine: Engine) -> None:
     """Seeded random keys, values and recurrent states, in every page and slot."""
-    ops, rng = engine.runner.ops, np.random.default_rng(7)
-    noise = rng.standard_normal(1 << 22, np.float32)
     for array in _arrays(engine.runner.state.layers):
-        dtype, whole = np.dtype(array.dtype), array.reshape(-1)
-        if dtype == np.uint16:
-            some: Any = bf16_from_f32(noise)
-        elif dtype == np.uint8:  # e4m3, none of them NaN
-            some = rng.integers(0, 256, noise.size, np.uint8) & np.uint8(0xBF)
-        elif dtype == np.float16:
-            some = np.full(noise.size, 0.01, np.float16)
-        else:
-            some = noise * np.float32(0.1)
-        size = whole.shape[0]
-        for start in range(0, size, some.size):
-            part = whole[start : min(start + some.size, size)]
-            ops.copy_in(part, some[: part.shape[0]])
+        fill_noise(engine.runner.ops, array)
+
+
+def fill_noise(ops: Ops, array: Any) -> None:
+    """Seeded random numbers of a sane size, whatever an array holds: none is infinite."""
+    size = math.prod(array.shape)
+    some, whole = _noise(np.dtype(array.dtype)), array.reshape(size)
+    for start in range(0, size, len(some)):
+        part = whole[start : min(start + len(some), size)]
+        ops.copy_in(part, some[: part.shape[0]])
+
+
+@functools.cache
+def _noise(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    rng, size = np.random.default_rng(7), 1 << 22
+    if dtype == np.uint8:  # as e4m3, and as halves of an f16, none of them NaN
+        return rng.integers(0, 256, size, np.uint8) & np.uint8(0xBF)
+    if dtype == np.int8:
+        return rng.integers(-127, 128, size, np.int8)
+    if dtype == np.float16:
+        return np.full(size, 0.01, np.float16)
+    noise = rng.standard_normal(size, np.float32)
+    return bf16_from_f32(noise) if dtype == np.uint16 else noise * np.float32(0.1)
 
 
 def _arrays(value: Any) -> Iterator[Any]:

@@ -82,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
     add("doctor", "Say what this machine has and what to fix.", engine=False)
-    add_bench_flags(add("bench", "Measure decode and prefill; ends with one JSON line.", many=True))
+    measured = (
+        "Measure decode and prefill, or (`bench kernels`) each kernel; ends with one JSON line."
+    )
+    add_bench_flags(add("bench", measured, many=True))
     return parser
 
 

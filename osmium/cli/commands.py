@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from osmium.bench.kernels import bench_kernels
 from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
@@ -242,6 +243,9 @@ def bench(args: argparse.Namespace) -> None:
     """Decode and prefill, medians; the table on stderr, one JSON line on stdout."""
     if args.compare:
         print(compare(*(_json_file(path) for path in args.compare)))
+        return
+    if args.model == "kernels":  # a folder of that name is ./kernels
+        print(json.dumps(bench_kernels(args.only, _say)))
         return
     model, options = engine_options(args)
     budgets = options.pop("kv_cache_mb", None) or [None]

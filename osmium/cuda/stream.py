@@ -347,8 +347,9 @@ PIECE = 64 << 20
 """Bytes that are looked at together for where they are: 0.1 ms of VRAM, 3 ms of a link."""
 
 SLOW = 0.25
-"""A piece that is copied at less than this share of VRAM's rate is not in VRAM.  Out of host memory
-2 x 25 GB/s (PCIe 4) beside a slow card's 330 (RTX 3060) is .15, 2 x 50 beside a 5090's 1,500 .07."""
+"""A piece that is copied at less than this share of VRAM's rate is not in VRAM.  Out of host
+memory 2 x 25 GB/s (PCIe 4) beside a slow card's 330 (RTX 3060) is .15, 2 x 50 beside a 5090's 1,500
+is .07."""
 
 
 TIMES = 3
