@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from osmium.bench.about import about
 from osmium.bench.profile import Launch, Listing, milliseconds, moved
 from osmium.bench.speed import fill_noise
 from osmium.config import EngineConfig
@@ -65,8 +66,7 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
                 f"{row['gb_s']:9.1f}{row['share']:7.2f}  {' '.join(row['kernels'])}"
             )
             gc.collect()  # its VRAM, before the next one asks for some
-        about = {"device": device.name, "cuda_driver": device.driver_version, "depth": DEPTH}
-        return {**about, "rates": rates, "rows": rows}
+        return {**about(device.name, device), "depth": DEPTH, "rates": rates, "rows": rows}
     finally:
         machine.close()
 

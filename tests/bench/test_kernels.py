@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osmium.bench import kernels
 from osmium.bench.kernels import MODELS, Cases, bench_kernels
 from osmium.bench.profile import Listing, moved
 from osmium.cli import main
@@ -54,6 +55,16 @@ def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
     if name.startswith("fetch"):
         count = 1 if name == "fetch 1" else 2
         assert nbytes == 2 * count * cases.record.nbytes
+
+
+def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "milliseconds", lambda machine, run: run() or 0.008)
+    ops = GpuOps(InterpretedMachine())
+    row = kernels._time(ops, "router", Cases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
+    assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
+    assert row["kernels"] and row["bytes"] > 9 * 64 * 2
+    assert row["gb_s"] == pytest.approx(row["bytes"] / 2e3, abs=0.06)
+    assert row["share"] == pytest.approx(row["gb_s"], abs=0.06)
 
 
 def test_the_models_are_ones_that_there_are() -> None:
