@@ -9,6 +9,7 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
     mixed      decayed 20 and, on the same scale, a third of decayed 512: who was popular for long
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
+    both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
 """
 
@@ -79,7 +80,8 @@ def _mixed(cache: Cache) -> F64:
 
 
 POLICIES = (
-    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "quotas", "belady",
+    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "quotas", "both",
+    "belady",
 )  # fmt: skip
 
 
@@ -88,15 +90,15 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     if policy == "static":
         return _static(trace, slots, skip)
     each, worth, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
-    if policy == "quotas":
+    if policy in ("quotas", "both"):
         each = _quotas(trace, slots)
+    if policy in ("mixed", "both"):
+        worth, half_life = _mixed, 20
     elif policy == "popular":
         worth, half_life = _popular, 16
-    elif policy == "mixed":
-        worth, half_life = _mixed, 20
     elif policy in ("lru", "belady"):
         worth = _lru if policy == "lru" else _belady
-    else:
+    elif policy != "quotas":
         half_life = float(policy.removeprefix("decayed "))
         worth = _decayed(half_life)
     return float(simulate(trace, each, worth, half_life, skip).mean())

@@ -360,7 +360,7 @@ def spilled(machine: Machine) -> int:
     """Bytes of the pool that the driver keeps in host memory, by timing a copy of each piece of it.
 
     Some drivers (Windows and WSL2) give more than the card has rather than refuse.  Contents stay;
-    to be called while there is still VRAM for one piece, and after `memory_gb_s` is known.
+    to be called after `memory_gb_s` is known.  0 where there is not a piece more to look with.
     """
     device, stream = machine.device, machine.stream
     pieces = [
@@ -371,7 +371,10 @@ def spilled(machine: Machine) -> int:
     ]
     if not pieces or not machine.memory_gb_s:
         return 0
-    scratch = Pool(device).empty((PIECE,), np.uint8)
+    try:
+        scratch = Pool(device).empty((PIECE,), np.uint8)
+    except OutOfMemory:
+        return 0
     stream.fill(scratch, 0)  # wake it up
     suspects = pieces
     for _ in range(TIMES):  # whoever was slow is asked again: it may have been the host that was

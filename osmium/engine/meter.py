@@ -65,7 +65,10 @@ class Took:
 
     def line(self) -> str:
         """One line for people."""
-        link = f", link {self.link_share:.2f}" if self.link_share else ""
+        link = ""
+        if self.link_share:
+            least = 1e3 * self.link_share * self.decode_s / max(1, self.said)
+            link = f", link {self.link_share:.2f} (fetching {least:.1f} ms a token at least)"
         return (
             f"{self.tokens_per_s:.1f} tok/s, hit {self.hit_rate:.3f}, {self.mb_per_token:.1f} "
             f"MB/token{link}; waited {1e3 * self.waited_s:.0f} ms, prefill "

@@ -67,6 +67,16 @@ def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPa
     assert row["share"] == pytest.approx(row["gb_s"], abs=0.06)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) -> None:
+    cases = Cases(gpu, "qwen3.5-35b-a3b:4", tokens, room=1 << 20)
+    row = kernels._time(gpu, name, cases, {"VRAM": 1.0, "link": 1.0})
+    assert row["us"] > 0 and row["sets"] >= 4 and row["kernels"]
+    assert (row["bytes"] > 0) == (name != "place")
+
+
 def test_the_models_are_ones_that_there_are() -> None:
     for model in MODELS:
         main(["plan", f"synthetic:{model}", "--device", "cpu", "--ram", "1T"])

@@ -77,6 +77,12 @@ def test_a_reply_is_told_with_its_stages(bench: Any) -> None:
         assert word in took.line()
 
 
+def test_a_share_of_the_link_comes_with_the_time_that_fetching_takes() -> None:
+    took = Took(0.0, 0.1, 2.0, 10, 200, 0.85, 272.0, 0.5)
+    assert "100.0 tok/s, hit 0.850, 272.0 MB/token, link 0.50 (fetching 5.0 ms" in took.line()
+    assert "link" not in replace(took, link_share=0.0).line()
+
+
 def test_who_cannot_be_told_stops_nobody(bench: Any) -> None:
     def broken(took: Took) -> None:
         raise BrokenPipeError
