@@ -84,8 +84,7 @@ class Engine:
         self.when_stopped: Callable[[], None] | None = None
         """Called on the engine's thread once it serves no more."""
         self._lock = threading.Lock()
-        link = 0.0 if plan is None else plan.link_gb_s
-        self.meter = Meter(self._scheduler, runner.store, link)
+        self.meter = Meter(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
         self._thread.start()
 

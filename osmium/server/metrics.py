@@ -53,7 +53,7 @@ class _Collected(Collector):
         if engine is None:
             return
         meter = engine.meter
-        if meter.every is None:
+        if meter.every is None or meter.every > EVERY_S:
             meter.every = EVERY_S
         yield from _requests(meter)
         yield from _experts(meter)
