@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from osmium.bench.about import about
-from osmium.bench.profile import Launch, Listing, milliseconds, moved
+from osmium.bench.profile import moved, timed
 from osmium.bench.speed import fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
@@ -73,23 +73,10 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
 
 def _time(ops: GpuOps, name: str, cases: "Cases", rates: dict[str, float]) -> dict[str, Any]:
     calls = cases.make(name)
-    listing: list[Launch] = []
-
-    def run() -> None:
-        for call in calls:
-            call()
-
-    stream, ops.stream = ops.stream, Listing(listing)
-    try:
-        run()
-    finally:
-        ops.stream = stream
-    run()  # launched before it is recorded: modules are loaded at first use
-    ops.synchronize()
-    us = 1e3 * milliseconds(ops.machine, ops.record(run)) / len(calls)
-    nbytes = sum(map(moved, listing)) / len(calls) + cases.uncounted(name)
+    us, listing = timed(ops, calls)
     fetched = name.startswith("fetch")
-    nbytes = nbytes / 2 if fetched else nbytes  # the contract counts both ends
+    nbytes = sum(map(moved, listing)) / len(calls) + cases.uncounted(name)
+    nbytes /= 2 if fetched else 1  # the contract counts both ends
     rate, most = nbytes / us / 1e3, rates["link" if fetched else "VRAM"]
     return {
         "op": name, "kernels": list(dict.fromkeys(kernel.name for kernel, _, _ in listing)),
@@ -108,8 +95,7 @@ class Cases:
         opened = open_synthetic(f"synthetic:{model}", EngineConfig(attention_quant="int4"))
         self.parts, self.config, self.record = opened.parts, opened.config, opened.record
         self.ops, self.tokens, self.room, self.depth = ops, tokens, room, depth
-        self.kv_dtype = "bf16"
-        self.rng = np.random.default_rng(3)
+        self.kv_dtype, self.rng = "bf16", np.random.default_rng(3)
         self.each = tokens * self.config.top_k
         """Pairs of a token and an expert."""
         self.work = w = make_workspace(ops, self.config, tokens)
@@ -124,10 +110,9 @@ class Cases:
     @staticmethod
     def names(only: str | None = None) -> list[str]:
         """Of all operations, or those that hold `only`.  Raises: ConfigError where none does."""
-        found = [name for name in MAKERS if only is None or only in name]
-        if not found:
-            raise ConfigError(f"--only is {only!r}; operations are {', '.join(MAKERS)}.")
-        return found
+        if found := [name for name in MAKERS if only is None or only in name]:
+            return found
+        raise ConfigError(f"--only is {only!r}; operations are {', '.join(MAKERS)}.")
 
     def make(self, name: str) -> Calls:
         """A call on each set of inputs."""
@@ -151,7 +136,7 @@ class Cases:
         self.ops.settle(rows)
         return rows
 
-    def _integers(self, values: Any, dtype: Any = np.int32) -> Any:
+    def _i32(self, values: Any, dtype: Any = np.int32) -> Any:
         return self.ops.put(np.array(values, dtype))
 
     def _sets(self, nbytes: int) -> range:
@@ -173,26 +158,25 @@ class Cases:
     def _step(self, slots: Any, pages: Any) -> Step:
         """One token a sequence, the last of the context."""
         t, at = np.arange(self.tokens), np.full(self.tokens, self.depth - 1)
-        i32 = self._integers
+        i32 = self._i32
         return Step(
             tokens=self.tokens, sequences=self.tokens, page=PAGE, ids=i32(t), positions=i32(at),
             sequence=i32(t), starts=i32(np.arange(self.tokens + 1)), past=i32(at), slots=i32(slots),
             pages=i32(pages),
         )  # fmt: skip
 
-    def _linear(self, name: str) -> Calls:
-        sets = self._matrices(name)
-        out = self.ops.empty((self.tokens, sets[0].rows), np.float32)
-        return [partial(self.ops.linear, out, self.work.h, m) for m in sets]
-
-    def _linear_norm(self, name: str, rows: str) -> Calls:
-        w, a = self.work, getattr(self.work, rows)
-        sets = self._matrices(name)
-        return [partial(self.ops.linear_norm, w.x, a, m, w.h, self.norm) for m in sets]
+    def _linear(self, name: str, rows: str = "") -> Calls:
+        """Of the token's `rows` and onto x, or of h."""
+        w, sets, ops = self.work, self._matrices(name), self.ops
+        if rows:
+            a = getattr(w, rows)
+            return [partial(ops.linear_norm, w.x, a, m, w.h, self.norm) for m in sets]
+        out = ops.empty((self.tokens, sets[0].rows), np.float32)
+        return [partial(ops.linear, out, w.h, m) for m in sets]
 
     def _router(self) -> Calls:
-        w, counters = self.work, self._integers([0] * 4, np.int64)
-        at, to = self._integers([0] * self.tokens), (w.ids, w.weights, w.scores, w.h)
+        w, counters = self.work, self._i32([0] * 4, np.int64)
+        at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.scores, w.h)
         more = (self.config.experts, counters, w.arrived, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
 
@@ -221,9 +205,8 @@ class Cases:
         pages = len(sets) * self.tokens * each
         one = replace(config, mixers=("attention",))
         state: Any = make_state(ops, one, pages, PAGE, 1, self.kv_dtype).layers[0]
-        k, v = state.k_pages, state.v_pages
-        fill_noise(ops, k)
-        fill_noise(ops, v)
+        for array in ((k := state.k_pages), (v := state.v_pages)):
+            fill_noise(ops, array)
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, each)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
         if rope:
@@ -235,7 +218,7 @@ class Cases:
 
     def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> values.ExpertCache:
         """Nobody is in it; its slots are noise."""
-        ops, i32, shape = self.ops, self._integers, (layers, experts)
+        ops, i32, shape = self.ops, self._i32, (layers, experts)
         return values.ExpertCache(
             record=self.record, experts=experts, capacity=capacity, half_life=24.0,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
@@ -245,7 +228,7 @@ class Cases:
         )  # fmt: skip
 
     def _plan(self, experts: Any, slots: Any, fetch: int) -> values.ExpertPlan:
-        i32, ones = self._integers, np.ones(len(experts))
+        i32, ones = self._i32, np.ones(len(experts))
         return values.ExpertPlan(
             count=i32([len(experts)]), expert=i32(experts), slot=i32(slots),
             fetch=i32(fetch * ones), uses=i32(ones),
@@ -256,7 +239,7 @@ class Cases:
         """Experts of a step, none of them twice."""
         shape, every = (self.tokens, self.config.top_k), self.config.experts
         chosen = (self.rng.permutation(every)[: self.each] for _ in range(sets))
-        return [self._integers(ids.reshape(shape), np.uint16) for ids in chosen]
+        return [self._i32(ids.reshape(shape), np.uint16) for ids in chosen]
 
     def _place(self) -> Calls:
         layers, experts = self.config.layers, self.config.experts
@@ -300,7 +283,7 @@ class Cases:
         ]  # fmt: skip
 
     def _sample(self) -> Calls:
-        ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab, 8, self._integers
+        ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab, 8, self._i32
         replies = values.Replies(
             ring=ring, nobody=0, nowhere=0,
             settings=ops.put(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows, 1))),
@@ -316,10 +299,10 @@ class Cases:
 MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "conv_gates": ("_conv_gates",),
     "delta_step_gated": ("_delta_step",),
-    "linear_norm delta_out": ("_linear_norm", "delta_out", "read"),
+    "linear_norm delta_out": ("_linear", "delta_out", "read"),
     "linear qgkv": ("_linear", "qgkv"), "rope_append": ("_attention", True),
     "gated_attention": ("_attention", False),
-    "linear_norm attention_out": ("_linear_norm", "attention_out", "attended"),
+    "linear_norm attention_out": ("_linear", "attention_out", "attended"),
     "router": ("_router",), "place": ("_place",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),
     "expert_down": ("_experts", False), "linear head": ("_linear", "head"), "sample": ("_sample",),

@@ -8,6 +8,7 @@ begin early, is not in the sum; the token's own time, measured in the same run, 
 """
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 
-__all__ = ["Launch", "Listing", "milliseconds", "moved", "profile", "profile_table"]
+__all__ = ["Launch", "Listing", "milliseconds", "moved", "profile", "profile_table", "timed"]
 
 ROUNDS = 7
 
@@ -130,6 +131,24 @@ def milliseconds(machine: Any, run: Any) -> float:
         start.close()
         end.close()
     return statistics.median(times[1:])
+
+
+def timed(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
+    """Microseconds of each of some calls of operations, as one graph, and what they launch."""
+    listing: list[Launch] = []
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    stream, ops.stream = ops.stream, Listing(listing)
+    try:
+        run()
+    finally:
+        ops.stream = stream
+    run()  # launched before it is recorded: modules are loaded at first use
+    ops.synchronize()
+    return 1e3 * milliseconds(ops.machine, ops.record(run)) / len(calls), listing
 
 
 def moved(launch: Launch) -> int:

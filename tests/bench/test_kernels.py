@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.bench import kernels
+from osmium.bench import kernels, profile
 from osmium.bench.kernels import MODELS, Cases, bench_kernels
 from osmium.bench.profile import Listing, moved
 from osmium.cli import main
@@ -58,7 +58,7 @@ def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
 
 
 def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "milliseconds", lambda machine, run: run() or 0.008)
+    monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
     ops = GpuOps(InterpretedMachine())
     row = kernels._time(ops, "router", Cases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
