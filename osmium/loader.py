@@ -3,6 +3,7 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+import gc
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -16,13 +17,13 @@ from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rate, memory_rate
+from osmium.cuda.stream import copy_rate, memory_rate, spilled
 from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, NoDevice
+from osmium.errors import ConfigError, NoDevice, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.routing import read_trace
@@ -42,6 +43,9 @@ from osmium.weights.synthetic import PREFIX, Synthetic
 LOG = logging.getLogger("osmium.loader")
 
 __all__ = ["Loader", "load", "pack", "plan_for"]
+
+SPILL_TRIES = 3
+"""How often memory is allocated with fewer and fewer slots before it is given up."""
 
 
 def load(
@@ -121,16 +125,16 @@ def _gpu(config: EngineConfig) -> Gpu | None:
         if config.device == "gpu":
             raise
         return None
-    if config.wc_alloc:
-        return Gpu(device, "write-combined")
-    kinds: list[HostKind] = ["registered-huge", "pinned"]
-    if config.wc_alloc is None:
-        kinds.append("write-combined")
+    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
+    if config.wc_alloc is not None:
+        kinds = ["write-combined"] if config.wc_alloc else kinds[:2]
     rates = {kind: copy_rate(device, kind) for kind in kinds}
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    return Gpu(device, best)
+    gpu = Gpu(device, best)
+    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
+    return gpu
 
 
 def _plan(
@@ -140,7 +144,8 @@ def _plan(
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
     available += 0 if gpu is None or arena is None else arena.records.nbytes
-    machine = Machine(gpu is not None, free + held, total, available, ram)
+    rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
+    machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
     weights = [(name, part.nbytes) for name, part in packed.parts.items()]
     return make_plan(packed.config, packed.record, weights, config, machine)
 
@@ -171,8 +176,8 @@ class Loader:
         self._arena: ExpertArena | None = None
 
     def memory_rate(self) -> float:
-        """GB/s of VRAM, read and written; 0 without a GPU.  To be asked before the first engine."""
-        return 0.0 if self.gpu is None else memory_rate(self.gpu.device)
+        """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
+        return 0.0 if self.gpu is None else self.gpu.memory_gb_s
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -189,8 +194,7 @@ class Loader:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
         plan = _plan(self.packed, options, gpu, held, self._arena)
-        runner = self._runner(plan, options)
-        self.ops.synchronize()
+        plan, runner = self._allocate(plan, options)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
@@ -216,9 +220,39 @@ class Loader:
             plan=plan,
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
+        if gpu is not None:
+            engine.meter.vram_of = gpu.device.memory
         floor = options.ram_floor or default_floor(available_ram()[1])
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
+
+    def _allocate(self, plan: Plan, options: EngineConfig) -> tuple[Plan, Runner]:
+        """By the plan; again with fewer slots, and another plan, while the driver keeps some of
+        it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
+        for _ in range(SPILL_TRIES):
+            runner = self._runner(plan, options)
+            self.ops.synchronize()
+            if self.gpu is None:
+                return plan, runner
+            there = spilled(self.gpu)
+            if not there:
+                return plan, runner
+            slots = plan.fewer_slots(there)
+            LOG.warning(
+                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
+                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
+                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.slots,
+            )  # fmt: skip
+            del runner
+            gc.collect()  # its VRAM, before some is asked for again
+            held = self.gpu.pool.used
+            fewer = replace(options, slots=slots)
+            plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
+        raise OutOfMemory(
+            f"The driver keeps a part of VRAM in host memory even with {plan.slots} expert slots a "
+            "layer. Close what else uses the GPU, or lower --vram."
+        )
 
     def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
         """Allocate by the plan, in its order, and fill."""

@@ -114,6 +114,10 @@ class Pool:
         """Bytes handed out."""
         return sum(nbytes for nbytes, _ in self._held.values())
 
+    def blocks(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what is handed out."""
+        return [(ptr, nbytes) for ptr, (nbytes, _) in self._held.items()]
+
     @contextlib.contextmanager
     def label(self, what: str) -> Iterator[None]:
         """What is allocated inside is for `what`, which OutOfMemory names."""

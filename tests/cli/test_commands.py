@@ -33,6 +33,25 @@ def test_run_prints_the_answer_and_nothing_else(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "Paris.\n"
 
 
+def test_timing_is_one_line_on_stderr_for_each_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--raw", "--temperature", "0", "--max-tokens", "6", "--slots", "8"]
+    assert main(["run", *CPU, *short, "--timing", "The Congress"]) == 0
+    said = capsys.readouterr()
+    (line,) = [x for x in said.err.splitlines() if x.startswith("osmium: reply: ")]
+    for word in ("tok/s", "hit 0.", "MB/token", "prefill", "decode", "(5 tokens)"):
+        assert word in line
+    assert "osmium" not in said.out
+
+
+def test_a_chat_is_timed_reply_by_reply(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(["Hello", "Again", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
+    assert main(["chat", *CPU, "--no-think", "--max-tokens", "3", "--timing"]) == 0
+    assert capsys.readouterr().err.count("osmium: reply: ") == 2
+
+
 def test_the_same_seed_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for _ in range(2):
