@@ -64,9 +64,9 @@ _E4M3 = _e4m3()
 def e4m3_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """Rows with a scale each: x = e4m3 * scale.  f32 [..., d] -> u8 [..., d], f16 [...].
 
-    scale = max |x| / 448, as an f16, but at least 2^-14, its smallest normal: rows of zeros, and of
-    values so small that the scale would lose bits, are right to 2^-24.  At most 65504: beyond
-    448 times that values are cut off.  A row that is not finite has NaN as its scale.
+    scale = max |x| / 448, as an f16, but at least 2^-14, its smallest normal: a smaller one would
+    lose bits, or be 0.  So a value is right to a 16th, or to 2^-24, or to max |x| / 2^18.  At most
+    65504: beyond 448 times that values are cut off.  A row that is not finite has NaN as its scale.
     """
     largest = np.abs(x).max(axis=-1)
     scale = np.clip(largest / np.float32(448), np.float32(2**-14), np.float32(65504))
