@@ -4,7 +4,7 @@ uint16; an e4m3 has a sign, four bits of exponent, biased by 7, and three of man
 Micikevicius et al. 2022, arXiv:2209.05433: e4m3 has no infinity, and its largest is 448.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -44,7 +44,7 @@ def e4m3_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
 
 def f32_from_e4m3(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     """Exact.  u8 [...] -> f32 [...]."""
-    return _E4M3[x]
+    return cast(npt.NDArray[np.float32], _E4M3[x])
 
 
 def _e4m3() -> npt.NDArray[np.float32]:
@@ -55,7 +55,8 @@ def _e4m3() -> npt.NDArray[np.float32]:
         exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, np.maximum(exponent, 1) - 10)
     )
     value[every & 0x7F == 0x7F] = np.nan
-    return np.where(every & 0x80, -value, value).astype(np.float32)
+    made = np.where(every & 0x80, -value, value).astype(np.float32)
+    return cast(npt.NDArray[np.float32], made)
 
 
 _E4M3 = _e4m3()
