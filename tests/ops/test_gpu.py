@@ -18,6 +18,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{f"{name}, 122b": sized(name, DECODE) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
+    **cases_attention.LONG,
 }
 
 

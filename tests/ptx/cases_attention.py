@@ -188,3 +188,12 @@ CASES: dict[str, Make] = {
     "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
     "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
 }
+
+LONG: dict[str, Make] = {
+    "shared context 256, long": shared(256, 32, 2, 64, 128, (50_000,)),
+    "shared context fp8 256, long": shared(256, 32, 2, 64, 128, (100_000,), "fp8"),
+    "shared context fp8 256, eight": shared(
+        256, 16, 2, 64, 128, tuple(range(0, 24_000, 3_000)), "fp8"
+    ),
+}
+"""What only a GPU does in good time: as many blocks as it runs at once, rings that turn often."""
