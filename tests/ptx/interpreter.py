@@ -533,12 +533,13 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "xor": np.bitwise_xor, "not": np.invert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "shl": _shift(True), "shr": _shift(False),
-    "ex2": _approx(np.exp2), "rcp": _approx(np.reciprocal), "sqrt": _approx(np.sqrt),
-    "rsqrt": _approx(lambda a: 1 / np.sqrt(a)), "sin": _approx(np.sin), "cos": _approx(np.cos),
+    "ex2": _approx(np.exp2), "lg2": _approx(np.log2), "rcp": _approx(np.reciprocal),
+    "sqrt": _approx(np.sqrt), "rsqrt": _approx(lambda a: 1 / np.sqrt(a)),
+    "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "rcp": 1,
-         "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "lg2": 1,
+         "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
 MODIFIERS = {"rn", "approx", "lo", "pred"}
