@@ -20,13 +20,13 @@ import numpy as np
 
 from osmium.bench.about import about
 from osmium.bench.profile import moved, timed
-from osmium.bench.speed import fill_noise
+from osmium.bench.speed import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
 from osmium.cuda.stream import Machine, copy_rate, memory_rate
 from osmium.errors import ConfigError, NoDevice
 from osmium.models.attention import rotary_frequencies
-from osmium.models.state import make_state
+from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
 from osmium.ops import Linear, Ops, Rows, Step, values
 from osmium.ops.gpu import GpuOps
@@ -95,7 +95,7 @@ class Cases:
         opened = open_synthetic(f"synthetic:{model}", EngineConfig(attention_quant="int4"))
         self.parts, self.config, self.record = opened.parts, opened.config, opened.record
         self.ops, self.tokens, self.room, self.depth = ops, tokens, room, depth
-        self.kv_dtype, self.rng = "bf16", np.random.default_rng(3)
+        self.kv_dtype, self.rng = "fp8_e4m3", np.random.default_rng(3)
         self.each = tokens * self.config.top_k
         """Pairs of a token and an expert."""
         self.work = w = make_workspace(ops, self.config, tokens)
@@ -121,10 +121,12 @@ class Cases:
 
     def uncounted(self, name: str) -> float:
         """Bytes that one call moves and no contract counts."""
-        config, width = self.config, {"bf16": 2, "f32": 4}[self.kv_dtype]
-        token = 2 * config.kv_heads * config.head_dim * width
-        counts = {"gated_attention": token * self.depth, "sample": 4 * config.vocab}
+        counts = {"gated_attention": self._kept() * self.depth, "sample": 4 * self.config.vocab}
         return float(self.tokens * counts.get(name, 0))
+
+    def _kept(self) -> int:
+        """Bytes that an attention layer keeps of a token."""
+        return state_bytes(replace(self.config, mixers=("attention",)), 1, 1, 1, self.kv_dtype)
 
     def _noise(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = self.ops.empty(shape, dtype)
@@ -201,19 +203,19 @@ class Cases:
 
     def _attention(self, rope: bool) -> Calls:
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)
-        sets = self._sets(4 * config.kv_heads * config.head_dim * self.depth * self.tokens)
+        sets = self._sets(self._kept() * self.depth * self.tokens)
         pages = len(sets) * self.tokens * each
         one = replace(config, mixers=("attention",))
-        state: Any = make_state(ops, one, pages, PAGE, 1, self.kv_dtype).layers[0]
-        for array in ((k := state.k_pages), (v := state.v_pages)):
+        kv: Any = make_state(ops, one, pages, PAGE, 1, self.kv_dtype).layers[0]
+        for array in arrays(kv):
             fill_noise(ops, array)
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, each)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
         if rope:
             norms = self._noise((2, config.head_dim), np.float32)
             more = (w.qgkv, norms, ops.put(rotary_frequencies(config)))
-            return [partial(ops.rope_append, w.q, k, v, *more, s, config.eps) for s in steps]
-        read, scale = (w.attended, w.q, k, v, w.qgkv), config.head_dim**-0.5
+            return [partial(ops.rope_append, w.q, kv, *more, s, config.eps) for s in steps]
+        read, scale = (w.attended, w.q, kv, w.qgkv), config.head_dim**-0.5
         return [partial(ops.gated_attention, *read, s, scale, w.partial) for s in steps]
 
     def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> values.ExpertCache:

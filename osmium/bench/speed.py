@@ -38,7 +38,7 @@ from osmium.experts.cache import verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "fill_noise", "link_rate", "measure", "seed_state"]
+__all__ = ["Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
 
 
 SAMPLED_SLOTS = 8
@@ -100,7 +100,7 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
 
 def seed_state(engine: Engine) -> None:
     """Seeded random keys, values and recurrent states, in every page and slot."""
-    for array in _arrays(engine.runner.state.layers):
+    for array in arrays(engine.runner.state.layers):
         fill_noise(engine.runner.ops, array)
 
 
@@ -126,14 +126,14 @@ def _noise(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return bf16_from_f32(noise) if dtype == np.uint16 else noise * np.float32(0.1)
 
 
-def _arrays(value: Any) -> Iterator[Any]:
+def arrays(value: Any) -> Iterator[Any]:
     """Every array in a tree of dataclasses and tuples."""
     if is_dataclass(value):
         for field in fields(value):
-            yield from _arrays(getattr(value, field.name))
+            yield from arrays(getattr(value, field.name))
     elif isinstance(value, tuple):
         for one in value:
-            yield from _arrays(one)
+            yield from arrays(one)
     elif hasattr(value, "nbytes"):
         yield value
 
@@ -324,13 +324,13 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         array.nbytes / pages * depth
         for layer, mixer in zip(state.layers, config.mixers, strict=True)
         if mixer == "attention"
-        for array in _arrays(layer)
+        for array in arrays(layer)
     )
     recurrent = sum(
         2 * array.nbytes / state.slots
         for layer, mixer in zip(state.layers, config.mixers, strict=True)
         if mixer != "attention"
-        for array in _arrays(layer)
+        for array in arrays(layer)
     )
     experts = config.layers * config.top_k * cache.record.nbytes
     return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))

@@ -58,7 +58,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
     add("--attention-quant", choices=matrix, help="format of attention and delta-net (bf16)")
     add("--shared-expert-quant", choices=("auto", *matrix), help="shared expert (auto: int8)")
     add("--lm-head-quant", choices=("auto", *matrix), help="format of the head (auto: int8)")
-    add("--kv-dtype", choices=("auto", "f32", "bf16"), help="KV (auto: GPU bf16, CPU f32)")
+    kept = ("auto", "fp8_e4m3", "bf16", "f32")
+    add("--kv-dtype", choices=kept, help="KV (auto: GPU fp8_e4m3, CPU f32; f32 is for CPUs)")
     add(
         "--kv-cache-mb",
         type=_integers if many else int,

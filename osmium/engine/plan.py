@@ -153,8 +153,8 @@ def make_plan(
             f"--context is {context}; the model was made for {config.max_context} tokens at most."
         )
     kv_dtype = _kv_dtype(options, machine.gpu)
-    if machine.gpu and kv_dtype != "bf16":
-        raise ConfigError(f"--kv-dtype is {kv_dtype}; on the GPU this version keeps KV in bf16.")
+    if machine.gpu and kv_dtype == "f32":
+        raise ConfigError("--kv-dtype is f32; the GPU keeps KV in fp8_e4m3 or bf16.")
     rows = min(options.chunk, context)
     sequences = min(4, rows) if options.sequences is None else options.sequences
     if sequences > rows:
@@ -245,7 +245,7 @@ def tokens_held(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
 
 
 def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
-    return ("bf16" if gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
+    return ("fp8_e4m3" if gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
 
 
 def _capped(slots: int, config: ModelConfig) -> int:

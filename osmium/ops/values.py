@@ -14,7 +14,7 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Replies", "Rows",
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Replies", "Rows",
     "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
@@ -86,6 +86,23 @@ class SharedExpert:
     """[D, Is]."""
     column: int
     """Column of the router's scores that, through a sigmoid, is its weight."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """The keys and values of one attention layer, in pages that sequences share out.
+
+    f32, bf16, or e4m3 (u8; quant/floats.py): then row [page, token, head] is e4m3 times its scale.
+    """
+
+    k: Array
+    """[pages, page, G, d], after norm and rotation."""
+    v: Array
+    """[pages, page, G, d]."""
+    k_scales: Array | None = None
+    """f16 [pages, page, G]; None unless e4m3."""
+    v_scales: Array | None = None
+    """f16 [pages, page, G]."""
 
 
 @dataclass(frozen=True)

@@ -170,7 +170,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"slots": 3}, {"sequences": 7, "page": 5}, {"chunk": 128}, {"kv_dtype": "bf16"}],
+    [
+        {},
+        {"slots": 3},
+        {"sequences": 7, "page": 5},
+        {"chunk": 128},
+        {"kv_dtype": "bf16"},
+        {"kv_dtype": "fp8_e4m3"},
+    ],
 )
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_what_is_allocated_is_what_was_planned(

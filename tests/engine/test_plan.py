@@ -88,9 +88,9 @@ def test_a_model_that_fits_needs_no_arena() -> None:
 def test_pages_hold_a_context_and_more_where_asked() -> None:
     made = plan(context=10_000, page=64)
     assert (made.pages, made.table_pages) == (157, 157)
-    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "bf16")
+    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
     more = plan(context=10_000, page=64, kv_cache_mb=2048)
-    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "bf16")
+    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
     assert more.table_pages == 157
 
 
@@ -111,7 +111,15 @@ def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
 def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
     made = plan(LAPTOP)
     assert (made.device, made.vram, made.kv_dtype) == ("cpu", {}, "f32")
-    assert plan().kv_dtype == "bf16"
+    assert plan().kv_dtype == "fp8_e4m3"
+
+
+def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
+    sizes = {kind: plan(kv_dtype=kind).vram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    dim = MODEL.head_dim
+    assert sizes["bf16"] * (dim + 2) == sizes["fp8_e4m3"] * 2 * dim
+    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    assert laptop == sizes
 
 
 def test_a_plan_can_be_read_by_people_and_by_programs() -> None:

@@ -20,6 +20,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_attention.CASES,
     **cases_making.CASES,
     **cases_making.LARGE,
+    **cases_attention.LONG,
 }
 
 

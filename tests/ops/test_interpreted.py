@@ -36,6 +36,8 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         "norm",
         "router",
         "attention",
+        "shared context 96, across tiles",
+        "shared context fp8 256, short rows",
         "delta_chunk",
         "linear int4",
         "gated rule 64x96",
