@@ -12,7 +12,8 @@ from pathlib import Path
 from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.weights.checkpoint import Checkpoint, Formats
-from osmium.weights.packed import FILES, Packed, locked, open_packed, write_packed
+from osmium.weights.packed import FILES, Packed, open_packed
+from osmium.weights.packing import locked, write_packed
 from osmium.weights.shards import INDEX, Shards, open_shards, read_json
 from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
 
