@@ -3,9 +3,13 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+import contextlib
 import logging
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, NoDevice
-from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.arena import Begin, fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
@@ -37,7 +41,7 @@ from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
 from osmium.weights import DEMO, Model, open_weights
-from osmium.weights.synthetic import PREFIX
+from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
@@ -217,23 +221,47 @@ class Loader:
         """The experts in host memory, unless VRAM holds them all, and the cache of them."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
         layers, experts = config.layers, config.experts
-        read, progress = packed.read_records, self.progress
+        progress = self.progress
         if self.gpu is None:
             if self._arena is None:
                 self._arena = share_arena(record, packed.all_records())
             if plan.slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.slots == experts and self._arena is None:
-            slots = fill_slots(ops, record, layers, experts, read, progress)
+            with self._reading() as begin:
+                slots = fill_slots(ops, record, layers, experts, begin, progress)
             return None, resident_cache(ops, record, slots)
         elif self._arena is None:
-            self._arena = fill_arena(ops, record, layers, experts, read, progress)
+            with self._reading() as begin:
+                self._arena = fill_arena(ops, record, layers, experts, begin, progress)
         return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Begin]:
+        """How experts get into host memory.  Raises: CheckpointError."""
+        packed = self.packed
+        if isinstance(packed, Synthetic):
+            yield partial(_make_records, packed)
+            return
+        slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
+        with packed.reading(write_only=slow) as reading:
+            yield reading.records
 
     def close(self) -> None:
         """Give everything back.  More than once is harmless."""
         if self.gpu is not None:
             self.gpu.close()
+
+
+def _make_records(
+    packed: Synthetic, layer: int, first: int, out: npt.NDArray[np.uint8]
+) -> Callable[[], None]:
+    """Experts of a made-up model, made at once."""
+    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        records = pool.map(partial(packed.one_record, layer), range(first, first + len(out)))
+        for at, record in enumerate(records):
+            out[at] = record
+    return lambda: None
 
 
 class _Tensors(Mapping[str, Any]):

@@ -256,6 +256,10 @@ class Machine:
         self.host_view(array)[...] = 0
         return array
 
+    def release(self, array: DeviceArray) -> None:
+        """Give back what `host` or `mailbox` gave; views of it must not be used any more."""
+        self._buffers.pop(array.ptr).close()
+
     def host_view(self, array: DeviceArray) -> npt.NDArray[Any]:
         """The host's view of what `host` gave."""
         return self._buffers[array.ptr].array(array.shape, array.dtype)

@@ -65,6 +65,9 @@ class Ops(Protocol):
         Raises: OutOfMemory.
         """
 
+    def release(self, array: Array) -> None:
+        """Give back what `host` or `mailbox` gave, once all that uses it is done."""
+
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
         """New rows; with `eps` they are normed.  width % 8 == 0.  Raises: OutOfMemory."""
 

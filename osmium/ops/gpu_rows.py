@@ -54,6 +54,9 @@ class GpuRows:
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return self.machine.host_view(array)
 
+    def release(self, array: Array) -> None:
+        self.machine.release(array)
+
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
         return Rows(
             self.empty((tokens, width), np.float32),

@@ -70,6 +70,9 @@ class ReferenceOps:
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return cast(npt.NDArray[Any], array)
 
+    def release(self, array: Array) -> None:
+        pass
+
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
         return Rows(np.empty((tokens, width), np.float32), eps=eps or 0.0)
 

@@ -130,6 +130,9 @@ class InterpretedMachine:
         self.host_view(made)[...] = 0
         return made
 
+    def release(self, array: InterpretedArray) -> None:
+        array.block.written[:] = False  # whoever still reads it is told
+
     def host_view(self, array: InterpretedArray) -> Values:
         array.touch()
         return array.numpy()
