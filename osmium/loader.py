@@ -26,7 +26,7 @@ from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_h
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, NoDevice
+from osmium.errors import ConfigError, DeviceError, NoDevice
 from osmium.experts.arena import Begin, fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.routing import read_trace
@@ -34,13 +34,13 @@ from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import ExpertArena, ExpertCache, Ops
+from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, open_weights
+from osmium.weights import DEMO, Model, Packed, Reading, open_weights
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
@@ -203,7 +203,7 @@ class Loader:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
-            self._weights = upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+            self._weights = self._upload()
         store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
         if options.routing is not None:
             store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
@@ -216,6 +216,24 @@ class Loader:
         if self.gpu is not None:
             runner.prepare()
         return runner
+
+    def _upload(self) -> dict[str, Any]:
+        """Everything but the experts, to where kernels reach it fast."""
+        ops, packed = self.ops, self.packed
+        if self.gpu is None or isinstance(packed, Synthetic):
+            return upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+        slow = self.gpu.host_kind == "write-combined"
+        layer = packed.config.experts * packed.record.nbytes
+        room = ops.host((min(layer, sum(map(packed.room_for, packed.parts))),), np.uint8)
+        # An embedding is copied by the host, which must not read it where that is slow.
+        mapped = {"embed"} if slow else set()
+        try:
+            with packed.reading(slow) as reading:
+                return upload(ops, _Read(ops, packed, reading, room, mapped), embed_on_host=True)
+        finally:
+            with contextlib.suppress(DeviceError):
+                ops.synchronize()
+            ops.release(room)
 
     def _experts(self, plan: Plan) -> tuple[ExpertArena | None, ExpertCache]:
         """The experts in host memory, unless VRAM holds them all, and the cache of them."""
@@ -280,6 +298,39 @@ class _Tensors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._packed.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed.parts  # Mapping's own would read it
+
+
+class _Read(_Tensors):
+    """The same of a packed file, each read past the page cache into page-locked memory of one
+    layer's size, out of which it is uploaded while the next is read.  What is larger is mapped."""
+
+    def __init__(
+        self, ops: Ops, packed: Packed, reading: Reading, room: Array, mapped: set[str]
+    ) -> None:
+        super().__init__(packed)
+        self._ops, self._file, self._reading = ops, packed, reading
+        self._room = np.asarray(ops.host_view(room), np.uint8)
+        large = {name for name in packed.parts if packed.room_for(name) > self._room.nbytes}
+        self._mapped, self._used = mapped | large, 0
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._mapped or name not in self._file.parts:
+            return super().__getitem__(name)
+        size = self._file.room_for(name)
+        if self._used + size > self._room.nbytes:
+            self._ops.synchronize()  # what is there has been uploaded
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        return self._reading.tensor(name, self._room[start : self._used])
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._file.names():
+            yield name
+            if name in self._mapped:
+                self._file.forget(name)  # it has been copied
 
 
 def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:

@@ -146,6 +146,11 @@ class Packed:
         """Where an array lies."""
         return self._entries[name]
 
+    def room_for(self, name: str) -> int:
+        """Bytes that Reading.tensor takes."""
+        sizes = [self._entries[f"{name}.{kind}"].nbytes for kind in self.parts[name].arrays]
+        return sum(-(-size // PAGE) * PAGE for size in sizes)
+
     def forget(self, name: str) -> None:
         """A tensor has been copied: its mapped pages need not stay in memory.  They come back if
         they are read again."""
@@ -241,8 +246,7 @@ class Reading:
         return wait
 
     def tensor(self, name: str, room: npt.NDArray[np.uint8]) -> Linear | npt.NDArray[Any]:
-        """`Packed.tensor`, read into the first `room_for(name)` bytes of `room`, u8, in whole
-        pages.  Raises: CheckpointError."""
+        """`Packed.tensor`, read into the first `Packed.room_for` bytes of `room`, u8.  Raises: CheckpointError."""
         used = 0
 
         def array(kind: str) -> npt.NDArray[Any]:
@@ -254,12 +258,6 @@ class Reading:
             return out[: entry.nbytes].view(entry.dtype).reshape(entry.shape)
 
         return self._packed.assembled(name, array)
-
-    def room_for(self, name: str) -> int:
-        """Bytes of memory that a tensor is read into."""
-        kinds = self._packed.parts[name].arrays
-        sizes = [self._packed.entry(f"{name}.{kind}").nbytes for kind in kinds]
-        return sum(-(-size // PAGE) * PAGE for size in sizes)
 
 
 def _entry(e: dict[str, Any]) -> Entry:
