@@ -246,7 +246,10 @@ class Reading:
         return wait
 
     def tensor(self, name: str, room: npt.NDArray[np.uint8]) -> Linear | npt.NDArray[Any]:
-        """`Packed.tensor`, read into the first `Packed.room_for` bytes of `room`, u8.  Raises: CheckpointError."""
+        """`Packed.tensor`, read into the first `Packed.room_for` bytes of `room`.
+
+        Raises: CheckpointError.
+        """
         used = 0
 
         def array(kind: str) -> npt.NDArray[Any]:
