@@ -4,6 +4,7 @@ The one place where the floors meet; what each step does is in its own module.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +30,7 @@ from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, NoDevice
 from osmium.experts.arena import Begin, fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.heat import keep_heat, read_heat, restore
 from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
@@ -40,7 +42,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, Packed, Reading, open_weights
+from osmium.weights import DEMO, Model, Packed, Reading, cache_folder, open_weights
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
@@ -173,10 +175,14 @@ class Loader:
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
+        engines: list[Engine] = []
+        keep = self._warm(runner, options) if last else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
+            if keep is not None and any(_in_order(engine) for engine in engines):
+                keep()
             if last:
                 self.close()
 
@@ -195,6 +201,7 @@ class Loader:
             plan=plan,
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
+        engines.append(engine)
         floor = options.ram_floor or default_floor(available_ram()[1])
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
@@ -216,6 +223,23 @@ class Loader:
         if self.gpu is not None:
             runner.prepare()
         return runner
+
+    def _warm(self, runner: Runner, options: EngineConfig) -> Callable[[], None] | None:
+        """Fill the slots with what was hot when this model was last closed; what comes back keeps
+        what is hot then.  None where nothing is kept: of made-up models and of the demo, where
+        every expert is resident, and with --no-hcs."""
+        packed, store = self.packed, runner.store
+        if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
+            return None
+        if store.arena is None or not options.hcs or packed.path == DEMO:
+            return None
+        short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
+        path = cache_folder(options) / f"{short}.heat"
+        heat = read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+        if heat is not None:
+            count = restore(self.ops, store.cache, store.arena, heat)
+            LOG.info("%d experts that were hot before are in their slots", count)
+        return partial(keep_heat, path, packed.fingerprint, self.ops, store.cache)
 
     def _upload(self) -> dict[str, Any]:
         """Everything but the experts, to where kernels reach it fast."""
@@ -269,6 +293,11 @@ class Loader:
         """Give everything back.  More than once is harmless."""
         if self.gpu is not None:
             self.gpu.close()
+
+
+def _in_order(engine: Engine) -> bool:
+    """Whether it was closed, or stopped with a reason, and did not fail."""
+    return engine.failure is None or engine.failure.__cause__ is None
 
 
 def _make_records(

@@ -4,7 +4,7 @@ import errno
 import gc
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,11 @@ import pytest
 from osmium import loader
 from osmium.config import EngineConfig
 from osmium.cuda.memory import HostKind
-from osmium.errors import CheckpointError, ConfigError, OutOfMemory
-from osmium.experts.cache import verify
+from osmium.engine.engine import Engine
+from osmium.engine.request import SamplingParams
+from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
+from osmium.experts.cache import resident, verify
+from osmium.experts.heat import heat_of
 from osmium.ops import Linear
 from osmium.weights import Packed, open_model, open_packed
 from tests.engine.fake_gpu import FakeGpu
@@ -244,4 +247,157 @@ def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
         loader.load(packed.path, "gpu", **options(packed.path, **{**more, "ram": need - 1}))
     assert gpu.asked == 0, "nothing was allocated"
     loader.load(packed.path, "gpu", **options(packed.path, **{**more, "ram": need})).close()
+    assert not gpu.held
+
+
+# -- heat, from one start to the next --------------------------------------------------------------
+
+
+def warm(packed: Packed, folder: Path, **more: Any) -> Engine:
+    settings = {"slots": 6, "cache_dir": str(folder), **more}
+    return loader.load(packed.path, "cpu", **options(packed.path, **settings))
+
+
+def talk(engine: Engine, seed: int = 1) -> list[int]:
+    ids = np.random.default_rng(seed).integers(0, CASE.vocab, 20).tolist()
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+    return [token.id for token in engine.generate(ids, params)]
+
+
+def residents(engine: Engine) -> npt.NDArray[np.bool_]:
+    return engine.call(lambda: resident(engine.runner.ops, engine.runner.store.cache))
+
+
+def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
+    heat = engine.call(lambda: heat_of(engine.runner.ops, engine.runner.store.cache))
+    out = np.zeros_like(heat.resident)
+    for layer, row in enumerate(out):
+        row[heat.hottest(layer, slots)] = True
+    return out
+
+
+def kept(folder: Path) -> list[Path]:
+    return [*folder.glob("*.heat*")]
+
+
+@pytest.mark.parametrize("stop", [Engine.close, lambda one: one.stop("Host memory is down.")])
+def test_a_second_start_begins_with_what_was_hot(
+    packed: Packed, tmp_path: Path, stop: Callable[[Engine], None]
+) -> None:
+    first = warm(packed, tmp_path)
+    assert not residents(first).any()
+    said = talk(first)
+    hot, cold = hottest(first, 6), first.status()["experts"]
+    stop(first)
+    first.close()
+    (file,) = kept(tmp_path)
+    second = warm(packed, tmp_path)
+    cache = second.runner.store.cache
+    assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
+    assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
+    assert second.status()["experts"] == {"routed": 0, "hit": 0, "fetched": 0, "copied": 0}
+    assert talk(second) == said, "where experts are changes no token"
+    again = second.status()["experts"]
+    assert again["routed"] == cold["routed"] == again["hit"] + again["fetched"]
+    assert again["hit"] > cold["hit"]
+    assert verify(second.runner.ops, cache, records(packed), 1000, 0) > 0
+    second.close()
+    assert kept(tmp_path) == [file], "the same file, and no temporary one"
+
+
+def test_another_number_of_slots_takes_the_hottest(packed: Packed, tmp_path: Path) -> None:
+    first = warm(packed, tmp_path, slots=12)
+    talk(first)
+    wanted = {slots: hottest(first, slots) for slots in (4, 15)}
+    first.close()
+    for slots in (4, 15):
+        second = warm(packed, tmp_path, slots=slots)
+        assert np.array_equal(residents(second), wanted[slots])
+        second.close()
+
+
+def test_heat_that_is_damaged_is_left_aside(
+    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = warm(packed, tmp_path)
+    talk(first)
+    first.close()
+    (file,) = kept(tmp_path)
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    second = warm(packed, tmp_path)
+    assert file.name in caplog.text and "damaged" in caplog.text
+    assert not residents(second).any()
+    talk(second)
+    second.close()
+    third = warm(packed, tmp_path)
+    assert residents(third).any(), "written anew"
+    third.close()
+
+
+@pytest.mark.parametrize("more", [{"hcs": False}, {"slots": None}, {"slots": 16}])
+def test_where_nothing_is_cached_nothing_is_kept(
+    packed: Packed, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    engine = warm(packed, tmp_path, **more)
+    talk(engine)
+    engine.close()
+    assert not kept(tmp_path)
+
+
+def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
+    packed: Packed, tmp_path: Path
+) -> None:
+    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "slots": 4}
+    made_up = loader.load("synthetic:tiny", "cpu", **where)
+    list(made_up.generate([1, 2, 3], SamplingParams(max_tokens=3)))
+    made_up.close()
+    made = loader.Loader(packed.path, "cpu", **where)
+    engine = made.engine()
+    talk(engine)
+    engine.close()
+    made.close()
+    assert not kept(tmp_path)
+
+
+def test_an_engine_that_fails_keeps_nothing(packed: Packed, tmp_path: Path) -> None:
+    engine = warm(packed, tmp_path)
+    talk(engine)
+
+    def fail() -> None:
+        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
+
+    with pytest.raises(CudaError):
+        engine.call(fail)
+    engine.close()
+    assert engine.failure is not None
+    assert not kept(tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be_written_fails_no_close(
+    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = warm(packed, tmp_path / "file")
+    talk(engine)
+    (tmp_path / "file").write_text("")
+    engine.close()
+    assert engine.failure is None and "heat is not kept" in caplog.text
+
+
+def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = warm(packed, tmp_path)
+    talk(first)
+    hot = hottest(first, 6)
+    first.close()
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    settings = options(packed.path, slots=6, cache_dir=str(tmp_path))
+    engine = loader.load(packed.path, "gpu", **settings)
+    cache = engine.runner.store.cache
+    assert np.array_equal(residents(engine), hot)
+    assert verify(engine.runner.ops, cache, records(packed), 1000, 0) == residents(engine).sum()
+    engine.close()
     assert not gpu.held
