@@ -3,10 +3,13 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+import contextlib
 import gc
+import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +26,10 @@ from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_h
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, NoDevice, OutOfMemory
+from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.heat import keep_heat, read_heat, restore
 from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
@@ -37,7 +41,15 @@ from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, open_model, open_weights
+from osmium.weights import (
+    DEMO,
+    Model,
+    Packed,
+    Reading,
+    cache_folder,
+    open_model,
+    open_weights,
+)
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
@@ -198,10 +210,14 @@ class Loader:
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
+        engines: list[Engine] = []
+        keep = self._warm(runner, options) if last else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
+            if keep is not None and any(_in_order(engine) for engine in engines):
+                keep()
             if last:
                 self.close()
 
@@ -220,6 +236,7 @@ class Loader:
             plan=plan,
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
+        engines.append(engine)
         if gpu is not None:
             engine.meter.vram_of = gpu.device.memory
         floor = options.ram_floor or default_floor(available_ram()[1])
@@ -257,10 +274,8 @@ class Loader:
     def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
-        if self._weights is None and isinstance(packed, Synthetic) and self.gpu is not None:
-            self._weights = packed.place(ops)
-        elif self._weights is None:
-            self._weights = upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+        if self._weights is None:
+            self._weights = self._upload()
         store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
         if options.routing is not None:
             store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
@@ -274,11 +289,48 @@ class Loader:
             runner.prepare()
         return runner
 
+    def _warm(self, runner: Runner, options: EngineConfig) -> Callable[[], None] | None:
+        """Fill the slots with what was hot when this model was last closed; what comes back keeps
+        what is hot then.  None where nothing is kept: of made-up models and of the demo, where
+        every expert is resident, and with --no-hcs."""
+        packed, store = self.packed, runner.store
+        if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
+            return None
+        if store.arena is None or not options.hcs or packed.path == DEMO:
+            return None
+        short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
+        path = cache_folder(options) / f"{short}.heat"
+        heat = read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+        if heat is not None:
+            count = restore(self.ops, store.cache, store.arena, heat)
+            LOG.info("%d experts that were hot before are in their slots", count)
+        return partial(keep_heat, path, packed.fingerprint, self.ops, store.cache)
+
+    def _upload(self) -> dict[str, Any]:
+        """Everything but the experts, to where kernels reach it fast."""
+        ops, packed = self.ops, self.packed
+        if self.gpu is None:
+            return upload(ops, _Tensors(packed), embed_on_host=False)
+        if isinstance(packed, Synthetic):
+            return packed.place(ops)
+        slow = self.gpu.host_kind == "write-combined"
+        layer = packed.config.experts * packed.record.nbytes
+        room = ops.host((min(layer, sum(map(packed.room_for, packed.parts))),), np.uint8)
+        # An embedding is copied by the host, which must not read it where that is slow.
+        mapped = {"embed"} if slow else set()
+        try:
+            with self._reading() as reading:
+                return upload(ops, _Read(ops, packed, reading, room, mapped), embed_on_host=True)
+        finally:
+            with contextlib.suppress(DeviceError):
+                ops.synchronize()
+            ops.release(room)
+
     def _experts(self, plan: Plan) -> tuple[ExpertArena | None, ExpertCache]:
         """The experts in host memory, unless VRAM holds them all, and the cache of them."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
         layers, experts = config.layers, config.experts
-        read, progress = packed.read_records, self.progress
+        progress = self.progress
         if self.gpu is None:
             if self._arena is None:
                 self._arena = share_arena(record, packed.all_records())
@@ -288,12 +340,14 @@ class Loader:
             if isinstance(packed, Synthetic):
                 slots = self._made(packed, ops.empty)
             else:
-                slots = fill_slots(ops, record, layers, experts, read, progress)
+                with self._reading() as reading:
+                    slots = fill_slots(ops, record, layers, experts, reading.records, progress)
             return None, resident_cache(ops, record, slots)
         elif self._arena is None and isinstance(packed, Synthetic):
             self._arena = ExpertArena(record, self._made(packed, ops.host))
         elif self._arena is None:
-            self._arena = fill_arena(ops, record, layers, experts, read, progress)
+            with self._reading() as reading:
+                self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
         return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
@@ -307,10 +361,21 @@ class Loader:
                 self.progress("experts", layer + 1, layers)
         return records
 
+    def _reading(self) -> Reading:
+        """How parts of a packed file get into host memory.  Raises: CheckpointError."""
+        assert isinstance(self.packed, Packed), "what is made up is not read"
+        slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
+        return self.packed.reading(write_only=slow)
+
     def close(self) -> None:
         """Give everything back.  More than once is harmless."""
         if self.gpu is not None:
             self.gpu.close()
+
+
+def _in_order(engine: Engine) -> bool:
+    """Whether it was closed, or stopped with a reason, and did not fail."""
+    return engine.failure is None or engine.failure.__cause__ is None
 
 
 class _Tensors(Mapping[str, Any]):
@@ -329,6 +394,39 @@ class _Tensors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._packed.names())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed.parts  # Mapping's own would read it
+
+
+class _Read(_Tensors):
+    """The same of a packed file, each read past the page cache into page-locked memory of one
+    layer's size, out of which it is uploaded while the next is read.  What is larger is mapped."""
+
+    def __init__(
+        self, ops: Ops, packed: Packed, reading: Reading, room: Array, mapped: set[str]
+    ) -> None:
+        super().__init__(packed)
+        self._ops, self._file, self._reading = ops, packed, reading
+        self._room = np.asarray(ops.host_view(room), np.uint8)
+        large = {name for name in packed.parts if packed.room_for(name) > self._room.nbytes}
+        self._mapped, self._used = mapped | large, 0
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._mapped or name not in self._file.parts:
+            return super().__getitem__(name)
+        size = self._file.room_for(name)
+        if self._used + size > self._room.nbytes:
+            self._ops.synchronize()  # what is there has been uploaded
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        return self._reading.tensor(name, self._room[start : self._used])
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._file.names():
+            yield name
+            if name in self._mapped:
+                self._file.forget(name)  # it has been copied
 
 
 def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:

@@ -16,15 +16,15 @@ from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
-from osmium.weights.packed import FILES, Packed, open_packed
+from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
 from osmium.weights.shards import INDEX, Shards, open_shards, read_json
 from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
 
 __all__ = [
-    "DEMO", "Model", "Packed", "cache_folder", "open_model", "open_packed", "open_weights",
-    "resolve",
+    "DEMO", "Model", "Packed", "Reading", "cache_folder", "open_model", "open_packed",
+    "open_weights", "resolve",
 ]  # fmt: skip
 
 Model = Packed | Synthetic

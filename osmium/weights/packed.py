@@ -11,8 +11,10 @@ that the packed file stands alone.
 """
 
 import json
+import mmap
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +25,11 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.errors import CheckpointError
 from osmium.ops import Linear
-from osmium.quant.record import Record
+from osmium.quant.record import PAGE, Record
 from osmium.weights.checkpoint import Formats, Part, inventory
+from osmium.weights.reading import Reader, joined_crc
 
-__all__ = ["FILES", "Packed", "open_packed"]
+__all__ = ["FILES", "Packed", "Reading", "open_packed"]
 
 MAGIC = b"OSMIUM\0\1"
 VERSION = 1
@@ -52,7 +55,7 @@ class Entry:
 
 
 class Packed:
-    """An open packed file, mapped."""
+    """An open packed file, mapped; `reading` reads it into memory of its own."""
 
     def __init__(self, path: Path, header: dict[str, Any]) -> None:
         self.path = path
@@ -62,7 +65,9 @@ class Packed:
         self.formats = Formats(**header["formats"])
         self._entries = {e["name"]: _entry(e) for e in header["parts"]}
         self._crcs = {e["name"]: int(e["crc"], 16) for e in header["parts"]}
-        self._map = np.memmap(path, np.uint8, mode="r")
+        with open(path, "rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._map = np.frombuffer(self._pages, np.uint8)
         self._checked: set[str] = set()
         config, generation = (self.json(name) for name in FILES[:2])
         if config is None:
@@ -97,11 +102,17 @@ class Packed:
 
     def tensor(self, name: str) -> Linear | npt.NDArray[Any]:
         """A Linear, or an array: f32, or bf16 for the embedding.  Raises: CheckpointError."""
+        return self.assembled(name, self._array)
+
+    def assembled(
+        self, name: str, array: Callable[[str], npt.NDArray[Any]]
+    ) -> Linear | npt.NDArray[Any]:
+        """`tensor`, of the arrays `name.data` and `name.scale` that `array` gives."""
         part = self.parts[name]
-        data = self._array(f"{name}.data")
+        data = array(f"{name}.data")
         if not part.matrix:
             return data
-        scale = self._array(f"{name}.scale") if "scale" in part.arrays else None
+        scale = array(f"{name}.scale") if "scale" in part.arrays else None
         rows, columns = part.shape
         group = columns // scale.shape[1] if scale is not None and scale.ndim == 2 else 0
         assert part.format != "f32", "matrices are bf16, int8 or int4"
@@ -121,24 +132,34 @@ class Packed:
         return self._map[first.offset : end].reshape(shape)
 
     def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
-        """Read a layer's experts straight into u8 [E, nbytes]; any thread may call this.
+        """Read a layer's experts into u8 [E, nbytes].  Raises: CheckpointError where the bytes are
+        not those that were written."""
+        with self.reading() as reading:
+            reading.records(layer, 0, out)()
 
-        Raises: CheckpointError where the bytes are not those that were written.
-        """
-        entry = self._entries[f"experts.{layer}"]
-        assert out.nbytes == entry.nbytes, f"{entry.nbytes} bytes into {out.nbytes}"
-        view, done, crc = out.reshape(-1).data, 0, 0
+    def reading(self, write_only: bool = False) -> "Reading":
+        """To read experts and tensors past the map; `with write_only` into memory that is slow to
+        read back.  Raises: CheckpointError."""
+        return Reading(self, write_only)
+
+    def entry(self, name: str) -> Entry:
+        """Where an array lies."""
+        return self._entries[name]
+
+    def room_for(self, name: str) -> int:
+        """Bytes that Reading.tensor takes."""
+        sizes = [self._entries[f"{name}.{kind}"].nbytes for kind in self.parts[name].arrays]
+        return sum(-(-size // PAGE) * PAGE for size in sizes)
+
+    def forget(self, name: str) -> None:
+        """A tensor has been copied: its mapped pages need not stay in memory.  They come back if
+        they are read again."""
         with open(self.path, "rb", buffering=0) as file:
-            while done < entry.nbytes:
-                piece = view[done : done + (64 << 20)]
-                got = os.preadv(file.fileno(), [piece], entry.offset + done)
-                if not got:
-                    raise CheckpointError(f"{self.path} ends inside {entry.name}.")
-                # Read back from the map, not from `out`: write-combined memory is slow to read.
-                at = entry.offset + done
-                crc = zlib.crc32(self._map[at : at + got].data, crc)
-                done += got
-        self._hold(entry.name, crc)
+            for kind in self.parts[name].arrays:
+                entry = self._entries[f"{name}.{kind}"]
+                length = -(-entry.nbytes // PAGE) * PAGE
+                self._pages.madvise(mmap.MADV_DONTNEED, entry.offset, length)
+                os.posix_fadvise(file.fileno(), entry.offset, length, os.POSIX_FADV_DONTNEED)
 
     def file(self, name: str) -> bytes | None:
         """A small file of the checkpoint, or None.  Raises: CheckpointError."""
@@ -162,19 +183,84 @@ class Packed:
             self._array(name)
 
     def _array(self, name: str) -> npt.NDArray[Any]:
+        """An array, mapped.  Its bytes are summed first, by reads, which many threads can do at
+        once and which end in an error, not a signal, where the file has been cut."""
         entry = self._entries[name]
-        raw = self._map[entry.offset : entry.offset + entry.nbytes]
         if name not in self._checked:
-            self._hold(name, zlib.crc32(raw.data))
-        return np.asarray(raw).view(entry.dtype).reshape(entry.shape)
+            with Reader(self.path) as reader:
+                self.hold(name, reader.checksum(entry.offset, entry.nbytes))
+        raw = self._map[entry.offset : entry.offset + entry.nbytes]
+        return raw.view(entry.dtype).reshape(entry.shape)
 
-    def _hold(self, name: str, crc: int) -> None:
+    def hold(self, name: str, crc: int) -> None:
+        """Hold a part to its checksum.  Raises: CheckpointError."""
         if crc != self._crcs[name]:
             raise CheckpointError(
                 f"{self.path}: {name} has checksum {crc:08x}, {self._crcs[name]:08x} was written. "
                 "The file is damaged; delete it and pack again."
             )
         self._checked.add(name)
+
+
+class Reading:
+    """A packed file on its way into memory that stays; see reading.Reader for how.
+
+    What it reads is held to its checksums: a layer's experts when the last of them are there.
+    """
+
+    def __init__(self, packed: Packed, write_only: bool) -> None:
+        self._packed = packed
+        self._reader = Reader(packed.path, write_only)
+        self._sums: dict[str, dict[int, tuple[int, int]]] = {}
+        """Of layers that are there in part: crc32 and length by offset."""
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._reader.close()
+
+    @property
+    def way(self) -> str | None:
+        """How bytes get to where they stay: direct, bounced or cached; None before any do."""
+        return self._reader.way
+
+    def records(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
+        """Begin to read the experts of a layer from number `first` on into u8 [n, nbytes].  What
+        comes back waits for them, and raises CheckpointError."""
+        entry = self._packed.entry(f"experts.{layer}")
+        start = first * out.shape[1]
+        assert out.shape[1:] == entry.shape[1:], f"records of {out.shape[1:]} bytes"
+        assert start + out.nbytes <= entry.nbytes, f"{len(out)} experts from {first} on"
+        finish = self._reader.begin(out.reshape(-1), entry.offset + start)
+
+        def wait() -> None:
+            sums = self._sums.setdefault(entry.name, {})
+            sums[start] = finish(), out.nbytes
+            if sum(length for _, length in sums.values()) == entry.nbytes:
+                total = 0
+                for _, (crc, length) in sorted(self._sums.pop(entry.name).items()):
+                    total = joined_crc(total, crc, length)
+                self._packed.hold(entry.name, total)
+
+        return wait
+
+    def tensor(self, name: str, room: npt.NDArray[np.uint8]) -> Linear | npt.NDArray[Any]:
+        """`Packed.tensor`, read into the first `Packed.room_for` bytes of `room`.
+
+        Raises: CheckpointError.
+        """
+        used = 0
+
+        def array(kind: str) -> npt.NDArray[Any]:
+            nonlocal used
+            entry = self._packed.entry(kind)
+            out = room[used : used + -(-entry.nbytes // PAGE) * PAGE]
+            used += out.nbytes
+            self._packed.hold(kind, self._reader.begin(out, entry.offset, entry.nbytes)())
+            return out[: entry.nbytes].view(entry.dtype).reshape(entry.shape)
+
+        return self._packed.assembled(name, array)
 
 
 def _entry(e: dict[str, Any]) -> Entry:

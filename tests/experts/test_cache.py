@@ -1,5 +1,6 @@
 """The arena, the hot cache and the store, on NumPy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -198,16 +199,20 @@ def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Gene
     source = records(rng)
     seen: list[tuple[str, int, int]] = []
 
-    def read(layer: int, out: npt.NDArray[Any]) -> None:
-        out[...] = source[layer]
+    def begin(layer: int, first: int, out: npt.NDArray[Any]) -> Callable[[], None]:
+        def wait() -> None:
+            out[...] = source[layer, first : first + len(out)]
+
+        out[...] = 0xAA  # what is there before it has been waited for
+        return wait
 
     def progress(stage: str, done: int, total: int) -> None:
         seen.append((stage, done, total))
 
-    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, read, progress)
+    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, begin, progress)
     assert np.array_equal(arena.records, source)
     assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
-    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, read, None)
+    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, begin, None)
     assert np.array_equal(slots, source)
 
 
