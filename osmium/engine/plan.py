@@ -167,8 +167,8 @@ def make_plan(
         # a page and a slot more than are given out: rows of a step that have ended write there
         "KV": state_bytes(config, pages + 1, options.page, 0, kv_dtype),
         "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
-        "workspace": workspace_bytes(config, rows)
-        + store_bytes(rows, experts, experts, config.top_k, config.expert_size)
+        "workspace": workspace_bytes(config, rows, machine.gpu)
+        + store_bytes(rows, experts, experts, config.top_k, config.expert_size, machine.gpu)
         + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
     }
     arena = layers * experts * record.nbytes

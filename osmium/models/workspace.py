@@ -83,11 +83,11 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     )
 
 
-def workspace_bytes(config: ModelConfig, rows: int) -> int:
-    """Bytes that make_workspace asks for."""
+def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
+    """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
-    split = sum(rows_bytes(1, width, eps is not None) for width, eps in _rows(config).values())
-    return rows * (wide + split) + 4 * math.prod(_partial(config)) + 4
+    read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
+    return rows * (wide + read) + 4 * math.prod(_partial(config)) + 4
 
 
 def _partial(config: ModelConfig) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class ReferenceOps(ReferenceMaking):
         pass
 
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
-        return Rows(np.empty((tokens, width), np.float32), eps=eps or 0.0)
+        return Rows(self.empty((tokens, width), np.float32), eps=eps or 0.0)
 
     def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
         assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"

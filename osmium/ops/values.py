@@ -71,9 +71,10 @@ class Rows:
         )
 
 
-def rows_bytes(tokens: int, width: int, normed: bool) -> int:
-    """Bytes of Rows on a GPU; on the CPU it is half of that."""
-    return tokens * (8 * width + (width // 2 if normed else 0))
+def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
+    """Bytes of Rows on a backend."""
+    halves = 4 * width + (width // 2 if normed else 0)
+    return tokens * (4 * width + (halves if gpu else 0))
 
 
 @dataclass(frozen=True)

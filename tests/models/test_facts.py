@@ -11,7 +11,7 @@ from osmium.models import model_class
 from osmium.models.state import make_state, state_bytes
 from osmium.models.weights import upload
 from osmium.models.workspace import make_workspace, workspace_bytes
-from osmium.ops import Array, Linear, Rows, Step
+from osmium.ops import Array, Linear, Ops, Rows, Step
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
@@ -189,15 +189,17 @@ def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
         assert ops.rules == {rule}, parts
 
 
-def test_the_bytes_planned_are_the_bytes_allocated() -> None:
-    ops, config = GpuOps(InterpretedMachine()), runner(MIXED).config
+@pytest.mark.parametrize("gpu", [True, False])
+def test_the_bytes_planned_are_the_bytes_allocated(gpu: bool) -> None:
+    config = runner(MIXED).config
+    ops: Ops = GpuOps(InterpretedMachine()) if gpu else ReferenceOps()
     work = make_workspace(ops, config, 17)
     made = [
         vars(value).values() if isinstance(value, Rows) else [value]
         for value in vars(work).values()
     ]
     arrays = [array for some in made for array in some if hasattr(array, "nbytes")]
-    assert workspace_bytes(config, 17) == sum(array.nbytes for array in arrays)
+    assert workspace_bytes(config, 17, gpu) == sum(array.nbytes for array in arrays)
     for kind in ("f32", "bf16", "fp8_e4m3"):
         state = make_state(ops, config, 5, 16, 3, kind)
         made = sum(
