@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from osmium.ops import ExpertCache
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.floats import f32_from_bf16
 from osmium.quant.record import Record
@@ -72,23 +73,46 @@ def test_linear_is_the_sum_of_products(name: str, rng: np.random.Generator) -> N
     assert close(out["out"], a["x"].astype(np.float64) @ w.T, "f32")
 
 
+class Keeping(ReferenceOps):
+    """Keeps the record of the experts that it is asked for."""
+
+    asked: Record
+
+    def expert_up(self, *arguments: Any) -> None:
+        (cache,) = (one for one in arguments if isinstance(one, ExpertCache))
+        self.asked = cache.record
+        super().expert_up(*arguments)
+
+
+def norm(x: F64, w: F64) -> F64:
+    made: F64 = x / np.sqrt((x * x).mean(axis=1, keepdims=True) + 1e-6) * (1 + w)
+    return made
+
+
+def gated(x: F64, up: F64, down: F64) -> F64:
+    g, u = np.split(x @ up.T, 2, axis=-1)
+    made: F64 = (g / (1 + np.exp(-g)) * u) @ down.T
+    return made
+
+
 @of("_expert")
 def test_experts_are_summed_by_weight(name: str, rng: np.random.Generator) -> None:
-    case, out = case_and_outputs(name, rng)
-    a = case.arrays
-    bits = {"bf16": 16, "int8": 8, "int4": 4}[name.split("_")[0]]
-    record = Record(bits, a["x"].shape[1], a["inner"].shape[2])
+    case, ops = CASES[name](rng), Keeping()
+    out, a = run(case, ops), case.arrays
+    h = norm(a["x"].astype(np.float64), a["norm"])
+    form = "bf16" if a["shared_up"].dtype == np.uint16 else "int8"
+    own = [matrix(form, a[key], a.get(f"{key}_scale")) for key in ("shared_up", "shared_down")]
     gate = 1 / (1 + np.exp(-a["scores"][:, 3:4].astype(np.float64)))
-    want = a["out"] + gate * a["shared"]
+    want = a["out"] + gate * gated(h, *own)
     for t, chosen in enumerate(a["chosen"]):
         for expert, weight in zip(chosen, a["weights"][t], strict=True):
-            up, down = halves(record, a["slots"][0, a["slot_of"][0, expert]])
-            g, u = np.split(up @ a["x"][t].astype(np.float64), 2)
-            want[t] += weight * (down @ (g / (1 + np.exp(-g)) * u))
+            record = halves(ops.asked, a["slots"][0, a["slot_of"][0, expert]])
+            want[t] += weight * gated(h[t], *record)
     assert close(out["out"], want, "f32")
+    assert close(out["next"], norm(want, a["norm"]), "f32")
 
 
-@of("route")
+@of("route ")
 def test_route_takes_the_largest_probabilities(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     logits = case.arrays["logits"]
