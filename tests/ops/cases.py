@@ -388,7 +388,8 @@ def conv_gates(rng: np.random.Generator, size: Size) -> Case:
             a["w"], a["state"], matrix, a["a_log"], a["dt_bias"], _step(size, a),
         )  # fmt: skip
 
-    return Case(arrays, call, {"out": "f32", "state": "exact", "decay": "f32", "beta": "f32"})
+    gates = {"decay": "rows", "beta": "rows"}  # of a sum of rows each
+    return Case(arrays, call, {"out": "f32", "state": "exact", **gates})
 
 
 def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
@@ -482,28 +483,27 @@ def router(rng: np.random.Generator, size: Size) -> Case:
     w = np.zeros((count, size.hidden), np.float32)
     w[:, :tokens] = (places.T - count / 2) / 16
     arrays: Arrays = {
-        "ids": np.full((tokens, size.top_k), 999, np.uint16),
-        "weights": _nan(tokens, size.top_k),
-        "scores": _nan(tokens, count),
+        "ids": np.full((2, tokens, size.top_k), 999, np.uint16),
+        "weights": _nan(2, tokens, size.top_k),
+        "scores": _nan(2, tokens, count),
         "x": x,
         "norm": np.zeros(size.hidden, np.float32),
         "w": bf16_from_f32(w),
         "counters": np.zeros(4, np.int64),
         "arrived": np.zeros(1, np.int32),
-        "told": np.full((tokens, size.top_k), 999, np.uint16),
         "trace": rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16),
         "positions": rng.integers(0, 1 << 18, tokens).astype(np.int32),
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         h, matrix = normed_rows(ops, a["x"], a["norm"]), Linear("bf16", count, size.hidden, a["w"])
-        for ids, trace in ((a["told"], a["trace"]), (a["ids"], None)):
+        for i, trace in enumerate((a["trace"], None)):
             ops.router(
-                ids, a["weights"], a["scores"], h, matrix, size.experts, a["counters"],
-                a["arrived"], trace, 3, a["positions"],
+                a["ids"][i], a["weights"][i], a["scores"][i], h, matrix, size.experts,
+                a["counters"], a["arrived"], trace, 3, a["positions"],
             )  # fmt: skip
 
-    exact = dict.fromkeys(("ids", "told", "counters", "arrived"), "exact")
+    exact = dict.fromkeys(("ids", "counters", "arrived"), "exact")
     return Case(arrays, call, {**exact, "scores": "f32", "weights": "f32"})
 
 

@@ -6,6 +6,7 @@ group of scales, records whose last 16 KiB step is cut short.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record
+from tests.ops import cases
 from tests.ops.cases import (
+    TINY,
     Arrays,
     Case,
     experts_call,
@@ -185,6 +188,12 @@ def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
     return make
 
 
+def router(hidden: int, experts: int, top_k: int) -> Make:
+    """Five tokens; of more than eight scores every block has some."""
+    size = replace(TINY, hidden=hidden, experts=experts, top_k=top_k)
+    return lambda rng: cases.router(rng, size)
+
+
 def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Make:
     """A plan of len(fetched) experts in an array of `entries`; bf16 records."""
 
@@ -269,6 +278,9 @@ CASES: dict[str, Make] = {
     "route all of 7": route(3, 7, 7, 1),
     "route 2 of 33": route(3, 33, 2, 3),
     "route 32 of 70": route(2, 70, 32, 1),
+    "router, two blocks": router(64, 9, 3),
+    "router, uneven blocks": router(320, 68, 32),
+    "router, many tiles a block": router(128, 256, 8),
     "fetch one page": fetch(16, 8, (1, 0, 1), 5),
     "fetch nothing": fetch(16, 8, (0, 0), 2),
     "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),

@@ -2,8 +2,8 @@
 
 A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lowest instruction go
 first, so that they meet again.  The warps of a block run one after another, each until a barrier,
-in a seeded random order that changes at every barrier: a missing one shows.  Blocks go in random
-order.
+in a seeded random order that changes at every barrier: a missing one shows.  Blocks begin in random
+order, a few at once, and take turns at random.
 
 Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
@@ -14,7 +14,7 @@ shuffle or a barrier, a warp that leaves while others wait, and loops that do no
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,9 @@ __all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
 LANES = 32
 STEPS = 2_000_000
 """Instructions of one warp after which it is said to loop for ever."""
+
+AT_ONCE = 3
+"""Blocks of a launch that run side by side."""
 
 Values = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_] | None
@@ -450,13 +453,23 @@ class InterpretedStream:
             pairs = zip(contract.params, values, strict=True)
             more = contract.dynamic({p.name: v for p, v in pairs if p.type == "u32"})
         with np.errstate(all="ignore"):
-            for at in self.rng.permutation(len(blocks)):
-                self._block(program, named, blocks[at], whole, contract.block, more)
+            left = [blocks[at] for at in self.rng.permutation(len(blocks))]
+            there: list[Iterator[bool]] = []
+            while left or there:
+                while left and len(there) < AT_ONCE:
+                    there.append(
+                        self._block(program, named, left.pop(), whole, contract.block, more)
+                    )
+                at = int(self.rng.integers(len(there)))
+                turns = 1 << int(self.rng.integers(6))  # one may be over while another has slept
+                if not all(next(there[at], False) for _ in range(turns)):
+                    there.pop(at)
 
     def _block(
         self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
         grid: tuple[int, int, int], threads: int, dynamic: int,
-    ) -> None:  # fmt: skip
+    ) -> Iterator[bool]:  # fmt: skip
+        """Run a block, at a time one warp to its next barrier.  Yields True until it has left."""
         shared = _block(program.shared + dynamic, f"{program.name}'s shared memory")
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
@@ -465,6 +478,7 @@ class InterpretedStream:
         while warps:
             for i in self.rng.permutation(len(warps)):
                 warps[i].go()
+                yield True
             waiting = [warp for warp in warps if warp.alive]
             if waiting and len(waiting) < len(warps):
                 raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")

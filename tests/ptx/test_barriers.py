@@ -28,7 +28,8 @@ def cases_of(name: str) -> list[Make]:
     """The cases that launch a kernel."""
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
     prefix = {
-        "rms_norm_f32": ("rms_norm",),
+        "join_f32": ("norm",),
+        "router_f32": ("router",),
         "int4_experts_up_f32": ("int4_experts",),
         "int4_experts_down_f32": ("int4_experts",),
         "int8_gated_up_f32": ("gated_up int8",),
