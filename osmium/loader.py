@@ -3,9 +3,13 @@
 The one place where the floors meet; what each step does is in its own module.
 """
 
+import contextlib
+import gc
+import hashlib
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +20,44 @@ from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rate, memory_rate
+from osmium.cuda.stream import copy_rate, memory_rate, spilled
 from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, NoDevice
+from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.heat import keep_heat, read_heat, restore
 from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import ExpertArena, ExpertCache, Ops
+from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, open_weights
-from osmium.weights.synthetic import PREFIX
+from osmium.weights import (
+    DEMO,
+    Model,
+    Packed,
+    Reading,
+    cache_folder,
+    open_model,
+    open_weights,
+)
+from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
-__all__ = ["Loader", "load", "plan_for"]
+__all__ = ["Loader", "load", "pack", "plan_for"]
+
+SPILL_TRIES = 3
+"""How often memory is allocated with fewer and fewer slots before it is given up."""
 
 
 def load(
@@ -72,10 +88,35 @@ def plan_for(path: str | Path | None = None, device: str = "auto", **options: An
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        return _plan(open_weights(path, config), config, gpu, 0, None)
+        return _plan(open_weights(path, config, None, _packing(gpu)), config, gpu, 0, None)
     finally:
         if gpu is not None:
             gpu.close()
+
+
+def pack(
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """The packed file of what `load` would load, written if it is not there; `synthetic:NAME` too.
+
+    Raises: ConfigError, CheckpointError, DeviceError.
+    """
+    config = _config(device, options)
+    gpu = _gpu(config)
+    try:
+        return open_model(path, config, progress, _packing(gpu)).path
+    finally:
+        if gpu is not None:
+            gpu.close()
+
+
+def _packing(gpu: Gpu | None) -> Ops | None:
+    """What quantises a checkpoint, where there is more to it than NumPy."""
+    return None if gpu is None else GpuOps(gpu)
 
 
 def _config(device: str, options: dict[str, Any]) -> EngineConfig:
@@ -96,16 +137,16 @@ def _gpu(config: EngineConfig) -> Gpu | None:
         if config.device == "gpu":
             raise
         return None
-    if config.wc_alloc:
-        return Gpu(device, "write-combined")
-    kinds: list[HostKind] = ["registered-huge", "pinned"]
-    if config.wc_alloc is None:
-        kinds.append("write-combined")
+    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
+    if config.wc_alloc is not None:
+        kinds = ["write-combined"] if config.wc_alloc else kinds[:2]
     rates = {kind: copy_rate(device, kind) for kind in kinds}
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    return Gpu(device, best)
+    gpu = Gpu(device, best)
+    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
+    return gpu
 
 
 def _plan(
@@ -115,7 +156,8 @@ def _plan(
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
     available += 0 if gpu is None or arena is None else arena.records.nbytes
-    machine = Machine(gpu is not None, free + held, total, available, ram)
+    rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
+    machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
     weights = [(name, part.nbytes) for name, part in packed.parts.items()]
     return make_plan(packed.config, packed.record, weights, config, machine)
 
@@ -137,7 +179,7 @@ class Loader:
         self.progress = progress
         self.gpu = _gpu(self.options)
         try:
-            self.packed = open_weights(path, self.options, progress)
+            self.packed = open_weights(path, self.options, progress, _packing(self.gpu))
         except BaseException:
             self.close()
             raise
@@ -146,8 +188,8 @@ class Loader:
         self._arena: ExpertArena | None = None
 
     def memory_rate(self) -> float:
-        """GB/s of VRAM, read and written; 0 without a GPU.  To be asked before the first engine."""
-        return 0.0 if self.gpu is None else memory_rate(self.gpu.device)
+        """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
+        return 0.0 if self.gpu is None else self.gpu.memory_gb_s
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -164,15 +206,18 @@ class Loader:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
         plan = _plan(self.packed, options, gpu, held, self._arena)
-        runner = self._runner(plan, options)
-        self.ops.synchronize()
+        plan, runner = self._allocate(plan, options)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
+        engines: list[Engine] = []
+        keep = self._warm(runner, options) if last else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
+            if keep is not None and any(_in_order(engine) for engine in engines):
+                keep()
             if last:
                 self.close()
 
@@ -191,15 +236,46 @@ class Loader:
             plan=plan,
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
+        engines.append(engine)
+        if gpu is not None:
+            engine.meter.vram_of = gpu.device.memory
         floor = options.ram_floor or default_floor(available_ram()[1])
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
+
+    def _allocate(self, plan: Plan, options: EngineConfig) -> tuple[Plan, Runner]:
+        """By the plan; again with fewer slots, and another plan, while the driver keeps some of
+        it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
+        for _ in range(SPILL_TRIES):
+            runner = self._runner(plan, options)
+            self.ops.synchronize()
+            if self.gpu is None:
+                return plan, runner
+            there = spilled(self.gpu)
+            if not there:
+                return plan, runner
+            slots = plan.fewer_slots(there)
+            LOG.warning(
+                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
+                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
+                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.slots,
+            )  # fmt: skip
+            del runner
+            gc.collect()  # its VRAM, before some is asked for again
+            held = self.gpu.pool.used
+            fewer = replace(options, slots=slots)
+            plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
+        raise OutOfMemory(
+            f"The driver keeps a part of VRAM in host memory even with {plan.slots} expert slots a "
+            "layer. Close what else uses the GPU, or lower --vram."
+        )
 
     def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
-            self._weights = upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+            self._weights = self._upload()
         store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
         if options.routing is not None:
             store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
@@ -213,27 +289,93 @@ class Loader:
             runner.prepare()
         return runner
 
+    def _warm(self, runner: Runner, options: EngineConfig) -> Callable[[], None] | None:
+        """Fill the slots with what was hot when this model was last closed; what comes back keeps
+        what is hot then.  None where nothing is kept: of made-up models and of the demo, where
+        every expert is resident, and with --no-hcs."""
+        packed, store = self.packed, runner.store
+        if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
+            return None
+        if store.arena is None or not options.hcs or packed.path == DEMO:
+            return None
+        short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
+        path = cache_folder(options) / f"{short}.heat"
+        heat = read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+        if heat is not None:
+            count = restore(self.ops, store.cache, store.arena, heat)
+            LOG.info("%d experts that were hot before are in their slots", count)
+        return partial(keep_heat, path, packed.fingerprint, self.ops, store.cache)
+
+    def _upload(self) -> dict[str, Any]:
+        """Everything but the experts, to where kernels reach it fast."""
+        ops, packed = self.ops, self.packed
+        if self.gpu is None:
+            return upload(ops, _Tensors(packed), embed_on_host=False)
+        if isinstance(packed, Synthetic):
+            return packed.place(ops)
+        slow = self.gpu.host_kind == "write-combined"
+        layer = packed.config.experts * packed.record.nbytes
+        room = ops.host((min(layer, sum(map(packed.room_for, packed.parts))),), np.uint8)
+        # An embedding is copied by the host, which must not read it where that is slow.
+        mapped = {"embed"} if slow else set()
+        try:
+            with self._reading() as reading:
+                return upload(ops, _Read(ops, packed, reading, room, mapped), embed_on_host=True)
+        finally:
+            with contextlib.suppress(DeviceError):
+                ops.synchronize()
+            ops.release(room)
+
     def _experts(self, plan: Plan) -> tuple[ExpertArena | None, ExpertCache]:
         """The experts in host memory, unless VRAM holds them all, and the cache of them."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
         layers, experts = config.layers, config.experts
-        read, progress = packed.read_records, self.progress
+        progress = self.progress
         if self.gpu is None:
             if self._arena is None:
                 self._arena = share_arena(record, packed.all_records())
             if plan.slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.slots == experts and self._arena is None:
-            slots = fill_slots(ops, record, layers, experts, read, progress)
+            if isinstance(packed, Synthetic):
+                slots = self._made(packed, ops.empty)
+            else:
+                with self._reading() as reading:
+                    slots = fill_slots(ops, record, layers, experts, reading.records, progress)
             return None, resident_cache(ops, record, slots)
+        elif self._arena is None and isinstance(packed, Synthetic):
+            self._arena = ExpertArena(record, self._made(packed, ops.host))
         elif self._arena is None:
-            self._arena = fill_arena(ops, record, layers, experts, read, progress)
+            with self._reading() as reading:
+                self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
         return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
+
+    def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
+        """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
+        layers, experts = made_up.config.layers, made_up.config.experts
+        records = room((layers, experts, made_up.record.nbytes), np.uint8)
+        for layer in range(layers):
+            made_up.fill_records(self.ops, layer, records[layer])
+            self.ops.synchronize()
+            if self.progress:
+                self.progress("experts", layer + 1, layers)
+        return records
+
+    def _reading(self) -> Reading:
+        """How parts of a packed file get into host memory.  Raises: CheckpointError."""
+        assert isinstance(self.packed, Packed), "what is made up is not read"
+        slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
+        return self.packed.reading(write_only=slow)
 
     def close(self) -> None:
         """Give everything back.  More than once is harmless."""
         if self.gpu is not None:
             self.gpu.close()
+
+
+def _in_order(engine: Engine) -> bool:
+    """Whether it was closed, or stopped with a reason, and did not fail."""
+    return engine.failure is None or engine.failure.__cause__ is None
 
 
 class _Tensors(Mapping[str, Any]):
@@ -253,12 +395,45 @@ class _Tensors(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._packed.names())
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._packed.parts  # Mapping's own would read it
+
+
+class _Read(_Tensors):
+    """The same of a packed file, each read past the page cache into page-locked memory of one
+    layer's size, out of which it is uploaded while the next is read.  What is larger is mapped."""
+
+    def __init__(
+        self, ops: Ops, packed: Packed, reading: Reading, room: Array, mapped: set[str]
+    ) -> None:
+        super().__init__(packed)
+        self._ops, self._file, self._reading = ops, packed, reading
+        self._room = np.asarray(ops.host_view(room), np.uint8)
+        large = {name for name in packed.parts if packed.room_for(name) > self._room.nbytes}
+        self._mapped, self._used = mapped | large, 0
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self._mapped or name not in self._file.parts:
+            return super().__getitem__(name)
+        size = self._file.room_for(name)
+        if self._used + size > self._room.nbytes:
+            self._ops.synchronize()  # what is there has been uploaded
+            self._used = 0
+        start, self._used = self._used, self._used + size
+        return self._reading.tensor(name, self._room[start : self._used])
+
+    def __iter__(self) -> Iterator[str]:
+        for name in self._file.names():
+            yield name
+            if name in self._mapped:
+                self._file.forget(name)  # it has been copied
+
 
 def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
     """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
     config = packed.config
     found = read_trace(path, config.experts).ids
-    if str(packed.path).startswith(PREFIX):
+    if packed.fingerprint.startswith(PREFIX):
         found = found[:, : config.layers]  # it may have the first layers only
     if found.shape[1:] != (config.layers, config.top_k):
         raise ConfigError(

@@ -1,53 +1,98 @@
 """The host arena: every routed expert of the model as one record each.
 
-Who reads the records from where is the caller's: `read(layer, out)` writes the E records of a layer
-into u8 [E, nbytes].
+Who reads the records from where is the caller's: see Begin.  Reading never waits for a layer's end:
+the next part is begun before the one before it is waited for.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from osmium.config import Progress
-from osmium.errors import CheckpointError
+from osmium.errors import CheckpointError, DeviceError
 from osmium.ops import Array, ExpertArena, Ops
 from osmium.quant.record import Record
 
-__all__ = ["Read", "fill_arena", "fill_slots", "share_arena"]
+__all__ = ["Begin", "fill_arena", "fill_slots", "share_arena"]
 
-Read = Callable[[int, npt.NDArray[np.uint8]], None]
-"""Write the records of layer `arguments[0]` into u8 [E, nbytes]."""
+Begin = Callable[[int, int, npt.NDArray[np.uint8]], Callable[[], None]]
+"""begin(layer, first, out) begins to write the records of a layer from expert `first` on into
+u8 [n, nbytes]; what it returns waits until they are there, and raises what went wrong."""
+
+
+Waits = list[Callable[[], None]]
 
 
 def fill_arena(
-    ops: Ops, record: Record, layers: int, experts: int, read: Read, progress: Progress | None
+    ops: Ops, record: Record, layers: int, experts: int, begin: Begin, progress: Progress | None
 ) -> ExpertArena:
-    """A new arena in `ops.host` memory, read layer by layer.  Raises: OutOfMemory."""
+    """A new arena in `ops.host` memory.  Raises: OutOfMemory, and what reading raises; then nothing
+    is kept."""
     records = ops.host((layers, experts, record.nbytes), np.uint8)
-    view = ops.host_view(records)
-    for layer in range(layers):
-        read(layer, view[layer])
-        if progress:
-            progress("experts", layer + 1, layers)
+    waits: Waits = []
+    with _given_back_if_it_fails(ops, records, waits):
+        view = np.asarray(ops.host_view(records), np.uint8)
+        for layer in range(layers + 1):
+            if layer < layers:
+                waits.append(begin(layer, 0, view[layer]))
+            if layer:
+                waits[0]()
+                waits.pop(0)
+                if progress:
+                    progress("experts", layer, layers)
     return ExpertArena(record, records)
 
 
 def fill_slots(
-    ops: Ops, record: Record, layers: int, experts: int, read: Read, progress: Progress | None
+    ops: Ops, record: Record, layers: int, experts: int, begin: Begin, progress: Progress | None
 ) -> Array:
-    """A slot for every expert, u8 [L, E, nbytes] on the device, read through one layer's worth of
-    host memory: a model that fits needs no arena.  Raises: OutOfMemory."""
+    """A slot for every expert, u8 [L, E, nbytes] on the device, for a model that needs no arena.
+
+    Read through one layer's worth of `ops.host` memory, in two halves: while one is copied to the
+    device the other is read.  Raises: OutOfMemory, and what reading raises; then nothing is kept.
+    """
     slots = ops.empty((layers, experts, record.nbytes), np.uint8)
-    one = np.empty((1, experts, record.nbytes), np.uint8)
-    for layer in range(layers):
-        read(layer, one[0])
-        ops.copy_in(slots[layer : layer + 1], one)
-        ops.synchronize()  # `one` is written again
-        if progress:
-            progress("experts", layer + 1, layers)
+    flat = slots.reshape(layers * experts, record.nbytes)
+    half = -(-experts // 2)
+    staging = ops.host((2, half, record.nbytes), np.uint8)
+    waits: Waits = []
+    with _given_back_if_it_fails(ops, staging, waits):
+        rooms = np.asarray(ops.host_view(staging), np.uint8)
+        parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
+        for number in range(len(parts) + 1):
+            if number < len(parts):
+                layer, first = parts[number]
+                waits.append(begin(layer, first, rooms[number % 2][: experts - first]))
+            if number:
+                layer, first = parts[number - 1]
+                room = rooms[(number - 1) % 2][: experts - first]
+                waits[0]()
+                waits.pop(0)
+                at = layer * experts + first
+                ops.copy_in(flat[at : at + len(room)], room)
+                ops.synchronize()  # the part after the next is read into it
+                if progress and first + half >= experts:
+                    progress("experts", layer + 1, layers)
+    ops.release(staging)
     return slots
+
+
+@contextlib.contextmanager
+def _given_back_if_it_fails(ops: Ops, memory: Array, waits: Waits) -> Iterator[None]:
+    """Where what is inside fails: `memory` is given back when nobody reads into it any more."""
+    try:
+        yield
+    except BaseException:
+        for wait in waits:
+            with contextlib.suppress(Exception):
+                wait()
+        with contextlib.suppress(DeviceError):
+            ops.synchronize()
+        ops.release(memory)
+        raise
 
 
 def share_arena(record: Record, records: npt.NDArray[Any]) -> ExpertArena:

@@ -1,5 +1,6 @@
 """The arena, the hot cache and the store, on NumPy."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -198,16 +199,20 @@ def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Gene
     source = records(rng)
     seen: list[tuple[str, int, int]] = []
 
-    def read(layer: int, out: npt.NDArray[Any]) -> None:
-        out[...] = source[layer]
+    def begin(layer: int, first: int, out: npt.NDArray[Any]) -> Callable[[], None]:
+        def wait() -> None:
+            out[...] = source[layer, first : first + len(out)]
+
+        out[...] = 0xAA  # what is there before it has been waited for
+        return wait
 
     def progress(stage: str, done: int, total: int) -> None:
         seen.append((stage, done, total))
 
-    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, read, progress)
+    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, begin, progress)
     assert np.array_equal(arena.records, source)
     assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
-    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, read, None)
+    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, begin, None)
     assert np.array_equal(slots, source)
 
 
@@ -229,9 +234,11 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         cache, store = parts(arena, capacity)
         arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
-        half = store.inner.f32.nbytes  # on a GPU they are there twice, once as hi and lo
-        own = 2 * half + sum(x.nbytes for x in vars(store.plan).values())
-        assert store_bytes(8, capacity, EXPERTS, TOP_K, RECORD.inner) == own
+        inner = store.inner.f32.nbytes
+        own = inner + sum(x.nbytes for x in vars(store.plan).values())
+        sizes = (8, capacity, EXPERTS, TOP_K, RECORD.inner)
+        assert store_bytes(*sizes, gpu=False) == own
+        assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:

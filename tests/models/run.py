@@ -1,6 +1,6 @@
 """A small driver of a model: sequences, their pages and slots, one step at a time."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,13 +50,13 @@ class Runner:
         shape = (config.layers, config.experts)
         if self.capacity is None or self.capacity == config.experts:
             arena = None
-            slots = self.records if host else fill_slots(ops, self.record, *shape, self.read, None)
+            slots = self.records if host else fill_slots(ops, self.record, *shape, self.begin, None)
             cache = resident_cache(ops, self.record, slots)
         else:
             arena = (
                 share_arena(self.record, self.records)
                 if host
-                else fill_arena(ops, self.record, *shape, self.read, None)
+                else fill_arena(ops, self.record, *shape, self.begin, None)
             )
             cache = make_cache(ops, arena, self.capacity, config.top_k)
         self.store = self.store_type(ops, arena, cache, self.rows, config.top_k)
@@ -77,9 +77,10 @@ class Runner:
         self.tables = shuffled.reshape(self.sequences, each)
         self.past = [0] * self.sequences
 
-    def read(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
-        """The records of a layer."""
-        out[...] = self.records[layer]
+    def begin(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
+        """Records of a layer, there at once."""
+        out[...] = self.records[layer, first : first + len(out)]
+        return lambda: None
 
     def step(self, parts: Mapping[int, npt.ArrayLike]) -> dict[int, Logits]:
         """Feed ids to some sequences, in one step; the logits of every row, by sequence."""

@@ -96,6 +96,11 @@ class InterpretedArray:
         assert math.prod(shape) == math.prod(self.shape), f"{self.shape} to {shape}"
         return InterpretedArray(self.block, self.ptr, self.offset, shape, self.dtype)
 
+    def view(self, dtype: npt.DTypeLike) -> "InterpretedArray":
+        last = self.shape[-1] * self.dtype.itemsize // np.dtype(dtype).itemsize
+        shape = (*self.shape[:-1], last)
+        return InterpretedArray(self.block, self.ptr, self.offset, shape, dtype)
+
     def numpy(self) -> Values:
         """The bytes as an array; a view."""
         raw = self.block.data[self.offset : self.offset + self.nbytes]
@@ -129,6 +134,9 @@ class InterpretedMachine:
         made = self.empty(shape, dtype)
         self.host_view(made)[...] = 0
         return made
+
+    def release(self, array: InterpretedArray) -> None:
+        array.block.written[:] = False  # whoever still reads it is told
 
     def host_view(self, array: InterpretedArray) -> Values:
         array.touch()
@@ -397,6 +405,17 @@ class Warp:
         )
 
 
+def _by_array(space: str, address: Values, mask: Mask) -> list[Mask]:
+    """The taking lanes, by the array that they reach: one load may reach several."""
+    if space == "shared":
+        return [mask]
+    index = address >> np.uint64(SPAN)
+    there = np.unique(index if mask is None else index[mask])
+    if len(there) == 1:
+        return [mask]
+    return [index == one if mask is None else (index == one) & mask for one in there]
+
+
 class InterpretedStream:
     """What a kernel is launched on."""
 
@@ -517,16 +536,18 @@ def _approx(f: Callable[[Values], Values]) -> Callable[[Values], Values]:
 ARITHMETIC: dict[str, Callable[..., Values]] = {
     "mov": lambda a: a, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide,
     "mad": lambda a, b, c: a * b + c, "fma": _fma, "min": np.fmin, "max": np.fmax,
+    "max.NaN": np.maximum,
     "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "shl": _shift(True), "shr": _shift(False),
-    "ex2": _approx(np.exp2), "rcp": _approx(np.reciprocal), "sqrt": _approx(np.sqrt),
-    "rsqrt": _approx(lambda a: 1 / np.sqrt(a)), "sin": _approx(np.sin), "cos": _approx(np.cos),
+    "ex2": _approx(np.exp2), "lg2": _approx(np.log2), "rcp": _approx(np.reciprocal),
+    "sqrt": _approx(np.sqrt), "rsqrt": _approx(lambda a: 1 / np.sqrt(a)),
+    "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "rcp": 1,
-         "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "lg2": 1,
+         "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
 MODIFIERS = {"rn", "approx", "lo", "pred"}
@@ -557,6 +578,8 @@ def _compile(program: Program, line: str) -> Run:
             return _halves(program, parts[0], args)
         if parts[-1] in ("f16x2", "bf16x2"):
             return _packed(program, base, parts[-1], args)
+        if base == "max" and parts == ["NaN", "f32"]:
+            base, parts = "max.NaN", ["f32"]
         if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
             raise KeyError(opcode)
         return _arithmetic(program, base, TYPES[parts[-1]], args)
@@ -800,6 +823,10 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
         raise ValueError(f"{len(names)} registers for v{count}")
 
     def load(w: Warp, m: Mask) -> None:
+        for lanes in _by_array(space, address(w, m), m):
+            load_one(w, lanes)
+
+    def load_one(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
         rows = _reach(block, at, dtype.itemsize * count, w.where, read=True)
         found = block.data[rows].view(dtype)  # [lanes, count]

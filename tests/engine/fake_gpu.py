@@ -1,0 +1,149 @@
+"""A GPU whose memory is this process's and whose kernels do nothing: enough to load a model on.
+
+Every allocation is kept by what asked for it, so that a test sees what is held, what was held at
+most, and what is left behind; the nth can be refused.
+"""
+
+import ctypes
+import mmap
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium import loader
+from osmium.cuda.driver import Driver
+from osmium.cuda.memory import HostKind
+from osmium.cuda.stream import Machine as Gpu
+from osmium.engine.runner import Runner
+
+__all__ = ["FakeGpu"]
+
+
+class _Result:
+    def __init__(self, value: int = 0) -> None:
+        self.value = value
+        self.name = "CUDA_ERROR_OUT_OF_MEMORY" if value else "CUDA_SUCCESS"
+
+    def __int__(self) -> int:
+        return self.value
+
+
+DONE = (_Result(),)
+REFUSED = (_Result(2), None)
+
+
+class FakeGpu:
+    """The binding; `install` makes the loader use it."""
+
+    def __init__(self, vram: int = 1 << 30, refuse: int | None = None) -> None:
+        """The `refuse`th allocation, from 0, is refused."""
+        self.vram, self.refuse = vram, refuse
+        self.held: dict[int, tuple[str, int, Any]] = {}
+        """By address: the call, the bytes, and what keeps them."""
+        self.asked = 0
+        self.most: dict[str, int] = {}
+        self.copied = 0
+        """Bytes from the host to the device."""
+
+    def install(self, monkeypatch: pytest.MonkeyPatch, kind: HostKind = "registered-huge") -> None:
+        monkeypatch.setattr(loader, "_gpu", lambda config: Gpu(self.device(), kind))
+        monkeypatch.setattr(Runner, "prepare", lambda self: None)  # it waits for mail of kernels
+
+    def device(self) -> Any:
+        return _Device(self)
+
+    def bytes_of(self, call: str) -> int:
+        """Held now."""
+        return sum(nbytes for who, nbytes, _ in self.held.values() if who == call)
+
+    def host_bytes(self) -> int:
+        return self.bytes_of("cuMemHostAlloc") + self.bytes_of("cuMemHostRegister")
+
+    # -- the binding -------------------------------------------------------------------------------
+
+    def __getattr__(self, call: str) -> Callable[..., Any]:
+        if not call.startswith("cu"):
+            raise AttributeError(call)
+        return lambda *args: (_Result(), 0)  # streams, events: handles that nobody looks into
+
+    def _keep(self, call: str, address: int, nbytes: int, owner: Any) -> tuple[Any, ...]:
+        self.asked += 1
+        full = call == "cuMemAlloc" and self.bytes_of(call) + nbytes > self.vram
+        if self.asked - 1 == self.refuse or full:
+            return REFUSED
+        self.held[address] = (call, nbytes, owner)
+        host = self.host_bytes()
+        self.most["host"] = max(self.most.get("host", 0), host)
+        return _Result(), address
+
+    def cuMemAlloc(self, nbytes: int) -> tuple[Any, ...]:
+        room = np.empty(nbytes, np.uint8)
+        return self._keep("cuMemAlloc", room.ctypes.data, nbytes, room)
+
+    def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
+        room = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return self._keep("cuMemHostAlloc", room.ctypes.data, nbytes, room)
+
+    def cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> tuple[Any, ...]:
+        result = self._keep("cuMemHostRegister", address, nbytes, None)
+        return result[:1]
+
+    def _drop(self, address: int) -> tuple[Any, ...]:
+        del self.held[address]
+        return DONE
+
+    cuMemFree = cuMemFreeHost = cuMemHostUnregister = _drop
+
+    def cuMemHostGetDevicePointer(self, address: int, flags: int) -> tuple[Any, ...]:
+        return _Result(), address
+
+    def cuMemGetInfo(self) -> tuple[Any, ...]:
+        return _Result(), self.vram - self.bytes_of("cuMemAlloc"), self.vram
+
+    def cuCtxGetStreamPriorityRange(self) -> tuple[Any, ...]:
+        return _Result(), 0, -5
+
+    def cuMemcpyHtoDAsync(self, out: int, source: int, nbytes: int, stream: Any) -> Any:
+        self.copied += nbytes
+        return self.cuMemcpyAsync(out, source, nbytes, stream)
+
+    def cuMemcpyAsync(self, out: int, source: int, nbytes: int, stream: Any) -> tuple[Any, ...]:
+        ctypes.memmove(out, source, nbytes)
+        return DONE
+
+    cuMemcpyDtoHAsync = cuMemcpyAsync
+
+    def cuMemsetD8Async(self, out: int, byte: int, nbytes: int, stream: Any) -> tuple[Any, ...]:
+        ctypes.memset(out, byte, nbytes)
+        return DONE
+
+    def cuDevicePrimaryCtxRelease(self, handle: Any) -> tuple[Any, ...]:
+        """All VRAM goes with the context."""
+        self.held = {a: one for a, one in self.held.items() if one[0] != "cuMemAlloc"}
+        return DONE
+
+
+class _Device:
+    """What cuda.driver.Device is."""
+
+    def __init__(self, binding: FakeGpu) -> None:
+        self.driver = Driver(binding)
+        self.name, self.capability, self.early = "fake", (9, 0), False
+        self.multiprocessors, self.shared, self.closed = 4, 100 << 10, False
+
+    def make_current(self) -> None:
+        pass
+
+    def memory(self) -> tuple[int, int]:
+        free, total = self.driver("cuMemGetInfo")
+        return free, total
+
+    def synchronize(self) -> None:
+        pass
+
+    def close(self) -> None:
+        if not self.closed:
+            self.closed = True
+            self.driver("cuDevicePrimaryCtxRelease", 0)

@@ -1,0 +1,403 @@
+"""How a model gets into memory: what is held meanwhile, and what is left when it goes wrong."""
+
+import errno
+import gc
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium import loader
+from osmium.config import EngineConfig
+from osmium.cuda.memory import HostKind
+from osmium.engine.engine import Engine
+from osmium.engine.request import SamplingParams
+from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
+from osmium.experts.cache import resident, verify
+from osmium.experts.heat import heat_of
+from osmium.ops import Linear
+from osmium.weights import Packed, open_model, open_packed
+from tests.engine.fake_gpu import FakeGpu
+from tests.models.build import CASES, write_checkpoint
+
+CASE = CASES[3]
+"""Six layers of sixteen experts."""
+
+KINDS: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
+
+REAL = os.preadv
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    folder = tmp_path_factory.mktemp("packed")
+    write_checkpoint(CASE, folder / "model")
+    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
+
+
+@pytest.fixture
+def copy(packed: Packed, tmp_path: Path) -> Path:
+    """A packed file to be hurt."""
+    made = tmp_path / "copy.osmium"
+    made.write_bytes(packed.path.read_bytes())
+    return made
+
+
+def options(packed: Path, **more: Any) -> dict[str, Any]:
+    settings = {"context": 64, "chunk": 16, "page": 16, "vram": 2 << 30, "ram": 1 << 30}
+    return {"cache_dir": str(packed.parent), **settings, **more}
+
+
+def records(packed: Packed) -> npt.NDArray[np.uint8]:
+    return packed.all_records()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_resident_slots_are_read_through_one_layer_of_host_memory(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch, kind)
+    seen: list[tuple[str, int, int]] = []
+    engine = loader.load(
+        packed.path, "gpu", progress=lambda *one: seen.append(one), **options(packed.path)
+    )
+    cache = engine.runner.store.cache
+    assert cache.capacity == cache.experts
+    count = cache.experts * len(CASE.kinds)
+    assert verify(engine.runner.ops, cache, records(packed), 10**6, 0) == count
+    planned = sum(engine.plan.ram.values())
+    assert set(engine.plan.ram) == {"embedding", "one layer, loading"}
+    # The mailboxes of replies are a page or two each.
+    assert gpu.most["host"] <= planned + 8 * 4096
+    assert gpu.host_bytes() <= engine.plan.ram["embedding"] + 8 * 4096
+    assert [done for stage, done, _ in seen if stage == "experts"] == [1, 2, 3, 4, 5, 6]
+    engine.close()
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_arena_holds_every_record(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch, kind)
+    engine = loader.load(packed.path, "gpu", **options(packed.path, slots=8))
+    runner = engine.runner
+    assert runner.store.arena is not None
+    arena = runner.ops.host_view(runner.store.arena.records)
+    assert np.array_equal(arena, records(packed))
+    assert gpu.most["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
+    engine.close()
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_on_the_device_are_those_of_the_file(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch, kind)
+    made = loader.Loader(packed.path, "gpu", **options(packed.path))
+    engine = made.engine()
+    assert made._weights is not None
+    for name, placed in made._weights.items():
+        if name not in packed.parts:
+            assert name == "head" and CASE.tied
+            continue
+        wanted = packed.tensor(name)
+        if isinstance(wanted, Linear):
+            pairs = [(placed.data, wanted.data), (placed.scale, wanted.scale)]
+        else:
+            pairs = [(placed, wanted)]
+        for have, want in pairs:
+            if want is not None:
+                assert np.array_equal(made.ops.copy_out(have), want), name
+    engine.close()
+    made.close()
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_whichever_allocation_is_refused_all_is_given_back(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    whole = FakeGpu(4 << 30)
+    whole.install(monkeypatch)
+    loader.load(packed.path, "gpu", **options(packed.path, **more)).close()
+    assert whole.asked > 60
+    for number in range(0, whole.asked, 7):
+        gpu = FakeGpu(4 << 30, refuse=number)
+        gpu.install(monkeypatch)
+        with pytest.raises(OutOfMemory, match=r"asked for"):
+            loader.load(packed.path, "gpu", **options(packed.path, **more))
+        assert not gpu.held, f"allocation {number}"
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_loader_goes_on_after_memory_was_refused(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    made = loader.Loader(packed.path, "gpu", **options(packed.path))
+    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    made.engine(**more).close()
+    gc.collect()
+    arena = 0 if made._arena is None else made._arena.records.nbytes
+    weights = gpu.bytes_of("cuMemAlloc")
+    gpu.refuse = gpu.asked + 3
+    with pytest.raises(OutOfMemory):
+        made.engine(**more)
+    gc.collect()
+    assert gpu.bytes_of("cuMemAlloc") <= weights
+    assert gpu.host_bytes() <= arena + made.packed.parts["embed"].nbytes + 16 * 4096
+    engine = made.engine(**more)
+    cache = engine.runner.store.cache
+    assert cache.capacity == (slots or cache.experts)
+    engine.close()
+    made.close()
+    assert not gpu.held
+
+
+def test_vram_that_ends_while_it_is_filled(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody else takes it after the plan was made: the error says who holds what."""
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        gpu.vram = gpu.bytes_of("cuMemAlloc")
+
+    with pytest.raises(OutOfMemory, match=r"are free; Osmium holds"):
+        loader.load(packed.path, "gpu", progress=progress, **options(packed.path))
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_file_that_shrinks_while_it_is_loaded(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    left = open_packed(copy).entry("experts.2").offset + 4096
+
+    def progress(stage: str, done: int, total: int) -> None:
+        os.truncate(copy, left)
+
+    with pytest.raises(CheckpointError, match=rf"copy\.osmium ends at byte {left};.*expected"):
+        loader.load(copy, "gpu", progress=progress, **options(copy, **more))
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_a_byte_that_is_wrong_is_found_while_loading(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    for name in ("experts.5", "layers.0.qkvz.data", "embed.data"):
+        entry = open_packed(copy).entry(name)
+        with open(copy, "r+b") as file:
+            for flip in (1, 0):
+                file.seek(entry.offset + entry.nbytes - 1)
+                old = file.read(1)[0]
+                file.seek(entry.offset + entry.nbytes - 1)
+                file.write(bytes([old ^ 1]))
+                file.flush()
+                if flip:
+                    with pytest.raises(CheckpointError, match=f"{re.escape(name)} has checksum"):
+                        loader.load(copy, "gpu", **options(copy, **more))
+                    assert not gpu.held
+
+
+def test_a_disk_that_fails_while_loading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    at = open_packed(copy).entry("experts.4").offset
+
+    def broken(file: int, buffers: Sequence[Any], offset: int) -> int:
+        if offset <= at < offset + len(buffers[0]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return REAL(file, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(CheckpointError, match=rf"copy\.osmium .* byte {at}: Input/output error"):
+        loader.load(copy, "gpu", **options(copy))
+    assert not gpu.held
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+) -> None:
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    plan = loader.plan_for(packed.path, "gpu", **options(packed.path, **more))
+    need = sum(plan.ram.values())
+    with pytest.raises(ConfigError, match=r"needs [\d.]+ GiB of host memory .*[\d.]+ GiB can be"):
+        loader.load(packed.path, "gpu", **options(packed.path, **{**more, "ram": need - 1}))
+    assert gpu.asked == 0, "nothing was allocated"
+    loader.load(packed.path, "gpu", **options(packed.path, **{**more, "ram": need})).close()
+    assert not gpu.held
+
+
+# -- heat, from one start to the next --------------------------------------------------------------
+
+
+def warm(packed: Packed, folder: Path, **more: Any) -> Engine:
+    settings = {"slots": 6, "cache_dir": str(folder), **more}
+    return loader.load(packed.path, "cpu", **options(packed.path, **settings))
+
+
+def talk(engine: Engine, seed: int = 1) -> list[int]:
+    ids = np.random.default_rng(seed).integers(0, CASE.vocab, 20).tolist()
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+    return [token.id for token in engine.generate(ids, params)]
+
+
+def residents(engine: Engine) -> npt.NDArray[np.bool_]:
+    return engine.call(lambda: resident(engine.runner.ops, engine.runner.store.cache))
+
+
+def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
+    heat = engine.call(lambda: heat_of(engine.runner.ops, engine.runner.store.cache))
+    out = np.zeros_like(heat.resident)
+    for layer, row in enumerate(out):
+        row[heat.hottest(layer, slots)] = True
+    return out
+
+
+def kept(folder: Path) -> list[Path]:
+    return [*folder.glob("*.heat*")]
+
+
+@pytest.mark.parametrize("stop", [Engine.close, lambda one: one.stop("Host memory is down.")])
+def test_a_second_start_begins_with_what_was_hot(
+    packed: Packed, tmp_path: Path, stop: Callable[[Engine], None]
+) -> None:
+    first = warm(packed, tmp_path)
+    assert not residents(first).any()
+    said = talk(first)
+    hot, cold = hottest(first, 6), first.status()["experts"]
+    stop(first)
+    first.close()
+    (file,) = kept(tmp_path)
+    second = warm(packed, tmp_path)
+    cache = second.runner.store.cache
+    assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
+    assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
+    assert second.status()["experts"] == {"routed": 0, "hit": 0, "fetched": 0, "copied": 0}
+    assert talk(second) == said, "where experts are changes no token"
+    again = second.status()["experts"]
+    assert again["routed"] == cold["routed"] == again["hit"] + again["fetched"]
+    assert again["hit"] > cold["hit"]
+    assert verify(second.runner.ops, cache, records(packed), 1000, 0) > 0
+    second.close()
+    assert kept(tmp_path) == [file], "the same file, and no temporary one"
+
+
+def test_another_number_of_slots_takes_the_hottest(packed: Packed, tmp_path: Path) -> None:
+    first = warm(packed, tmp_path, slots=12)
+    talk(first)
+    wanted = {slots: hottest(first, slots) for slots in (4, 15)}
+    first.close()
+    for slots in (4, 15):
+        second = warm(packed, tmp_path, slots=slots)
+        assert np.array_equal(residents(second), wanted[slots])
+        second.close()
+
+
+def test_heat_that_is_damaged_is_left_aside(
+    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = warm(packed, tmp_path)
+    talk(first)
+    first.close()
+    (file,) = kept(tmp_path)
+    raw = bytearray(file.read_bytes())
+    raw[-3] ^= 1
+    file.write_bytes(raw)
+    second = warm(packed, tmp_path)
+    assert file.name in caplog.text and "damaged" in caplog.text
+    assert not residents(second).any()
+    talk(second)
+    second.close()
+    third = warm(packed, tmp_path)
+    assert residents(third).any(), "written anew"
+    third.close()
+
+
+@pytest.mark.parametrize("more", [{"hcs": False}, {"slots": None}, {"slots": 16}])
+def test_where_nothing_is_cached_nothing_is_kept(
+    packed: Packed, tmp_path: Path, more: dict[str, Any]
+) -> None:
+    engine = warm(packed, tmp_path, **more)
+    talk(engine)
+    engine.close()
+    assert not kept(tmp_path)
+
+
+def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
+    packed: Packed, tmp_path: Path
+) -> None:
+    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "slots": 4}
+    made_up = loader.load("synthetic:tiny", "cpu", **where)
+    list(made_up.generate([1, 2, 3], SamplingParams(max_tokens=3)))
+    made_up.close()
+    made = loader.Loader(packed.path, "cpu", **where)
+    engine = made.engine()
+    talk(engine)
+    engine.close()
+    made.close()
+    assert not kept(tmp_path)
+
+
+def test_an_engine_that_fails_keeps_nothing(packed: Packed, tmp_path: Path) -> None:
+    engine = warm(packed, tmp_path)
+    talk(engine)
+
+    def fail() -> None:
+        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
+
+    with pytest.raises(CudaError):
+        engine.call(fail)
+    engine.close()
+    assert engine.failure is not None
+    assert not kept(tmp_path)
+
+
+def test_a_cache_folder_that_cannot_be_written_fails_no_close(
+    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine = warm(packed, tmp_path / "file")
+    talk(engine)
+    (tmp_path / "file").write_text("")
+    engine.close()
+    assert engine.failure is None and "heat is not kept" in caplog.text
+
+
+def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
+    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = warm(packed, tmp_path)
+    talk(first)
+    hot = hottest(first, 6)
+    first.close()
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    settings = options(packed.path, slots=6, cache_dir=str(tmp_path))
+    engine = loader.load(packed.path, "gpu", **settings)
+    cache = engine.runner.store.cache
+    assert np.array_equal(residents(engine), hot)
+    assert verify(engine.runner.ops, cache, records(packed), 1000, 0) == residents(engine).sum()
+    engine.close()
+    assert not gpu.held

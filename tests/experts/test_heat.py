@@ -1,0 +1,219 @@
+"""Heat that outlives an engine: saved, read, restored, and what is not believed."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.experts.arena import share_arena
+from osmium.experts.cache import make_cache, resident, verify
+from osmium.experts.heat import Heat, heat_of, keep_heat, read_heat, restore, save_heat
+from osmium.experts.store import Store
+from osmium.ops import ExpertCache
+from tests.experts.test_cache import EXPERTS, LAYERS, OPS, RECORD, TOP_K, parts, records, run
+
+CAPACITY = 2 * TOP_K + 1
+WHOSE = "ab" * 32
+
+
+@pytest.fixture
+def arena(rng: np.random.Generator) -> Any:
+    return records(rng)
+
+
+@pytest.fixture
+def used(arena: Any, rng: np.random.Generator) -> tuple[ExpertCache, Store]:
+    """A cache after some use."""
+    cache, store = parts(share_arena(RECORD, arena), CAPACITY)
+    for _ in range(40):
+        for layer in range(LAYERS):
+            run(store, rng, arena, int(rng.integers(1, 4)), layer)
+    return cache, store
+
+
+def leaving(cache: ExpertCache, layer: int) -> list[int]:
+    """The experts of a layer in the order in which place would let them go."""
+    who = cache.expert_in[layer]
+    slots = np.flatnonzero(who >= 0)
+    who = who[slots]
+    rate = np.float32(1 / cache.half_life)
+    warmth = cache.heat[layer][who] * np.exp2(
+        (cache.stamp[layer][who] - cache.step[0] - 1).astype(np.float32) * rate
+    )
+    order = np.lexsort((slots, cache.stamp[layer][who], warmth))
+    return [int(one) for one in who[order]]
+
+
+def there_and_back(cache: ExpertCache, path: Path) -> Heat:
+    save_heat(path, WHOSE, heat_of(OPS, cache))
+    found = read_heat(path, WHOSE, LAYERS, EXPERTS)
+    assert found is not None
+    return found
+
+
+def test_what_is_saved_is_what_is_read(used: tuple[ExpertCache, Store], tmp_path: Path) -> None:
+    cache, _ = used
+    now, back = heat_of(OPS, cache), there_and_back(cache, tmp_path / "new" / "a.heat")
+    for name in ("heat", "age", "resident"):
+        assert np.array_equal(getattr(now, name), getattr(back, name))
+    assert np.array_equal(back.resident, resident(OPS, cache))
+    never = cache.stamp == 0
+    assert (back.heat[never] == 0).all() and (back.age[never] == -1).all()
+    decay = np.exp2((cache.stamp - cache.step[0]) / cache.half_life)
+    assert np.allclose(back.heat, cache.heat * decay, rtol=1e-6)
+    assert [one.name for one in (tmp_path / "new").iterdir()] == ["a.heat"]
+
+
+@pytest.mark.parametrize("capacity", [TOP_K, CAPACITY, EXPERTS - 1])
+def test_the_hottest_are_back_in_their_slots_byte_for_byte(
+    used: tuple[ExpertCache, Store], arena: Any, tmp_path: Path, capacity: int
+) -> None:
+    heat = there_and_back(used[0], tmp_path / "a.heat")
+    shared = share_arena(RECORD, arena)
+    cache = make_cache(OPS, shared, capacity, TOP_K)
+    count = restore(OPS, cache, shared, heat)
+    there = resident(OPS, cache)
+    assert count == there.sum() > 0
+    assert verify(OPS, cache, arena, 1000, 0) == count
+    for layer in range(LAYERS):
+        out = heat.heat[layer][~there[layer]]
+        assert not len(out) or heat.heat[layer][there[layer]].min() >= out.max()
+    assert cache.counters.tolist() == [0, 0, 0, 0]
+
+
+def test_the_order_is_kept(used: tuple[ExpertCache, Store], arena: Any, tmp_path: Path) -> None:
+    old = used[0]
+    heat = there_and_back(old, tmp_path / "a.heat")
+    shared = share_arena(RECORD, arena)
+    cache = make_cache(OPS, shared, CAPACITY, TOP_K)
+    restore(OPS, cache, shared, heat)
+    both = resident(OPS, old) & resident(OPS, cache)
+    assert both.sum() > LAYERS * TOP_K
+    for layer in range(LAYERS):
+        before, after = (
+            [one for one in leaving(of, layer) if both[layer, one]] for of in (old, cache)
+        )
+        assert before == after
+    again = heat_of(OPS, cache)
+    assert np.array_equal(again.heat, heat.heat)
+
+
+def test_of_equals_the_one_used_last_leaves_last(arena: Any) -> None:
+    heat = np.zeros((LAYERS, EXPERTS), np.float32)
+    heat[:, :5] = 1
+    age = np.full((LAYERS, EXPERTS), -1, np.int32)
+    age[:, :5] = [30, 10, 50, 20, 40]
+    shared = share_arena(RECORD, arena)
+    cache = make_cache(OPS, shared, 4, TOP_K)
+    restore(OPS, cache, shared, Heat(heat, age, heat > 0))
+    for layer in range(LAYERS):
+        assert leaving(cache, layer) == [4, 0, 3, 1]
+
+
+def test_counters_add_up_and_known_experts_hit_after_a_restore(
+    used: tuple[ExpertCache, Store], arena: Any, rng: np.random.Generator, tmp_path: Path
+) -> None:
+    heat = there_and_back(used[0], tmp_path / "a.heat")
+    rates = []
+    for warm in (False, True):
+        shared = share_arena(RECORD, arena)
+        cache, store = parts(shared, CAPACITY)
+        if warm:
+            restore(OPS, cache, shared, heat)
+        ids = np.random.default_rng(1)
+        for layer in range(LAYERS):
+            run(store, ids, arena, 1, layer)
+        counted = store.counters()
+        assert counted.routed == counted.hit + counted.fetched == LAYERS * TOP_K
+        rates.append(counted.hit)
+        for _ in range(10):
+            for layer in range(LAYERS):
+                run(store, rng, arena, 2, layer)
+        store.counters()
+        assert verify(OPS, cache, arena, 1000, 0) > 0
+    assert rates[0] == 0 < rates[1]
+
+
+def test_nothing_is_kept_of_a_cache_that_nobody_used(arena: Any, tmp_path: Path) -> None:
+    cache = make_cache(OPS, share_arena(RECORD, arena), CAPACITY, TOP_K)
+    keep_heat(tmp_path / "a.heat", WHOSE, OPS, cache)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_is_a_warning(
+    used: tuple[ExpertCache, Store], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_text("")
+    keep_heat(tmp_path / "file" / "a.heat", WHOSE, OPS, used[0])
+    assert "a.heat" in caplog.text
+    (tmp_path / "b.heat").mkdir()
+    (tmp_path / "b.heat" / "x").write_text("")
+    keep_heat(tmp_path / "b.heat", WHOSE, OPS, used[0])
+    assert "b.heat" in caplog.text
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["b.heat", "file"]
+
+
+# -- what is not believed --------------------------------------------------------------------------
+
+
+def is_left_aside(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) -> None:
+    asked = {"fingerprint": WHOSE, "layers": LAYERS, "experts": EXPERTS, **other}
+    caplog.clear()
+    assert read_heat(path, **asked) is None
+    (said,) = [one for one in caplog.records if one.levelno == logging.WARNING]
+    assert path.name in said.getMessage()
+
+
+def test_a_file_that_is_not_there_is_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_heat(tmp_path / "a.heat", WHOSE, LAYERS, EXPERTS) is None
+    assert not caplog.records
+
+
+def test_another_models_heat_is_left_aside(
+    used: tuple[ExpertCache, Store], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.heat"
+    there_and_back(used[0], path)
+    is_left_aside(path, caplog, fingerprint="cd" * 32)
+    is_left_aside(path, caplog, layers=LAYERS + 1)
+    is_left_aside(path, caplog, experts=EXPERTS - 1)
+
+
+def test_a_heat_that_is_no_number_is_left_aside(
+    used: tuple[ExpertCache, Store], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    good = heat_of(OPS, used[0])
+    for wrong in (np.nan, np.inf, -1):
+        heat = good.heat.copy()
+        heat[1, 2] = wrong
+        save_heat(tmp_path / "a.heat", WHOSE, Heat(heat, good.age, good.resident))
+        is_left_aside(tmp_path / "a.heat", caplog)
+
+
+def test_any_damage_is_left_aside(
+    used: tuple[ExpertCache, Store],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    rng: np.random.Generator,
+) -> None:
+    path = tmp_path / "a.heat"
+    there_and_back(used[0], path)
+    whole = path.read_bytes()
+    for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:length])
+        is_left_aside(path, caplog)
+    for at in rng.integers(0, len(whole), 60).tolist():
+        edited = bytearray(whole)
+        edited[at] ^= int(rng.integers(1, 256))
+        path.write_bytes(edited)
+        is_left_aside(path, caplog)
+    for length in (10, 3000, 1 << 20):
+        path.write_bytes(rng.bytes(length))
+        is_left_aside(path, caplog)
+    path.unlink()
+    path.mkdir()
+    is_left_aside(path, caplog)
