@@ -21,6 +21,12 @@ MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
 MATVEC_ROWS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
 
+EXPERT_TILES = 32
+"""Tiles of experts that a block does at most: a lane knows where one of them is."""
+
+DIGIT_ROWS = 5
+"""Tokens that a block of INT4 multiplies at once: three digits each, of a tile's 16 rows."""
+
 MATVEC_NORM = 4096
 """Inputs up to which the kernels for few tokens take rows that are normed."""
 
@@ -68,12 +74,16 @@ def share(
     where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
     block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs."""
     total = -(-rows // high)
-    fixed, row = RING + (SCALES if scaled else 0), SUMS + 4 * columns
+    fixed, row = RING + (SCALES if scaled else 0), (SUMS + 4 * columns)
+    if scaled:
+        row = 3 * SUMS + 4 * columns + columns // 32
     each = 2 if machine.shared >= 2 * (fixed + row) else 1
     blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
     if scaled:
         blocks = max(blocks, -(-total * columns // (8 * SCALES)))
-    most = max(1, min(MATVEC_ROWS, (machine.shared - fixed) // row))
+    if high == 4:
+        blocks = max(blocks, -(-total // EXPERT_TILES))
+    most = max(1, min(DIGIT_ROWS if scaled else MATVEC_ROWS, (machine.shared - fixed) // row))
     return Share(blocks, -(-total // blocks), most)
 
 

@@ -663,6 +663,46 @@ def _packed(program: Program, base: str, kind: str, args: list[str]) -> Run:
 
 
 def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts == ["sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"]:
+        return _whole_mma(program, args)
+    return _float_mma(program, parts, args)
+
+
+def _fragments(args: list[str]) -> list[list[str]]:
+    """The names of d's, a's, b's and c's registers."""
+    names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
+    if [len(group) for group in names] != [4, 4, 2, 4]:
+        raise ValueError("registers of a fragment")
+    return names
+
+
+def _whole_mma(program: Program, args: list[str]) -> Run:
+    """m16n8k32 of signed bytes: as m16n8k16, but that a register is four columns of a, or rows of
+    b."""
+    names = _fragments(args)
+    a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
+    c = [_operand(program, name, TYPES["u32"]) for name in names[3]]
+    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+
+    def run(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at an mma")
+        first, second = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
+        for i, operand in enumerate(a):
+            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
+                first[g + 8 * (i % 2), 4 * q + byte + 16 * (i // 2)] = value
+        for i, operand in enumerate(b):
+            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
+                second[4 * q + byte + 16 * i, g] = value
+        product = first @ second
+        for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
+            mine = product[g + 8 * (i // 2), 2 * q + i % 2]
+            w.write(name, (mine + operand(w, m)).astype(np.uint32), m)
+
+    return run
+
+
+def _float_mma(program: Program, parts: list[str], args: list[str]) -> Run:
     """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g
     and g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and
     g + 8 and columns 2q, 2q + 1."""
@@ -671,9 +711,7 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
         ["f32", kind, kind, "f32"] for kind in kinds
     ):
         raise KeyError(".".join(parts))
-    names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
-    if [len(group) for group in names] != [4, 4, 2, 4]:
-        raise ValueError("registers of a fragment")
+    names = _fragments(args)
     a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
     c = [_operand(program, name, TYPES["f32"]) for name in names[3]]
     g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
