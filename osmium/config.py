@@ -231,8 +231,9 @@ class EngineConfig:
     """Format of the shared expert; auto is bf16 beside 16-bit experts, else int8."""
     lm_head_quant: Literal["auto", "bf16", "int8", "int4"] = "auto"
     """Format of the head; auto is bf16 beside 16-bit experts, else int8."""
-    kv_dtype: Literal["auto", "f32", "bf16"] = "auto"
-    """Format of the KV pages; auto is bf16 on the GPU and f32 on the CPU."""
+    kv_dtype: Literal["auto", "fp8_e4m3", "bf16", "f32"] = "auto"
+    """Format of the KV pages; auto is fp8_e4m3 on the GPU and f32 on the CPU.  fp8_e4m3 has an f16
+    scale a token and head; f32 is for the CPU alone."""
     kv_cache_mb: int | None = None
     """MiB of VRAM for KV pages; None follows `context`."""
     context: int | None = None
@@ -269,7 +270,7 @@ class EngineConfig:
             ("attention_quant", self.attention_quant, ("bf16", "int8", "int4")),
             ("shared_expert_quant", self.shared_expert_quant, ("auto", "bf16", "int8", "int4")),
             ("lm_head_quant", self.lm_head_quant, ("auto", "bf16", "int8", "int4")),
-            ("kv_dtype", self.kv_dtype, ("auto", "f32", "bf16")),
+            ("kv_dtype", self.kv_dtype, ("auto", "fp8_e4m3", "bf16", "f32")),
         ]
         for name, value, known in choices:
             if value not in known:

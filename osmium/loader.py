@@ -4,11 +4,10 @@ The one place where the floors meet; what each step does is in its own module.
 """
 
 import contextlib
+import gc
 import hashlib
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -21,14 +20,14 @@ from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rate, memory_rate
+from osmium.cuda.stream import copy_rate, memory_rate, spilled
 from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, DeviceError, NoDevice
-from osmium.experts.arena import Begin, fill_arena, fill_slots, share_arena
+from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.heat import keep_heat, read_heat, restore
 from osmium.experts.routing import read_trace
@@ -42,12 +41,23 @@ from osmium.ops.reference import ReferenceOps
 from osmium.text.chat import ChatTemplate
 from osmium.text.defaults import sampling_defaults
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import DEMO, Model, Packed, Reading, cache_folder, open_weights
+from osmium.weights import (
+    DEMO,
+    Model,
+    Packed,
+    Reading,
+    cache_folder,
+    open_model,
+    open_weights,
+)
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
-__all__ = ["Loader", "load", "plan_for"]
+__all__ = ["Loader", "load", "pack", "plan_for"]
+
+SPILL_TRIES = 3
+"""How often memory is allocated with fewer and fewer slots before it is given up."""
 
 
 def load(
@@ -78,10 +88,35 @@ def plan_for(path: str | Path | None = None, device: str = "auto", **options: An
     config = _config(device, options)
     gpu = _gpu(config)
     try:
-        return _plan(open_weights(path, config), config, gpu, 0, None)
+        return _plan(open_weights(path, config, None, _packing(gpu)), config, gpu, 0, None)
     finally:
         if gpu is not None:
             gpu.close()
+
+
+def pack(
+    path: str | Path | None = None,
+    device: str = "auto",
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> Path:
+    """The packed file of what `load` would load, written if it is not there; `synthetic:NAME` too.
+
+    Raises: ConfigError, CheckpointError, DeviceError.
+    """
+    config = _config(device, options)
+    gpu = _gpu(config)
+    try:
+        return open_model(path, config, progress, _packing(gpu)).path
+    finally:
+        if gpu is not None:
+            gpu.close()
+
+
+def _packing(gpu: Gpu | None) -> Ops | None:
+    """What quantises a checkpoint, where there is more to it than NumPy."""
+    return None if gpu is None else GpuOps(gpu)
 
 
 def _config(device: str, options: dict[str, Any]) -> EngineConfig:
@@ -102,16 +137,16 @@ def _gpu(config: EngineConfig) -> Gpu | None:
         if config.device == "gpu":
             raise
         return None
-    if config.wc_alloc:
-        return Gpu(device, "write-combined")
-    kinds: list[HostKind] = ["registered-huge", "pinned"]
-    if config.wc_alloc is None:
-        kinds.append("write-combined")
+    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
+    if config.wc_alloc is not None:
+        kinds = ["write-combined"] if config.wc_alloc else kinds[:2]
     rates = {kind: copy_rate(device, kind) for kind in kinds}
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    return Gpu(device, best)
+    gpu = Gpu(device, best)
+    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
+    return gpu
 
 
 def _plan(
@@ -121,7 +156,8 @@ def _plan(
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
     available += 0 if gpu is None or arena is None else arena.records.nbytes
-    machine = Machine(gpu is not None, free + held, total, available, ram)
+    rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
+    machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
     weights = [(name, part.nbytes) for name, part in packed.parts.items()]
     return make_plan(packed.config, packed.record, weights, config, machine)
 
@@ -143,7 +179,7 @@ class Loader:
         self.progress = progress
         self.gpu = _gpu(self.options)
         try:
-            self.packed = open_weights(path, self.options, progress)
+            self.packed = open_weights(path, self.options, progress, _packing(self.gpu))
         except BaseException:
             self.close()
             raise
@@ -152,8 +188,8 @@ class Loader:
         self._arena: ExpertArena | None = None
 
     def memory_rate(self) -> float:
-        """GB/s of VRAM, read and written; 0 without a GPU.  To be asked before the first engine."""
-        return 0.0 if self.gpu is None else memory_rate(self.gpu.device)
+        """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
+        return 0.0 if self.gpu is None else self.gpu.memory_gb_s
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -170,8 +206,7 @@ class Loader:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
         plan = _plan(self.packed, options, gpu, held, self._arena)
-        runner = self._runner(plan, options)
-        self.ops.synchronize()
+        plan, runner = self._allocate(plan, options)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
@@ -202,9 +237,39 @@ class Loader:
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
         engines.append(engine)
+        if gpu is not None:
+            engine.meter.vram_of = gpu.device.memory
         floor = options.ram_floor or default_floor(available_ram()[1])
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
+
+    def _allocate(self, plan: Plan, options: EngineConfig) -> tuple[Plan, Runner]:
+        """By the plan; again with fewer slots, and another plan, while the driver keeps some of
+        it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
+        for _ in range(SPILL_TRIES):
+            runner = self._runner(plan, options)
+            self.ops.synchronize()
+            if self.gpu is None:
+                return plan, runner
+            there = spilled(self.gpu)
+            if not there:
+                return plan, runner
+            slots = plan.fewer_slots(there)
+            LOG.warning(
+                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
+                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
+                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.slots,
+            )  # fmt: skip
+            del runner
+            gc.collect()  # its VRAM, before some is asked for again
+            held = self.gpu.pool.used
+            fewer = replace(options, slots=slots)
+            plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
+        raise OutOfMemory(
+            f"The driver keeps a part of VRAM in host memory even with {plan.slots} expert slots a "
+            "layer. Close what else uses the GPU, or lower --vram."
+        )
 
     def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
         """Allocate by the plan, in its order, and fill."""
@@ -244,15 +309,17 @@ class Loader:
     def _upload(self) -> dict[str, Any]:
         """Everything but the experts, to where kernels reach it fast."""
         ops, packed = self.ops, self.packed
-        if self.gpu is None or isinstance(packed, Synthetic):
-            return upload(ops, _Tensors(packed), embed_on_host=self.gpu is not None)
+        if self.gpu is None:
+            return upload(ops, _Tensors(packed), embed_on_host=False)
+        if isinstance(packed, Synthetic):
+            return packed.place(ops)
         slow = self.gpu.host_kind == "write-combined"
         layer = packed.config.experts * packed.record.nbytes
         room = ops.host((min(layer, sum(map(packed.room_for, packed.parts))),), np.uint8)
         # An embedding is copied by the host, which must not read it where that is slow.
         mapped = {"embed"} if slow else set()
         try:
-            with packed.reading(slow) as reading:
+            with self._reading() as reading:
                 return upload(ops, _Read(ops, packed, reading, room, mapped), embed_on_host=True)
         finally:
             with contextlib.suppress(DeviceError):
@@ -270,24 +337,35 @@ class Loader:
             if plan.slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.slots == experts and self._arena is None:
-            with self._reading() as begin:
-                slots = fill_slots(ops, record, layers, experts, begin, progress)
+            if isinstance(packed, Synthetic):
+                slots = self._made(packed, ops.empty)
+            else:
+                with self._reading() as reading:
+                    slots = fill_slots(ops, record, layers, experts, reading.records, progress)
             return None, resident_cache(ops, record, slots)
+        elif self._arena is None and isinstance(packed, Synthetic):
+            self._arena = ExpertArena(record, self._made(packed, ops.host))
         elif self._arena is None:
-            with self._reading() as begin:
-                self._arena = fill_arena(ops, record, layers, experts, begin, progress)
+            with self._reading() as reading:
+                self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
         return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
 
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[Begin]:
-        """How experts get into host memory.  Raises: CheckpointError."""
-        packed = self.packed
-        if isinstance(packed, Synthetic):
-            yield partial(_make_records, packed)
-            return
+    def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
+        """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
+        layers, experts = made_up.config.layers, made_up.config.experts
+        records = room((layers, experts, made_up.record.nbytes), np.uint8)
+        for layer in range(layers):
+            made_up.fill_records(self.ops, layer, records[layer])
+            self.ops.synchronize()
+            if self.progress:
+                self.progress("experts", layer + 1, layers)
+        return records
+
+    def _reading(self) -> Reading:
+        """How parts of a packed file get into host memory.  Raises: CheckpointError."""
+        assert isinstance(self.packed, Packed), "what is made up is not read"
         slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
-        with packed.reading(write_only=slow) as reading:
-            yield reading.records
+        return self.packed.reading(write_only=slow)
 
     def close(self) -> None:
         """Give everything back.  More than once is harmless."""
@@ -298,17 +376,6 @@ class Loader:
 def _in_order(engine: Engine) -> bool:
     """Whether it was closed, or stopped with a reason, and did not fail."""
     return engine.failure is None or engine.failure.__cause__ is None
-
-
-def _make_records(
-    packed: Synthetic, layer: int, first: int, out: npt.NDArray[np.uint8]
-) -> Callable[[], None]:
-    """Experts of a made-up model, made at once."""
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        records = pool.map(partial(packed.one_record, layer), range(first, first + len(out)))
-        for at, record in enumerate(records):
-            out[at] = record
-    return lambda: None
 
 
 class _Tensors(Mapping[str, Any]):
@@ -366,7 +433,7 @@ def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
     """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
     config = packed.config
     found = read_trace(path, config.experts).ids
-    if str(packed.path).startswith(PREFIX):
+    if packed.fingerprint.startswith(PREFIX):
         found = found[:, : config.layers]  # it may have the first layers only
     if found.shape[1:] != (config.layers, config.top_k):
         raise ConfigError(

@@ -77,9 +77,16 @@ def test_a_module_stays_readable_in_one_sitting(path: Path) -> None:
 
 def test_both_backends_have_every_operation_with_the_same_parameters() -> None:
     def signatures(path: str, name: str) -> dict[str, list[str]]:
+        """A class's methods, and those of the classes of the same folder that it is made of."""
         tree = ast.parse((PACKAGE / "ops" / path).read_text())
         (body,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
-        return {
+        found: dict[str, list[str]] = {}
+        for module in [n for n in tree.body if isinstance(n, ast.ImportFrom)]:
+            for base in {b.id for b in body.bases if isinstance(b, ast.Name)}:
+                if base in {alias.name for alias in module.names}:
+                    if str(module.module).startswith("osmium.ops."):
+                        found |= signatures(f"{str(module.module).rpartition('.')[2]}.py", base)
+        return found | {
             f.name: [a.arg for a in f.args.args]
             for f in body.body
             if isinstance(f, ast.FunctionDef)

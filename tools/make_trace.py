@@ -19,13 +19,15 @@ Qwen3.5-122B-A10B (256 experts, top 8):
 
 Above 36 % resident nothing is published for that model: those figures are an extrapolation.  The
 drift's half-lives are the generator's, not a model's: a policy tuned to them must also be tried on
-recorded routing.
+recorded routing, and on traces whose drift is another: --slow-kept (of 12 tokens' half-life; rc in
+other notes), --slow (sc) and --fast (sf) change it.
 
 Written: ids [T, L, K]; predicted, the same shape, what a next-layer predictor would have guessed,
 sharing `--recall` of its ids with the truth; prompt_starts int64 [P].
 """
 
 import argparse
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,15 @@ SKEW = 0.3  # popularity and slow drift grow by this share from the first layer 
 Ids = npt.NDArray[np.uint16]
 
 
+@dataclass(frozen=True)
+class Drift:
+    """Sizes of the two drifts, and how much of the slow one is kept from token to token."""
+
+    slow_kept: float = SLOW_KEPT
+    slow: float = SLOW
+    fast: float = FAST
+
+
 def trace(
     tokens: int,
     shape: tuple[int, int],
@@ -44,6 +55,7 @@ def trace(
     seed: int,
     base_seed: int,
     recall: float,
+    drift: Drift = Drift(),
 ) -> tuple[Ids, Ids, npt.NDArray[np.int64]]:
     """ids, predicted [T, L, K] and where prompts start; prompts share the static popularity alone.
 
@@ -56,13 +68,14 @@ def trace(
     per_prompt = tokens // prompts
     ids = np.empty((per_prompt * prompts, layers, k), np.uint16)
 
-    def drift(x: npt.NDArray[np.float64], kept: float, size: float) -> npt.NDArray[np.float64]:
+    def moved(x: npt.NDArray[np.float64], kept: float, size: float) -> npt.NDArray[np.float64]:
         return np.asarray(kept * x + np.sqrt(1 - kept**2) * rng.normal(0, size, shape))
 
     for prompt in range(prompts):
-        slow, fast = rng.normal(0, SLOW, shape), rng.normal(0, FAST, shape)
+        slow, fast = rng.normal(0, drift.slow, shape), rng.normal(0, drift.fast, shape)
         for t in range(per_prompt):
-            slow, fast = drift(slow, SLOW_KEPT, SLOW), drift(fast, FAST_KEPT, FAST)
+            slow = moved(slow, drift.slow_kept, drift.slow)
+            fast = moved(fast, FAST_KEPT, drift.fast)
             score = base + depth * slow + fast + rng.normal(0, NOISE, shape)
             ids[prompt * per_prompt + t] = np.argpartition(-score, k, axis=1)[:, :k]
     predicted = ids.copy()
@@ -81,12 +94,21 @@ def main() -> None:
         ("--seed", 1), ("--base-seed", 12345),
     ):  # fmt: skip
         parser.add_argument(flag, type=int, default=default, help=f"({default})")
-    parser.add_argument("--recall", type=float, default=0.78, help="of the predictor (0.78)")
+    for flag, share, what in (
+        ("--recall", 0.78, "of the predictor"),
+        ("--slow-kept", SLOW_KEPT, "share of the slow drift that a token keeps"),
+        ("--slow", SLOW, "size of the slow drift"),
+        ("--fast", FAST, "size of the fast drift"),
+    ):
+        parser.add_argument(flag, type=float, default=share, help=f"{what} ({share})")
     args = parser.parse_args()
+    if not 0 <= args.slow_kept < 1:
+        parser.error(f"--slow-kept is {args.slow_kept}; it must be from 0 to below 1")
     shape = (args.layers, args.experts)
     ids, predicted, starts = trace(
-        args.tokens, shape, args.top_k, args.prompts, args.seed, args.base_seed, args.recall
-    )
+        args.tokens, shape, args.top_k, args.prompts, args.seed, args.base_seed, args.recall,
+        Drift(args.slow_kept, args.slow, args.fast),
+    )  # fmt: skip
     small = np.uint8 if args.experts <= 256 else np.uint16
     with open(args.out, "wb") as file:
         np.savez_compressed(

@@ -7,7 +7,9 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     lru        who was used longest ago
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
+    mixed      decayed 20 and, on the same scale, a third of decayed 512: who was popular for long
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
+    both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
 """
 
@@ -25,6 +27,9 @@ F64 = npt.NDArray[np.float64]
 
 HALF_LIVES = (4, 8, 16, 24, 32, 64, 128)
 
+SLOW, SLOW_SHARE = 512, 0.35
+"""Half-life of the second count of `mixed`, and how much it weighs."""
+
 
 @dataclass
 class Cache:
@@ -34,6 +39,8 @@ class Cache:
     """Decayed count of uses, as of the last use."""
     uses: F64
     """All uses so far."""
+    slow: F64
+    """Decayed count of uses with a half-life of SLOW, as of now."""
     last: npt.NDArray[np.int64]
     """The token of the last use, -1 for never."""
     after: npt.NDArray[np.int64]
@@ -66,8 +73,15 @@ def _popular(cache: Cache) -> F64:
     return recent + cache.uses / (cache.now + 20) + 1e-9 * cache.last
 
 
+def _mixed(cache: Cache) -> F64:
+    recent = cache.count * np.exp2((cache.last - cache.now) / 20) * (1 - 2 ** (-1 / 20))
+    seen = (1 - 2 ** (-(cache.now + 20) / SLOW)) / (1 - 2 ** (-1 / SLOW))  # weights summed so far
+    return recent + SLOW_SHARE * cache.slow / seen + 1e-9 * cache.last
+
+
 POLICIES = (
-    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "quotas", "belady",
+    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "quotas", "both",
+    "belady",
 )  # fmt: skip
 
 
@@ -76,13 +90,15 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     if policy == "static":
         return _static(trace, slots, skip)
     each, worth, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
-    if policy == "quotas":
+    if policy in ("quotas", "both"):
         each = _quotas(trace, slots)
+    if policy in ("mixed", "both"):
+        worth, half_life = _mixed, 20
     elif policy == "popular":
         worth, half_life = _popular, 16
     elif policy in ("lru", "belady"):
         worth = _lru if policy == "lru" else _belady
-    else:
+    elif policy != "quotas":
         half_life = float(policy.removeprefix("decayed "))
         worth = _decayed(half_life)
     return float(simulate(trace, each, worth, half_life, skip).mean())
@@ -98,7 +114,9 @@ def simulate(
     rows = np.arange(layers)[:, None]
     after = _next_uses(ids, trace.experts)
     shape = (layers, trace.experts)
-    cache = Cache(np.zeros(shape), np.zeros(shape), np.full(shape, -1), np.full(shape, tokens))
+    count, uses, slow = (np.zeros(shape) for _ in range(3))
+    cache = Cache(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
+    slower = 2 ** (-1 / SLOW)
     inside = np.zeros(shape, bool)
     hits = np.zeros(layers)
     for t in range(tokens):
@@ -112,6 +130,8 @@ def simulate(
             cache.count[rows, mine] * np.exp2((cache.last[rows, mine] - t) / half_life) + 1
         )
         cache.uses[rows, mine] += 1
+        cache.slow *= slower
+        cache.slow[rows, mine] += 1
         cache.last[rows, mine] = t
         cache.after[rows, mine] = after[t]
         over = inside.sum(axis=1) - slots

@@ -8,6 +8,7 @@ begin early, is not in the sum; the token's own time, measured in the same run, 
 """
 
 import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 
-__all__ = ["moved", "profile", "profile_table"]
+__all__ = ["Launch", "Listing", "milliseconds", "moved", "profile", "profile_table", "timed"]
 
 ROUNDS = 7
 
@@ -28,7 +29,7 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...]]
 
 
 @dataclass
-class _List:
+class Listing:
     """A stream that writes down what it is asked to launch."""
 
     launches: list[Launch]
@@ -54,7 +55,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     request.pages = list(range(-(-(depth + 1) // runner.state.page)))
     replay = runner.begin(Batch([(request, 1)])).replay
     noted: list[Launch] = []
-    ops.stream, fork, join = _List(noted), machine.fork, machine.join
+    ops.stream, fork, join = Listing(noted), machine.fork, machine.join
     machine.fork, machine.join = lambda: ops.stream, lambda: None
     main, machine.stream = machine.stream, ops.stream
     try:
@@ -68,10 +69,10 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
             (kernel, grid, values)
         )
     rows = []
-    empty = 1e3 * _milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
+    empty = 1e3 * milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
     for (name, grid, _), launches in kinds.items():
         again = machine.record(lambda launches=launches: _launch(main, launches))
-        us = max(0.5, 1e3 * _milliseconds(machine, again) - empty) / len(launches)
+        us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
         row = {"kernel": name, "grid": list(grid), "launches": len(launches), "us": round(us, 2)}
         row["share_us"] = round(us * len(launches), 1)
         nbytes = moved(launches[0])
@@ -83,7 +84,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
         "depth": depth,
         "nodes": len(noted),
         "sum_ms": round(sum(row["share_us"] for row in rows) / 1e3, 3),
-        "token_ms": round(_milliseconds(machine, replay), 3),
+        "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
     }
 
@@ -119,7 +120,8 @@ def _launch(stream: Any, launches: list[Launch]) -> None:
         stream.launch(kernel, grid, values)
 
 
-def _milliseconds(machine: Any, run: Any) -> float:
+def milliseconds(machine: Any, run: Any) -> float:
+    """The median time of what `run` launches, after one round that does not count."""
     times = []
     for _ in range(ROUNDS + 1):
         start = Event(machine.device).record(machine.stream)
@@ -129,6 +131,24 @@ def _milliseconds(machine: Any, run: Any) -> float:
         start.close()
         end.close()
     return statistics.median(times[1:])
+
+
+def timed(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
+    """Microseconds of each of some calls of operations, as one graph, and what they launch."""
+    listing: list[Launch] = []
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    stream, ops.stream = ops.stream, Listing(listing)
+    try:
+        run()
+    finally:
+        ops.stream = stream
+    run()  # launched before it is recorded: modules are loaded at first use
+    ops.synchronize()
+    return 1e3 * milliseconds(ops.machine, ops.record(run)) / len(calls), listing
 
 
 def moved(launch: Launch) -> int:

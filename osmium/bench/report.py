@@ -10,8 +10,10 @@ def table(found: dict[str, Any]) -> str:
     rates, rows = found["rates"], found["rows"]
     slots, experts = found["slots"]
     lines = [
-        f"{found['model']} on {found['device']}, {slots} of {experts} slots a layer, "
-        f"KV {found['kv_dtype']}" + (f", {found['kv_cache_mb']} MiB" * bool(found["kv_cache_mb"])),
+        f"{found['model']} on {found['device']} (driver {found['driver']}, CUDA {found['cuda']}), "
+        f"commit {found['commit']}, {found['date']}",
+        f"{slots} of {experts} slots a layer, KV {found['kv_dtype']}"
+        + (f", {found['kv_cache_mb']} MiB" * bool(found["kv_cache_mb"])),
     ]
     if rates["memory_gb_s"]:
         lines.append(
@@ -20,7 +22,7 @@ def table(found: dict[str, Any]) -> str:
             "records"
         )
     lines.append(
-        f"{'':8}{'depth':>8}{'at once':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'first 64':>10}"
+        f"{'':8}{'depth':>8}{'at once':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'cold':>7}{'warm':>7}"
         f"{'MB/token':>10}{'link':>7}{'floor/time':>12}"
     )
     for row in rows:
@@ -29,7 +31,8 @@ def table(found: dict[str, Any]) -> str:
             continue
         lines.append(
             f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
-            f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}{row['hit_rate_first_64']:10.3f}"
+            f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}"
+            f"{row['hit_rate_cold_64']:7.3f}{row['hit_rate_warm_64']:7.3f}"
             f"{row['mb_fetched_per_token']:10.1f}{row['link_share']:7.2f}"
             f"{row['floor_over_time']:12.2f}"
         )
@@ -50,10 +53,13 @@ def compare(first: Any, second: Any) -> str:
 
 
 def _speeds(found: Any) -> dict[tuple[Any, ...], float]:
-    """tok/s by KV budget, what, and size."""
-    return {
-        (one.get("kv_cache_mb"), row["what"], row.get("depth", row["tokens"]),
-         row.get("sequences")): row["tokens_per_s"]
-        for one in (found if isinstance(found, list) else [found])
-        for row in one["rows"]
-    }  # fmt: skip
+    """tok/s by KV budget, what, and size; calls a second of the rows of `bench kernels`."""
+    speeds: dict[tuple[Any, ...], float] = {}
+    for one in found if isinstance(found, list) else [found]:
+        for row in one["rows"]:
+            if "op" in row:
+                speeds[row["model"], row["sequences"], row["op"]] = 1e6 / row["us"]
+                continue
+            size = row.get("depth", row["tokens"]), row.get("sequences")
+            speeds[one.get("kv_cache_mb"), row["what"], *size] = row["tokens_per_s"]
+    return speeds

@@ -9,11 +9,15 @@ counters of the three kernels that route, look up and copy must add up, and samp
 their records byte for byte, or the bench fails.
 
 The floor of a token is max(bytes fetched / link rate, bytes read / memory rate); both rates are
-measured here: fetching records with nothing else running, and a copy inside VRAM.
+measured here: fetching records with nothing else running, and a copy inside VRAM.  A row's share of
+the link is of what the same kernel fetches alone, as many records at once as the row did.
+
+Each decode row starts on an empty cache: its first 64 tokens are the cold start.  The warm start is
+64 tokens after the repeats, another reply on the cache that they left.
 """
 
-import datetime
-import platform
+import functools
+import math
 import statistics
 import threading
 import time
@@ -22,16 +26,20 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import psutil
 
+from osmium.bench.about import about
 from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import ConfigError
 from osmium.experts.cache import verify
+from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "link_rate", "measure", "seed_state"]
+__all__ = ["Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
+
 
 SAMPLED_SLOTS = 8
 
@@ -63,7 +71,7 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         if value < least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
     rates = {"link_gb_s": engine.call(lambda: link_rate(engine)), "memory_gb_s": memory_gb_s}
-    rows = [_prefill(engine, tokens, settings) for tokens in settings.prompts]
+    rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
     if settings.depths:
         engine.call(lambda: seed_state(engine))
     for count in settings.parallel:
@@ -71,12 +79,10 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
             rows.append(_decode(engine, depth, count, settings, rates))
     checked = engine.call(lambda: _verify(engine))
     experts = engine.status()["experts"]
-    plan = engine.plan
+    plan, ops = engine.plan, engine.runner.ops
     return {
         "model": engine.name,
-        "device": engine.device,
-        "machine": platform.machine(),
-        "date": datetime.date.today().isoformat(),
+        **about(engine.device, getattr(getattr(ops, "machine", None), "device", None)),
         "repeats": settings.repeats,
         "rates": rates,
         "rows": rows,
@@ -85,6 +91,7 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "slots_equal_to_records": checked,
         "kv_dtype": plan.kv_dtype,
         "vram": plan.vram,
+        "ram": plan.ram,
         "rss": psutil.Process().memory_info().rss,
         "swap_used": psutil.swap_memory().used,
         "host_memory": engine.host_memory,
@@ -93,60 +100,88 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
 
 def seed_state(engine: Engine) -> None:
     """Seeded random keys, values and recurrent states, in every page and slot."""
-    ops, rng = engine.runner.ops, np.random.default_rng(7)
-    noise = rng.standard_normal(1 << 22, np.float32)
-    for array in _arrays(engine.runner.state.layers):
-        dtype, whole = np.dtype(array.dtype), array.reshape(-1)
-        if dtype == np.uint16:
-            some: Any = bf16_from_f32(noise)
-        elif dtype == np.uint8:  # e4m3, none of them NaN
-            some = rng.integers(0, 256, noise.size, np.uint8) & np.uint8(0xBF)
-        elif dtype == np.float16:
-            some = np.full(noise.size, 0.01, np.float16)
-        else:
-            some = noise * np.float32(0.1)
-        size = whole.shape[0]
-        for start in range(0, size, some.size):
-            part = whole[start : min(start + some.size, size)]
-            ops.copy_in(part, some[: part.shape[0]])
+    for array in arrays(engine.runner.state.layers):
+        fill_noise(engine.runner.ops, array)
 
 
-def _arrays(value: Any) -> Iterator[Any]:
+def fill_noise(ops: Ops, array: Any) -> None:
+    """Seeded random numbers of a sane size, whatever an array holds: none is infinite."""
+    size = math.prod(array.shape)
+    some, whole = _noise(np.dtype(array.dtype)), array.reshape(size)
+    for start in range(0, size, len(some)):
+        part = whole[start : min(start + len(some), size)]
+        ops.copy_in(part, some[: part.shape[0]])
+
+
+@functools.cache
+def _noise(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    rng, size = np.random.default_rng(7), 1 << 22
+    if dtype == np.uint8:  # as e4m3, and as halves of an f16, none of them NaN
+        return rng.integers(0, 256, size, np.uint8) & np.uint8(0xBF)
+    if dtype == np.int8:
+        return rng.integers(-127, 128, size, np.int8)
+    if dtype == np.float16:
+        return np.full(size, 0.01, np.float16)
+    noise = rng.standard_normal(size, np.float32)
+    return bf16_from_f32(noise) if dtype == np.uint16 else noise * np.float32(0.1)
+
+
+def arrays(value: Any) -> Iterator[Any]:
     """Every array in a tree of dataclasses and tuples."""
     if is_dataclass(value):
         for field in fields(value):
-            yield from _arrays(getattr(value, field.name))
+            yield from arrays(getattr(value, field.name))
     elif isinstance(value, tuple):
         for one in value:
-            yield from _arrays(one)
+            yield from arrays(one)
     elif hasattr(value, "nbytes"):
         yield value
 
 
-def _prefill(engine: Engine, tokens: int, settings: Settings) -> dict[str, Any]:
+def _prefill(
+    engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
+) -> dict[str, Any]:
     if tokens < 1 or tokens + 1 > engine.context:
         raise ConfigError(f"A prompt of {tokens} tokens does not fit {engine.context} of context.")
     rng = np.random.default_rng(1)
-    times = []
-    for _ in range(settings.repeats + 1):
+    times, before = [], _experts(engine)
+    for turn in range(settings.repeats + 1):
+        if turn == 1:
+            before = _experts(engine)
         ids = [int(one) for one in rng.integers(0, engine.config.vocab, tokens)]
         start = time.perf_counter()
         next(iter(engine.generate(ids, SamplingParams(temperature=0, max_tokens=1))))
         times.append(time.perf_counter() - start)
+    total = _difference(before, _experts(engine))
+    _need(engine, total, settings.repeats * tokens)
     spent = statistics.median(times[1:])
-    return {"what": "prefill", "tokens": tokens, "tokens_per_s": tokens / spent}
+    fetched = total["copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
+    link = rates["link_gb_s"] * 1e9
+    return {
+        "what": "prefill",
+        "tokens": tokens,
+        "tokens_per_s": tokens / spent,
+        "first_token_ms": spent * 1e3,
+        "hit_rate": _hits(total),
+        **total,
+        "mb_fetched": fetched / 1e6,
+        "link_gb_s": fetched / spent / 1e9,
+        "link_share": fetched / spent / link if link else 0.0,
+    }
 
 
 def _decode(
     engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    runs = settings.warm_up + settings.repeats * settings.tokens
+    few = min(64, settings.warm_up, settings.tokens)
+    runs = settings.warm_up + settings.repeats * settings.tokens + few
     context = _depth(engine, depth, count, runs, settings)
+    engine.call(lambda: _empty(engine))
     before, at, found = _experts(engine), context, []
-    cold = _say(engine, at, count, min(64, settings.warm_up))
-    first = _difference(before, _experts(engine))
-    if settings.warm_up > 64:
-        _say(engine, at + 64, count, settings.warm_up - 64)
+    slow = _say(engine, at, count, few)
+    cold = _difference(before, _experts(engine))
+    if settings.warm_up > few:
+        _say(engine, at + few, count, settings.warm_up - few)
     at += settings.warm_up
     for _ in range(settings.repeats):
         before = _experts(engine)
@@ -154,12 +189,18 @@ def _decode(
         after = _difference(before, _experts(engine))
         found.append((seconds / (settings.tokens - 1), after))
         at += settings.tokens
+    before = _experts(engine)
+    _say(engine, at, count, few)
+    warm = _difference(before, _experts(engine))
     spent = statistics.median(one for one, _ in found)
     total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
     steps = settings.repeats * settings.tokens
+    _need(engine, total, steps * count)
     fetched = total["copied"] * engine.runner.store.cache.record.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
+    each = max(1, round(total["copied"] / (steps * engine.config.layers)))
+    alike = 1e9 * engine.call(lambda: link_rate(engine, each))
     floor = max(fetched / link if link else 0, read / memory if memory else 0)
     return {
         "what": "decode",
@@ -169,18 +210,33 @@ def _decode(
         "tokens_per_s": count / spent,
         "ms_per_token": spent * 1e3,
         "spread_ms": [round(1e3 * one, 3) for one, _ in found],
-        "cold_ms_per_token": cold * 1e3 / max(1, min(64, settings.warm_up) - 1),
-        "hit_rate_first_64": _hits(first),
+        "cold_ms_per_token": slow * 1e3 / max(1, few - 1),
+        "hit_rate_cold_64": _hits(cold),
+        "hit_rate_warm_64": _hits(warm),
         "hit_rate": _hits(total),
         **total,
         "mb_fetched_per_token": fetched / 1e6,
         "link_gb_s": fetched / spent / 1e9,
-        "link_share": fetched / spent / link if link else 0.0,
+        "records_fetched_at_once": each,
+        "link_gb_s_alone": alike / 1e9,
+        "link_share": fetched / spent / alike if alike else 0.0,
         "mb_read_per_token": read / 1e6,
+        "memory_gb_s": read / spent / 1e9,
         "memory_share": read / spent / memory if memory else 0.0,
         "floor_ms": floor * 1e3,
         "floor_over_time": floor / spent,
     }
+
+
+def _empty(engine: Engine) -> None:
+    """The cache as after a start: nobody is in it, nobody was used."""
+    store, ops = engine.runner.store, engine.runner.ops
+    if store.arena is None:
+        return
+    for nobody in (store.cache.slot_of, store.cache.expert_in):
+        ops.fill(nobody, 0xFF)
+    for zero in (store.cache.heat, store.cache.stamp, store.cache.step):
+        ops.fill(zero, 0)
 
 
 def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:
@@ -248,6 +304,13 @@ def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]
     return {name: after[name] - before[name] for name in after}
 
 
+def _need(engine: Engine, experts: dict[str, int], tokens: int) -> None:
+    """Raises: AssertionError where fewer experts were asked for than so many tokens have."""
+    asked = tokens * engine.config.layers * engine.config.top_k
+    if experts["routed"] < asked:
+        raise AssertionError(f"{tokens} tokens ask for {asked} experts; counted were {experts}")
+
+
 def _hits(experts: dict[str, int]) -> float:
     return experts["hit"] / max(1, experts["routed"])
 
@@ -261,20 +324,21 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         array.nbytes / pages * depth
         for layer, mixer in zip(state.layers, config.mixers, strict=True)
         if mixer == "attention"
-        for array in _arrays(layer)
+        for array in arrays(layer)
     )
     recurrent = sum(
         2 * array.nbytes / state.slots
         for layer, mixer in zip(state.layers, config.mixers, strict=True)
         if mixer != "attention"
-        for array in _arrays(layer)
+        for array in arrays(layer)
     )
     experts = config.layers * config.top_k * cache.record.nbytes
     return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))
 
 
-def link_rate(engine: Engine) -> float:
-    """GB/s of fetching records with nothing else running; 0 where nothing is ever fetched.
+def link_rate(engine: Engine, records: int | None = None) -> float:
+    """GB/s of fetching so many records at once with nothing else running, as many as a step may
+    where none are named; 0 where nothing is ever fetched.
 
     Experts are fetched into the slots where they are: nothing changes.
     """
@@ -285,10 +349,11 @@ def link_rate(engine: Engine) -> float:
         return 0.0
     counters = ops.copy_out(cache.counters)
     held = ops.copy_out(cache.expert_in)[0]
-    slots = np.flatnonzero(held >= 0)[: plan.expert.shape[0]].astype(np.int32)
+    slots = np.arange(min(len(held), plan.expert.shape[0], records or len(held)), dtype=np.int32)
+    expert = np.where(held[slots] < 0, slots, held[slots])  # a free slot may hold anything
     entries = np.zeros((4, plan.expert.shape[0]), np.int32)
     entries[0, : len(slots)], entries[1, : len(slots)], entries[2:, : len(slots)] = (
-        held[slots], slots, 1,
+        expert, slots, 1,
     )  # fmt: skip
     ops.copy_in(plan.count, np.array([len(slots)], np.int32))
     for array, values in zip((plan.expert, plan.slot, plan.fetch, plan.uses), entries, strict=True):

@@ -52,18 +52,22 @@ def _parser() -> argparse.ArgumentParser:
             add_engine_flags(one, many)
         return one
 
-    add_server_flags(add("serve", "Serve the OpenAI API."))
+    serving = add("serve", "Serve the OpenAI API.")
+    add_server_flags(serving)
+    _timing(serving)
     run = add("run", "Answer one prompt on stdout.")
     run.add_argument("prompt", help="the prompt, or - for stdin")
     run.add_argument("--raw", action="store_true", help="no chat template: continue the text")
     _sampling(run)
     _recording(run)
+    _timing(run)
     chat = add("chat", "Talk on the terminal.")
     chat.add_argument("--system", metavar="TEXT", help="the system message (none)")
     _sampling(chat)
+    _timing(chat)
     plan = add("plan", "Print the memory plan without loading.")
     plan.add_argument("--json", action="store_true", help="as one JSON line")
-    add("pack", "Quantise a checkpoint into its packed file.")
+    add("pack", "Write a model's packed file, quantised; prints where.")
     perplexity = add("perplexity", "Perplexity of a text; ends with one JSON line.")
     perplexity.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
     perplexity.add_argument("--window", type=int, default=512, help="tokens a window (512)")
@@ -78,7 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
     add("doctor", "Say what this machine has and what to fix.", engine=False)
-    add_bench_flags(add("bench", "Measure decode and prefill; ends with one JSON line.", many=True))
+    measured = (
+        "Measure decode and prefill, or (`bench kernels`) each kernel; ends with one JSON line."
+    )
+    add_bench_flags(add("bench", measured, many=True))
     return parser
 
 
@@ -87,6 +94,14 @@ def _recording(parser: argparse.ArgumentParser) -> None:
         "--record-routing",
         metavar="FILE",
         help="write which experts were asked for, an .npz for tools/simulate_cache (slower)",
+    )
+
+
+def _timing(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--timing",
+        action="store_true",
+        help="a line on stderr for each reply: tok/s, hit rate, MB fetched a token, ms (off)",
     )
 
 

@@ -12,22 +12,24 @@ from typing import Any
 
 import numpy as np
 
+from osmium.bench.kernels import bench_kernels
 from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
 from osmium.cli.flags import BENCH, engine_options
 from osmium.cli.progress import progress_bar
+from osmium.cli.timing import tell_timing
 from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError
 from osmium.loader import Loader, load, plan_for
+from osmium.loader import pack as pack_model
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
 from osmium.text.tokenizer import Tokenizer
-from osmium.weights import open_model
 
 __all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
 
@@ -39,7 +41,10 @@ def _say(text: str) -> None:
 def _engine(args: argparse.Namespace) -> Engine:
     model, options = engine_options(args)
     with progress_bar() as progress:
-        return load(model, progress=progress, **options)
+        engine = load(model, progress=progress, **options)
+    if getattr(args, "timing", False):
+        tell_timing(engine)
+    return engine
 
 
 def _need_tokenizer(engine: Engine) -> Tokenizer:
@@ -157,6 +162,9 @@ def serve(args: argparse.Namespace) -> None:
         except CheckpointError:
             engine.close()
             raise
+        _say(engine.plan.table())
+        if args.timing:
+            tell_timing(engine, while_serving=True)
         return engine
 
     host = ModelHost(loading)
@@ -184,8 +192,8 @@ def pack(args: argparse.Namespace) -> None:
     """Quantise once; prints the packed file's path."""
     model, options = engine_options(args)
     with progress_bar() as progress:
-        packed = open_model(model, EngineConfig(**options), progress)
-    print(packed.path)
+        path = pack_model(model, progress=progress, **options)
+    print(path)
 
 
 def doctor(args: argparse.Namespace) -> None:
@@ -235,6 +243,9 @@ def bench(args: argparse.Namespace) -> None:
     """Decode and prefill, medians; the table on stderr, one JSON line on stdout."""
     if args.compare:
         print(compare(*(_json_file(path) for path in args.compare)))
+        return
+    if args.model == "kernels":  # a folder of that name is ./kernels
+        print(json.dumps(bench_kernels(args.only, _say)))
         return
     model, options = engine_options(args)
     budgets = options.pop("kv_cache_mb", None) or [None]

@@ -13,7 +13,7 @@ __all__ = ["BENCH", "add_bench_flags", "add_engine_flags", "add_server_flags", "
 
 BENCH: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "prompt_tokens": (512,), "profile": False, "compare": None,
+    "prompt_tokens": (512,), "profile": False, "compare": None, "only": None,
 }  # fmt: skip
 """What `osmium bench` measures if it is not told otherwise, and `--benchmark` of the server."""
 
@@ -41,7 +41,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder, a packed file or a hub id; the bundled demo model if absent",
+        help="a checkpoint folder, a packed file, a hub id, or synthetic:NAME[:LAYERS], made up in "
+        "the shape of qwen3.5-35b-a3b, -122b-a10b or -397b-a17b; the bundled demo model if absent",
     )
     parser.add_argument("--model-path", metavar="MODEL", help="the same, as a flag")
     flags = parser.add_argument_group("engine")
@@ -57,7 +58,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
     add("--attention-quant", choices=matrix, help="format of attention and delta-net (bf16)")
     add("--shared-expert-quant", choices=("auto", *matrix), help="shared expert (auto: int8)")
     add("--lm-head-quant", choices=("auto", *matrix), help="format of the head (auto: int8)")
-    add("--kv-dtype", choices=("auto", "f32", "bf16"), help="KV (auto: GPU bf16, CPU f32)")
+    kept = ("auto", "fp8_e4m3", "bf16", "f32")
+    add("--kv-dtype", choices=kept, help="KV (auto: GPU fp8_e4m3, CPU f32; f32 is for CPUs)")
     add(
         "--kv-cache-mb",
         type=_integers if many else int,
@@ -119,6 +121,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     add("--parallel", type=_integers, help="sequences at once, as 1,4 (1)")
     add("--prompt-tokens", type=_integers, help="tokens of prefill; 0: none (512)")
     add("--profile", action="store_true", help="then time a token kernel by kernel")
+    add("--only", metavar="NAME", help="of `bench kernels`: operations whose name holds this")
     add("--compare", nargs=2, metavar="FILE", help="compare two results instead")
     parser.set_defaults(**BENCH)
 

@@ -69,6 +69,14 @@ class DeviceArray:
             raise ValueError(f"{list(self.shape)} cannot be reshaped to {list(shape)}.")
         return DeviceArray(self.ptr, shape, self.dtype, self.owner)
 
+    def view(self, dtype: npt.DTypeLike) -> "DeviceArray":
+        """The same bytes as numbers of another size, along the last axis."""
+        size = np.dtype(dtype).itemsize
+        last = self.shape[-1] * self.dtype.itemsize
+        if last % size:
+            raise ValueError(f"{last} bytes a row cannot be viewed as {np.dtype(dtype)}.")
+        return DeviceArray(self.ptr, (*self.shape[:-1], last // size), dtype, self.owner)
+
     def __repr__(self) -> str:
         return f"DeviceArray({self.dtype} {list(self.shape)} at {self.ptr:#x})"
 
@@ -105,6 +113,10 @@ class Pool:
     def used(self) -> int:
         """Bytes handed out."""
         return sum(nbytes for nbytes, _ in self._held.values())
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """(address, bytes) of what is handed out."""
+        return [(ptr, nbytes) for ptr, (nbytes, _) in self._held.items()]
 
     @contextlib.contextmanager
     def label(self, what: str) -> Iterator[None]:

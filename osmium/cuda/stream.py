@@ -5,6 +5,7 @@ import ctypes
 import math
 import os
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,7 +15,7 @@ from osmium.cuda.driver import Device
 from osmium.cuda.memory import DeviceArray, HostBuffer, HostKind, Pool
 from osmium.errors import CudaError, KernelError, OutOfMemory
 
-__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rate", "memory_rate"]
+__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rate", "memory_rate", "spilled"]
 
 SYNC = os.environ.get("OSMIUM_SYNC") == "1"
 """Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
@@ -217,6 +218,8 @@ class Machine:
 
     def __init__(self, device: Device, host_kind: HostKind = "pinned") -> None:
         self.device = device
+        self.link_gb_s = self.memory_gb_s = 0.0
+        """What host memory of that kind and VRAM were measured to give; 0: not measured."""
         self.pool = Pool(device)
         self.stream, self.side = Stream(device), Stream(device, first=False)
         self._forked, self._joined = Event(device), Event(device)
@@ -337,10 +340,60 @@ def copy_rate(device: Device, kind: HostKind, nbytes: int = 64 << 20) -> float:
 
 
 def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
-    """GB/s of a copy inside VRAM, bytes read and bytes written."""
+    """GB/s of a copy inside VRAM, bytes read and bytes written; of less where less is free."""
+    nbytes = min(nbytes, device.memory()[0] // 8)
     pool = Pool(device)
     out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
     return 2 * _rate(device, out, source, 9)
+
+
+PIECE = 64 << 20
+"""Bytes that are looked at together for where they are: 0.1 ms of VRAM, 3 ms of a link."""
+
+SLOW = 0.25
+"""A piece that is copied at less than this share of VRAM's rate is not in VRAM.  Out of host
+memory 2 x 25 GB/s (PCIe 4) beside a slow card's 330 (RTX 3060) is .15, 2 x 50 beside a 5090's 1,500
+is .07."""
+
+
+TIMES = 3
+"""How often a piece must be slow."""
+
+
+def spilled(machine: Machine) -> int:
+    """Bytes of the pool that the driver keeps in host memory, by timing a copy of each piece of it.
+
+    Some drivers (Windows and WSL2) give more than the card has rather than refuse.  Contents stay;
+    to be called after `memory_gb_s` is known.  0 where there is not a piece more to look with.
+    """
+    device, stream = machine.device, machine.stream
+    pieces = [
+        DeviceArray(ptr + at, (min(PIECE, nbytes - at),), np.uint8, None)
+        for ptr, nbytes in machine.pool.blocks()
+        for at in range(0, nbytes, PIECE)
+        if nbytes - at >= PIECE // 4  # what is shorter is lost in the time of a launch
+    ]
+    if not pieces or not machine.memory_gb_s:
+        return 0
+    try:
+        scratch = Pool(device).empty((PIECE,), np.uint8)
+    except OutOfMemory:
+        return 0
+    stream.fill(scratch, 0)  # wake it up
+    suspects = pieces
+    for _ in range(TIMES):  # whoever was slow is asked again: it may have been the host that was
+        marks = [Event(device).record(stream)]
+        for piece in suspects:
+            stream.copy(scratch[: piece.nbytes], piece)
+            marks.append(Event(device).record(stream))
+        most = [2e-6 * piece.nbytes / (SLOW * machine.memory_gb_s) for piece in suspects]
+        times = [end - start for start, end in pairwise(marks)]
+        suspects = [
+            piece for piece, ms, much in zip(suspects, times, most, strict=True) if ms > much
+        ]
+        for mark in marks:
+            mark.close()
+    return sum(piece.nbytes for piece in suspects)
 
 
 def _rate(device: Device, out: DeviceArray, source: DeviceArray, rounds: int) -> float:

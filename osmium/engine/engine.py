@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.engine.forced import forced_logits
+from osmium.engine.meter import Meter
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -83,7 +84,7 @@ class Engine:
         self.when_stopped: Callable[[], None] | None = None
         """Called on the engine's thread once it serves no more."""
         self._lock = threading.Lock()
-        self._tokens = {"prompt": 0, "completion": 0}
+        self.meter = Meter(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
         self._thread.start()
 
@@ -253,14 +254,13 @@ class Engine:
         """What is going on: requests, tokens so far, pages, experts by where they were."""
 
         def look() -> dict[str, Any]:
-            counters = self._runner.store.counters()
             return {
                 "running": len(self._scheduler.running),
                 "waiting": len(self._scheduler.waiting),
                 "free_pages": self._seats.free_pages,
                 "pages": self._seats.pages,
-                "tokens": dict(self._tokens),
-                "experts": vars(counters),
+                "tokens": dict(self.meter.tokens),
+                "experts": vars(self._runner.store.counters()),
             }
 
         return self.call(look)
@@ -334,6 +334,7 @@ class Engine:
                 batch = self._scheduler.next()
                 if batch is not None:
                     self._step(batch)
+                self.meter.look()
         except Exception as error:  # the door: whatever it was, nobody may wait for ever
             reason = self.failure = EngineStopped(f"The engine has stopped: {error}")
             reason.__cause__ = error
@@ -365,6 +366,7 @@ class Engine:
                 self._finish(request, FinishReason.CANCELLED)
 
     def _step(self, batch: Batch) -> None:
+        self.meter.begin(batch)
         try:
             if self._runner.store.recorder is None and all(
                 request.pending == 1 and plain(request) for request, _ in batch.parts
@@ -422,6 +424,7 @@ class Engine:
         more = reply.outstanding + 1
         return (
             not self._closing
+            and not self.meter.due
             and self._inbox.empty()
             and not (self._scheduler.waiting and self._seats.free_slots)
             and len(self._scheduler.running) == len(reply.requests)
@@ -432,7 +435,7 @@ class Engine:
 
     def _computed(self, request: Request, count: int) -> None:
         """So many more of its tokens are in the model's state."""
-        self._tokens["prompt"] += min(count, max(0, request.prompt_tokens - request.computed))
+        self.meter.read(request, count)
         request.computed += count
 
     def _give(
@@ -455,7 +458,7 @@ class Engine:
         top: tuple[tuple[int, float], ...],
     ) -> None:
         """A request has its next token."""
-        self._tokens["completion"] += 1
+        self.meter.token(request)
         request.tokens.append(token)
         params = request.params
         if token in self.config.eos and not params.ignore_eos:
@@ -475,6 +478,7 @@ class Engine:
         if request.done:
             return
         request.done = True
+        self.meter.finish(request, reason)
         text = ""
         if error is None:
             try:

@@ -5,14 +5,14 @@ fit is said here, before loading, with the flag that helps.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.forecast import NOTHING, Bought, Traffic, bought, bought_table, hit_rate
 from osmium.engine.runner import runner_bytes
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
@@ -31,11 +31,6 @@ CONTEXT_BYTES = 600 << 20
 CPU_COPIES = 4 << 30
 """f32 copies of matrices that the CPU backend may keep (ReferenceOps)."""
 
-_HIT = ((0.0, 0.0), (0.10, 0.51), (0.15, 0.60), (0.20, 0.66), (0.36, 0.79), (0.40, 0.81),
-        (0.44, 0.83), (0.50, 0.86), (1.0, 1.0))  # fmt: skip
-"""Share of experts resident -> share of uses hit: an adaptive cache on published routing statistics
-of Qwen3.5-122B-A10B up to .36, beyond it an extrapolation."""
-
 
 @dataclass(frozen=True)
 class Machine:
@@ -47,6 +42,10 @@ class Machine:
     vram_total: int = 0
     ram_available: int = 0
     ram_total: int = 0
+    link_gb_s: float = 0.0
+    """What the link was measured to carry from host memory; 0: not measured."""
+    memory_gb_s: float = 0.0
+    """What VRAM was measured to read and write."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,8 @@ class Plan:
     vram_limit: int
     ram: dict[str, int]
     ram_limit: int
+    traffic: Traffic = NOTHING
+    """What a token moves, and how fast that goes."""
 
     @property
     def table_pages(self) -> int:
@@ -77,17 +78,38 @@ class Plan:
         return -(-self.context // self.page)
 
     @property
+    def link_gb_s(self) -> float:
+        """What the link was measured to carry; 0: not measured."""
+        return self.traffic.link_gb_s
+
+    @property
     def hit_rate(self) -> float:
         """What the slots may be expected to hit, an estimate from published routing statistics."""
-        share = self.slots / self.experts
-        for (x0, y0), (x1, y1) in pairwise(_HIT):
-            if share <= x1:
-                return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
-        return 1.0
+        return hit_rate(self.slots / self.experts)
+
+    def fewer_slots(self, nbytes: int) -> int:
+        """Slots a layer that leave at least so many bytes more free.  Raises: ConfigError."""
+        left = self.slots + -nbytes // self.traffic.slot
+        if left < self.traffic.least:
+            raise ConfigError(
+                f"{_gib(nbytes)} of VRAM are not to be had: {self.slots} expert slots a layer of "
+                f"{_gib(self.traffic.slot)} each would become {max(0, left)}, a token needs "
+                f"{self.traffic.least}. Close what else uses the GPU, or lower --vram."
+            )
+        return left
+
+    def buys(self) -> list[Bought]:
+        """What fewer and more GiB of slots would bring; nothing where there are none."""
+        return bought(self.traffic, self.slots, self.experts) if self.vram else []
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**vars(self), "expected_hit_rate": round(self.hit_rate, 3)}
+        return {
+            **vars(self),
+            "traffic": asdict(self.traffic),
+            "expected_hit_rate": round(self.hit_rate, 3),
+            "buys": [asdict(one) for one in self.buys()],
+        }
 
     def table(self) -> str:
         """For people."""
@@ -102,6 +124,7 @@ class Plan:
                 f"experts    {self.slots} of {self.experts} slots a layer; expected hit rate "
                 f"{self.hit_rate:.2f} (estimate)"
             )
+            lines += ["", bought_table(self.buys(), self.traffic)]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -130,8 +153,8 @@ def make_plan(
             f"--context is {context}; the model was made for {config.max_context} tokens at most."
         )
     kv_dtype = _kv_dtype(options, machine.gpu)
-    if machine.gpu and kv_dtype != "bf16":
-        raise ConfigError(f"--kv-dtype is {kv_dtype}; on the GPU this version keeps KV in bf16.")
+    if machine.gpu and kv_dtype == "f32":
+        raise ConfigError("--kv-dtype is f32; the GPU keeps KV in fp8_e4m3 or bf16.")
     rows = min(options.chunk, context)
     sequences = min(4, rows) if options.sequences is None else options.sequences
     if sequences > rows:
@@ -144,8 +167,8 @@ def make_plan(
         # a page and a slot more than are given out: rows of a step that have ended write there
         "KV": state_bytes(config, pages + 1, options.page, 0, kv_dtype),
         "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
-        "workspace": workspace_bytes(config, rows)
-        + store_bytes(rows, experts, experts, config.top_k, config.expert_size)
+        "workspace": workspace_bytes(config, rows, machine.gpu)
+        + store_bytes(rows, experts, experts, config.top_k, config.expert_size, machine.gpu)
         + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
     }
     arena = layers * experts * record.nbytes
@@ -184,9 +207,15 @@ def make_plan(
             f"{_gib(ram_limit)} can be used. Lower --context or --gpu-expert-bits, use a smaller "
             "model, or say --ram SIZE if the system reports too little."
         )
+    each = layers * config.top_k * record.nbytes
+    states = 2 * fixed["recurrent states"] // (sequences + 1)  # read and written
+    traffic = Traffic(
+        slot=layers * (record.nbytes + 4), experts=each, memory=rest + each + states,
+        least=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
+    )  # fmt: skip
     return Plan(
         "gpu" if machine.gpu else "cpu", context, options.page, pages, sequences, rows,
-        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit,
+        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic,
     )  # fmt: skip
 
 
@@ -216,7 +245,7 @@ def tokens_held(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
 
 
 def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
-    return ("bf16" if gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
+    return ("fp8_e4m3" if gpu else "f32") if options.kv_dtype == "auto" else options.kv_dtype
 
 
 def _capped(slots: int, config: ModelConfig) -> int:

@@ -6,6 +6,7 @@ Values with arithmetic on them.  The engine knows token ids and nothing of how t
 
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -14,7 +15,7 @@ from typing import Any, Protocol
 from osmium.errors import OsmiumError, RequestError
 
 __all__ = [
-    "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Token",
+    "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Times", "Token",
 ]  # fmt: skip
 
 
@@ -141,6 +142,18 @@ class Finish:
 Event = Token | Finish
 
 
+@dataclass
+class Times:
+    """When it happened to a request, by time.perf_counter; 0 until it has."""
+
+    submitted: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    """Its first step was about to be computed."""
+    first: float = 0.0
+    """Its first token was there."""
+    last: float = 0.0
+
+
 class Request:
     """One reply in the making.  The engine's thread alone changes it, but for `cancelled`."""
 
@@ -171,6 +184,7 @@ class Request:
         self.pages: list[int] = []
         self.cancelled = threading.Event()
         self.done = False
+        self.times = Times()
 
     @property
     def pending(self) -> int:

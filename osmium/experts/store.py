@@ -115,10 +115,10 @@ class Store:
         return Counters(routed, hit, fetched, copied)
 
 
-def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int) -> int:
-    """Bytes of a store's own arrays; `inner` is I."""
+def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool) -> int:
+    """Bytes of a store's own arrays on a backend; `inner` is I."""
     block = _block(rows, capacity, experts, top_k)
-    return rows_bytes(block * top_k, inner, False) + 4 * (
+    return rows_bytes(block * top_k, inner, False, gpu) + 4 * (
         block * top_k + 1 + 4 * min(experts, block * top_k)
     )
 

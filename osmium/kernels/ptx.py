@@ -408,26 +408,36 @@ class Kernel:
         return contract.moves(_known(contract, values))
 
 
-EARLY = "griddepcontrol.wait; griddepcontrol.launch_dependents;"
-"""From sm_90 on a kernel may start while the one before it ends, and waits here for its results.
-Only then may the next one start: so what the last kernel but one made may be read before the wait
-(by ld.global.cg, past a multiprocessor's own cache)."""
+WAIT = "griddepcontrol.wait;"
+"""From sm_90 on a kernel may start when the one before it is leaving, and waits here for its
+results."""
+
+LEAVE = "griddepcontrol.launch_dependents;"
+"""Where a block has read all that it reads: the next kernel starts when all blocks have come here.
+Later than at once, as its blocks would take room and bandwidth from these."""
 
 
 def early(text: str) -> str:
     """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
-    by a line `// -- early` on each of its ways, or at once.
+    by a line `// -- early` on each of its ways, or at once; and leaving where it says so, by lines
+    `// -- leaving` or `// -- leaving, if %predicate`, or at its end.
 
     Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
     """
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
+    text = re.sub(
+        r"^( *)// -- leaving(?:, if (%\w+))?.*$",
+        lambda found: f"{found[1]}{f'@{found[2]} ' if found[2] else ''}{LEAVE}",
+        text,
+        flags=re.M,
+    )
     if "// -- early" in text:
-        return re.sub(r"^( *)// -- early.*$", rf"\1{EARLY}", text, flags=re.M)
+        return re.sub(r"^( *)// -- early.*$", rf"\1{WAIT}", text, flags=re.M)
     body = text.index("{", text.index(".entry"))
     # the declarations at the start of the body, and comments between them
     start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
     assert start is not None, "a body starts with a brace"
-    return f"{text[: start.end()]}\n    {EARLY}{text[start.end() :]}"
+    return f"{text[: start.end()]}\n    {WAIT}{text[start.end() :]}"
 
 
 CHECK = os.environ.get("OSMIUM_CHECK") == "1"

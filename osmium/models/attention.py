@@ -10,10 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.models.state import AttentionState
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops, Step
+from osmium.ops import Array, KeysValues, Ops, Step
 
 __all__ = ["Attention", "rotary_frequencies"]
 
@@ -32,15 +31,13 @@ class Attention:
         self.norms = weights.array("attention_norms", 2, size)
         self.out = weights.linear("attention_out", hidden, heads * size)
 
-    def mix(
-        self, x: Array, step: Step, state: AttentionState, work: Workspace, norm: Array
-    ) -> None:
+    def mix(self, x: Array, step: Step, state: KeysValues, work: Workspace, norm: Array) -> None:
         """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         Keys and values of the step are kept before any is read."""
-        ops, k, v = self.ops, state.k_pages, state.v_pages
+        ops = self.ops
         ops.linear(work.qgkv, work.h, self.qgkv)
-        ops.rope_append(work.q, k, v, work.qgkv, self.norms, self.frequencies, step, self.eps)
-        ops.gated_attention(work.attended, work.q, k, v, work.qgkv, step, self.scale, work.partial)
+        ops.rope_append(work.q, state, work.qgkv, self.norms, self.frequencies, step, self.eps)
+        ops.gated_attention(work.attended, work.q, state, work.qgkv, step, self.scale, work.partial)
         ops.linear_norm(x, work.attended, self.out, work.h, norm)
 
 

@@ -11,21 +11,13 @@ from typing import Any
 import numpy as np
 
 from osmium.config import ModelConfig
-from osmium.ops import Array, Ops
+from osmium.ops import Array, KeysValues, Ops
 
-__all__ = ["AttentionState", "DeltaState", "State", "make_state", "state_bytes"]
+__all__ = ["DeltaState", "State", "make_state", "state_bytes"]
 
-_KV: dict[str, np.dtype[Any]] = {"f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16)}
-
-
-@dataclass(frozen=True)
-class AttentionState:
-    """The keys and values of one attention layer."""
-
-    k_pages: Array
-    """f32 or bf16 [pages, page, G, d], after norm and rotation."""
-    v_pages: Array
-    """f32 or bf16 [pages, page, G, d]."""
+_KV: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "fp8_e4m3": np.dtype(np.uint8),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,37 +40,44 @@ class State:
     """Pages that sequences may share out among themselves."""
     slots: int
     """Recurrent-state slots: the most sequences that can be held."""
-    layers: tuple[AttentionState | DeltaState, ...]
+    layers: tuple[KeysValues | DeltaState, ...]
 
 
 def make_state(
     ops: Ops, config: ModelConfig, pages: int, page: int, slots: int, kv_dtype: str
 ) -> State:
-    """A state with `pages` pages of `page` tokens in "f32" or "bf16".  Raises: OutOfMemory."""
-    shapes = _shapes(config, pages, page, slots)
-    kv = _KV[kv_dtype]
-    layers: list[AttentionState | DeltaState] = []
+    """A state with `pages` pages of `page` tokens in "f32", "bf16" or "fp8_e4m3".
+
+    Raises: OutOfMemory.
+    """
+    layers: list[KeysValues | DeltaState] = []
     for mixer in config.mixers:
-        first, second = shapes[mixer]
-        if mixer == "attention":
-            layers.append(AttentionState(ops.empty(first, kv), ops.empty(second, kv)))
-        else:
-            layers.append(DeltaState(ops.empty(first, np.float32), ops.empty(second, np.float32)))
+        arrays = [ops.empty(*one) for one in _arrays(config, mixer, pages, page, slots, kv_dtype)]
+        layers.append(KeysValues(*arrays) if mixer == "attention" else DeltaState(*arrays))
     return State(page, pages, slots, tuple(layers))
 
 
 def state_bytes(config: ModelConfig, pages: int, page: int, slots: int, kv_dtype: str) -> int:
     """Bytes that make_state asks for."""
-    shapes = _shapes(config, pages, page, slots)
-    values = {mixer: sum(math.prod(shape) for shape in pair) for mixer, pair in shapes.items()}
-    width = {"attention": _KV[kv_dtype].itemsize, "delta_net": 4}
-    return sum(values[mixer] * width[mixer] for mixer in config.mixers)
+    of = {
+        mixer: sum(
+            math.prod(shape) * dtype.itemsize
+            for shape, dtype in _arrays(config, mixer, pages, page, slots, kv_dtype)
+        )
+        for mixer in set(config.mixers)
+    }
+    return sum(of[mixer] for mixer in config.mixers)
 
 
-def _shapes(
-    config: ModelConfig, pages: int, page: int, slots: int
-) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """The two arrays of a layer, by its mixer."""
-    kv = (pages, page, config.kv_heads, config.head_dim)
+def _arrays(
+    config: ModelConfig, mixer: str, pages: int, page: int, slots: int, kv_dtype: str
+) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Shape and dtype of each array of a layer."""
+    if mixer == "attention":
+        rows = (pages, page, config.kv_heads)
+        kept = ((*rows, config.head_dim), _KV[kv_dtype])
+        scales = [(rows, np.dtype(np.float16))] * 2 if kv_dtype == "fp8_e4m3" else []
+        return [kept, kept, *scales]
+    f32 = np.dtype(np.float32)
     delta = (slots, config.value_heads, config.key_dim, config.value_dim)
-    return {"attention": (kv, kv), "delta_net": ((slots, config.channels, 3), delta)}
+    return [((slots, config.channels, 3), f32), (delta, f32)]

@@ -12,12 +12,9 @@ from osmium.ops.values import rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
-SPLITS = 32
-"""Blocks that share the context of a query: 32 of 32 heads fill a large GPU several times, and a
-short context uses as many as it has tiles of 256 tokens."""
-
-FEW_ROWS = 8
-"""Steps of up to so many rows, one a sequence, share contexts out."""
+SPLITS = 128
+"""Blocks a key head that share the contexts of a step: with two key heads 256, two a multiprocessor
+of a large GPU.  A short context uses as many as it has tiles of 32 tokens."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class Workspace:
     """f32 [T, D], what the shared expert says."""
 
     partial: Array
-    """f32 [few rows, H, SPLITS, d + 2], what blocks that share a context leave."""
+    """f32 [SPLITS, H, d + 2], what blocks that share contexts leave."""
     arrived: Array
     """i32 [1], 0: blocks of the router that have ended."""
 
@@ -81,20 +78,20 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     return Workspace(
         **arrays,
         **{name: ops.rows(rows, width, eps) for name, (width, eps) in _rows(config).items()},
-        partial=ops.empty(_partial(config, rows), np.float32),
+        partial=ops.empty(_partial(config), np.float32),
         arrived=arrived,
     )
 
 
-def workspace_bytes(config: ModelConfig, rows: int) -> int:
-    """Bytes that make_workspace asks for."""
+def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
+    """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
-    split = sum(rows_bytes(1, width, eps is not None) for width, eps in _rows(config).values())
-    return rows * (wide + split) + 4 * math.prod(_partial(config, rows)) + 4
+    read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
+    return rows * (wide + read) + 4 * math.prod(_partial(config)) + 4
 
 
-def _partial(config: ModelConfig, rows: int) -> tuple[int, ...]:
-    return (min(rows, FEW_ROWS), config.heads, SPLITS, config.head_dim + 2)
+def _partial(config: ModelConfig) -> tuple[int, ...]:
+    return (SPLITS, config.heads, config.head_dim + 2)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

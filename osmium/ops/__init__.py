@@ -3,7 +3,8 @@
 Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the
 specification in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs
 come first; nothing is allocated inside an operation; sums are in f32 and every activation is f32 on
-both backends.  Weights are bf16, int8 or int4 (values.Linear), KV pages f32 or bf16.
+both backends.  Weights are bf16, int8 or int4 (values.Linear), KV pages f32, bf16 or e4m3
+(values.KeysValues).
 
 Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip
 experts when the residual stream is rounded.
@@ -24,16 +25,18 @@ from osmium.ops.values import (
     ExpertArena,
     ExpertCache,
     ExpertPlan,
+    KeysValues,
     Linear,
     Replies,
     Rows,
     SharedExpert,
     Step,
 )
+from osmium.quant.noise import Pattern
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Ops", "Replies", "Rows",
-    "SharedExpert", "Step",
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Ops", "Replies",
+    "Rows", "SharedExpert", "Step",
 ]  # fmt: skip
 
 
@@ -151,8 +154,7 @@ class Ops(Protocol):
     def rope_append(
         self,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         norms: Array,
         frequencies: Array,
@@ -167,20 +169,18 @@ class Ops(Protocol):
         norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2),
         j < R/2: a' = a cos - b sin, b' = b cos + a sin, the angle being
         positions[t] * frequencies[j] in f32; values from R on pass through.  k and v are rounded
-        to the pages' dtype.
+        to what `kv` keeps, once, by rows of d: bf16 to nearest, e4m3 as quant.floats.e4m3_rows.
 
-        q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]    norms f32 [2, d]
-        frequencies f32 [R / 2]    d % 32 == 0, d <= 256    R % 2 == 0
+        q f32 [T, H, d]    norms f32 [2, d]    frequencies f32 [R / 2]
+        d % 32 == 0, d <= 256    R % 2 == 0
         Su et al. 2021, arXiv:2104.09864; partial rotary and q/k norms as in Qwen3-Next.
         """
 
-    def attention(
-        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
-    ) -> None:
+    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
         """out[t, h] = sum of v[p] * softmax over p <= positions[t] of q[t, h] . k[p] * scale,
         k and v of head h // (H / G).
 
-        out, q f32 [T, H, d]    k_pages, v_pages f32 or bf16 [pages, page, G, d]
+        out, q f32 [T, H, d]
         Softmax in f32, running maximum.  Ainslie et al. 2023, arXiv:2305.13245 (grouped queries);
         Kwon et al. 2023, arXiv:2309.06180 (pages).
         """
@@ -189,8 +189,7 @@ class Ops(Protocol):
         self,
         out: Rows,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         step: Step,
         scale: float,
@@ -198,8 +197,8 @@ class Ops(Protocol):
     ) -> None:
         """attention, then sigmoid_gate.
 
-        out [T, H d]    partial f32 [R, H, splits, d + 2], scratch: for steps of at most R rows,
-        one a sequence, a context is shared out over `splits` blocks
+        out [T, H d]    partial f32 [splits, H, d + 2], scratch: in steps of one row a sequence,
+        and of 8 rows at most, contexts are shared out over up to splits / T blocks each
         """
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
@@ -464,4 +463,23 @@ class Ops(Protocol):
         A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2
         and computes as nobody, at position 0 of a page and slot that are no sequence's.  The step
         has one row a sequence; ids, positions, past, slots and pages of it are written.
+        """
+
+    # -- making weights: while loading -----------------------------------------------------------
+
+    def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
+        """out[e]: from byte `data` the nibbles, from byte `scale` the f16 scales of w[e], with the
+        groups of group_of(K); see quant/int4.py.
+
+        out u8 [E, bytes]    w bf16 [E, N, K]    clips f32 [C]    data, scale, bytes % 16 == 0
+        """
+
+    def quantize_int8(self, out: Array, data: int, scale: int, w: Array) -> None:
+        """The same with bytes and f32 scales; see quant/int8.py.  K % 8 == 0"""
+
+    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+        """Bytes start .. start + nbytes of each row of `out`: words of the stream of `seed`, each
+        by its place in `out`; see quant/noise.py.
+
+        out u8 [E, bytes], in VRAM or host memory    start, nbytes, bytes % 16 == 0
         """

@@ -7,12 +7,12 @@ import numpy as np
 
 from osmium.errors import ConfigError
 from osmium.ops.machine import Machine
-from osmium.ops.values import Array, Linear, SharedExpert, Step
+from osmium.ops.values import KeysValues, Linear, SharedExpert, Step
 from osmium.quant.record import Record
 
 __all__ = [
-    "MATVEC_ROWS", "Share", "fits_experts", "fits_matvec", "fits_shared", "need_bf16", "one_each",
-    "share",
+    "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec", "fits_shared",
+    "kept", "one_each", "share", "share_context",
 ]  # fmt: skip
 
 MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
@@ -20,6 +20,12 @@ MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
 
 MATVEC_ROWS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
+
+EXPERT_TILES = 32
+"""Tiles of experts that a block does at most: a lane knows where one of them is."""
+
+DIGIT_ROWS = 5
+"""Tokens that a block of INT4 multiplies at once: three digits each, of a tile's 16 rows."""
 
 MATVEC_NORM = 4096
 """Inputs up to which the kernels for few tokens take rows that are normed."""
@@ -32,6 +38,18 @@ SUMS = 2 << 10
 
 SCALES = 16 << 10
 """Bytes of it for a block's scales, at most."""
+
+KEPT = {"bf16": np.uint16, "fp8": np.uint8}
+"""What kernels keep keys and values in, by what their names end with."""
+
+SPLIT_ROWS = 8
+"""Sequences up to which a step shares out each context over blocks; more fill a GPU as they are."""
+
+SPLIT_SHARED = 90 << 10
+"""Bytes of shared memory of a block that does a part of a context, at most."""
+
+SPLITS_LEAST = 4
+"""Blocks that a context is shared out over, however small the GPU."""
 
 
 @dataclass(frozen=True)
@@ -56,12 +74,16 @@ def share(
     where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
     block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs."""
     total = -(-rows // high)
-    fixed, row = RING + (SCALES if scaled else 0), SUMS + 4 * columns
+    fixed, row = RING + (SCALES if scaled else 0), (SUMS + 4 * columns)
+    if scaled:
+        row = 3 * SUMS + 4 * columns + columns // 32
     each = 2 if machine.shared >= 2 * (fixed + row) else 1
     blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
     if scaled:
         blocks = max(blocks, -(-total * columns // (8 * SCALES)))
-    most = max(1, min(MATVEC_ROWS, (machine.shared - fixed) // row))
+    if high == 4:
+        blocks = max(blocks, -(-total // EXPERT_TILES))
+    most = max(1, min(DIGIT_ROWS if scaled else MATVEC_ROWS, (machine.shared - fixed) // row))
     return Share(blocks, -(-total // blocks), most)
 
 
@@ -86,6 +108,17 @@ def fits_shared(shared: SharedExpert) -> bool:
     return shared.up.format == shared.down.format == "int8" and shared.down.columns % 64 == 0
 
 
-def need_bf16(pages: Array) -> None:
-    if cast(np.dtype[Any], pages.dtype) != np.uint16:
-        raise ConfigError("The GPU keeps KV in bf16; --kv-dtype f32 is for the CPU.")
+def kept(kv: KeysValues) -> str:
+    """What keys and values are kept in, as kernels name it.  Raises: ConfigError."""
+    dtype = cast(np.dtype[Any], kv.k.dtype)
+    for name, kind in KEPT.items():
+        if dtype == kind:
+            return name
+    raise ConfigError(f"KV is {dtype}; the GPU keeps fp8_e4m3 or bf16, --kv-dtype f32 is for CPUs.")
+
+
+def share_context(machine: Machine, most: int, blocks: int) -> int:
+    """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
+    without: all of them at once, so that none runs alone at the end."""
+    each = 2 if machine.shared >= 2 * SPLIT_SHARED else 1
+    return min(most, max(SPLITS_LEAST, each * machine.multiprocessors // blocks))

@@ -7,12 +7,12 @@ import numpy.typing as npt
 
 from osmium.ops.values import Array, ExpertPlan, Step
 from osmium.quant import int4, int8
-from osmium.quant.floats import f32_from_bf16
+from osmium.quant.floats import bf16_from_f32, e4m3_rows, f32_from_bf16, f32_from_e4m3
 from osmium.quant.record import Record
 
 __all__ = [
-    "CHUNK", "F32", "context", "delta_chunk", "expert_matrices", "heads_of", "matrix", "normed",
-    "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit",
+    "CHUNK", "F32", "context", "delta_chunk", "expert_matrices", "heads_of", "keep", "matrix",
+    "normed", "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -82,10 +82,21 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
 
-def context(pages: Array, table: Array, length: int) -> F32:
+def keep(pages: Array, scales: Array | None, page: Array, row: Array, x: F32) -> None:
+    """Round rows x [T, G, d] to what pages [P, page, G, d] hold, and put each where it belongs."""
+    if scales is not None:
+        pages[page, row], scales[page, row] = e4m3_rows(x)
+    else:
+        pages[page, row] = bf16_from_f32(x) if pages.dtype == np.uint16 else x
+
+
+def context(pages: Array, scales: Array | None, table: Array, length: int) -> F32:
     """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
     rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
-    return f32_from_bf16(rows) if pages.dtype == np.uint16 else rows
+    if scales is not None:
+        of = scales[table].reshape(-1, pages.shape[2])[:length].swapaxes(0, 1)
+        return cast(F32, f32_from_e4m3(rows) * of.astype(np.float32)[..., None])
+    return f32_from_bf16(rows) if pages.dtype == np.uint16 else cast(F32, rows)
 
 
 def sequences_of(step: Step) -> list[tuple[int, slice, int]]:

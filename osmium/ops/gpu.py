@@ -11,13 +11,16 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
 from osmium.ops.fit import (
+    KEPT,
     MATVEC_ROWS,
+    SPLIT_ROWS,
     fits_experts,
     fits_matvec,
     fits_shared,
-    need_bf16,
+    kept,
     one_each,
     share,
+    share_context,
 )
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.machine import Machine
@@ -26,6 +29,7 @@ from osmium.ops.values import (
     ExpertArena,
     ExpertCache,
     ExpertPlan,
+    KeysValues,
     Linear,
     Replies,
     Rows,
@@ -35,9 +39,9 @@ from osmium.ops.values import (
 
 __all__ = ["GpuOps", "Machine"]
 
-ROPE_APPEND = kernel("rope_append_bf16")
-ATTENTION = kernel("gqa_attention_bf16")
-SPLIT = kernel("gqa_split_bf16")
+ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KEPT}
+ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KEPT}
+SPLIT = {name: kernel(f"gqa_split_{name}") for name in KEPT}
 COMBINE = kernel("gqa_combine_f32")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
@@ -89,58 +93,51 @@ class GpuOps(GpuRows):
     def rope_append(
         self,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         norms: Array,
         frequencies: Array,
         step: Step,
         eps: float,
     ) -> None:
-        need_bf16(k_pages)
         tokens, heads, dim = q.shape
-        ROPE_APPEND(
-            self.stream, tokens, q, k_pages, v_pages, qgkv, norms, frequencies,
+        ROPE_APPEND[kept(kv)](
+            self.stream, tokens, q, *_arrays(kv), qgkv, norms, frequencies,
             step.positions, step.sequence, step.pages,
-            heads, k_pages.shape[2], dim, 2 * frequencies.shape[0],
+            heads, kv.k.shape[2], dim, 2 * frequencies.shape[0],
             step.page, step.pages.shape[1], eps,
         )  # fmt: skip
 
-    def attention(
-        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
-    ) -> None:
-        need_bf16(k_pages)
+    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
         tokens, heads, dim = q.shape
-        ATTENTION(
-            self.stream, tokens, out, q, k_pages, v_pages,
-            step.positions, step.sequence, step.pages,
-            heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], scale,
+        ATTENTION[kept(kv)](
+            self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence, step.pages,
+            heads, kv.k.shape[2], dim, step.page, step.pages.shape[1], scale,
         )  # fmt: skip
 
     def gated_attention(
         self,
         out: Rows,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         step: Step,
         scale: float,
         partial: Array,
     ) -> None:
         tokens, heads, dim = q.shape
-        if not one_each(step) or tokens > partial.shape[0]:
+        if not one_each(step) or tokens > min(SPLIT_ROWS, partial.shape[0]):
             read = out.f32.reshape(tokens, heads, dim)
-            self.attention(read, q, k_pages, v_pages, step, scale)
+            self.attention(read, q, kv, step, scale)
             self.sigmoid_gate(read, qgkv)
             self.settle(out)
             return
-        need_bf16(k_pages)
-        splits = partial.shape[2]
-        SPLIT(
-            self.stream, tokens, partial, q, k_pages, v_pages,
+        groups = kv.k.shape[2]
+        splits = share_context(self.machine, partial.shape[0] // tokens, tokens * groups)
+        SPLIT[kept(kv)](
+            self.stream, tokens, partial, q, *_arrays(kv),
             step.positions, step.sequence, step.pages,
-            heads, k_pages.shape[2], dim, step.page, step.pages.shape[1], splits, scale,
+            heads, groups, dim, step.page, step.pages.shape[1], splits, scale,
         )  # fmt: skip
         COMBINE(
             self.stream, tokens, out.split, partial, qgkv, step.positions, heads, dim, splits,
@@ -467,3 +464,8 @@ class GpuOps(GpuRows):
             step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
             replies.nobody, replies.nowhere,
         )  # fmt: skip
+
+
+def _arrays(kv: KeysValues) -> tuple[Array, ...]:
+    """As kernels take them."""
+    return (kv.k, kv.v) if kv.k_scales is None else (kv.k, kv.v, kv.k_scales, kv.v_scales)

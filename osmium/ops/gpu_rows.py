@@ -1,4 +1,4 @@
-"""Memory, rows and matrices of GpuOps.
+"""Memory, rows and matrices of GpuOps, and the making of weights.
 
 Matrices for few tokens read rows as hi + lo (values.Rows), which whoever makes rows leaves behind;
 the kernels for odd shapes read f32, which join_f32 makes again.
@@ -15,9 +15,14 @@ from osmium.kernels.ptx import kernel
 from osmium.ops.fit import MATVEC_NORM, Share, fits_matvec, share
 from osmium.ops.machine import Machine
 from osmium.ops.values import Array, Linear, Rows
+from osmium.quant.noise import Pattern
+from osmium.quant.record import group_of
 
 __all__ = ["GpuRows"]
 
+QUANTIZE_INT4 = kernel("int4_quantize_bf16")
+QUANTIZE_INT8 = kernel("int8_quantize_bf16")
+NOISE = kernel("noise_u64")
 EMBED = kernel("embed_bf16")
 TAKE = kernel("take_f32")
 ADD = kernel("add_f32")
@@ -164,3 +169,26 @@ class GpuRows:
     def share(self, w: Linear, high: int = 8) -> Share:
         """How blocks share out a matrix in tiles of `high` rows."""
         return share(self.machine, w.rows, w.columns, high, w.format == "int4")
+
+    # -- making weights --------------------------------------------------------------------------
+
+    def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
+        count, rows, columns = w.shape
+        group = group_of(columns)
+        QUANTIZE_INT4(
+            self.stream, count, out, w, clips, out.shape[1], data, scale,
+            rows * (columns // group), group, clips.shape[0],
+        )  # fmt: skip
+
+    def quantize_int8(self, out: Array, data: int, scale: int, w: Array) -> None:
+        count, rows, columns = w.shape
+        QUANTIZE_INT8(self.stream, count, out, w, out.shape[1], data, scale, rows, columns)
+
+    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+        count, stride = out.shape
+        halves = [
+            half
+            for word in (seed, pattern.mask, pattern.base)
+            for half in (word & 0xFFFFFFFF, word >> 32)
+        ]
+        NOISE(self.stream, count, out, stride, start, nbytes, *halves)

@@ -18,6 +18,7 @@ from osmium.ops.formulas import (
     delta_chunk,
     expert_matrices,
     heads_of,
+    keep,
     matrix,
     normed,
     rope,
@@ -26,24 +27,26 @@ from osmium.ops.formulas import (
     silu,
     slots_of,
 )
+from osmium.ops.making import ReferenceMaking
 from osmium.ops.sampling import draw
 from osmium.ops.values import (
     Array,
     ExpertArena,
     ExpertCache,
     ExpertPlan,
+    KeysValues,
     Linear,
     Replies,
     Rows,
     SharedExpert,
     Step,
 )
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.floats import f32_from_bf16
 
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps:
+class ReferenceOps(ReferenceMaking):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, keep: int = 4 << 30) -> None:
@@ -74,7 +77,7 @@ class ReferenceOps:
         pass
 
     def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
-        return Rows(np.empty((tokens, width), np.float32), eps=eps or 0.0)
+        return Rows(self.empty((tokens, width), np.float32), eps=eps or 0.0)
 
     def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
         assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"
@@ -142,8 +145,7 @@ class ReferenceOps:
     def rope_append(
         self,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         norms: Array,
         frequencies: Array,
@@ -151,31 +153,27 @@ class ReferenceOps:
         eps: float,
     ) -> None:
         tokens, heads, size = q.shape
-        groups = k_pages.shape[2]
         gated = qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)
-        kv = qgkv[:, 2 * heads * size :].reshape(tokens, 2, groups, size)
+        new = qgkv[:, 2 * heads * size :].reshape(tokens, 2, kv.k.shape[2], size)
         angle = step.positions[:, None, None].astype(np.float32) * frequencies  # [T, 1, R/2]
         cos, sin = np.cos(angle), np.sin(angle)
         q[...] = rope(normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
-        k = rope(normed(kv[:, 0], eps) * (1 + norms[1]), cos, sin)
+        k = rope(normed(new[:, 0], eps) * (1 + norms[1]), cos, sin)
         page = step.pages[step.sequence, step.positions // step.page]
         row = step.positions % step.page
-        narrow = k_pages.dtype == np.uint16
-        k_pages[page, row] = bf16_from_f32(k) if narrow else k
-        v_pages[page, row] = bf16_from_f32(kv[:, 1]) if narrow else kv[:, 1]
+        keep(kv.k, kv.k_scales, page, row, k)
+        keep(kv.v, kv.v_scales, page, row, new[:, 1])
 
-    def attention(
-        self, out: Array, q: Array, k_pages: Array, v_pages: Array, step: Step, scale: float
-    ) -> None:
+    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
         _, heads, size = q.shape
-        groups = k_pages.shape[2]
+        groups = kv.k.shape[2]
         for s in range(step.sequences):
             rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
             positions = step.positions[rows]
             length = int(positions[-1]) + 1
             pages = step.pages[s, : -(-length // step.page)]
-            k = context(k_pages, pages, length)  # [G, n, d]
-            v = context(v_pages, pages, length)
+            k = context(kv.k, kv.k_scales, pages, length)  # [G, n, d]
+            v = context(kv.v, kv.v_scales, pages, length)
             mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
             scores = np.matmul(mine, k[:, None].swapaxes(-1, -2)) * np.float32(
                 scale
@@ -192,15 +190,14 @@ class ReferenceOps:
         self,
         out: Rows,
         q: Array,
-        k_pages: Array,
-        v_pages: Array,
+        kv: KeysValues,
         qgkv: Array,
         step: Step,
         scale: float,
         partial: Array,
     ) -> None:
         read = out.f32.reshape(q.shape)
-        self.attention(read, q, k_pages, v_pages, step, scale)
+        self.attention(read, q, kv, step, scale)
         self.sigmoid_gate(read, qgkv)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Linear", "Replies", "Rows",
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Replies", "Rows",
     "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
@@ -71,9 +71,10 @@ class Rows:
         )
 
 
-def rows_bytes(tokens: int, width: int, normed: bool) -> int:
-    """Bytes of Rows on a GPU; on the CPU it is half of that."""
-    return tokens * (8 * width + (width // 2 if normed else 0))
+def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
+    """Bytes of Rows on a backend."""
+    halves = 4 * width + (width // 2 if normed else 0)
+    return tokens * (4 * width + (halves if gpu else 0))
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,23 @@ class SharedExpert:
     """[D, Is]."""
     column: int
     """Column of the router's scores that, through a sigmoid, is its weight."""
+
+
+@dataclass(frozen=True)
+class KeysValues:
+    """The keys and values of one attention layer, in pages that sequences share out.
+
+    f32, bf16, or e4m3 (u8; quant/floats.py): then row [page, token, head] is e4m3 times its scale.
+    """
+
+    k: Array
+    """[pages, page, G, d], after norm and rotation."""
+    v: Array
+    """[pages, page, G, d]."""
+    k_scales: Array | None = None
+    """f16 [pages, page, G]; None unless e4m3."""
+    v_scales: Array | None = None
+    """f16 [pages, page, G]."""
 
 
 @dataclass(frozen=True)

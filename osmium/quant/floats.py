@@ -1,11 +1,15 @@
-"""bf16 on NumPy, which has no such type: a bf16 is the upper half of an f32, kept as uint16."""
+"""bf16 and e4m3 on NumPy, which has no such types: a bf16 is the upper half of an f32, kept as
+uint16; an e4m3 has a sign, four bits of exponent, biased by 7, and three of mantissa, as uint8.
 
-from typing import Any
+Micikevicius et al. 2022, arXiv:2209.05433: e4m3 has no infinity, and its largest is 448.
+"""
+
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bf16_from_f32", "f32_from_bf16"]
+__all__ = ["bf16_from_f32", "e4m3_from_f32", "e4m3_rows", "f32_from_bf16", "f32_from_e4m3"]
 
 
 def bf16_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -24,3 +28,48 @@ def f32_from_bf16(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     wide = np.empty(x.shape, np.uint32)
     np.left_shift(x, 16, out=wide, dtype=np.uint32, casting="unsafe")
     return wide.view(np.float32)
+
+
+def e4m3_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
+    """Round to nearest, ties to even; 448 at most.  A NaN stays one.  f32 [...] -> u8 [...]."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    size = bits & np.uint32(0x7FFFFFFF)
+    upper = (size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
+    large = np.minimum(upper.astype(np.int32) - 960, 126)
+    small = np.rint(np.fmin(np.abs(x), np.float32(1)) * np.float32(512))  # multiples of 2^-9
+    code = np.where(size < np.uint32(0x3C800000), small, large).astype(np.uint8)  # below 2^-6
+    code[size > np.uint32(0x7F800000)] = 0x7F
+    return code | (bits >> np.uint32(24)).astype(np.uint8) & np.uint8(0x80)
+
+
+def f32_from_e4m3(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """Exact.  u8 [...] -> f32 [...]."""
+    return cast(npt.NDArray[np.float32], _E4M3[x])
+
+
+def _e4m3() -> npt.NDArray[np.float32]:
+    """Every e4m3, by its bits."""
+    every = np.arange(256)
+    exponent, mantissa = every >> 3 & 15, every & 7
+    value = np.where(
+        exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, np.maximum(exponent, 1) - 10)
+    )
+    value[every & 0x7F == 0x7F] = np.nan
+    made = np.where(every & 0x80, -value, value).astype(np.float32)
+    return cast(npt.NDArray[np.float32], made)
+
+
+_E4M3 = _e4m3()
+
+
+def e4m3_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+    """Rows with a scale each: x = e4m3 * scale.  f32 [..., d] -> u8 [..., d], f16 [...].
+
+    scale = max |x| / 448, as an f16, but at least 2^-14, its smallest normal: a smaller one would
+    lose bits, or be 0.  So a value is right to a 16th, or to 2^-24, or to max |x| / 2^18.  At most
+    65504: beyond 448 times that values are cut off.  A row that is not finite has NaN as its scale.
+    """
+    largest = np.abs(x).max(axis=-1)
+    scale = np.clip(largest / np.float32(448), np.float32(2**-14), np.float32(65504))
+    scale = np.where(largest < np.inf, scale, np.float32(np.nan)).astype(np.float16)
+    return e4m3_from_f32(x / scale.astype(np.float32)[..., None]), scale

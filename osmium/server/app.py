@@ -34,6 +34,7 @@ from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams
 from osmium.errors import ConfigError, EngineStopped, OsmiumError, RequestError
+from osmium.server.metrics import CONTENT_TYPE, exposition
 from osmium.server.openai import Reply, error_body, error_status, model_body
 from osmium.server.schema import (
     ChatRequest,
@@ -123,6 +124,7 @@ def create_app(
         routes=[
             Route("/", root, methods=["GET"]),
             Route("/health", health, methods=["GET"]),
+            Route("/metrics", metrics, methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
             Route("/v1/models/{name:path}", one_model, methods=["GET"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
@@ -206,6 +208,12 @@ async def health(request: Request) -> Response:
     if stopped is not None:
         return JSONResponse({"status": "failed", "error": str(stopped)}, 503)
     return JSONResponse({"status": "ok", "model": _name(request, host.engine)})
+
+
+async def metrics(request: Request) -> Response:
+    """Counts for Prometheus."""
+    host: ModelHost = request.app.state.host
+    return Response(exposition(host.engine), media_type=CONTENT_TYPE)
 
 
 def _name(request: Request, engine: Engine) -> str:

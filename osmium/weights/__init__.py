@@ -1,19 +1,24 @@
-"""From what the user names to a packed file that is open: a folder, a file, a hub id, or nothing.
+"""From what the user names to weights: a folder, a file, a hub id, a made-up model, or nothing.
 
-A checkpoint folder is packed once into the cache folder; a later start opens the packed file and
-reads nothing of the checkpoint but the sizes and times of its shards.
+A checkpoint folder is packed once into the cache folder, by NumPy, or by the kernels of the `ops`
+that are passed along; a later start opens the packed file and reads nothing of the checkpoint but
+the sizes and times of its shards.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
+from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
 from osmium.weights.packed import FILES, Packed, Reading, open_packed
-from osmium.weights.packing import locked, write_packed
+from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
+from osmium.weights.quantizing import Quantizer
 from osmium.weights.shards import INDEX, Shards, open_shards, read_json
 from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
 
@@ -30,7 +35,10 @@ DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 
 
 def open_weights(
-    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
+    model: str | os.PathLike[str] | None,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    ops: Ops | None = None,
 ) -> Model:
     """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
 
@@ -38,22 +46,39 @@ def open_weights(
     """
     if isinstance(model, str) and model.startswith(PREFIX):
         return open_synthetic(model, config)
-    return open_model(model, config, progress)
+    return open_model(model, config, progress, ops)
 
 
 def open_model(
-    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
+    model: str | os.PathLike[str] | None,
+    config: EngineConfig,
+    progress: Progress | None = None,
+    ops: Ops | None = None,
 ) -> Packed:
-    """The packed file of a model; packs a checkpoint where that has not been done.
+    """The packed file of a model; packs a checkpoint, or `synthetic:NAME`, where that has not been
+    done: with `ops` by its kernels.
 
     Raises: ConfigError, CheckpointError.
     """
+    if isinstance(model, str) and model.startswith(PREFIX):
+        made_up = open_synthetic(model, config)
+        target = _target(config, model.replace(":", "-"), model)
+        with _writing(target, progress):
+            return _packed_synthetic(target, made_up, progress)
     path = resolve(model)
     if path.is_file():
         packed = open_packed(path)
         _same_formats(packed, config)
         return packed
-    target = _target(path, config)
+    target = _target(config, path.resolve().name, str(path.resolve()))
+    with _writing(target, progress):
+        found = _reusable(target, path)
+        return found or _packed_checkpoint(target, path, config, progress, ops)
+
+
+@contextlib.contextmanager
+def _writing(target: Path, progress: Progress | None) -> Iterator[None]:
+    """The right to write `target`, in a folder that is there.  Raises: ConfigError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -61,16 +86,33 @@ def open_model(
             f"{target.parent} cannot be made ({error}); choose another folder with --cache-dir."
         ) from None
     with locked(target, progress):
-        found = _reusable(target, path)
-        if found is not None:
-            return found
-        shards = open_shards(path)
-        generation = path / "generation_config.json"
-        read = read_json(generation) if generation.is_file() else None
-        model_config = ModelConfig.from_hf(read_json(path / "config.json"), read)
-        checkpoint = Checkpoint(shards, model_config, Formats.of(config))
-        write_packed(target, checkpoint, _fingerprint(path, shards), progress)
-        return open_packed(target)
+        yield
+
+
+def _packed_checkpoint(
+    target: Path, folder: Path, config: EngineConfig, progress: Progress | None, ops: Ops | None
+) -> Packed:
+    shards = open_shards(folder)
+    generation = folder / "generation_config.json"
+    read = read_json(generation) if generation.is_file() else None
+    model_config = ModelConfig.from_hf(read_json(folder / "config.json"), read)
+    checkpoint = Checkpoint(shards, model_config, Formats.of(config))
+    origin = Origin.of(checkpoint, _fingerprint(folder, shards))
+    with contextlib.ExitStack() as stack:
+        source: Source = OnCpu(checkpoint)
+        if ops is not None and checkpoint.record.bits != 16 and checkpoint.narrow:
+            source = stack.enter_context(contextlib.closing(Quantizer(ops, checkpoint)))
+        write_packed(target, source, origin, progress)
+    return open_packed(target)
+
+
+def _packed_synthetic(target: Path, made_up: Synthetic, progress: Progress | None) -> Packed:
+    """A made-up model on disk, to measure reading one; the file of an older way is made anew."""
+    with contextlib.suppress(CheckpointError):
+        if target.is_file() and (packed := open_packed(target)).fingerprint == made_up.fingerprint:
+            return packed
+    write_packed(target, made_up, Origin(made_up.fingerprint, made_up.files), progress)
+    return open_packed(target)
 
 
 def _same_formats(packed: Packed, config: EngineConfig) -> None:
@@ -132,10 +174,10 @@ def _fingerprint(folder: Path, shards: Shards) -> str:
     return total.hexdigest()
 
 
-def _target(folder: Path, config: EngineConfig) -> Path:
-    where = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]
-    name = f"{folder.resolve().name}-{where}-{Formats.of(config)}.osmium"
-    return cache_folder(config) / name
+def _target(config: EngineConfig, name: str, where: str) -> Path:
+    """The packed file of a model that is called `name`, and comes from `where`."""
+    short = hashlib.sha256(where.encode()).hexdigest()[:8]
+    return cache_folder(config) / f"{name}-{short}-{Formats.of(config)}.osmium"
 
 
 def cache_folder(config: EngineConfig) -> Path:

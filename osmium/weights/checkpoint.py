@@ -250,11 +250,28 @@ class Checkpoint:
             for kind, shape in shapes.items()
         }
 
-    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
-        """A part in its format: data, and a matrix's scale."""
+    @property
+    def narrow(self) -> bool:
+        """Whether every routed expert is in bf16."""
+        names = (name for i in range(self.config.layers) for name in self._expert_shapes(i))
+        return all(self.shards.tensors[name].dtype == "BF16" for name in names)
+
+    def expert_names(self, layer: int) -> list[list[str]]:
+        """The tensors of a layer's experts: gate and up in one and down, of all of them; or gate,
+        up and down of each."""
+        names = list(self._expert_shapes(layer))
+        step = 2 if self.fused else 3
+        return [names[i : i + step] for i in range(0, len(names), step)]
+
+    def joined(self, part: Part) -> npt.NDArray[Any]:
+        """A part as the checkpoint has it: bf16, f16 or f32."""
         sources = [self.shards.read(self._name(part, source)) for source, _ in part.sources]
         joined = sources[0] if len(sources) == 1 else np.concatenate(_alike(sources))
-        joined = joined.reshape(part.shape)
+        return joined.reshape(part.shape)
+
+    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+        """A part in its format: data, and a matrix's scale."""
+        joined = self.joined(part)
         if part.format == "f32":
             return {"data": _f32(joined)}
         if part.format == "bf16":

@@ -1,4 +1,4 @@
-"""Writing the packed file: a checkpoint quantised once.
+"""Writing the packed file: a checkpoint quantised once, or a made-up model.
 
 It is written under a temporary name beside a journal of finished parts, each entered after its
 bytes have reached the disk, and renamed when whole: whoever is stopped at any moment goes on from
@@ -11,37 +11,93 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from osmium.config import Progress
+from osmium.config import ModelConfig, Progress
 from osmium.errors import ConfigError
-from osmium.quant.record import PAGE
-from osmium.weights.checkpoint import Checkpoint, Part
+from osmium.quant.record import PAGE, Record
+from osmium.weights.checkpoint import Checkpoint, Formats, Part, inventory
 from osmium.weights.packed import FILES, FIXED, MAGIC, VERSION, Entry
 
-__all__ = ["locked", "write_packed"]
+__all__ = ["OnCpu", "Origin", "Source", "locked", "write_packed"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Source(Protocol):
+    """What a packed file is made from."""
+
+    config: ModelConfig
+    formats: Formats
+    record: Record
+
+    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+        """A part in its format: data, and a matrix's scale."""
+
+    def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a packed file says of where it comes from."""
+
+    fingerprint: str
+    files: dict[str, bytes]
+    """Small files that travel along."""
+    stamps: dict[str, list[int]] = field(default_factory=dict)
+    """Size and time of change of each shard."""
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, fingerprint: str) -> "Origin":
+        """A checkpoint's."""
+        folder = checkpoint.shards.folder
+        files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
+        return cls(fingerprint, files, _stamps(checkpoint.shards.files))
+
+
+class OnCpu:
+    """A checkpoint quantised with NumPy."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.config, self.formats = checkpoint.config, checkpoint.formats
+        self.record = checkpoint.record
+        self.arrays = checkpoint.arrays
+
+    def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        """The records of each layer; NumPy lets go of the GIL, so threads help."""
+        count, pack = self.config.experts, self.checkpoint.pack_expert
+        out = np.empty((2, count, self.record.nbytes), np.uint8)
+        for i, layer in enumerate(wanted):
+            records = out[i % 2]
+
+            def one(expert: int, layer: int = layer, records: Any = records) -> None:
+                pack(records[expert], layer, expert)
+
+            with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+                list(pool.map(one, range(count)))
+            yield records
 
 
 class _Plan:
     """Where everything will lie, before a byte is written."""
 
-    def __init__(self, checkpoint: Checkpoint, fingerprint: str) -> None:
-        self.checkpoint = checkpoint
-        config, record = checkpoint.config, checkpoint.record
-        folder = checkpoint.shards.folder
-        self.files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
+    def __init__(self, source: Source, origin: Origin) -> None:
+        self.source, self.files = source, origin.files
+        config, record = source.config, source.record
+        self.parts = inventory(config, source.formats)
         wanted: list[tuple[str, str, tuple[int, ...], int]] = [
             (f"file.{name}", "|u1", (len(raw),), len(raw)) for name, raw in self.files.items()
         ]
-        for part in checkpoint.parts:
+        for part in self.parts:
             for kind, (shape, dtype) in part.arrays.items():
                 nbytes = int(np.prod(shape)) * dtype.itemsize
                 wanted.append((f"{part.name}.{kind}", dtype.str, shape, nbytes))
@@ -49,9 +105,9 @@ class _Plan:
             shape = (config.experts, record.nbytes)
             wanted.append((f"experts.{layer}", "|u1", shape, config.experts * record.nbytes))
         self.head: dict[str, Any] = {
-            "fingerprint": fingerprint,
-            "formats": vars(checkpoint.formats),
-            "sources": _stamps(checkpoint.shards.files),
+            "fingerprint": origin.fingerprint,
+            "formats": vars(source.formats),
+            "sources": origin.stamps,
         }
         # Offsets need the header's length and the header holds the offsets: once round is enough
         # unless a number gains a digit.
@@ -93,15 +149,13 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
-def write_packed(
-    path: Path, checkpoint: Checkpoint, fingerprint: str, progress: Progress | None
-) -> None:
-    """Quantise a checkpoint into `path`.  What a stopped run has finished is kept and gone on from.
+def write_packed(path: Path, source: Source, origin: Origin, progress: Progress | None) -> None:
+    """Write a model to `path`.  What a stopped run has finished is kept and gone on from.
 
-    Holds one layer's experts beyond what is mapped.
+    One layer is made while the one before it is written; two are held beyond what is mapped.
     Raises: ConfigError where the disk is full or the folder cannot be written, CheckpointError.
     """
-    plan = _Plan(checkpoint, fingerprint)
+    plan = _Plan(source, origin)
     partial, journal = (
         path.with_name(path.name + ".partial"),
         path.with_name(path.name + ".journal"),
@@ -166,67 +220,65 @@ def _room_for(path: Path, size: int, partial: Path) -> None:
         )
 
 
+Unit = list[tuple[str, npt.NDArray[Any]]]
+"""Arrays by name, that are made, written and entered in the journal together."""
+
+
 def _write_parts(
     file: BinaryIO, notes: BinaryIO, plan: _Plan, crcs: dict[str, int], progress: Progress | None
 ) -> None:
-    """Every part that `crcs` lacks, a layer's worth at a time; the journal follows the disk."""
+    """Every part that `crcs` lacks, each written while the next is made."""
     total = sum(e.nbytes for e in plan.entries)
-    done = sum(e.nbytes for e in plan.entries if e.name in crcs)
     entries = {e.name: e for e in plan.entries}
-    for names, make in _units(plan):
+    done = sum(entry.nbytes for name, entry in entries.items() if name in crcs)
+    made = _units(plan, set(crcs))
+    with (
+        ThreadPoolExecutor(2, thread_name_prefix="osmium-pack") as pool,  # one writes, one sums
+        contextlib.closing(made),
+    ):
+        going = None
         if progress:
             progress("packing", done, total)
-        if all(name in crcs for name in names):
-            continue
-        fresh: dict[str, int] = {}
-        for name, array in make():
-            entry = entries[name]
-            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-            assert raw.nbytes == entry.nbytes, f"{name}: {raw.nbytes} bytes, {entry.nbytes} planned"
-            _pwrite(file, raw, entry.offset)
-            fresh[name] = zlib.crc32(raw)
-            done += entry.nbytes if name not in crcs else 0
-        os.fdatasync(file.fileno())
-        _note(notes, fresh)
-        crcs.update(fresh)
-    if progress:
-        progress("packing", total, total)
+        for unit in made:
+            if going is not None:
+                crcs.update(going.result())
+            going = pool.submit(_write, file, notes, entries, unit, pool)
+            done += sum(entries[name].nbytes for name, _ in unit)
+            if progress:
+                progress("packing", done, total)
+        if going is not None:
+            crcs.update(going.result())
 
 
-Unit = tuple[list[str], Callable[[], Iterator[tuple[str, npt.NDArray[Any]]]]]
+def _write(
+    file: BinaryIO, notes: BinaryIO, entries: dict[str, Entry], unit: Unit, pool: Executor
+) -> dict[str, int]:
+    """Bytes to the disk, then their names into the journal.  Returns their checksums."""
+    fresh: dict[str, int] = {}
+    for name, array in unit:
+        raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        entry = entries[name]
+        assert raw.nbytes == entry.nbytes, f"{name}: {raw.nbytes} bytes, {entry.nbytes} planned"
+        total = pool.submit(zlib.crc32, raw)
+        _pwrite(file, raw, entry.offset)
+        fresh[name] = total.result()
+    os.fdatasync(file.fileno())
+    _note(notes, fresh)
+    return fresh
 
 
-def _units(plan: _Plan) -> Iterator[Unit]:
-    """What is made and journalled together: the small files, each part, each layer's experts."""
-    checkpoint = plan.checkpoint
-
-    def files() -> Iterator[tuple[str, npt.NDArray[Any]]]:
-        for name, raw in plan.files.items():
-            yield f"file.{name}", np.frombuffer(raw, np.uint8)
-
-    yield [f"file.{name}" for name in plan.files], files
-    for part in checkpoint.parts:
-
-        def arrays(part: Part = part) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-            for kind, array in checkpoint.arrays(part).items():
-                yield f"{part.name}.{kind}", array
-
-        yield [f"{part.name}.{kind}" for kind in part.arrays], arrays
-    for layer in range(checkpoint.config.layers):
-
-        def experts(layer: int = layer) -> Iterator[tuple[str, npt.NDArray[Any]]]:
-            yield f"experts.{layer}", _pack_layer(checkpoint, layer)
-
-        yield [f"experts.{layer}"], experts
-
-
-def _pack_layer(checkpoint: Checkpoint, layer: int) -> npt.NDArray[np.uint8]:
-    """The records of one layer, u8 [E, nbytes]; NumPy lets go of the GIL, so threads help."""
-    count = checkpoint.config.experts
-    out = np.empty((count, checkpoint.record.nbytes), np.uint8)
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda e: checkpoint.pack_expert(out[e], layer, e), range(count)))
-    return out
+def _units(plan: _Plan, done: set[str]) -> Generator[Unit]:
+    """What is not done: the small files, each part, each layer's experts."""
+    files = [(f"file.{name}", np.frombuffer(raw, np.uint8)) for name, raw in plan.files.items()]
+    if not done.issuperset(name for name, _ in files):
+        yield files
+    for part in plan.parts:
+        if not done.issuperset(f"{part.name}.{kind}" for kind in part.arrays):
+            arrays = plan.source.arrays(part)
+            yield [(f"{part.name}.{kind}", array) for kind, array in arrays.items()]
+    left = [i for i in range(plan.source.config.layers) if f"experts.{i}" not in done]
+    for layer, records in zip(left, plan.source.layers(left), strict=True):
+        yield [(f"experts.{layer}", records)]
 
 
 def _pwrite(file: BinaryIO, raw: memoryview, offset: int) -> None:

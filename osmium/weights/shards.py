@@ -6,6 +6,7 @@ nothing of models.  Format: github.com/huggingface/safetensors.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,24 @@ class Shards:
             self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, mode="r")
         raw = self._maps[tensor.file][tensor.offset : tensor.offset + tensor.nbytes]
         return raw.view(dtype).reshape(tensor.shape)
+
+    def read_into(self, name: str, start: int, out: npt.NDArray[np.uint8]) -> None:
+        """Bytes of a tensor from `start` on into u8 [n], past the map; any thread may call this.
+
+        Raises: CheckpointError where the file ends before.
+        """
+        tensor, done = self.tensors[name], 0
+        assert start + out.nbytes <= tensor.nbytes, f"{name} has {tensor.nbytes} bytes"
+        with open(tensor.file, "rb", buffering=0) as file:
+            while done < out.nbytes:
+                at = tensor.offset + start + done
+                try:
+                    got = os.preadv(file.fileno(), [out[done:].data], at)
+                except OSError as error:
+                    raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
+                if not got:
+                    raise CheckpointError(f"{tensor.file} ends inside {name}.")
+                done += got
 
 
 def open_shards(folder: Path) -> Shards:

@@ -1,14 +1,18 @@
 """Models of published shapes with seeded random weights: to measure a machine before downloading.
 
 `synthetic:NAME`, or `synthetic:NAME:LAYERS` for the first so many layers of it.  What a part holds
-depends on its name alone, so that any part can be made again, and compared, at any time.  Random
-routers pick uniformly: give a routing trace with it (--routing).
+depends on its name alone, so that any part can be made again, and compared, at any time: matrices
+are words of a counter (quant/noise.py), the same on every backend, made where they are to lie.
+Random routers pick uniformly: give a routing trace with it (--routing).
 
 Shapes: the published configs of Qwen3.5-35B-A3B, -122B-A10B and -397B-A17B.
 """
 
+import json
+import math
 import os
 import zlib
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,13 +22,19 @@ import numpy.typing as npt
 
 from osmium.config import EngineConfig, ModelConfig
 from osmium.errors import ConfigError
-from osmium.ops import Linear
+from osmium.ops import Array, Linear, Ops
+from osmium.ops.reference import ReferenceOps
+from osmium.quant import noise
+from osmium.quant.noise import Pattern
 from osmium.quant.record import Record
 from osmium.weights.checkpoint import Formats, Part, inventory
 
 __all__ = ["PREFIX", "Synthetic", "open_synthetic"]
 
 PREFIX = "synthetic:"
+
+_MADE = 1
+"""Counts the ways in which parts were made: a packed file of another way is made again."""
 
 _SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -62,104 +72,141 @@ def open_synthetic(name: str, options: EngineConfig) -> "Synthetic":
     return Synthetic(name, _config(shape, int(layers or shape["layers"])), Formats.of(options))
 
 
-def _config(shape: dict[str, int], layers: int) -> ModelConfig:
-    kinds = ["delta_net" if (i + 1) % 4 else "attention" for i in range(layers)]
-    return ModelConfig(
-        model_type="qwen3_5_moe",
-        vocab=shape["vocab"],
-        hidden=shape["hidden"],
-        mixers=tuple(kinds),  # type: ignore[arg-type]
-        heads=shape["heads"],
-        kv_heads=shape["kv_heads"],
-        head_dim=shape["head_dim"],
-        rotary_dim=shape["head_dim"] // 4,
-        rope_theta=1e7,
-        key_heads=shape["key_heads"],
-        value_heads=shape["value_heads"],
-        key_dim=shape["head_size"],
-        value_dim=shape["head_size"],
-        experts=shape["experts"],
-        top_k=shape["top_k"],
-        expert_size=shape["inner"],
-        shared_size=shape["inner"],
-        eps=1e-6,
-        max_context=262144,
-        tied_head=False,
-        eos=(),
-    )
+def _config(shape: dict[str, int], layers: int) -> dict[str, Any]:
+    """As a config.json."""
+    return {
+        "model_type": "qwen3_5_moe",
+        "vocab_size": shape["vocab"],
+        "hidden_size": shape["hidden"],
+        "num_hidden_layers": layers,
+        "full_attention_interval": 4,
+        "num_attention_heads": shape["heads"],
+        "num_key_value_heads": shape["kv_heads"],
+        "head_dim": shape["head_dim"],
+        "rope_parameters": {"rope_theta": 1e7, "partial_rotary_factor": 0.25},
+        "linear_num_key_heads": shape["key_heads"],
+        "linear_num_value_heads": shape["value_heads"],
+        "linear_key_head_dim": shape["head_size"],
+        "linear_value_head_dim": shape["head_size"],
+        "num_experts": shape["experts"],
+        "num_experts_per_tok": shape["top_k"],
+        "moe_intermediate_size": shape["inner"],
+        "shared_expert_intermediate_size": shape["inner"],
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": False,
+    }
 
 
 class Synthetic:
     """What weights.Packed is, made up."""
 
-    def __init__(self, name: str, config: ModelConfig, formats: Formats) -> None:
+    def __init__(self, name: str, config: dict[str, Any], formats: Formats) -> None:
         self.path = Path(name)
-        self.config, self.formats = config, formats
-        self.record = Record(formats.expert_bits, config.hidden, config.expert_size)
-        self.parts: dict[str, Part] = {p.name: p for p in inventory(config, formats)}
+        self.config, self.formats = ModelConfig.from_hf(config), formats
+        self.record = Record(formats.expert_bits, self.config.hidden, self.config.expert_size)
+        self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, formats)}
+        self.files = {"config.json": json.dumps(config, indent=1).encode()}
+        self.fingerprint = f"{name} {_MADE}"
+        self._ops = ReferenceOps()
 
     def names(self) -> list[str]:
         """Everything but the routed experts."""
         return list(self.parts)
 
     def file(self, name: str) -> bytes | None:
-        """There are no files: no tokenizer, no template."""
-        return None
+        """There is a config.json; there is no tokenizer, no template."""
+        return self.files.get(name)
 
     def json(self, name: str) -> dict[str, Any] | None:
-        return None
+        raw = self.file(name)
+        return None if raw is None else dict(json.loads(raw))
+
+    # -- parts -------------------------------------------------------------------------------------
 
     def tensor(self, name: str) -> Linear | npt.NDArray[Any]:
         """A part; matrices keep the size of what they multiply."""
+        made: Linear | npt.NDArray[Any] = self.make(self._ops, name)
+        return made
+
+    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+        """What a part is stored as: data, and a matrix's scale."""
+        made = self.tensor(part.name)
+        if not isinstance(made, Linear):
+            return {"data": made}
+        return {"data": made.data, **({} if made.scale is None else {"scale": made.scale})}
+
+    def make(self, ops: Ops, name: str, *, on_host: bool = False) -> Any:
+        """A part, made by `ops` where its kernels reach it fast, or in host memory."""
         part = self.parts[name]
-        rng = _rng(name)
         if not part.matrix and part.format == "f32":
-            return _vector(rng, name, part.shape)
-        arrays = part.arrays
-        shape, dtype = arrays["data"]
-        gain = part.shape[-1] ** -0.5
-        data = _values(rng, shape, dtype, 1.0 if name == "embed" else gain)
+            return ops.put(_vector(_rng(name), name, part.shape))
+        gain = 1.0 if name == "embed" else part.shape[-1] ** -0.5
+        arrays = {}
+        for kind, (shape, dtype) in part.arrays.items():
+            nbytes = math.prod(shape) * dtype.itemsize
+            room = (1, -(-nbytes // 16) * 16)
+            out = (ops.host if on_host else ops.empty)(room, np.uint8)
+            which = _pattern(part.format, gain, kind == "scale")
+            ops.noise(out, 0, room[1], noise.seed_of(f"{name}.{kind}"), which)
+            arrays[kind] = out.reshape(room[1])[:nbytes].view(dtype).reshape(*shape)
         if not part.matrix:
-            return data
-        scale = None
-        if "scale" in arrays:
-            size, kind = arrays["scale"]
-            scale = _scales(rng, int(np.prod(size)), part.format, gain).astype(kind).reshape(size)
-        group = part.shape[1] // scale.shape[1] if scale is not None and scale.ndim == 2 else 0
+            return arrays["data"]
         assert part.format != "f32", "matrices are bf16, int8 or int4"
         rows, columns = part.shape
-        return Linear(part.format, rows, columns, data, scale, group)
+        group = columns // arrays["scale"].shape[1] if part.format == "int4" else 0
+        return Linear(part.format, rows, columns, arrays["data"], arrays.get("scale"), group)
+
+    def place(self, ops: Ops) -> dict[str, Any]:
+        """Every part, made by `ops` where models/weights.upload would put it."""
+        return {name: self.make(ops, name, on_host=name == "embed") for name in self.parts}
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def fill_records(self, ops: Ops, layer: int, out: Array, first: int = 0) -> None:
+        """A layer's experts from `first` on into `out`, by `ops`: in VRAM, or in host memory that
+        its kernels reach.
+
+        out u8 [<= E, nbytes]
+        """
+        record, form = self.record, {16: "bf16", 8: "int8", 4: "int4"}[self.record.bits]
+        seed = noise.ahead(noise.seed_of(f"experts.{layer}"), first * record.nbytes // 8)
+        up, down = record.hidden**-0.5, record.inner**-0.5
+        for start, end, gain, scales in (
+            (0, record.up_scale, up, False),
+            (record.up_scale, record.down, up, True),
+            (record.down, record.down_scale, down, False),
+            (record.down_scale, record.nbytes, down, True),
+        ):
+            # bf16 has no scales: what follows its matrices is none or padding
+            if end > start:
+                which = _pattern(form, gain, scales and form != "bf16")
+                ops.noise(out, start, end - start, seed, which)
 
     def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
         """A layer's experts into u8 [E, nbytes], on as many threads as there are cores."""
+        threads = os.cpu_count() or 1
+        some = -(-len(out) // (4 * threads))
 
-        def fill(expert: int) -> None:
-            out[expert] = self.one_record(layer, expert)
+        def fill(first: int) -> None:
+            self.fill_records(self._ops, layer, out[first : first + some], first)
 
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            list(pool.map(fill, range(self.config.experts)))
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(fill, range(0, len(out), some)))
+
+    def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
+        """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
+        shape = (2, self.config.experts, self.record.nbytes)
+        out = np.empty(shape, np.uint8)
+        for i, layer in enumerate(wanted):
+            self.read_records(layer, out[i % 2])
+            yield out[i % 2]
 
     def one_record(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
         """One expert, u8 [nbytes]."""
-        record, rng = self.record, _rng(f"experts.{layer}.{expert}")
-        raw = rng.integers(0, 1 << 64, record.nbytes // 8, np.uint64, endpoint=False).view(np.uint8)
-        parts = (
-            (0, record.up_scale, record.down, 2 * record.inner, record.hidden),
-            (record.down, record.down_scale, record.nbytes, record.hidden, record.inner),
-        )
-        for start, scales, end, rows, columns in parts:
-            if record.bits == 16:
-                _as_bf16(raw[start:end].view(np.uint16), columns**-0.5)
-                continue
-            form = "int8" if record.bits == 8 else "int4"
-            width = 4 if record.bits == 8 else 2
-            group = record.up_group if start == 0 else record.down_group
-            count = rows if record.bits == 8 else rows * (columns // group)
-            scale = _scales(rng, count, form, columns**-0.5)
-            raw[scales : scales + count * width] = scale.astype(
-                np.float32 if record.bits == 8 else np.float16
-            ).view(np.uint8)
-        return raw
+        out = np.empty(self.record.nbytes, np.uint8)
+        self.fill_records(self._ops, layer, out[None], expert)
+        return out
 
     def all_records(self) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], in memory."""
@@ -168,6 +215,16 @@ class Synthetic:
         for layer in range(self.config.layers):
             self.read_records(layer, out[layer])
         return out
+
+
+def _pattern(form: str, gain: float, scale: bool) -> Pattern:
+    """What stored words are made of, for numbers of a size near `gain`: uniform nibbles have a
+    standard deviation of 4.6, uniform bytes of 74."""
+    if form == "bf16":
+        return noise.bf16(gain)
+    if not scale:
+        return noise.BITS
+    return noise.f16_scales(gain / 4.6) if form == "int4" else noise.f32_scales(gain / 74)
 
 
 def _rng(name: str) -> np.random.Generator:
@@ -183,30 +240,3 @@ def _vector(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> npt.
     if last in ("a_log", "dt_bias"):
         return np.asarray(x - 1, np.float32)
     return np.asarray((0.5 if last == "conv" else 0.1) * x, np.float32)
-
-
-def _values(
-    rng: np.random.Generator, shape: tuple[int, ...], dtype: np.dtype[Any], gain: float
-) -> npt.NDArray[Any]:
-    """Random bits of a stored matrix; bf16 of a size near `gain`."""
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    raw = rng.integers(0, 1 << 64, -(-nbytes // 8), np.uint64).view(np.uint8)[:nbytes]
-    values = raw.view(dtype).reshape(shape)
-    if dtype == np.uint16:
-        _as_bf16(values, gain)
-    return values
-
-
-def _as_bf16(bits: npt.NDArray[np.uint16], gain: float) -> None:
-    """Random bits to bf16 numbers: sign and mantissa stay, the exponent is that of `gain`."""
-    exponent = 127 + int(np.floor(np.log2(gain)))
-    np.bitwise_and(bits, 0x807F, out=bits)
-    np.bitwise_or(bits, exponent << 7, out=bits)
-
-
-def _scales(
-    rng: np.random.Generator, count: int, form: str, gain: float
-) -> npt.NDArray[np.float64]:
-    """Scales that make uniform nibbles or bytes numbers of a size near `gain`."""
-    spread = 74.0 if form == "int8" else 4.6  # the standard deviation of -128 .. 127, of -8 .. 7
-    return np.asarray((0.5 + rng.random(count)) * gain / spread)

@@ -1,15 +1,19 @@
 """What `osmium bench` measures, on the CPU: that it adds up, and that what does not fit is said."""
 
 import json
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 
 import osmium
+from osmium.bench.about import about
 from osmium.bench.profile import moved, profile
 from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli import main
+from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
 from osmium.kernels.ptx import kernel
 from osmium.kernels.sample import ADVANCE
@@ -35,6 +39,11 @@ def test_a_row_adds_up(engine: Any) -> None:
     assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(row["copied"] * record / 12)
     assert row["tokens_per_s"] > 0
     assert found["slots_equal_to_records"] == 8
+    for name in ("hit_rate_cold_64", "hit_rate_warm_64", "hit_rate"):
+        assert 0 <= row[name] < 1
+    keys = {"commit", "driver", "cuda", "device", "date", "version", "rss", "host_memory", "vram"}
+    assert keys <= set(found)
+    assert {"memory_gb_s", "memory_share", "link_gb_s", "link_share", "floor_ms"} <= set(row)
     assert found["slots"] == [4, 8]
     assert json.loads(json.dumps(found)) == found
 
@@ -44,6 +53,52 @@ def test_sequences_side_by_side_are_counted_together(engine: Any) -> None:
     (row,) = measure(engine, settings)["rows"]
     assert row["routed"] == 2 * 4 * engine.config.layers * engine.config.top_k
     assert row["sequences"] == 2
+
+
+def test_a_row_starts_cold(engine: Any) -> None:
+    """However warm the rows before it have left the cache."""
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
+    list(engine.generate([1, 2, 3], params))
+    settings = Settings(depths=("64", "64"), tokens=4, repeats=1, warm_up=4)
+    first, second = measure(engine, settings)["rows"]
+    assert first["hit_rate_cold_64"] == second["hit_rate_cold_64"] < 0.9
+
+
+def test_prefill_says_what_it_fetched(engine: Any) -> None:
+    (row,) = measure(engine, Settings(depths=(), prompts=(40,), repeats=2))["rows"]
+    assert row["routed"] == 2 * 40 * engine.config.layers * engine.config.top_k
+    record = engine.runner.store.cache.record.nbytes
+    assert row["mb_fetched"] * 1e6 == pytest.approx(row["copied"] * record / 2)
+    assert row["first_token_ms"] > 0
+
+
+def test_counters_that_disagree_fail_the_bench(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, status = engine.runner.store, engine.status
+
+    def dropping() -> dict[str, Any]:
+        found: dict[str, Any] = status()
+        half = {name: count // 2 for name, count in found["experts"].items()}
+        found["experts"] = {**half, "routed": half["hit"] + half["fetched"]}
+        return found
+
+    monkeypatch.setattr(engine, "status", dropping)
+    with pytest.raises(AssertionError, match="ask for"):
+        measure(engine, SHORT)
+    monkeypatch.undo()
+    engine.runner.ops.copy_in(store.cache.counters, np.array([9, 3, 3, 3], np.int64))
+    with pytest.raises(AssertionError, match="9 routed"):
+        measure(engine, SHORT)
+
+
+def test_the_commit_is_told_of_a_checkout_and_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OSMIUM_COMMIT", "1234abc")
+    assert about("cpu")["commit"] == "1234abc"
+    monkeypatch.delenv("OSMIUM_COMMIT")
+    found = about("cpu")["commit"]
+    assert found is None or re.fullmatch(r"[0-9a-f]{12}\+?", found)
+    assert about("cpu")["driver"] is None
 
 
 @pytest.mark.parametrize(
@@ -80,6 +135,9 @@ def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:
     second["rows"][0]["depth"] = 65
     assert compare(first, second).count("in one only") == 2
     assert "decode" in table({"kv_cache_mb": None, **first})
+    kernels = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 4.0}]}
+    other = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 2.0}]}
+    assert "2.000" in compare(kernels, other)
 
 
 def test_several_budgets_run_in_one_process(capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,25 @@ def test_run_prints_the_answer_and_nothing_else(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == "Paris.\n"
 
 
+def test_timing_is_one_line_on_stderr_for_each_reply(capsys: pytest.CaptureFixture[str]) -> None:
+    short = ["--raw", "--temperature", "0", "--max-tokens", "6", "--slots", "8"]
+    assert main(["run", *CPU, *short, "--timing", "The Congress"]) == 0
+    said = capsys.readouterr()
+    (line,) = [x for x in said.err.splitlines() if x.startswith("osmium: reply: ")]
+    for word in ("tok/s", "hit 0.", "MB/token", "prefill", "decode", "(5 tokens)"):
+        assert word in line
+    assert "osmium" not in said.out
+
+
+def test_a_chat_is_timed_reply_by_reply(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = iter(["Hello", "Again", ""])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(asked))
+    assert main(["chat", *CPU, "--no-think", "--max-tokens", "3", "--timing"]) == 0
+    assert capsys.readouterr().err.count("osmium: reply: ") == 2
+
+
 def test_the_same_seed_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
     said = []
     for _ in range(2):
@@ -80,6 +99,17 @@ def test_bench_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> No
     assert isinstance(rows, list) and {row["what"] for row in rows} == {"prefill", "decode"}
     assert isinstance(experts, dict)
     assert experts["routed"] == experts["hit"] + experts["fetched"] > 0
+
+
+def test_a_made_up_model_is_packed_and_measured_from_its_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["pack", *CPU, "--cache-dir", str(tmp_path), "synthetic:tiny:3"]) == 0
+    (path,) = capsys.readouterr().out.splitlines()
+    assert Path(path).parent == tmp_path
+    asked = "--context 1k --depth 64 --tokens 4 --warm-up 4 --repeats 1 --prompt-tokens 16"
+    assert main(["bench", *CPU, *asked.split(), path]) == 0
+    assert last_json(capsys)["model"] == "synthetic-tiny-3"
 
 
 def test_doctor_says_what_it_finds() -> None:

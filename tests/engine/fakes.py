@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, cast
 
 import numpy as np
@@ -160,6 +161,7 @@ class _Store:
     """No experts."""
 
     recorder = None
+    cache = SimpleNamespace(record=SimpleNamespace(nbytes=0))
 
     def counters(self) -> Counters:
         return Counters(0, 0, 0, 0)

@@ -4,7 +4,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ import osmium
 from osmium import loader
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
+from osmium.engine.plan import Machine, Plan, make_plan
 from osmium.engine.request import SamplingParams
-from osmium.errors import ConfigError, NoDevice
+from osmium.errors import ConfigError, NoDevice, OutOfMemory
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import Packed
 from tests.engine.fakes import Reply
@@ -168,7 +170,14 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"slots": 3}, {"sequences": 7, "page": 5}, {"chunk": 128}, {"kv_dtype": "bf16"}],
+    [
+        {},
+        {"slots": 3},
+        {"sequences": 7, "page": 5},
+        {"chunk": 128},
+        {"kv_dtype": "bf16"},
+        {"kv_dtype": "fp8_e4m3"},
+    ],
 )
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
 def test_what_is_allocated_is_what_was_planned(
@@ -209,6 +218,66 @@ def test_a_plan_that_fails_has_allocated_and_read_nothing(
         load(MIXED, folder, **options)
     assert counted.allocated == 0
     assert read == []
+
+
+class Spilling:
+    """A GPU that keeps so much in host memory, try by try."""
+
+    def __init__(self, *spilled: int) -> None:
+        self.spilled, self.memory_gb_s = list(spilled), 1500.0
+        self.pool = SimpleNamespace(used=0)
+
+
+def allocate(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, *spilled: int
+) -> tuple[list[int], list[int], Any]:
+    """Slots that were asked for and allocated, try by try, and the loader's own try."""
+    one = loader.Loader(
+        folder / MIXED.name, "cpu", cache_dir=str(folder / "cache"), gpu_expert_bits=16, slots=6
+    )
+    card = Spilling(*spilled)
+    one.gpu = cast(Any, card)
+    monkeypatch.setattr(loader, "spilled", lambda gpu: gpu.spilled.pop(0))
+    planned, made = [], []
+
+    def plan(packed: Any, options: Any, *rest: Any) -> Plan:
+        planned.append(options.slots)
+        card_machine = Machine(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
+        weights = [(name, part.nbytes) for name, part in packed.parts.items()]
+        return make_plan(packed.config, packed.record, weights, options, card_machine)
+
+    def runner(self: Any, plan: Plan, options: Any) -> Any:
+        made.append(plan.slots)
+        return SimpleNamespace()
+
+    monkeypatch.setattr(loader, "_plan", plan)
+    monkeypatch.setattr(loader.Loader, "_runner", runner)
+    first = plan(one.packed, one.options)
+    planned.clear()
+    return planned, made, lambda: one._allocate(first, one.options)
+
+
+def test_what_the_driver_has_spilled_is_given_up_as_slots(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(MIXED, folder).close()  # packed now
+    planned, made, go = allocate(monkeypatch, folder, 1000, 0)
+    plan, _ = go()
+    assert (planned, made, plan.slots) == ([5], [6, 5], 5)
+    assert "5 expert slots" in caplog.text and "1500 GB/s" in caplog.text
+    planned, made, go = allocate(monkeypatch, folder, 0)
+    plan, _ = go()
+    assert (planned, made, plan.slots) == ([], [6], 6)
+
+
+def test_a_driver_that_spills_whatever_is_tried_is_told(
+    monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    load(MIXED, folder).close()
+    _, made, go = allocate(monkeypatch, folder, *[100] * 9)
+    with pytest.raises(OutOfMemory, match="host memory"):
+        go()
+    assert len(made) == loader.SPILL_TRIES
 
 
 # -- options and names -----------------------------------------------------------------------------

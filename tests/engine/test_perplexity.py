@@ -3,10 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import osmium
 from osmium.engine.perplexity import perplexity
 from osmium.errors import ConfigError, RequestError
 from tests.engine.fakes import GREEDY, VOCAB, Bench, follow, scrambled, uniform
@@ -70,6 +72,22 @@ def test_who_is_speaking_meanwhile_says_the_same(bench: Make, rng: np.random.Gen
     perplexity(one.engine, rng.integers(0, VOCAB, 400).tolist(), 20)
     reply.wait()
     assert reply.ids == follow(scrambled, [1, 2, 3], 300)
+
+
+def test_kv_in_e4m3_costs_the_demo_half_a_percent_at_most() -> None:
+    text = (Path(__file__).resolve().parents[2] / "LICENSE").read_text()
+
+    def of(kv_dtype: str, path: str) -> float:
+        engine = osmium.load(device="cpu", kv_dtype=kv_dtype)
+        ids = engine.tokenizer.encode(text, specials=False)[:1536]
+        found = perplexity(engine, ids, 512, path)["perplexity"]
+        engine.close()
+        return float(found)
+
+    wide = of("f32", "prefill")
+    for kind in ("bf16", "fp8_e4m3"):
+        assert abs(of(kind, "prefill") / wide - 1) < 5e-3
+    assert abs(of("fp8_e4m3", "decode") / wide - 1) < 5e-3
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The memory plan: arithmetic that holds, and refusals that come before anything is allocated."""
 
 import json
+import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.forecast import OVERHEAD
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
@@ -85,9 +88,9 @@ def test_a_model_that_fits_needs_no_arena() -> None:
 def test_pages_hold_a_context_and_more_where_asked() -> None:
     made = plan(context=10_000, page=64)
     assert (made.pages, made.table_pages) == (157, 157)
-    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "bf16")
+    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
     more = plan(context=10_000, page=64, kv_cache_mb=2048)
-    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "bf16")
+    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
     assert more.table_pages == 157
 
 
@@ -108,7 +111,15 @@ def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
 def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
     made = plan(LAPTOP)
     assert (made.device, made.vram, made.kv_dtype) == ("cpu", {}, "f32")
-    assert plan().kv_dtype == "bf16"
+    assert plan().kv_dtype == "fp8_e4m3"
+
+
+def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
+    sizes = {kind: plan(kv_dtype=kind).vram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    dim = MODEL.head_dim
+    assert sizes["bf16"] * (dim + 2) == sizes["fp8_e4m3"] * 2 * dim
+    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    assert laptop == sizes
 
 
 def test_a_plan_can_be_read_by_people_and_by_programs() -> None:
@@ -127,6 +138,82 @@ def test_the_expected_hit_rate_rises_with_the_slots() -> None:
     rates = [replace(plan(), slots=slots).hit_rate for slots in range(MODEL.experts + 1)]
     assert rates == sorted(rates)
     assert (rates[0], rates[-1]) == (0, 1)
+
+
+MEASURED = replace(CARD, link_gb_s=50.0, memory_gb_s=1500.0)
+
+
+def test_more_slots_buy_more_and_the_plan_is_one_of_the_rows() -> None:
+    made = plan(MEASURED)
+    rows = made.buys()
+    assert [row.gib for row in rows] == [-4, -2, 0, 2, 4, 8]
+    (own,) = [row for row in rows if row.gib == 0]
+    assert (own.slots, own.hit_rate) == (made.slots, made.hit_rate)
+    for less, more in pairwise(rows):
+        assert less.slots < more.slots
+        assert less.missed_mb_per_token > more.missed_mb_per_token
+        assert less.tokens_per_s is not None and more.tokens_per_s is not None
+        assert less.tokens_per_s < more.tokens_per_s
+    gained = (rows[-1].slots - own.slots) * MODEL.layers * (RECORD.nbytes + 4)
+    assert abs(gained - 8 * GIB) <= MODEL.layers * (RECORD.nbytes + 4)
+
+
+def test_the_estimate_is_its_formula() -> None:
+    made = plan(MEASURED)
+    used = MODEL.layers * MODEL.top_k * RECORD.nbytes
+    weights = sum(size for name, size in WEIGHTS if name != "embed")
+    states = 2 * state_bytes(MODEL, 0, 64, 1, "bf16")
+    seconds = (1 - made.hit_rate) * used / 50e9 + (weights + used + states) / 1500e9 * OVERHEAD
+    (own,) = [row for row in made.buys() if row.gib == 0]
+    assert own.tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
+    assert own.missed_mb_per_token == pytest.approx((1 - made.hit_rate) * used / 1e6)
+
+
+def test_what_was_not_measured_is_not_estimated() -> None:
+    made = plan()
+    assert all(row.tokens_per_s is None for row in made.buys())
+    assert "GB/s" not in made.table()
+    assert "GB/s" in plan(MEASURED).table()
+    assert plan(LAPTOP).buys() == []
+
+
+def test_a_table_ends_where_all_is_resident_or_nothing_is_left() -> None:
+    few = replace(MODEL, mixers=MODEL.mixers[:4])
+    assert {row.gib for row in plan(MEASURED, few).buys()} == {-4, -2, 0}
+    tight = plan(MEASURED, slots=8)
+    assert [row.gib for row in tight.buys()] == [0, 2, 4, 8]
+
+
+def test_slots_make_room_for_what_was_spilled() -> None:
+    made = plan()
+    each = MODEL.layers * (RECORD.nbytes + 4)
+    assert made.fewer_slots(1) == made.slots - 1
+    assert made.fewer_slots(3 * each) == made.slots - 3
+    assert made.fewer_slots(3 * each + 1) == made.slots - 4
+    with pytest.raises(ConfigError, match=r"30\.00 GiB"):
+        made.fewer_slots(30 * GIB)
+
+
+def test_a_card_that_lacks_a_little_is_told_how_little() -> None:
+    """Just enough is planned; a MiB less than that is refused, with both numbers."""
+    least = next(
+        size for size in range(8 * GIB, 31 * GIB, 1 << 20) if _fits(vram=size)
+    )  # the reserve is a share of the budget: no formula
+    assert plan(vram=least).slots == MODEL.top_k
+    with pytest.raises(ConfigError) as caught:
+        plan(vram=least - (1 << 20))
+    need, left = re.findall(r"(\d+\.\d+) GiB", str(caught.value))[:2]
+    assert 0 <= float(need) - float(left) <= 0.01
+    for word in ("weights", "KV", "--kv-cache-mb", "--context"):
+        assert word in str(caught.value)
+
+
+def _fits(**options: Any) -> bool:
+    try:
+        plan(**options)
+    except ConfigError:
+        return False
+    return True
 
 
 # -- what does not fit -----------------------------------------------------------------------------

@@ -234,9 +234,11 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         cache, store = parts(arena, capacity)
         arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
-        half = store.inner.f32.nbytes  # on a GPU they are there twice, once as hi and lo
-        own = 2 * half + sum(x.nbytes for x in vars(store.plan).values())
-        assert store_bytes(8, capacity, EXPERTS, TOP_K, RECORD.inner) == own
+        inner = store.inner.f32.nbytes
+        own = inner + sum(x.nbytes for x in vars(store.plan).values())
+        sizes = (8, capacity, EXPERTS, TOP_K, RECORD.inner)
+        assert store_bytes(*sizes, gpu=False) == own
+        assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from osmium.cuda.memory import HostBuffer, HostKind, Pool
-from osmium.cuda.stream import Event, Machine, Stream
+from osmium.cuda.stream import PIECE, Event, Machine, Stream, memory_rate, spilled
 from osmium.errors import KernelError, OutOfMemory
 from osmium.kernels.ptx import Kernel, kernel, parse
 from osmium.ops.gpu import GpuOps
@@ -199,6 +199,22 @@ def test_two_texts_may_share_an_entrys_name(machine: Machine) -> None:
         text = REACH.replace("[%at+-4], %last", f"[%at+-4], {word}")
         reaching(text)(machine.stream, out, 256)
         assert machine.copy_out(out)[0] == (256 if word == "%last" else 64)
+
+
+def test_host_memory_among_vram_is_found_by_its_rate(machine: Machine) -> None:
+    """No driver can be told to spill; host memory can be entered as if it were of the pool."""
+    kept = machine.empty((4 * PIECE + 1,), np.uint8)
+    machine.memory_gb_s = memory_rate(machine.device)
+    buffer = HostBuffer(machine.device, 3 * PIECE, "pinned")
+    try:
+        assert spilled(machine) == 0
+        machine.pool._held[buffer.device_address] = (3 * PIECE, "spilled")
+        assert spilled(machine) == 3 * PIECE
+    finally:
+        machine.pool._held.pop(buffer.device_address, None)
+        machine.memory_gb_s = 0.0
+        buffer.close()
+    assert kept.nbytes > 4 * PIECE
 
 
 def test_a_frozen_pool_gives_nothing_more(machine: Machine) -> None:

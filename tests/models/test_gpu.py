@@ -38,12 +38,14 @@ def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logit
     return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
 
 
-def check(case: Case, gpu: Ops, chunk: int, bits: int, capacity: int | None = None) -> Runner:
+def check(
+    case: Case, gpu: Ops, chunk: int, bits: int, capacity: int | None = None, kv: str = "bf16"
+) -> Runner:
     """The GPU's logits are the CPU's, over the tokens whose experts agree."""
     ids = prompt(case)
-    cpu = runner(case, bits, kv_dtype="bf16", store_type=Watched)
+    cpu = runner(case, bits, kv_dtype=kv, store_type=Watched)
     want, theirs = routed(cpu, ids, chunk)
-    model = runner(case, bits, ops=gpu, kv_dtype="bf16", capacity=capacity, store_type=Watched)
+    model = runner(case, bits, ops=gpu, kv_dtype=kv, capacity=capacity, store_type=Watched)
     got, ours = routed(model, ids, chunk)
     assert np.isfinite(got).all()
     agree = (ours == theirs).all(axis=(1, 2))
@@ -57,6 +59,12 @@ def check(case: Case, gpu: Ops, chunk: int, bits: int, capacity: int | None = No
 @pytest.mark.parametrize("chunk", [1, 33, 256])
 def test_a_gpu_gives_the_cpus_logits(case: Case, chunk: int, gpu: Ops) -> None:
     check(case, gpu, chunk, bits=16)
+
+
+@each_case
+@pytest.mark.parametrize("chunk", [1, 33])
+def test_kv_in_e4m3_gives_the_cpus_logits(case: Case, chunk: int, gpu: Ops) -> None:
+    check(case, gpu, chunk, bits=16, kv="fp8_e4m3")
 
 
 @pytest.mark.parametrize("bits", [8, 4])

@@ -107,6 +107,15 @@ def test_prefill_reaches_the_cards_perplexity(oracle: dict[str, Any], model: Run
     assert abs(mean - oracle["heldout_small"]["nll"]) < FLIPS
 
 
+@pytest.mark.parametrize("kind", ["bf16", "fp8_e4m3"])
+def test_narrow_kv_moves_perplexity_by_less_than_half_a_percent(
+    kind: str, oracle: dict[str, Any]
+) -> None:
+    model = lab_model(rows=512, context=512, kv_dtype=kind)
+    mean = prefill_nll(model, windows("heldout_small.txt", 9018))
+    assert abs(np.exp(mean - oracle["heldout_small"]["nll"]) - 1) < 5e-3
+
+
 def test_int4_experts_raise_perplexity_by_less_than_two_percent() -> None:
     mean = prefill_nll(lab_model(4, rows=512, context=512), windows("heldout_small.txt", 9018))
     assert 1 < np.exp(mean) / 16.7784 < 1.02

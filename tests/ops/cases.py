@@ -6,6 +6,7 @@ the method writes.  `run` does that on any backend and gives the outputs back as
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from osmium.ops import (
     ExpertArena,
     ExpertCache,
     ExpertPlan,
+    KeysValues,
     Linear,
     Ops,
     Replies,
@@ -23,7 +25,7 @@ from osmium.ops import (
     Step,
 )
 from osmium.quant import int4, int8
-from osmium.quant.floats import bf16_from_f32
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
 from osmium.quant.record import Record, group_of
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -224,15 +226,35 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
 # -- attention -----------------------------------------------------------------------------------
 
 
-def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any]) -> Arrays:
+def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kept: str) -> Arrays:
+    """Keys and values in bf16, or in fp8: every e4m3 but NaN."""
     shape = (table.size, size.page, size.kv_heads, size.head_dim)
-    return {name: bf16_from_f32(_f32(rng, *shape)) for name in ("k_pages", "v_pages")}
+    if kept == "bf16":
+        return {name: bf16_from_f32(_f32(rng, *shape)) for name in ("k_pages", "v_pages")}
+    made: Arrays = {}
+    for name in "kv":
+        code = rng.integers(0, 256, shape, dtype=np.uint8)
+        made[f"{name}_pages"] = np.where(code & 0x7F == 0x7F, np.uint8(0x83), code)
+        made[f"{name}_scales"] = rng.uniform(1e-3, 1e-2, shape[:3]).astype(np.float16)
+    return made
 
 
-def rope_append(rng: np.random.Generator, size: Size) -> Case:
+def _kv(a: dict[str, Any]) -> KeysValues:
+    return KeysValues(a["k_pages"], a["v_pages"], a.get("k_scales"), a.get("v_scales"))
+
+
+def kept_rows(a: Arrays, name: str) -> npt.NDArray[np.float32]:
+    """What the pages of "k" or "v" hold, in f32."""
+    pages = a[f"{name}_pages"]
+    if pages.dtype == np.uint16:
+        return f32_from_bf16(pages)
+    return f32_from_e4m3(pages) * a[f"{name}_scales"].astype(np.float32)[..., None]
+
+
+def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
     arrays = step_arrays(rng, size)
     tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
-    arrays |= _pages(rng, size, arrays["pages"])
+    arrays |= _pages(rng, size, arrays["pages"], kept)
     arrays |= {
         "q": _nan(tokens, heads, dim),
         "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim),
@@ -242,47 +264,56 @@ def rope_append(rng: np.random.Generator, size: Size) -> Case:
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.rope_append(
-            a["q"], a["k_pages"], a["v_pages"], a["qgkv"], a["norms"], a["frequencies"],
-            _step(size, a), 1e-6,
+            a["q"], _kv(a), a["qgkv"], a["norms"], a["frequencies"], _step(size, a), 1e-6,
         )  # fmt: skip
 
-    return Case(arrays, call, {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"})
+    writes = {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"}
+    if kept == "fp8":
+        writes |= {"k_pages": "e4m3 bits", "k_scales": "e4m3", "v_scales": "exact"}
+        new = arrays["qgkv"].reshape(tokens, -1, dim)
+        new[0, -1], new[-1, -1] = 0, new[-1, -1] * np.float32(1e-6)  # values that are nothing
+        new[tokens // 2, -size.kv_heads] *= np.float32(1e9)  # and too large
+    return Case(arrays, call, writes)
 
 
-def attention(rng: np.random.Generator, size: Size) -> Case:
+def attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
     arrays = step_arrays(rng, size)
     shape = (sum(size.lengths), size.heads, size.head_dim)
-    arrays |= _pages(rng, size, arrays["pages"])
+    arrays |= _pages(rng, size, arrays["pages"], kept)
     arrays |= {"out": _nan(*shape), "q": _f32(rng, *shape) * 2}
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.attention(
-            a["out"], a["q"], a["k_pages"], a["v_pages"], _step(size, a), size.head_dim**-0.5
-        )
+        ops.attention(a["out"], a["q"], _kv(a), _step(size, a), size.head_dim**-0.5)
 
     return Case(arrays, call, {"out": "f32"})
 
 
-def gated_attention(rng: np.random.Generator, size: Size) -> Case:
-    """One row a sequence: contexts of one tile of 256 to several a split."""
+def gated_attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
+    """One row a sequence: contexts of one tile of 32 to several a split."""
+    more = 300 if size.hidden < 256 else 5000
     rows = min(3, len(size.past))
-    one = replace(size, lengths=(1,) * rows, past=(*size.past[: rows - 1], size.past[0] + 1300))
+    one = replace(size, lengths=(1,) * rows, past=(*size.past[: rows - 1], size.past[0] + more))
+    return shared_context(rng, one, 3 * rows + 1, kept)
+
+
+def shared_context(rng: np.random.Generator, one: Size, room: int, kept: str) -> Case:
+    """One row a sequence, with `room` for what blocks that share contexts leave."""
+    rows = len(one.past)
     arrays = step_arrays(rng, one)
-    shape = (rows, size.heads, size.head_dim)
-    arrays |= _pages(rng, one, arrays["pages"])
+    shape = (rows, one.heads, one.head_dim)
+    arrays |= _pages(rng, one, arrays["pages"], kept)
     arrays |= {
         "out": _nan(*shape),
         "q": _f32(rng, *shape) * 2,
-        "qgkv": _f32(rng, rows, 2 * (size.heads + size.kv_heads) * size.head_dim) * 4,
-        "partial": _nan(rows, size.heads, 3, size.head_dim + 2),
+        "qgkv": _f32(rng, rows, 2 * (one.heads + one.kv_heads) * one.head_dim) * 4,
+        "partial": _nan(room, one.heads, one.head_dim + 2),
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        out = new_rows(ops, rows, size.heads * size.head_dim)
+        out = new_rows(ops, rows, one.heads * one.head_dim)
         ops.gated_attention(
-            out, a["q"], a["k_pages"], a["v_pages"], a["qgkv"], _step(one, a),
-            size.head_dim**-0.5, a["partial"],
-        )  # fmt: skip
+            out, a["q"], _kv(a), a["qgkv"], _step(one, a), one.head_dim**-0.5, a["partial"]
+        )
         read_rows(ops, a["out"], out)
 
     return Case(arrays, call, {"out": "f32"})
@@ -747,6 +778,9 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "rope_append": rope_append,
     "attention": attention,
     "gated_attention": gated_attention,
+    "rope_append fp8": partial(rope_append, kept="fp8"),
+    "attention fp8": partial(attention, kept="fp8"),
+    "gated_attention fp8": partial(gated_attention, kept="fp8"),
     "sigmoid_gate": sigmoid_gate,
     "conv": conv,
     "delta_gates": delta_gates,
@@ -777,13 +811,14 @@ def sized(name: str, size: Size) -> Callable[[np.random.Generator], Case]:
 
 def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:
     """The distance of an output from its reference; infinity where "exact" does not hold."""
-    from osmium.quant.floats import f32_from_bf16
     from tests.tolerance import distance
 
     if kind == "exact":
         return 0.0 if np.array_equal(out, ref, equal_nan=out.dtype.kind == "f") else float("inf")
     if kind == "bf16 bits":
         return distance(f32_from_bf16(out), f32_from_bf16(ref))
+    if kind == "e4m3 bits":
+        return distance(f32_from_e4m3(out), f32_from_e4m3(ref))
     return distance(out, ref)
 
 
@@ -791,4 +826,4 @@ def allowed(kind: str) -> float:
     """What `compare` may give."""
     from tests.tolerance import TOLERANCE
 
-    return 0.0 if kind == "exact" else TOLERANCE["bf16" if kind == "bf16 bits" else kind]
+    return 0.0 if kind == "exact" else TOLERANCE[kind.removesuffix(" bits")]

@@ -8,7 +8,7 @@ import pytest
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear
+from tests.ptx import cases_attention, cases_linear, cases_making
 
 pytestmark = pytest.mark.gpu
 
@@ -18,6 +18,9 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{f"{name}, 122b": sized(name, DECODE) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
+    **cases_making.CASES,
+    **cases_making.LARGE,
+    **cases_attention.LONG,
 }
 
 

@@ -9,13 +9,14 @@ import pytest
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear
+from tests.ptx import cases_attention, cases_linear, cases_making
 from tests.ptx.interpreter import InterpretedMachine
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{name: sized(name, TINY) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
+    **cases_making.CASES,
 }
 
 
@@ -35,6 +36,8 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         "norm",
         "router",
         "attention",
+        "shared context 96, across tiles",
+        "shared context fp8 256, short rows",
         "delta_chunk",
         "linear int4",
         "gated rule 64x96",

@@ -28,7 +28,9 @@ NOWHERE = 10**9
 """No page."""
 
 
-def rope(dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Counts) -> Make:
+def rope(
+    dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Counts, kept: str = "bf16"
+) -> Make:
     """Heads of `dim` values, of which `rotary` turn, written into pages of 4 tokens."""
 
     def make(rng: np.random.Generator) -> Case:
@@ -36,7 +38,7 @@ def rope(dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Coun
         size = replace(
             TINY, head_dim=dim, rotary=rotary, heads=heads, kv_heads=kv, lengths=lengths, past=near
         )
-        case = cases.rope_append(rng, size)
+        case = cases.rope_append(rng, size, kept)
         a = case.arrays
         a["positions"] += (np.array(past, np.int32) - 8)[a["sequence"]]
         pool = iter(a["pages"].flatten())
@@ -48,23 +50,49 @@ def rope(dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Coun
     return make
 
 
-def attention(dim: int, heads: int, kv: int, page: int, lengths: Counts, past: Counts) -> Make:
+def attention(
+    dim: int, heads: int, kv: int, page: int, lengths: Counts, past: Counts, kept: str = "bf16"
+) -> Make:
     """Each sequence sees its own pages; everything else in the pool is NaN."""
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
             TINY, head_dim=dim, heads=heads, kv_heads=kv, page=page, lengths=lengths, past=past
         )
-        case = cases.attention(rng, size)
-        for row, length, before in zip(case.arrays["pages"], lengths, past, strict=True):
-            last, end = divmod(length + before, page)
-            for name in ("k_pages", "v_pages"):
-                case.arrays[name][row[last:][:1], end:] = NAN
-                case.arrays[name][row[last + 1 :]] = NAN
-            row[last + (end > 0) :] = NOWHERE
-        return case
+        return _poisoned(cases.attention(rng, size, kept), size)
 
     return make
+
+
+def shared(
+    dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str = "bf16"
+) -> Make:
+    """One row a sequence, whose contexts blocks share, with room for what they leave."""
+
+    def make(rng: np.random.Generator) -> Case:
+        size = replace(
+            TINY, head_dim=dim, heads=heads, kv_heads=kv, page=page, lengths=(1,) * len(past),
+            past=past,
+        )  # fmt: skip
+        return _poisoned(cases.shared_context(rng, size, room, kept), size)
+
+    return make
+
+
+def _poisoned(case: Case, size: cases.Size) -> Case:
+    """What no sequence sees is NaN, and the page table's other entries are nowhere."""
+    a = case.arrays
+    for row, length, before in zip(a["pages"], size.lengths, size.past, strict=True):
+        last, end = divmod(length + before, size.page)
+        for name, nan in (
+            ("k_pages", NAN), ("v_pages", NAN), ("k_scales", np.nan), ("v_scales", np.nan),
+        ):  # fmt: skip
+            if name in a:
+                poison = 0x7F if a[name].dtype == np.uint8 else nan
+                a[name][row[last:][:1], end:] = poison
+                a[name][row[last + 1 :]] = poison
+        row[last + (end > 0) :] = NOWHERE
+    return case
 
 
 def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
@@ -125,6 +153,22 @@ CASES: dict[str, Make] = {
     "attention 128, every warp": attention(128, 2, 2, 7, (1,), (250,)),
     "attention 160, a second tile a warp": attention(160, 1, 1, 16, (2, 1), (255, 12)),
     "attention 256, grouped": attention(256, 4, 2, 8, (1, 1), (34, 8)),
+    "rope_append fp8 32, all turn": rope(32, 32, 4, 2, (3, 1), (0, 6), "fp8"),
+    "rope_append fp8 96, far": rope(96, 32, 5, 1, (2, 1), (131071, 3), "fp8"),
+    "rope_append fp8 256, farthest": rope(256, 64, 2, 2, (2, 1, 1), (262142, 65537, 0), "fp8"),
+    "attention fp8 64, within one tile": attention(64, 4, 1, 5, (3, 2), (0, 27), "fp8"),
+    "attention fp8 160, a second tile a warp": attention(160, 1, 1, 16, (2, 1), (255, 12), "fp8"),
+    "attention fp8 256, grouped": attention(256, 4, 2, 8, (1, 1), (34, 8), "fp8"),
+    "shared context 32, one token": shared(32, 2, 2, 4, 2, (0, 1)),
+    "shared context 96, across tiles": shared(96, 16, 1, 5, 8, (31, 32, 63)),
+    "shared context 128, two kinds of rows": shared(128, 36, 2, 16, 3, (70,)),
+    "shared context 160, one block": shared(160, 9, 1, 64, 1, (140,)),
+    "shared context 256, short rows": shared(256, 16, 2, 7, 6, (100, 40)),
+    "shared context fp8 32, one token": shared(32, 2, 2, 4, 2, (0, 1), "fp8"),
+    "shared context fp8 96, across tiles": shared(96, 16, 1, 5, 8, (31, 32, 63), "fp8"),
+    "shared context fp8 128, two kinds of rows": shared(128, 36, 2, 16, 3, (70,), "fp8"),
+    "shared context fp8 160, one block": shared(160, 9, 1, 64, 1, (230,), "fp8"),
+    "shared context fp8 256, short rows": shared(256, 16, 2, 7, 6, (100, 40), "fp8"),
     "delta_step 32x32": delta("delta_step", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)),
     "delta_step 64x96": delta("delta_step", (2, 2), (64, 96), (1, 4), (9, 0)),
     "delta_step 96x64": delta("delta_step", (1, 1), (96, 64), (5,), (0,)),
@@ -144,3 +188,12 @@ CASES: dict[str, Make] = {
     "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
     "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
 }
+
+LONG: dict[str, Make] = {
+    "shared context 256, long": shared(256, 32, 2, 64, 128, (50_000,)),
+    "shared context fp8 256, long": shared(256, 32, 2, 64, 128, (100_000,), "fp8"),
+    "shared context fp8 256, eight": shared(
+        256, 16, 2, 64, 128, tuple(range(0, 24_000, 3_000)), "fp8"
+    ),
+}
+"""What only a GPU does in good time: as many blocks as it runs at once, rings that turn often."""

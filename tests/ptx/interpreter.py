@@ -96,6 +96,11 @@ class InterpretedArray:
         assert math.prod(shape) == math.prod(self.shape), f"{self.shape} to {shape}"
         return InterpretedArray(self.block, self.ptr, self.offset, shape, self.dtype)
 
+    def view(self, dtype: npt.DTypeLike) -> "InterpretedArray":
+        last = self.shape[-1] * self.dtype.itemsize // np.dtype(dtype).itemsize
+        shape = (*self.shape[:-1], last)
+        return InterpretedArray(self.block, self.ptr, self.offset, shape, dtype)
+
     def numpy(self) -> Values:
         """The bytes as an array; a view."""
         raw = self.block.data[self.offset : self.offset + self.nbytes]
@@ -400,6 +405,17 @@ class Warp:
         )
 
 
+def _by_array(space: str, address: Values, mask: Mask) -> list[Mask]:
+    """The taking lanes, by the array that they reach: one load may reach several."""
+    if space == "shared":
+        return [mask]
+    index = address >> np.uint64(SPAN)
+    there = np.unique(index if mask is None else index[mask])
+    if len(there) == 1:
+        return [mask]
+    return [index == one if mask is None else (index == one) & mask for one in there]
+
+
 class InterpretedStream:
     """What a kernel is launched on."""
 
@@ -520,16 +536,18 @@ def _approx(f: Callable[[Values], Values]) -> Callable[[Values], Values]:
 ARITHMETIC: dict[str, Callable[..., Values]] = {
     "mov": lambda a: a, "add": np.add, "sub": np.subtract, "mul": np.multiply, "div": _divide,
     "mad": lambda a, b, c: a * b + c, "fma": _fma, "min": np.fmin, "max": np.fmax,
+    "max.NaN": np.maximum,
     "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
     "shl": _shift(True), "shr": _shift(False),
-    "ex2": _approx(np.exp2), "rcp": _approx(np.reciprocal), "sqrt": _approx(np.sqrt),
-    "rsqrt": _approx(lambda a: 1 / np.sqrt(a)), "sin": _approx(np.sin), "cos": _approx(np.cos),
+    "ex2": _approx(np.exp2), "lg2": _approx(np.log2), "rcp": _approx(np.reciprocal),
+    "sqrt": _approx(np.sqrt), "rsqrt": _approx(lambda a: 1 / np.sqrt(a)),
+    "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "rcp": 1,
-         "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "lg2": 1,
+         "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
 MODIFIERS = {"rn", "approx", "lo", "pred"}
@@ -560,6 +578,8 @@ def _compile(program: Program, line: str) -> Run:
             return _halves(program, parts[0], args)
         if parts[-1] in ("f16x2", "bf16x2"):
             return _packed(program, base, parts[-1], args)
+        if base == "max" and parts == ["NaN", "f32"]:
+            base, parts = "max.NaN", ["f32"]
         if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
             raise KeyError(opcode)
         return _arithmetic(program, base, TYPES[parts[-1]], args)
@@ -629,6 +649,46 @@ def _packed(program: Program, base: str, kind: str, args: list[str]) -> Run:
 
 
 def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
+    if parts == ["sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"]:
+        return _whole_mma(program, args)
+    return _float_mma(program, parts, args)
+
+
+def _fragments(args: list[str]) -> list[list[str]]:
+    """The names of d's, a's, b's and c's registers."""
+    names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
+    if [len(group) for group in names] != [4, 4, 2, 4]:
+        raise ValueError("registers of a fragment")
+    return names
+
+
+def _whole_mma(program: Program, args: list[str]) -> Run:
+    """m16n8k32 of signed bytes: as m16n8k16, but that a register is four columns of a, or rows of
+    b."""
+    names = _fragments(args)
+    a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
+    c = [_operand(program, name, TYPES["u32"]) for name in names[3]]
+    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+
+    def run(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at an mma")
+        first, second = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
+        for i, operand in enumerate(a):
+            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
+                first[g + 8 * (i % 2), 4 * q + byte + 16 * (i // 2)] = value
+        for i, operand in enumerate(b):
+            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
+                second[4 * q + byte + 16 * i, g] = value
+        product = first @ second
+        for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
+            mine = product[g + 8 * (i // 2), 2 * q + i % 2]
+            w.write(name, (mine + operand(w, m)).astype(np.uint32), m)
+
+    return run
+
+
+def _float_mma(program: Program, parts: list[str], args: list[str]) -> Run:
     """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g
     and g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and
     g + 8 and columns 2q, 2q + 1."""
@@ -637,9 +697,7 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
         ["f32", kind, kind, "f32"] for kind in kinds
     ):
         raise KeyError(".".join(parts))
-    names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
-    if [len(group) for group in names] != [4, 4, 2, 4]:
-        raise ValueError("registers of a fragment")
+    names = _fragments(args)
     a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
     c = [_operand(program, name, TYPES["f32"]) for name in names[3]]
     g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
@@ -765,6 +823,10 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
         raise ValueError(f"{len(names)} registers for v{count}")
 
     def load(w: Warp, m: Mask) -> None:
+        for lanes in _by_array(space, address(w, m), m):
+            load_one(w, lanes)
+
+    def load_one(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
         rows = _reach(block, at, dtype.itemsize * count, w.where, read=True)
         found = block.data[rows].view(dtype)  # [lanes, count]

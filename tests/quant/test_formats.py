@@ -5,7 +5,13 @@ import pytest
 
 from osmium.errors import ConfigError
 from osmium.quant import int4, int8
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.floats import (
+    bf16_from_f32,
+    e4m3_from_f32,
+    e4m3_rows,
+    f32_from_bf16,
+    f32_from_e4m3,
+)
 from osmium.quant.record import Record, group_of
 
 
@@ -22,6 +28,50 @@ def test_bf16_rounds_to_nearest_and_ties_to_even() -> None:
     wanted = 1.0 + np.array([0, 0, 2**-6, 2**-7, 0])
     assert np.array_equal(f32_from_bf16(bf16_from_f32(one.astype(np.float32))), wanted)
     assert f32_from_bf16(bf16_from_f32(np.array([3.4e38], np.float32)))[0] == np.inf
+
+
+def test_every_e4m3_survives_the_round_trip() -> None:
+    every = np.arange(256, dtype=np.uint8)
+    value = f32_from_e4m3(every)
+    assert np.isnan(value[every & 0x7F == 0x7F]).all() and np.isnan(value).sum() == 2
+    assert value[np.array([0x00, 0x01, 0x08, 0x38, 0x7E])].tolist() == [0, 2**-9, 2**-6, 1, 448]
+    back = e4m3_from_f32(value)
+    assert np.array_equal(back, every)
+    # moved by 120 in the exponent each is a bf16: what the kernels make of them
+    moved = (every.astype(np.uint32) & 0x7F) << 20 | (every.astype(np.uint32) & 0x80) << 24
+    finite = ~np.isnan(value)
+    assert np.array_equal(moved.view(np.float32)[finite] * np.float32(2.0**120), value[finite])
+
+
+def test_e4m3_rounds_to_nearest_and_ties_to_even(rng: np.random.Generator) -> None:
+    known = f32_from_e4m3(np.arange(127, dtype=np.uint8))
+    ties = ((known[1:] + known[:-1]) / 2).astype(np.float32)
+    even = np.where(np.arange(126) % 2, known[1:], known[:-1])
+    assert np.array_equal(f32_from_e4m3(e4m3_from_f32(ties)), even)
+    x = np.exp(rng.uniform(-8, 6.1, 4096)) * rng.choice([-1, 1], 4096)
+    x = x.astype(np.float32)
+    found = f32_from_e4m3(e4m3_from_f32(x))
+    near = np.abs(np.abs(x)[:, None] - known).min(axis=1)
+    assert np.array_equal(np.abs(x - found), near)
+    assert f32_from_e4m3(e4m3_from_f32(np.array([1e9, -np.inf], np.float32))).tolist() == [
+        448,
+        -448,
+    ]
+
+
+def test_rows_of_e4m3_have_scales_that_lose_nothing(rng: np.random.Generator) -> None:
+    x = rng.standard_normal((9, 64)).astype(np.float32)
+    x *= np.float32(10.0) ** np.arange(-6, 3, dtype=np.float32)[:, None]
+    code, scale = e4m3_rows(x)
+    found = f32_from_e4m3(code) * scale.astype(np.float32)[:, None]
+    most = np.maximum(np.abs(x) / 16, np.abs(x).max(axis=1, keepdims=True) / 2**18)
+    assert (np.abs(found - x) <= 1.001 * np.maximum(most, 2.0**-24)).all()
+    assert (scale >= 2.0**-14).all()
+    code, scale = e4m3_rows(np.zeros((2, 64), np.float32))
+    assert not code.any() and np.isfinite(scale).all()
+    x[0, 0], x[1, 3], x[2, 5] = np.nan, -np.inf, 3e7  # too large for 448 times an f16
+    _, scale = e4m3_rows(x)
+    assert np.isnan(scale[:2]).all() and scale[2] == 65504 and np.isfinite(scale[2:]).all()
 
 
 def test_int4_nibbles_lie_where_the_kernels_look() -> None:

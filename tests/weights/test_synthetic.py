@@ -1,6 +1,7 @@
 """Models made up in published shapes: sane numbers, the same every time, engines that run."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,13 @@ import pytest
 import osmium
 from osmium.config import EngineConfig
 from osmium.errors import ConfigError
+from osmium.loader import pack
 from osmium.ops import Linear
 from osmium.ops.formulas import expert_matrices, matrix
+from osmium.ops.gpu import GpuOps
+from osmium.weights import open_packed
 from osmium.weights.synthetic import Synthetic, open_synthetic
+from tests.ptx.interpreter import InterpretedMachine
 
 PUBLISHED = {
     "35b-a3b": (34.661e9, 16_609_443_840),
@@ -60,6 +65,72 @@ def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
     assert np.array_equal(out[5], other.one_record(2, 5))
     assert len({row.tobytes() for row in out}) == len(out)
     assert not np.array_equal(one.one_record(0, 5), one.one_record(1, 5))
+
+
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_kernels_make_the_same_bytes(bits: int) -> None:
+    model = tiny(gpu_expert_bits=bits, attention_quant="int4")
+    machine = InterpretedMachine()
+    placed = model.place(GpuOps(machine))
+    assert list(placed) == model.names()
+    for name, found in placed.items():
+        wanted = model.tensor(name)
+        if not isinstance(wanted, Linear):
+            assert np.array_equal(found.numpy(), wanted), name
+            continue
+        assert replace(found, data=None, scale=None) == replace(wanted, data=None, scale=None)
+        assert np.array_equal(found.data.numpy(), wanted.data), name
+        assert wanted.scale is None or np.array_equal(found.scale.numpy(), wanted.scale), name
+    out = machine.host((model.config.experts, model.record.nbytes), np.uint8)
+    model.fill_records(GpuOps(machine), 3, out)
+    assert np.array_equal(out.numpy(), np.stack([model.one_record(3, e) for e in range(8)]))
+
+
+def test_parts_and_layers_are_strangers_to_each_other() -> None:
+    model = tiny(gpu_expert_bits=16)
+    parts = [model.tensor(f"layers.{i}.router") for i in range(3)]
+    words = np.concatenate([part.data.reshape(-1) for part in parts if isinstance(part, Linear)])
+    words = np.concatenate([words, model.all_records().reshape(-1).view(np.uint16)])
+    bits = (words[:, None] >> np.array([0, 1, 2, 3, 4, 5, 6, 15], np.uint16)) & 1
+    alike = np.corrcoef(bits, rowvar=False) - np.eye(8)
+    assert abs(bits.mean(axis=0) - 0.5).max() < 0.01 and abs(alike).max() < 0.02
+
+
+@pytest.mark.parametrize("name", ["synthetic:tiny", "synthetic:tiny:3"])
+@pytest.mark.parametrize("bits", [16, 8, 4])
+def test_packed_it_is_the_same_model(tmp_path: Path, name: str, bits: int) -> None:
+    options: dict[str, Any] = {"gpu_expert_bits": bits, "cache_dir": str(tmp_path)}
+    seen: list[tuple[int, int]] = []
+    path = pack(name, "cpu", progress=lambda _, *at: seen.append(at), **options)
+    assert path.parent == tmp_path and seen[-1][0] == seen[-1][1]
+    packed, made_up = open_packed(path), open_synthetic(name, EngineConfig(**options))
+    packed.verify()
+    assert (packed.config, packed.formats) == (made_up.config, made_up.formats)
+    assert np.array_equal(packed.all_records(), made_up.all_records())
+    for part in made_up.parts.values():
+        for kind, array in made_up.arrays(part).items():
+            assert np.array_equal(packed._array(f"{part.name}.{kind}"), array), part.name
+    stamp = path.stat().st_mtime_ns
+    assert pack(name, "cpu", **options) == path
+    assert path.stat().st_mtime_ns == stamp, "made once"
+
+
+def test_packed_it_runs_and_replays_a_trace_of_more_layers(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    ids = np.stack([np.stack([rng.permutation(8)[:2] for _ in range(4)]) for _ in range(30)])
+    np.savez(tmp_path / "trace.npz", ids=ids.astype(np.uint8))
+    path = pack("synthetic:tiny:3", "cpu", cache_dir=str(tmp_path))
+    greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    replies = []
+    for model in (path, "synthetic:tiny:3"):
+        engine = osmium.load(
+            model, "cpu", routing=str(tmp_path / "trace.npz"), context=128, chunk=8, slots=3
+        )
+        replies.append([token.id for token in engine.generate([1, 2, 3], greedy)])
+        engine.close()
+    assert replies[0] == replies[1]
+    assert engine.name.startswith("synthetic") and path.name.startswith("synthetic-tiny-3-")
 
 
 @pytest.mark.parametrize("slots", [None, 3])

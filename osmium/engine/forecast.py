@@ -1,0 +1,104 @@
+"""What expert slots may be expected to bring: hits, bytes over the link, tokens a second.
+
+Estimates, and said to be: the hit rate is read off a curve of published routing statistics, and
+
+    seconds a token = missed bytes / link + bytes of VRAM / memory rate * OVERHEAD
+
+with both rates measured at start.  Nothing of a fetch is taken to hide behind computing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+__all__ = ["NOTHING", "OVERHEAD", "Bought", "Traffic", "bought", "bought_table", "hit_rate"]
+
+GIB = 1 << 30
+
+STEPS_GIB = (-4, -2, 0, 2, 4, 8)
+
+OVERHEAD = 3.0
+"""How much longer than moving its bytes a token takes on the GPU, fetches apart: 2.5 for the 122B
+in 32 GB, 3.5 for the 35B all resident (`osmium bench`, H100, 2026-11, LOG.md), so that the estimate
+is 11 % too low for the one and 15 % too high for the other.  To be lowered as kernels get faster.
+"""
+
+_HIT = ((0.0, 0.0), (0.10, 0.51), (0.15, 0.60), (0.20, 0.66), (0.36, 0.79), (0.40, 0.81),
+        (0.44, 0.83), (0.50, 0.86), (1.0, 1.0))  # fmt: skip
+"""Share of experts resident -> share of uses hit: an adaptive cache on published routing statistics
+of Qwen3.5-122B-A10B up to .36, beyond it an extrapolation."""
+
+
+def hit_rate(share: float) -> float:
+    """The share of uses that hit where this share of the experts is resident."""
+    for (x0, y0), (x1, y1) in pairwise(_HIT):
+        if share <= x1:
+            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+    return 1.0
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a token moves, and how fast that was measured to go."""
+
+    slot: int
+    """Of one slot more in every layer."""
+    experts: int
+    """Of the experts that a token uses, all layers together."""
+    memory: int
+    """Of VRAM that a token reads and writes: weights, its experts, its recurrent states."""
+    least: int
+    """Slots a layer that there have to be."""
+    link_gb_s: float = 0.0
+    memory_gb_s: float = 0.0
+
+    def tokens_per_s(self, hits: float) -> float | None:
+        """At a hit rate; None where the rates were not measured."""
+        if not self.link_gb_s or not self.memory_gb_s:
+            return None
+        link = (1 - hits) * self.experts / self.link_gb_s
+        return 1e9 / (link + self.memory / self.memory_gb_s * OVERHEAD)
+
+
+NOTHING = Traffic(0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Bought:
+    """A row of the table."""
+
+    gib: int
+    """More than planned."""
+    slots: int
+    hit_rate: float
+    missed_mb_per_token: float
+    tokens_per_s: float | None
+
+
+def bought(traffic: Traffic, slots: int, experts: int) -> list[Bought]:
+    """What so many GiB fewer and more of slots bring, as far as there are experts to fill them."""
+    rows: list[Bought] = []
+    for gib in STEPS_GIB:
+        count = min(experts, slots + gib * GIB // traffic.slot)
+        if count < traffic.least or any(row.slots == count for row in rows):
+            continue
+        hits = hit_rate(count / experts)
+        missed = (1 - hits) * traffic.experts / 1e6
+        rows.append(Bought(gib, count, hits, missed, traffic.tokens_per_s(hits)))
+    return rows
+
+
+def bought_table(rows: Sequence[Bought], traffic: Traffic) -> str:
+    """For people."""
+    lines = [f"{'slots, estimates':18}{'a layer':>8}{'hit rate':>10}{'MB missed':>11}{'tok/s':>8}"]
+    for row in rows:
+        name = "as planned" if row.gib == 0 else f"{row.gib:+} GiB"
+        speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:8.0f}"
+        lines.append(
+            f"  {name:16}{row.slots:8}{row.hit_rate:10.2f}{row.missed_mb_per_token:11.0f}{speed}"
+        )
+    if traffic.link_gb_s:
+        lines.append(
+            f"  link {traffic.link_gb_s:.1f} GB/s, VRAM {traffic.memory_gb_s:.0f} GB/s, as measured"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,101 @@
+"""`osmium bench kernels` without a GPU: every operation is called as its reference wants it, on
+inputs of its own a call, and its kernels are ones whose bytes can be told."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.bench import kernels, profile
+from osmium.bench.kernels import MODELS, Cases, bench_kernels
+from osmium.bench.profile import Listing, moved
+from osmium.cli import main
+from osmium.cuda.driver import Device
+from osmium.errors import ConfigError, NoDevice
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from tests.ptx.interpreter import InterpretedMachine
+
+OPERATIONS = Cases.names()
+
+
+class OnTheCpu(Cases):
+    """KV as the CPU keeps it."""
+
+    def _attention(self, rope: bool) -> Any:
+        self.kv_dtype = "f32"
+        return super()._attention(rope)
+
+
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_takes_its_inputs(name: str, tokens: int) -> None:
+    cases = OnTheCpu(ReferenceOps(), "tiny", tokens, room=20_000, depth=70)
+    calls = cases.make(name)
+    assert len(calls) >= 4
+    with np.errstate(over="ignore", invalid="ignore"):
+        for call in calls[:4]:
+            call()
+    assert cases.uncounted(name) >= 0
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
+    """Listed, not run: what `bench kernels` reads the bytes of."""
+    ops = GpuOps(InterpretedMachine())
+    cases = Cases(ops, "tiny", 1, room=4_000, depth=70)
+    calls = cases.make(name)
+    listing: list[Any] = []
+    ops.stream = Listing(listing)
+    for call in calls:
+        call()
+    assert len(listing) >= len(calls)
+    nbytes = sum(map(moved, listing)) / len(calls)
+    assert nbytes > 0 or name in ("place", "sample")
+    if name.startswith("fetch"):
+        count = 1 if name == "fetch 1" else 2
+        assert nbytes == 2 * count * cases.record.nbytes
+
+
+def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
+    ops = GpuOps(InterpretedMachine())
+    row = kernels._time(ops, "router", Cases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
+    assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
+    assert row["kernels"] and row["bytes"] > 9 * 64 * 2
+    assert row["gb_s"] == pytest.approx(row["bytes"] / 2e3, abs=0.06)
+    assert row["share"] == pytest.approx(row["gb_s"], abs=0.06)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 4])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) -> None:
+    cases = Cases(gpu, "qwen3.5-35b-a3b:4", tokens, room=1 << 20)
+    row = kernels._time(gpu, name, cases, {"VRAM": 1.0, "link": 1.0})
+    assert row["us"] > 0 and row["sets"] >= 4 and row["kernels"]
+    assert (row["bytes"] > 0) == (name != "place")
+
+
+def test_the_models_are_ones_that_there_are() -> None:
+    for model in MODELS:
+        main(["plan", f"synthetic:{model}", "--device", "cpu", "--ram", "1T"])
+
+
+def test_only_names_what_is_there() -> None:
+    assert Cases.names("expert") == ["expert_up", "expert_down"]
+    with pytest.raises(ConfigError, match="rope_append"):
+        Cases.names("no such")
+
+
+def test_without_a_gpu_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        Device().close()
+    except NoDevice:
+        pass
+    else:
+        pytest.skip("there is a GPU here")
+    with pytest.raises(ConfigError, match="GPU"):
+        bench_kernels(None, print)
+    assert main(["bench", "kernels", "--only", "sample"]) == 2
+    assert "bench kernels" in capsys.readouterr().err

@@ -1,0 +1,141 @@
+"""The spill probe, on a driver whose memory has a clock."""
+
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from osmium.cuda.driver import Device
+from osmium.cuda.memory import Pool
+from osmium.cuda.stream import PIECE, Machine, memory_rate, spilled
+from osmium.errors import CudaError
+
+VRAM_GB_S, LINK_GB_S = 1000.0, 50.0
+
+GIB = 1 << 30
+
+
+class Clock:
+    """A driver: copies take as long as where they read from has it."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.now, self.next = room, 0.0, 4096
+        self.marks: dict[int, float] = {}
+        self.blocks: dict[int, int] = {}
+        self.in_host: list[tuple[int, int]] = []
+        self.stall_at, self.copies = -1, 0
+
+    def __call__(self, call: str, *args: Any) -> Any:
+        return getattr(self, call)(*args)
+
+    def cuCtxGetStreamPriorityRange(self) -> tuple[int, int]:
+        return 0, -5
+
+    def cuStreamCreateWithPriority(self, flags: int, priority: int) -> int:
+        return 1
+
+    def cuStreamDestroy(self, handle: int) -> None:
+        pass
+
+    def cuMemAlloc(self, nbytes: int) -> int:
+        if nbytes > self.room - sum(self.blocks.values()):
+            raise CudaError("full", call="cuMemAlloc", name="OOM", code=2, lost=False)
+        ptr, self.next = self.next, self.next + nbytes
+        self.blocks[ptr] = nbytes
+        return ptr
+
+    def cuMemFree(self, ptr: int) -> None:
+        del self.blocks[ptr]
+
+    def cuEventCreate(self, flags: int) -> int:
+        self.marks[len(self.marks)] = 0.0
+        return len(self.marks) - 1
+
+    def cuEventRecord(self, handle: int, stream: int) -> None:
+        self.marks[handle] = self.now
+
+    def cuEventSynchronize(self, handle: int) -> None:
+        pass
+
+    def cuEventElapsedTime(self, start: int, end: int) -> float:
+        return self.marks[end] - self.marks[start]
+
+    def cuEventDestroy(self, handle: int) -> None:
+        pass
+
+    def cuMemsetD8Async(self, ptr: int, byte: int, nbytes: int, stream: int) -> None:
+        pass
+
+    def cuMemcpyAsync(self, out: int, source: int, nbytes: int, stream: int) -> None:
+        self.copies += 1
+        slow = any(at <= source < at + size for at, size in self.in_host)
+        rate = LINK_GB_S / 2 if slow else VRAM_GB_S
+        self.now += 2 * nbytes / rate / 1e6
+        if self.copies == self.stall_at:
+            self.now += 20.0  # the host was away before it recorded the mark
+
+
+class Card:
+    """A device of that driver."""
+
+    closed = False
+
+    def __init__(self, room: int = 32 * GIB) -> None:
+        self.driver = Clock(room)
+
+    def memory(self) -> tuple[int, int]:
+        return self.driver.room - sum(self.driver.blocks.values()), self.driver.room
+
+
+def machine(card: Card) -> Machine:
+    made = Machine(cast(Device, card))
+    made.memory_gb_s = memory_rate(cast(Device, card))
+    return made
+
+
+def test_the_rate_is_of_bytes_read_and_written_and_leaves_nothing_taken() -> None:
+    card = Card()
+    assert memory_rate(cast(Device, card)) == pytest.approx(VRAM_GB_S)
+    assert card.driver.blocks == {}
+    assert memory_rate(cast(Device, Card(GIB))) == pytest.approx(VRAM_GB_S)
+
+
+def test_what_the_driver_keeps_in_host_memory_is_found() -> None:
+    card = Card()
+    one = machine(card)
+    arrays = [one.pool.empty((nbytes,), np.uint8) for nbytes in (8 * GIB, 5 * PIECE, 100)]
+    assert spilled(one) == 0
+    card.driver.in_host = [(arrays[0].ptr + 6 * GIB, 2 * GIB)]
+    assert spilled(one) == 2 * GIB
+    card.driver.in_host.append((arrays[1].ptr, 5 * PIECE))
+    assert spilled(one) == 2 * GIB + 5 * PIECE
+    assert len(card.driver.blocks) == 3, "the probe gives its own piece back"
+
+
+def test_a_host_that_was_busy_is_not_memory_that_is_slow() -> None:
+    card = Card()
+    one = machine(card)
+    held = one.pool.empty((GIB,), np.uint8)
+    card.driver.stall_at = card.driver.copies + 5
+    assert spilled(one) == 0
+    assert card.driver.copies >= card.driver.stall_at and held.nbytes == GIB
+
+
+def test_without_a_measured_rate_nobody_can_tell() -> None:
+    one = Machine(cast(Device, Card()))
+    held = one.pool.empty((GIB,), np.uint8)
+    assert spilled(one) == 0 and held.nbytes == GIB
+
+
+def test_a_frozen_pool_gives_nothing_more() -> None:
+    pool = Pool(cast(Device, Card()))
+    held = pool.empty((4,), np.float32)
+    pool.freeze()
+    with pytest.raises(AssertionError, match="while serving"):
+        pool.empty((1,), np.uint8)
+    assert pool.used == held.nbytes
+    one = Machine(cast(Device, Card()))
+    one.pool.freeze()
+    for ask in (one.empty, one.host, one.mailbox):
+        with pytest.raises(AssertionError, match="while serving"):
+            ask((1,), np.uint8)

@@ -1,0 +1,76 @@
+"""GET /metrics: in Prometheus' own parser's eyes, and true."""
+
+import threading
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.testclient import TestClient
+
+import osmium
+from osmium.config import Progress
+from osmium.engine.engine import Engine
+from osmium.engine.request import SamplingParams
+from osmium.errors import CheckpointError
+from osmium.server.app import ModelHost, create_app
+from tests.server.scripted import PATIENCE_S, client_of
+
+
+def read(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
+    """Samples by name and values of labels."""
+    answer = client.get("/metrics")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, tuple(sample.labels.values())): sample.value
+        for family in text_string_to_metric_families(answer.text)
+        for sample in family.samples
+    }
+
+
+def test_what_was_done_is_counted() -> None:
+    engine = osmium.load("synthetic:tiny", device="cpu", slots=4, context=256, chunk=64)
+
+    def load(progress: Progress) -> Engine:
+        return engine
+
+    host, done = ModelHost(load), threading.Event()
+    host.on_done = done.set
+    with TestClient(create_app(host)) as client:
+        assert done.wait(PATIENCE_S)
+        before = read(client)
+        assert before["osmium_experts_routed_total", ()] == 0
+        params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=9)
+        list(engine.generate(list(range(40)), params))
+        engine.status()
+        after = read(client)
+    layers, top_k = engine.config.layers, engine.config.top_k
+    wanted = {
+        "osmium_ready": 1, "osmium_requests_running": 0, "osmium_requests_waiting": 0,
+        "osmium_prompt_tokens_total": 40, "osmium_generated_tokens_total": 9,
+        "osmium_token_seconds_count": 8, "osmium_first_token_seconds_count": 1,
+        "osmium_experts_routed_total": 48 * layers * top_k,
+    }  # fmt: skip
+    for name, value in wanted.items():
+        assert after[name, ()] == value, name
+    assert after["osmium_requests_finished_total", ("length",)] == 1
+    hit, fetched = (after[f"osmium_experts_{n}_total", ()] for n in ("hit", "fetched"))
+    assert hit + fetched == after["osmium_experts_routed_total", ()]
+    assert after["osmium_expert_hit_rate", ()] == hit / (hit + fetched)
+    copied = after["osmium_experts_copied_total", ()]
+    record = engine.runner.store.cache.record.nbytes
+    assert after["osmium_experts_fetched_bytes_total", ()] == copied * record
+    assert after["osmium_token_seconds_bucket", ("+Inf",)] == 8
+    assert after["osmium_planned_ram_bytes", ("KV",)] > 0
+    assert after["osmium_ram_bytes", ()] > 1 << 20
+
+
+def test_without_an_engine_there_is_little_to_say() -> None:
+    with client_of(CheckpointError("model-00002 is missing")) as client:
+        assert read(client)["osmium_ready", ()] == 0
+
+
+def test_a_key_guards_the_counts_too() -> None:
+    with client_of(CheckpointError("none"), api_key="k") as client:
+        assert client.get("/metrics").status_code == 401
+        answer: Any = client.get("/metrics", headers={"Authorization": "Bearer k"})
+        assert answer.status_code == 200
