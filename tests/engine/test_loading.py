@@ -2,8 +2,11 @@
 
 import errno
 import gc
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -401,3 +404,18 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
     assert verify(engine.runner.ops, cache, records(packed), 1000, 0) == residents(engine).sum()
     engine.close()
     assert not gpu.held
+
+
+def test_the_speed_of_loading_is_measured_beside_the_disks(packed: Packed) -> None:
+    tool = Path(__file__).parents[2] / "tools" / "load_speed"
+    command = [sys.executable, str(tool), str(packed.path), "--gpu-expert-bits", "16"]
+    done = subprocess.run(
+        [*command, "--device", "cpu", "--context", "64"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["reader_way"] in ("direct", "cached")
+    assert found["bounced_way"] in ("bounced", "cached")
+    for name in ("reader", "bounced", "load"):
+        assert found[f"{name}_ratio"] == found[f"{name}_gb_s"] / max(found["raw_gb_s"])
+    assert 0 < found["load_s"] <= found["first_token_s"]
