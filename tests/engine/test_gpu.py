@@ -1,6 +1,7 @@
 """The engine on a GPU: recorded steps, requests side by side, what comes back, what is held."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,19 +12,24 @@ from osmium.cuda.stream import Machine
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import NoDevice
+from osmium.experts.cache import resident, verify
 from osmium.ops.gpu import GpuOps
-from osmium.weights import DEMO
+from osmium.weights import DEMO, open_packed
 
 pytestmark = pytest.mark.gpu
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
-def demo(**options: Any) -> Engine:
+def demo(path: Path = DEMO, **options: Any) -> Engine:
     try:
-        return osmium.load(DEMO, device="gpu", **options)
+        return osmium.load(path, device="gpu", **options)
     except NoDevice as error:
         pytest.skip(str(error))
+
+
+def _slots(slots: int | None) -> dict[str, Any]:
+    return {} if slots is None else {"slots": slots}
 
 
 def prompts(engine: Engine, rng: np.random.Generator, count: int) -> list[list[int]]:
@@ -73,7 +79,7 @@ def test_a_reply_ends_at_an_end_token(rng: np.random.Generator) -> None:
 def test_requests_side_by_side_say_what_they_say_alone(
     rng: np.random.Generator, slots: int | None
 ) -> None:
-    engine = demo(**({} if slots is None else {"slots": slots}), sequences=4)
+    engine = demo(sequences=4, **_slots(slots))
     try:
         asked = prompts(engine, rng, 10)
         alone = [[token.id for token in engine.generate(ids, GREEDY)] for ids in asked]
@@ -117,3 +123,46 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
         assert pool.used == used
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("slots", [None, 8])
+@pytest.mark.parametrize("wc_alloc", [True, False])
+def test_every_kind_of_host_memory_is_filled_with_the_file(
+    slots: int | None, wc_alloc: bool
+) -> None:
+    engine = demo(wc_alloc=wc_alloc, **_slots(slots))
+    try:
+        records = open_packed(DEMO).all_records()
+        runner = engine.runner
+        if slots is None:
+            assert verify(runner.ops, runner.store.cache, records, 10**6, 0) == records[..., 0].size
+        else:
+            assert runner.store.arena is not None
+            assert np.array_equal(runner.ops.host_view(runner.store.arena.records), records)
+    finally:
+        engine.close()
+
+
+def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
+    model = tmp_path / "model.osmium"  # the bundled file's own heat is not kept
+    model.write_bytes(DEMO.read_bytes())
+    records = open_packed(model).all_records()
+
+    def count() -> dict[str, int]:
+        """What twenty tokens and their reply hit; at the start slots hold what they should."""
+        engine = demo(model, slots=12, cache_dir=str(tmp_path))
+        try:
+            ops, store = engine.runner.ops, engine.runner.store
+            there = engine.call(lambda: int(resident(ops, store.cache).sum()))
+            assert engine.call(lambda: verify(ops, store.cache, records, 10**6, 0)) == there
+            assert not any(engine.status()["experts"].values())
+            list(engine.generate(list(range(5, 25)), GREEDY))
+            return dict(engine.status()["experts"])
+        finally:
+            engine.close()
+
+    cold, warm = count(), count()
+    for counts in (cold, warm):
+        assert counts["routed"] == counts["hit"] + counts["fetched"]
+    assert cold["routed"] == warm["routed"]
+    assert warm["hit"] > cold["hit"]
