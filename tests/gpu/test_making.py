@@ -22,7 +22,8 @@ pytestmark = pytest.mark.gpu
 def test_host_memory_that_is_released_is_gone(gpu: GpuOps) -> None:
     assert isinstance(gpu.machine, Machine)
     held = len(gpu.machine._buffers)
-    for made in (gpu.host((3, 5), np.uint8), gpu.mailbox((1 << 20,), np.float32)):
+    for make, shape in ((gpu.host, (3, 5)), (gpu.mailbox, (1 << 20,))):
+        made = make(shape, np.float32)
         gpu.release(made)
         assert len(gpu.machine._buffers) == held
         with pytest.raises(KeyError):
