@@ -199,7 +199,7 @@ class Cases:
         norm, pages = self._noise((config.value_dim,), np.float32), np.zeros((self.tokens, 1))
         of = (w.read, w.qkv, w.decay, w.beta, state, w.qkvz, config.channels, norm, config.eps)
         steps = (self._step(i * self.tokens + t, pages) for i in sets)
-        return [partial(self.ops.delta_step_gated, *of, step) for step in steps]
+        return [partial(self.ops.delta_gated, *of, step, False) for step in steps]
 
     def _attention(self, rope: bool) -> Calls:
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)

@@ -47,10 +47,8 @@ class DeltaNet:
             self.ab, self.a_log, self.dt_bias, step,
         )  # fmt: skip
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
-        many = step.tokens - step.sequences > _FEW
-        rule = ops.delta_chunk_gated if many else ops.delta_step_gated
-        rule(
+        ops.delta_gated(
             work.read, work.qkv, work.decay, work.beta, state.delta, work.qkvz, self.channels,
-            self.norm, self.eps, step,
+            self.norm, self.eps, step, chunks=step.tokens - step.sequences > _FEW,
         )  # fmt: skip
         ops.linear_norm(x, work.read, self.out, h, norm)

@@ -264,7 +264,7 @@ class Ops(Protocol):
         Yang et al. 2024, arXiv:2412.06464.
         """
 
-    def delta_step_gated(
+    def delta_gated(
         self,
         out: Rows,
         qkv: Array,
@@ -276,8 +276,10 @@ class Ops(Protocol):
         w: Array,
         eps: float,
         step: Step,
+        chunks: bool,
     ) -> None:
-        """out = gated_norm(delta_step(qkv, decay, beta), z, w), the state as after delta_step.
+        """out = gated_norm(rule(qkv, decay, beta), z, w), the state as after the rule; the rule is
+        delta_chunk with `chunks`, else delta_step.
 
         out [T, V * dv]    z f32 [T, Z], columns column .. column + V*dv    w f32 [dv]
         dv % 32 == 0    The other arguments are those of delta_step.
@@ -295,21 +297,6 @@ class Ops(Protocol):
             S = S exp(G_last) + (k exp(G_last - G))^T N
         Same arguments as delta_step.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
-
-    def delta_chunk_gated(
-        self,
-        out: Rows,
-        qkv: Array,
-        decay: Array,
-        beta: Array,
-        state: Array,
-        z: Array,
-        column: int,
-        w: Array,
-        eps: float,
-        step: Step,
-    ) -> None:
-        """delta_step_gated by way of delta_chunk."""
 
     def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
         """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.

@@ -11,7 +11,8 @@ from osmium.ops.values import KeysValues, Linear, SharedExpert, Step
 from osmium.quant.record import Record
 
 __all__ = [
-    "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec", "fits_shared",
+    "EXPERT_TILES", "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec",
+    "fits_shared",
     "kept", "one_each", "share", "share_context",
 ]  # fmt: skip
 
@@ -68,23 +69,29 @@ class Share:
 
 
 def share(
-    machine: Machine, rows: int, columns: int, high: int, scaled: bool, part: float = 1.0
+    machine: Machine,
+    rows: int,
+    columns: int,
+    high: int,
+    scaled: bool,
+    part: float = 1.0,
+    tiles: int | None = None,
 ) -> Share:
     """Tiles of `high` rows of a matrix [rows, columns] over two blocks a multiprocessor, or one
     where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
-    block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs."""
+    block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs,
+    so in digits.  No block does more than `tiles`, if that is said."""
     total = -(-rows // high)
-    fixed, row = RING + (SCALES if scaled else 0), (SUMS + 4 * columns)
+    fixed, row, most = RING, SUMS + 4 * columns, MATVEC_ROWS
     if scaled:
-        row = 3 * SUMS + 4 * columns + columns // 32
+        fixed, row, most = fixed + SCALES, row + 2 * SUMS + columns // 32, DIGIT_ROWS
     each = 2 if machine.shared >= 2 * (fixed + row) else 1
     blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
     if scaled:
         blocks = max(blocks, -(-total * columns // (8 * SCALES)))
-    if high == 4:
-        blocks = max(blocks, -(-total // EXPERT_TILES))
-    most = max(1, min(DIGIT_ROWS if scaled else MATVEC_ROWS, (machine.shared - fixed) // row))
-    return Share(blocks, -(-total // blocks), most)
+    if tiles is not None:
+        blocks = max(blocks, -(-total // tiles))
+    return Share(blocks, -(-total // blocks), max(1, min(most, (machine.shared - fixed) // row)))
 
 
 def one_each(step: Step) -> bool:

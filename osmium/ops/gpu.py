@@ -5,12 +5,13 @@ ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an
 caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
-from typing import Any, Literal
+from typing import Literal
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
 from osmium.ops.fit import (
+    EXPERT_TILES,
     KEPT,
     MATVEC_ROWS,
     SPLIT_ROWS,
@@ -196,7 +197,7 @@ class GpuOps(GpuRows):
     ) -> None:
         self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
 
-    def delta_step_gated(
+    def delta_gated(
         self,
         out: Rows,
         qkv: Array,
@@ -208,9 +209,14 @@ class GpuOps(GpuRows):
         w: Array,
         eps: float,
         step: Step,
+        chunks: bool,
     ) -> None:
         if not one_each(step):
-            self._gated(self.delta_step, out, qkv, decay, beta, state, z, column, w, eps, step)
+            read = out.f32.reshape(out.f32.shape[0], state.shape[1], state.shape[3])
+            rule = self.delta_chunk if chunks else self.delta_step
+            rule(read, qkv, decay, beta, state, step)
+            self.gated_norm(read, read, z, column, w, eps)
+            self.settle(out)
             return
         _, value_heads, dk, dv = state.shape
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
@@ -223,30 +229,6 @@ class GpuOps(GpuRows):
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
         self._delta(DELTA_CHUNK, out, qkv, decay, beta, state, step)
-
-    def delta_chunk_gated(
-        self,
-        out: Rows,
-        qkv: Array,
-        decay: Array,
-        beta: Array,
-        state: Array,
-        z: Array,
-        column: int,
-        w: Array,
-        eps: float,
-        step: Step,
-    ) -> None:
-        self._gated(self.delta_chunk, out, qkv, decay, beta, state, z, column, w, eps, step)
-
-    def _gated(
-        self, rule: Any, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
-        column: int, w: Array, eps: float, step: Step,
-    ) -> None:  # fmt: skip
-        read = out.f32.reshape(out.f32.shape[0], state.shape[1], state.shape[3])
-        rule(read, qkv, decay, beta, state, step)
-        self.gated_norm(read, read, z, column, w, eps)
-        self.settle(out)
 
     def _delta(
         self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
@@ -350,7 +332,9 @@ class GpuOps(GpuRows):
                 wide = share(self.machine, size, record.hidden, 4, False, part_of).blocks
             else:
                 self.gated_up(shared_inner, h, shared.up, both)
-        some = share(self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of)
+        some = share(
+            self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of, EXPERT_TILES
+        )
         EXPERTS_UP(
             self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
             h.squares or 0, ids, 0 if plan is None else plan.pairs, cache.slots[layer],

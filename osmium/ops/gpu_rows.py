@@ -166,9 +166,9 @@ class GpuRows:
         """Whether the matrices for few tokens can divide by its norm."""
         return a.squares is None or a.f32.shape[1] <= MATVEC_NORM
 
-    def share(self, w: Linear, high: int = 8) -> Share:
+    def share(self, w: Linear) -> Share:
         """How blocks share out a matrix in tiles of `high` rows."""
-        return share(self.machine, w.rows, w.columns, high, w.format == "int4")
+        return share(self.machine, w.rows, w.columns, 8, w.format == "int4")
 
     # -- making weights --------------------------------------------------------------------------
 

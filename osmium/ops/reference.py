@@ -260,24 +260,12 @@ class ReferenceOps(ReferenceMaking):
                 out[rows][t] = np.matmul(q[t, :, None], carried)[:, 0]
             state[s] = carried
 
-    def delta_step_gated(
+    def delta_gated(
         self, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
-        column: int, w: Array, eps: float, step: Step,
-    ) -> None:  # fmt: skip
-        self._gated(self.delta_step, out, qkv, decay, beta, state, z, column, w, eps, step)
-
-    def delta_chunk_gated(
-        self, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
-        column: int, w: Array, eps: float, step: Step,
-    ) -> None:  # fmt: skip
-        self._gated(self.delta_chunk, out, qkv, decay, beta, state, z, column, w, eps, step)
-
-    def _gated(
-        self, rule: Any, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
-        column: int, w: Array, eps: float, step: Step,
+        column: int, w: Array, eps: float, step: Step, chunks: bool,
     ) -> None:  # fmt: skip
         read = out.f32.reshape(-1, state.shape[1], state.shape[3])
-        rule(read, qkv, decay, beta, state, step)
+        (self.delta_chunk if chunks else self.delta_step)(read, qkv, decay, beta, state, step)
         self.gated_norm(read, read, z, column, w, eps)
 
     def delta_chunk(

@@ -231,15 +231,17 @@ class Reader:
 
 
 def _results(futures: "list[Future[int]]") -> list[int]:
-    """What all of them gave.  Where one fails those that wait are dropped, those that run are
-    waited for, and the first error is raised."""
-    _, left = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
-    for future in left:
+    """What all of them gave.  Where one fails those behind it that wait are dropped, the others
+    are waited for, and the first error in the file's order is raised."""
+    done, _ = concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_EXCEPTION)
+    failed = [
+        i
+        for i, one in enumerate(futures)
+        if one in done and not one.cancelled() and one.exception() is not None
+    ]
+    for future in futures[failed[0] + 1 :] if failed else ():
         future.cancel()
-    concurrent.futures.wait(left)
-    for future in futures:
-        if not future.cancelled() and future.exception() is not None:
-            future.result()
+    concurrent.futures.wait(futures)
     return [future.result() for future in futures]
 
 

@@ -441,9 +441,9 @@ def _delta_gated(name: str) -> Callable[[np.random.Generator, Size], Case]:
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             out = new_rows(ops, sum(size.lengths), width)
-            getattr(ops, name)(
+            ops.delta_gated(
                 out, a["qkv"], a["decay"], a["beta"], a["state"], a["z"], channels, a["w"], 1e-6,
-                _step(size, a),
+                _step(size, a), chunks=name == "delta_chunk_gated",
             )  # fmt: skip
             read_rows(ops, a["out"], out)
 

@@ -662,81 +662,47 @@ def _packed(program: Program, base: str, kind: str, args: list[str]) -> Run:
     return run
 
 
+def _bf16(value: Values) -> Values:
+    return (value.view(np.uint16).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+_FRAGMENTS: dict[str, tuple[int, str, Callable[[Values], Values]]] = {
+    "m16n8k16.row.col.f32.f16.f16.f32": (2, "f32", lambda value: value.view(np.float16)),
+    "m16n8k16.row.col.f32.bf16.bf16.f32": (2, "f32", _bf16),
+    "m16n8k32.row.col.s32.s8.s8.s32": (4, "u32", lambda value: value.view(np.int8)),
+}
+"""Of what is multiplied: values in a register, the type of sums, and how a register is read."""
+
+
 def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
-    if parts == ["sync", "aligned", "m16n8k32", "row", "col", "s32", "s8", "s8", "s32"]:
-        return _whole_mma(program, args)
-    return _float_mma(program, parts, args)
-
-
-def _fragments(args: list[str]) -> list[list[str]]:
-    """The names of d's, a's, b's and c's registers."""
+    """By the PTX ISA's fragments, n values a register: lane (g, q) = (lane / 4, lane % 4) holds, of
+    a, rows g and g + 8 and columns n q .. n q + n - 1 and 4 n on; of b those rows and column g; of
+    c and d rows g and g + 8 and columns 2q, 2q + 1."""
+    if parts[:2] != ["sync", "aligned"]:
+        raise KeyError(".".join(parts))
+    each, sums, read = _FRAGMENTS[".".join(parts[2:])]
     names = [[name.strip() for name in arg.strip("{}").split(",")] for arg in args]
     if [len(group) for group in names] != [4, 4, 2, 4]:
         raise ValueError("registers of a fragment")
-    return names
-
-
-def _whole_mma(program: Program, args: list[str]) -> Run:
-    """m16n8k32 of signed bytes: as m16n8k16, but that a register is four columns of a, or rows of
-    b."""
-    names = _fragments(args)
     a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
-    c = [_operand(program, name, TYPES["u32"]) for name in names[3]]
+    c = [_operand(program, name, TYPES[sums]) for name in names[3]]
     g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
 
     def run(w: Warp, m: Mask) -> None:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at an mma")
-        first, second = np.zeros((16, 32), np.int64), np.zeros((32, 8), np.int64)
+        first, second = np.zeros((16, 8 * each)), np.zeros((8 * each, 8))
         for i, operand in enumerate(a):
-            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
-                first[g + 8 * (i % 2), 4 * q + byte + 16 * (i // 2)] = value
+            for j, value in enumerate(read(operand(w, m)).reshape(LANES, each).T):
+                first[g + 8 * (i % 2), each * (q + 4 * (i // 2)) + j] = value
         for i, operand in enumerate(b):
-            for byte, value in enumerate(operand(w, m).view(np.int8).reshape(LANES, 4).T):
-                second[4 * q + byte + 16 * i, g] = value
-        product = first @ second
+            for j, value in enumerate(read(operand(w, m)).reshape(LANES, each).T):
+                second[each * (q + 4 * i) + j, g] = value
+        product = first @ second  # whole numbers are exact, too
         for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
-            mine = product[g + 8 * (i // 2), 2 * q + i % 2]
-            w.write(name, (mine + operand(w, m)).astype(np.uint32), m)
-
-    return run
-
-
-def _float_mma(program: Program, parts: list[str], args: list[str]) -> Run:
-    """m16n8k16 by the PTX ISA's fragments: lane (g, q) = (lane / 4, lane % 4) holds, of a, rows g
-    and g + 8 and columns 2q, 2q + 1 and 8 on; of b those rows and column g; of c and d rows g and
-    g + 8 and columns 2q, 2q + 1."""
-    kinds = {"f16": np.float16, "bf16": np.uint16}
-    if parts[:5] != ["sync", "aligned", "m16n8k16", "row", "col"] or parts[5:] not in (
-        ["f32", kind, kind, "f32"] for kind in kinds
-    ):
-        raise KeyError(".".join(parts))
-    names = _fragments(args)
-    a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
-    c = [_operand(program, name, TYPES["f32"]) for name in names[3]]
-    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
-
-    def wide(value: Values) -> npt.NDArray[np.float64]:
-        """[lanes, 2], the lower half first."""
-        if parts[6] == "f16":
-            return value.view(np.float16).astype(np.float64).reshape(LANES, 2)
-        halves = value.view(np.uint16).astype(np.uint32) << np.uint32(16)
-        return halves.view(np.float32).astype(np.float64).reshape(LANES, 2)
-
-    def run(w: Warp, m: Mask) -> None:
-        if m is not None:
-            raise PtxFault(f"{w.where}: lanes are missing at an mma")
-        first, second = np.zeros((16, 16)), np.zeros((16, 8))
-        for i, operand in enumerate(a):
-            for half, value in enumerate(wide(operand(w, m)).T):
-                first[g + 8 * (i % 2), 2 * q + half + 8 * (i // 2)] = value
-        for i, operand in enumerate(b):
-            for half, value in enumerate(wide(operand(w, m)).T):
-                second[2 * q + half + 8 * i, g] = value
-        product = first @ second
-        for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
-            mine = product[g + 8 * (i // 2), 2 * q + i % 2]
-            w.write(name, (mine + operand(w, m)).astype(np.float32), m)
+            found = product[g + 8 * (i // 2), 2 * q + i % 2] + operand(w, m)
+            whole = found.astype(np.int64) if sums == "u32" else found
+            w.write(name, whole.astype(TYPES[sums]), m)
 
     return run
 

@@ -76,6 +76,7 @@ def test_a_kernel_that_starts_early_waits_before_it_writes(name: str, tmp_path: 
     assert wait and ".target sm_90" in before
     assert not re.search(r"\bst\.global|\bred\.|\batom\.|\bret\b", before)
     assert not re.search(r"ld\.global(?!\.nc|\.cg)", before), "results of the kernel before"
+    assert "launch_dependents" not in before, "the next one would start before the last has ended"
     for target in ("sm_90", "sm_120"):
         _, spilled, _ = assemble(path, target)
         assert spilled == 0, f"{name} spills on {target}"
