@@ -150,8 +150,8 @@ class Device:
                 module = self._module(entry, text)
                 found = self.driver("cuModuleGetFunction", module, entry.encode())
                 # All of a multiprocessor's shared memory, for every kernel alike: else the driver
-                # gives each what it needs, and where the next needs more it cannot begin early (what that
-                # costs was not measured).
+                # gives each what it needs, and where the next needs more it cannot begin early.
+                # Not measured.
                 carveout = self.driver.binding.CUfunction_attribute(9)
                 self.driver("cuFuncSetAttribute", found, carveout, 100)
                 self._functions[entry, text] = found
