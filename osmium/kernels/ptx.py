@@ -413,18 +413,20 @@ WAIT = "griddepcontrol.wait;"
 results."""
 
 LEAVE = "griddepcontrol.launch_dependents;"
-"""Where a block has read all that it reads: the next kernel starts when all blocks have come here.
-Later than at once, as its blocks would take room and bandwidth from these."""
+"""Where a block has asked for all that it reads: the next kernel starts when all blocks have come
+here.  Sooner its reads would come before theirs.  Always behind the wait: so what a kernel reads
+before its own wait may have been written two kernels ago, but not by the last."""
 
 
 def early(text: str) -> str:
     """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
     by a line `// -- early` on each of its ways, or at once; and leaving where it says so, by lines
-    `// -- leaving` or `// -- leaving, if %predicate`, or at its end.
+    `// -- leaving` or `// -- leaving, if %predicate`, or right after it has waited.
 
     Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
     """
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
+    wait = WAIT if "// -- leaving" in text else f"{WAIT} {LEAVE}"
     text = re.sub(
         r"^( *)// -- leaving(?:, if (%\w+))?.*$",
         lambda found: f"{found[1]}{f'@{found[2]} ' if found[2] else ''}{LEAVE}",
@@ -432,12 +434,12 @@ def early(text: str) -> str:
         flags=re.M,
     )
     if "// -- early" in text:
-        return re.sub(r"^( *)// -- early.*$", rf"\1{WAIT}", text, flags=re.M)
+        return re.sub(r"^( *)// -- early.*$", rf"\1{wait}", text, flags=re.M)
     body = text.index("{", text.index(".entry"))
     # the declarations at the start of the body, and comments between them
     start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
     assert start is not None, "a body starts with a brace"
-    return f"{text[: start.end()]}\n    {WAIT}{text[start.end() :]}"
+    return f"{text[: start.end()]}\n    {wait}{text[start.end() :]}"
 
 
 CHECK = os.environ.get("OSMIUM_CHECK") == "1"
