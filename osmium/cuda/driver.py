@@ -106,6 +106,7 @@ class Device:
         self.multiprocessors = self._attribute(16)
         self.shared = self._attribute(97)
         """Bytes of shared memory that a block may ask for."""
+        self._shared_in_all, self._shared_kept = self._attribute(81), self._attribute(111)
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
         self.closed = False
         self._functions: dict[tuple[str, str], Any] = {}
@@ -132,6 +133,19 @@ class Device:
     def synchronize(self) -> None:
         """Wait for everything on this device."""
         self.driver("cuCtxSynchronize")
+
+    def dynamic(self, contract: Any, nbytes: int) -> int:
+        """Bytes of dynamic shared memory to launch a kernel with that needs so many.
+
+        A kernel whose blocks are to be apart asks for so much that no more of them fit on a
+        multiprocessor.  Where it starts before the last has ended, they would else crowd where that
+        one leaves room first, and the others' bandwidth would be nobody's.
+        """
+        if not contract.apart:
+            return nbytes
+        shared: int = contract.shared
+        least = self._shared_in_all // (contract.apart + 1) + 1 - self._shared_kept - shared
+        return max(nbytes, min(-(-least // 128) * 128, self.shared - shared))
 
     def text(self, contract: Any) -> str:
         """A kernel's text, as this device runs it best."""

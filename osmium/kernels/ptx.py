@@ -146,6 +146,8 @@ class Contract:
     params: tuple[Parameter, ...]
     shared: int = 0
     dynamic: Expression | None = None
+    apart: int = 0
+    """Blocks of it on a multiprocessor, at most; 0: as many as there is room for."""
     regs: int = 255
     targets: tuple[str, ...] = ()
     moves: Expression | None = None
@@ -212,6 +214,7 @@ def parse(text: str, where: str) -> Contract:
         params=tuple(_parameter(line, at) for at, line in lines["param"]),
         shared=number("shared", "0"),
         dynamic=formula("dynamic"),
+        apart=number("apart", "0"),
         regs=number("regs", "255"),
         targets=tuple(word("target", "").split()),
         moves=formula("moves"),
@@ -226,7 +229,8 @@ def parse(text: str, where: str) -> Contract:
 def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
     """The contract's lines by key: ("file:line", what follows the key)."""
     known = {
-        "entry", "grid", "block", "shared", "dynamic", "regs", "target", "param", "moves", "order",
+        "entry", "grid", "block", "shared", "dynamic", "apart", "regs", "target", "param", "moves",
+        "order",
     }  # fmt: skip
     lines: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -413,9 +417,8 @@ WAIT = "griddepcontrol.wait;"
 results."""
 
 LEAVE = "griddepcontrol.launch_dependents;"
-"""Where a block has asked for all that it reads: the next kernel starts when all blocks have come
-here.  Sooner its reads would come before theirs.  Always behind the wait: so what a kernel reads
-before its own wait may have been written two kernels ago, but not by the last."""
+"""Where a block has asked for all that it reads; the next kernel starts when all blocks came here.
+Always behind the wait: before its own a kernel may read what was written two kernels ago."""
 
 
 def early(text: str) -> str:
