@@ -28,7 +28,7 @@ from osmium.errors import ConfigError, NoDevice
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
-from osmium.ops import Linear, Ops, Rows, Step, values
+from osmium.ops import DeltaRoom, DeltaWeights, Linear, Ops, Rows, Step, values
 from osmium.ops.gpu import GpuOps
 from osmium.weights.synthetic import open_synthetic
 
@@ -182,24 +182,20 @@ class Cases:
         more = (self.config.experts, counters, w.arrived, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
 
-    def _conv_gates(self) -> Calls:
-        w, config = self.work, self.config
-        width, noise = config.channels, partial(self._noise, dtype=np.float32)
-        conv, (a_log, bias) = noise((width, 4)), (noise((config.value_heads,)) for _ in range(2))
-        step = self._step(np.arange(self.tokens), np.zeros((self.tokens, 1)))
-        to = partial(self.ops.conv_gates, w.qkv, w.decay, w.beta, w.ab, w.qkvz, w.h, conv)
-        sets = ((noise((self.tokens, width, 3)), m) for m in self._matrices("ab"))
-        return [partial(to, state, m, a_log, bias, step) for state, m in sets]
-
-    def _delta_step(self) -> Calls:
+    def _delta_net(self) -> Calls:
         w, config, t = self.work, self.config, np.arange(self.tokens)
+        f32 = partial(self._noise, dtype=np.float32)
         shape = (config.value_heads, config.key_dim, config.value_dim)
         sets = self._sets(4 * int(np.prod(shape)) * self.tokens)
-        state = self._noise((len(sets) * self.tokens, *shape), np.float32)
-        norm, pages = self._noise((config.value_dim,), np.float32), np.zeros((self.tokens, 1))
-        of = (w.read, w.qkv, w.decay, w.beta, state, w.qkvz, config.channels, norm, config.eps)
+        state = f32((len(sets) * self.tokens, *shape))
+        inputs = f32((len(sets) * self.tokens, config.channels, 4))
+        ab, small = self._matrices("ab")[0], f32((config.value_heads,))
+        norm = f32((config.value_dim,))
+        weights = DeltaWeights(f32((config.channels, 4)), ab, small, small, norm, config.eps)
+        of = (w.read, w.qkvz, w.h, weights, inputs, state)
+        room, pages = DeltaRoom(w.qkv, w.ab, w.decay, w.beta), np.zeros((self.tokens, 1))
         steps = (self._step(i * self.tokens + t, pages) for i in sets)
-        return [partial(self.ops.delta_gated, *of, step, False) for step in steps]
+        return [partial(self.ops.delta_net, *of, room, step, False) for step in steps]
 
     def _attention(self, rope: bool) -> Calls:
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)
@@ -299,8 +295,7 @@ class Cases:
 
 
 MAKERS: dict[str, tuple[Any, ...]] = {
-    "linear qkvz": ("_linear", "qkvz"), "conv_gates": ("_conv_gates",),
-    "delta_step_gated": ("_delta_step",),
+    "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
     "linear_norm delta_out": ("_linear", "delta_out", "read"),
     "linear qgkv": ("_linear", "qgkv"), "rope_append": ("_attention", True),
     "gated_attention": ("_attention", False),

@@ -72,8 +72,6 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
     rates = {"link_gb_s": engine.call(lambda: link_rate(engine)), "memory_gb_s": memory_gb_s}
     rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
-    if settings.depths:
-        engine.call(lambda: seed_state(engine))
     for count in settings.parallel:
         for depth in settings.depths:
             rows.append(_decode(engine, depth, count, settings, rates))
@@ -177,6 +175,7 @@ def _decode(
     runs = settings.warm_up + settings.repeats * settings.tokens + few
     context = _depth(engine, depth, count, runs, settings)
     engine.call(lambda: _empty(engine))
+    engine.call(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
     slow = _say(engine, at, count, few)
     cold = _difference(before, _experts(engine))

@@ -144,8 +144,8 @@ class Device:
         if not contract.apart:
             return nbytes
         shared: int = contract.shared
-        least = self._shared_in_all // (contract.apart + 1) + 1 - self._shared_kept - shared
-        return max(nbytes, min(-(-least // 128) * 128, self.shared - shared))
+        least: int = self._shared_in_all // (contract.apart + 1) + 1 - self._shared_kept - shared
+        return max(nbytes, min(-(least // -128) * 128, self.shared - shared))
 
     def text(self, contract: Any) -> str:
         """A kernel's text, as this device runs it best."""

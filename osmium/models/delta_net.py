@@ -10,7 +10,7 @@ from osmium.config import ModelConfig
 from osmium.models.state import DeltaState
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops, Step
+from osmium.ops import Array, DeltaRoom, DeltaWeights, Ops, Step
 
 __all__ = ["DeltaNet"]
 
@@ -26,15 +26,16 @@ class DeltaNet:
     def __init__(self, ops: Ops, config: ModelConfig, weights: Weights) -> None:
         hidden, heads = config.hidden, config.value_heads
         self.ops = ops
-        self.eps = config.eps
-        self.channels = config.channels
         width = heads * config.value_dim
-        self.qkvz = weights.linear("qkvz", self.channels + width, hidden)
-        self.ab = weights.linear("ab", 2 * heads, hidden)
-        self.conv = weights.array("conv", self.channels, 4)
-        self.a_log = weights.array("a_log", heads)
-        self.dt_bias = weights.array("dt_bias", heads)
-        self.norm = weights.array("gated_norm", config.value_dim)
+        self.qkvz = weights.linear("qkvz", config.channels + width, hidden)
+        self.weights = DeltaWeights(
+            conv=weights.array("conv", config.channels, 4),
+            ab=weights.linear("ab", 2 * heads, hidden),
+            a_log=weights.array("a_log", heads),
+            dt_bias=weights.array("dt_bias", heads),
+            norm=weights.array("gated_norm", config.value_dim),
+            eps=config.eps,
+        )
         self.out = weights.linear("delta_out", hidden, width)
 
     def mix(self, x: Array, step: Step, state: DeltaState, work: Workspace, norm: Array) -> None:
@@ -42,13 +43,10 @@ class DeltaNet:
         The sequences' states become those after the step."""
         ops, h = self.ops, work.h
         ops.linear(work.qkvz, h, self.qkvz)
-        ops.conv_gates(
-            work.qkv, work.decay, work.beta, work.ab, work.qkvz, h, self.conv, state.conv,
-            self.ab, self.a_log, self.dt_bias, step,
-        )  # fmt: skip
+        room = DeltaRoom(work.qkv, work.ab, work.decay, work.beta)
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
-        ops.delta_gated(
-            work.read, work.qkv, work.decay, work.beta, state.delta, work.qkvz, self.channels,
-            self.norm, self.eps, step, chunks=step.tokens - step.sequences > _FEW,
-        )  # fmt: skip
+        chunks = step.tokens - step.sequences > _FEW
+        ops.delta_net(
+            work.read, work.qkvz, h, self.weights, state.conv, state.delta, room, step, chunks
+        )
         ops.linear_norm(x, work.read, self.out, h, norm)

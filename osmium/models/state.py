@@ -25,7 +25,7 @@ class DeltaState:
     """The recurrent state of one delta-net layer."""
 
     conv: Array
-    """f32 [slots, C, 3], the last three inputs of the convolution, oldest first."""
+    """f32 [slots, C, 4], the last four inputs of the convolution, that of position p at p % 4."""
     delta: Array
     """f32 [slots, V, dk, dv]."""
 
@@ -80,4 +80,4 @@ def _arrays(
         return [kept, kept, *scales]
     f32 = np.dtype(np.float32)
     delta = (slots, config.value_heads, config.key_dim, config.value_dim)
-    return [((slots, config.channels, 3), f32), (delta, f32)]
+    return [((slots, config.channels, 4), f32), (delta, f32)]

@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from osmium.ops.values import (
     Array,
+    DeltaRoom,
+    DeltaWeights,
     ExpertArena,
     ExpertCache,
     ExpertPlan,
@@ -35,8 +37,8 @@ from osmium.ops.values import (
 from osmium.quant.noise import Pattern
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Ops", "Replies",
-    "Rows", "SharedExpert", "Step",
+    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues",
+    "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
 ]  # fmt: skip
 
 
@@ -212,11 +214,11 @@ class Ops(Protocol):
     def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
         """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), each sequence by itself.
 
-        The three rows before a sequence's first come from state[slot] (zeros where past is 0),
-        oldest first; at the end the state holds the sequence's last three rows of u.
+        The three rows before a sequence's first come from state[slot] (zeros where past is 0); at
+        the end the state holds the sequence's last four rows of u, that of position p at p % 4.
 
         out f32 [T, C]    u f32 [T, >= C], its first C columns    w f32 [C, 4]
-        state f32 [slots, C, 3]
+        state f32 [slots, C, 4]
         """
 
     def delta_gates(
@@ -226,27 +228,6 @@ class Ops(Protocol):
 
         decay, beta f32 [T, V]    ab f32 [T, 2V], a then b    a_log, dt_bias f32 [V]
         softplus(x) = x for x > 20.  Dao & Gu 2024, arXiv:2405.21060 (the gate).
-        """
-
-    def conv_gates(
-        self,
-        out: Array,
-        decay: Array,
-        beta: Array,
-        ab: Array,
-        u: Array,
-        h: Rows,
-        w: Array,
-        state: Array,
-        ab_matrix: Linear,
-        a_log: Array,
-        dt_bias: Array,
-        step: Step,
-    ) -> None:
-        """out = conv(u);  ab = h @ ab_matrix.T;  decay, beta = delta_gates(ab).
-
-        ab f32 [T, 2V], scratch    h [T, D]    ab_matrix [2V, D]    C % 4 == 0
-        The other arguments are those of conv and of delta_gates.
         """
 
     def delta_step(
@@ -264,25 +245,26 @@ class Ops(Protocol):
         Yang et al. 2024, arXiv:2412.06464.
         """
 
-    def delta_gated(
+    def delta_net(
         self,
         out: Rows,
-        qkv: Array,
-        decay: Array,
-        beta: Array,
+        u: Array,
+        h: Rows,
+        weights: DeltaWeights,
+        inputs: Array,
         state: Array,
-        z: Array,
-        column: int,
-        w: Array,
-        eps: float,
+        room: DeltaRoom,
         step: Step,
         chunks: bool,
     ) -> None:
-        """out = gated_norm(rule(qkv, decay, beta), z, w), the state as after the rule; the rule is
-        delta_chunk with `chunks`, else delta_step.
+        """A delta net between its first matrix and its last:
+            qkv = conv(u);  decay, beta = delta_gates(h @ ab.T)
+            out = gated_norm(rule(qkv, decay, beta), z, norm)
+        z are u's columns from C on; the rule is delta_chunk with `chunks`, else delta_step.
 
-        out [T, V * dv]    z f32 [T, Z], columns column .. column + V*dv    w f32 [dv]
-        dv % 32 == 0    The other arguments are those of delta_step.
+        out [T, V * dv]    u f32 [T, C + V*dv]    h [T, D], not the last operation's
+        inputs f32 [slots, C, 4], conv's state    state f32 [slots, V, dk, dv]    dv % 32 == 0
+        What each does is said there.
         """
 
     def delta_chunk(

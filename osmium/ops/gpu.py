@@ -27,6 +27,8 @@ from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.machine import Machine
 from osmium.ops.values import (
     Array,
+    DeltaRoom,
+    DeltaWeights,
     ExpertArena,
     ExpertCache,
     ExpertPlan,
@@ -47,9 +49,8 @@ COMBINE = kernel("gqa_combine_f32")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
-CONV_GATES = kernel("conv_gates_f32")
 DELTA_STEP = kernel("delta_step_f32")
-DELTA_STEP_GATED = kernel("delta_step_gated_f32")
+DELTA_TOKEN = kernel("delta_token_f32")
 DELTA_CHUNK = kernel("delta_chunk_f32")
 GATED_NORM = kernel("gated_norm_f32")
 ROUTER = kernel("router_f32")
@@ -81,9 +82,6 @@ ROUTER_EXPERTS = 256
 
 PARTS = ("all", "there", "rest")
 """Of the experts, by the number that kernels know them by."""
-
-CONV_GATES_MOST = 8
-"""Sequences up to which conv_gates is one kernel, which reads the gates' matrix once a sequence."""
 
 
 class GpuOps(GpuRows):
@@ -164,65 +162,39 @@ class GpuOps(GpuRows):
         tokens, heads = decay.shape
         DELTA_GATES(self.stream, tokens, decay, beta, ab, a_log, dt_bias, heads)
 
-    def conv_gates(
-        self,
-        out: Array,
-        decay: Array,
-        beta: Array,
-        ab: Array,
-        u: Array,
-        h: Rows,
-        w: Array,
-        state: Array,
-        ab_matrix: Linear,
-        a_log: Array,
-        dt_bias: Array,
-        step: Step,
-    ) -> None:
-        if not (
-            one_each(step) and step.sequences <= CONV_GATES_MOST and ab_matrix.format == "bf16"
-        ):
-            self.plain_linear(ab, self.joined(h), ab_matrix, 0)
-            self.conv(out, u, w, state, step)
-            self.delta_gates(decay, beta, ab, a_log, dt_bias)
-            return
-        CONV_GATES(
-            self.stream, step.sequences, out, decay, beta, u, h.split, h.squares or 0, w, state,
-            ab_matrix.data, a_log, dt_bias, step.past, step.slots,
-            out.shape[1], u.shape[1], decay.shape[1], ab_matrix.columns, h.eps,
-        )  # fmt: skip
-
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
     ) -> None:
         self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
 
-    def delta_gated(
+    def delta_net(
         self,
         out: Rows,
-        qkv: Array,
-        decay: Array,
-        beta: Array,
+        u: Array,
+        h: Rows,
+        weights: DeltaWeights,
+        inputs: Array,
         state: Array,
-        z: Array,
-        column: int,
-        w: Array,
-        eps: float,
+        room: DeltaRoom,
         step: Step,
         chunks: bool,
     ) -> None:
-        if not one_each(step):
-            read = out.f32.reshape(out.f32.shape[0], state.shape[1], state.shape[3])
+        w, qkv, (_, value_heads, dk, dv) = weights, room.qkv, state.shape
+        if not one_each(step) or w.ab.format != "bf16":
+            read = out.f32.reshape(out.f32.shape[0], value_heads, dv)
+            self.plain_linear(room.ab, self.joined(h), w.ab, 0)
+            self.conv(qkv, u, w.conv, inputs, step)
+            self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
             rule = self.delta_chunk if chunks else self.delta_step
-            rule(read, qkv, decay, beta, state, step)
-            self.gated_norm(read, read, z, column, w, eps)
+            rule(read, qkv, room.decay, room.beta, state, step)
+            self.gated_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
             self.settle(out)
             return
-        _, value_heads, dk, dv = state.shape
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
-        DELTA_STEP_GATED(
-            self.stream, step.sequences, out.split, qkv, decay, beta, state, z, w,
-            step.past, step.slots, key_heads, value_heads, dk, dv, z.shape[1], column, eps,
+        DELTA_TOKEN(
+            self.stream, step.sequences, out.split, u, h.split, h.squares or 0, w.conv, inputs,
+            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.past, step.slots,
+            key_heads, value_heads, dk, dv, u.shape[1], w.ab.columns, h.eps, w.eps,
         )  # fmt: skip
 
     def delta_chunk(

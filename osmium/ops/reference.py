@@ -31,6 +31,8 @@ from osmium.ops.making import ReferenceMaking
 from osmium.ops.sampling import draw
 from osmium.ops.values import (
     Array,
+    DeltaRoom,
+    DeltaWeights,
     ExpertArena,
     ExpertCache,
     ExpertPlan,
@@ -211,11 +213,13 @@ class ReferenceOps(ReferenceMaking):
         for s in range(step.sequences):
             rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
             slot = int(step.slots[s])
-            before = state[slot].T if step.past[s] else np.zeros((3, channels), np.float32)
-            window = np.concatenate([before, u[rows, :channels]])  # [3 + t, C]
-            t = len(window) - 3
-            out[rows] = silu(sum(w[:, i] * window[i : i + t] for i in range(4)))
-            state[slot] = window[-3:].T
+            past = int(step.past[s])
+            recent = (past + np.arange(4)) % 4  # where positions past - 4 and on are
+            before = state[slot].T[recent] if past else np.zeros((4, channels), np.float32)
+            window = np.concatenate([before, u[rows, :channels]])  # [4 + t, C]
+            t = len(window) - 4
+            out[rows] = silu(sum(w[:, i] * window[i + 1 : i + 1 + t] for i in range(4)))
+            state[slot][:, (past + t + np.arange(4)) % 4] = window[-4:].T
 
     def delta_gates(
         self, decay: Array, beta: Array, ab: Array, a_log: Array, dt_bias: Array
@@ -225,25 +229,6 @@ class ReferenceOps(ReferenceMaking):
         softplus = np.where(x > 20, x, np.log1p(np.exp(np.minimum(x, 20))))
         decay[...] = -np.exp(a_log) * softplus
         beta[...] = sigmoid(b)
-
-    def conv_gates(
-        self,
-        out: Array,
-        decay: Array,
-        beta: Array,
-        ab: Array,
-        u: Array,
-        h: Rows,
-        w: Array,
-        state: Array,
-        ab_matrix: Linear,
-        a_log: Array,
-        dt_bias: Array,
-        step: Step,
-    ) -> None:
-        self.linear(ab, h, ab_matrix)
-        self.conv(out, u, w, state, step)
-        self.delta_gates(decay, beta, ab, a_log, dt_bias)
 
     def delta_step(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
@@ -260,13 +245,18 @@ class ReferenceOps(ReferenceMaking):
                 out[rows][t] = np.matmul(q[t, :, None], carried)[:, 0]
             state[s] = carried
 
-    def delta_gated(
-        self, out: Rows, qkv: Array, decay: Array, beta: Array, state: Array, z: Array,
-        column: int, w: Array, eps: float, step: Step, chunks: bool,
+    def delta_net(
+        self, out: Rows, u: Array, h: Rows, weights: DeltaWeights, inputs: Array, state: Array,
+        room: DeltaRoom, step: Step, chunks: bool,
     ) -> None:  # fmt: skip
+        w, qkv = weights, room.qkv
         read = out.f32.reshape(-1, state.shape[1], state.shape[3])
-        (self.delta_chunk if chunks else self.delta_step)(read, qkv, decay, beta, state, step)
-        self.gated_norm(read, read, z, column, w, eps)
+        self.linear(room.ab, h, w.ab)
+        self.conv(qkv, u, w.conv, inputs, step)
+        self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
+        rule = self.delta_chunk if chunks else self.delta_step
+        rule(read, qkv, room.decay, room.beta, state, step)
+        self.gated_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Replies", "Rows",
-    "SharedExpert", "Step", "rows_bytes",
+    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues",
+    "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
@@ -75,6 +75,37 @@ def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
     """Bytes of Rows on a backend."""
     halves = 4 * width + (width // 2 if normed else 0)
     return tokens * (4 * width + (halves if gpu else 0))
+
+
+@dataclass(frozen=True)
+class DeltaWeights:
+    """A delta net's small weights; V value heads of dv values."""
+
+    conv: Array
+    """f32 [C, 4], of the oldest input first."""
+    ab: Linear
+    """[2V, D], the gates' a, then b."""
+    a_log: Array
+    """f32 [V]."""
+    dt_bias: Array
+    """f32 [V]."""
+    norm: Array
+    """f32 [dv]."""
+    eps: float
+
+
+@dataclass(frozen=True)
+class DeltaRoom:
+    """Where a delta net's parts leave what they make, if they run one by one."""
+
+    qkv: Array
+    """f32 [T, C], after the convolution."""
+    ab: Array
+    """f32 [T, 2V]."""
+    decay: Array
+    """f32 [T, V]."""
+    beta: Array
+    """f32 [T, V]."""
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import (
+    DeltaRoom,
+    DeltaWeights,
     ExpertArena,
     ExpertCache,
     ExpertPlan,
@@ -342,7 +344,7 @@ def conv(rng: np.random.Generator, size: Size) -> Case:
         "out": _nan(tokens, channels),
         "u": _f32(rng, tokens, channels + size.value_heads * size.value_dim),
         "w": _f32(rng, channels, 4),
-        "state": _f32(rng, len(size.lengths), channels, 3),
+        "state": _f32(rng, len(size.lengths), channels, 4),
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
@@ -365,31 +367,6 @@ def delta_gates(rng: np.random.Generator, size: Size) -> Case:
         ops.delta_gates(a["decay"], a["beta"], a["ab"], a["a_log"], a["dt_bias"])
 
     return Case(arrays, call, {"decay": "f32", "beta": "f32"})
-
-
-def conv_gates(rng: np.random.Generator, size: Size) -> Case:
-    arrays = conv(rng, size).arrays
-    tokens, heads, hidden = sum(size.lengths), size.value_heads, size.hidden
-    arrays |= {
-        "decay": _nan(tokens, heads),
-        "beta": _nan(tokens, heads),
-        "ab": _nan(tokens, 2 * heads),
-        "x": _f32(rng, tokens, hidden) * 3,
-        "norm": _f32(rng, hidden) * np.float32(0.1),
-        "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
-        "a_log": _f32(rng, heads),
-        "dt_bias": _f32(rng, heads),
-    }
-
-    def call(ops: Ops, a: dict[str, Any]) -> None:
-        matrix = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
-        ops.conv_gates(
-            a["out"], a["decay"], a["beta"], a["ab"], a["u"], normed_rows(ops, a["x"], a["norm"]),
-            a["w"], a["state"], matrix, a["a_log"], a["dt_bias"], _step(size, a),
-        )  # fmt: skip
-
-    gates = {"decay": "rows", "beta": "rows"}  # of a sum of rows each
-    return Case(arrays, call, {"out": "f32", "state": "exact", **gates})
 
 
 def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
@@ -431,23 +408,39 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-def _delta_gated(name: str) -> Callable[[np.random.Generator, Size], Case]:
+def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
-        arrays = _delta("delta_step")(rng, size).arrays
-        channels = _channels(size)
-        width = size.value_heads * size.value_dim
-        arrays["z"] = _f32(rng, sum(size.lengths), channels + width) * 3
-        arrays["w"] = _f32(rng, size.value_dim)
+        arrays = step_arrays(rng, size)
+        tokens, channels, held = sum(size.lengths), _channels(size), len(size.lengths)
+        heads, hidden, width = size.value_heads, size.hidden, size.value_heads * size.value_dim
+        arrays |= {
+            "out": _nan(tokens, heads, size.value_dim),
+            "u": _f32(rng, tokens, channels + width) * 2,
+            "x": _f32(rng, tokens, hidden) * 3,
+            "scale": _f32(rng, hidden) * np.float32(0.1),
+            "conv": _f32(rng, channels, 4),
+            "inputs": _f32(rng, held, channels, 4),
+            "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
+            "a_log": _f32(rng, heads),
+            "dt_bias": _f32(rng, heads),
+            "state": _f32(rng, held, heads, size.key_dim, size.value_dim),
+            "norm": _f32(rng, size.value_dim),
+            "qkv": _nan(tokens, channels),
+            "ab": _nan(tokens, 2 * heads),
+            "decay": _nan(tokens, heads),
+            "beta": _nan(tokens, heads),
+        }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            out = new_rows(ops, sum(size.lengths), width)
-            ops.delta_gated(
-                out, a["qkv"], a["decay"], a["beta"], a["state"], a["z"], channels, a["w"], 1e-6,
-                _step(size, a), chunks=name == "delta_chunk_gated",
-            )  # fmt: skip
+            ab = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
+            weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], 1e-6)
+            room = DeltaRoom(a["qkv"], a["ab"], a["decay"], a["beta"])
+            out, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
+            step = _step(size, a)
+            ops.delta_net(out, a["u"], h, weights, a["inputs"], a["state"], room, step, chunks)
             read_rows(ops, a["out"], out)
 
-        return Case(arrays, call, {"out": "f32", "state": "f32"})
+        return Case(arrays, call, {"out": "rows", "state": "rows", "inputs": "exact"})
 
     return make
 
@@ -784,10 +777,9 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "sigmoid_gate": sigmoid_gate,
     "conv": conv,
     "delta_gates": delta_gates,
-    "conv_gates": conv_gates,
     "delta_step": _delta("delta_step"),
-    "delta_step_gated": _delta_gated("delta_step_gated"),
-    "delta_chunk_gated": _delta_gated("delta_chunk_gated"),
+    "delta_net": _delta_net(chunks=False),
+    "delta_net, chunks": _delta_net(chunks=True),
     "delta_chunk": _delta("delta_chunk"),
     "gated_norm": gated_norm,
     "router": router,

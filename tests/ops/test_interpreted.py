@@ -40,8 +40,7 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         "shared context fp8 256, short rows",
         "delta_chunk",
         "linear int4",
-        "gated rule 64x96",
-        "conv_gates, ragged",
+        "delta_net 64x96, a row in one turn",
     ],
 )
 def test_the_order_of_warps_changes_no_bit(rng: np.random.Generator, name: str) -> None:

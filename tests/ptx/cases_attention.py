@@ -119,7 +119,7 @@ def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts)
     return make
 
 
-def one_each(name: str, heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
+def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
     """One row a sequence; the states of a sequence without a past are NaN."""
 
     def make(rng: np.random.Generator) -> Case:
@@ -127,11 +127,10 @@ def one_each(name: str, heads: Counts, dims: Counts, hidden: int, past: Counts) 
             TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
             hidden=hidden, lengths=(1,) * len(past), past=past,
         )  # fmt: skip
-        case = cases.CASES[name](rng, size)
+        case = cases.CASES["delta_net"](rng, size)
         a = case.arrays
-        a["state"][a["slots"][a["past"] == 0]] = np.nan
-        if "norm" not in a:
-            a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
+        for state in (a["state"], a["inputs"]):
+            state[a["slots"][a["past"] == 0]] = np.nan
         return case
 
     return make
@@ -177,16 +176,13 @@ CASES: dict[str, Make] = {
     "delta_chunk 64x96": delta("delta_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
     "delta_chunk 96x64": delta("delta_chunk", (1, 1), (96, 64), (33,), (3,)),
     "delta_chunk 128x128": delta("delta_chunk", (2, 2), (128, 128), (20,), (0,)),
-    "gated rule 32x32": one_each("delta_step_gated", (1, 2), (32, 32), 64, (3, 0, 2)),
-    "gated rule 64x96": one_each("delta_step_gated", (2, 2), (64, 96), 64, (9,)),
-    "gated rule 96x64": one_each("delta_step_gated", (1, 1), (96, 64), 64, (0,)),
-    "gated rule 128x128": one_each("delta_step_gated", (1, 3), (128, 128), 64, (1, 0, 5)),
+    "delta_net 32x32": delta_net((1, 3), (32, 32), 200, (4, 0, 1)),
+    "delta_net 64x96, a row in one turn": delta_net((2, 4), (64, 96), 3072, (0, 7)),
+    "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),
+    "delta_net 128x128": delta_net((1, 3), (128, 128), 64, (1, 0, 5)),
+    "delta_net 32x32, nine": delta_net((1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
     "norm 8, a thread": norm(8),
     "norm 3080, two turns": norm(3080),
-    "conv_gates, ragged": one_each("conv_gates", (1, 3), (32, 32), 200, (4, 0, 1)),
-    "conv_gates, a row in one turn": one_each("conv_gates", (2, 4), (64, 96), 3072, (0, 7)),
-    "conv_gates, a row in two": one_each("conv_gates", (1, 2), (32, 64), 3080, (7,)),
-    "conv_gates, nine": one_each("conv_gates", (1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
 }
 
 LONG: dict[str, Make] = {

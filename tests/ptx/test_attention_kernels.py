@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.floats import bf16_from_f32
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ops.cases import Arrays, Case, kept_rows, run
 from tests.ptx.cases_attention import CASES
 from tests.tolerance import close
@@ -19,8 +19,9 @@ PAGE = 4
 """Tokens a page in the rope cases."""
 
 
-def of(kind: str) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize("name", [name for name in CASES if kind in name])
+def of(*kinds: str) -> pytest.MarkDecorator:
+    names = [name for name in CASES if any(kind in name for kind in kinds)]
+    return pytest.mark.parametrize("name", names)
 
 
 def case_and_outputs(name: str, rng: np.random.Generator) -> tuple[Case, Arrays]:
@@ -81,7 +82,7 @@ def test_attention_is_a_mean_weighted_by_exp(name: str, rng: np.random.Generator
             assert close(out["out"][t, h], weights @ v / weights.sum(), "f32")
 
 
-@of("delta_")
+@of("delta_step", "delta_chunk")
 def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     a = case.arrays
@@ -104,3 +105,37 @@ def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) 
             rows = slice(a["starts"][s], a["starts"][s + 1])
             assert close(out["out"][rows, j], np.array(made), "f32")
             assert close(out["state"][slot, j], state, "f32")
+
+
+@of("delta_net")
+def test_a_delta_net_convolves_what_its_rule_reads(name: str, rng: np.random.Generator) -> None:
+    case, out = case_and_outputs(name, rng)
+    a = {key: array.astype(float) for key, array in case.arrays.items() if array.dtype == "f4"}
+    slots, past = case.arrays["slots"], case.arrays["past"]
+    _, heads, dk, dv = a["state"].shape
+    channels = a["conv"].shape[0]
+    keys = (channels - heads * dv) // (2 * dk)
+    ab = f32_from_bf16(case.arrays["ab_matrix"]).astype(float)
+    for s, (slot, p) in enumerate(zip(slots, past, strict=True)):
+        before = [a["inputs"][slot][:, (p - i) % 4] if p else np.zeros(channels) for i in (3, 2, 1)]
+        row = silu(sum(a["conv"].T * np.array([*before, a["u"][s, :channels]])))
+        np.testing.assert_array_equal(out["inputs"][slot][:, p % 4], case.arrays["u"][s, :channels])
+        x = a["x"][s]
+        gate = ab @ (x / np.sqrt(np.mean(x * x) + 1e-6) * (1 + a["scale"]))
+        decay = np.exp(-np.exp(a["a_log"]) * np.log1p(np.exp(gate[:heads] + a["dt_bias"])))
+        beta = 1 / (1 + np.exp(-gate[heads:]))
+        for j in range(heads):
+            q, k = row[: 2 * keys * dk].reshape(2, keys, dk)[:, j // (heads // keys)]
+            q, k = (x / np.sqrt(x @ x + 1e-6) for x in (q, k))
+            v = row[2 * keys * dk :].reshape(heads, dv)[j]
+            state = (a["state"][slot, j] if p else np.zeros((dk, dv))) * decay[j]
+            state = state + np.outer(k, beta[j] * (v - k @ state))
+            o = q @ state / np.sqrt(dk)
+            o = o / np.sqrt(np.mean(o * o) + 1e-6) * a["norm"]
+            z = a["u"][s, channels:].reshape(heads, dv)[j]
+            assert close(out["state"][slot, j], state, "rows")
+            assert close(out["out"][s, j], o * silu(z), "rows")
+
+
+def silu(x: F64) -> F64:
+    return np.asarray(x / (1 + np.exp(-x)))

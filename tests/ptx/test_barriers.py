@@ -41,8 +41,7 @@ def cases_of(name: str) -> list[Make]:
         "bf16_matvec_f32": ("bf16_matvec",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
-        "conv_gates_f32": ("conv_gates, ",),
-        "delta_step_gated_f32": ("gated rule",),
+        "delta_token_f32": ("delta_net ",),
         "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: say here which cases launch it"
