@@ -25,6 +25,7 @@ from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
 from osmium.cuda.stream import Machine, copy_rate, memory_rate
 from osmium.errors import ConfigError, NoDevice
+from osmium.experts.cache import FADING
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
@@ -218,11 +219,12 @@ class Cases:
         """Nobody is in it; its slots are noise."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
         return values.ExpertCache(
-            record=self.record, experts=experts, capacity=capacity, half_life=24.0,
+            record=self.record, experts=experts, capacity=capacity, fading=FADING,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
             slot_of=i32(np.full(shape, -1)), expert_in=i32(np.full((layers, capacity), -1)),
-            heat=ops.put(np.zeros(shape, np.float32)), stamp=i32(np.zeros(shape)), step=i32([0]),
-            counters=i32([0] * 4, np.int64),
+            heat=ops.put(np.zeros(shape, np.float32)),
+            long_heat=ops.put(np.zeros(shape, np.float32)), stamp=i32(np.zeros(shape)),
+            step=i32([0]), counters=i32([0] * 4, np.int64),
         )  # fmt: skip
 
     def _plan(self, experts: Any, slots: Any, fetch: int) -> values.ExpertPlan:

@@ -7,7 +7,8 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     lru        who was used longest ago
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
-    mixed      decayed 20 and, on the same scale, a third of decayed 512: who was popular for long
+    mixed      decayed 20 and, on the same scale, a third of decayed 512: who was popular for long;
+               as shipped (values.Fading)
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
     both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
@@ -19,16 +20,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from osmium.experts.cache import FADING
 from osmium.experts.routing import Trace
 
-__all__ = ["POLICIES", "hit_rate", "simulate"]
+__all__ = ["POLICIES", "SHIPPED", "hit_rate", "simulate"]
 
 F64 = npt.NDArray[np.float64]
 
 HALF_LIVES = (4, 8, 16, 24, 32, 64, 128)
-
-SLOW, SLOW_SHARE = 512, 0.35
-"""Half-life of the second count of `mixed`, and how much it weighs."""
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Cache:
     uses: F64
     """All uses so far."""
     slow: F64
-    """Decayed count of uses with a half-life of SLOW, as of now."""
+    """Decayed count of uses with the long half-life of what ships, as of now."""
     last: npt.NDArray[np.int64]
     """The token of the last use, -1 for never."""
     after: npt.NDArray[np.int64]
@@ -74,15 +73,19 @@ def _popular(cache: Cache) -> F64:
 
 
 def _mixed(cache: Cache) -> F64:
-    recent = cache.count * np.exp2((cache.last - cache.now) / 20) * (1 - 2 ** (-1 / 20))
-    seen = (1 - 2 ** (-(cache.now + 20) / SLOW)) / (1 - 2 ** (-1 / SLOW))  # weights summed so far
-    return recent + SLOW_SHARE * cache.slow / seen + 1e-9 * cache.last
+    recent = cache.count * np.exp2((cache.last - cache.now) / FADING.half_life)
+    step = cache.now + 1  # the operation counts from 1
+    grown = 1 - 2 ** (-(step + FADING.earlier) / FADING.long_half_life)
+    return grown * recent + FADING.share * cache.slow + 1e-9 * cache.last
 
 
 POLICIES = (
     "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "quotas", "both",
     "belady",
 )  # fmt: skip
+
+SHIPPED = "mixed"
+"""The one of them by which ops.place decides who leaves."""
 
 
 def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
@@ -93,7 +96,7 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     if policy in ("quotas", "both"):
         each = _quotas(trace, slots)
     if policy in ("mixed", "both"):
-        worth, half_life = _mixed, 20
+        worth, half_life = _mixed, FADING.half_life
     elif policy == "popular":
         worth, half_life = _popular, 16
     elif policy in ("lru", "belady"):
@@ -116,7 +119,7 @@ def simulate(
     shape = (layers, trace.experts)
     count, uses, slow = (np.zeros(shape) for _ in range(3))
     cache = Cache(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
-    slower = 2 ** (-1 / SLOW)
+    slower = 2 ** (-1 / FADING.long_half_life)
     inside = np.zeros(shape, bool)
     hits = np.zeros(layers)
     for t in range(tokens):

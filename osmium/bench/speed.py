@@ -229,12 +229,12 @@ def _decode(
 
 def _empty(engine: Engine) -> None:
     """The cache as after a start: nobody is in it, nobody was used."""
-    store, ops = engine.runner.store, engine.runner.ops
+    store, ops, cache = engine.runner.store, engine.runner.ops, engine.runner.store.cache
     if store.arena is None:
         return
-    for nobody in (store.cache.slot_of, store.cache.expert_in):
+    for nobody in (cache.slot_of, cache.expert_in):
         ops.fill(nobody, 0xFF)
-    for zero in (store.cache.heat, store.cache.stamp, store.cache.step):
+    for zero in (cache.heat, cache.long_heat, cache.stamp, cache.step):
         ops.fill(zero, 0)
 
 

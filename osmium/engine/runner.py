@@ -119,7 +119,7 @@ class Runner:
                 self._reply(rows, self._cut(rows, rows))()
             self.ops.synchronize()
         cache = self.store.cache
-        for array in (cache.heat, cache.stamp, cache.step, cache.counters):
+        for array in (cache.heat, cache.long_heat, cache.stamp, cache.step, cache.counters):
             self.ops.fill(array, 0)
 
     def forward(self, batch: Batch) -> None:

@@ -9,14 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import ConfigError
-from osmium.ops import Array, ExpertArena, ExpertCache, Ops
+from osmium.ops import Array, ExpertArena, ExpertCache, Fading, Ops
 from osmium.quant.record import Record
 
-__all__ = ["HALF_LIFE", "cache_bytes", "make_cache", "resident", "resident_cache", "verify"]
+__all__ = ["FADING", "cache_bytes", "make_cache", "resident", "resident_cache", "verify"]
 
-HALF_LIFE = 24.0
-"""Steps in which an unused expert loses half of its heat: the best of 4 to 128 at 36 % resident,
-on published routing statistics of the 122B and on the lab model's own (tools/simulate_cache)."""
+FADING = Fading(half_life=20.0, long_half_life=512.0, weight=0.35, earlier=19)
+"""Of several it alone lost nothing on any routing tried: made ones of other drifts, and the lab
+model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(ops: Ops, arena: ExpertArena, capacity: int, top_k: int) -> ExpertCache:
@@ -56,25 +56,26 @@ def _cache(ops: Ops, record: Record, slots: Array, experts: int) -> ExpertCache:
         record=record,
         experts=experts,
         capacity=capacity,
-        half_life=HALF_LIFE,
+        fading=FADING,
         slots=slots,
         slot_of=ops.empty((layers, experts), np.int32),
         expert_in=ops.empty((layers, capacity), np.int32),
         heat=ops.empty((layers, experts), np.float32),
+        long_heat=ops.empty((layers, experts), np.float32),
         stamp=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((4,), np.int64),
     )
     for nobody in (made.slot_of, made.expert_in):
         ops.fill(nobody, 0xFF)  # -1
-    for zero in (made.heat, made.stamp, made.step, made.counters):
+    for zero in (made.heat, made.long_heat, made.stamp, made.step, made.counters):
         ops.fill(zero, 0)
     return made
 
 
 def cache_bytes(record: Record, layers: int, experts: int, capacity: int) -> int:
     """Bytes of the cache's arrays."""
-    return layers * (capacity * (record.nbytes + 4) + experts * 12) + 36
+    return layers * (capacity * (record.nbytes + 4) + experts * 16) + 36
 
 
 def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:

@@ -1,11 +1,12 @@
 """Heat that outlives the engine: how much each expert was used, and which were resident.
 
-    0      magic "OSMHEAT\\1", u32 crc32 of all that follows, u32 length of the JSON
-    16     JSON: fingerprint of the model, shape [L, E]
-    ...    heat f32 [L, E] as of when it was saved; age i32 [L, E], steps since the last use (-1:
-           never); resident u8 [L, E]
+    0      magic "OSMHEAT\\2", u32 crc32 of all that follows, u32 length of the JSON
+    16     JSON: fingerprint of the model, shape [L, E], steps counted
+    ...    heat, long heat f32 [L, E] as of when they were saved; age i32 [L, E], steps since the
+           last use (-1: never); resident u8 [L, E]
 
-It can be lost at any time: what is damaged or another model's is left aside with a warning.
+It can be lost at any time: what is damaged, another version's or another model's is left aside with
+a warning.
 """
 
 import contextlib
@@ -21,13 +22,18 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import DeviceError
+from osmium.experts.cache import FADING
 from osmium.ops import ExpertArena, ExpertCache, Ops
 
 __all__ = ["Heat", "heat_of", "keep_heat", "read_heat", "restore", "save_heat"]
 
 LOG = logging.getLogger("osmium.experts")
 
-MAGIC = b"OSMHEAT\1"
+MAGIC = b"OSMHEAT\2"
+
+ENDLESS = 32 * int(FADING.long_half_life)
+"""Steps from which on one more changes no warmth: the rest of the long heat's weights is below
+f32's last bit.  No more are said to have been counted, however long an engine has run."""
 
 
 @dataclass(frozen=True)
@@ -36,37 +42,51 @@ class Heat:
 
     heat: npt.NDArray[np.float32]
     """f32 [L, E]."""
+    long_heat: npt.NDArray[np.float32]
+    """f32 [L, E]."""
+    steps: int
+    """Steps that were counted, ENDLESS at most."""
     age: npt.NDArray[np.int32]
     """i32 [L, E], steps since the last use; -1: never used."""
     resident: npt.NDArray[np.bool_]
     """bool [L, E]."""
 
     def hottest(self, layer: int, most: int) -> npt.NDArray[np.intp]:
-        """Up to `most` experts that were used or resident, the hottest first; equals by the later
-        use, then those that were resident, then by number."""
-        known = (self.heat[layer] > 0) | self.resident[layer]
+        """Up to `most` experts that were used or resident, the warmest first (values.Fading);
+        equals by the later use, then those that were resident, then by number."""
+        known = (self.long_heat[layer] > 0) | self.resident[layer]
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
-        order = np.lexsort((~self.resident[layer], age, -self.heat[layer]))
+        grown = np.float32(1 - 2 ** (-(self.steps + FADING.earlier) / FADING.long_half_life))
+        warmth = grown * self.heat[layer] + np.float32(FADING.share) * self.long_heat[layer]
+        order = np.lexsort((~self.resident[layer], age, -warmth))
         return cast(npt.NDArray[np.intp], order[known[order]][:most])
 
 
 def heat_of(ops: Ops, cache: ExpertCache) -> Heat:
     """A cache's heat as of now; see values.ExpertCache for how it is kept."""
     arrays: list[npt.NDArray[Any]] = [
-        ops.copy_out(one) for one in (cache.heat, cache.stamp, cache.step, cache.slot_of)
+        ops.copy_out(one)
+        for one in (cache.heat, cache.long_heat, cache.stamp, cache.step, cache.slot_of)
     ]
-    heat, stamp, step, slot_of = arrays
+    heat, long_heat, stamp, step, slot_of = arrays
     used = stamp > 0
     ages = np.where(used, step[0] - stamp, -1).astype(np.int32)
-    decay = np.exp2(-np.maximum(ages, 0).astype(np.float32) * np.float32(1 / cache.half_life))
-    now = np.where(used, heat * decay, 0).astype(np.float32)
-    return Heat(now, ages, slot_of >= 0)
+
+    def faded(count: npt.NDArray[Any], half_life: float) -> npt.NDArray[np.float32]:
+        decay = np.exp2(-np.maximum(ages, 0).astype(np.float32) * np.float32(1 / half_life))
+        return np.where(used, count * decay, 0).astype(np.float32)
+
+    short = faded(heat, cache.fading.half_life)
+    long = faded(long_heat, cache.fading.long_half_life)
+    return Heat(short, long, min(int(step[0]), ENDLESS), ages, slot_of >= 0)
 
 
 def save_heat(path: Path, fingerprint: str, heat: Heat) -> None:
     """Under a temporary name, then renamed.  Raises: OSError."""
-    head = json.dumps({"fingerprint": fingerprint, "shape": heat.heat.shape}).encode()
-    arrays = (heat.heat.astype("<f4"), heat.age.astype("<i4"), heat.resident.astype(np.uint8))
+    about = {"fingerprint": fingerprint, "shape": heat.heat.shape, "steps": heat.steps}
+    head = json.dumps(about).encode()
+    floats = (heat.heat.astype("<f4"), heat.long_heat.astype("<f4"))
+    arrays = (*floats, heat.age.astype("<i4"), heat.resident.astype(np.uint8))
     body = len(head).to_bytes(4, "little") + head + b"".join(one.tobytes() for one in arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
@@ -85,7 +105,7 @@ def keep_heat(path: Path, fingerprint: str, ops: Ops, cache: ExpertCache) -> Non
     """`save_heat` of a cache, or a warning: an engine that closes does not fail of it."""
     try:
         heat = heat_of(ops, cache)
-        if heat.heat.any():
+        if heat.long_heat.any():
             save_heat(path, fingerprint, heat)
     except (OSError, DeviceError) as error:
         LOG.warning("The experts' heat is not kept in %s: %s", path, error)
@@ -96,7 +116,7 @@ def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat |
     try:
         if not path.exists():
             return None
-        if path.stat().st_size > 4096 + 9 * layers * experts:
+        if path.stat().st_size > 4096 + 13 * layers * experts:
             raise ValueError("it is too long")
         return _parsed(path.read_bytes(), fingerprint, (layers, experts))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -106,31 +126,36 @@ def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat |
 
 def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
     """Raises: ValueError, KeyError, TypeError for what no such heat can be."""
-    if raw[:8] != MAGIC or len(raw) < 16:
+    if raw[:7] != MAGIC[:7] or len(raw) < 16:
         raise ValueError("it holds no heat")
+    if raw[7] != MAGIC[7]:
+        raise ValueError(f"it is of version {raw[7]}, this is {MAGIC[7]}")
     if zlib.crc32(raw[12:]) != int.from_bytes(raw[8:12], "little"):
         raise ValueError("it is damaged")
     start = 16 + int.from_bytes(raw[12:16], "little")
     head, size = json.loads(raw[16:start]), shape[0] * shape[1]
     if head["fingerprint"] != fingerprint:
         raise ValueError("it is another model's")
-    if tuple(head["shape"]) != shape or len(raw) != start + 9 * size:
+    if tuple(head["shape"]) != shape or len(raw) != start + 13 * size:
         raise ValueError(f"its shape is {head['shape']}, the model's {list(shape)}")
-    heat = np.frombuffer(raw, "<f4", size, start).reshape(shape)
-    age = np.frombuffer(raw, "<i4", size, start + 4 * size).reshape(shape)
-    there = np.frombuffer(raw, np.uint8, size, start + 8 * size).reshape(shape) != 0
-    if not (np.isfinite(heat).all() and (heat >= 0).all()):
+    steps = head["steps"]
+    heats = np.frombuffer(raw, "<f4", 2 * size, start).reshape(2, *shape).astype(np.float32)
+    age = np.frombuffer(raw, "<i4", size, start + 8 * size).reshape(shape)
+    there = np.frombuffer(raw, np.uint8, size, start + 12 * size).reshape(shape) != 0
+    if not (np.isfinite(heats).all() and (heats >= 0).all()):
         raise ValueError("a heat in it is no number from 0 on")
-    return Heat(heat.astype(np.float32), age.astype(np.int32), there)
+    if not (isinstance(steps, int) and 0 < steps <= ENDLESS):
+        raise ValueError(f"it says {steps} steps")
+    return Heat(heats[0], heats[1], steps, age.astype(np.int32), there)
 
 
 def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int:
     """Put the heat into a cache that nobody has used, and the hottest experts into its slots;
     how many.  What was in the slots is out.
 
-    All are stamped alike, as used at step 1, with their heat as of now: their order is that of
-    heat, as it was, and from now on they cool alike.  Of equal heat the lower slot leaves first, so
-    that slots are given from the coldest up.
+    All are stamped alike, as used at the last step that was counted, with their heats as of now:
+    their order is as it was, and from now on they cool alike.  Of equal warmth the lower slot
+    leaves first, so that slots are given from the coldest up.
     """
     layers, capacity, nbytes = cache.slots.shape
     slot_of = np.full((layers, cache.experts), -1, np.int32)
@@ -145,7 +170,8 @@ def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int
     ops.copy_in(cache.slot_of, slot_of)
     ops.copy_in(cache.expert_in, expert_in)
     ops.copy_in(cache.heat, np.ascontiguousarray(heat.heat, np.float32))
-    ops.copy_in(cache.stamp, (heat.heat > 0).astype(np.int32))
-    ops.copy_in(cache.step, np.ones(1, np.int32))
+    ops.copy_in(cache.long_heat, np.ascontiguousarray(heat.long_heat, np.float32))
+    ops.copy_in(cache.stamp, np.where(heat.long_heat > 0, heat.steps, 0).astype(np.int32))
+    ops.copy_in(cache.step, np.array([heat.steps], np.int32))
     ops.synchronize()
     return int((expert_in >= 0).sum())

@@ -27,6 +27,7 @@ from osmium.ops.values import (
     ExpertArena,
     ExpertCache,
     ExpertPlan,
+    Fading,
     KeysValues,
     Linear,
     Replies,
@@ -37,8 +38,13 @@ from osmium.ops.values import (
 from osmium.quant.noise import Pattern
 
 __all__ = [
+<<<<<<< HEAD
     "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues",
     "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
+=======
+    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading", "KeysValues", "Linear", "Ops",
+    "Replies", "Rows", "SharedExpert", "Step",
+>>>>>>> mixed
 ]  # fmt: skip
 
 
@@ -330,9 +336,9 @@ class Ops(Protocol):
         At layer 0 the cache's step is raised by one.  The unique ids, ascending, become
         plan.expert.  An expert of this call that is in a slot is a hit.  Missing experts,
         ascending, take the free slots from the lowest up, then the victims: slots whose expert is
-        not of this call, coldest first, by heat as of now, ties by the older stamp, then by the
-        lower slot.  Then every expert of this call has its heat brought to now and raised by its
-        uses, and its stamp set.  counters[1] += pairs that hit.
+        not of this call, coldest first, by warmth as of now (values.Fading), ties by the older
+        stamp, then by the lower slot.  Then every expert of this call has both its heats brought
+        to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
 
         ids u16 [T, A]; the unique ids must not exceed the capacity: the caller's to see to.
         """

@@ -262,11 +262,14 @@ class GpuOps(GpuRows):
         REPLAY(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
 
     def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
+        fading = cache.fading
         PLACE(
             self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
-            cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer], cache.stamp[layer],
-            cache.step, cache.counters, ids, ids.nbytes // 2, cache.experts, cache.capacity,
-            plan.expert.shape[0], int(layer == 0), 1 / cache.half_life,
+            cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
+            cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
+            ids.nbytes // 2, cache.experts, cache.capacity, plan.expert.shape[0],
+            int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
+            fading.share,
         )  # fmt: skip
 
     def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:

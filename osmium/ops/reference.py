@@ -316,26 +316,29 @@ class ReferenceOps(ReferenceMaking):
             cache.step[0] += 1
         now = cache.step[0]
         slot_of, expert_in = cache.slot_of[layer], cache.expert_in[layer]
-        heat, stamp = cache.heat[layer], cache.stamp[layer]
+        heat, long_heat, stamp = cache.heat[layer], cache.long_heat[layer], cache.stamp[layer]
         experts, uses = np.unique(ids, return_counts=True)
         assert len(experts) <= cache.capacity, f"{len(experts)} experts, {cache.capacity} slots"
         missing = experts[slot_of[experts] < 0]
         plan.fetch[: len(experts)] = slot_of[experts] < 0
         cache.counters[1] += int(uses[slot_of[experts] >= 0].sum())
-        rate = np.float32(1 / cache.half_life)
+        fading, age = cache.fading, (stamp - now).astype(np.float32)
+        rate, long_rate = np.float32(1 / fading.half_life), np.float32(1 / fading.long_half_life)
+        short, long = heat * np.exp2(age * rate), long_heat * np.exp2(age * long_rate)
         if len(missing):
             free = np.flatnonzero(expert_in < 0)
             held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, experts))
             who = expert_in[held]
-            warmth = heat[who] * np.exp2((stamp[who] - now).astype(np.float32) * rate)
+            grown = 1 - np.exp2(np.float32(-(now + fading.earlier)) * long_rate)
+            warmth = grown * short[who] + np.float32(fading.share) * long[who]
             victims = held[np.lexsort((held, stamp[who], warmth))]
             taken = np.concatenate([free, victims])[: len(missing)]
             gone = expert_in[taken]
             slot_of[gone[gone >= 0]] = -1
             slot_of[missing] = taken
             expert_in[taken] = missing
-        faded = heat[experts] * np.exp2((stamp[experts] - now).astype(np.float32) * rate)
-        heat[experts] = faded + uses.astype(np.float32)
+        heat[experts] = short[experts] + uses.astype(np.float32)
+        long_heat[experts] = long[experts] + uses.astype(np.float32)
         stamp[experts] = now
         plan.count[0] = len(experts)
         plan.expert[: len(experts)] = experts

@@ -14,8 +14,8 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues",
-    "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
+    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading",
+    "KeysValues", "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
@@ -182,11 +182,43 @@ class ExpertArena:
 
 
 @dataclass(frozen=True)
+class Fading:
+    """How two counts of an expert's uses, one that fades fast and one that fades slowly, become
+    its warmth.
+
+    warmth = grown * heat + share * long_heat, in f32, both heats as of now
+    grown = 1 - 2^(-(step + earlier) / long_half_life)
+    share = weight * (1 - 2^(-1 / long_half_life)) / (1 - 2^(-1 / half_life))
+
+    That is the order of heat's uses a step plus `weight` times long heat's.  A count is uses a
+    step once it is divided by the sum of its weights, 1 / (1 - 2^(-1 / half_life)) in the end; of
+    the long one's, `grown` is there after so many steps.
+    """
+
+    half_life: float
+    """Steps in which an unused expert loses half of its heat."""
+    long_half_life: float
+    """The same of its long heat."""
+    weight: float
+    """What a use a step over the long count is worth, beside one over the other."""
+    earlier: int
+    """Steps without a use, said to have been before the first: first uses are no rate yet."""
+
+    @property
+    def share(self) -> float:
+        """What long heat is multiplied by."""
+        return (
+            self.weight * (1 - 2 ** (-1 / self.long_half_life)) / (1 - 2 ** (-1 / self.half_life))
+        )
+
+
+@dataclass(frozen=True)
 class ExpertCache:
     """The experts in VRAM: S slots a layer, who is in them, how much each expert is used.
 
-    `step` counts forward passes from 1, so that a stamp of 0 means never used.  A heat is stored as
-    it was at its stamp; now it is heat * exp2((stamp - step) * (1 / half_life)), in f32.
+    `step` counts forward passes from 1, so that a stamp of 0 means never used.  Heats are stored as
+    they were at the stamp; now a heat is heat * exp2((stamp - step) * (1 / half_life)), in f32, and
+    a long heat the same with its own half-life.
     """
 
     record: Record
@@ -194,8 +226,8 @@ class ExpertCache:
     """E."""
     capacity: int
     """S, slots a layer; capacity == E means wholly resident."""
-    half_life: float
-    """Steps in which an unused expert loses half of its heat."""
+    fading: Fading
+    """What makes an expert warm."""
     slots: Array
     """u8 [L, S, record.nbytes]."""
     slot_of: Array
@@ -203,6 +235,8 @@ class ExpertCache:
     expert_in: Array
     """i32 [L, S], the expert in a slot, or -1."""
     heat: Array
+    """f32 [L, E]."""
+    long_heat: Array
     """f32 [L, E]."""
     stamp: Array
     """i32 [L, E], the step of the last use."""

@@ -7,8 +7,9 @@ import pytest
 
 from osmium.bench import policies
 from osmium.errors import ConfigError
+from osmium.experts.cache import FADING
 from osmium.experts.routing import Recorder, Trace, read_trace
-from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops import ExpertCache, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 
@@ -25,14 +26,18 @@ def trace(rng: np.random.Generator, tokens: int, layers: int, experts: int, top_
     return Trace(ids, np.array([0]), experts)
 
 
-def test_a_decayed_count_hits_what_place_hits(rng: np.random.Generator) -> None:
-    """Token by token, layer by layer: the simulator is the operation."""
+@pytest.mark.parametrize("policy", [policies.SHIPPED, "decayed 24"])
+def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) -> None:
+    """Token by token, layer by layer: the simulator is the operation.  Decayed is what place does
+    where the long heat weighs nothing."""
     t = trace(rng, 120, 3, 20, 3)
     slots, layers, experts, skip = 8, 3, 20, 10
+    shape = (layers, experts)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, slots, 24.0, None,
-        np.full((layers, experts), -1, np.int32), np.full((layers, slots), -1, np.int32),
-        np.zeros((layers, experts), np.float32), np.zeros((layers, experts), np.int32),
+        Record(16, 8, 8), experts, slots,
+        FADING if policy == policies.SHIPPED else Fading(24.0, 512.0, 0.0, 19), None,
+        np.full(shape, -1, np.int32), np.full((layers, slots), -1, np.int32),
+        np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),
         np.zeros(1, np.int32), np.zeros(4, np.int64),
     )  # fmt: skip
     plan = ExpertPlan(*(np.zeros(n, np.int32) for n in (1, 3, 3, 3, 3, 3)))
@@ -43,7 +48,21 @@ def test_a_decayed_count_hits_what_place_hits(rng: np.random.Generator) -> None:
         for layer in range(layers):
             ops.place(plan, cache, layer, token[layer : layer + 1])
     wanted = cache.counters[1] / ((120 - skip) * layers * 3)
-    assert policies.hit_rate(t, slots, "decayed 24", skip) == pytest.approx(wanted, abs=2e-3)
+    assert policies.hit_rate(t, slots, policy, skip) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_warmth_orders_by_uses_a_step_of_late_and_over_long(rng: np.random.Generator) -> None:
+    steps, now = 90, 89
+    uses = rng.integers(0, 2, (steps, 12)).astype(np.float64)
+    ages = now - np.arange(steps)[:, None]
+    heat = (uses * 2 ** (-ages / FADING.half_life)).sum(axis=0)
+    long_heat = (uses * 2 ** (-ages / FADING.long_half_life)).sum(axis=0)
+    grown = 1 - 2 ** (-(steps + FADING.earlier) / FADING.long_half_life)
+    weights = (2 ** (-np.arange(4000) / FADING.half_life)).sum()
+    long_weights = (2 ** (-np.arange(steps + FADING.earlier) / FADING.long_half_life)).sum()
+    wanted = heat / weights + FADING.weight * long_heat / long_weights
+    found = grown * heat + FADING.share * long_heat
+    assert np.allclose(found / wanted, (found / wanted)[0], rtol=1e-12)
 
 
 def test_lru_equals_a_list_in_order_of_use(rng: np.random.Generator) -> None:

@@ -1,6 +1,7 @@
 """Heat that outlives an engine: saved, read, restored, and what is not believed."""
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,8 @@ import numpy as np
 import pytest
 
 from osmium.experts.arena import share_arena
-from osmium.experts.cache import make_cache, resident, verify
-from osmium.experts.heat import Heat, heat_of, keep_heat, read_heat, restore, save_heat
+from osmium.experts.cache import FADING, make_cache, resident, verify
+from osmium.experts.heat import ENDLESS, Heat, heat_of, keep_heat, read_heat, restore, save_heat
 from osmium.experts.store import Store
 from osmium.ops import ExpertCache
 from tests.experts.test_cache import EXPERTS, LAYERS, OPS, RECORD, TOP_K, parts, records, run
@@ -38,10 +39,12 @@ def leaving(cache: ExpertCache, layer: int) -> list[int]:
     who = cache.expert_in[layer]
     slots = np.flatnonzero(who >= 0)
     who = who[slots]
-    rate = np.float32(1 / cache.half_life)
-    warmth = cache.heat[layer][who] * np.exp2(
-        (cache.stamp[layer][who] - cache.step[0] - 1).astype(np.float32) * rate
-    )
+    fading, next_step = cache.fading, cache.step[0] + 1
+    age = (cache.stamp[layer][who] - next_step).astype(np.float32)
+    heat = cache.heat[layer][who] * np.exp2(age * np.float32(1 / fading.half_life))
+    long = cache.long_heat[layer][who] * np.exp2(age * np.float32(1 / fading.long_half_life))
+    grown = 1 - 2 ** (-(next_step + fading.earlier) / fading.long_half_life)
+    warmth = np.float32(grown) * heat + np.float32(fading.share) * long
     order = np.lexsort((slots, cache.stamp[layer][who], warmth))
     return [int(one) for one in who[order]]
 
@@ -56,13 +59,18 @@ def there_and_back(cache: ExpertCache, path: Path) -> Heat:
 def test_what_is_saved_is_what_is_read(used: tuple[ExpertCache, Store], tmp_path: Path) -> None:
     cache, _ = used
     now, back = heat_of(OPS, cache), there_and_back(cache, tmp_path / "new" / "a.heat")
-    for name in ("heat", "age", "resident"):
+    for name in ("heat", "long_heat", "steps", "age", "resident"):
         assert np.array_equal(getattr(now, name), getattr(back, name))
     assert np.array_equal(back.resident, resident(OPS, cache))
     never = cache.stamp == 0
-    assert (back.heat[never] == 0).all() and (back.age[never] == -1).all()
-    decay = np.exp2((cache.stamp - cache.step[0]) / cache.half_life)
-    assert np.allclose(back.heat, cache.heat * decay, rtol=1e-6)
+    assert (back.age[never] == -1).all() and back.steps == cache.step[0]
+    ages, fading = cache.step[0] - cache.stamp, cache.fading
+    for found, count, half_life in (
+        (back.heat, cache.heat, fading.half_life),
+        (back.long_heat, cache.long_heat, fading.long_half_life),
+    ):
+        assert (found[never] == 0).all()
+        assert np.allclose(found, count * np.exp2(-ages / half_life), rtol=1e-6)
     assert [one.name for one in (tmp_path / "new").iterdir()] == ["a.heat"]
 
 
@@ -78,8 +86,8 @@ def test_the_hottest_are_back_in_their_slots_byte_for_byte(
     assert count == there.sum() > 0
     assert verify(OPS, cache, arena, 1000, 0) == count
     for layer in range(LAYERS):
-        out = heat.heat[layer][~there[layer]]
-        assert not len(out) or heat.heat[layer][there[layer]].min() >= out.max()
+        order = heat.hottest(layer, EXPERTS)
+        assert set(order[:capacity]) == set(np.flatnonzero(there[layer]))
     assert cache.counters.tolist() == [0, 0, 0, 0]
 
 
@@ -98,6 +106,40 @@ def test_the_order_is_kept(used: tuple[ExpertCache, Store], arena: Any, tmp_path
         assert before == after
     again = heat_of(OPS, cache)
     assert np.array_equal(again.heat, heat.heat)
+    assert np.array_equal(again.long_heat, heat.long_heat) and again.steps == heat.steps
+
+
+def test_who_was_used_for_long_is_warmer_than_who_was_used_once(arena: Any) -> None:
+    """Two counts, both of them kept: one use just now, and many a while ago."""
+    shared, warm = share_arena(RECORD, arena), FADING
+    heat, long_heat = (np.zeros((LAYERS, EXPERTS), np.float32) for _ in range(2))
+    heat[:, 0], long_heat[:, 0] = 1, 1
+    heat[:, 1], long_heat[:, 1] = 0.5, (0.5 / warm.share) * 1.01
+    age = np.where(long_heat > 0, 0, -1).astype(np.int32)
+    heats = Heat(heat, long_heat, ENDLESS, age, long_heat > 0)
+    assert heats.hottest(0, 2).tolist() == [0, 1]
+    heats.long_heat[:, 1] += 1
+    assert heats.hottest(0, 2).tolist() == [1, 0]
+    cache = make_cache(OPS, shared, TOP_K, TOP_K)
+    restore(OPS, cache, shared, heats)
+    assert leaving(cache, 0) == [0, 1]
+
+
+def test_an_engine_that_ran_for_long_has_counted_no_more_than_changes_anything(
+    used: tuple[ExpertCache, Store], arena: Any, tmp_path: Path
+) -> None:
+    cache, _ = used
+    more = 40_000_000 - int(cache.step[0])
+    cache.stamp[cache.stamp > 0] += more
+    cache.step[0] += more
+    heat = there_and_back(cache, tmp_path / "a.heat")
+    assert heat.steps == ENDLESS and np.float32(1) == np.float32(
+        1 - 2 ** (-ENDLESS / FADING.long_half_life)
+    )
+    shared = share_arena(RECORD, arena)
+    again = make_cache(OPS, shared, CAPACITY, TOP_K)
+    restore(OPS, again, shared, heat)
+    assert np.array_equal(heat_of(OPS, again).long_heat, heat.long_heat)
 
 
 def test_of_equals_the_one_used_last_leaves_last(arena: Any) -> None:
@@ -107,7 +149,7 @@ def test_of_equals_the_one_used_last_leaves_last(arena: Any) -> None:
     age[:, :5] = [30, 10, 50, 20, 40]
     shared = share_arena(RECORD, arena)
     cache = make_cache(OPS, shared, 4, TOP_K)
-    restore(OPS, cache, shared, Heat(heat, age, heat > 0))
+    restore(OPS, cache, shared, Heat(heat, heat, 50, age, heat > 0))
     for layer in range(LAYERS):
         assert leaving(cache, layer) == [4, 0, 3, 1]
 
@@ -187,11 +229,26 @@ def test_a_heat_that_is_no_number_is_left_aside(
     used: tuple[ExpertCache, Store], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = heat_of(OPS, used[0])
-    for wrong in (np.nan, np.inf, -1):
-        heat = good.heat.copy()
-        heat[1, 2] = wrong
-        save_heat(tmp_path / "a.heat", WHOSE, Heat(heat, good.age, good.resident))
+    for name in ("heat", "long_heat"):
+        for wrong in (np.nan, np.inf, -1):
+            heat = getattr(good, name).copy()
+            heat[1, 2] = wrong
+            save_heat(tmp_path / "a.heat", WHOSE, replace(good, **{name: heat}))
+            is_left_aside(tmp_path / "a.heat", caplog)
+    for steps in (0, -1, ENDLESS + 1):
+        save_heat(tmp_path / "a.heat", WHOSE, replace(good, steps=steps))
         is_left_aside(tmp_path / "a.heat", caplog)
+
+
+def test_an_earlier_versions_heat_is_left_aside_and_its_version_said(
+    used: tuple[ExpertCache, Store], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.heat"
+    there_and_back(used[0], path)
+    raw = path.read_bytes()
+    path.write_bytes(raw[:7] + b"\1" + raw[8:])
+    is_left_aside(path, caplog)
+    assert "version 1" in caplog.text
 
 
 def test_any_damage_is_left_aside(

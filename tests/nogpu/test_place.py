@@ -19,7 +19,7 @@ import pytest
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.python import KERNELS
-from osmium.ops import ExpertCache, ExpertPlan
+from osmium.ops import ExpertCache, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 
@@ -39,6 +39,7 @@ class Sequence:
     tokens: int
     """At most, a call; slots >= tokens * top_k, or all experts fit."""
     half_life: float
+    long_half_life: float
     calls: int
     skew: float
     """0 uses all experts alike; 6 a few far more than the rest."""
@@ -46,12 +47,12 @@ class Sequence:
 
 
 SEQUENCES = {
-    "evicting": Sequence(37, 13, 3, 4, 5.3, 14, 3),
-    "thrashing": Sequence(20, 4, 4, 1, 1.7, 16, 0),
-    "resident": Sequence(17, 17, 2, 12, 16.0, 8, 1),
-    "ties": Sequence(24, 9, 3, 3, 1e9, 16, 0),
-    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 10, 0),
-    "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 20, 0, 64),
+    "evicting": Sequence(37, 13, 3, 4, 5.3, 60, 14, 3),
+    "thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 16, 0),
+    "resident": Sequence(17, 17, 2, 12, 16.0, 512, 8, 1),
+    "ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 16, 0),
+    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 80, 10, 0),
+    "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 512, 20, 0, 64),
 }
 
 
@@ -64,11 +65,12 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
         slots, held = rng.permutation(s.slots)[:taken], rng.permutation(s.experts)[:taken]
         expert_in[layer, slots], slot_of[layer, held] = held, slots
     return ExpertCache(
-        Record(16, 8, 8), s.experts, s.slots, s.half_life,
+        Record(16, 8, 8), s.experts, s.slots, Fading(s.half_life, s.long_half_life, 0.35, 19),
         slots=None,
         slot_of=slot_of,
         expert_in=expert_in,
         heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        long_heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
         stamp=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
         step=np.array([50], np.int32),
         counters=np.zeros(4, np.int64),
@@ -103,15 +105,18 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         reference.place(x, a, layer, ids)
         kernel[1, s.threads](
             y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, b.slot_of[layer],
-            b.expert_in[layer], b.heat[layer], b.stamp[layer], b.step, b.counters,
-            ids.reshape(-1), ids.size, s.experts, s.slots, entries, int(layer == 0),
-            np.float32(1 / s.half_life),
+            b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
+            b.counters, ids.reshape(-1), ids.size, s.experts, s.slots, entries, int(layer == 0),
+            b.fading.earlier, np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
+            np.float32(b.fading.share),
         )  # fmt: skip
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
         for name in TABLES:
             np.testing.assert_array_equal(getattr(b, name), getattr(a, name), f"{name}, {call}")
-        np.testing.assert_allclose(b.heat, a.heat, rtol=1e-6, err_msg=f"heat, {call}")
+        for name in ("heat", "long_heat"):
+            found, wanted = getattr(b, name), getattr(a, name)
+            np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{name}, {call}")
         evicted += int(((before >= 0) & (a.expert_in[layer] != before)).sum())
     assert evicted or s.slots == s.experts, "nothing had to leave: the sequence proves little"
     assert a.counters[1] > 0, "nothing was ever hit: the sequence proves little"
@@ -138,19 +143,22 @@ def test_the_compiled_kernel_keeps_to_its_contract() -> None:
     assert contract.entry == "place"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
-        "pairs", "experts", "capacity", "entries", "first", "rate",
+        "pairs", "experts", "capacity", "entries", "first", "earlier", "rate", "long_rate",
+        "share",
     ]  # fmt: skip
 
 
-def simulated() -> Any:
+def simulated(threads: int) -> Any:
     """The kernel for numba's simulator, launched as kernel[blocks, threads](...)."""
     from numba import cuda, float32, int32, uint32
 
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
+    names["WIDTH"] = threads
     function = KERNELS["place"].function
     known = {**function.__globals__, **names, "exp2": lambda x: np.exp2(np.float32(x))}
     return cuda.jit(types.FunctionType(function.__code__, known, "place"))
 
 
 if __name__ == "__main__":
-    compare(simulated(), np.random.default_rng(int(sys.argv[1])), SEQUENCES[sys.argv[2]])
+    sequence = SEQUENCES[sys.argv[2]]
+    compare(simulated(sequence.threads), np.random.default_rng(int(sys.argv[1])), sequence)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osmium.experts.cache import FADING
 from osmium.ops import (
     DeltaRoom,
     DeltaWeights,
@@ -546,6 +547,7 @@ def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
         "slot_of": slot_of,
         "expert_in": expert_in,
         "heat": rng.random((1, size.experts), np.float32) * 5,
+        "long_heat": rng.random((1, size.experts), np.float32) * 50,
         "stamp": rng.integers(1, 40, (1, size.experts), dtype=np.int32),
         "step": np.array([40], np.int32),
         "counters": np.zeros(4, np.int64),
@@ -554,8 +556,8 @@ def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
 
 def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
     return ExpertCache(
-        record, size.experts, size.slots, 24.0, a["cache_slots"], a["slot_of"], a["expert_in"],
-        a["heat"], a["stamp"], a["step"], a["counters"],
+        record, size.experts, size.slots, FADING, a["cache_slots"], a["slot_of"], a["expert_in"],
+        a["heat"], a["long_heat"], a["stamp"], a["step"], a["counters"],
     )  # fmt: skip
 
 
@@ -589,7 +591,8 @@ def place(rng: np.random.Generator, size: Size) -> Case:
         ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
 
     exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs")
-    return Case(arrays, call, {**dict.fromkeys(exact, "exact"), "heat": "f32"})
+    close = ("heat", "long_heat")
+    return Case(arrays, call, {**dict.fromkeys(exact, "exact"), **dict.fromkeys(close, "f32")})
 
 
 def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:

@@ -122,9 +122,11 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
 def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
+    nothing: Any = None
     return ExpertCache(
-        record, experts, slots.shape[1], 1.0, slots, slot_of, None, None, None, None, counters
-    )
+        record, experts, slots.shape[1], nothing, slots, slot_of, nothing, nothing, nothing,
+        nothing, nothing, counters,
+    )  # fmt: skip
 
 
 def experts(

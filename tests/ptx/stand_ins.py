@@ -4,9 +4,10 @@ Compiled text is not interpreted; the kernels themselves run in Numba's simulato
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-from osmium.ops import ExpertCache, ExpertPlan, Replies, Step
+from osmium.ops import ExpertCache, ExpertPlan, Fading, Replies, Step
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 
@@ -15,16 +16,17 @@ __all__ = ["STAND_INS"]
 
 def _place(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_place.py holds the kernel to the reference."""
-    arrays = [value.numpy() for value in values[:13]]
+    arrays = [value.numpy() for value in values[:14]]
     for value in values[:6]:
         value.touch()
-    slot_of, expert_in, heat, stamp, step, counters, ids = arrays[6:]
-    _, experts, capacity, _, first, rate = values[13:]
+    slot_of, expert_in, heat, long_heat, stamp, step, counters, ids = arrays[6:]
+    _, experts, capacity, _, first, earlier, rate, long_rate, share = values[14:]
     if not first:
         step[0] -= 1  # the reference raises it
+    fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, capacity, 1 / rate, None, slot_of[None], expert_in[None],
-        heat[None], stamp[None], step, counters,
+        Record(16, 8, 8), experts, capacity, replace(fading, weight=share / fading.share), None,
+        slot_of[None], expert_in[None], heat[None], long_heat[None], stamp[None], step, counters,
     )  # fmt: skip
     ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
 
