@@ -38,13 +38,8 @@ from osmium.ops.values import (
 from osmium.quant.noise import Pattern
 
 __all__ = [
-<<<<<<< HEAD
-    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues",
-    "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
-=======
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading", "KeysValues", "Linear", "Ops",
-    "Replies", "Rows", "SharedExpert", "Step",
->>>>>>> mixed
+    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading",
+    "KeysValues", "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
 ]  # fmt: skip
 
 
