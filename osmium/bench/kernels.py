@@ -191,12 +191,17 @@ class Cases:
         state = f32((len(sets) * self.tokens, *shape))
         inputs = f32((len(sets) * self.tokens, config.channels, 4))
         ab, small = self._matrices("ab")[0], f32((config.value_heads,))
-        norm = f32((config.value_dim,))
-        weights = DeltaWeights(f32((config.channels, 4)), ab, small, small, norm, config.eps)
-        of = (w.read, w.qkvz, w.h, weights, inputs, state)
-        room, pages = DeltaRoom(w.qkv, w.ab, w.decay, w.beta), np.zeros((self.tokens, 1))
-        steps = (self._step(i * self.tokens + t, pages) for i in sets)
-        return [partial(self.ops.delta_net, *of, room, step, False) for step in steps]
+        conv, norm = f32((config.channels, 4)), f32((config.value_dim,))
+        room = DeltaRoom(w.qkv, w.ab, w.decay, w.beta, w.read)
+        pages, found = np.zeros((self.tokens, 1)), self._matrices("delta_out")
+        calls: Calls = []
+        for i in sets:
+            out = found[i % len(found)]
+            weights = DeltaWeights(conv, ab, small, small, norm, out, config.eps)
+            of = (w.x, w.h, self.norm, w.qkvz, weights, inputs, state, room)
+            step = self._step(i * self.tokens + t, pages)
+            calls.append(partial(self.ops.delta_net, *of, step, False))
+        return calls
 
     def _attention(self, rope: bool) -> Calls:
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)
@@ -298,7 +303,6 @@ class Cases:
 
 MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
-    "linear_norm delta_out": ("_linear", "delta_out", "read"),
     "linear qgkv": ("_linear", "qgkv"), "rope_append": ("_attention", True),
     "gated_attention": ("_attention", False),
     "linear_norm attention_out": ("_linear", "attention_out", "attended"),

@@ -34,19 +34,18 @@ class DeltaNet:
             a_log=weights.array("a_log", heads),
             dt_bias=weights.array("dt_bias", heads),
             norm=weights.array("gated_norm", config.value_dim),
+            out=weights.linear("delta_out", hidden, width),
             eps=config.eps,
         )
-        self.out = weights.linear("delta_out", hidden, width)
 
     def mix(self, x: Array, step: Step, state: DeltaState, work: Workspace, norm: Array) -> None:
         """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         The sequences' states become those after the step."""
         ops, h = self.ops, work.h
         ops.linear(work.qkvz, h, self.qkvz)
-        room = DeltaRoom(work.qkv, work.ab, work.decay, work.beta)
+        room = DeltaRoom(work.qkv, work.ab, work.decay, work.beta, work.read)
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
         chunks = step.tokens - step.sequences > _FEW
         ops.delta_net(
-            work.read, work.qkvz, h, self.weights, state.conv, state.delta, room, step, chunks
+            x, h, norm, work.qkvz, self.weights, state.conv, state.delta, room, step, chunks
         )
-        ops.linear_norm(x, work.read, self.out, h, norm)

@@ -248,9 +248,10 @@ class Ops(Protocol):
 
     def delta_net(
         self,
-        out: Rows,
-        u: Array,
+        x: Array,
         h: Rows,
+        norm: Array,
+        u: Array,
         weights: DeltaWeights,
         inputs: Array,
         state: Array,
@@ -258,14 +259,14 @@ class Ops(Protocol):
         step: Step,
         chunks: bool,
     ) -> None:
-        """A delta net between its first matrix and its last:
+        """A delta net behind its first matrix:
             qkv = conv(u);  decay, beta = delta_gates(h @ ab.T)
-            out = gated_norm(rule(qkv, decay, beta), z, norm)
+            x += gated_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T;  h = norm(x)
         z are u's columns from C on; the rule is delta_chunk with `chunks`, else delta_step.
 
-        out [T, V * dv]    u f32 [T, C + V*dv]    h [T, D], not the last operation's
-        inputs f32 [slots, C, 4], conv's state    state f32 [slots, V, dk, dv]    dv % 32 == 0
-        What each does is said there.
+        x f32 [T, D]    h [T, D], not made by the last operation    norm f32 [D]
+        u f32 [T, C + V*dv]    inputs f32 [slots, C, 4], conv's state
+        state f32 [slots, V, dk, dv]    dv % 32 == 0    What each does is said there.
         """
 
     def delta_chunk(

@@ -84,7 +84,7 @@ def share(
     total = -(-rows // high)
     fixed, row, most = RING, SUMS + 4 * columns, MATVEC_ROWS
     if scaled:
-        fixed, row, most = fixed + SCALES, row + 2 * SUMS + columns // 32, DIGIT_ROWS
+        fixed, row, most = fixed + SCALES, row + 2 * SUMS, DIGIT_ROWS
     each = 2 if machine.shared >= 2 * (fixed + row) else 1
     blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
     if scaled:

@@ -169,9 +169,10 @@ class GpuOps(GpuRows):
 
     def delta_net(
         self,
-        out: Rows,
-        u: Array,
+        x: Array,
         h: Rows,
+        norm: Array,
+        u: Array,
         weights: DeltaWeights,
         inputs: Array,
         state: Array,
@@ -179,23 +180,30 @@ class GpuOps(GpuRows):
         step: Step,
         chunks: bool,
     ) -> None:
-        w, qkv, (_, value_heads, dk, dv) = weights, room.qkv, state.shape
+        w, qkv, read, (_, value_heads, dk, dv) = weights, room.qkv, room.read, state.shape
         if not one_each(step) or w.ab.format != "bf16":
-            read = out.f32.reshape(out.f32.shape[0], value_heads, dv)
+            heads = read.f32.reshape(read.f32.shape[0], value_heads, dv)
             self.plain_linear(room.ab, self.joined(h), w.ab, 0)
             self.conv(qkv, u, w.conv, inputs, step)
             self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
             rule = self.delta_chunk if chunks else self.delta_step
-            rule(read, qkv, room.decay, room.beta, state, step)
-            self.gated_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
-            self.settle(out)
+            rule(heads, qkv, room.decay, room.beta, state, step)
+            self.gated_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
+            self.settle(read)
+            self.linear_norm(x, read, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
+        # a head of 128 values is a group of digits, which its block can make for all
+        digits = dv == 128 and w.out.format == "int4" and fits_matvec(w.out)
         DELTA_TOKEN(
-            self.stream, step.sequences, out.split, u, h.split, h.squares or 0, w.conv, inputs,
-            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.past, step.slots,
-            key_heads, value_heads, dk, dv, u.shape[1], w.ab.columns, h.eps, w.eps,
+            self.stream, step.sequences, read.split, u, h.split, h.squares or 0, w.conv, inputs,
+            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.past, step.slots, key_heads,
+            value_heads, dk, dv, u.shape[1], w.ab.columns, int(digits), h.eps, w.eps,
         )  # fmt: skip
+        if digits:
+            self.matvec(x, read, w.out, h, norm, made=True)
+        else:
+            self.linear_norm(x, read, w.out, h, norm)
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step

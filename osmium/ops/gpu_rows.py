@@ -131,13 +131,13 @@ class GpuRows:
 
     def linear(self, out: Array, a: Rows, w: Linear) -> None:
         if fits_matvec(w) and self.fits(a):
-            self._matvec(out, a, w, None, None)
+            self.matvec(out, a, w, None, None)
         else:
             self.plain_linear(out, self.joined(a), w, 0)
 
     def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
         if fits_matvec(w) and w.rows % 8 == 0 and self.fits(a):
-            self._matvec(x, a, w, h, norm)
+            self.matvec(x, a, w, h, norm)
         else:
             self.plain_linear(x, self.joined(a), w, 1)
             self.norm(h, x, norm)
@@ -152,13 +152,17 @@ class GpuRows:
         else:
             LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group, add)
 
-    def _matvec(self, out: Array, a: Rows, w: Linear, h: Rows | None, norm: Array | None) -> None:
+    def matvec(
+        self, out: Array, a: Rows, w: Linear, h: Rows | None, norm: Array | None, made: bool = False
+    ) -> None:
+        """`made`: a.split holds digits, as ptx/int4_matvec_f32.ptx has them."""
         to = (0, 0, 0) if h is None else (h.split, norm, h.squares)
         tokens, some = a.f32.shape[0], self.share(w)
         MATVEC[w.format](
             self.stream, some.blocks, out, a.split, a.squares or 0, w.data,
             *([] if w.scale is None else [w.scale]), *to,
-            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, int(h is not None), a.eps,
+            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, int(h is not None),
+            *([int(made)] if w.format == "int4" else []), a.eps,
         )  # fmt: skip
 
     @staticmethod

@@ -246,17 +246,18 @@ class ReferenceOps(ReferenceMaking):
             state[s] = carried
 
     def delta_net(
-        self, out: Rows, u: Array, h: Rows, weights: DeltaWeights, inputs: Array, state: Array,
-        room: DeltaRoom, step: Step, chunks: bool,
+        self, x: Array, h: Rows, norm: Array, u: Array, weights: DeltaWeights, inputs: Array,
+        state: Array, room: DeltaRoom, step: Step, chunks: bool,
     ) -> None:  # fmt: skip
         w, qkv = weights, room.qkv
-        read = out.f32.reshape(-1, state.shape[1], state.shape[3])
+        read = room.read.f32.reshape(-1, state.shape[1], state.shape[3])
         self.linear(room.ab, h, w.ab)
         self.conv(qkv, u, w.conv, inputs, step)
         self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
         rule = self.delta_chunk if chunks else self.delta_step
         rule(read, qkv, room.decay, room.beta, state, step)
         self.gated_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
+        self.linear_norm(x, room.read, w.out, h, norm)
 
     def delta_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step

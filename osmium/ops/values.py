@@ -91,12 +91,14 @@ class DeltaWeights:
     """f32 [V]."""
     norm: Array
     """f32 [dv]."""
+    out: Linear
+    """[D, V * dv]."""
     eps: float
 
 
 @dataclass(frozen=True)
 class DeltaRoom:
-    """Where a delta net's parts leave what they make, if they run one by one."""
+    """Where a delta net's parts leave what they make."""
 
     qkv: Array
     """f32 [T, C], after the convolution."""
@@ -106,6 +108,8 @@ class DeltaRoom:
     """f32 [T, V]."""
     beta: Array
     """f32 [T, V]."""
+    read: Rows
+    """[T, V * dv], what the rule reads from its state, normed and gated."""
 
 
 @dataclass(frozen=True)

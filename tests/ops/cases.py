@@ -414,11 +414,12 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
         arrays = step_arrays(rng, size)
         tokens, channels, held = sum(size.lengths), _channels(size), len(size.lengths)
         heads, hidden, width = size.value_heads, size.hidden, size.value_heads * size.value_dim
+        group = group_of(width)
+        out = int4.quantize(_f32(rng, hidden, width) * np.float32(width**-0.5), group)
         arrays |= {
-            "out": _nan(tokens, heads, size.value_dim),
-            "u": _f32(rng, tokens, channels + width) * 2,
             "x": _f32(rng, tokens, hidden) * 3,
             "scale": _f32(rng, hidden) * np.float32(0.1),
+            "u": _f32(rng, tokens, channels + width) * 2,
             "conv": _f32(rng, channels, 4),
             "inputs": _f32(rng, held, channels, 4),
             "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
@@ -426,6 +427,8 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             "dt_bias": _f32(rng, heads),
             "state": _f32(rng, held, heads, size.key_dim, size.value_dim),
             "norm": _f32(rng, size.value_dim),
+            "out": out[0],
+            "out_scale": out[1],
             "qkv": _nan(tokens, channels),
             "ab": _nan(tokens, 2 * heads),
             "decay": _nan(tokens, heads),
@@ -434,14 +437,16 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             ab = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
-            weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], 1e-6)
-            room = DeltaRoom(a["qkv"], a["ab"], a["decay"], a["beta"])
-            out, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
-            step = _step(size, a)
-            ops.delta_net(out, a["u"], h, weights, a["inputs"], a["state"], room, step, chunks)
-            read_rows(ops, a["out"], out)
+            matrix = Linear("int4", hidden, width, a["out"], a["out_scale"], group)
+            weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], matrix, 1e-6)
+            read, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
+            room = DeltaRoom(a["qkv"], a["ab"], a["decay"], a["beta"], read)
+            ops.delta_net(
+                a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], room,
+                _step(size, a), chunks,
+            )  # fmt: skip
 
-        return Case(arrays, call, {"out": "rows", "state": "rows", "inputs": "exact"})
+        return Case(arrays, call, {"x": "rows", "state": "rows", "inputs": "exact"})
 
     return make
 

@@ -829,11 +829,22 @@ def _known(space: str, modifiers: list[str]) -> None:
         raise KeyError(".".join([space, *modifiers]))
 
 
+def _low_byte(program: Program, text: str, dtype: np.dtype[Any]) -> Operand:
+    """A wider register's, as st takes it: PTX ISA, operand size exceeding instruction-type size."""
+
+    def register(w: Warp, m: Mask) -> Values:
+        value = np.ascontiguousarray(w.read(text, m))
+        return value.view(dtype)[:: value.dtype.itemsize].copy()
+
+    return register
+
+
 def _store(program: Program, parts: list[str], args: list[str]) -> Run:
     space, dtype = parts[0], TYPES[parts[-1]]
     _known(space, parts[1:-1])
     address, count = _address(program, args[0], space), _vector(parts)
-    values = [_operand(program, n.strip(), dtype) for n in args[1].strip("{}").split(",")]
+    source = _low_byte if dtype.itemsize == 1 else _operand
+    values = [source(program, n.strip(), dtype) for n in args[1].strip("{}").split(",")]
     if len(values) != count:
         raise ValueError(f"{len(values)} registers for v{count}")
 

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.ops.reference import ReferenceOps
+from osmium.quant import int4
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ops.cases import Arrays, Case, kept_rows, run
 from tests.ptx.cases_attention import CASES
@@ -120,7 +121,7 @@ def test_a_delta_net_convolves_what_its_rule_reads(name: str, rng: np.random.Gen
         before = [a["inputs"][slot][:, (p - i) % 4] if p else np.zeros(channels) for i in (3, 2, 1)]
         row = silu(sum(a["conv"].T * np.array([*before, a["u"][s, :channels]])))
         np.testing.assert_array_equal(out["inputs"][slot][:, p % 4], case.arrays["u"][s, :channels])
-        x = a["x"][s]
+        x, made = a["x"][s], []
         gate = ab @ (x / np.sqrt(np.mean(x * x) + 1e-6) * (1 + a["scale"]))
         decay = np.exp(-np.exp(a["a_log"]) * np.log1p(np.exp(gate[:heads] + a["dt_bias"])))
         beta = 1 / (1 + np.exp(-gate[heads:]))
@@ -134,7 +135,9 @@ def test_a_delta_net_convolves_what_its_rule_reads(name: str, rng: np.random.Gen
             o = o / np.sqrt(np.mean(o * o) + 1e-6) * a["norm"]
             z = a["u"][s, channels:].reshape(heads, dv)[j]
             assert close(out["state"][slot, j], state, "rows")
-            assert close(out["out"][s, j], o * silu(z), "rows")
+            made.append(o * silu(z))
+        matrix = int4.dequantize(case.arrays["out"], case.arrays["out_scale"]).astype(float)
+        assert close(out["x"][s], x + matrix @ np.concatenate(made), "rows")
 
 
 def silu(x: F64) -> F64:

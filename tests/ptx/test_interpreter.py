@@ -569,6 +569,12 @@ def test_every_f16_widens_exactly() -> None:
         assert np.array_equal(np.signbit(found[zeros]), sign[zeros] < 0)
 
 
+def test_a_byte_is_stored_from_the_low_end_of_a_word() -> None:
+    words = np.arange(32, dtype=np.uint32) * 0x01020304
+    found = run("ld.global.u32 %a, [%in0]; st.global.u8 [%out], %a;", words, out=np.uint8)
+    assert np.array_equal(found, words.astype(np.uint8))
+
+
 def test_integers_convert_by_their_signs() -> None:
     value = np.array([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x01000001, 0x12345678], np.uint32)
     value = np.resize(value, 32)
