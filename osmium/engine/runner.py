@@ -28,7 +28,7 @@ LOGIT_ROWS = 16
 RING = 8
 """Steps of a reply that may be on their way at once, and one more."""
 
-PEAK_SLICES = 32
+PEAK_SLICES = 128
 """Slices of a row of logits that are searched side by side."""
 
 NO_LIMIT = 1 << 30

@@ -122,14 +122,33 @@ def draw(
     row = cuda.blockIdx.x
     base = int64(row) * vocab
 
-    # -- 1. the largest logit of the row; every thread looks for itself
+    # -- 1. the largest logit of the row, of the first slice that has it
     largest = float32(-3.4e38)
     first = int32(0x7FFFFFFF)
-    for s in range(slices):
+    s = me
+    while s < slices:
         if best[row * slices + s] > largest:
             largest = best[row * slices + s]
             first = where[row * slices + s]
+        s += width
     temperature = settings[row * 4]
+    values[me] = largest
+    order[me] = first
+    cuda.syncthreads()  # every thread's own is there
+    half = width // 2
+    while half > 0:
+        if me < half:
+            other = me + half
+            if values[other] > values[me] or (
+                values[other] == values[me] and uint32(order[other]) < uint32(order[me])
+            ):
+                values[me] = values[other]
+                order[me] = order[other]
+        cuda.syncthreads()  # this half is done before the next is read
+        half //= 2
+    largest = values[0]
+    first = order[0]
+    cuda.syncthreads()  # both are read before they are used again
     if first == int32(0x7FFFFFFF):
         first = int32(-1)  # every logit is minus infinity
     if first < 0 or temperature == float32(0):
