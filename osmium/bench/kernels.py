@@ -295,7 +295,8 @@ class Cases:
             settings=ops.put(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows, 1))),
             chance=ops.mailbox((ring, rows), np.float64), token=i32([0] * rows),
             left=i32([0] * rows), heed=i32([0] * rows), eos=i32([-9]), turn=i32([0]),
-            mail=ops.mailbox((1 + ring * rows,), np.int32), best=ops.empty((rows, PEAK_SLICES), np.float32),
+            mail=ops.mailbox((1 + ring * rows,), np.int32),
+            best=ops.empty((rows, PEAK_SLICES), np.float32),
             where=ops.empty((rows, PEAK_SLICES), np.int32),
         )  # fmt: skip
         sets = self._sets(4 * rows * vocab)

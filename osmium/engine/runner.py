@@ -20,7 +20,7 @@ from osmium.models.qwen3_5_moe import Model
 from osmium.models.state import State
 from osmium.ops import Ops, Replies, Step
 
-__all__ = ["LOGIT_ROWS", "Reply", "Runner", "runner_bytes"]
+__all__ = ["LOGIT_ROWS", "PEAK_SLICES", "Reply", "Runner", "runner_bytes"]
 
 LOGIT_ROWS = 16
 """Rows of logits computed at a time: 16 MB at a vocabulary of 248 k."""
