@@ -14,12 +14,16 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear", "Replies", "Rows",
-    "SharedExpert", "Step", "rows_bytes",
+    "ARRIVED", "Array", "ExpertArena", "ExpertCache", "ExpertPlan", "KeysValues", "Linear",
+    "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
+
+ARRIVED = 8
+"""Words that a router counts in what of its scores has arrived: one a token, up to eight, beyond
+which others do its work."""
 
 
 @dataclass(frozen=True)

@@ -554,13 +554,14 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "bfind": lambda a: (np.frexp(a.astype(np.float64))[1] - 1).astype(np.uint32),
     "shl": _shift(True), "shr": _shift(False),
     "ex2": _approx(np.exp2), "lg2": _approx(np.log2), "rcp": _approx(np.reciprocal),
     "sqrt": _approx(np.sqrt), "rsqrt": _approx(lambda a: 1 / np.sqrt(a)),
     "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "lg2": 1,
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "bfind": 1, "ex2": 1, "lg2": 1,
          "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
@@ -581,7 +582,7 @@ def _compile(program: Program, line: str) -> Run:
     special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
-        "mma": _mma, "cp": _copy, "atom": _atomic, "membar": _fence, "redux": _redux, "bar": _warp,
+        "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
     }  # fmt: skip
     try:
         if base in special:
@@ -863,8 +864,9 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
-    """An addition that gives back what was there; one lane, as that is all that is used."""
-    if parts != ["global", "add", "u32"]:
+    """An addition that gives back what was there; one lane, as that is all that is used.  Blocks
+    take turns: all that they wrote before is there, as acq_rel says."""
+    if parts != ["acq_rel", "gpu", "global", "add", "u32"]:
         raise KeyError(".".join(parts))
     address, value = _address(program, args[1], "global"), _operand(program, args[2], TYPES["u32"])
 
@@ -878,13 +880,6 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
         w.write(args[0], np.full(LANES, word[0], np.uint32), m)
 
     return add
-
-
-def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
-    """Blocks go one after another: all they wrote is there."""
-    if parts != ["gl"]:
-        raise KeyError(".".join(parts))
-    return lambda w, m: None
 
 
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:

@@ -686,6 +686,15 @@ def test_wide_products_keep_every_bit(rng: np.random.Generator) -> None:
     assert found.tolist() == [x * y - 5 for x, y in signed]
 
 
+def test_the_highest_bit_is_found() -> None:
+    bits = np.uint32(1) << LANE | (LANE & 1)
+    np.testing.assert_array_equal(
+        run("ld.global.u32 %a, [%in0]; bfind.u32 %b, %a; st.global.u32 [%out], %b;", bits), LANE
+    )
+    none = run("mov.u32 %a, 0; bfind.u32 %b, %a; st.global.u32 [%out], %b;")
+    np.testing.assert_array_equal(none, np.full(32, 0xFFFFFFFF, np.uint32))
+
+
 def test_a_pair_of_halves_is_low_then_high(rng: np.random.Generator) -> None:
     value = rng.integers(0, 1 << 63, 32, np.uint64)
     body = """
