@@ -72,7 +72,7 @@ class Workspace:
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    arrived = ops.empty((ARRIVED,), np.int32)
+    arrived = ops.empty(ARRIVED, np.int32)
     ops.fill(arrived, 0)
     arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
@@ -87,7 +87,7 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
     """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
     read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    return rows * (wide + read) + 4 * (math.prod(_partial(config)) + ARRIVED)
+    return rows * (wide + read) + 4 * (math.prod(_partial(config)) + math.prod(ARRIVED))
 
 
 def _partial(config: ModelConfig) -> tuple[int, ...]:

@@ -21,9 +21,9 @@ __all__ = [
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
 
-ARRIVED = 8
-"""Words that a router counts in what of its scores has arrived: one a token, up to eight, beyond
-which others do its work."""
+ARRIVED = (8, 288)
+"""Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
+work, and of each a key an expert, up to 256, and who has sent them."""
 
 
 @dataclass(frozen=True)
