@@ -752,14 +752,16 @@ def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
-    if parts != ["sync", "max", "u32"] or int(args[2], 0) != 0xFFFFFFFF:
+    if parts[:2] != ["sync", "max"] or parts[2] not in ("u32", "s32"):
         raise KeyError(".".join(parts))
-    value = _operand(program, args[1], TYPES["u32"])
+    if int(args[2], 0) != 0xFFFFFFFF:
+        raise ValueError("only whole warps reduce")
+    value = _operand(program, args[1], TYPES[parts[2]])
 
     def largest(w: Warp, m: Mask) -> None:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at a reduction")
-        w.write(args[0], np.full(LANES, value(w, m).max(), np.uint32), m)
+        w.write(args[0], np.full(LANES, value(w, m).max()), m)
 
     return largest
 
