@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.ops import Array, Ops, Rows
-from osmium.ops.values import rows_bytes
+from osmium.ops.values import ARRIVED, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
@@ -61,7 +61,7 @@ class Workspace:
     partial: Array
     """f32 [SPLITS, H, d + 2], what blocks that share contexts leave."""
     arrived: Array
-    """i32 [1], 0: blocks of the router that have ended."""
+    """i32 [ARRIVED], 0: what of the router's scores has arrived."""
 
     def first(self, tokens: int) -> "Workspace":
         """The same, cut to a step's rows."""
@@ -72,7 +72,7 @@ class Workspace:
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    arrived = ops.empty((1,), np.int32)
+    arrived = ops.empty(ARRIVED, np.int32)
     ops.fill(arrived, 0)
     arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
@@ -87,7 +87,7 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
     """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
     read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    return rows * (wide + read) + 4 * math.prod(_partial(config)) + 4
+    return rows * (wide + read) + 4 * (math.prod(_partial(config)) + math.prod(ARRIVED))
 
 
 def _partial(config: ModelConfig) -> tuple[int, ...]:

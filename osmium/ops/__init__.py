@@ -307,7 +307,7 @@ class Ops(Protocol):
     ) -> None:
         """scores = h @ W.T; route; and where there is a trace, replay.
 
-        scores f32 [T, N]    h [T, D]    w [N, D]    arrived i32 [1], 0 before and after
+        scores f32 [T, N]    h [T, D]    w [N, D]    arrived i32 [ARRIVED], 0 before and after
         """
 
     def route(

@@ -14,12 +14,16 @@ from typing import Any, Literal
 from osmium.quant.record import Record
 
 __all__ = [
-    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading",
-    "KeysValues", "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
+    "ARRIVED", "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan",
+    "Fading", "KeysValues", "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
+
+ARRIVED = (8, 288)
+"""Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
+work, and of each a key an expert, up to 256, and who has sent them."""
 
 
 @dataclass(frozen=True)

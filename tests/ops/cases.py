@@ -27,6 +27,7 @@ from osmium.ops import (
     SharedExpert,
     Step,
 )
+from osmium.ops.values import ARRIVED
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
 from osmium.quant.record import Record, group_of
@@ -472,15 +473,15 @@ def route(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
 
 
-def router(rng: np.random.Generator, size: Size) -> Case:
-    """Scores far enough apart that rounding turns no choice over; twice, as a launch leaves
-    `arrived` as it was."""
+def router(rng: np.random.Generator, size: Size, equal: int = 1) -> Case:
+    """Scores far enough apart that rounding turns no choice over, but for `equal` of each, which
+    are the same bits; twice, as a launch leaves `arrived` as it was."""
     tokens, count = min(5, sum(size.lengths)), size.experts + 1
     places = np.argsort(rng.random((tokens, count)), axis=1)
     x = np.zeros((tokens, size.hidden), np.float32)
     x[:, :tokens] = np.eye(tokens, dtype=np.float32) * np.float32(size.hidden**0.5)
     w = np.zeros((count, size.hidden), np.float32)
-    w[:, :tokens] = (places.T - count / 2) / 16
+    w[:, :tokens] = (places.T // equal * equal - count / 2) / 16
     arrays: Arrays = {
         "ids": np.full((2, tokens, size.top_k), 999, np.uint16),
         "weights": _nan(2, tokens, size.top_k),
@@ -489,7 +490,7 @@ def router(rng: np.random.Generator, size: Size) -> Case:
         "norm": np.zeros(size.hidden, np.float32),
         "w": bf16_from_f32(w),
         "counters": np.zeros(4, np.int64),
-        "arrived": np.zeros(1, np.int32),
+        "arrived": np.zeros(ARRIVED, np.int32),
         "trace": rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16),
         "positions": rng.integers(0, 1 << 18, tokens).astype(np.int32),
     }

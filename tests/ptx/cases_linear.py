@@ -193,10 +193,10 @@ def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
     return make
 
 
-def router(hidden: int, experts: int, top_k: int) -> Make:
+def router(hidden: int, experts: int, top_k: int, equal: int = 1) -> Make:
     """Five tokens; of more than eight scores every block has some."""
     size = replace(TINY, hidden=hidden, experts=experts, top_k=top_k)
-    return lambda rng: cases.router(rng, size)
+    return lambda rng: cases.router(rng, size, equal)
 
 
 def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Make:
@@ -287,6 +287,8 @@ CASES: dict[str, Make] = {
     "router, two blocks": router(64, 9, 3),
     "router, uneven blocks": router(320, 68, 32),
     "router, many tiles a block": router(128, 256, 8),
+    "router, ties": router(64, 150, 12, 5),
+    "router, all the same": router(64, 40, 32, 41),
     "fetch one page": fetch(16, 8, (1, 0, 1), 5),
     "fetch nothing": fetch(16, 8, (0, 0), 2),
     "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),

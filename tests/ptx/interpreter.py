@@ -3,7 +3,8 @@
 A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lowest instruction go
 first, so that they meet again.  The warps of a block run one after another, each until a barrier,
 in a seeded random order that changes at every barrier: a missing one shows.  Blocks begin in random
-order, a few at once, and take turns at random.
+order, a few at once, and take turns at random.  What is stored relaxed is seen late, by who looks
+again.
 
 Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
@@ -427,7 +428,22 @@ class InterpretedStream:
     ) -> None:
         self.machine, self.without = machine, without
         self.rng = np.random.default_rng(seed)
-        self._programs: dict[str, Program] = {}
+        self.programs: dict[str, Program] = {}
+        self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
+        """What lanes stored, relaxed, and nobody sees yet."""
+
+    def land(self, chance: float) -> None:
+        """Let each relaxed store be seen, by chance; those of one place in their order."""
+        stays = self.rng.random(len(self.late)) >= chance
+        late, self.late = self.late, []
+        places: set[tuple[int, int]] = set()  # of those that are still late
+        for (block, at, data), stay in zip(late, stays, strict=True):
+            place = (id(block), int(at[0]))
+            if stay or place in places:
+                places.add(place)
+                self.late.append((block, at, data))
+            else:
+                block.data[at], block.written[at] = data, True
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         """Run every block of a launch."""
@@ -438,11 +454,11 @@ class InterpretedStream:
         if contract.block % LANES:
             raise PtxFault(f"{contract.entry}: {contract.block} threads are not whole warps")
         kernel.pack(values)  # the ABI's own checks
-        program = self._programs.get(contract.entry)
+        program = self.programs.get(contract.entry)
         if program is None:
             entry, which = self.without or ("", None)
             program = parse_program(contract.text, which if entry == contract.entry else None)
-            self._programs[contract.entry] = program
+            self.programs[contract.entry] = program
         named = dict(zip(program.params, values, strict=True))
         whole: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
         blocks = [
@@ -464,6 +480,7 @@ class InterpretedStream:
                 turns = 1 << int(self.rng.integers(6))  # one may be over while another has slept
                 if not all(next(there[at], False) for _ in range(turns)):
                     there.pop(at)
+        self.land(1)
 
     def _block(
         self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
@@ -554,14 +571,15 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
     "neg": np.negative, "abs": np.abs, "and": np.bitwise_and, "or": np.bitwise_or,
     "xor": np.bitwise_xor, "not": np.invert,
     "popc": lambda a: np.bitwise_count(a).astype(np.uint32),
+    "bfind": lambda a: (np.frexp(a.astype(np.float64))[1] - 1).astype(np.uint32),
     "shl": _shift(True), "shr": _shift(False),
     "ex2": _approx(np.exp2), "lg2": _approx(np.log2), "rcp": _approx(np.reciprocal),
     "sqrt": _approx(np.sqrt), "rsqrt": _approx(lambda a: 1 / np.sqrt(a)),
     "sin": _approx(np.sin), "cos": _approx(np.cos),
 }  # fmt: skip
 
-COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "ex2": 1, "lg2": 1,
-         "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
+COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "bfind": 1,
+         "ex2": 1, "lg2": 1, "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
 MODIFIERS = {"rn", "approx", "lo", "pred"}
@@ -581,7 +599,7 @@ def _compile(program: Program, line: str) -> Run:
     special: dict[str, Callable[[Program, list[str], list[str]], Run]] = {
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
-        "mma": _mma, "cp": _copy, "atom": _atomic, "membar": _fence, "redux": _redux, "bar": _warp,
+        "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
     }  # fmt: skip
     try:
         if base in special:
@@ -734,14 +752,16 @@ def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
-    if parts != ["sync", "max", "u32"] or int(args[2], 0) != 0xFFFFFFFF:
+    if parts[:2] != ["sync", "max"] or parts[2] not in ("u32", "s32"):
         raise KeyError(".".join(parts))
-    value = _operand(program, args[1], TYPES["u32"])
+    if int(args[2], 0) != 0xFFFFFFFF:
+        raise ValueError("only whole warps reduce")
+    value = _operand(program, args[1], TYPES[parts[2]])
 
     def largest(w: Warp, m: Mask) -> None:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at a reduction")
-        w.write(args[0], np.full(LANES, value(w, m).max(), np.uint32), m)
+        w.write(args[0], np.full(LANES, value(w, m).max()), m)
 
     return largest
 
@@ -786,6 +806,7 @@ def _vector(parts: list[str]) -> int:
 
 
 def _load(program: Program, parts: list[str], args: list[str]) -> Run:
+    relaxed, parts = _relaxed(parts)
     space, dtype = parts[0], TYPES[parts[-1]]
     if space == "param":
         name = args[1].strip("[] ")
@@ -803,6 +824,8 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
         raise ValueError(f"{len(names)} registers for v{count}")
 
     def load(w: Warp, m: Mask) -> None:
+        if relaxed:
+            w.machine.stream.land(0.5)
         for lanes in _by_array(space, address(w, m), m):
             load_one(w, lanes)
 
@@ -840,6 +863,7 @@ def _low_byte(program: Program, text: str, dtype: np.dtype[Any]) -> Operand:
 
 
 def _store(program: Program, parts: list[str], args: list[str]) -> Run:
+    relaxed, parts = _relaxed(parts)
     space, dtype = parts[0], TYPES[parts[-1]]
     _known(space, parts[1:-1])
     address, count = _address(program, args[0], space), _vector(parts)
@@ -852,10 +876,23 @@ def _store(program: Program, parts: list[str], args: list[str]) -> Run:
         block, at = w.memory(space, address(w, m), m)
         rows = _reach(block, at, dtype.itemsize * count, w.where, read=False)
         columns = [value(w, m) if m is None else value(w, m)[m] for value in values]
-        block.data[rows] = np.stack(columns, axis=1).view(np.uint8)
+        data = np.stack(columns, axis=1).view(np.uint8)
+        if relaxed:
+            w.machine.stream.late += [(block, *one) for one in zip(rows, data, strict=True)]
+            return
+        block.data[rows] = data
         block.written[rows] = True
 
     return store
+
+
+def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
+    """Whether a load or store is relaxed, among all blocks, and the rest of its name."""
+    if parts[0] != "relaxed":
+        return False, parts
+    if parts[1:3] != ["gpu", "global"]:
+        raise KeyError(".".join(parts))
+    return True, parts[2:]
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
@@ -874,8 +911,9 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
-    """An addition that gives back what was there; one lane, as that is all that is used."""
-    if parts != ["global", "add", "u32"]:
+    """An addition that gives back what was there; one lane, as that is all that is used.  Relaxed,
+    it says nothing of stores before it: those on their way stay on it."""
+    if parts != ["relaxed", "gpu", "global", "add", "u32"]:
         raise KeyError(".".join(parts))
     address, value = _address(program, args[1], "global"), _operand(program, args[2], TYPES["u32"])
 
@@ -889,13 +927,6 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
         w.write(args[0], np.full(LANES, word[0], np.uint32), m)
 
     return add
-
-
-def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
-    """Blocks go one after another: all they wrote is there."""
-    if parts != ["gl"]:
-        raise KeyError(".".join(parts))
-    return lambda w, m: None
 
 
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:

@@ -1,4 +1,5 @@
-"""A barrier that orders shared data cannot be taken away: some case fails without it."""
+"""A barrier that orders shared data cannot be taken away, nor the loop that waits for what other
+blocks send: some case fails without it."""
 
 import re
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
-from tests.ptx.interpreter import InterpretedMachine, PtxFault
+from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
 from tests.ptx.kernels import FOLDER, NAMES
 
 Make = Callable[[np.random.Generator], Case]
@@ -50,12 +51,16 @@ def cases_of(name: str) -> list[Make]:
     return found
 
 
-def right(make: Make, seed: int, without: tuple[str, int] | None) -> bool:
-    """Whether a case comes out as its reference, with one barrier left out or none."""
+def right(
+    make: Make, seed: int, without: tuple[str, int] | None, text: dict[str, str] | None = None
+) -> bool:
+    """Whether a case comes out as its reference, with one barrier left out or none, or with
+    another text of a kernel."""
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
-    case = make(np.random.default_rng(seed))
+    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:
-        found = run(case, GpuOps(InterpretedMachine(seed, without)))
+        found = run(case, GpuOps(machine))
     except PtxFault:
         return False
     return all(
@@ -68,3 +73,11 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
     makes = cases_of(name)
     assert makes and right(makes[0], 0, None), "it is right with all of them"
     assert any(not right(make, seed, (name, which)) for seed in SEEDS for make in makes)
+
+
+def test_a_router_that_does_not_wait_for_all_scores_fails() -> None:
+    text = (FOLDER / "router_f32.ptx").read_text()
+    once, waits = re.subn(r"@%more bra +await;", "", text)
+    makes = cases_of("router_f32")[:3]
+    assert waits == 1 and all(right(make, seed, None) for seed in SEEDS for make in makes)
+    assert any(not right(make, s, None, {"router_f32": once}) for s in SEEDS for make in makes)

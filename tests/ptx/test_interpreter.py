@@ -474,6 +474,47 @@ def test_additions_to_one_word_all_count(rng: np.random.Generator) -> None:
     assert found.tolist() == [ones, (ones + 3 * sum(value.tolist())) & ones]
 
 
+def test_a_relaxed_store_is_seen_late_and_by_who_looks_again() -> None:
+    """A block stores its word and counts; the last one reads all, once or until they are there."""
+    body = """
+        ld.param.u64 %far, [out];
+        mov.u32 %a, %ctaid.x;
+        mad.wide.u32 %wide, %a, 4, %far;
+        setp.ne.u32 %p, %t, 0;
+        @%p ret;
+        add.u32 %a, %a, 1;
+        st.relaxed.gpu.global.u32 [%wide+4], %a;
+        atom.relaxed.gpu.global.add.u32 %b, [%far], 1;
+        setp.ne.u32 %p, %b, 2;
+        @%p ret;
+        again:
+        ld.relaxed.gpu.global.u32 %a, [%far+4];
+        ld.relaxed.gpu.global.u32 %b, [%far+8];
+        ld.relaxed.gpu.global.u32 %c, [%far+12];
+        min.u32 %d, %a, %b;
+        min.u32 %d, %d, %c;
+        setp.eq.u32 %p, %d, 0;
+        @%p bra again;
+        add.u32 %a, %a, %b;
+        add.u32 %a, %a, %c;
+        st.global.u32 [%far+16], %a;
+    """
+    again, once = (
+        {zeroed(text, 5, 3, seed)[4] for seed in ORDERS}
+        for text in (body, body.replace("@%p bra again;", ""))
+    )
+    assert again == {6} and len(once) > 1
+
+
+def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
+    """What a body leaves in `out`, which starts as zeros."""
+    machine = InterpretedMachine(seed)
+    out = machine.empty((count,), np.uint32)
+    machine.fill(out, 0)
+    launch(machine, module(body, 0, [4], 32, 0), out, blocks=blocks)
+    return machine.copy_out(out)
+
+
 # -- what is not known -----------------------------------------------------------------------------
 
 
@@ -690,6 +731,15 @@ def test_wide_products_keep_every_bit(rng: np.random.Generator) -> None:
     line = "mov.b64 %far, -5; mad.wide.s32 %wide, %a, %b, %far;"
     found = run(f"{load} {line} {end}", a, b, out=np.int64)
     assert found.tolist() == [x * y - 5 for x, y in signed]
+
+
+def test_the_highest_bit_is_found() -> None:
+    bits = np.uint32(1) << LANE | (LANE & 1)
+    np.testing.assert_array_equal(
+        run("ld.global.u32 %a, [%in0]; bfind.u32 %b, %a; st.global.u32 [%out], %b;", bits), LANE
+    )
+    none = run("mov.u32 %a, 0; bfind.u32 %b, %a; st.global.u32 [%out], %b;")
+    np.testing.assert_array_equal(none, np.full(32, 0xFFFFFFFF, np.uint32))
 
 
 def test_a_pair_of_halves_is_low_then_high(rng: np.random.Generator) -> None:
