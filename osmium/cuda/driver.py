@@ -134,17 +134,18 @@ class Device:
         """Wait for everything on this device."""
         self.driver("cuCtxSynchronize")
 
-    def dynamic(self, contract: Any, nbytes: int) -> int:
+    def dynamic(self, contract: Any, nbytes: int, rows: int) -> int:
         """Bytes of dynamic shared memory to launch a kernel with that needs so many.
 
-        A kernel whose blocks are to be apart asks for so much that no more of them fit on a
-        multiprocessor.  Where it starts before the last has ended, they would else crowd where that
-        one leaves room first, and the others' bandwidth would be nobody's.
+        A kernel whose blocks are to be apart, with `rows` in its grid, asks for so much that no
+        more of them fit on a multiprocessor.  Where it starts before the last has ended, they would
+        else crowd where that one leaves room first, and other multiprocessors would stand idle.
         """
         if not contract.apart:
             return nbytes
         shared: int = contract.shared
-        least: int = self._shared_in_all // (contract.apart + 1) + 1 - self._shared_kept - shared
+        each = self._shared_in_all // (contract.apart * rows + 1)
+        least: int = each + 1 - self._shared_kept - shared
         return max(nbytes, min(-(least // -128) * 128, self.shared - shared))
 
     def text(self, contract: Any) -> str:

@@ -98,10 +98,10 @@ class Stream:
         contract = kernel.contract
         buffer = kernel.pack(values)
         dynamic = 0 if contract.dynamic is None else contract.dynamic(_sizes(contract, values))
-        dynamic = self.device.dynamic(contract, dynamic)
         entry = contract.entry
         found = self._packed.get(kernel)
         x, y, z = (*grid, 1, 1)[:3]
+        dynamic = self.device.dynamic(contract, dynamic, y)
         try:
             if found is None or dynamic > found[2]:
                 found = (

@@ -147,7 +147,7 @@ class Contract:
     shared: int = 0
     dynamic: Expression | None = None
     apart: int = 0
-    """Blocks of it on a multiprocessor, at most; 0: as many as there is room for."""
+    """Blocks of a row of the grid that a multiprocessor has, at most; 0: as many as find room."""
     regs: int = 255
     targets: tuple[str, ...] = ()
     moves: Expression | None = None

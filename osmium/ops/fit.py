@@ -13,7 +13,7 @@ from osmium.quant.record import Record
 __all__ = [
     "EXPERT_TILES", "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec",
     "fits_shared",
-    "kept", "one_each", "share", "share_context",
+    "kept", "one_each", "share", "share_context", "share_down",
 ]  # fmt: skip
 
 MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
@@ -36,6 +36,9 @@ RING = 32 << 10
 
 SUMS = 2 << 10
 """Bytes of it, a token, for what the warps of a block add up."""
+
+SUMS_DOWN = 4 << 10
+"""The same of the experts' second half, which has twice the warps and does one token a block."""
 
 SCALES = 16 << 10
 """Bytes of it for a block's scales, at most."""
@@ -92,6 +95,20 @@ def share(
     if tiles is not None:
         blocks = max(blocks, -(-total // tiles))
     return Share(blocks, -(-total // blocks), max(1, min(most, (machine.shared - fixed) // row)))
+
+
+def share_down(machine: Machine, record: Record, top_k: int, own: int) -> tuple[Share, int]:
+    """The experts' second half and that of a shared expert of `own` values: one block a
+    multiprocessor, whose warps make the digits of each input once.  And bytes of it for the pieces
+    of weights on their way: twice the usual, as it has twice the warps, or that where a block has
+    no room for more."""
+    total = record.hidden // 8
+    blocks = min(total, machine.multiprocessors)
+    tiles = -(-total // blocks)
+    routed = top_k * (record.inner // 128)
+    others = SUMS_DOWN + 544 * (routed + own // 64) + tiles * (16 * routed + 32)
+    ring = 2 * RING if machine.shared >= 2 * RING + others else RING
+    return Share(blocks, tiles, 1), ring
 
 
 def one_each(step: Step) -> bool:

@@ -22,6 +22,7 @@ from osmium.ops.fit import (
     one_each,
     share,
     share_context,
+    share_down,
 )
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.machine import Machine
@@ -367,15 +368,15 @@ class GpuOps(GpuRows):
         wide = fits_shared(shared)
         if not wide and part != "rest":
             self.linear(said, shared_inner, shared.down)
-        some = share(self.machine, record.hidden, record.inner * top_k, 8, True)
+        own = shared.down.columns if wide else 0
+        some, ring = share_down(self.machine, record, top_k, own)
         EXPERTS_DOWN(
             self.stream, some.blocks, tokens, x, inner.split, ids,
             0 if plan is None else plan.pairs, weights, cache.slots[layer], shared_inner.split,
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
-            scores, y, h.split, norm, h.squares, record.hidden, record.inner,
-            shared.down.columns if wide else 0, top_k, record.nbytes, record.down,
-            record.down_scale, shared.column, scores.shape[1], some.tiles,
-            PARTS.index(part),
+            scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
+            record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
+            some.tiles, PARTS.index(part), ring,
         )  # fmt: skip
 
     def _plain_down(

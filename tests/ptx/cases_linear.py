@@ -272,6 +272,7 @@ CASES: dict[str, Make] = {
     "int4_experts and a wide one": experts(4, 1, 2, 384, 128, "all", shared=448),
     "int4_experts many inputs": experts(4, 1, 2, 1280, 1152),
     "int4_experts of more pieces than lanes": experts(4, 1, 17, 128, 256, "all"),
+    "int4_experts of half a ring": experts(4, 1, 17, 128, 384, "all", shared=1088),
     "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
     "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
     "gated_up int8 5x56x640": gated("int8", 5, 56, 640),

@@ -199,7 +199,7 @@ class Instruction:
 
     text: str
     kind: str
-    """plain, bra, ret or bar."""
+    """plain, bra, uni (a bra of all lanes or none), ret or bar."""
     guard: str = ""
     negated: bool = False
     target: int = -1
@@ -241,6 +241,8 @@ def parse_program(text: str, without: int | None = None) -> Program:
             labels[label] = len(pending)
         elif line.startswith(".reg"):
             _declare(program, line)
+        elif line.startswith(".pragma"):
+            pass  # asks something of ptxas
         elif line.startswith(".shared"):
             found = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", line)
             if not found:
@@ -252,7 +254,9 @@ def parse_program(text: str, without: int | None = None) -> Program:
             guarded = _GUARD.match(line)
             rest = guarded[3] if guarded else line
             opcode = rest.split(" ")[0]
-            kind = {"bra": "bra", "ret": "ret", "exit": "ret"}.get(opcode, "plain")
+            kind = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret"}.get(
+                opcode, "plain"
+            )
             if rest == "bar.sync 0":
                 kind = "bar"
                 barriers += 1
@@ -267,7 +271,7 @@ def parse_program(text: str, without: int | None = None) -> Program:
         program.shared = -(-program.shared // int(dynamic[1])) * int(dynamic[1])
         program.symbols[dynamic[2]] = program.shared
     for made, rest in pending:
-        if made.kind == "bra":
+        if made.kind in ("bra", "uni"):
             made.target = labels[rest.split()[1]]
         elif made.kind == "plain":
             made.run = _compile(program, rest)
@@ -386,7 +390,9 @@ class Warp:
                     return
                 else:
                     left = lanes & ~taking
-                    if instruction.kind == "bra" and taking.any():
+                    if instruction.kind == "uni" and taking.any() and left.any():
+                        raise PtxFault(f"{self.where}: lanes part at a branch of all or none")
+                    if instruction.kind != "ret" and taking.any():
                         self._join(instruction.target, taking)
                     if not left.any():
                         break
@@ -582,7 +588,7 @@ COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, 
          "ex2": 1, "lg2": 1, "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
-MODIFIERS = {"rn", "approx", "lo", "pred"}
+MODIFIERS = {"rn", "approx", "ftz", "lo", "pred"}
 
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
