@@ -242,8 +242,6 @@ def parse_program(text: str, without: int | None = None) -> Program:
             labels[label] = len(pending)
         elif line.startswith(".reg"):
             _declare(program, line)
-        elif line.startswith(".pragma"):
-            pass  # asks something of ptxas
         elif line.startswith(".shared"):
             found = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", line)
             if not found:
