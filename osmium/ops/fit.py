@@ -37,8 +37,8 @@ RING = 32 << 10
 SUMS = 2 << 10
 """Bytes of it, a token, for what the warps of a block add up."""
 
-SUMS_DOWN = 4 << 10
-"""The same of the experts' second half, which has twice the warps and does one token a block."""
+SUMS_DOWN = 4608
+"""The same of the experts' second half, of one token and twice the warps, with what they keep."""
 
 SCALES = 16 << 10
 """Bytes of it for a block's scales, at most."""
@@ -97,18 +97,20 @@ def share(
     return Share(blocks, -(-total // blocks), max(1, min(most, (machine.shared - fixed) // row)))
 
 
-def share_down(machine: Machine, record: Record, top_k: int, own: int) -> tuple[Share, int]:
-    """The experts' second half and that of a shared expert of `own` values: one block a
-    multiprocessor, whose warps make the digits of each input once.  And bytes of it for the pieces
-    of weights on their way: twice the usual, as it has twice the warps, or that where a block has
-    no room for more."""
+def share_down(
+    machine: Machine, record: Record, tokens: int, top_k: int, own: int
+) -> tuple[Share, int]:
+    """The experts' second half and that of a shared expert of `own` values: a block a
+    multiprocessor for each token, whose warps make the digits of every input once.  And bytes of
+    shared memory for the pieces on their way: two rings, as it has twice the warps, or one where a
+    multiprocessor has no room for that, with two tokens twice."""
     total = record.hidden // 8
     blocks = min(total, machine.multiprocessors)
     tiles = -(-total // blocks)
     routed = top_k * (record.inner // 128)
     others = SUMS_DOWN + 544 * (routed + own // 64) + tiles * (16 * routed + 32)
-    ring = 2 * RING if machine.shared >= 2 * RING + others else RING
-    return Share(blocks, tiles, 1), ring
+    roomy = machine.shared >= min(tokens, 2) * (2 * RING + others)
+    return Share(blocks, tiles, 1), 2 * RING if roomy else RING
 
 
 def one_each(step: Step) -> bool:

@@ -369,7 +369,7 @@ class GpuOps(GpuRows):
         if not wide and part != "rest":
             self.linear(said, shared_inner, shared.down)
         own = shared.down.columns if wide else 0
-        some, ring = share_down(self.machine, record, top_k, own)
+        some, ring = share_down(self.machine, record, tokens, top_k, own)
         EXPERTS_DOWN(
             self.stream, some.blocks, tokens, x, inner.split, ids,
             0 if plan is None else plan.pairs, weights, cache.slots[layer], shared_inner.split,

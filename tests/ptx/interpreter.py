@@ -219,6 +219,8 @@ class Program:
     params: dict[str, np.dtype[Any]] = field(default_factory=dict)
 
 
+KINDS = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret"}
+
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.S)
 
 
@@ -241,8 +243,6 @@ def parse_program(text: str, without: int | None = None) -> Program:
             labels[label] = len(pending)
         elif line.startswith(".reg"):
             _declare(program, line)
-        elif line.startswith(".pragma"):
-            pass  # asks something of ptxas
         elif line.startswith(".shared"):
             found = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", line)
             if not found:
@@ -254,9 +254,7 @@ def parse_program(text: str, without: int | None = None) -> Program:
             guarded = _GUARD.match(line)
             rest = guarded[3] if guarded else line
             opcode = rest.split(" ")[0]
-            kind = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret"}.get(
-                opcode, "plain"
-            )
+            kind = KINDS.get(opcode, "plain")
             if rest == "bar.sync 0":
                 kind = "bar"
                 barriers += 1
@@ -588,7 +586,8 @@ COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, 
          "ex2": 1, "lg2": 1, "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
 """Operands of each; 2 where nothing is said."""
 
-MODIFIERS = {"rn", "approx", "ftz", "lo", "pred"}
+MODIFIERS = {"rn", "approx", "approx.ftz", "lo", "pred"}
+"""Nothing is flushed to zero: what is flushed on a GPU must not matter."""
 
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
@@ -618,6 +617,8 @@ def _compile(program: Program, line: str) -> Run:
             return _packed(program, base, parts[-1], args)
         if base == "max" and parts == ["NaN", "f32"]:
             base, parts = "max.NaN", ["f32"]
+        if parts[:-1] == ["approx", "ftz"]:
+            parts = ["approx.ftz", parts[-1]]
         if base not in ARITHMETIC or not set(parts[:-1]) <= MODIFIERS or parts[-1] not in TYPES:
             raise KeyError(opcode)
         return _arithmetic(program, base, TYPES[parts[-1]], args)

@@ -112,6 +112,23 @@ def test_lanes_that_part_meet_again() -> None:
     assert np.array_equal(run(body), each[LANE ^ 1])
 
 
+@pytest.mark.parametrize(("edge", "found"), [(0, 1), (32, 2)])
+def test_a_branch_of_all_or_none_is_taken_so(edge: int, found: int) -> None:
+    body = f"""
+        setp.lt.u32 %p, %t, {edge};
+        mov.u32 %a, 2;
+        @%p bra.uni low;
+        mov.u32 %a, 1;
+    low:
+        st.global.u32 [%out], %a;
+    """
+    assert (run(body) == found).all()
+
+
+def test_lanes_that_part_at_a_branch_of_all_or_none_are_reported() -> None:
+    refuse("@%p bra.uni low", "setp.lt.u32 %p, %t, 10; @%p bra.uni low; low: ret;")
+
+
 def test_a_loop_ends_lane_by_lane(rng: np.random.Generator) -> None:
     trips = rng.integers(0, 20, 32).astype(np.uint32)
     body = """
@@ -525,7 +542,7 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
         "vote.sync.any.pred %p, %p, 0xffffffff",
         "bar.sync 1",
         "bar.sync 0, 32",
-        "bra.uni end",
+        "brx.idx %t, end",
         "add.ftz.f32 %a, %a, %b",
         "add.f64 %wide, %wide, %wide",
         "mul.hi.u32 %a, %t, %t",
