@@ -267,9 +267,7 @@ def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Cas
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.rope_append(
-            a["q"], _kv(a), a["qgkv"], a["norms"], a["frequencies"], _step(size, a), 1e-6,
-        )  # fmt: skip
+        append(ops, a, size)
 
     writes = {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"}
     if kept == "fp8":
@@ -278,6 +276,13 @@ def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Cas
         new[0, -1], new[-1, -1] = 0, new[-1, -1] * np.float32(1e-6)  # values that are nothing
         new[tokens // 2, -size.kv_heads] *= np.float32(1e9)  # and too large
     return Case(arrays, call, writes)
+
+
+def append(ops: Ops, a: dict[str, Any], size: Size) -> None:
+    """rope_append on a case's arrays."""
+    ops.rope_append(
+        a["q"], _kv(a), a["qgkv"], a["norms"], a["frequencies"], _step(size, a), 1e-6,
+    )  # fmt: skip
 
 
 def attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:

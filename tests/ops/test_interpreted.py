@@ -30,6 +30,19 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
 
 
+EARLY = ("router", "rope_append", "shared context", "turned and seen", "gated rule", "norm")
+"""Cases in which nothing is missing between what is written and who takes it for older than that,
+as the experts take their rows."""
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith(EARLY)])
+def test_a_kernel_that_starts_early_waits_for_what_it_reads(
+    rng: np.random.Generator, name: str
+) -> None:
+    seed = int(rng.integers(1 << 32))
+    run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedMachine(seed, early=True)))
+
+
 @pytest.mark.parametrize(
     "name",
     [

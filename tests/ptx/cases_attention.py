@@ -79,6 +79,30 @@ def shared(
     return make
 
 
+def turned(dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str) -> Make:
+    """One row a sequence, appended and then seen: what is there before is not a number."""
+
+    def make(rng: np.random.Generator) -> Case:
+        case = shared(dim, heads, kv, page, room, past, kept)(rng)
+        a, call = case.arrays, case.call
+        a["norms"] = rng.standard_normal((2, dim), np.float32) / 4
+        a["frequencies"] = (1e4 ** -(np.arange(0, dim // 2, 2) / dim)).astype(np.float32)
+        a["q"][...] = np.nan
+        for row, position in enumerate(a["positions"]):
+            at = a["pages"][row, position // page], position % page
+            for name in ("k_pages", "v_pages"):
+                a[name][at] = NAN if kept == "bf16" else 0x7F
+
+        def append(ops: Ops, placed: dict[str, Any]) -> None:
+            size = replace(TINY, page=page, lengths=(1,) * len(past), past=past)
+            cases.append(ops, placed, size)
+            call(ops, placed)
+
+        return replace(case, call=append, writes={"out": "bf16" if kept == "bf16" else "e4m3"})
+
+    return make
+
+
 def _poisoned(case: Case, size: cases.Size) -> Case:
     """What no sequence sees is NaN, and the page table's other entries are nowhere."""
     a = case.arrays
@@ -168,6 +192,12 @@ CASES: dict[str, Make] = {
     "shared context fp8 128, two kinds of rows": shared(128, 36, 2, 16, 3, (70,), "fp8"),
     "shared context fp8 160, one block": shared(160, 9, 1, 64, 1, (230,), "fp8"),
     "shared context fp8 256, short rows": shared(256, 16, 2, 7, 6, (100, 40), "fp8"),
+    "turned and seen 64, one token": turned(64, 2, 1, 4, 2, (0, 1), "bf16"),
+    "turned and seen 96, in any tile": turned(96, 4, 2, 16, 4, (31, 32, 95, 160), "bf16"),
+    "turned and seen fp8 64, one token": turned(64, 2, 1, 4, 2, (0, 1), "fp8"),
+    "turned and seen fp8 96, in any tile": turned(96, 4, 2, 16, 4, (31, 40, 95, 130), "fp8"),
+    "turned and seen fp8 160, of one block": turned(160, 9, 1, 64, 1, (33,), "fp8"),
+    "turned and seen fp8 128, far": turned(128, 2, 1, 64, 1, (130,), "fp8"),
     "delta_step 32x32": delta("delta_step", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)),
     "delta_step 64x96": delta("delta_step", (2, 2), (64, 96), (1, 4), (9, 0)),
     "delta_step 96x64": delta("delta_step", (1, 1), (96, 64), (5,), (0,)),

@@ -63,10 +63,16 @@ class Block:
     data: npt.NDArray[np.uint8]
     written: npt.NDArray[np.bool_]
     name: str
+    launch: npt.NDArray[np.int32]
+    """Which launch wrote a byte last; 0 if none did."""
+
+    def put(self, at: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], launch: int) -> None:
+        self.data[at], self.written[at], self.launch[at] = data, True, launch
 
 
 def _block(nbytes: int, name: str) -> Block:
-    return Block(np.full(nbytes, 0xA5, np.uint8), np.zeros(nbytes, np.bool_), name)
+    data, nobody = np.full(nbytes, 0xA5, np.uint8), np.zeros(nbytes, np.bool_)
+    return Block(data, nobody, name, np.zeros(nbytes, np.int32))
 
 
 SPAN = 32
@@ -112,7 +118,8 @@ class InterpretedArray:
 
     def touch(self) -> None:
         """From now on these bytes count as written."""
-        self.block.written[self.offset : self.offset + self.nbytes] = True
+        part = slice(self.offset, self.offset + self.nbytes)
+        self.block.written[part], self.block.launch[part] = True, 0
 
 
 class InterpretedMachine:
@@ -121,10 +128,14 @@ class InterpretedMachine:
     multiprocessors = 3
     shared = 99 << 10
 
-    def __init__(self, seed: int = 0, without: tuple[str, int] | None = None) -> None:
-        """`without` is an entry and which of its barriers to leave out."""
+    def __init__(
+        self, seed: int = 0, without: tuple[str, int] | None = None, early: bool = False
+    ) -> None:
+        """`without` is an entry and which of its barriers to leave out.  With `early` kernels are
+        as on devices where they start early, and are told when they read what the last one wrote
+        before they have waited for it."""
         self.blocks: list[Block] = []
-        self.stream = InterpretedStream(self, seed, without)
+        self.stream = InterpretedStream(self, seed, without, early)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -175,9 +186,10 @@ class InterpretedMachine:
 
 
 def _reach(
-    block: Block, at: npt.NDArray[np.int64], size: int, where: str, *, read: bool
+    block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool
 ) -> npt.NDArray[np.int64]:
     """Offsets of `size` bytes each in a block, checked; one row of byte offsets a lane."""
+    where = w.where
     if at.min() < 0 or at.max() + size > len(block.data):
         raise PtxFault(f"{where}: bytes {at.min()} to {at.max() + size} of {block.name}")
     if (at % size).any():
@@ -185,6 +197,10 @@ def _reach(
     rows: npt.NDArray[np.int64] = at[:, None] + np.arange(size)
     if read and not block.written[rows].all():
         raise PtxFault(f"{where}: reads bytes of {block.name} that nobody wrote")
+    last = w.machine.stream.launches - 1
+    if not w.waited and last and block is not w.shared:
+        if not read or (block.launch[rows] == last).any():
+            raise PtxFault(f"{where}: {block.name} is the last kernel's; it has not waited")
     return rows
 
 
@@ -314,6 +330,8 @@ class Warp:
         """Groups of copies on their way to shared memory, the open one last."""
         self.steps = 0
         self.where = ""
+        self.waited = not machine.stream.early
+        """Whether what the kernel before wrote may be read, and anything be written."""
 
     @property
     def alive(self) -> bool:
@@ -428,9 +446,10 @@ class InterpretedStream:
     """What a kernel is launched on."""
 
     def __init__(
-        self, machine: InterpretedMachine, seed: int, without: tuple[str, int] | None
+        self, machine: InterpretedMachine, seed: int, without: tuple[str, int] | None, early: bool
     ) -> None:
-        self.machine, self.without = machine, without
+        self.machine, self.without, self.early = machine, without, early
+        self.launches = 0
         self.rng = np.random.default_rng(seed)
         self.programs: dict[str, Program] = {}
         self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
@@ -447,10 +466,11 @@ class InterpretedStream:
                 places.add(place)
                 self.late.append((block, at, data))
             else:
-                block.data[at], block.written[at] = data, True
+                block.put(at, data, self.launches)
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         """Run every block of a launch."""
+        self.launches += 1
         if kernel.name in STAND_INS:
             STAND_INS[kernel.name](values)
             return
@@ -461,7 +481,8 @@ class InterpretedStream:
         program = self.programs.get(contract.entry)
         if program is None:
             entry, which = self.without or ("", None)
-            program = parse_program(contract.text, which if entry == contract.entry else None)
+            text = contract.early if self.early else contract.text
+            program = parse_program(text, which if entry == contract.entry else None)
             self.programs[contract.entry] = program
         named = dict(zip(program.params, values, strict=True))
         whole: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
@@ -605,6 +626,7 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
+        "griddepcontrol": _dependent,
     }  # fmt: skip
     try:
         if base in special:
@@ -758,6 +780,21 @@ def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
     return meet
 
 
+def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
+    """griddepcontrol: what the kernel before wrote is there; or the next one may start, which has
+    no meaning here, but after the wait."""
+    if parts not in (["wait"], ["launch_dependents"]):
+        raise KeyError(".".join(parts))
+
+    def control(w: Warp, m: Mask) -> None:
+        if parts == ["wait"]:
+            w.waited = True
+        elif not w.waited:
+            raise PtxFault(f"{w.where}: it has not waited")
+
+    return control
+
+
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
     if parts[:2] != ["sync", "max"] or parts[2] not in ("u32", "s32"):
         raise KeyError(".".join(parts))
@@ -838,7 +875,7 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def load_one(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
-        rows = _reach(block, at, dtype.itemsize * count, w.where, read=True)
+        rows = _reach(block, at, dtype.itemsize * count, w, read=True)
         found = block.data[rows].view(dtype)  # [lanes, count]
         for i, name in enumerate(names):
             value = np.ascontiguousarray(found[:, i])
@@ -881,14 +918,13 @@ def _store(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def store(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
-        rows = _reach(block, at, dtype.itemsize * count, w.where, read=False)
+        rows = _reach(block, at, dtype.itemsize * count, w, read=False)
         columns = [value(w, m) if m is None else value(w, m)[m] for value in values]
         data = np.stack(columns, axis=1).view(np.uint8)
         if relaxed:
             w.machine.stream.late += [(block, *one) for one in zip(rows, data, strict=True)]
             return
-        block.data[rows] = data
-        block.written[rows] = True
+        block.put(rows, data, w.machine.stream.launches)
 
     return store
 
@@ -910,7 +946,8 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def reduce(w: Warp, m: Mask) -> None:
         block, at = w.memory("global", address(w, m), m)
-        _reach(block, at, dtype.itemsize, w.where, read=True)
+        rows = _reach(block, at, dtype.itemsize, w, read=True)
+        block.launch[rows] = w.machine.stream.launches
         mine = value(w, m) if m is None else value(w, m)[m]
         np.add.at(block.data.view(dtype), at // dtype.itemsize, mine)
 
@@ -926,7 +963,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def add(w: Warp, m: Mask) -> None:
         block, at = w.memory("global", address(w, m), m)
-        _reach(block, at, 4, w.where, read=True)
+        _reach(block, at, 4, w, read=True)
         if len(at) != 1:
             raise PtxFault(f"{w.where}: {len(at)} lanes, whose order nobody knows")
         word = block.data.view(np.uint32)[at // 4]
@@ -962,12 +999,12 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def copy(w: Warp, m: Mask) -> None:
         lanes = np.ones(LANES, np.bool_) if m is None else m
-        there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w.where, read=False)
+        there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w, read=False)
         data = np.zeros((len(there), size), np.uint8)
         full = lanes if taken is None else lanes & (taken(w, m) == size)
         if full.any():
             block, at = w.memory("global", source(w, m), full)
-            data[full[lanes]] = block.data[_reach(block, at, size, w.where, read=True)]
+            data[full[lanes]] = block.data[_reach(block, at, size, w, read=True)]
         w.copies[-1].append((there, data))
 
     return copy
