@@ -99,8 +99,8 @@ class Store:
                 ops.expert_up(*up, "there", *with_up)
                 ops.expert_down(*down, "there", *with_down)
             ops.fetch(cache, plan, self.arena, layer)
-            ops.join()
             ops.expert_up(*up, "rest", *with_up)
+            ops.join()
             ops.expert_down(*down, "rest", *with_down)
 
     def counters(self) -> Counters:
