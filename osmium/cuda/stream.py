@@ -308,9 +308,12 @@ class Machine:
         return self.side
 
     def join(self) -> None:
-        """The main stream goes on when the side stream is done."""
+        """The main stream goes on when the side stream is done; its next kernel may still begin
+        while its last one ends."""
+        follows = self.stream._follows
         self._joined.record(self.side)
         self.stream.wait(self._joined)
+        self.stream._follows = follows
 
     def close(self) -> None:
         """Give everything back: the stream, host memory, and the context with all of VRAM."""
