@@ -611,6 +611,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
 
     def make(rng: np.random.Generator, size: Size) -> Case:
         record = Record(bits, size.hidden, size.inner)
+        form = "bf16" if size.hidden % 16 or size.inner % 16 else "int8"  # of the shared expert
         ids = _chosen(rng, size)
         arrays = cache_arrays(rng, size, record.nbytes)
         arrays |= _plan_arrays(min(size.experts, ids.size), ids)
@@ -626,14 +627,14 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             "norm": _f32(rng, size.hidden),
             "x": _f32(rng, len(ids), size.hidden),
             "weights": w / w.sum(axis=1, keepdims=True),
-            **shared_arrays(rng, "int8", len(ids), size.hidden, size.inner, 2),
+            **shared_arrays(rng, form, len(ids), size.hidden, size.inner, 2),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache, plan = _cache(size, record, a), _plan(a)
             ops.place(plan, cache, 0, a["chosen"])
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
-            experts_call(ops, a, "int8", plan, cache, ("there", "rest"), 1)
+            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1)
 
         writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)

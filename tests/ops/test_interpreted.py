@@ -6,6 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from osmium.kernels import ptx
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
@@ -18,6 +19,12 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_attention.CASES,
     **cases_making.CASES,
 }
+
+
+@pytest.fixture(autouse=True)
+def checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every launch is held to its kernel's contract: shapes, dtypes, alignment, rules."""
+    monkeypatch.setattr(ptx, "CHECK", True)
 
 
 @pytest.mark.parametrize("name", ALL)

@@ -136,6 +136,7 @@ def experts(
     """Experts in shuffled slots, some of them in none, some said to be fetched just now, and a
     shared expert of `shared` values."""
     parts = parts or ("there", "rest")
+    form = "bf16" if hidden % 16 else form  # INT8 has rows of whole 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
         record, count, capacity = Record(bits, hidden, inner), top_k + 4, top_k + 2
