@@ -29,7 +29,7 @@ from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
-from osmium.experts.heat import keep_heat, read_heat, restore
+from osmium.experts.heat import Heat, keep_heat, quotas, read_heat, restore
 from osmium.experts.routing import read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
@@ -206,12 +206,13 @@ class Loader:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
         plan = _plan(self.packed, options, gpu, held, self._arena)
-        plan, runner = self._allocate(plan, options)
+        heat = self._heat(options) if last else None  # who measures starts cold
+        plan, runner = self._allocate(plan, options, heat)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
         engines: list[Engine] = []
-        keep = self._warm(runner, options) if last else None
+        keep = self._warm(runner, options, heat) if last else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
@@ -243,11 +244,13 @@ class Loader:
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
 
-    def _allocate(self, plan: Plan, options: EngineConfig) -> tuple[Plan, Runner]:
+    def _allocate(
+        self, plan: Plan, options: EngineConfig, heat: Heat | None
+    ) -> tuple[Plan, Runner]:
         """By the plan; again with fewer slots, and another plan, while the driver keeps some of
         it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
         for _ in range(SPILL_TRIES):
-            runner = self._runner(plan, options)
+            runner = self._runner(plan, options, heat)
             self.ops.synchronize()
             if self.gpu is None:
                 return plan, runner
@@ -271,12 +274,12 @@ class Loader:
             "layer. Close what else uses the GPU, or lower --vram."
         )
 
-    def _runner(self, plan: Plan, options: EngineConfig) -> Runner:
+    def _runner(self, plan: Plan, options: EngineConfig, heat: Heat | None) -> Runner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
             self._weights = self._upload()
-        store = Store(ops, *self._experts(plan), plan.chunk, config.top_k)
+        store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k)
         if options.routing is not None:
             store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
         model = model_class(config.model_type)(ops, config, self._weights, store, plan.chunk)
@@ -289,22 +292,36 @@ class Loader:
             runner.prepare()
         return runner
 
-    def _warm(self, runner: Runner, options: EngineConfig) -> Callable[[], None] | None:
-        """Fill the slots with what was hot when this model was last closed; what comes back keeps
-        what is hot then.  None where nothing is kept: of made-up models and of the demo, where
-        every expert is resident, and with --no-hcs."""
-        packed, store = self.packed, runner.store
+    def _heat_file(self, options: EngineConfig) -> Path | None:
+        """Where this model's heat is kept; None where none is: of made-up models and of the demo,
+        where every expert is resident, and with --no-hcs."""
+        packed = self.packed
         if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
             return None
-        if store.arena is None or not options.hcs or packed.path == DEMO:
+        if not options.hcs or packed.path == DEMO:
             return None
         short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
-        path = cache_folder(options) / f"{short}.heat"
-        heat = read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+        return cache_folder(options) / f"{short}.heat"
+
+    def _heat(self, options: EngineConfig) -> Heat | None:
+        """What was hot when this model was last closed."""
+        path, packed = self._heat_file(options), self.packed
+        if path is None:
+            return None
+        return read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+
+    def _warm(
+        self, runner: Runner, options: EngineConfig, heat: Heat | None
+    ) -> Callable[[], None] | None:
+        """Fill the slots with what was hot; what comes back keeps what is hot then.  None where
+        nothing is kept."""
+        path, store = self._heat_file(options), runner.store
+        if path is None or store.arena is None:
+            return None
         if heat is not None:
             count = restore(self.ops, store.cache, store.arena, heat)
             LOG.info("%d experts that were hot before are in their slots", count)
-        return partial(keep_heat, path, packed.fingerprint, self.ops, store.cache)
+        return partial(keep_heat, path, self.packed.fingerprint, self.ops, store.cache)
 
     def _upload(self) -> dict[str, Any]:
         """Everything but the experts, to where kernels reach it fast."""
@@ -326,8 +343,9 @@ class Loader:
                 ops.synchronize()
             ops.release(room)
 
-    def _experts(self, plan: Plan) -> tuple[ExpertArena | None, ExpertCache]:
-        """The experts in host memory, unless VRAM holds them all, and the cache of them."""
+    def _experts(self, plan: Plan, heat: Heat | None) -> tuple[ExpertArena | None, ExpertCache]:
+        """The experts in host memory, unless VRAM holds them all, and the cache of them: with as
+        many slots a layer as its heat asks for, where some was kept."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
         layers, experts = config.layers, config.experts
         progress = self.progress
@@ -348,7 +366,12 @@ class Loader:
         elif self._arena is None:
             with self._reading() as reading:
                 self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
-        return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k)
+        each = None
+        if heat is not None and plan.slots < experts:
+            each = quotas(heat, plan.slots, config.top_k)
+        if each is not None:
+            LOG.info("%d to %d expert slots a layer, by what was hot", min(each), max(each))
+        return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k, each)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
         """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""

@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import FADING
+from osmium.experts.heat import Heat, quotas
 from osmium.experts.routing import Trace
 
-__all__ = ["POLICIES", "SHIPPED", "hit_rate", "simulate"]
+__all__ = ["POLICIES", "SHIPPED", "hit_rate", "kept", "simulate"]
 
 F64 = npt.NDArray[np.float64]
 
@@ -176,6 +177,35 @@ def _static(trace: Trace, slots: int, skip: int) -> float:
     np.put_along_axis(inside, order, True, axis=1)
     rest = ids[max(half, skip) :]
     return float(inside[np.arange(ids.shape[1])[:, None], rest].mean())
+
+
+def kept(trace: Trace, slots: int, tokens: int, skip: int = 256) -> tuple[float, float]:
+    """The share of uses hit after `tokens` + `skip` tokens by an engine that starts anew after
+    `tokens`, by what ships: slots the same in all layers, and by the heat of the first tokens."""
+    layers = trace.ids.shape[1]
+    rest = Trace(trace.ids[tokens:], np.array([0]), trace.experts)
+    each = quotas(_heat(trace.ids[:tokens], trace.experts), slots, trace.ids.shape[2])
+    assert each is not None, "every layer is used"
+    alike, shared = (
+        simulate(rest, np.array(one), _mixed, FADING.half_life, skip).mean()
+        for one in ([slots] * layers, each)
+    )
+    return float(alike), float(shared)
+
+
+def _heat(ids: npt.NDArray[np.uint16], experts: int) -> Heat:
+    """What is kept after these tokens [T, L, A]."""
+    tokens, layers, _ = ids.shape
+    rows, last = np.arange(layers)[:, None], np.full((layers, experts), -1, np.int32)
+    counts = np.zeros((2, layers, experts))
+    fade = 2 ** (-1 / np.array([FADING.half_life, FADING.long_half_life]))
+    for t, mine in enumerate(ids.astype(np.int64)):
+        counts *= fade[:, None, None]
+        counts[:, rows, mine] += 1
+        last[rows, mine] = t
+    short, long = counts.astype(np.float32)
+    ages = np.where(last < 0, -1, tokens - 1 - last).astype(np.int32)
+    return Heat(short, long, tokens, ages, np.zeros((layers, experts), bool))
 
 
 def _quotas(trace: Trace, slots: int) -> npt.NDArray[np.int64]:

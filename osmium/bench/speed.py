@@ -34,7 +34,7 @@ from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import ConfigError
-from osmium.experts.cache import verify
+from osmium.experts.cache import empty, verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
@@ -228,14 +228,9 @@ def _decode(
 
 
 def _empty(engine: Engine) -> None:
-    """The cache as after a start: nobody is in it, nobody was used."""
-    store, ops, cache = engine.runner.store, engine.runner.ops, engine.runner.store.cache
-    if store.arena is None:
-        return
-    for nobody in (cache.slot_of, cache.expert_in):
-        ops.fill(nobody, 0xFF)
-    for zero in (cache.heat, cache.long_heat, cache.stamp, cache.step):
-        ops.fill(zero, 0)
+    """The cache as after a start."""
+    if engine.runner.store.arena is not None:
+        empty(engine.runner.ops, engine.runner.store.cache)
 
 
 def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:

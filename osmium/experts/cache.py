@@ -1,8 +1,9 @@
-"""The hot cache: S slots a layer, which experts are in them, and how much each is used.
+"""The hot cache: slots of each layer, which experts are in them, and how much each is used.
 
 Makes the arrays and looks into them; who enters and who leaves is decided by `ops.place`.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,25 +13,35 @@ from osmium.errors import ConfigError
 from osmium.ops import Array, ExpertArena, ExpertCache, Fading, Ops
 from osmium.quant.record import Record
 
-__all__ = ["FADING", "cache_bytes", "make_cache", "resident", "resident_cache", "verify"]
+__all__ = [
+    "FADING", "cache_bytes", "empty", "make_cache", "resident", "resident_cache", "verify",
+]  # fmt: skip
 
 FADING = Fading(half_life=20.0, long_half_life=512.0, weight=0.35, earlier=19)
 """Of several it alone lost nothing on any routing tried: made ones of other drifts, and the lab
 model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
-def make_cache(ops: Ops, arena: ExpertArena, capacity: int, top_k: int) -> ExpertCache:
-    """A cache of `capacity` slots a layer: empty, or wholly resident and filled from the arena
-    where there is a slot for every expert.  Raises: ConfigError, OutOfMemory."""
+def make_cache(
+    ops: Ops, arena: ExpertArena, capacity: int, top_k: int, each: Sequence[int] | None = None
+) -> ExpertCache:
+    """A cache of `capacity` slots a layer, or of `each` layer's own, as many in all: empty, or
+    wholly resident and filled from the arena where there is a slot for every expert.
+
+    Raises: ConfigError, OutOfMemory.
+    """
     layers, experts, nbytes = arena.records.shape
     if capacity < top_k:
         raise ConfigError(
             f"--slots is {capacity}; a token activates {top_k} experts a layer, each needs a slot."
         )
     assert capacity <= experts, f"{capacity} slots for {experts} experts"
-    slots = ops.empty((layers, capacity, nbytes), np.uint8)
     if capacity < experts:
-        return _cache(ops, arena.record, slots, experts)
+        each = [capacity] * layers if each is None else each
+        assert sum(each) == layers * capacity and top_k <= min(each), f"{each} slots"
+        assert max(each) <= experts, f"{each} slots for {experts} experts"
+        return _cache(ops, arena.record, _parts(ops, each, (nbytes,), np.uint8), experts)
+    slots = ops.empty((layers, capacity, nbytes), np.uint8)
     for layer in range(layers):
         ops.copy(slots[layer : layer + 1], arena.records[layer : layer + 1])
     return resident_cache(ops, arena.record, slots)
@@ -42,35 +53,50 @@ def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
     slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
     """
     layers, experts, _ = slots.shape
-    cache = _cache(ops, record, slots, experts)
-    everyone = np.tile(np.arange(experts, dtype=np.int32), (layers, 1))
-    ops.copy_in(cache.slot_of, everyone)
-    ops.copy_in(cache.expert_in, everyone)
+    cache = _cache(ops, record, tuple(slots[layer] for layer in range(layers)), experts)
+    everyone = np.arange(experts, dtype=np.int32)
+    ops.copy_in(cache.slot_of, np.tile(everyone, (layers, 1)))
+    for layer in cache.expert_in:
+        ops.copy_in(layer, everyone)
     return cache
 
 
-def _cache(ops: Ops, record: Record, slots: Array, experts: int) -> ExpertCache:
+def _parts(
+    ops: Ops, each: Sequence[int], shape: tuple[int, ...], dtype: npt.DTypeLike
+) -> tuple[Array, ...]:
+    """One array, cut into so many rows each.  Raises: OutOfMemory."""
+    whole, ends = ops.empty((sum(each), *shape), dtype), np.cumsum(each).tolist()
+    return tuple(whole[end - count : end] for end, count in zip(ends, each, strict=True))
+
+
+def _cache(ops: Ops, record: Record, slots: tuple[Array, ...], experts: int) -> ExpertCache:
     """An empty cache over `slots`."""
-    layers, capacity, _ = slots.shape
+    layers, each = len(slots), [layer.shape[0] for layer in slots]
     made = ExpertCache(
         record=record,
         experts=experts,
-        capacity=capacity,
+        capacity=sum(each) // layers,
         fading=FADING,
         slots=slots,
         slot_of=ops.empty((layers, experts), np.int32),
-        expert_in=ops.empty((layers, capacity), np.int32),
+        expert_in=_parts(ops, each, (), np.int32),
         heat=ops.empty((layers, experts), np.float32),
         long_heat=ops.empty((layers, experts), np.float32),
         stamp=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((4,), np.int64),
     )
-    for nobody in (made.slot_of, made.expert_in):
-        ops.fill(nobody, 0xFF)  # -1
-    for zero in (made.heat, made.long_heat, made.stamp, made.step, made.counters):
-        ops.fill(zero, 0)
+    empty(ops, made)
+    ops.fill(made.counters, 0)
     return made
+
+
+def empty(ops: Ops, cache: ExpertCache) -> None:
+    """As after a start: nobody is in it, nobody was used."""
+    for nobody in (cache.slot_of, *cache.expert_in):
+        ops.fill(nobody, 0xFF)  # -1
+    for zero in (cache.heat, cache.long_heat, cache.stamp, cache.step):
+        ops.fill(zero, 0)
 
 
 def cache_bytes(record: Record, layers: int, experts: int, capacity: int) -> int:
@@ -84,10 +110,13 @@ def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:
     Asserts that the two tables say the same: expert e is in slot s if and only if s holds e.
     """
     slot_of: npt.NDArray[Any] = ops.copy_out(cache.slot_of)
-    expert_in: npt.NDArray[Any] = ops.copy_out(cache.expert_in)
-    layer, expert = np.nonzero(slot_of >= 0)
-    assert (expert_in[layer, slot_of[layer, expert]] == expert).all(), "an expert left its slot"
-    assert len(expert) == (expert_in >= 0).sum(), "a slot holds an expert that is said to be out"
+    for there, in_slots in zip(slot_of, cache.expert_in, strict=True):
+        expert_in: npt.NDArray[Any] = ops.copy_out(in_slots)
+        (experts,) = np.nonzero(there >= 0)
+        assert (expert_in[there[experts]] == experts).all(), "an expert left its slot"
+        assert len(experts) == (expert_in >= 0).sum(), (
+            "a slot holds an expert that is said to be out"
+        )
     return np.asarray(slot_of >= 0)
 
 
@@ -96,15 +125,12 @@ def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int
 
     records u8 [L, E, nbytes] in the host's memory: the arena's, or the packed file's.
     """
-    expert_in: npt.NDArray[Any] = ops.copy_out(cache.expert_in)
-    held = np.argwhere(expert_in >= 0)
-    chosen = np.random.default_rng(seed).permutation(held)[:samples]
-    layers, capacity, nbytes = cache.slots.shape
-    flat = cache.slots.reshape(layers * capacity, nbytes)
-    for layer, slot in chosen:
-        at = int(layer * capacity + slot)
-        mine = ops.copy_out(flat[at : at + 1])[0]
-        expert = int(expert_in[layer, slot])
+    expert_in: list[npt.NDArray[Any]] = [ops.copy_out(layer) for layer in cache.expert_in]
+    held = [(at, slot) for at, who in enumerate(expert_in) for slot in np.flatnonzero(who >= 0)]
+    chosen = np.random.default_rng(seed).permutation(len(held))[:samples]
+    for layer, slot in (held[one] for one in chosen):
+        mine = ops.copy_out(cache.slots[layer][slot : slot + 1])[0]
+        expert = int(expert_in[layer][slot])
         assert np.array_equal(mine, records[layer, expert]), (
             f"slot {slot} of layer {layer} differs from the record of expert {expert}"
         )

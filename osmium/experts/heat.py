@@ -25,7 +25,7 @@ from osmium.errors import DeviceError
 from osmium.experts.cache import FADING
 from osmium.ops import ExpertArena, ExpertCache, Ops
 
-__all__ = ["Heat", "heat_of", "keep_heat", "read_heat", "restore", "save_heat"]
+__all__ = ["Heat", "heat_of", "keep_heat", "quotas", "read_heat", "restore", "save_heat"]
 
 LOG = logging.getLogger("osmium.experts")
 
@@ -51,14 +51,18 @@ class Heat:
     resident: npt.NDArray[np.bool_]
     """bool [L, E]."""
 
+    @property
+    def warmth(self) -> npt.NDArray[np.float32]:
+        """f32 [L, E], as of now (values.Fading)."""
+        grown = np.float32(1 - 2 ** (-(self.steps + FADING.earlier) / FADING.long_half_life))
+        return grown * self.heat + np.float32(FADING.share) * self.long_heat
+
     def hottest(self, layer: int, most: int) -> npt.NDArray[np.intp]:
         """Up to `most` experts that were used or resident, the warmest first (values.Fading);
         equals by the later use, then those that were resident, then by number."""
         known = (self.long_heat[layer] > 0) | self.resident[layer]
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
-        grown = np.float32(1 - 2 ** (-(self.steps + FADING.earlier) / FADING.long_half_life))
-        warmth = grown * self.heat[layer] + np.float32(FADING.share) * self.long_heat[layer]
-        order = np.lexsort((~self.resident[layer], age, -warmth))
+        order = np.lexsort((~self.resident[layer], age, -self.warmth[layer]))
         return cast(npt.NDArray[np.intp], order[known[order]][:most])
 
 
@@ -149,6 +153,22 @@ def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
     return Heat(heats[0], heats[1], steps, age.astype(np.int32), there)
 
 
+def quotas(heat: Heat, slots: int, top_k: int) -> list[int] | None:
+    """Slots of each layer, `slots` in the mean, by what each had hot: half of them, and room for a
+    token, for every layer; the others one by one where the next expert has the largest share of its
+    layer's uses.  None if a layer was not used."""
+    warmth = heat.warmth.astype(np.float64)
+    layers = len(warmth)
+    uses, least = warmth.sum(axis=1, keepdims=True), max(top_k, slots // 2)
+    if not uses.all():
+        return None
+    shares = -np.sort(-warmth / uses, axis=1)[:, least:]  # of the others, the largest first
+    layer, rank = (index.reshape(-1) for index in np.indices(shares.shape))
+    order = np.lexsort((layer, rank, -shares.reshape(-1)))[: layers * (slots - least)]
+    more = np.bincount(layer[order], minlength=layers)
+    return [least + int(count) for count in more]
+
+
 def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int:
     """Put the heat into a cache that nobody has used, and the hottest experts into its slots;
     how many.  What was in the slots is out.
@@ -157,21 +177,17 @@ def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int
     their order is as it was, and from now on they cool alike.  Of equal warmth the lower slot
     leaves first, so that slots are given from the coldest up.
     """
-    layers, capacity, nbytes = cache.slots.shape
-    slot_of = np.full((layers, cache.experts), -1, np.int32)
-    expert_in = np.full((layers, capacity), -1, np.int32)
-    slots = cache.slots.reshape(layers * capacity, nbytes)
-    records = arena.records.reshape(layers * cache.experts, nbytes)
-    for layer in range(layers):
-        for slot, expert in enumerate(heat.hottest(layer, capacity)[::-1]):
-            slot_of[layer, expert], expert_in[layer, slot] = slot, expert
-            to, of = layer * capacity + slot, layer * cache.experts + int(expert)
-            ops.copy(slots[to : to + 1], records[of : of + 1])
+    slot_of = np.full(cache.slot_of.shape, -1, np.int32)
+    for layer, slots in enumerate(cache.slots):
+        expert_in, records = np.full(slots.shape[0], -1, np.int32), arena.records[layer]
+        for slot, expert in enumerate(heat.hottest(layer, slots.shape[0])[::-1]):
+            slot_of[layer, expert], expert_in[slot] = slot, expert
+            ops.copy(slots[slot : slot + 1], records[int(expert) : int(expert) + 1])
+        ops.copy_in(cache.expert_in[layer], expert_in)
     ops.copy_in(cache.slot_of, slot_of)
-    ops.copy_in(cache.expert_in, expert_in)
     ops.copy_in(cache.heat, np.ascontiguousarray(heat.heat, np.float32))
     ops.copy_in(cache.long_heat, np.ascontiguousarray(heat.long_heat, np.float32))
     ops.copy_in(cache.stamp, np.where(heat.long_heat > 0, heat.steps, 0).astype(np.int32))
     ops.copy_in(cache.step, np.array([heat.steps], np.int32))
     ops.synchronize()
-    return int((expert_in >= 0).sum())
+    return int((slot_of >= 0).sum())

@@ -33,7 +33,8 @@ class Store:
     ) -> None:
         """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
         at most `rows` at once.  Raises: OutOfMemory."""
-        assert cache.capacity >= top_k, f"{cache.capacity} slots for a row's {top_k} experts"
+        each = [layer.shape[0] for layer in cache.slots]
+        assert min(each) >= top_k, f"{each} slots for a row's {top_k} experts"
         resident = cache.capacity == cache.experts
         assert resident or arena is not None, "experts that are not resident need an arena"
         self.ops, self.cache = ops, cache
@@ -43,6 +44,8 @@ class Store:
         self.recorder: Recorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
+        self.blocks = [min(self.block, _block(rows, n, cache.experts, top_k)) for n in each]
+        """Rows at once of each layer."""
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.rows(self.block * top_k, cache.record.inner)
         self.plan = ExpertPlan(
@@ -81,8 +84,9 @@ class Store:
             self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
         plan = None if self.arena is None else self.plan
-        for start in range(0, tokens, self.block):
-            rows = slice(start, min(start + self.block, tokens))
+        block = self.blocks[layer]
+        for start in range(0, tokens, block):
+            rows = slice(start, min(start + block, tokens))
             some = ids[rows]
             pairs, own = self.inner[: some.shape[0] * top_k], shared_inner[rows]
             up = (pairs, own, h[rows], some, plan, cache, layer)

@@ -276,7 +276,7 @@ class GpuOps(GpuRows):
             self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
             cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
             cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
-            ids.nbytes // 2, cache.experts, cache.capacity, plan.expert.shape[0],
+            ids.nbytes // 2, cache.experts, cache.slots[layer].shape[0], plan.expert.shape[0],
             int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
             fading.share,
         )  # fmt: skip

@@ -319,7 +319,7 @@ class ReferenceOps(ReferenceMaking):
         slot_of, expert_in = cache.slot_of[layer], cache.expert_in[layer]
         heat, long_heat, stamp = cache.heat[layer], cache.long_heat[layer], cache.stamp[layer]
         experts, uses = np.unique(ids, return_counts=True)
-        assert len(experts) <= cache.capacity, f"{len(experts)} experts, {cache.capacity} slots"
+        assert len(experts) <= len(expert_in), f"{len(experts)} experts, {len(expert_in)} slots"
         missing = experts[slot_of[experts] < 0]
         plan.fetch[: len(experts)] = slot_of[experts] < 0
         cache.counters[1] += int(uses[slot_of[experts] >= 0].sum())
@@ -353,7 +353,7 @@ class ReferenceOps(ReferenceMaking):
     def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
         for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
             slot = int(plan.slot[u])
-            cache.slots[layer, slot] = arena.records[layer, plan.expert[u]]
+            cache.slots[layer][slot] = arena.records[layer, plan.expert[u]]
             self._forget(cache, layer, slot)
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
@@ -427,7 +427,7 @@ class ReferenceOps(ReferenceMaking):
         kept = self._experts.get((id(cache), layer, slot))
         if kept is not None:
             return kept[1], kept[2]
-        up, down = expert_matrices(cache.record, cache.slots[layer, slot])
+        up, down = expert_matrices(cache.record, cache.slots[layer][slot])
         if up.nbytes + down.nbytes <= self._room:
             self._room -= up.nbytes + down.nbytes
             self._experts[id(cache), layer, slot] = cache, up, down

@@ -8,6 +8,7 @@ Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E 
 experts a token, I inner size of an expert, H heads, C channels of the convolution.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -222,7 +223,7 @@ class Fading:
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """The experts in VRAM: S slots a layer, who is in them, how much each expert is used.
+    """The experts in VRAM: S slots of each layer, who is in them, how much each expert is used.
 
     `step` counts forward passes from 1, so that a stamp of 0 means never used.  Heats are stored as
     they were at the stamp; now a heat is heat * exp2((stamp - step) * (1 / half_life)), in f32, and
@@ -233,15 +234,15 @@ class ExpertCache:
     experts: int
     """E."""
     capacity: int
-    """S, slots a layer; capacity == E means wholly resident."""
+    """S in the mean; E where all layers are wholly resident."""
     fading: Fading
     """What makes an expert warm."""
-    slots: Array
-    """u8 [L, S, record.nbytes]."""
+    slots: Sequence[Array]
+    """u8 [S, record.nbytes] of each layer, which may have more or fewer than another."""
     slot_of: Array
     """i32 [L, E], the slot of an expert, or -1."""
-    expert_in: Array
-    """i32 [L, S], the expert in a slot, or -1."""
+    expert_in: Sequence[Array]
+    """i32 [S] of each layer, the expert in a slot, or -1."""
     heat: Array
     """f32 [L, E]."""
     long_heat: Array

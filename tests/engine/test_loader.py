@@ -246,7 +246,7 @@ def allocate(
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
         return make_plan(packed.config, packed.record, weights, options, card_machine)
 
-    def runner(self: Any, plan: Plan, options: Any) -> Any:
+    def runner(self: Any, plan: Plan, options: Any, heat: None) -> Any:
         made.append(plan.slots)
         return SimpleNamespace()
 
@@ -254,7 +254,7 @@ def allocate(
     monkeypatch.setattr(loader.Loader, "_runner", runner)
     first = plan(one.packed, one.options)
     planned.clear()
-    return planned, made, lambda: one._allocate(first, one.options)
+    return planned, made, lambda: one._allocate(first, one.options, None)
 
 
 def test_what_the_driver_has_spilled_is_given_up_as_slots(

@@ -22,7 +22,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import heat_of
+from osmium.experts.heat import heat_of, quotas
 from osmium.ops import Linear
 from osmium.weights import Packed, open_model, open_packed
 from tests.engine.fake_gpu import FakeGpu
@@ -272,10 +272,13 @@ def residents(engine: Engine) -> npt.NDArray[np.bool_]:
 
 
 def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
+    """Who a start with so many slots a layer, in the mean, begins with: bool [L, E]."""
     heat = engine.call(lambda: heat_of(engine.runner.ops, engine.runner.store.cache))
     out = np.zeros_like(heat.resident)
-    for layer, row in enumerate(out):
-        row[heat.hottest(layer, slots)] = True
+    each = quotas(heat, slots, engine.config.top_k)
+    assert each is not None and sum(each) == slots * len(each)
+    for layer, (row, own) in enumerate(zip(out, each, strict=True)):
+        row[heat.hottest(layer, own)] = True
     return out
 
 

@@ -165,7 +165,7 @@ def test_a_wrong_byte_in_a_slot_is_found(rng: np.random.Generator) -> None:
     cache, store = parts(share_arena(RECORD, arena), TOP_K)
     run(store, rng, arena, 1, 0)
     slot = int(np.flatnonzero(cache.expert_in[0] >= 0)[0])
-    cache.slots[0, slot, -1] ^= 1
+    cache.slots[0][slot, -1] ^= 1
     with pytest.raises(AssertionError, match=f"slot {slot} of layer 0"):
         verify(OPS, cache, arena, samples=1000, seed=0)
 
@@ -220,7 +220,7 @@ def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) ->
     source = records(rng)
     source.flags.writeable = False  # as a mapped file is
     cache = resident_cache(OPS, RECORD, share_arena(RECORD, source).records)
-    assert np.shares_memory(cache.slots, source)
+    assert all(np.shares_memory(layer, source) for layer in cache.slots)
     store = Store(OPS, None, cache, 8, TOP_K)
     for layer in range(LAYERS):
         run(store, rng, source, 5, layer)
@@ -232,7 +232,9 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
     arena = share_arena(RECORD, records(rng))
     for capacity in (5, 8, EXPERTS):
         cache, store = parts(arena, capacity)
-        arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
+        fields = vars(cache).values()
+        arrays = [x for x in fields if isinstance(x, np.ndarray)]
+        arrays += [x for field in fields if isinstance(field, tuple) for x in field]
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
         own = inner + sum(x.nbytes for x in vars(store.plan).values())

@@ -10,7 +10,16 @@ import pytest
 
 from osmium.experts.arena import share_arena
 from osmium.experts.cache import FADING, make_cache, resident, verify
-from osmium.experts.heat import ENDLESS, Heat, heat_of, keep_heat, read_heat, restore, save_heat
+from osmium.experts.heat import (
+    ENDLESS,
+    Heat,
+    heat_of,
+    keep_heat,
+    quotas,
+    read_heat,
+    restore,
+    save_heat,
+)
 from osmium.experts.store import Store
 from osmium.ops import ExpertCache
 from tests.experts.test_cache import EXPERTS, LAYERS, OPS, RECORD, TOP_K, parts, records, run
@@ -274,3 +283,36 @@ def test_any_damage_is_left_aside(
     path.unlink()
     path.mkdir()
     is_left_aside(path, caplog)
+
+
+def heat_like(uses: Any) -> Heat:
+    """Of so many uses each, f32 [L, E]."""
+    uses = np.asarray(uses, np.float32)
+    return Heat(uses, uses, 100, np.where(uses > 0, 0, -1).astype(np.int32), uses > 0)
+
+
+def test_slots_go_where_uses_are_spread() -> None:
+    narrow, wide = [50, 40, 9, 1, 0, 0, 0, 0], [13, 13, 13, 13, 12, 12, 12, 12]
+    assert quotas(heat_like([narrow, wide, wide]), 4, 2) == [2, 5, 5]
+    assert quotas(heat_like([wide, wide]), 4, 2) == [4, 4], "alike"
+    assert quotas(heat_like([narrow, wide]), 7, 2) == [6, 8], "no more than there are experts"
+    assert quotas(heat_like([narrow, wide]), 4, 3) == [3, 5], "room for a token"
+    assert quotas(heat_like([narrow, [0] * 8]), 4, 2) is None, "a layer that nobody asked"
+
+
+def test_a_start_with_quotas_has_the_hottest_of_each_layer(
+    used: tuple[ExpertCache, Store], arena: Any, rng: np.random.Generator
+) -> None:
+    heat, shared = heat_of(OPS, used[0]), share_arena(RECORD, arena)
+    each = [TOP_K, CAPACITY, 2 * CAPACITY - TOP_K]
+    cache = make_cache(OPS, shared, CAPACITY, TOP_K, each)
+    count = restore(OPS, cache, shared, heat)
+    there = resident(OPS, cache)
+    assert count == there.sum() and (there.sum(axis=1) <= each).all()
+    for layer, own in enumerate(each):
+        assert set(heat.hottest(layer, own)) == set(np.flatnonzero(there[layer]))
+    store = Store(OPS, shared, cache, 8, TOP_K)
+    for _ in range(20):
+        for layer in range(LAYERS):
+            run(store, rng, arena, int(rng.integers(1, 9)), layer)  # held to the records
+    assert verify(OPS, cache, arena, 1000, 0) == resident(OPS, cache).sum() == sum(each)

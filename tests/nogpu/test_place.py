@@ -66,9 +66,9 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
         expert_in[layer, slots], slot_of[layer, held] = held, slots
     return ExpertCache(
         Record(16, 8, 8), s.experts, s.slots, Fading(s.half_life, s.long_half_life, 0.35, 19),
-        slots=None,
+        slots=(),
         slot_of=slot_of,
-        expert_in=expert_in,
+        expert_in=tuple(expert_in),
         heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
         long_heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
         stamp=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),

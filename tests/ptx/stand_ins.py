@@ -25,7 +25,7 @@ def _place(values: tuple[Any, ...]) -> None:
         step[0] -= 1  # the reference raises it
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, capacity, replace(fading, weight=share / fading.share), None,
+        Record(16, 8, 8), experts, capacity, replace(fading, weight=share / fading.share), (),
         slot_of[None], expert_in[None], heat[None], long_heat[None], stamp[None], step, counters,
     )  # fmt: skip
     ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
