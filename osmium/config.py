@@ -237,7 +237,8 @@ class EngineConfig:
     kv_cache_mb: int | None = None
     """MiB of VRAM for KV pages; None follows `context`."""
     context: int | None = None
-    """Most tokens of a sequence, prompt and reply; None takes the model's, up to 32768."""
+    """Most tokens of a sequence, prompt and reply; None takes the model's, up to 32768 and to what
+    `kv_cache_mb` holds."""
     vram: int | None = None
     """Bytes of VRAM to plan for, the CUDA context included; None takes what is free."""
     ram: int | None = None

@@ -70,7 +70,7 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         "--context",
         type=_parsed(parse_count),
         metavar="TOKENS",
-        help="most tokens of a sequence, as 32768 or 32k (the model's, up to 32k)",
+        help="most tokens of a sequence, as 32k (the model's, up to 32k and to what KV holds)",
     )
     add(
         "--vram",

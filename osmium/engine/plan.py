@@ -147,7 +147,7 @@ def make_plan(
 
     Raises: ConfigError where it does not fit.
     """
-    context = options.context or min(config.max_context, 32768)
+    context = options.context or _context(config, options, machine.gpu)
     if context > config.max_context:
         raise ConfigError(
             f"--context is {context}; the model was made for {config.max_context} tokens at most."
@@ -217,6 +217,14 @@ def make_plan(
         "gpu" if machine.gpu else "cpu", context, options.page, pages, sequences, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic,
     )  # fmt: skip
+
+
+def _context(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
+    """Tokens of a sequence where nobody says: the model's, up to 32768, and up to what
+    --kv-cache-mb holds, unless that is not a page."""
+    most = min(config.max_context, 32768)
+    held = most if options.kv_cache_mb is None else tokens_held(config, options, gpu)
+    return most if held < options.page else min(most, held)
 
 
 def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: str) -> int:

@@ -124,7 +124,7 @@ def test_doctor_says_what_it_finds() -> None:
         (["perplexity", *CPU, "--text", "/no/such/file"], "/no/such/file"),
         (["plan", *CPU, "/no/such/model"], "/no/such/model"),
         (["plan", *CPU, "--slots", "1"], "1"),
-        (["plan", *CPU, "--kv-cache-mb", "1"], "1"),
+        (["plan", *CPU, "--kv-cache-mb", "1", "--context", "4k"], "4096"),
         (["plan", *CPU, "--context", "1g"], str(1 << 30)),
         (["plan", *CPU, "--ram", "1M"], "0.00 GiB"),
         (["serve", *CPU, "--port", "70000"], "70000"),

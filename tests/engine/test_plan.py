@@ -248,11 +248,17 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
 
 def test_the_flag_that_is_asked_for_helps() -> None:
     with pytest.raises(ConfigError, match=r"Raise it to (\d+)") as caught:
-        plan(kv_cache_mb=100)
+        plan(kv_cache_mb=100, context=32768)
     raised = int(str(caught.value).split("Raise it to ")[1].split(",")[0])
-    assert plan(kv_cache_mb=raised).pages * 64 >= 32768
+    assert plan(kv_cache_mb=raised, context=32768).pages * 64 >= 32768
     with pytest.raises(ConfigError):
-        plan(kv_cache_mb=raised - 1)
+        plan(kv_cache_mb=raised - 1, context=32768)
+
+
+def test_a_context_that_nobody_says_is_what_the_keys_and_values_hold() -> None:
+    made = plan(kv_cache_mb=100)
+    assert made.context == made.pages * 64 < 32768
+    assert plan(kv_cache_mb=4096).context == 32768 < plan(kv_cache_mb=4096).pages * 64
 
 
 def test_a_part_of_the_ram_is_kept_unless_told_otherwise() -> None:
