@@ -342,7 +342,7 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
     if store.arena is None or machine is None:
         return 0.0
     counters = ops.copy_out(cache.counters)
-    held = ops.copy_out(cache.expert_in)[0]
+    held: npt.NDArray[Any] = ops.copy_out(cache.expert_in[0])
     slots = np.arange(min(len(held), plan.expert.shape[0], records or len(held)), dtype=np.int32)
     expert = np.where(held[slots] < 0, slots, held[slots])  # a free slot may hold anything
     entries = np.zeros((4, plan.expert.shape[0]), np.int32)

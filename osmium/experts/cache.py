@@ -126,7 +126,9 @@ def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int
     records u8 [L, E, nbytes] in the host's memory: the arena's, or the packed file's.
     """
     expert_in: list[npt.NDArray[Any]] = [ops.copy_out(layer) for layer in cache.expert_in]
-    held = [(at, slot) for at, who in enumerate(expert_in) for slot in np.flatnonzero(who >= 0)]
+    held = [
+        (at, slot) for at, who in enumerate(expert_in) for slot in np.flatnonzero(who >= 0).tolist()
+    ]
     chosen = np.random.default_rng(seed).permutation(len(held))[:samples]
     for layer, slot in (held[one] for one in chosen):
         mine = ops.copy_out(cache.slots[layer][slot : slot + 1])[0]

@@ -2,12 +2,14 @@
 
 import json
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import osmium
+from osmium.bench import speed
 from osmium.bench.about import about
 from osmium.bench.profile import moved, profile
 from osmium.bench.report import compare, table
@@ -15,6 +17,7 @@ from osmium.bench.speed import Settings, measure
 from osmium.cli import main
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
+from osmium.experts.cache import verify
 from osmium.kernels.ptx import kernel
 from osmium.kernels.sample import ADVANCE
 
@@ -150,3 +153,24 @@ def test_several_budgets_run_in_one_process(capsys: pytest.CaptureFixture[str]) 
     assert [one["kv_cache_mb"] for one in found] == [1, 2]
     assert [row["what"] for row in found[0]["rows"]] == ["prefill", "decode"]
     assert found[1]["rows"][1]["depth"] > found[0]["rows"][1]["depth"]
+
+
+def test_the_link_is_timed_and_nothing_changes(
+    engine: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock instead of a GPU's."""
+    list(engine.generate([1, 2, 3], SamplingParams(temperature=0, max_tokens=8)))
+    runner = engine.runner
+    ticks = iter(range(1000))
+    monkeypatch.setattr(
+        speed, "Event", lambda device: SimpleNamespace(record=lambda _: next(ticks))
+    )
+    monkeypatch.setattr(
+        runner.ops, "machine", SimpleNamespace(device=None, stream=None), raising=False
+    )
+    before = engine.status()["experts"]
+    record = runner.store.cache.record.nbytes
+    assert speed.link_rate(engine, 2) == 2 * record / 0.25 / 1e6, "4 fetches of 2 records a tick"
+    assert engine.status()["experts"] == before
+    records = runner.ops.host_view(runner.store.arena.records)
+    assert verify(runner.ops, runner.store.cache, records, 1000, 0) > 0
