@@ -1,0 +1,77 @@
+"""The store on kernels, in the PTX interpreter, with other numbers of slots in each layer: the same
+experts in the same slots as on the reference, the records' own bytes there, the same output."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.experts.cache import make_cache, verify
+from osmium.experts.store import Store
+from osmium.ops import ExpertArena, Linear, Ops, SharedExpert
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from osmium.quant import int8
+from osmium.quant.floats import bf16_from_f32
+from osmium.quant.record import Record
+from tests.ops.cases import new_rows, normed_rows, records
+from tests.ptx.interpreter import InterpretedMachine
+from tests.tolerance import close
+
+LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
+
+
+def steps(
+    ops: Ops, record: Record, each: list[int], counts: tuple[int, ...], seed: int
+) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
+    """What every call of `mlp` made of x, and the tables and counters at the end."""
+    rng, hidden = np.random.default_rng(seed), record.hidden
+    made = np.stack([records(rng, record, EXPERTS) for _ in range(LAYERS)])
+    host = ops.host(made.shape, np.uint8)
+    ops.host_view(host)[...] = made
+    arena = ExpertArena(record, host)
+    cache = make_cache(ops, arena, sum(each) // LAYERS, TOP_K, each)
+    store = Store(ops, arena, cache, max(counts), TOP_K)
+    up, down = (
+        (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32)
+        for shape in ((2 * SHARED, hidden), (hidden, SHARED))
+    )
+
+    def matrix(w: npt.NDArray[np.float32]) -> Linear:
+        rows, columns = w.shape
+        if record.bits == 16:
+            return Linear("bf16", rows, columns, ops.put(bf16_from_f32(w)))
+        data, scale = int8.quantize(w)
+        return Linear("int8", rows, columns, ops.put(data), ops.put(scale))
+
+    shared = SharedExpert(matrix(up), matrix(down), column=0)
+    norm, outputs = ops.put(rng.standard_normal(hidden, np.float32)), []
+    for tokens in counts:
+        for layer in range(LAYERS):
+            ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
+            x = ops.put(rng.standard_normal((tokens, hidden), np.float32))
+            both, said, y = (
+                ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
+            )
+            store.mlp(
+                x, normed_rows(ops, x, norm), ops.put(ids.astype(np.uint16)),
+                ops.put(rng.random((tokens, TOP_K), np.float32)), layer, shared,
+                ops.put(rng.standard_normal((tokens, 1), np.float32)),
+                new_rows(ops, tokens, SHARED), both, said, y, norm,
+            )  # fmt: skip
+            outputs.append(np.array(ops.copy_out(x)))
+    assert verify(ops, cache, made, 1000, 0) > LAYERS
+    tables = (cache.slot_of, *cache.expert_in, cache.stamp, cache.counters)
+    return outputs, [np.array(ops.copy_out(table)) for table in tables]
+
+
+@pytest.mark.parametrize("record", [Record(16, 32, 16), Record(4, 128, 128)], ids=lambda r: r.bits)
+def test_layers_with_slots_of_their_own(rng: np.random.Generator, record: Record) -> None:
+    seed, each, counts = int(rng.integers(1 << 32)), [2, 5, 8], (1, 2, 3, 1)
+    wanted, tables = steps(ReferenceOps(keep=0), record, each, counts, seed)
+    found, own = steps(GpuOps(InterpretedMachine(seed)), record, each, counts, seed)
+    for mine, other in zip(own, tables, strict=True):
+        np.testing.assert_array_equal(mine, other)
+    for mine, other in zip(found, wanted, strict=True):
+        assert close(mine, other, "rows")
