@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -30,6 +30,22 @@ def test_a_machine_without_a_gpu_gives_one_clear_error() -> None:
     else:
         device.close()
         pytest.skip("there is a GPU here")
+
+
+@pytest.mark.parametrize("in_all", [233472, 102400], ids=["H100", "RTX"])
+@pytest.mark.parametrize(("apart", "rows"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_blocks_that_are_to_be_apart_leave_room_for_no_more(
+    in_all: int, apart: int, rows: int
+) -> None:
+    device, kept, static = Device.__new__(Device), 1024, 2048
+    device._shared_in_all, device._shared_kept, device.shared = in_all, kept, in_all - kept
+    contract = SimpleNamespace(apart=apart, shared=static)
+    asked = device.dynamic(contract, 4096, rows)
+    block = asked + static + kept
+    assert asked % 128 == 0 and asked <= device.shared - static
+    assert in_all // block == apart * rows, "as many as are to be there, and not one more"
+    assert device.dynamic(contract, asked + 64, rows) == asked + 64, "who needs more gets it"
+    assert device.dynamic(SimpleNamespace(apart=0, shared=static), 4096, rows) == 4096
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, binding: object) -> None:
