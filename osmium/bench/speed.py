@@ -77,10 +77,11 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
             rows.append(_decode(engine, depth, count, settings, rates))
     checked = engine.call(lambda: _verify(engine))
     experts = engine.status()["experts"]
-    plan, ops = engine.plan, engine.runner.ops
+    plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
+    free, total = (0, 0) if gpu is None else engine.call(gpu.memory)
     return {
         "model": engine.name,
-        **about(engine.device, getattr(getattr(ops, "machine", None), "device", None)),
+        **about(engine.device, gpu),
         "repeats": settings.repeats,
         "rates": rates,
         "rows": rows,
@@ -89,6 +90,7 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "slots_equal_to_records": checked,
         "kv_dtype": plan.kv_dtype,
         "vram": plan.vram,
+        "vram_in_use": total - free,
         "ram": plan.ram,
         "rss": psutil.Process().memory_info().rss,
         "swap_used": psutil.swap_memory().used,

@@ -44,7 +44,8 @@ def test_a_row_adds_up(engine: Any) -> None:
     assert found["slots_equal_to_records"] == 8
     for name in ("hit_rate_cold_64", "hit_rate_warm_64", "hit_rate"):
         assert 0 <= row[name] < 1
-    keys = {"commit", "driver", "cuda", "device", "date", "version", "rss", "host_memory", "vram"}
+    keys = {"commit", "driver", "cuda", "device", "date", "version", "rss", "host_memory", "vram",
+            "vram_in_use"}  # fmt: skip
     assert keys <= set(found)
     assert {"memory_gb_s", "memory_share", "link_gb_s", "link_share", "floor_ms"} <= set(row)
     assert found["slots"] == [4, 8]
