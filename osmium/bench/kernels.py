@@ -225,7 +225,7 @@ class Cases:
         """Nobody is in it; its slots are noise."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
         return values.ExpertCache(
-            record=self.record, experts=experts, capacity=capacity, fading=FADING,
+            record=self.record, experts=experts, fading=FADING,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
             slot_of=i32(np.full(shape, -1)), expert_in=i32(np.full((layers, capacity), -1)),
             heat=ops.put(np.zeros(shape, np.float32)),

@@ -75,7 +75,6 @@ def _cache(ops: Ops, record: Record, slots: tuple[Array, ...], experts: int) -> 
     made = ExpertCache(
         record=record,
         experts=experts,
-        capacity=sum(each) // layers,
         fading=FADING,
         slots=slots,
         slot_of=ops.empty((layers, experts), np.int32),

@@ -233,8 +233,6 @@ class ExpertCache:
     record: Record
     experts: int
     """E."""
-    capacity: int
-    """S in the mean; E where all layers are wholly resident."""
     fading: Fading
     """What makes an expert warm."""
     slots: Sequence[Array]
@@ -255,6 +253,11 @@ class ExpertCache:
     """i64 [4], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`),
     fetched (by `fetch`, for the records that it copied); then records copied.
     routed == hit + fetched."""
+
+    @property
+    def capacity(self) -> int:
+        """S in the mean; E where all layers are wholly resident."""
+        return sum(layer.shape[0] for layer in self.slots) // len(self.slots)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
     slots, layers, experts, skip = 8, 3, 20, 10
     shape = (layers, experts)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, slots,
+        Record(16, 8, 8), experts,
         FADING if policy == policies.SHIPPED else Fading(24.0, 512.0, 0.0, 19), (),
         np.full(shape, -1, np.int32), tuple(np.full((layers, slots), -1, np.int32)),
         np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),

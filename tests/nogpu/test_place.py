@@ -65,7 +65,7 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
         slots, held = rng.permutation(s.slots)[:taken], rng.permutation(s.experts)[:taken]
         expert_in[layer, slots], slot_of[layer, held] = held, slots
     return ExpertCache(
-        Record(16, 8, 8), s.experts, s.slots, Fading(s.half_life, s.long_half_life, 0.35, 19),
+        Record(16, 8, 8), s.experts, Fading(s.half_life, s.long_half_life, 0.35, 19),
         slots=(),
         slot_of=slot_of,
         expert_in=tuple(expert_in),

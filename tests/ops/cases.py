@@ -567,7 +567,7 @@ def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
 
 def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
     return ExpertCache(
-        record, size.experts, size.slots, FADING, a["cache_slots"], a["slot_of"], a["expert_in"],
+        record, size.experts, FADING, a["cache_slots"], a["slot_of"], a["expert_in"],
         a["heat"], a["long_heat"], a["stamp"], a["step"], a["counters"],
     )  # fmt: skip
 

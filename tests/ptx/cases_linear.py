@@ -124,7 +124,7 @@ def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> Ex
     _, experts = slot_of.shape
     nothing: Any = None
     return ExpertCache(
-        record, experts, slots.shape[1], nothing, slots, slot_of, nothing, nothing, nothing,
+        record, experts, nothing, slots, slot_of, nothing, nothing, nothing,
         nothing, nothing, counters,
     )  # fmt: skip
 

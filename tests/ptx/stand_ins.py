@@ -20,12 +20,12 @@ def _place(values: tuple[Any, ...]) -> None:
     for value in values[:6]:
         value.touch()
     slot_of, expert_in, heat, long_heat, stamp, step, counters, ids = arrays[6:]
-    _, experts, capacity, _, first, earlier, rate, long_rate, share = values[14:]
+    _, experts, _, _, first, earlier, rate, long_rate, share = values[14:]
     if not first:
         step[0] -= 1  # the reference raises it
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, capacity, replace(fading, weight=share / fading.share), (),
+        Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
         slot_of[None], expert_in[None], heat[None], long_heat[None], stamp[None], step, counters,
     )  # fmt: skip
     ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
