@@ -17,11 +17,14 @@ import numpy as np
 from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Request, SamplingParams
+from osmium.engine.runner import Reply, Runner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 
-__all__ = ["Launch", "Listing", "milliseconds", "moved", "profile", "profile_table", "timed"]
+__all__ = [
+    "Launch", "Listing", "alone", "milliseconds", "moved", "profile", "profile_table", "timed",
+]  # fmt: skip
 
 ROUNDS = 7
 
@@ -50,10 +53,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     if not isinstance(ops, GpuOps):
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
     machine: Any = ops.machine
-    request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
-    request.computed, request.slot = depth, 0
-    request.pages = list(range(-(-(depth + 1) // runner.state.page)))
-    replay = runner.begin(Batch([(request, 1)])).replay
+    replay = alone(runner, depth).replay
     noted: list[Launch] = []
     ops.stream, fork, join = Listing(noted), machine.fork, machine.join
     machine.fork, machine.join = lambda: ops.stream, lambda: None
@@ -87,6 +87,14 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
         "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
     }
+
+
+def alone(runner: Runner, depth: int) -> Reply:
+    """One sequence's decoding, from a depth on."""
+    request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
+    request.computed, request.slot = depth, 0
+    request.pages = list(range(-(-(depth + 1) // runner.state.page)))
+    return runner.begin(Batch([(request, 1)]))
 
 
 def profile_table(found: dict[str, Any]) -> str:

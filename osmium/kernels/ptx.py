@@ -33,7 +33,7 @@ import numpy as np
 
 from osmium.errors import KernelError
 
-__all__ = ["Contract", "Expression", "Kernel", "Parameter", "early", "kernel", "parse"]
+__all__ = ["Contract", "Expression", "Kernel", "Parameter", "early", "kernel", "opening", "parse"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -228,10 +228,7 @@ def parse(text: str, where: str) -> Contract:
 
 def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
     """The contract's lines by key: ("file:line", what follows the key)."""
-    known = {
-        "entry", "grid", "block", "shared", "dynamic", "apart", "regs", "target", "param", "moves",
-        "order",
-    }  # fmt: skip
+    known = set("entry grid block shared dynamic apart regs target param moves order".split())
     lines: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.startswith("//:"):
@@ -413,19 +410,25 @@ class Kernel:
 
 
 WAIT = "griddepcontrol.wait;"
-"""From sm_90 on a kernel may start when the one before it is leaving, and waits here for its
-results."""
+"""Where a kernel waits for the one before it, which it may overlap from sm_90 on."""
 
 LEAVE = "griddepcontrol.launch_dependents;"
 """Where a block has asked for all that it reads; the next kernel starts when all blocks came here.
 Always behind the wait: before its own a kernel may read what was written two kernels ago."""
 
 
+def opening(text: str) -> int:
+    """Where the code of a module's entry begins: behind declarations, and comments between them."""
+    body = text.index("{", text.index(".entry"))
+    start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
+    assert start is not None, "a body starts with a brace"
+    return start.end()
+
+
 def early(text: str) -> str:
     """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
     by a line `// -- early` on each of its ways, or at once; and leaving where it says so, by lines
     `// -- leaving` or `// -- leaving, if %predicate`, or right after it has waited.
-
     Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
     """
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
@@ -438,11 +441,8 @@ def early(text: str) -> str:
     )
     if "// -- early" in text:
         return re.sub(r"^( *)// -- early.*$", rf"\1{wait}", text, flags=re.M)
-    body = text.index("{", text.index(".entry"))
-    # the declarations at the start of the body, and comments between them
-    start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
-    assert start is not None, "a body starts with a brace"
-    return f"{text[: start.end()]}\n    {wait}{text[start.end() :]}"
+    start = opening(text)
+    return f"{text[:start]}\n    {wait}{text[start:]}"
 
 
 CHECK = os.environ.get("OSMIUM_CHECK") == "1"
