@@ -194,18 +194,16 @@ def kept(trace: Trace, slots: int, tokens: int, skip: int = 256) -> tuple[float,
 
 
 def _heat(ids: npt.NDArray[np.uint16], experts: int) -> Heat:
-    """What is kept after these tokens [T, L, A]."""
+    """What is kept after these tokens [T, L, A], but for ages and places, which quotas ignore."""
     tokens, layers, _ = ids.shape
-    rows, last = np.arange(layers)[:, None], np.full((layers, experts), -1, np.int32)
+    rows, none = np.arange(layers)[:, None], np.zeros((layers, experts), np.int32)
     counts = np.zeros((2, layers, experts))
     fade = 2 ** (-1 / np.array([FADING.half_life, FADING.long_half_life]))
-    for t, mine in enumerate(ids.astype(np.int64)):
+    for mine in ids.astype(np.int64):
         counts *= fade[:, None, None]
         counts[:, rows, mine] += 1
-        last[rows, mine] = t
     short, long = counts.astype(np.float32)
-    ages = np.where(last < 0, -1, tokens - 1 - last).astype(np.int32)
-    return Heat(short, long, tokens, ages, np.zeros((layers, experts), bool))
+    return Heat(short, long, tokens, none, none > 0)
 
 
 def _quotas(trace: Trace, slots: int) -> npt.NDArray[np.int64]:

@@ -12,8 +12,7 @@ from osmium.quant.record import Record
 
 __all__ = [
     "EXPERT_TILES", "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec",
-    "fits_shared",
-    "kept", "one_each", "share", "share_context", "share_down",
+    "fits_shared", "kept", "one_each", "share", "share_context", "share_down",
 ]  # fmt: skip
 
 MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}

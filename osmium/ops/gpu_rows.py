@@ -171,7 +171,7 @@ class GpuRows:
         return a.squares is None or a.f32.shape[1] <= MATVEC_NORM
 
     def share(self, w: Linear) -> Share:
-        """How blocks share out a matrix in tiles of `high` rows."""
+        """How blocks share out a matrix in tiles of eight rows."""
         return share(self.machine, w.rows, w.columns, 8, w.format == "int4")
 
     # -- making weights --------------------------------------------------------------------------
