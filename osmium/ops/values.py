@@ -257,7 +257,8 @@ class ExpertCache:
     @property
     def capacity(self) -> int:
         """S in the mean; E where all layers are wholly resident."""
-        return sum(layer.shape[0] for layer in self.slots) // len(self.slots)
+        slots: int = sum(layer.shape[0] for layer in self.slots)
+        return slots // len(self.slots)
 
 
 @dataclass(frozen=True)
