@@ -1,12 +1,12 @@
 """How fast replies are written and prompts are read, end to end through the engine.
 
 Method.  Decode: sequences stand at a depth of so many tokens, their KV and states seeded with
-random values, and say so many tokens, greedily; ids replay a trace where the model's routers are
-random (--routing).  One reply warms the cache up; then the median of the repeats counts, each of
-which goes on where the last one ended, so that no token of the trace comes twice.  Prefill: a
-prompt of random ids, from submitting it to its first token.  Every routed expert is computed: the
-counters of the three kernels that route, look up and copy must add up, and sampled slots must equal
-their records byte for byte, or the bench fails.
+random values, and say so many tokens, greedily unless --temperature says how; ids replay a trace
+where the model's routers are random (--routing).  One reply warms the cache up; then the median of
+the repeats counts, each of which goes on where the last one ended, so that no token of the trace
+comes twice.  Prefill: a prompt of random ids, from submitting it to its first token.
+Every routed expert is computed: the counters of the three kernels that route, look up and copy must
+add up, and sampled slots must equal their records byte for byte, or the bench fails.
 
 The floor of a token is max(bytes fetched / link rate, bytes read / memory rate); both rates are
 measured here: fetching records with nothing else running, and a copy inside VRAM.  A row's share of
@@ -22,7 +22,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,6 +57,15 @@ class Settings:
     """Sequences at once."""
     prompts: tuple[int, ...] = ()
     """Tokens of prefill."""
+    temperature: float = 0.0
+    """Of decoded tokens; above 0 with top-k 20 and top-p .95, as models of today ask for."""
+
+    def sampling(self, tokens: int) -> SamplingParams:
+        """How so many tokens are drawn."""
+        greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+        if self.temperature == 0:
+            return greedy
+        return replace(greedy, temperature=self.temperature, top_k=20, top_p=0.95, seed=1)
 
 
 def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dict[str, Any]:
@@ -66,9 +75,9 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
     """
     for name, value, least in (
         ("--tokens", settings.tokens, 2), ("--repeats", settings.repeats, 1),
-        ("--warm-up", settings.warm_up, 1),
+        ("--warm-up", settings.warm_up, 1), ("--temperature", settings.temperature, 0),
     ):  # fmt: skip
-        if value < least:
+        if not value >= least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
     rates = {"link_gb_s": engine.call(lambda: link_rate(engine)), "memory_gb_s": memory_gb_s}
     rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
@@ -179,19 +188,19 @@ def _decode(
     engine.call(lambda: _empty(engine))
     engine.call(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
-    slow = _say(engine, at, count, few)
+    slow = _say(engine, at, count, few, settings)
     cold = _difference(before, _experts(engine))
     if settings.warm_up > few:
-        _say(engine, at + few, count, settings.warm_up - few)
+        _say(engine, at + few, count, settings.warm_up - few, settings)
     at += settings.warm_up
     for _ in range(settings.repeats):
         before = _experts(engine)
-        seconds = _say(engine, at, count, settings.tokens)
+        seconds = _say(engine, at, count, settings.tokens, settings)
         after = _difference(before, _experts(engine))
         found.append((seconds / (settings.tokens - 1), after))
         at += settings.tokens
     before = _experts(engine)
-    _say(engine, at, count, few)
+    _say(engine, at, count, few, settings)
     warm = _difference(before, _experts(engine))
     spent = statistics.median(one for one, _ in found)
     total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
@@ -207,6 +216,7 @@ def _decode(
         "what": "decode",
         "depth": context,
         "sequences": count,
+        "temperature": settings.temperature,
         "tokens": settings.tokens,
         "tokens_per_s": count / spent,
         "ms_per_token": spent * 1e3,
@@ -263,9 +273,9 @@ SPACING = 768
 """Tokens that sequences side by side stand apart: other prompts of a trace, at most four times."""
 
 
-def _say(engine: Engine, at: int, count: int, tokens: int) -> float:
+def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -> float:
     """Seconds from the first token to the last, of `count` sequences side by side."""
-    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    params = settings.sampling(tokens)
     done = threading.Semaphore(0)
     stamps: list[float] = []
     errors: list[Exception] = []

@@ -252,6 +252,7 @@ def bench(args: argparse.Namespace) -> None:
     settings = Settings(
         tuple(args.depth.split(",")) if args.depth else (),
         args.tokens, args.repeats, args.warm_up, args.parallel, args.prompt_tokens,
+        args.temperature,
     )  # fmt: skip
     device = options.pop("device", "auto")
     found = []

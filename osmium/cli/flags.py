@@ -13,7 +13,7 @@ __all__ = ["BENCH", "add_bench_flags", "add_engine_flags", "add_server_flags", "
 
 BENCH: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "prompt_tokens": (512,), "profile": False, "compare": None, "only": None,
+    "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "only": None,
 }  # fmt: skip
 """What `osmium bench` measures if it is not told otherwise, and `--benchmark` of the server."""
 
@@ -119,6 +119,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     add("--repeats", type=int, help="medians of this many (3)")
     add("--warm-up", type=int, help="tokens before that do not count (256)")
     add("--parallel", type=_integers, help="sequences at once, as 1,4 (1)")
+    add("--temperature", type=float, help="of a reply, with top-k 20, top-p .95 (0: greedy)")
     add("--prompt-tokens", type=_integers, help="tokens of prefill; 0: none (512)")
     add("--profile", action="store_true", help="then time a token kernel by kernel")
     add("--only", metavar="NAME", help="of `bench kernels`: operations whose name holds this")

@@ -190,7 +190,8 @@ def make_plan(
                 f"--vram is {_gib(vram_limit)}, {_gib(machine.vram_free + CONTEXT_BYTES)} are free "
                 f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU."
             )
-        reserve = max(256 << 20, vram_limit // 50)
+        # of a share that the user has given, other programs' has been taken out already
+        reserve = max(256 << 20, vram_limit // (50 if options.vram is None else 100))
         vram = {"CUDA context": CONTEXT_BYTES, "weights": rest, **fixed, "reserve": reserve}
         slots = _slots(config, record, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(record, layers, experts, slots)

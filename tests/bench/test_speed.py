@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -59,6 +60,23 @@ def test_sequences_side_by_side_are_counted_together(engine: Any) -> None:
     assert row["sequences"] == 2
 
 
+def test_replies_are_drawn_where_a_temperature_is_given(engine: Any) -> None:
+    asked: list[Any] = []
+    submit = engine.submit
+
+    def seen(prompt: Any, params: Any, *more: Any, **named: Any) -> None:
+        asked.append(params)
+        submit(prompt, params, *more, **named)
+
+    engine.submit = seen
+    (row,) = measure(engine, replace(SHORT, temperature=0.7))["rows"]
+    assert row["temperature"] == 0.7
+    assert {(one.temperature, one.top_k, one.top_p) for one in asked} == {(0.7, 20, 0.95)}
+    asked.clear()
+    measure(engine, SHORT)
+    assert {one.temperature for one in asked} == {0}
+
+
 def test_a_row_starts_cold(engine: Any) -> None:
     """However warm the rows before it have left the cache."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
@@ -111,6 +129,8 @@ def test_the_commit_is_told_of_a_checkout_and_of_a_copy(monkeypatch: pytest.Monk
         (Settings(depths=("9k",)), "9216"),
         (Settings(depths=("deep",)), "'deep'"),
         (Settings(tokens=1), "--tokens is 1"),
+        (Settings(temperature=-1), "--temperature is -1"),
+        (Settings(temperature=float("nan")), "--temperature is nan"),
         (Settings(parallel=(9,)), "9 sequences"),
         (Settings(depths=(), prompts=(5000,)), "5000"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from osmium.config import EngineConfig, ModelConfig
 from osmium.engine.forecast import OVERHEAD
-from osmium.engine.plan import Machine, Plan, available_ram, make_plan
+from osmium.engine.plan import CONTEXT_BYTES, Machine, Plan, available_ram, make_plan
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
@@ -74,6 +74,14 @@ def test_a_smaller_budget_leaves_fewer_slots_and_nothing_else_changes() -> None:
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
     assert changed == {"expert slots", "reserve"}  # the reserve is a share of the budget
     assert small.hit_rate < large.hit_rate
+
+
+def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
+    """2 % of what is free, for other programs too; 1 % of what --vram says."""
+    limit = CARD.vram_free + CONTEXT_BYTES
+    assert plan().vram["reserve"] == limit // 50
+    assert plan(vram=limit).vram["reserve"] == limit // 100
+    assert plan(vram=12 * GIB).vram["reserve"] == 256 << 20
 
 
 def test_a_model_that_fits_needs_no_arena() -> None:
