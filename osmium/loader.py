@@ -50,11 +50,16 @@ from osmium.weights import (
     open_model,
     open_weights,
 )
+from osmium.weights.placing import place
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
 __all__ = ["Loader", "load", "pack", "plan_for"]
+
+ROOM = 256 << 20
+"""Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
+them is more than a disk reads while the other half is uploaded."""
 
 SPILL_TRIES = 3
 """How often memory is allocated with fewer and fewer slots before it is given up."""
@@ -330,14 +335,11 @@ class Loader:
             return upload(ops, _Tensors(packed), embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.place(ops)
-        slow = self.gpu.host_kind == "write-combined"
         layer = packed.config.experts * packed.record.nbytes
-        room = ops.host((min(layer, sum(map(packed.room_for, packed.parts))),), np.uint8)
-        # An embedding is copied by the host, which must not read it where that is slow.
-        mapped = {"embed"} if slow else set()
+        room = ops.host((min(layer, ROOM),), np.uint8)
         try:
             with self._reading() as reading:
-                return upload(ops, _Read(ops, packed, reading, room, mapped), embed_on_host=True)
+                return place(ops, packed, reading, room)
         finally:
             with contextlib.suppress(DeviceError):
                 ops.synchronize()
@@ -420,36 +422,6 @@ class _Tensors(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self._packed.parts  # Mapping's own would read it
-
-
-class _Read(_Tensors):
-    """The same of a packed file, each read past the page cache into page-locked memory of one
-    layer's size, out of which it is uploaded while the next is read.  What is larger is mapped."""
-
-    def __init__(
-        self, ops: Ops, packed: Packed, reading: Reading, room: Array, mapped: set[str]
-    ) -> None:
-        super().__init__(packed)
-        self._ops, self._file, self._reading = ops, packed, reading
-        self._room = np.asarray(ops.host_view(room), np.uint8)
-        large = {name for name in packed.parts if packed.room_for(name) > self._room.nbytes}
-        self._mapped, self._used = mapped | large, 0
-
-    def __getitem__(self, name: str) -> Any:
-        if name in self._mapped or name not in self._file.parts:
-            return super().__getitem__(name)
-        size = self._file.room_for(name)
-        if self._used + size > self._room.nbytes:
-            self._ops.synchronize()  # what is there has been uploaded
-            self._used = 0
-        start, self._used = self._used, self._used + size
-        return self._reading.tensor(name, self._room[start : self._used])
-
-    def __iter__(self) -> Iterator[str]:
-        for name in self._file.names():
-            yield name
-            if name in self._mapped:
-                self._file.forget(name)  # it has been copied
 
 
 def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:

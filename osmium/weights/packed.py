@@ -12,7 +12,6 @@ that the packed file stands alone.
 
 import json
 import mmap
-import os
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.errors import CheckpointError
 from osmium.ops import Linear
-from osmium.quant.record import PAGE, Record
+from osmium.quant.record import Record
 from osmium.weights.checkpoint import Formats, Part, inventory
 from osmium.weights.reading import Reader, joined_crc
 
@@ -146,21 +145,6 @@ class Packed:
         """Where an array lies."""
         return self._entries[name]
 
-    def room_for(self, name: str) -> int:
-        """Bytes that Reading.tensor takes."""
-        sizes = [self._entries[f"{name}.{kind}"].nbytes for kind in self.parts[name].arrays]
-        return sum(-(-size // PAGE) * PAGE for size in sizes)
-
-    def forget(self, name: str) -> None:
-        """A tensor has been copied: its mapped pages need not stay in memory.  They come back if
-        they are read again."""
-        with open(self.path, "rb", buffering=0) as file:
-            for kind in self.parts[name].arrays:
-                entry = self._entries[f"{name}.{kind}"]
-                length = -(-entry.nbytes // PAGE) * PAGE
-                self._pages.madvise(mmap.MADV_DONTNEED, entry.offset, length)
-                os.posix_fadvise(file.fileno(), entry.offset, length, os.POSIX_FADV_DONTNEED)
-
     def file(self, name: str) -> bytes | None:
         """A small file of the checkpoint, or None.  Raises: CheckpointError."""
         key = f"file.{name}"
@@ -212,7 +196,7 @@ class Reading:
         self._packed = packed
         self._reader = Reader(packed.path, write_only)
         self._sums: dict[str, dict[int, tuple[int, int]]] = {}
-        """Of layers that are there in part: crc32 and length by offset."""
+        """Of arrays that are there in part: crc32 and length by offset."""
 
     def __enter__(self) -> "Reading":
         return self
@@ -232,35 +216,24 @@ class Reading:
         start = first * out.shape[1]
         assert out.shape[1:] == entry.shape[1:], f"records of {out.shape[1:]} bytes"
         assert start + out.nbytes <= entry.nbytes, f"{len(out)} experts from {first} on"
-        finish = self._reader.begin(out.reshape(-1), entry.offset + start)
+        return self.part(entry, start, out.reshape(-1))
+
+    def part(self, entry: Entry, start: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
+        """Begin to read an array from a byte of it on into u8 [n], which may be longer than what
+        is left of it by less than a page.  What comes back waits, and raises CheckpointError."""
+        length = min(out.nbytes, entry.nbytes - start)
+        finish = self._reader.begin(out, entry.offset + start, length)
 
         def wait() -> None:
             sums = self._sums.setdefault(entry.name, {})
-            sums[start] = finish(), out.nbytes
-            if sum(length for _, length in sums.values()) == entry.nbytes:
+            sums[start] = finish(), length
+            if sum(size for _, size in sums.values()) == entry.nbytes:
                 total = 0
-                for _, (crc, length) in sorted(self._sums.pop(entry.name).items()):
-                    total = joined_crc(total, crc, length)
+                for _, (crc, size) in sorted(self._sums.pop(entry.name).items()):
+                    total = joined_crc(total, crc, size)
                 self._packed.hold(entry.name, total)
 
         return wait
-
-    def tensor(self, name: str, room: npt.NDArray[np.uint8]) -> Linear | npt.NDArray[Any]:
-        """`Packed.tensor`, read into the first `Packed.room_for` bytes of `room`.
-
-        Raises: CheckpointError.
-        """
-        used = 0
-
-        def array(kind: str) -> npt.NDArray[Any]:
-            nonlocal used
-            entry = self._packed.entry(kind)
-            out = room[used : used + -(-entry.nbytes // PAGE) * PAGE]
-            used += out.nbytes
-            self._packed.hold(kind, self._reader.begin(out, entry.offset, entry.nbytes)())
-            return out[: entry.nbytes].view(entry.dtype).reshape(entry.shape)
-
-        return self._packed.assembled(name, array)
 
 
 def _entry(e: dict[str, Any]) -> Entry:

@@ -101,9 +101,11 @@ def test_an_arena_holds_every_record(
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("room", [8192, 5 * 4096, 1 << 20])
 def test_weights_on_the_device_are_those_of_the_file(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind, room: int
 ) -> None:
+    monkeypatch.setattr(loader, "ROOM", room)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
     made = loader.Loader(packed.path, "gpu", **options(packed.path))

@@ -1,0 +1,105 @@
+"""A packed file's weights, all but the experts, to where kernels reach them fast.
+
+The embedding is read into the host memory in which it stays.  The rest goes through a room of host
+memory in two halves: while one is uploaded the other is read, so that the disk never waits.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.ops import Array, Linear, Ops
+from osmium.quant.record import PAGE
+from osmium.weights.packed import Entry, Packed, Reading
+
+__all__ = ["place"]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of an array of the file, and where they go."""
+
+    entry: Entry
+    start: int
+    out: Array
+    """u8 [n], on the device."""
+    room: slice
+    """Of the half that it is read into, in whole pages."""
+
+
+def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, Linear | Array]:
+    """Every part by its name, as models/weights.upload would place it.
+
+    room u8 [n], page-locked; nobody must read into it any more when it is given back, so leave
+    `reading` first.  Raises: OutOfMemory; CheckpointError where bytes are not those written.
+    """
+    placed: dict[str, Linear | Array] = {}
+    entries: list[tuple[Entry, Array]] = []
+    for name, part in packed.parts.items():
+        arrays = {}
+        for kind in part.arrays:
+            entry = packed.entry(f"{name}.{kind}")
+            make = ops.host if name == "embed" else ops.empty
+            arrays[entry.name] = make(entry.shape, entry.dtype)
+            if name != "embed":
+                entries.append((entry, _bytes(arrays[entry.name])))
+        placed[name] = packed.assembled(name, arrays.__getitem__)
+    half = room.nbytes // 2 // PAGE * PAGE
+    view = np.asarray(ops.host_view(room), np.uint8)
+    halves = [view[:half], view[half : 2 * half]]
+    begun: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
+
+    def upload() -> None:
+        pieces, side, waits = begun.popleft()
+        for wait in waits:
+            wait()
+        for piece in pieces:
+            ops.copy_in(piece.out, side[piece.room][: piece.out.nbytes])
+
+    for number, pieces in enumerate(_filling(entries, half)):
+        ops.synchronize()  # what was in this half has been uploaded
+        side = halves[number % 2]
+        waits = [reading.part(one.entry, one.start, side[one.room]) for one in pieces]
+        begun.append((pieces, side, waits))
+        if number:
+            upload()
+    embed = packed.entry("embed.data")
+    there = np.asarray(ops.host_view(placed["embed"]))
+    wait = reading.part(embed, 0, there.reshape(-1).view(np.uint8))
+    while begun:
+        upload()
+    wait()
+    if "head" not in placed:  # it is the embedding, and is read whole: a copy of its own
+        rows, columns = embed.shape
+        head = ops.empty(embed.shape, embed.dtype)
+        ops.copy(head, placed["embed"])
+        placed["head"] = Linear("bf16", rows, columns, head)
+    ops.synchronize()
+    return placed
+
+
+def _bytes(array: Any) -> Array:
+    flat = array.reshape(-1)
+    return flat.view(np.uint8) if flat.shape[0] else flat
+
+
+def _filling(entries: list[tuple[Entry, Array]], half: int) -> Iterator[list[_Piece]]:
+    """Arrays cut into what a half of the room takes at once, in the file's order."""
+    pieces: list[_Piece] = []
+    used = 0
+    for entry, out in entries:
+        start = 0
+        while start < entry.nbytes:
+            if used == half:
+                yield pieces
+                pieces, used = [], 0
+            length = min(entry.nbytes - start, half - used)
+            end = used + -(-length // PAGE) * PAGE
+            pieces.append(_Piece(entry, start, out[start : start + length], slice(used, end)))
+            start, used = start + length, end
+    if pieces:
+        yield pieces
