@@ -85,7 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     measured = (
         "Measure decode and prefill, or (`bench kernels`) each kernel; ends with one JSON line."
     )
-    add_bench_flags(add("bench", measured, many=True))
+    bench = add("bench", measured, many=True)
+    add_bench_flags(bench)
+    _timing(bench)
     return parser
 
 

@@ -265,6 +265,8 @@ def bench(args: argparse.Namespace) -> None:
                 loader.progress = show
                 engine = loader.engine(**_context(loader, budget, args.depth))
             try:
+                if args.timing:
+                    tell_timing(engine, while_serving=True)
                 found.append({"kv_cache_mb": budget, **measure(engine, settings, rate)})
                 _say(table(found[-1]))
                 if args.profile:
