@@ -169,14 +169,11 @@ class Cases:
             pages=i32(pages),
         )  # fmt: skip
 
-    def _linear(self, name: str, rows: str = "") -> Calls:
-        """Of the token's `rows` and onto x, or of h."""
-        w, sets, ops = self.work, self._matrices(name), self.ops
-        if rows:
-            a = getattr(w, rows)
-            return [partial(ops.linear_norm, w.x, a, m, w.h, self.norm) for m in sets]
+    def _linear(self, name: str) -> Calls:
+        """Of h."""
+        sets, ops = self._matrices(name), self.ops
         out = ops.empty((self.tokens, sets[0].rows), np.float32)
-        return [partial(ops.linear, out, w.h, m) for m in sets]
+        return [partial(ops.linear, out, self.work.h, m) for m in sets]
 
     def _router(self) -> Calls:
         w, counters = self.work, self._i32([0] * 4, np.int64)
@@ -218,8 +215,12 @@ class Cases:
             norms = self._noise((2, config.head_dim), np.float32)
             more = (w.qgkv, norms, ops.put(rotary_frequencies(config)))
             return [partial(ops.rope_append, w.q, kv, *more, s, config.eps) for s in steps]
-        read, scale = (w.attended, w.q, kv, w.qgkv), config.head_dim**-0.5
-        return [partial(ops.gated_attention, *read, s, scale, w.partial) for s in steps]
+        found, of = self._matrices("attention_out"), (w.x, w.h, self.norm, w.q, kv, w.qgkv)
+        calls: Calls = []
+        for i, step in enumerate(steps):
+            to = (found[i % len(found)], w.attended, w.partial)
+            calls.append(partial(ops.gated_attention, *of, *to, step, config.head_dim**-0.5))
+        return calls
 
     def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> values.ExpertCache:
         """Nobody is in it; its slots are noise."""
@@ -307,7 +308,6 @@ MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
     "linear qgkv": ("_linear", "qgkv"), "rope_append": ("_attention", True),
     "gated_attention": ("_attention", False),
-    "linear_norm attention_out": ("_linear", "attention_out", "attended"),
     "router": ("_router",), "place": ("_place",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),
     "expert_down": ("_experts", False), "linear head": ("_linear", "head"), "sample": ("_sample",),

@@ -34,11 +34,12 @@ class Attention:
     def mix(self, x: Array, step: Step, state: KeysValues, work: Workspace, norm: Array) -> None:
         """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         Keys and values of the step are kept before any is read."""
-        ops = self.ops
-        ops.linear(work.qgkv, work.h, self.qgkv)
-        ops.rope_append(work.q, state, work.qgkv, self.norms, self.frequencies, step, self.eps)
-        ops.gated_attention(work.attended, work.q, state, work.qgkv, step, self.scale, work.partial)
-        ops.linear_norm(x, work.attended, self.out, work.h, norm)
+        ops, q, qgkv = self.ops, work.q, work.qgkv
+        ops.linear(qgkv, work.h, self.qgkv)
+        ops.rope_append(q, state, qgkv, self.norms, self.frequencies, step, self.eps)
+        ops.gated_attention(
+            x, work.h, norm, q, state, qgkv, self.out, work.attended, work.partial, step, self.scale
+        )
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:

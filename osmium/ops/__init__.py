@@ -190,18 +190,23 @@ class Ops(Protocol):
 
     def gated_attention(
         self,
-        out: Rows,
+        x: Array,
+        h: Rows,
+        norm: Array,
         q: Array,
         kv: KeysValues,
         qgkv: Array,
+        out: Linear,
+        read: Rows,
+        partial: Array,
         step: Step,
         scale: float,
-        partial: Array,
     ) -> None:
-        """attention, then sigmoid_gate.
+        """read = sigmoid_gate(attention(q));  x += read @ out.T;  h = norm(x)
 
-        out [T, H d]    partial f32 [splits, H, d + 2], scratch: in steps of one row a sequence,
-        and of 8 rows at most, contexts are shared out over up to splits / T blocks each
+        x f32 [T, D]    h [T, D]    norm f32 [D]    q f32 [T, H, d]    read [T, H d], scratch
+        partial f32 [splits, H, d + 2], scratch: in steps of one row a sequence, and of 8 rows at
+        most, contexts are shared out over up to splits / T blocks each
         """
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:

@@ -117,20 +117,25 @@ class GpuOps(GpuRows):
 
     def gated_attention(
         self,
-        out: Rows,
+        x: Array,
+        h: Rows,
+        norm: Array,
         q: Array,
         kv: KeysValues,
         qgkv: Array,
+        out: Linear,
+        read: Rows,
+        partial: Array,
         step: Step,
         scale: float,
-        partial: Array,
     ) -> None:
         tokens, heads, dim = q.shape
         if not one_each(step) or tokens > min(SPLIT_ROWS, partial.shape[0]):
-            read = out.f32.reshape(tokens, heads, dim)
-            self.attention(read, q, kv, step, scale)
-            self.sigmoid_gate(read, qgkv)
-            self.settle(out)
+            seen = read.f32.reshape(tokens, heads, dim)
+            self.attention(seen, q, kv, step, scale)
+            self.sigmoid_gate(seen, qgkv)
+            self.settle(read)
+            self.linear_norm(x, read, out, h, norm)
             return
         groups = kv.k.shape[2]
         splits = share_context(self.machine, partial.shape[0] // tokens, tokens * groups)
@@ -139,10 +144,16 @@ class GpuOps(GpuRows):
             step.positions, step.sequence, step.pages,
             heads, groups, dim, step.page, step.pages.shape[1], splits, scale,
         )  # fmt: skip
+        # 128 values of a head are a group of digits, which their block can make for all
+        digits = dim % 128 == 0 and out.format == "int4" and fits_matvec(out)
         COMBINE(
-            self.stream, tokens, out.split, partial, qgkv, step.positions, heads, dim, splits,
-            qgkv.shape[1],
+            self.stream, tokens, read.split, partial, qgkv, step.positions, heads, dim, splits,
+            qgkv.shape[1], int(digits),
         )  # fmt: skip
+        if digits:
+            self.matvec(x, read, out, h, norm, made=True)
+        else:
+            self.linear_norm(x, read, out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, dim = out.shape

@@ -190,17 +190,22 @@ class ReferenceOps(ReferenceMaking):
 
     def gated_attention(
         self,
-        out: Rows,
+        x: Array,
+        h: Rows,
+        norm: Array,
         q: Array,
         kv: KeysValues,
         qgkv: Array,
+        out: Linear,
+        read: Rows,
+        partial: Array,
         step: Step,
         scale: float,
-        partial: Array,
     ) -> None:
-        read = out.f32.reshape(q.shape)
-        self.attention(read, q, kv, step, scale)
-        self.sigmoid_gate(read, qgkv)
+        heads = read.f32.reshape(q.shape)
+        self.attention(heads, q, kv, step, scale)
+        self.sigmoid_gate(heads, qgkv)
+        self.linear_norm(x, read, out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape

@@ -307,25 +307,32 @@ def gated_attention(rng: np.random.Generator, size: Size, kept: str = "bf16") ->
 
 def shared_context(rng: np.random.Generator, one: Size, room: int, kept: str) -> Case:
     """One row a sequence, with `room` for what blocks that share contexts leave."""
-    rows = len(one.past)
-    arrays = step_arrays(rng, one)
+    rows, hidden, width = len(one.past), one.hidden, one.heads * one.head_dim
+    arrays, group = step_arrays(rng, one), group_of(width)
     shape = (rows, one.heads, one.head_dim)
     arrays |= _pages(rng, one, arrays["pages"], kept)
+    out = int4.quantize(_f32(rng, hidden, width) * np.float32(width**-0.5), group)
     arrays |= {
-        "out": _nan(*shape),
+        "x": _f32(rng, rows, hidden) * np.float32(0.1),
+        "h": _nan(rows, hidden),
+        "scale": _f32(rng, hidden) * np.float32(0.1),
         "q": _f32(rng, *shape) * 2,
         "qgkv": _f32(rng, rows, 2 * (one.heads + one.kv_heads) * one.head_dim) * 4,
+        "out": out[0],
+        "out_scale": out[1],
         "partial": _nan(room, one.heads, one.head_dim + 2),
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        out = new_rows(ops, rows, one.heads * one.head_dim)
+        matrix = Linear("int4", hidden, width, a["out"], a["out_scale"], group)
+        read, h = new_rows(ops, rows, width), new_rows(ops, rows, hidden, 1e-6)
         ops.gated_attention(
-            out, a["q"], _kv(a), a["qgkv"], _step(one, a), one.head_dim**-0.5, a["partial"]
-        )
-        read_rows(ops, a["out"], out)
+            a["x"], h, a["scale"], a["q"], _kv(a), a["qgkv"], matrix, read, a["partial"],
+            _step(one, a), one.head_dim**-0.5,
+        )  # fmt: skip
+        read_rows(ops, a["h"], h)
 
-    return Case(arrays, call, {"out": "f32"})
+    return Case(arrays, call, {"x": "rows", "h": "rows"})
 
 
 def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:

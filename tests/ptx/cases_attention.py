@@ -98,7 +98,7 @@ def turned(dim: int, heads: int, kv: int, page: int, room: int, past: Counts, ke
             cases.append(ops, placed, size)
             call(ops, placed)
 
-        return replace(case, call=append, writes={"out": "bf16" if kept == "bf16" else "e4m3"})
+        return replace(case, call=append, writes={"x": "bf16" if kept == "bf16" else "e4m3"})
 
     return make
 
