@@ -626,7 +626,7 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
-        "griddepcontrol": _dependent,
+        "griddepcontrol": _dependent, "ldmatrix": _matrices,
     }  # fmt: skip
     try:
         if base in special:
@@ -886,6 +886,29 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
             if dtype.itemsize < w.program.registers[name].itemsize:
                 value = value.astype(w.program.registers[name])
             w.write(name, value, m)
+
+    return load
+
+
+def _matrices(program: Program, parts: list[str], args: list[str]) -> Run:
+    """ldmatrix: four matrices of eight rows of 16 bytes, whose places 8 i + row lanes name; lane
+    (g, q) gets, of each, word q of row g, or transposed halves g of rows 2q and 2q + 1."""
+    trans = "trans" in parts
+    if [p for p in parts if p != "trans"] != ["sync", "aligned", "m8n8", "x4", "shared", "b16"]:
+        raise KeyError(".".join(parts))
+    address = _address(program, args[1], "shared")
+    names = [name.strip() for name in args[0].strip("{}").split(",")]
+    if len(names) != 4:
+        raise ValueError("registers of four matrices")
+
+    def load(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at an ldmatrix")
+        block, at = w.memory("shared", address(w, m), m)
+        rows = block.data[_reach(block, at, 16, w, read=True)]
+        for name, matrix in zip(names, rows.view(np.uint16).reshape(4, 8, 8), strict=True):
+            found = np.ascontiguousarray(matrix.T if trans else matrix)
+            w.write(name, found.reshape(-1).view(np.uint32), m)
 
     return load
 
