@@ -998,7 +998,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
     """cp.async: the bytes are taken at once, and are there when their group has been waited for.
-    With a fourth operand, how many bytes are taken (none or all); zeros follow."""
+    With a fourth operand, how many bytes are taken; zeros follow."""
     if parts == ["async", "commit_group"]:
         return lambda w, m: w.copies.append([])
     if parts == ["async", "wait_group"]:
@@ -1024,10 +1024,16 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
         lanes = np.ones(LANES, np.bool_) if m is None else m
         there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w, read=False)
         data = np.zeros((len(there), size), np.uint8)
-        full = lanes if taken is None else lanes & (taken(w, m) == size)
-        if full.any():
-            block, at = w.memory("global", source(w, m), full)
-            data[full[lanes]] = block.data[_reach(block, at, size, w, read=True)]
+        counts = np.full(LANES, size) if taken is None else taken(w, m)
+        for count in set(counts[lanes].tolist()) - {0}:
+            for some in _by_array("global", source(w, m), lanes & (counts == count)):
+                assert some is not None, "lanes are named"
+                block, at = w.memory("global", source(w, m), some)
+                if count > size or (at % size).any():
+                    raise PtxFault(f"{w.where}: {count} bytes of {size} at {at[0]} of {block.name}")
+                each: npt.NDArray[np.int64] = at[:, None] + np.arange(count)
+                _reach(block, each.reshape(-1), 1, w, read=True)
+                data[some[lanes], :count] = block.data[each]
         w.copies[-1].append((there, data))
 
     return copy
