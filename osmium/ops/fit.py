@@ -48,7 +48,7 @@ KEPT = {"bf16": np.uint16, "fp8": np.uint8}
 SPLIT_ROWS = 8
 """Sequences up to which a step shares out each context over blocks; more fill a GPU as they are."""
 
-SPLIT_SHARED = 90 << 10
+SPLIT_SHARED = 96 << 10
 """Bytes of shared memory of a block that does a part of a context, at most."""
 
 SPLITS_LEAST = 4

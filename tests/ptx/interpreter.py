@@ -626,7 +626,7 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
-        "griddepcontrol": _dependent,
+        "griddepcontrol": _dependent, "ldmatrix": _matrices,
     }  # fmt: skip
     try:
         if base in special:
@@ -890,6 +890,29 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     return load
 
 
+def _matrices(program: Program, parts: list[str], args: list[str]) -> Run:
+    """ldmatrix: four matrices of eight rows of 16 bytes, whose places 8 i + row lanes name; lane
+    (g, q) gets, of each, word q of row g, or transposed halves g of rows 2q and 2q + 1."""
+    trans = "trans" in parts
+    if [p for p in parts if p != "trans"] != ["sync", "aligned", "m8n8", "x4", "shared", "b16"]:
+        raise KeyError(".".join(parts))
+    address = _address(program, args[1], "shared")
+    names = [name.strip() for name in args[0].strip("{}").split(",")]
+    if len(names) != 4:
+        raise ValueError("registers of four matrices")
+
+    def load(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at an ldmatrix")
+        block, at = w.memory("shared", address(w, m), m)
+        rows = block.data[_reach(block, at, 16, w, read=True)]
+        for name, matrix in zip(names, rows.view(np.uint16).reshape(4, 8, 8), strict=True):
+            found = np.ascontiguousarray(matrix.T if trans else matrix)
+            w.write(name, found.reshape(-1).view(np.uint32), m)
+
+    return load
+
+
 def _known(space: str, modifiers: list[str]) -> None:
     fine = {"nc", "cg", "L1::no_allocate", "v2", "v4"}
     if space not in ("global", "shared") or not set(modifiers) <= fine:
@@ -975,7 +998,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
     """cp.async: the bytes are taken at once, and are there when their group has been waited for.
-    With a fourth operand, how many bytes are taken (none or all); zeros follow."""
+    With a fourth operand, how many bytes are taken; zeros follow."""
     if parts == ["async", "commit_group"]:
         return lambda w, m: w.copies.append([])
     if parts == ["async", "wait_group"]:
@@ -1001,10 +1024,16 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
         lanes = np.ones(LANES, np.bool_) if m is None else m
         there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w, read=False)
         data = np.zeros((len(there), size), np.uint8)
-        full = lanes if taken is None else lanes & (taken(w, m) == size)
-        if full.any():
-            block, at = w.memory("global", source(w, m), full)
-            data[full[lanes]] = block.data[_reach(block, at, size, w, read=True)]
+        counts = np.full(LANES, size) if taken is None else taken(w, m)
+        for count in set(counts[lanes].tolist()) - {0}:
+            for some in _by_array("global", source(w, m), lanes & (counts == count)):
+                assert some is not None, "lanes are named"
+                block, at = w.memory("global", source(w, m), some)
+                if count > size or (at % size).any():
+                    raise PtxFault(f"{w.where}: {count} bytes of {size} at {at[0]} of {block.name}")
+                each: npt.NDArray[np.int64] = at[:, None] + np.arange(count)
+                _reach(block, each.reshape(-1), 1, w, read=True)
+                data[some[lanes], :count] = block.data[each]
         w.copies[-1].append((there, data))
 
     return copy
