@@ -24,7 +24,6 @@ from osmium.bench.speed import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
 from osmium.cuda.stream import Machine, copy_rate, memory_rate
-from osmium.engine.runner import PEAK_SLICES
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.cache import FADING
 from osmium.models.attention import rotary_frequencies
@@ -297,8 +296,10 @@ class Cases:
             chance=ops.mailbox((ring, rows), np.float64), token=i32([0] * rows),
             left=i32([0] * rows), heed=i32([0] * rows), eos=i32([-9]), turn=i32([0]),
             mail=ops.mailbox((1 + ring * rows,), np.int32),
-            best=ops.empty((rows, PEAK_SLICES), np.float32),
-            where=ops.empty((rows, PEAK_SLICES), np.int32),
+            **{
+                name: ops.empty(shape, dtype)
+                for name, (shape, dtype) in values.Replies.scratch(rows, vocab).items()
+            },
         )  # fmt: skip
         sets = self._sets(4 * rows * vocab)
         return [partial(ops.sample, self._noise((rows, vocab), np.float32), replies) for _ in sets]

@@ -5,6 +5,7 @@ While nothing but replies is wanted the device goes from token to token by itsel
 host only launches one recorded step a token and reads the mail.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -20,16 +21,13 @@ from osmium.models.qwen3_5_moe import Model
 from osmium.models.state import State
 from osmium.ops import Ops, Replies, Step
 
-__all__ = ["LOGIT_ROWS", "PEAK_SLICES", "Reply", "Runner", "runner_bytes"]
+__all__ = ["LOGIT_ROWS", "Reply", "Runner", "runner_bytes"]
 
 LOGIT_ROWS = 16
 """Rows of logits computed at a time: 16 MB at a vocabulary of 248 k."""
 
 RING = 8
 """Steps of a reply that may be on their way at once, and one more."""
-
-PEAK_SLICES = 128
-"""Slices of a row of logits that are searched side by side."""
 
 NO_LIMIT = 1 << 30
 
@@ -39,8 +37,12 @@ PATIENCE = 2.0
 
 def runner_bytes(vocab: int, rows: int, sequences: int, table: int) -> int:
     """Bytes of the runner's own arrays."""
-    replies = sequences * (7 + 2 * PEAK_SLICES) + 16
-    return 4 * (_integers(rows, sequences, table) + LOGIT_ROWS * vocab + replies)
+    replies = sequences * 7 + 16
+    scratch = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize
+        for shape, dtype in Replies.scratch(min(sequences, rows, LOGIT_ROWS), vocab).values()
+    )
+    return 4 * (_integers(rows, sequences, table) + LOGIT_ROWS * vocab + replies) + scratch
 
 
 def _integers(rows: int, sequences: int, table: int) -> int:
@@ -96,8 +98,10 @@ class Runner:
             eos=ops.put(np.array(eos or (-9,), np.int32)),  # -9: no token
             turn=ops.empty((1,), np.int32),
             mail=ops.mailbox((1 + RING * rows,), np.int32),
-            best=ops.empty((rows, PEAK_SLICES), np.float32),
-            where=ops.empty((rows, PEAK_SLICES), np.int32),
+            **{
+                name: ops.empty(shape, dtype)
+                for name, (shape, dtype) in Replies.scratch(rows, self.model.config.vocab).items()
+            },
         )
 
     def prepare(self) -> None:

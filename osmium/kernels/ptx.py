@@ -40,7 +40,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     for name, dtype in {
         "f64": np.float64, "f32": np.float32, "f16": np.float16, "bf16": np.uint16,
         "u8": np.uint8, "i8": np.int8, "u16": np.uint16, "i32": np.int32, "u32": np.uint32,
-        "i64": np.int64,
+        "i64": np.int64, "u64": np.uint64,
     }.items()
 }  # fmt: skip
 """What an array holds; bf16 is kept as u16."""

@@ -4,8 +4,9 @@
     def count(out, n): ...
 
 Pointers and scalars only, no warp intrinsics: what a kernel shares across lanes goes through
-shared memory.  The contract is made from the signature and the function's own parameter names and
-written on top of the compiled text, so a compiled kernel reads like a hand-written one.
+shared memory, and across blocks by `add_to`; what they have in common is a `device_function`.  The
+contract is made from the signature and the function's own parameter names and written on top of the
+compiled text, so a compiled kernel reads like a hand-written one.
 
 Numba is needed to compile and for nothing else.  The text comes from osmium/kernels/compiled, where
 a wheel ships it; in a checkout it is compiled at first use and kept there, or in the user's cache
@@ -31,19 +32,22 @@ from osmium.errors import KernelError
 from osmium.kernels.ptx import Contract, Kernel, parse
 
 __all__ = [
-    "KERNELS", "cuda", "exp2", "float32", "float64", "int32", "int64", "python_kernel", "uint32",
-    "uint64",
+    "FUNCTIONS", "KERNELS", "add_to", "cuda", "device_function", "exp2", "float32", "float64",
+    "int32", "int64", "python_kernel", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
 cuda: Any = None
 int32: Any = None
+uint16: Any = None
 uint32: Any = None
 uint64: Any = None
 int64: Any = None
 float32: Any = None
 float64: Any = None
 exp2: Any = None
-"""Numba's names, for a kernel's source to import; they mean something only while compiling."""
+add_to: Any = None
+"""Numba's names, and add_to(pointer, index, value), an atomic sum in device memory, for a kernel's
+source to import; they mean something only while compiling."""
 
 LATEST_PTX = (8, 7)
 """What a 12.8 driver takes."""
@@ -53,12 +57,16 @@ TARGETS = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 KERNELS: dict[str, "Source"] = {}
 """Every decorated function, by name."""
 
+FUNCTIONS: dict[str, Callable[..., Any]] = {}
+"""What kernels call, by name."""
+
 _TYPES = {"uint32": "u32", "int32": "u32", "float32": "f32"}
 """Parameters have no sign in PTX: an int32 is for sizes, which are never below zero."""
 
 _POINTS_TO = {
     "int32": "i32", "uint32": "u32", "float32": "f32", "uint16": "u16", "int64": "i64",
     "uint8": "u8", "float64": "f64",
+    "uint64": "u64",
 }  # fmt: skip
 
 
@@ -77,7 +85,13 @@ class Source:
     def key(self) -> str:
         """A hash of everything the compiled text follows from."""
         made = inspect.getsource(Source._renamed)
-        parts = (inspect.getsource(self.function), self.signature, self._header(), made)
+        known = self.function.__globals__
+        parts = [inspect.getsource(self.function), self.signature, self._header(), made]
+        for name, value in known.items():
+            if name in FUNCTIONS and FUNCTIONS[name] is value:
+                parts.append(inspect.getsource(value))
+            elif isinstance(value, int | float):
+                parts.append(f"{name} = {value}")
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def contract(self) -> Contract:
@@ -137,18 +151,23 @@ class Source:
         try:
             import numba  # here: only compiling needs it
             import numba.cuda
-            from numba.cuda import libdevice
+            from numba.cuda import dispatcher, libdevice
         except ImportError:
             raise KernelError(
                 f"The kernel {self.name} is not compiled and Numba is not installed; "
                 "pip install 'osmium[build]', or install a wheel, which ships it compiled."
             ) from None
-        plain = ("int32", "int64", "uint32", "uint64", "float32", "float64")
-        found = {name: getattr(numba, name) for name in plain}
-        found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f}
-        function = types.FunctionType(
-            self.function.__code__, {**self.function.__globals__, **found}, self.name
-        )
+        plain = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
+        found = {**self.function.__globals__} | {name: getattr(numba, name) for name in plain}
+        found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "add_to": _add_to()}
+        for name, called in FUNCTIONS.items():
+            if self.function.__globals__.get(name) is called:
+                found[name] = numba.cuda.jit(device=True, forceinline=True)(
+                    types.FunctionType(called.__code__, found, name)
+                )
+        function = types.FunctionType(self.function.__code__, found, self.name)
+        asked = dispatcher.get_current_device  # for what it calls, Numba asks a device's age
+        dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=(8, 0))
         try:
             text, _ = numba.cuda.compile(
                 function, self.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
@@ -158,6 +177,8 @@ class Source:
                 f"{self.name}: Numba finds no CUDA compiler ({' '.join(str(error).split())}); "
                 "pip install 'osmium[build]'."
             ) from error
+        finally:
+            dispatcher.get_current_device = asked
         return self._renamed(text)
 
     def _renamed(self, text: str) -> str:
@@ -175,6 +196,28 @@ class Source:
         text = text.replace(mangled[0], self.name)
         head, body = re.split(rf"(?<=\.entry {self.name}\()", text, maxsplit=1)
         return head + body.replace(")", f")\n.maxntid {self.block}\n.minnctapersm 1", 1)
+
+
+def _add_to() -> Any:
+    """Numba's own atomics take arrays, and kernels have pointers."""
+    from numba import void
+    from numba.cuda.extending import intrinsic
+
+    def add_to(_: Any, pointer: Any, index: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = context.cast(builder, arguments[2], signature.args[2], pointer.dtype)
+            builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), value, "monotonic")
+            return context.get_dummy_value()
+
+        return void(pointer, index, value), code
+
+    return intrinsic(add_to)
+
+
+def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Let kernels of its module call it; it is compiled into each."""
+    FUNCTIONS[function.__name__] = function
+    return function
 
 
 def python_kernel(
@@ -196,7 +239,7 @@ def python_kernel(
 
 def compile_all(folder: Path) -> list[Path]:
     """Write every Numba kernel of the package to `folder`; the files."""
-    for name in ("place", "sample"):
+    for name in ("place", "sample", "weigh"):
         importlib.import_module(f"osmium.kernels.{name}")
     folder.mkdir(parents=True, exist_ok=True)
     made = []

@@ -1,20 +1,23 @@
 """sample and advance: from rows of logits to tokens, and on to the next step, without the host.
 
-`peaks` finds the largest logit of each slice of a row; `draw`, one thread block a row, draws a
-token from what temperature, top-k, top-p and min-p leave; `advance` writes the tokens where the
-next step reads its own, and tells the host.
+`peaks` finds the largest logit of each slice of a row; `weigh` sorts each slice's tokens into bins
+and adds the slices up; `draw`, one thread block a row, draws a token from what temperature, top-k,
+top-p and min-p leave; `advance` writes the tokens where the next step reads its own, and tells the
+host.
 
 What top-k, top-p and min-p keep is always a prefix of the tokens in order of their logits, so a
 token is found by walking down that order until enough tokens, or enough probability, lie behind.
-The walk goes by bins of equal width below the largest logit, by finer bins inside the one where it
-ends, and then token by token.  Probabilities are integers, in 2^-40 of the largest, so that sums
-come out the same in any order of the threads.
+The walk goes by bins of equal width below the largest logit and then token by token; where a bin
+has too many tokens to be put in order, by finer bins inside it.  Running sums over bins and over
+tokens make each walk one comparison a thread.  Probabilities are integers, in 2^-40 of the largest,
+so that sums come out the same in any order of the threads.
 """
 
 from typing import Any
 
 from osmium.kernels.python import (
     cuda,
+    device_function,
     exp2,
     float32,
     float64,
@@ -24,320 +27,340 @@ from osmium.kernels.python import (
     uint32,
     uint64,
 )
+from osmium.kernels.weigh import BAD, BINS, UNIT, WINDOW, likeliest, running
 
-__all__ = ["ADVANCE", "DRAW", "PEAKS"]
+__all__ = ["ADVANCE", "DRAW"]
 
-BINS, FINER = 2048, 512
-WINDOW = 28.0
-"""Logits further below the largest, in units of the temperature, weigh less than 2^-40: nothing."""
+LIST = 512
+"""Tokens that are put in order: each thread of `draw` has one."""
 
-LIST = 1024
-"""Tokens of one finer bin that are put in order; more must be equal but for rounding, and go by id.
-"""
+LEVELS = 3
+"""Of bins: a finest one is 2^-27 of the window wide, and its tokens are equal but for rounding."""
+
+AHEAD = 8
+"""Loads that a thread of `draw` has on their way."""
 
 
-@python_kernel(
-    "void(CPointer(float32), CPointer(int32), CPointer(float32), int32, int32)",
-    block=256,
-    grid="slices, rows",
-    regs=64,
-)
-def peaks(best: Any, where: Any, logits: Any, vocab: int, slices: int) -> None:
-    """The largest logit of each slice of a row, and the first token that has it.
+@device_function
+def collect(
+    index: Any, value: Any, logits: Any, order: Any, base: Any, size: Any, start: Any, until: Any,
+    s: Any, slices: Any, e: Any,
+) -> None:  # fmt: skip
+    """index[u], value[u]: element e of the span of slice s + u * warps, u below AHEAD, and its
+    logit; index -1 where there is none.  All of them are on their way at once."""
+    warps = cuda.blockDim.x // 32
+    for u in range(AHEAD):
+        of = s + u * warps
+        index[u] = int32(-1)
+        if of < slices and start[of] + e < until[of]:
+            index[u] = int32(of * size + int32(order[base + of * size + start[of] + e]))
+    for u in range(AHEAD):
+        value[u] = float32(0)
+        if index[u] >= 0:
+            value[u] = logits[base + index[u]]
 
-    best f32, where i32 [rows, slices]    logits f32 [rows, vocab]
-    where is -1 if a logit of the slice is no number, or the largest is not finite.
-    """
-    values = cuda.shared.array(256, float32)
-    tokens = cuda.shared.array(256, int32)
-    me, width = cuda.threadIdx.x, cuda.blockDim.x
-    row = cuda.blockIdx.y
-    size = (vocab + slices - 1) // slices
-    start = cuda.blockIdx.x * size
-    end = min(start + size, vocab)
-    largest = float32(-3.4e38)
-    token = int32(0x7FFFFFFF)
-    for i in range(start + me, end, width):
-        value = logits[int64(row) * vocab + i]
-        if not value < float32(3.4e38):  # infinite, or no number
-            token = int32(-1)
-            largest = float32(3.4e38)
-        elif value > largest:
-            largest = value
-            token = int32(i)
-    values[me] = largest
-    tokens[me] = token
-    cuda.syncthreads()  # every thread's own is there
-    half = width // 2
-    while half > 0:
-        if me < half:
-            other = me + half
-            if values[other] > values[me] or (
-                values[other] == values[me] and tokens[other] < tokens[me]
-            ):
-                values[me] = values[other]
-                tokens[me] = tokens[other]
-        cuda.syncthreads()  # this half is done before the next is read
-        half //= 2
-    if me == 0:
-        best[row * slices + cuda.blockIdx.x] = values[0]
-        where[row * slices + cuda.blockIdx.x] = tokens[0]
+
+@device_function
+def longest(start: Any, until: Any, s: Any, slices: Any) -> Any:
+    """Elements of the longest of the spans that `collect` goes over."""
+    most = int32(0)
+    for u in range(AHEAD):
+        of = s + u * (cuda.blockDim.x // 32)
+        if of < slices:
+            most = max(most, int32(until[of] - start[of]))
+    return most
 
 
 @python_kernel(
-    "void(CPointer(int32), CPointer(float32), CPointer(float32), CPointer(int32), "
-    "CPointer(float32), CPointer(float64), CPointer(int32), int32, int32, int32)",
+    "void(CPointer(int32), CPointer(float32), CPointer(float32), CPointer(float32), "
+    "CPointer(float64), CPointer(int32), CPointer(uint32), CPointer(uint64), CPointer(uint16), "
+    "CPointer(uint16), int32, int32, int32)",
     block=512,
     grid="rows",
-    regs=96,
+    regs=128,
 )
 def draw(
     token: Any,
     logits: Any,
     best: Any,
-    where: Any,
     settings: Any,
     chance: Any,
     turn: Any,
+    counts: Any,
+    masses: Any,
+    ends: Any,
+    order: Any,
     vocab: int,
     slices: int,
     ring: int,
 ) -> None:
-    """token i32 [rows]: drawn, or -1 where a row's largest logit is not finite.
+    """token i32 [rows]: drawn, in rows where `weigh` has not written it.
 
-    logits f32 [rows, vocab]    best f32, where i32 [rows, slices]: what `peaks` found
+    logits f32 [rows, vocab]    best f32 [rows, slices]: what `peaks` found; slices <= 512
     settings f32 [rows, 4]: temperature, top-k, top-p, min-p
     chance f64 [ring, rows], in [0, 1); row turn % ring of it is used    turn i32 [1]
+    counts u32 [rows, BINS], masses u64 [rows, BINS + 1], ends u16 [rows, slices, BINS],
+    order u16 [rows, vocab]: what `weigh` found
     """
-    count = cuda.shared.array(2560, uint32)  # tokens of a bin: BINS, then FINER inside one of them
-    mass = cuda.shared.array(2560, uint64)  # and the sum of their probabilities
-    tokens_of = cuda.shared.array(32, uint64)  # sums over a 32nd of the bins
-    mass_of = cuda.shared.array(32, uint64)
-    ids = cuda.shared.array(1024, int32)  # the tokens of the last bin, as they came
-    values = cuda.shared.array(1024, float32)
-    order = cuda.shared.array(1024, int32)  # where in `ids` the next likeliest is
-    found = cuda.shared.array(4, uint64)
-    total = cuda.shared.array(4, uint64)
+    n_upto = cuda.shared.array(1536, uint32)  # a level after the other: tokens up to each bin
+    w_upto = cuda.shared.array(1536, uint64)  # and their probability
+    sums = cuda.shared.array(1024, uint64)
+    start = cuda.shared.array(512, int32)  # of each slice: which of its tokens in order are looked
+    until = cuda.shared.array(512, int32)  # at, first and end
+    ids = cuda.shared.array(512, int32)  # the tokens that are listed, as they came
+    values = cuda.shared.array(512, float32)
+    ranked = cuda.shared.array(512, int32)  # where in `ids` the next likeliest is
+    l_upto = cuda.shared.array(512, uint64)  # the probability of the listed up to it
+    entries = cuda.shared.array(1, uint32)
+    found = cuda.shared.array(8, uint64)
+    index = cuda.local.array(8, int32)
+    value = cuda.local.array(8, float32)
     me, width = cuda.threadIdx.x, cuda.blockDim.x
+    warp, lane, warps = me // 32, me % 32, cuda.blockDim.x // 32
     row = cuda.blockIdx.x
+    size = (vocab + slices - 1) // slices
     base = int64(row) * vocab
 
-    # -- 1. the largest logit of the row, of the first slice that has it
-    largest = float32(-3.4e38)
-    first = int32(0x7FFFFFFF)
-    s = me
-    while s < slices:
-        if best[row * slices + s] > largest:
-            largest = best[row * slices + s]
-            first = where[row * slices + s]
-        s += width
+    # -- 1. all that is needed at once; the chance is in host memory, far away
     temperature = settings[row * 4]
-    values[me] = largest
-    order[me] = first
-    cuda.syncthreads()  # every thread's own is there
-    half = width // 2
-    while half > 0:
-        if me < half:
-            other = me + half
-            if values[other] > values[me] or (
-                values[other] == values[me] and uint32(order[other]) < uint32(order[me])
-            ):
-                values[me] = values[other]
-                order[me] = order[other]
-        cuda.syncthreads()  # this half is done before the next is read
-        half //= 2
+    if temperature == float32(0):
+        return
+    top_k, top_p, least = settings[row * 4 + 1], settings[row * 4 + 2], settings[row * 4 + 3]
+    lot = float64(0)
+    if me == 0:
+        lot = chance[(turn[0] % ring) * cuda.gridDim.x + row]
+    n_bin = uint64(counts[row * BINS + me])
+    w_bin = masses[row * (BINS + 1) + me]
+    likely = masses[row * (BINS + 1) + BINS]
+    largest = float32(-BAD)
+    if me < slices:
+        largest = best[row * slices + me]
+    likeliest(values, ids, largest, int32(0))
     largest = values[0]
-    first = order[0]
-    cuda.syncthreads()  # both are read before they are used again
-    if first == int32(0x7FFFFFFF):
-        first = int32(-1)  # every logit is minus infinity
-    if first < 0 or temperature == float32(0):
-        if me == 0:
-            token[row] = first
+    if not (largest < float32(BAD) and largest > float32(-BAD)):
         return
     steep = min(float32(1.4426950408889634) / temperature, float32(1e30))
     per_bin = min(float32(BINS / WINDOW) / temperature, float32(1e30))
-    unit = float32(1099511627776.0)  # 2^40
+    n_upto[me] = uint32(running(sums, n_bin))
+    cuda.syncthreads()  # `sums` is free
+    w_upto[me] = running(sums, w_bin)
+    cuda.syncthreads()  # the running sums are whole
+    kept = w_upto[BINS - 1]
 
-    # -- 2. bins of equal width below the largest: how many tokens, how much probability
-    for b in range(me, BINS, width):
-        count[b] = uint32(0)
-        mass[b] = uint64(0)
-    if me < 4:
-        total[me] = uint64(0)
-    cuda.syncthreads()  # zeros before sums
-    least = settings[row * 4 + 3]
-    tokens = uint64(0)
-    weights = uint64(0)
-    likely = uint64(0)  # of the tokens that min-p leaves
-    for i in range(me, vocab, width):
-        below = largest - logits[base + i]
-        at = below * per_bin
-        if at < float32(BINS):
-            share = exp2(-below * steep)
-            one = uint64(share * unit)
-            cuda.atomic.add(count, int32(at), uint32(1))
-            cuda.atomic.add(mass, int32(at), one)
-            tokens += uint64(1)
-            weights += one
-            if share >= least:
-                likely += one
-    cuda.atomic.add(total, 0, tokens)
-    cuda.atomic.add(total, 1, weights)
-    cuda.atomic.add(total, 2, likely)
-    cuda.syncthreads()  # bins and sums are whole
-    kept = total[1]
-    likely = total[2]
-
-    # -- 3. three walks: over top-k tokens; over top-p of what they weigh; up to the draw
+    # -- 2. three walks: over top-k tokens; over top-p of what they weigh; up to the draw
+    finer_of = int32(-1)  # the bins whose finer bins are in levels 1 and 2
+    finest_of = int32(-1)
+    list_level = int32(-1)  # what is listed: the bins from list_from to list_to of a level
+    list_from = int32(0)
+    list_to = int32(0)
+    list_n = uint64(0)  # tokens before the list
+    list_w = uint64(0)
+    listed = int32(0)
     for goal in range(3):
         target = uint64(0)  # the walk ends with the token that brings it there
         if goal == 0:
-            top_k = settings[row * 4 + 1]
-            if top_k < float32(1) or float32(total[0]) <= top_k:
+            if top_k < float32(1) or float32(n_upto[BINS - 1]) <= top_k:
                 continue  # all are kept
             target = uint64(top_k)
         elif goal == 1:
-            top_p = settings[row * 4 + 2]
             if top_p >= float32(1):
                 continue
             target = max(uint64(float64(kept) * float64(top_p)), uint64(1))
         else:
-            kept = min(kept, likely)
-            lot = chance[(turn[0] % ring) * cuda.gridDim.x + row]
-            target = min(uint64(float64(kept) * lot) + uint64(1), kept)
+            if least > float32(0):
+                kept = min(kept, likely)
+            if me == 0:
+                target = min(uint64(float64(kept) * lot) + uint64(1), kept)
+                found[0] = max(target, uint64(1))
+            cuda.syncthreads()  # the target is there
+            target = found[0]
 
-        # -- 3a. the bin where the walk ends, and the finer bin inside it
-        n = uint64(0)  # tokens behind
+        # -- 2a. the bin where the walk ends; if it has many tokens, the finer bin inside it
+        n = uint64(0)  # tokens before the bin
         w = uint64(0)  # and their probability
         inside = uint64(0)  # tokens of the bin
-        chosen = int32(0)
-        fine = int32(0)
-        for level in range(2):
-            start = level * BINS
-            span = (BINS - level * (BINS - FINER)) // 32
-            if level == 1:
-                for b in range(me, FINER, width):
-                    count[BINS + b] = uint32(0)
-                    mass[BINS + b] = uint64(0)
-                cuda.syncthreads()  # zeros before sums
-                for i in range(me, vocab, width):
-                    below = largest - logits[base + i]
-                    at = below * per_bin
-                    if at < float32(BINS) and int32(at) == chosen:
-                        b = BINS + int32((at - float32(chosen)) * float32(FINER))
-                        cuda.atomic.add(count, b, uint32(1))
-                        cuda.atomic.add(mass, b, uint64(exp2(-below * steep) * unit))
-                cuda.syncthreads()  # the finer bins are whole
-            if me < 32:
-                tokens = uint64(0)
-                weights = uint64(0)
-                for b in range(start + me * span, start + me * span + span):
-                    tokens += uint64(count[b])
-                    weights += mass[b]
-                tokens_of[me] = tokens
-                mass_of[me] = weights
-            cuda.syncthreads()  # the sums over bins are whole
-            if me == 0:
-                c = 0
-                while c < 31 and (
-                    n + tokens_of[c] < target if goal == 0 else w + mass_of[c] < target
-                ):
-                    n += tokens_of[c]
-                    w += mass_of[c]
-                    c += 1
-                b = start + c * span
-                last = b + span - 1
-                while b < last and (
-                    n + uint64(count[b]) < target if goal == 0 else w + mass[b] < target
-                ):
-                    n += uint64(count[b])
-                    w += mass[b]
-                    b += 1
-                found[0] = uint64(b - start)
-                found[1] = n
-                found[2] = w
-                found[3] = uint64(count[b])
+        weight = uint64(0)
+        b0 = int32(0)  # the bin of level 0
+        bin_ = int32(0)  # the bin, counted from the largest logit on in bins of its level
+        level = int32(0)
+        scale = float32(1)  # bins of the level in one of level 0
+        while True:
+            of = level * BINS + me
+            known = level == 0 or (bin_ == finer_of if level == 1 else bin_ == finest_of)
+            if not known:
+                if level == 1:
+                    finer_of = bin_
+                    finest_of = int32(-1)
+                else:
+                    finest_of = bin_
+                n_upto[of] = uint32(0)
+                w_upto[of] = uint64(0)
+                if me < slices:
+                    at_end = (int64(row) * slices + me) * BINS + b0
+                    start[me] = int32(ends[at_end - 1]) if b0 > 0 else int32(0)
+                    until[me] = int32(ends[at_end])
+                cuda.syncthreads()  # zeros before sums, and the spans are whole
+                last = int32(-1)
+                some = uint32(0)  # tokens, one after another, of bin `last`
+                w_some = uint64(0)
+                for s in range(warp, slices, warps * AHEAD):
+                    for e in range(lane, longest(start, until, s, slices), 32):
+                        collect(index, value, logits, order, base, size, start, until, s, slices, e)
+                        for u in range(AHEAD):
+                            below = largest - value[u]
+                            b = int32(-1)
+                            if index[u] >= 0:
+                                b = int32(below * per_bin * scale) - bin_ * int32(BINS)
+                            if b >= 0 and b < BINS:
+                                if b != last:
+                                    if some > 0:
+                                        cuda.atomic.add(n_upto, level * BINS + last, some)
+                                        cuda.atomic.add(w_upto, level * BINS + last, w_some)
+                                    last = b
+                                    some = uint32(0)
+                                    w_some = uint64(0)
+                                some += uint32(1)
+                                w_some += uint64(exp2(-below * steep) * float32(UNIT))
+                if some > 0:
+                    cuda.atomic.add(n_upto, level * BINS + last, some)
+                    cuda.atomic.add(w_upto, level * BINS + last, w_some)
+                cuda.syncthreads()  # the bins are whole
+                n_upto[of] = uint32(running(sums, uint64(n_upto[of])))
+                cuda.syncthreads()  # `sums` is free
+                w_upto[of] = running(sums, w_upto[of])
+                cuda.syncthreads()  # the running sums are whole
+            n_before = uint64(0)
+            w_before = uint64(0)
+            if me > 0:
+                n_before = uint64(n_upto[of - 1])
+                w_before = w_upto[of - 1]
+            n_here = uint64(n_upto[of])
+            w_here = w_upto[of]
+            if (
+                n + n_before < target and target <= n + n_here
+                if goal == 0
+                else w + w_before < target and target <= w + w_here
+            ):
+                found[1] = uint64(me)
+                found[2] = n_before
+                found[3] = w_before
+                found[4] = n_here - n_before
+                found[5] = w_here - w_before
             cuda.syncthreads()  # the bin is found
-            n = found[1]
-            w = found[2]
-            inside = found[3]
+            bin_ = bin_ * int32(BINS) + int32(found[1])
+            n += found[2]
+            w += found[3]
+            inside = found[4]
+            weight = found[5]
+            cuda.syncthreads()  # and read
             if level == 0:
-                chosen = int32(found[0])
-            else:
-                fine = int32(found[0])
+                b0 = bin_
+            if inside <= uint64(LIST) or level == LEVELS - 1:
+                break
+            level += int32(1)
+            scale *= float32(BINS)
 
-        # -- 3b. its tokens in order; where they are too many they are equal but for rounding
-        many = inside > uint64(LIST)
-        if me == 0:
-            total[3] = uint64(0)
-        cuda.syncthreads()  # zero before the count, and `found` is read
-        stretch = (vocab + width - 1) // width if many else width
-        from_ = me * stretch if many else me
-        until = min(from_ + stretch, vocab) if many else vocab
-        step = 1 if many else width
-        mine = 0
-        for i in range(from_, until, step):
-            below = largest - logits[base + i]
-            at = below * per_bin
-            if at < float32(BINS) and int32(at) == chosen:
-                if int32((at - float32(chosen)) * float32(FINER)) == fine:
-                    if many:
-                        mine += 1
-                    else:
-                        e = int32(cuda.atomic.add(total, 3, uint64(1)))
-                        ids[e] = int32(i)
-                        values[e] = logits[base + i]
-        if many:
-            ids[me] = mine
-        cuda.syncthreads()  # the list, or how many each thread has, is whole
-        if not many:
-            for e in range(me, int32(inside), width):
-                rank = 0
-                for o in range(int32(inside)):
-                    if values[o] > values[e] or (values[o] == values[e] and ids[o] < ids[e]):
-                        rank += 1
-                order[rank] = int32(e)
-        cuda.syncthreads()  # the order is whole
-        if me == 0:
-            if many:
-                each = max(mass[BINS + fine] // inside, uint64(1))
-                short = target - n if goal == 0 else (target - w + each - uint64(1)) // each
-                short = min(max(short, uint64(1)), inside)  # so many of them are needed
-                w += short * each
-                o = 0
-                while short > uint64(ids[o]):
-                    short -= uint64(ids[o])
-                    o += 1
-                found[0] = uint64(o)
-                found[1] = short
-            else:
-                o = 0
-                while True:
-                    e = order[o]
-                    n += uint64(1)
-                    w += uint64(exp2((values[e] - largest) * steep) * unit)
-                    o += 1
-                    if o == int32(inside) or (n >= target if goal == 0 else w >= target):
-                        break
-                found[0] = uint64(ids[e])
-            found[2] = w
-        cuda.syncthreads()  # the walk has ended
-        kept = min(kept, found[2])
-        if goal == 2:
-            if not many:
-                if me == 0:
-                    token[row] = int32(found[0])
-            elif me == int32(found[0]):
-                left = int32(found[1])
-                for i in range(from_, until):
-                    below = largest - logits[base + i]
-                    at = below * per_bin
-                    if at < float32(BINS) and int32(at) == chosen:
-                        if int32((at - float32(chosen)) * float32(FINER)) == fine:
-                            left -= 1
+        # -- 2b. too many for a list: they are equal but for rounding, and go by id
+        if inside > uint64(LIST):
+            each = max(weight // inside, uint64(1))
+            short = target - n if goal == 0 else (target - w + each - uint64(1)) // each
+            short = min(max(short, uint64(1)), inside)  # so many of them are needed
+            kept = min(kept, w + short * each)
+            if goal == 2:
+                ranked[me] = int32(0)  # tokens of the bin in a slice
+                if me < slices:
+                    at_end = (int64(row) * slices + me) * BINS + b0
+                    start[me] = int32(ends[at_end - 1]) if b0 > 0 else int32(0)
+                    until[me] = int32(ends[at_end])
+                cuda.syncthreads()  # zeros before sums, and the spans are whole
+                for s in range(warp, slices, warps * AHEAD):
+                    for e in range(lane, longest(start, until, s, slices), 32):
+                        collect(index, value, logits, order, base, size, start, until, s, slices, e)
+                        for u in range(AHEAD):
+                            at = (largest - value[u]) * per_bin
+                            if index[u] >= 0 and int32(at * scale) == bin_:
+                                cuda.atomic.add(ranked, s + u * warps, int32(1))
+                cuda.syncthreads()  # the slices are counted
+                mine = uint64(ranked[me])
+                upto = running(sums, mine)
+                if upto - mine < short and short <= upto:
+                    found[1] = uint64(me)
+                    found[2] = upto - mine
+                cuda.syncthreads()  # the slice is found
+                short -= found[2]
+                stretch = (size + width - 1) // width
+                from_ = int32(found[1]) * size + me * stretch
+                end = min(from_ + stretch, min((int32(found[1]) + 1) * size, vocab))
+                mine = uint64(0)
+                for i in range(from_, end):
+                    at = (largest - logits[base + i]) * per_bin
+                    if at < float32(BINS) and int32(at * scale) == bin_:
+                        mine += uint64(1)
+                upto = running(sums, mine)
+                if upto - mine < short and short <= upto:
+                    left = int32(short - (upto - mine))
+                    for i in range(from_, end):
+                        at = (largest - logits[base + i]) * per_bin
+                        if at < float32(BINS) and int32(at * scale) == bin_:
+                            left -= int32(1)
                             if left == 0:
                                 token[row] = int32(i)
+            continue
+
+        # -- 2c. the tokens in order: of all bins up to this one where they are few, else of it
+        if level != list_level or bin_ < list_from or bin_ > list_to:
+            few = level == 0 and n + inside <= uint64(LIST)
+            list_level = level
+            list_from = int32(0) if few else bin_
+            list_to = bin_
+            list_n = uint64(0) if few else n
+            list_w = uint64(0) if few else w
+            listed = int32(n + inside) if few else int32(inside)
+            if me == 0:
+                entries[0] = uint32(0)
+            if me < slices:
+                at_end = (int64(row) * slices + me) * BINS + b0
+                start[me] = int32(0) if few or b0 == 0 else int32(ends[at_end - 1])
+                until[me] = int32(ends[at_end])
+            cuda.syncthreads()  # zero before the count, and the spans are whole
+            for s in range(warp, slices, warps * AHEAD):
+                for e in range(lane, longest(start, until, s, slices), 32):
+                    collect(index, value, logits, order, base, size, start, until, s, slices, e)
+                    for u in range(AHEAD):
+                        at = (largest - value[u]) * per_bin
+                        if index[u] >= 0 and (level == 0 or int32(at * scale) == bin_):
+                            entry = cuda.atomic.add(entries, 0, uint32(1))
+                            ids[entry] = index[u]
+                            values[entry] = value[u]
+            cuda.syncthreads()  # the list is whole
+            if me < listed:
+                rank = 0
+                for o in range(listed):
+                    if values[o] > values[me] or (values[o] == values[me] and ids[o] < ids[me]):
+                        rank += 1
+                ranked[rank] = int32(me)
+            cuda.syncthreads()  # the order is whole
+            mine = uint64(0)
+            if me < listed:
+                mine = uint64(exp2((values[ranked[me]] - largest) * steep) * float32(UNIT))
+            l_upto[me] = running(sums, mine)
+            cuda.syncthreads()  # the running sums are whole
+        if me < listed:
+            before = list_w
+            if me > 0:
+                before += l_upto[me - 1]
+            if (
+                list_n + uint64(me) + uint64(1) == target
+                if goal == 0
+                else before < target and target <= list_w + l_upto[me]
+            ):
+                found[1] = uint64(ids[ranked[me]])
+                found[2] = list_w + l_upto[me]
+        cuda.syncthreads()  # the walk has ended
+        kept = min(kept, found[2])
+        if goal == 2 and me == 0:
+            token[row] = int32(found[1])
+        cuda.syncthreads()  # and is read
 
 
 @python_kernel(
@@ -408,4 +431,4 @@ def advance(
         mail[0] = now + 1
 
 
-ADVANCE, DRAW, PEAKS = advance, draw, peaks
+ADVANCE, DRAW = advance, draw

@@ -9,7 +9,8 @@ from typing import Literal
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Kernel, kernel
-from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+from osmium.kernels.sample import ADVANCE, DRAW
+from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops.fit import (
     EXPERT_TILES,
     KEPT,
@@ -428,12 +429,16 @@ class GpuOps(GpuRows):
     # -- replies -----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, replies: Replies) -> None:
-        rows, vocab = logits.shape
-        slices = replies.best.shape[1]
-        PEAKS(self.stream, rows, replies.best, replies.where, logits, vocab, slices)
+        r, (rows, vocab) = replies, logits.shape
+        slices = r.best.shape[1]
+        PEAKS(self.stream, rows, r.best, r.where, r.counts, r.masses, logits, vocab, slices)
+        WEIGH(
+            self.stream, rows, r.token, r.counts, r.masses, r.ends, r.order, logits, r.best,
+            r.where, r.settings, vocab, slices,
+        )  # fmt: skip
         DRAW(
-            self.stream, rows, replies.token, logits, replies.best, replies.where,
-            replies.settings, replies.chance, replies.turn, vocab, slices, replies.ring,
+            self.stream, rows, r.token, logits, r.best, r.settings, r.chance, r.turn, r.counts,
+            r.masses, r.ends, r.order, vocab, slices, r.ring,
         )  # fmt: skip
 
     def advance(self, step: Step, replies: Replies) -> None:

@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+import numpy as np
+
+from osmium.kernels.weigh import BINS, SLICE
 from osmium.quant.record import Record
 
 __all__ = [
@@ -25,6 +28,9 @@ Array = Any
 ARRIVED = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
 work, and of each a key an expert, up to 256, and who has sent them."""
+
+PEAK_SLICES = 128
+"""Slices of a row of logits that are searched side by side, at least."""
 
 
 @dataclass(frozen=True)
@@ -318,6 +324,27 @@ class Replies:
     """f32 [R, slices], scratch."""
     where: Array
     """i32 [R, slices], scratch."""
+    counts: Array
+    """u32 [R, bins], scratch, as are all that follow."""
+    masses: Array
+    """u64 [R, bins + 1]."""
+    ends: Array
+    """u16 [R, slices, bins]."""
+    order: Array
+    """u16 [R, vocab]."""
+
+    @staticmethod
+    def scratch(rows: int, vocab: int) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and type of each array that is scratch."""
+        slices = max(PEAK_SLICES, -(-vocab // SLICE))
+        return {
+            "best": ((rows, slices), np.float32),
+            "where": ((rows, slices), np.int32),
+            "counts": ((rows, BINS), np.uint32),
+            "masses": ((rows, BINS + 1), np.uint64),
+            "ends": ((rows, slices, BINS), np.uint16),
+            "order": ((rows, vocab), np.uint16),
+        }
 
     def first(self, rows: int) -> "Replies":
         """The same for fewer rows, from the start of every array."""
@@ -331,4 +358,8 @@ class Replies:
             mail=self.mail[: 1 + self.ring * rows],
             best=self.best[:rows],
             where=self.where[:rows],
+            counts=self.counts[:rows],
+            masses=self.masses[:rows],
+            ends=self.ends[:rows],
+            order=self.order[:rows],
         )

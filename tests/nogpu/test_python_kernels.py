@@ -75,7 +75,7 @@ def test_the_packages_kernels_are_written_where_a_wheel_takes_them(elsewhere: Pa
     (elsewhere / "compiled").mkdir()
     (elsewhere / "compiled" / "place.ptx").write_text("stale")
     paths = python.compile_all(elsewhere / "compiled")
-    assert [path.stem for path in paths] == ["advance", "draw", "peaks", "place"]
+    assert [path.stem for path in paths] == ["advance", "draw", "peaks", "place", "weigh"]
     path = elsewhere / "compiled" / "place.ptx"
     contract = parse(path.read_text(), path.name)
     assert contract.entry == "place" and contract.block == 256

@@ -15,11 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+from osmium.kernels.python import cuda
+from osmium.kernels.sample import ADVANCE, DRAW
+from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import TINY, Case, advance, sample
 
 ROOT = Path(__file__).resolve().parents[2]
+
+BINS, LIST = 32, 16
 
 CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
 
@@ -29,17 +33,25 @@ class Simulated(ReferenceOps):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = {name: simulated(name) for name in ("peaks", "draw", "advance")}
+        self.kernels = simulated("peaks", "weigh", "draw", "advance")
 
     def sample(self, logits: Any, replies: Any) -> None:
         r, (rows, vocab) = replies, logits.shape
         slices = r.best.shape[1]
         flat = logits.reshape(-1)
         best, where = r.best.reshape(-1), r.where.reshape(-1)
-        self.kernels["peaks"][(slices, rows), 16](best, where, flat, vocab, slices)
-        self.kernels["draw"][rows, 32](
-            r.token, flat, best, where, r.settings.reshape(-1), r.chance.reshape(-1), r.turn,
-            vocab, slices, r.ring,
+        settings, chance = r.settings.reshape(-1), r.chance.reshape(-1)
+        counts, masses = r.counts.reshape(-1), r.masses.reshape(-1)
+        ends, order = r.ends.reshape(-1), r.order.reshape(-1)
+        self.kernels["peaks"][(slices, rows), 16](
+            best, where, counts, masses, flat, vocab, slices
+        )  # fmt: skip
+        self.kernels["weigh"][(slices, rows), BINS // 2](
+            r.token, counts, masses, ends, order, flat, best, where, settings, vocab, slices
+        )  # fmt: skip
+        self.kernels["draw"][rows, BINS](
+            r.token, flat, best, settings, chance, r.turn, counts, masses, ends, order, vocab,
+            slices, r.ring,
         )  # fmt: skip
 
     def advance(self, step: Any, replies: Any) -> None:
@@ -51,19 +63,32 @@ class Simulated(ReferenceOps):
         )  # fmt: skip
 
 
-def simulated(name: str) -> Any:
-    """A kernel for Numba's simulator, launched as kernel[blocks, threads](...); its list is short,
-    so that a handful of tokens overflows it."""
+def add_to(array: Any, index: int, value: Any) -> None:
+    """The kernels' own name for it, in the simulator."""
+    cuda.atomic.add(array, index, value)
+
+
+def simulated(*chosen: str) -> dict[str, Any]:
+    """Kernels for Numba's simulator, launched as kernel[blocks, threads](...); bins and list are
+    few and short, so that a handful of tokens overflows them."""
     import numba
     from numba import cuda
 
-    from osmium.kernels.python import KERNELS
+    from osmium.kernels.python import FUNCTIONS, KERNELS
 
-    kinds = ("int32", "int64", "uint32", "uint64", "float32", "float64")
-    names = {kind: getattr(numba, kind) for kind in kinds}
-    function = KERNELS[name].function
-    known = {**function.__globals__, **names, "cuda": cuda, "exp2": np.exp2, "LIST": 16}
-    return cuda.jit(types.FunctionType(function.__code__, known, name))
+    kinds = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
+    known = {kind: getattr(numba, kind) for kind in kinds}
+    known |= {"cuda": cuda, "exp2": np.exp2}
+    called = FUNCTIONS | {"add_to": add_to}
+    functions = {name: KERNELS[name].function for name in chosen} | called
+    every: dict[str, Any] = {}
+    for function in functions.values():
+        every |= function.__globals__
+    every |= known | {"BINS": BINS, "LIST": LIST}
+    for name, function in functions.items():
+        made = types.FunctionType(function.__code__, every, name)
+        every[name] = cuda.jit(made, device=name in called)
+    return {name: every[name] for name in chosen}
 
 
 def compare(case: Any, seed: int, size: Any) -> None:
@@ -91,10 +116,12 @@ def test_the_kernels_draw_and_advance_as_the_reference_does(
 
 def test_the_compiled_kernels_keep_to_their_contracts() -> None:
     pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
-    assert [kernel.contract.entry for kernel in (PEAKS, DRAW, ADVANCE)] == [
-        "peaks", "draw", "advance",
+    assert [kernel.contract.entry for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
+        "peaks", "weigh", "draw", "advance",
     ]  # fmt: skip
-    assert [kernel.contract.block for kernel in (PEAKS, DRAW, ADVANCE)] == [256, 512, 32]
+    assert [kernel.contract.block for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
+        256, 256, 512, 32,
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import FADING
+from osmium.kernels.weigh import BINS, SLICE
 from osmium.ops import (
     DeltaRoom,
     DeltaWeights,
@@ -728,6 +729,7 @@ def _replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
          (2, 0, 1, 0.1), (1e-3, 0, 0.5, 0), (100, 0, 1, 0)],
         np.float32,
     )  # fmt: skip
+    slices = max(4, -(-vocab // SLICE))
     return {
         "settings": ways[rng.permutation(np.resize(np.arange(len(ways)), rows))],
         "chance": rng.random((RING, rows)),
@@ -737,14 +739,19 @@ def _replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
         "eos": np.array([3, vocab - 1], np.int32),
         "turn": np.array([4], np.int32),
         "mail": np.full(1 + RING * rows, -7, np.int32),
-        "best": _nan(rows, 4),
-        "where": np.full((rows, 4), -7, np.int32),
+        "best": _nan(rows, slices),
+        "where": np.full((rows, slices), -7, np.int32),
+        "counts": np.full((rows, BINS), 7, np.uint32),
+        "masses": np.full((rows, BINS + 1), 7, np.uint64),
+        "ends": np.full((rows, slices, BINS), 7, np.uint16),
+        "order": np.full((rows, vocab), 7, np.uint16),
     }
 
 
 def _as_replies(a: dict[str, Any]) -> Replies:
     names = (
         "settings", "chance", "token", "left", "heed", "eos", "turn", "mail", "best", "where",
+        "counts", "masses", "ends", "order",
     )  # fmt: skip
     return Replies(RING, 77, 99, *(a[name] for name in names))
 

@@ -33,14 +33,14 @@ def _place(values: tuple[Any, ...]) -> None:
 
 def _draw(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_sample.py holds the kernel to the reference."""
-    token, logits, _, _, settings, chance, turn = (value.numpy() for value in values[:7])
+    token, logits, _, settings, chance, turn = (value.numpy() for value in values[:6])
     values[0].touch()
     nothing: Any = None
     ReferenceOps().sample(
         logits,
         Replies(
-            values[9], 0, 0, settings, chance, token, nothing, nothing, nothing, turn, nothing,
-            nothing, nothing,
+            values[12], 0, 0, settings, chance, token, nothing, nothing, nothing, turn,
+            *[nothing] * 7,
         ),
     )  # fmt: skip
 
@@ -55,12 +55,13 @@ def _advance(values: tuple[Any, ...]) -> None:
         rows, rows, 1, ids, positions, nothing, nothing, past, slots, pages,
     )  # fmt: skip
     replies = Replies(
-        ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail, nothing,
-        nothing,
+        ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail,
+        *[nothing] * 6,
     )  # fmt: skip
     ReferenceOps().advance(step, replies)
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
-    "place": _place, "peaks": lambda values: None, "draw": _draw, "advance": _advance,
+    "place": _place, "peaks": lambda values: None, "weigh": lambda values: None, "draw": _draw,
+    "advance": _advance,
 }  # fmt: skip

@@ -102,9 +102,10 @@ def _declared(code: str) -> str:
 def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
     pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
     from osmium.kernels.place import PLACE
-    from osmium.kernels.sample import ADVANCE, DRAW, PEAKS
+    from osmium.kernels.sample import ADVANCE, DRAW
+    from osmium.kernels.weigh import PEAKS, WEIGH
 
-    for made in (PLACE, ADVANCE, DRAW, PEAKS):
+    for made in (PLACE, ADVANCE, DRAW, PEAKS, WEIGH):
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:
             contract = made.contract
