@@ -22,12 +22,11 @@ from osmium.kernels.python import (
     float32,
     float64,
     int32,
-    int64,
     python_kernel,
     uint32,
     uint64,
 )
-from osmium.kernels.weigh import BAD, BINS, UNIT, WINDOW, likeliest, running
+from osmium.kernels.weigh import AHEAD, BAD, BINS, UNIT, WINDOW, likeliest, running
 
 __all__ = ["ADVANCE", "DRAW"]
 
@@ -37,27 +36,26 @@ LIST = 512
 LEVELS = 3
 """Of bins: a finest one is 2^-27 of the window wide, and its tokens are equal but for rounding."""
 
-AHEAD = 8
-"""Loads that a thread of `draw` has on their way."""
-
 
 @device_function
 def collect(
-    index: Any, value: Any, logits: Any, order: Any, base: Any, size: Any, start: Any, until: Any,
-    s: Any, slices: Any, e: Any,
+    index: Any, found: Any, value: Any, logits: Any, order: Any, base: Any, size: Any, start: Any,
+    until: Any, s: Any, slices: Any, e: Any,
 ) -> None:  # fmt: skip
     """index[u], value[u]: element e of the span of slice s + u * warps, u below AHEAD, and its
-    logit; index -1 where there is none.  All of them are on their way at once."""
+    logit; index -1 where there is none, for which some other one is loaded: without branches all
+    are on their way at once."""
     warps = cuda.blockDim.x // 32
     for u in range(AHEAD):
-        of = s + u * warps
-        index[u] = int32(-1)
-        if of < slices and start[of] + e < until[of]:
-            index[u] = int32(of * size + int32(order[base + of * size + start[of] + e]))
+        of = min(int32(s + u * warps), int32(slices - 1))
+        some = s + u * warps < slices and int32(start[of] + e) < until[of]
+        index[u] = int32(of * size + start[of] + e) if some else int32(-1)
     for u in range(AHEAD):
-        value[u] = float32(0)
+        found[u] = int32(order[int32(base + max(index[u], int32(0)))])
+    for u in range(AHEAD):
         if index[u] >= 0:
-            value[u] = logits[base + index[u]]
+            index[u] = int32((s + u * warps) * size + found[u])
+        value[u] = logits[int32(base + max(index[u], int32(0)))]
 
 
 @device_function
@@ -114,27 +112,28 @@ def draw(
     entries = cuda.shared.array(1, uint32)
     found = cuda.shared.array(8, uint64)
     index = cuda.local.array(8, int32)
+    place = cuda.local.array(8, int32)
     value = cuda.local.array(8, float32)
     me, width = cuda.threadIdx.x, cuda.blockDim.x
     warp, lane, warps = me // 32, me % 32, cuda.blockDim.x // 32
     row = cuda.blockIdx.x
-    size = (vocab + slices - 1) // slices
-    base = int64(row) * vocab
+    size = int32(uint32(vocab + slices - 1) // uint32(slices))
+    base = int32(row * vocab)
 
     # -- 1. all that is needed at once; the chance is in host memory, far away
     temperature = settings[row * 4]
     if temperature == float32(0):
         return
     top_k, top_p, least = settings[row * 4 + 1], settings[row * 4 + 2], settings[row * 4 + 3]
-    lot = float64(0)
-    if me == 0:
-        lot = chance[(turn[0] % ring) * cuda.gridDim.x + row]
     n_bin = uint64(counts[row * BINS + me])
     w_bin = masses[row * (BINS + 1) + me]
     likely = masses[row * (BINS + 1) + BINS]
     largest = float32(-BAD)
     if me < slices:
         largest = best[row * slices + me]
+    lot = float64(0)
+    if me == 0:
+        lot = chance[int32(uint32(turn[0]) % uint32(ring)) * cuda.gridDim.x + row]
     likeliest(values, ids, largest, int32(0))
     largest = values[0]
     if not (largest < float32(BAD) and largest > float32(-BAD)):
@@ -196,16 +195,22 @@ def draw(
                 n_upto[of] = uint32(0)
                 w_upto[of] = uint64(0)
                 if me < slices:
-                    at_end = (int64(row) * slices + me) * BINS + b0
+                    at_end = int32((row * slices + me) * BINS + b0)
                     start[me] = int32(ends[at_end - 1]) if b0 > 0 else int32(0)
                     until[me] = int32(ends[at_end])
                 cuda.syncthreads()  # zeros before sums, and the spans are whole
                 last = int32(-1)
                 some = uint32(0)  # tokens, one after another, of bin `last`
                 w_some = uint64(0)
-                for s in range(warp, slices, warps * AHEAD):
-                    for e in range(lane, longest(start, until, s, slices), 32):
-                        collect(index, value, logits, order, base, size, start, until, s, slices, e)
+                s = int32(warp)
+                while s < slices:
+                    most = longest(start, until, s, slices)
+                    e = int32(lane)
+                    while e < most:
+                        collect(
+                            index, place, value, logits, order, base, size, start, until, s,
+                            slices, e,
+                        )  # fmt: skip
                         for u in range(AHEAD):
                             below = largest - value[u]
                             b = int32(-1)
@@ -221,6 +226,8 @@ def draw(
                                     w_some = uint64(0)
                                 some += uint32(1)
                                 w_some += uint64(exp2(-below * steep) * float32(UNIT))
+                        e = int32(e + 32)
+                    s = int32(s + warps * AHEAD)
                 if some > 0:
                     cuda.atomic.add(n_upto, level * BINS + last, some)
                     cuda.atomic.add(w_upto, level * BINS + last, w_some)
@@ -269,17 +276,25 @@ def draw(
             if goal == 2:
                 ranked[me] = int32(0)  # tokens of the bin in a slice
                 if me < slices:
-                    at_end = (int64(row) * slices + me) * BINS + b0
+                    at_end = int32((row * slices + me) * BINS + b0)
                     start[me] = int32(ends[at_end - 1]) if b0 > 0 else int32(0)
                     until[me] = int32(ends[at_end])
                 cuda.syncthreads()  # zeros before sums, and the spans are whole
-                for s in range(warp, slices, warps * AHEAD):
-                    for e in range(lane, longest(start, until, s, slices), 32):
-                        collect(index, value, logits, order, base, size, start, until, s, slices, e)
+                s = int32(warp)
+                while s < slices:
+                    most = longest(start, until, s, slices)
+                    e = int32(lane)
+                    while e < most:
+                        collect(
+                            index, place, value, logits, order, base, size, start, until, s,
+                            slices, e,
+                        )  # fmt: skip
                         for u in range(AHEAD):
                             at = (largest - value[u]) * per_bin
                             if index[u] >= 0 and int32(at * scale) == bin_:
                                 cuda.atomic.add(ranked, s + u * warps, int32(1))
+                        e = int32(e + 32)
+                    s = int32(s + warps * AHEAD)
                 cuda.syncthreads()  # the slices are counted
                 mine = uint64(ranked[me])
                 upto = running(sums, mine)
@@ -319,19 +334,27 @@ def draw(
             if me == 0:
                 entries[0] = uint32(0)
             if me < slices:
-                at_end = (int64(row) * slices + me) * BINS + b0
+                at_end = int32((row * slices + me) * BINS + b0)
                 start[me] = int32(0) if few or b0 == 0 else int32(ends[at_end - 1])
                 until[me] = int32(ends[at_end])
             cuda.syncthreads()  # zero before the count, and the spans are whole
-            for s in range(warp, slices, warps * AHEAD):
-                for e in range(lane, longest(start, until, s, slices), 32):
-                    collect(index, value, logits, order, base, size, start, until, s, slices, e)
+            s = int32(warp)
+            while s < slices:
+                most = longest(start, until, s, slices)
+                e = int32(lane)
+                while e < most:
+                    collect(
+                        index, place, value, logits, order, base, size, start, until, s,
+                        slices, e,
+                    )  # fmt: skip
                     for u in range(AHEAD):
                         at = (largest - value[u]) * per_bin
                         if index[u] >= 0 and (level == 0 or int32(at * scale) == bin_):
                             entry = cuda.atomic.add(entries, 0, uint32(1))
                             ids[entry] = index[u]
                             values[entry] = value[u]
+                    e = int32(e + 32)
+                s = int32(s + warps * AHEAD)
             cuda.syncthreads()  # the list is whole
             if me < listed:
                 rank = 0

@@ -21,7 +21,7 @@ from osmium.kernels.python import (
 )
 
 __all__ = [
-    "BAD", "BINS", "PEAKS", "SLICE", "UNIT", "WEIGH", "WINDOW", "likeliest", "running",
+    "AHEAD", "BAD", "BINS", "PEAKS", "SLICE", "UNIT", "WEIGH", "WINDOW", "likeliest", "running",
 ]  # fmt: skip
 
 BINS = 512
@@ -33,11 +33,16 @@ WINDOW = 28.0
 UNIT = 1099511627776.0
 """The weight of the largest logit, 2^40."""
 
-SLICE = 2048
-"""Tokens of a slice, at most."""
+AHEAD = 8
+"""Loads that a thread has on their way."""
+
+SLICE = 256 * AHEAD
+"""Tokens of a slice, at most: AHEAD for each thread of `weigh`."""
 
 BAD = 3.4e38
 """From here on a logit is not finite."""
+
+NOTHING = float("-inf")
 
 NONE = 0x7FFFFFFF
 
@@ -112,25 +117,34 @@ def peaks(
     """
     values = cuda.shared.array(256, float32)
     tokens = cuda.shared.array(256, int32)
+    few = cuda.local.array(8, float32)
     me, width = cuda.threadIdx.x, cuda.blockDim.x
     row = cuda.blockIdx.y
-    size = (vocab + slices - 1) // slices
+    size = int32(uint32(vocab + slices - 1) // uint32(slices))
     start = cuda.blockIdx.x * size
     end = min(start + size, vocab)
-    for b in range(cuda.blockIdx.x * width + me, BINS + 1, slices * width):
+    b = cuda.blockIdx.x * width + me
+    while b < BINS + 1:
         masses[row * (BINS + 1) + b] = uint64(0)
         if b < BINS:
             counts[row * BINS + b] = uint32(0)
+        b += slices * width
     largest = float32(-BAD)
     token = int32(NONE)
-    for i in range(start + me, end, width):
-        value = logits[int64(row) * vocab + i]
-        if not value < float32(BAD):  # infinite, or no number
-            token = int32(-1)
-            largest = float32(BAD)
-        elif value > largest:
-            largest = value
-            token = int32(i)
+    while start < end:
+        for u in range(AHEAD):
+            i = start + u * width + me
+            few[u] = float32(NOTHING)
+            if i < end:
+                few[u] = logits[int64(row) * vocab + i]
+        for u in range(AHEAD):
+            if not few[u] < float32(BAD):  # infinite, or no number
+                token = int32(-1)
+                largest = float32(BAD)
+            elif few[u] > largest:
+                largest = few[u]
+                token = int32(start + u * width + me)
+        start += AHEAD * width
     likeliest(values, tokens, largest, token)
     if me == 0:
         best[row * slices + cuda.blockIdx.x] = values[0]
@@ -172,37 +186,44 @@ def weigh(
     """
     values = cuda.shared.array(256, float32)
     tokens = cuda.shared.array(256, int32)
-    own = cuda.shared.array(2048, float32)  # the slice's logits
     sorted_ = cuda.shared.array(2048, uint16)
     count = cuda.shared.array(512, uint32)
     low = cuda.shared.array(512, uint32)
     high = cuda.shared.array(512, uint32)
     sums = cuda.shared.array(512, uint32)
     likely = cuda.shared.array(2, uint32)
+    own = cuda.local.array(8, float32)  # the thread's logits
     me, width = cuda.threadIdx.x, cuda.blockDim.x
     slice_, row = cuda.blockIdx.x, cuda.blockIdx.y
     temperature = settings[row * 4]
     least = settings[row * 4 + 3]
     if temperature == float32(0) and slice_ > 0:
         return
-    size = (vocab + slices - 1) // slices
+    size = int32(uint32(vocab + slices - 1) // uint32(slices))
     base = int64(row) * vocab + slice_ * size
     have = max(min(size, vocab - slice_ * size), 0)
+
+    for u in range(AHEAD):  # all on their way while the largest is found
+        own[u] = float32(NOTHING)
+        if me + u * width < have and temperature != float32(0):
+            own[u] = logits[base + me + u * width]
 
     # -- 1. the largest logit of the row, of the first slice that has it
     largest = float32(-BAD)
     first = int32(NONE)
-    for s in range(me, slices, width):
-        if best[row * slices + s] > largest:
-            largest = best[row * slices + s]
-            first = where[row * slices + s]
-    if temperature != float32(0):
-        for i in range(me, have, width):
-            own[i] = logits[base + i]
-    for b in range(me, BINS, width):
+    s = me
+    while s < slices:
+        value, of = best[row * slices + s], where[row * slices + s]
+        if value > largest:
+            largest = value
+            first = of
+        s += width
+    b = me
+    while b < BINS:
         count[b] = uint32(0)
         low[b] = uint32(0)
         high[b] = uint32(0)
+        b += width
     if me < 2:
         likely[me] = uint32(0)
     likeliest(values, tokens, largest, first)
@@ -222,8 +243,8 @@ def weigh(
     some = int32(0)  # tokens, one after another, of bin `last`
     weight = uint64(0)
     above = uint64(0)  # of what min-p leaves
-    for i in range(me, have, width):
-        below = largest - own[i]
+    for u in range(AHEAD):
+        below = largest - own[u]
         at = below * per_bin
         if at < float32(BINS):
             b = int32(at)
@@ -263,13 +284,17 @@ def weigh(
     cuda.syncthreads()  # the first places are whole
 
     # -- 4. the tokens in order of their bins
-    for i in range(me, have, width):
-        at = (largest - own[i]) * per_bin
+    for u in range(AHEAD):
+        at = (largest - own[u]) * per_bin
         if at < float32(BINS):
-            sorted_[cuda.atomic.add(count, int32(at), uint32(1))] = uint16(i)
+            place = cuda.atomic.add(count, int32(at), uint32(1))
+            sorted_[place] = uint16(me + u * width)
     cuda.syncthreads()  # the order is whole
-    for i in range(me, int32(count[BINS - 1]), width):
+    have = int32(count[BINS - 1])
+    i = me
+    while i < have:
         order[base + i] = sorted_[i]
+        i += width
 
 
 PEAKS, WEIGH = peaks, weigh

@@ -297,6 +297,55 @@ def test_a_shuffle_under_a_predicate_that_not_all_hold_is_reported() -> None:
     run(f"setp.lt.u32 %p, %t, 32; @%p {SHUFFLE};")
 
 
+LANE_ROWS = """
+    mul.wide.u32 %far, %t, 12;
+    add.u64 %wide, %in0, %far;
+    mov.u32 %i, memory;
+    mad.lo.u32 %i, %t, 16, %i;
+"""
+"""%wide is the thread's 16 bytes of in0, %i its 16 bytes of shared memory."""
+
+
+@pytest.mark.parametrize("how", ["", ".trans"])
+def test_ldmatrix_gives_each_lane_its_part_of_four_matrices(
+    how: str, rng: np.random.Generator
+) -> None:
+    value = rng.integers(0, 1 << 32, 128, np.uint32)
+    body = f"""
+        {LANE_ROWS}
+        ld.global.v4.u32 {{%a, %b, %c, %d}}, [%wide];
+        st.shared.v4.u32 [%i], {{%a, %b, %c, %d}};
+        bar.sync 0;
+        ldmatrix.sync.aligned.m8n8.x4{how}.shared.b16 {{%a, %b, %c, %d}}, [%i];
+        add.u64 %wide, %out, %far;
+        st.global.v4.u32 [%wide], {{%a, %b, %c, %d}};
+    """
+    found = run(body, value, count=128, shared=512).reshape(8, 4, 4).view(np.uint16)
+    matrices = value.view(np.uint16).reshape(4, 8, 8)
+    for g in range(8):
+        for q in range(4):
+            for i, matrix in enumerate(matrices):
+                wanted = matrix[2 * q : 2 * q + 2, g] if how else matrix[g, 2 * q : 2 * q + 2]
+                assert np.array_equal(found[g, q, 2 * i : 2 * i + 2], wanted)
+
+
+def test_a_copy_takes_as_many_bytes_as_a_lane_says(rng: np.random.Generator) -> None:
+    value = rng.integers(1, 256, (32, 16), np.uint8)
+    body = f"""
+        {LANE_ROWS}
+        shr.u32 %a, %t, 1;
+        cp.async.cg.shared.global [%i], [%wide], 16, %a;
+        cp.async.commit_group;
+        cp.async.wait_group 0;
+        ld.shared.v4.u32 {{%a, %b, %c, %d}}, [%i];
+        add.u64 %wide, %out, %far;
+        st.global.v4.u32 [%wide], {{%a, %b, %c, %d}};
+    """
+    found = run(body, value.view(np.uint32).reshape(-1), count=128, shared=512)
+    wanted = np.where(np.arange(16) < (LANE // 2)[:, None], value, 0)
+    assert np.array_equal(found.view(np.uint8).reshape(32, 16), wanted)
+
+
 # -- barriers --------------------------------------------------------------------------------------
 
 HAND_OVER = """
@@ -555,6 +604,7 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
         "st.global.u32 [%out-4], %t",
         "red.global.max.u32 [%out], %t",
         "red.shared.add.u32 [%t], %t",
+        "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%a, %b}, [%t]",
         "shfl.sync.up.b32 %a, %t, 1, 0, 0xffffffff",
         "shfl.sync.bfly.b32 %a, %t, 1, 31, 0xffff",
         "shfl.sync.bfly.b32 %a, %t, 1, 0x1c1f, 0xffffffff",
