@@ -12,9 +12,9 @@ from osmium.ops.values import ARRIVED, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
-SPLITS = 128
-"""Blocks a key head that share the contexts of a step: with two key heads 256, two a multiprocessor
-of a large GPU.  A short context uses as many as it has tiles of 32 tokens."""
+SPLITS = 160
+"""Most blocks a key head that share the contexts of a step: with two key heads they are two a
+multiprocessor of a GPU with 160.  A short context uses as many as it has tiles."""
 
 
 @dataclass(frozen=True)
