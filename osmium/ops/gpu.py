@@ -78,6 +78,9 @@ FETCH_BLOCKS = 16
 """Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
 leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
+FETCH_WARPS = 8 * FETCH_BLOCKS
+"""What each of a plan's words of arrival comes to."""
+
 ROUTER_EXPERTS = 256
 """Experts up to which the router picks, too: eight a lane."""
 
@@ -274,7 +277,7 @@ class GpuOps(GpuRows):
         fading = cache.fading
         PLACE(
             self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
-            cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
+            plan.arrived, cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
             cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
             ids.nbytes // 2, cache.experts, cache.slots[layer].shape[0], plan.expert.shape[0],
             int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
@@ -285,7 +288,7 @@ class GpuOps(GpuRows):
         FETCH(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.expert.shape[0], cache.record.nbytes,
+            plan.arrived, plan.expert.shape[0], cache.record.nbytes, cache.record.down,
         )  # fmt: skip
 
     def expert_up(

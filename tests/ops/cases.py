@@ -572,7 +572,7 @@ def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
     )  # fmt: skip
 
 
-PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs")
+PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
 
 
 def _plan(a: dict[str, Any]) -> ExpertPlan:
@@ -580,7 +580,7 @@ def _plan(a: dict[str, Any]) -> ExpertPlan:
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
-    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape}
+    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape, "arrived": (2,)}
     return {f"plan_{name}": np.full(size, -7, np.int32) for name, size in sizes.items()}
 
 
@@ -601,7 +601,8 @@ def place(rng: np.random.Generator, size: Size) -> Case:
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
 
-    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs")
+    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs",
+             "plan_arrived")  # fmt: skip
     close = ("heat", "long_heat")
     return Case(arrays, call, {**dict.fromkeys(exact, "exact"), **dict.fromkeys(close, "f32")})
 

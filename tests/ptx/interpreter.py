@@ -626,7 +626,7 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
-        "griddepcontrol": _dependent,
+        "griddepcontrol": _dependent, "fence": _fence,
     }  # fmt: skip
     try:
         if base in special:
@@ -795,6 +795,13 @@ def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
     return control
 
 
+def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
+    """fence: what is not stored relaxed is seen at once as it is."""
+    if parts != ["acq_rel", "gpu"] or args:
+        raise KeyError(".".join(parts))
+    return lambda w, m: None
+
+
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
     if parts[:2] != ["sync", "max"] or parts[2] not in ("u32", "s32"):
         raise KeyError(".".join(parts))
@@ -939,6 +946,7 @@ def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
+    _, parts = _relaxed(parts)  # what a warp stored before, with or without a fence, is there
     if parts[:2] != ["global", "add"]:
         raise KeyError(".".join(parts))
     dtype = TYPES[parts[2]]
