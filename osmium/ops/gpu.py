@@ -324,10 +324,10 @@ class GpuOps(GpuRows):
         )
         EXPERTS_UP(
             self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
-            h.squares or 0, ids, 0 if plan is None else plan.pairs, cache.slots[layer],
+            h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
             record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            PARTS.index(part), wide, some.tiles, h.eps,
+            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
         )  # fmt: skip
 
     def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
@@ -375,11 +375,11 @@ class GpuOps(GpuRows):
         some, ring = share_down(self.machine, record, tokens, top_k, own)
         EXPERTS_DOWN(
             self.stream, some.blocks, tokens, x, inner.split, ids,
-            0 if plan is None else plan.pairs, weights, cache.slots[layer], shared_inner.split,
+            *_placed(plan, part), weights, cache.slots[layer], shared_inner.split,
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
             scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
             record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, PARTS.index(part), ring,
+            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
         )  # fmt: skip
 
     def _plain_down(
@@ -435,6 +435,13 @@ class GpuOps(GpuRows):
             step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
             replies.nobody, replies.nowhere,
         )  # fmt: skip
+
+
+def _placed(plan: ExpertPlan | None, part: str) -> tuple[Array | int, Array | int]:
+    """Where experts are, and of those that are being fetched what says that they have arrived."""
+    if plan is None:
+        return 0, 0
+    return plan.pairs, plan.arrived if part == "rest" else 0
 
 
 def _arrays(kv: KeysValues) -> tuple[Array, ...]:

@@ -1,6 +1,7 @@
 """What fetch says of bytes that have arrived, and that who computes with them waits for it."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,9 +9,12 @@ import pytest
 
 from osmium.ops import ExpertArena, ExpertPlan
 from osmium.ops.gpu import FETCH, FETCH_BLOCKS, FETCH_WARPS, GpuOps
+from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
-from tests.ptx.cases_linear import cache_of
-from tests.ptx.interpreter import InterpretedMachine, parse_program
+from tests.ops.cases import allowed, compare, run
+from tests.ptx.cases_linear import CASES, cache_of
+from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
+from tests.ptx.test_barriers import AWAITED
 
 RECORDS = {
     "a page": Record(4, 64, 32),
@@ -72,3 +76,59 @@ def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, pl
     np.testing.assert_array_equal(after[:, : record.down], wanted[:, : record.down])
     last = slice(record.down + (1 << 14), None)
     np.testing.assert_array_equal(after[-1, last], before[-1, last])
+
+
+def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -> bool:
+    """Whether experts come out right of which the gates and ups, then the rest arrive while the
+    halves look for them; without one barrier of theirs, or with the last word never said."""
+    make = CASES["int4_experts in parts"]
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    down, call = Record(4, 256, 128).down, case.call
+
+    def arriving(ops: Any, a: dict[str, Any]) -> None:
+        slots, words, pairs = (a[name].numpy() for name in ("slots", "arrived", "pairs"))
+        slot = np.where(pairs < 0, ~pairs, pairs)
+        whole, who = slots.copy(), np.unique(slot)[::2]
+        pairs[...] = np.where(np.isin(slot, who), ~slot, slot)
+        slots[0, who], words[:] = 0x5A, 0
+
+        def some(word: int, part: slice) -> None:
+            slots[0, who, part] = whole[0, who, part]
+            words[word] = FETCH_WARPS
+
+        def short(word: int) -> None:
+            words[word] = FETCH_WARPS - 1
+
+        then = {
+            "int4_experts_up_f32": [lambda: short(0), lambda: some(0, slice(down))],
+            "int4_experts_down_f32": [lambda: short(1), lambda: some(1, slice(down, None))],
+        }
+        launch = machine.stream.launch
+
+        def launched(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+            if kernel.name in then:
+                machine.stream.beside = then[kernel.name][: 2 if last else 1]  # of parts, the last
+            launch(kernel, grid, values)
+
+        machine.stream.launch = launched  # type: ignore[method-assign]
+        call(ops, a)
+
+    found = run(replace(case, call=arriving), GpuOps(machine))
+    return all(
+        compare(found[k], wanted[k], kind) <= allowed(kind) for k, kind in case.writes.items()
+    )
+
+
+def test_halves_wait_for_what_they_read() -> None:
+    assert all(late(seed) for seed in range(2))
+
+
+@pytest.mark.parametrize(("name", "which"), AWAITED)
+def test_a_half_without_its_barrier_reads_too_soon(name: str, which: int) -> None:
+    assert not all(late(seed, (name, which)) for seed in range(6))
+
+
+def test_what_never_arrives_is_given_up() -> None:
+    with pytest.raises(PtxFault, match="gives up"):
+        late(0, last=False)
