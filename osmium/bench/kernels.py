@@ -238,7 +238,7 @@ class Cases:
         return values.ExpertPlan(
             count=i32([len(experts)]), expert=i32(experts), slot=i32(slots),
             fetch=i32(fetch * ones), uses=i32(ones),
-            pairs=i32(np.zeros((self.tokens, self.config.top_k))),
+            pairs=i32(np.zeros((self.tokens, self.config.top_k))), arrived=i32([0, 0]),
         )  # fmt: skip
 
     def _chosen(self, sets: int) -> list[Any]:

@@ -168,6 +168,7 @@ class Stream:
 
     def fill(self, out: DeviceArray, byte: int) -> None:
         """Every byte of `out` = byte."""
+        self._follows = False
         if out.nbytes:
             self.device.driver("cuMemsetD8Async", out.ptr, byte, out.nbytes, self.handle)
 

@@ -55,6 +55,7 @@ class Store:
             fetch=ops.empty((most,), np.int32),
             uses=ops.empty((most,), np.int32),
             pairs=ops.empty((self.block, top_k), np.int32),
+            arrived=ops.empty((2,), np.int32),
         )
 
     def mlp(
@@ -123,7 +124,7 @@ def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, 
     """Bytes of a store's own arrays on a backend; `inner` is I."""
     block = _block(rows, capacity, experts, top_k)
     return rows_bytes(block * top_k, inner, False, gpu) + 4 * (
-        block * top_k + 1 + 4 * min(experts, block * top_k)
+        block * top_k + 1 + 2 + 4 * min(experts, block * top_k)
     )
 
 

@@ -21,9 +21,9 @@ WIDTH = 256
 
 @python_kernel(
     "void(CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
-    "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(float32), CPointer(float32), "
-    "CPointer(int32), CPointer(int32), CPointer(int64), CPointer(uint16), int32, int32, int32, "
-    "int32, int32, int32, float32, float32, float32)",
+    "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(float32), "
+    "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int64), CPointer(uint16), "
+    "int32, int32, int32, int32, int32, int32, float32, float32, float32)",
     block=WIDTH,
     grid="1",
     regs=96,
@@ -35,6 +35,7 @@ def place(
     fetch: Any,
     uses: Any,
     pair: Any,
+    arrived: Any,
     slot_of: Any,
     expert_in: Any,
     heat: Any,
@@ -55,7 +56,7 @@ def place(
 ) -> None:
     """Ops.place: the plan is written, the layer's tables and the counters are brought up to date.
 
-    count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs]    the plan
+    count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs], arrived i32 [2]
     slot_of i32 [E], expert_in i32 [S], heat, long_heat f32 [E], stamp i32 [E]    of the layer
     step i32 [1], counters i64 [4]    of the cache    ids u16 [pairs]
     experts E <= 1024    capacity S <= E    first: 1 at layer 0, else 0
@@ -80,6 +81,8 @@ def place(
     mine, counted = 0, 0
     if me < pairs:
         mine = int32(ids[me])
+    if me < 2:
+        arrived[me] = 0
     if me == 0:
         counted = counters[1]
         hits[0] = 0

@@ -79,6 +79,9 @@ FETCH_BLOCKS = 16
 """Thread blocks of a fetch, whatever it copies: sixteen move 50 GB/s, all that the link has, and
 leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
+FETCH_WARPS = 8 * FETCH_BLOCKS
+"""What each of a plan's words of arrival comes to."""
+
 ROUTER_EXPERTS = 256
 """Experts up to which the router picks, too: eight a lane."""
 
@@ -286,7 +289,7 @@ class GpuOps(GpuRows):
         fading = cache.fading
         PLACE(
             self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
-            cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
+            plan.arrived, cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
             cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
             ids.nbytes // 2, cache.experts, cache.slots[layer].shape[0], plan.expert.shape[0],
             int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
@@ -297,7 +300,7 @@ class GpuOps(GpuRows):
         FETCH(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.expert.shape[0], cache.record.nbytes,
+            plan.arrived, plan.expert.shape[0], cache.record.nbytes, cache.record.down,
         )  # fmt: skip
 
     def expert_up(
@@ -333,10 +336,10 @@ class GpuOps(GpuRows):
         )
         EXPERTS_UP(
             self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
-            h.squares or 0, ids, 0 if plan is None else plan.pairs, cache.slots[layer],
+            h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
             record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            PARTS.index(part), wide, some.tiles, h.eps,
+            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
         )  # fmt: skip
 
     def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
@@ -384,11 +387,11 @@ class GpuOps(GpuRows):
         some, ring = share_down(self.machine, record, tokens, top_k, own)
         EXPERTS_DOWN(
             self.stream, some.blocks, tokens, x, inner.split, ids,
-            0 if plan is None else plan.pairs, weights, cache.slots[layer], shared_inner.split,
+            *_placed(plan, part), weights, cache.slots[layer], shared_inner.split,
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
             scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
             record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, PARTS.index(part), ring,
+            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
         )  # fmt: skip
 
     def _plain_down(
@@ -448,6 +451,13 @@ class GpuOps(GpuRows):
             step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
             replies.nobody, replies.nowhere,
         )  # fmt: skip
+
+
+def _placed(plan: ExpertPlan | None, part: str) -> tuple[Array | int, Array | int]:
+    """Where experts are, and of those that are being fetched what says that they have arrived."""
+    if plan is None:
+        return 0, 0
+    return plan.pairs, plan.arrived if part == "rest" else 0
 
 
 def _arrays(kv: KeysValues) -> tuple[Array, ...]:

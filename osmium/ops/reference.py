@@ -347,6 +347,7 @@ class ReferenceOps(ReferenceMaking):
         long_heat[experts] = long[experts] + uses.astype(np.float32)
         stamp[experts] = now
         plan.count[0] = len(experts)
+        plan.arrived[:] = 0
         plan.expert[: len(experts)] = experts
         plan.expert[len(experts) :] = -1
         plan.slot[: len(experts)] = slot_of[experts]

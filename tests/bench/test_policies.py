@@ -40,7 +40,7 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
         np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),
         np.zeros(1, np.int32), np.zeros(4, np.int64),
     )  # fmt: skip
-    plan = ExpertPlan(*(np.zeros(n, np.int32) for n in (1, 3, 3, 3, 3, 3)))
+    plan = ExpertPlan(*(np.zeros(n, np.int32) for n in (1, 3, 3, 3, 3, 3, 2)))
     ops = ReferenceOps()
     for now, token in enumerate(t.ids):
         if now == skip:

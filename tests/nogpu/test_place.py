@@ -25,7 +25,7 @@ from osmium.quant.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs")
+PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
 TABLES = ("slot_of", "expert_in", "stamp", "step", "counters")
 
 
@@ -78,7 +78,7 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
 
 
 def empty_plan(entries: int, pairs: int) -> ExpertPlan:
-    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs)))
+    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs, 2)))
 
 
 def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
@@ -104,7 +104,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
         reference.place(x, a, layer, ids)
         kernel[1, s.threads](
-            y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, b.slot_of[layer],
+            y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, y.arrived, b.slot_of[layer],
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
             b.counters, ids.reshape(-1), ids.size, s.experts, s.slots, entries, int(layer == 0),
             b.fading.earlier, np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),

@@ -580,7 +580,7 @@ def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
     )  # fmt: skip
 
 
-PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs")
+PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
 
 
 def _plan(a: dict[str, Any]) -> ExpertPlan:
@@ -588,7 +588,7 @@ def _plan(a: dict[str, Any]) -> ExpertPlan:
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
-    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape}
+    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape, "arrived": (2,)}
     return {f"plan_{name}": np.full(size, -7, np.int32) for name, size in sizes.items()}
 
 
@@ -609,7 +609,8 @@ def place(rng: np.random.Generator, size: Size) -> Case:
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
 
-    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs")
+    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs",
+             "plan_arrived")  # fmt: skip
     close = ("heat", "long_heat")
     return Case(arrays, call, {**dict.fromkeys(exact, "exact"), **dict.fromkeys(close, "f32")})
 
@@ -641,8 +642,11 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache, plan = _cache(size, record, a), _plan(a)
             ops.place(plan, cache, 0, a["chosen"])
-            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
-            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1)
+
+            def fetch() -> None:
+                ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
+
+            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1, fetch=fetch)
 
         writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)
@@ -672,9 +676,10 @@ def shared_arrays(
 
 def experts_call(
     ops: Ops, a: dict[str, Any], form: Any, plan: Any, cache: Any, parts: tuple[Any, ...],
-    column: int, norm: bool = False,
+    column: int, norm: bool = False, fetch: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Both halves of the experts, the first in parts; `out` and the rows that follow it."""
+    """Both halves of the experts, the first in parts, with what is fetched for the last of them;
+    `out` and the rows that follow it."""
     (tokens, top_k), (_, hidden) = a["chosen"].shape, a["x"].shape
     inner = a["both"].shape[1] // 2
     shared = SharedExpert(
@@ -685,6 +690,8 @@ def experts_call(
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
     halves = (new_rows(ops, tokens * top_k, cache.record.inner), new_rows(ops, tokens, inner))
     for part in parts:
+        if part == parts[-1]:
+            fetch()
         with ops.beside():
             ops.expert_up(*halves, h, a["chosen"], plan, cache, 0, part, shared, a["both"])
         ops.join()

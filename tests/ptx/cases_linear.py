@@ -119,7 +119,7 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
     return make
 
 
-def _cache(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
+def cache_of(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
     nothing: Any = None
@@ -152,6 +152,7 @@ def experts(
             "x": _f32(rng, tokens, hidden),
             "pairs": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
             "chosen": ids,
+            "arrived": np.full(2, 1 << 20, np.int32),  # long ago
             "weights": rng.random(ids.shape, np.float32),
             "slots": slots[None],
             "slot_of": slot_of,
@@ -159,8 +160,8 @@ def experts(
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            cache = _cache(record, a["slots"], a["slot_of"])
-            plan = ExpertPlan(None, None, None, None, None, a["pairs"])
+            cache = cache_of(record, a["slots"], a["slot_of"])
+            plan = ExpertPlan(None, None, None, None, None, a["pairs"], a["arrived"])
             experts_call(ops, a, form, plan, cache, parts, 3, norm=True)
 
         return Case(arrays, call, {"out": "f32", "next": "f32"})
@@ -220,11 +221,14 @@ def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Ma
             "slot": plan(rng.permutation(entries)[:used]),
             "fetch": plan(fetched),
             "uses": plan(rng.integers(1, 9, used)),
+            "arrived": np.array([0, 0], np.int32),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            cache = _cache(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
-            plan = ExpertPlan(a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None)
+            cache = cache_of(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
+            plan = ExpertPlan(
+                a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
+            )
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
 
         return Case(arrays, call, {"slots": "exact", "counters": "exact"})

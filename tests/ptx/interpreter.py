@@ -332,6 +332,8 @@ class Warp:
         self.where = ""
         self.waited = not machine.stream.early
         """Whether what the kernel before wrote may be read, and anything be written."""
+        self.acquired = False
+        """Whether it has read, acquiring, what the kernel before wrote last of all."""
 
     @property
     def alive(self) -> bool:
@@ -341,6 +343,9 @@ class Warp:
         """A register's 32 values, all of them known where the mask is set."""
         if name in self.special:
             return self.special[name]
+        if name == "%globaltimer":
+            self.machine.stream.clock += 1_000_000  # a ms for each look
+            return np.full(LANES, self.machine.stream.clock, np.uint64)
         value = self.registers.get(name)
         if value is None:
             raise PtxFault(f"{self.where}: {name} was never written")
@@ -454,6 +459,10 @@ class InterpretedStream:
         self.programs: dict[str, Program] = {}
         self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
         """What lanes stored, relaxed, and nobody sees yet."""
+        self.beside: list[Callable[[], None]] = []
+        """What is done meanwhile, in this order: a next one by chance where a lane acquires."""
+        self.clock = 0
+        """%globaltimer, ns."""
 
     def land(self, chance: float) -> None:
         """Let each relaxed store be seen, by chance; those of one place in their order."""
@@ -524,6 +533,9 @@ class InterpretedStream:
             waiting = [warp for warp in warps if warp.alive]
             if waiting and len(waiting) < len(warps):
                 raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")
+            if any(warp.acquired for warp in waiting):  # what one acquired, all may read behind it
+                for warp in waiting:
+                    warp.waited = True
             warps = waiting
 
 
@@ -626,7 +638,7 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
-        "griddepcontrol": _dependent, "ldmatrix": _matrices,
+        "griddepcontrol": _dependent, "ldmatrix": _matrices, "fence": _fence, "trap": _trap,
     }  # fmt: skip
     try:
         if base in special:
@@ -795,6 +807,20 @@ def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
     return control
 
 
+def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
+    """fence: what is not stored relaxed is seen at once as it is."""
+    if parts != ["acq_rel", "gpu"] or args:
+        raise KeyError(".".join(parts))
+    return lambda w, m: None
+
+
+def _trap(program: Program, parts: list[str], args: list[str]) -> Run:
+    def trap(w: Warp, m: Mask) -> None:
+        raise PtxFault(f"{w.where}: it gives up")
+
+    return trap
+
+
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
     if parts[:2] != ["sync", "max"] or parts[2] not in ("u32", "s32"):
         raise KeyError(".".join(parts))
@@ -850,7 +876,8 @@ def _vector(parts: list[str]) -> int:
 
 
 def _load(program: Program, parts: list[str], args: list[str]) -> Run:
-    relaxed, parts = _relaxed(parts)
+    acquires = parts[0] == "acquire"
+    relaxed, parts = _relaxed(["relaxed", *parts[1:]] if acquires else parts)
     space, dtype = parts[0], TYPES[parts[-1]]
     if space == "param":
         name = args[1].strip("[] ")
@@ -870,8 +897,18 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     def load(w: Warp, m: Mask) -> None:
         if relaxed:
             w.machine.stream.land(0.5)
+        if acquires:
+            acquire(w, m)
         for lanes in _by_array(space, address(w, m), m):
             load_one(w, lanes)
+
+    def acquire(w: Warp, m: Mask) -> None:
+        stream = w.machine.stream
+        if stream.beside and stream.rng.random() < 0.5:
+            stream.beside.pop(0)()
+        block, at = w.memory(space, address(w, m), m)
+        if stream.early and (block.launch[at] % (stream.launches - 1) == 0).all():
+            w.waited = w.acquired = True
 
     def load_one(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
@@ -962,6 +999,7 @@ def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
+    _, parts = _relaxed(parts)  # what a warp stored before, with or without a fence, is there
     if parts[:2] != ["global", "add"]:
         raise KeyError(".".join(parts))
     dtype = TYPES[parts[2]]

@@ -16,11 +16,11 @@ __all__ = ["STAND_INS"]
 
 def _place(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_place.py holds the kernel to the reference."""
-    arrays = [value.numpy() for value in values[:14]]
-    for value in values[:6]:
+    arrays = [value.numpy() for value in values[:15]]
+    for value in values[:7]:
         value.touch()
-    slot_of, expert_in, heat, long_heat, stamp, step, counters, ids = arrays[6:]
-    _, experts, _, _, first, earlier, rate, long_rate, share = values[14:]
+    slot_of, expert_in, heat, long_heat, stamp, step, counters, ids = arrays[7:]
+    _, experts, _, _, first, earlier, rate, long_rate, share = values[15:]
     if not first:
         step[0] -= 1  # the reference raises it
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
@@ -28,7 +28,7 @@ def _place(values: tuple[Any, ...]) -> None:
         Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
         slot_of[None], expert_in[None], heat[None], long_heat[None], stamp[None], step, counters,
     )  # fmt: skip
-    ReferenceOps().place(ExpertPlan(*arrays[:6]), cache, 0, ids)
+    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, 0, ids)
 
 
 def _draw(values: tuple[Any, ...]) -> None:

@@ -16,11 +16,18 @@ from tests.ptx.kernels import FOLDER, NAMES
 
 Make = Callable[[np.random.Generator], Case]
 
-BARRIERS = [
-    (name, i)
+EVERY = [
+    (name, i, found[1] is not None)
     for name in NAMES
-    for i in range(len(re.findall(r"^\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)))
+    for i, found in enumerate(
+        re.finditer(r"^(seen:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
+    )
 ]
+
+BARRIERS = [(name, i) for name, i, awaits in EVERY if not awaits]
+
+AWAITED = [(name, i) for name, i, awaits in EVERY if awaits]
+"""Behind what another kernel says meanwhile: tests/ptx/test_arrivals.py."""
 
 SEEDS = range(6)
 

@@ -1,0 +1,134 @@
+"""What fetch says of bytes that have arrived, and that who computes with them waits for it."""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.ops import ExpertArena, ExpertPlan
+from osmium.ops.gpu import FETCH, FETCH_BLOCKS, FETCH_WARPS, GpuOps
+from osmium.ops.reference import ReferenceOps
+from osmium.quant.record import Record
+from tests.ops.cases import allowed, compare, run
+from tests.ptx.cases_linear import CASES, cache_of
+from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
+from tests.ptx.test_barriers import AWAITED
+
+RECORDS = {
+    "a page": Record(4, 64, 32),
+    "gates and ups end inside of a piece": Record(4, 384, 128),
+    "fewer pieces than blocks": Record(16, 128, 128),
+    "a piece more than blocks": Record(16, 376, 120),
+    "no piece of down for some": Record(16, 512, 128),
+}
+
+PLANS = {
+    "nothing": (0, 0),
+    "one": (1,),
+    "the last but one": (0, 1, 0),
+    "several": (1, 0, 1, 1),
+    "more entries than lanes": (1, *[0] * 33, 1, 0),
+    "the last lanes have none": (0, 1, *[0] * 33),
+}
+
+
+def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], text: str) -> Any:
+    """A plan carried out by a text of fetch_records: entries fetched, their slots' bytes before
+    and after, their records, and the words."""
+    ops, used = GpuOps(InterpretedMachine(int(rng.integers(99)))), len(fetch)
+    ops.machine.stream.programs["fetch_records"] = parse_program(text)
+    arena = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
+    before = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
+    slot = rng.permutation(used).astype(np.int32)
+    slots, words = ops.put(before), ops.put(np.zeros(2, np.int32))
+    counters = ops.put(np.zeros(4, np.int64))
+    cache = cache_of(record, slots, np.empty((1, used), np.int32), counters)
+    plan = ExpertPlan(
+        ops.put(np.array([used], np.int32)), ops.put(np.arange(used, dtype=np.int32)),
+        ops.put(slot), ops.put(np.array(fetch, np.int32)), ops.put(np.ones(used, np.int32)),
+        None, words,
+    )  # fmt: skip
+    ops.fetch(cache, plan, ExpertArena(record, ops.put(arena)), 0)
+    who = np.flatnonzero(fetch)
+    after = ops.copy_out(slots)
+    return before[0, slot[who]], after[0, slot[who]], arena[0, who], ops.copy_out(words)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("name", RECORDS)
+def test_every_warp_says_that_it_is_done(rng: np.random.Generator, name: str, plan: str) -> None:
+    assert FETCH_WARPS == FETCH_BLOCKS * FETCH.contract.block // 32
+    text = FETCH.contract.text
+    _, after, wanted, words = fetched(rng, RECORDS[name], PLANS[plan], text)
+    np.testing.assert_array_equal(after, wanted)
+    assert list(words) == [FETCH_WARPS, FETCH_WARPS]
+
+
+@pytest.mark.parametrize("plan", ["one", "the last but one", "several"])
+def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
+    """Warps that leave as soon as they have said it."""
+    record = Record(16, 512, 344)
+    text, ways = re.subn(r"(setp.eq.u32 +%said, %lane, %lane;)", r"\1 ret;", FETCH.contract.text)
+    before, after, wanted, words = fetched(rng, record, PLANS[plan], text)
+    assert ways == 1 and words[0] == FETCH_WARPS and words[1] < FETCH_WARPS
+    np.testing.assert_array_equal(after[:, : record.down], wanted[:, : record.down])
+    last = slice(record.down + (1 << 14), None)
+    np.testing.assert_array_equal(after[-1, last], before[-1, last])
+
+
+def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -> bool:
+    """Whether experts come out right of which the gates and ups, then the rest arrive while the
+    halves look for them; without one barrier of theirs, or with the last word never said."""
+    make = CASES["int4_experts in parts"]
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    down, call = Record(4, 256, 128).down, case.call
+
+    def arriving(ops: Any, a: dict[str, Any]) -> None:
+        slots, words, pairs = (a[name].numpy() for name in ("slots", "arrived", "pairs"))
+        slot = np.where(pairs < 0, ~pairs, pairs)
+        whole, who = slots.copy(), np.unique(slot)[::2]
+        pairs[...] = np.where(np.isin(slot, who), ~slot, slot)
+        slots[0, who], words[:] = 0x5A, 0
+
+        def some(word: int, part: slice) -> None:
+            slots[0, who, part] = whole[0, who, part]
+            words[word] = FETCH_WARPS
+
+        def short(word: int) -> None:
+            words[word] = FETCH_WARPS - 1
+
+        then = {
+            "int4_experts_up_f32": [lambda: short(0), lambda: some(0, slice(down))],
+            "int4_experts_down_f32": [lambda: short(1), lambda: some(1, slice(down, None))],
+        }
+        launch = machine.stream.launch
+
+        def launched(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+            if kernel.name in then:
+                machine.stream.beside = then[kernel.name][: 2 if last else 1]  # of parts, the last
+            launch(kernel, grid, values)
+
+        machine.stream.launch = launched  # type: ignore[method-assign]
+        call(ops, a)
+
+    found = run(replace(case, call=arriving), GpuOps(machine))
+    return all(
+        compare(found[k], wanted[k], kind) <= allowed(kind) for k, kind in case.writes.items()
+    )
+
+
+def test_halves_wait_for_what_they_read() -> None:
+    assert all(late(seed) for seed in range(2))
+
+
+@pytest.mark.parametrize(("name", "which"), AWAITED)
+def test_a_half_without_its_barrier_reads_too_soon(name: str, which: int) -> None:
+    assert not all(late(seed, (name, which)) for seed in range(6))
+
+
+def test_what_never_arrives_is_given_up() -> None:
+    with pytest.raises(PtxFault, match="gives up"):
+        late(0, last=False)
