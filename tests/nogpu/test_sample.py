@@ -19,7 +19,7 @@ from osmium.kernels.python import cuda
 from osmium.kernels.sample import ADVANCE, DRAW
 from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops.reference import ReferenceOps
-from tests.ops.cases import TINY, Case, advance, sample
+from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -99,7 +99,46 @@ def compare(case: Any, seed: int, size: Any) -> None:
         np.testing.assert_array_equal(made[1].arrays[name], made[0].arrays[name], name)
 
 
-@pytest.mark.parametrize("name", CASES)
+def compare_odd(rng: np.random.Generator) -> None:
+    """Ties, few distinct logits, all equal, some minus infinity; top-k at borders; temperatures
+    that are tiny or huge, and rows at 0 beside others.  Drawn twice, from whatever is left in
+    scratch.  Logits are far enough apart, or equal, for the few bins to tell."""
+    rows, vocab = 3, int(rng.integers(40, 130))
+    arrays = replies(rng, rows, vocab)
+    many = (1, 2, LIST - 1, LIST, LIST + 1, BINS, vocab - 1, vocab, vocab + 1)
+    logits = rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 5])
+    shape = rng.integers(4)
+    if shape == 0:
+        logits = np.round(logits)
+    elif shape == 1:
+        logits[:] = logits[0, 0]
+    elif shape == 2:
+        logits[:, rng.random(vocab) < 0.5] = -np.inf
+    else:
+        logits[:, rng.random(vocab) < 0.7] = logits.max()
+    for row in range(rows):
+        temperature = rng.choice([0, 1e-3, 0.6, 1, 40])
+        arrays["settings"][row] = (
+            temperature, rng.choice([0, rng.choice(many)]), rng.choice([1, 0.95, 0.1]),
+            rng.choice([0, 0.04]),
+        )  # fmt: skip
+        step = max(temperature, 0.01) * 0.004
+        logits[row] = np.round(logits[row] / step) * step
+    logits = logits.astype(np.float32)
+    wanted, found = (as_replies({k: v.copy() for k, v in arrays.items()}) for _ in range(2))
+    ReferenceOps().sample(logits, wanted)
+    simulated = Simulated()
+    for _ in range(2):
+        found.token[:] = -7
+        simulated.sample(logits, found)
+        said = f"{shape} {vocab} {arrays['settings']}"
+        np.testing.assert_array_equal(found.token, wanted.token, said)
+    drawn = arrays["settings"][:, 0] != 0
+    counts = found.counts.reshape(-1)[: rows * BINS].reshape(rows, BINS).sum(axis=1)
+    assert (counts[~drawn] == 0).all() and (counts[drawn] > 0).all(), "greedy rows are not sorted"
+
+
+@pytest.mark.parametrize("name", [*CASES, "odd"])
 def test_the_kernels_draw_and_advance_as_the_reference_does(
     name: str, rng: np.random.Generator
 ) -> None:
@@ -125,7 +164,11 @@ def test_the_compiled_kernels_keep_to_their_contracts() -> None:
 
 
 if __name__ == "__main__":
-    first, size = int(sys.argv[1]), CASES[sys.argv[2]]
+    first, size = int(sys.argv[1]), CASES.get(sys.argv[2])
+    if size is None:
+        for turn in range(3):
+            compare_odd(np.random.default_rng(first + turn))
+        sys.exit()
     compare(sample, first, size)
     for turn in range(9):
         compare(advance, first + turn, size)

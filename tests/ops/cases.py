@@ -729,7 +729,7 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
 RING = 3
 
 
-def _replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
+def replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
     """Arrays of Replies; rows draw in every way that there is."""
     ways = np.array(
         [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 20, 0.95, 0), (1.5, 0, 0.8, 0.02), (0.3, 5, 1, 0),
@@ -755,7 +755,7 @@ def _replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
     }
 
 
-def _as_replies(a: dict[str, Any]) -> Replies:
+def as_replies(a: dict[str, Any]) -> Replies:
     names = (
         "settings", "chance", "token", "left", "heed", "eos", "turn", "mail", "best", "where",
         "counts", "masses", "ends", "order",
@@ -771,10 +771,10 @@ def sample(rng: np.random.Generator, size: Size) -> Case:
     if rows > 2:
         logits[rng.integers(0, rows), rng.integers(0, vocab)] = rng.choice([np.nan, np.inf])
         logits[rng.integers(0, rows)] = 5  # all equal: by id
-    arrays = {"logits": logits, **_replies(rng, rows, vocab)}
+    arrays = {"logits": logits, **replies(rng, rows, vocab)}
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.sample(a["logits"], _as_replies(a))
+        ops.sample(a["logits"], as_replies(a))
 
     return Case(arrays, call, {"token": "exact"})
 
@@ -783,13 +783,13 @@ def advance(rng: np.random.Generator, size: Size) -> Case:
     """Rows that go on, that have ended, that end now: by an end token, by length, by no token."""
     rows = min(8, sum(size.lengths))
     one = replace(size, lengths=(1,) * rows, past=tuple(range(rows)))
-    arrays = step_arrays(rng, one) | _replies(rng, rows, size.outputs)
+    arrays = step_arrays(rng, one) | replies(rng, rows, size.outputs)
     arrays["token"] = rng.choice(np.array([-1, 3, 5, 6], np.int32), rows)
     arrays["left"] = rng.choice(np.array([0, 1, 2, 9], np.int32), rows)
     arrays["heed"] = rng.integers(0, 2, rows, dtype=np.int32)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.advance(_step(one, a), _as_replies(a))
+        ops.advance(_step(one, a), as_replies(a))
 
     names = ("ids", "positions", "past", "slots", "pages", "left", "turn", "mail")
     return Case(arrays, call, dict.fromkeys(names, "exact"))
