@@ -113,7 +113,7 @@ class Packed:
             return data
         scale = array(f"{name}.scale") if "scale" in part.arrays else None
         rows, columns = part.shape
-        group = columns // scale.shape[1] if scale is not None and scale.ndim == 2 else 0
+        group = columns // scale.shape[1] if scale is not None and len(scale.shape) == 2 else 0
         assert part.format != "f32", "matrices are bf16, int8 or int4"
         return Linear(part.format, rows, columns, data, scale, group)
 
