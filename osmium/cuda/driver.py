@@ -104,6 +104,7 @@ class Device:
                 "(RTX 30 series) or newer."
             )
         self.multiprocessors = self._attribute(16)
+        self.l2 = self._attribute(38)
         self.shared = self._attribute(97)
         """Bytes of shared memory that a block may ask for."""
         self._shared_in_all, self._shared_kept = self._attribute(81), self._attribute(111)

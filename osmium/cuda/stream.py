@@ -238,6 +238,11 @@ class Machine:
         """Bytes of shared memory that a block may ask for."""
         return self.device.shared
 
+    @property
+    def l2(self) -> int:
+        """Bytes of its L2 cache."""
+        return self.device.l2
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)

@@ -72,13 +72,14 @@ class Store:
         said: Array,
         y: Array,
         norm: Array,
+        ahead: Array | None = None,
     ) -> None:
         """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], and the shared expert
         times its gate; h = norm(x).
 
         x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]    norm f32 [D]
         scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
-        said, y f32 [T, D], scratch
+        said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch
         """
         ops, cache = self.ops, self.cache
         if self.recorder is not None:
@@ -103,7 +104,7 @@ class Store:
             with ops.beside():  # what was there, while the others are fetched
                 ops.expert_up(*up, "there", *with_up)
                 ops.expert_down(*down, "there", *with_down)
-            ops.fetch(cache, plan, self.arena, layer)
+            ops.fetch(cache, plan, self.arena, layer, ahead)
             ops.expert_up(*up, "rest", *with_up)
             ops.join()
             ops.expert_down(*down, "rest", *with_down)

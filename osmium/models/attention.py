@@ -28,6 +28,8 @@ class Attention:
         self.eps = config.eps
         self.scale = size**-0.5
         self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
+        self.first = self.qgkv
+        """The matrix that is read first."""
         self.norms = weights.array("attention_norms", 2, size)
         self.out = weights.linear("attention_out", hidden, heads * size)
 

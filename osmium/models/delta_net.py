@@ -28,6 +28,8 @@ class DeltaNet:
         self.ops = ops
         width = heads * config.value_dim
         self.qkvz = weights.linear("qkvz", config.channels + width, hidden)
+        self.first = self.qkvz
+        """The matrix that is read first."""
         self.weights = DeltaWeights(
             conv=weights.array("conv", config.channels, 4),
             ab=weights.linear("ab", 2 * heads, hidden),

@@ -30,8 +30,9 @@ class Moe:
             column=config.experts,
         )
 
-    def forward(self, x: Array, step: Step, work: Workspace, norm: Array) -> None:
-        """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]"""
+    def forward(self, x: Array, step: Step, work: Workspace, norm: Array, ahead: Array) -> None:
+        """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+        ahead: the weights that are read next"""
         store = self.store
         self.ops.router(
             work.ids, work.weights, work.scores, work.h, self.router, self.experts,
@@ -39,5 +40,5 @@ class Moe:
         )  # fmt: skip
         store.mlp(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
-            work.shared_inner, work.shared_both, work.shared, work.y, norm,
+            work.shared_inner, work.shared_both, work.shared, work.y, norm, ahead,
         )  # fmt: skip

@@ -83,10 +83,11 @@ class Model:
         x = work.x
         self.ops.embed(x, step.ids, self.embed)
         self.ops.norm(work.h, x, self.layers[0].mixer_norm)
-        after = [layer.mixer_norm for layer in self.layers[1:]] + [self.norm]
-        for layer, own, norm in zip(self.layers, state.layers, after, strict=True):
+        after = [(layer.mixer_norm, layer.mixer.first.data) for layer in self.layers[1:]]
+        after.append((self.norm, self.head_matrix.data))
+        for layer, own, (norm, ahead) in zip(self.layers, state.layers, after, strict=True):
             layer.mixer.mix(x, step, own, work, layer.moe_norm)
-            layer.moe.forward(x, step, work, norm)
+            layer.moe.forward(x, step, work, norm, ahead)
 
     def head(self, out: Array, rows: Array | None = None) -> None:
         """The logits of some rows of the last step; of its first ones, if right after it.

@@ -344,10 +344,18 @@ class Ops(Protocol):
         ids u16 [T, A]; the unique ids must not exceed the capacity: the caller's to see to.
         """
 
-    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+    def fetch(
+        self,
+        cache: ExpertCache,
+        plan: ExpertPlan,
+        arena: ExpertArena,
+        layer: int,
+        ahead: Array | None = None,
+    ) -> None:
         """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch is set.
 
-        counters[2] += uses of the records copied, counters[3] += records copied.
+        counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
+        is read when the layer is done; it changes nothing, but may be near when it is asked for.
         """
 
     def expert_up(

@@ -296,11 +296,20 @@ class GpuOps(GpuRows):
             fading.share,
         )  # fmt: skip
 
-    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+    def fetch(
+        self,
+        cache: ExpertCache,
+        plan: ExpertPlan,
+        arena: ExpertArena,
+        layer: int,
+        ahead: Array | None = None,
+    ) -> None:
+        near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
         FETCH(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.arrived, plan.expert.shape[0], cache.record.nbytes, cache.record.down,
+            plan.arrived, 0 if ahead is None else ahead,
+            plan.expert.shape[0], cache.record.nbytes, cache.record.down, near,
         )  # fmt: skip
 
     def expert_up(

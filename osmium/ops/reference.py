@@ -356,7 +356,14 @@ class ReferenceOps(ReferenceMaking):
         new = np.isin(ids.reshape(-1), missing)
         plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
 
-    def fetch(self, cache: ExpertCache, plan: ExpertPlan, arena: ExpertArena, layer: int) -> None:
+    def fetch(
+        self,
+        cache: ExpertCache,
+        plan: ExpertPlan,
+        arena: ExpertArena,
+        layer: int,
+        ahead: Array | None = None,
+    ) -> None:
         for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
             slot = int(plan.slot[u])
             cache.slots[layer][slot] = arena.records[layer, plan.expert[u]]

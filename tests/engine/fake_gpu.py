@@ -131,7 +131,7 @@ class _Device:
     def __init__(self, binding: FakeGpu) -> None:
         self.driver = Driver(binding)
         self.name, self.capability, self.early = "fake", (9, 0), False
-        self.multiprocessors, self.shared, self.closed = 4, 100 << 10, False
+        self.multiprocessors, self.shared, self.l2, self.closed = 4, 100 << 10, 4 << 20, False
 
     def make_current(self) -> None:
         pass

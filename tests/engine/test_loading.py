@@ -100,6 +100,25 @@ def test_an_arena_holds_every_record(
     assert not gpu.held
 
 
+def test_matrices_with_scales_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(CASE, folder)
+    quantised = {"gpu_expert_bits": 8, "attention_quant": "int4"}
+    packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path), **quantised))
+    assert isinstance(packed, Packed)
+    FakeGpu(4 << 30).install(monkeypatch)
+    made = loader.Loader(packed.path, "gpu", **options(packed.path, **quantised))
+    made.engine().close()
+    assert made._weights is not None
+    for name, of in (("layers.0.qkvz", 2), ("layers.0.shared_up", 1)):
+        placed, wanted = made._weights[name], packed.tensor(name)
+        assert isinstance(wanted, Linear) and wanted.scale is not None
+        assert wanted.scale.ndim == of and placed.group == wanted.group
+        for have, want in ((placed.data, wanted.data), (placed.scale, wanted.scale)):
+            assert np.array_equal(made.ops.copy_out(have), want)
+    made.close()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("room", [8192, 5 * 4096, 1 << 20])
 def test_weights_on_the_device_are_those_of_the_file(

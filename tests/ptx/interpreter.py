@@ -127,6 +127,7 @@ class InterpretedMachine:
 
     multiprocessors = 3
     shared = 99 << 10
+    l2 = 1 << 20
 
     def __init__(
         self, seed: int = 0, without: tuple[str, int] | None = None, early: bool = False
@@ -135,6 +136,8 @@ class InterpretedMachine:
         as on devices where they start early, and are told when they read what the last one wrote
         before they have waited for it."""
         self.blocks: list[Block] = []
+        self.prefetched: list[int] = []
+        """Addresses, as often as they were asked for."""
         self.stream = InterpretedStream(self, seed, without, early)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
@@ -639,6 +642,7 @@ def _compile(program: Program, line: str) -> Run:
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
         "griddepcontrol": _dependent, "ldmatrix": _matrices, "fence": _fence, "trap": _trap,
+        "prefetch": _prefetch,
     }  # fmt: skip
     try:
         if base in special:
@@ -819,6 +823,19 @@ def _trap(program: Program, parts: list[str], args: list[str]) -> Run:
         raise PtxFault(f"{w.where}: it gives up")
 
     return trap
+
+
+def _prefetch(program: Program, parts: list[str], args: list[str]) -> Run:
+    """prefetch.global.L2: it changes nothing; which lines were asked for is kept."""
+    if parts != ["global", "L2"]:
+        raise KeyError(".".join(parts))
+    address = _address(program, args[0], "global")
+
+    def prefetch(w: Warp, m: Mask) -> None:
+        lines = address(w, m)
+        w.machine.prefetched.extend(int(one) for one in (lines if m is None else lines[m]))
+
+    return prefetch
 
 
 def _redux(program: Program, parts: list[str], args: list[str]) -> Run:

@@ -66,6 +66,33 @@ def test_every_warp_says_that_it_is_done(rng: np.random.Generator, name: str, pl
     assert list(words) == [FETCH_WARPS, FETCH_WARPS]
 
 
+@pytest.mark.parametrize("nbytes", [128, (1 << 18) - 128, 1 << 18, 700_000])
+@pytest.mark.parametrize("plan", ["nothing", "one", "several"])
+def test_what_is_read_next_is_asked_for_once(
+    rng: np.random.Generator, plan: str, nbytes: int
+) -> None:
+    """Up to 256 KiB with each piece of the last record's down part, and never past its end."""
+    record, fetch = RECORDS["a piece more than blocks"], PLANS[plan]
+    machine, used = InterpretedMachine(int(rng.integers(99))), len(fetch)
+    ops = GpuOps(machine)
+
+    def i32(values: Any) -> Any:
+        return ops.put(np.array(values, np.int32))
+
+    ahead = ops.empty((nbytes,), np.uint8)
+    slots = ops.put(np.zeros((1, used, record.nbytes), np.uint8))
+    every = range(used)
+    plan_of = ExpertPlan(
+        i32([used]), i32(every), i32(every), i32(fetch), i32([1] * used), None, i32([0, 0])
+    )
+    cache = cache_of(record, slots, np.empty((1, used), np.int32), ops.put(np.zeros(4, np.int64)))
+    ops.fetch(cache, plan_of, ExpertArena(record, slots), 0, ahead)
+    pieces = -(-record.nbytes // (1 << 14)) - -(-record.down // (1 << 14))
+    most = min(nbytes, pieces << 18, machine.l2 // 2) if any(fetch) else 0
+    assert pieces > 1
+    assert sorted(machine.prefetched) == list(range(ahead.ptr, ahead.ptr + most, 128))
+
+
 @pytest.mark.parametrize("plan", ["one", "the last but one", "several"])
 def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
     """Warps that leave as soon as they have said it."""
