@@ -103,7 +103,7 @@ def test_an_arena_holds_every_record(
 def test_matrices_with_scales_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     write_checkpoint(CASE, folder)
-    quantised = {"gpu_expert_bits": 8, "attention_quant": "int4"}
+    quantised: dict[str, Any] = {"gpu_expert_bits": 8, "attention_quant": "int4"}
     packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path), **quantised))
     assert isinstance(packed, Packed)
     FakeGpu(4 << 30).install(monkeypatch)
