@@ -1068,7 +1068,8 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
 
         return wait
     size = int(args[2])
-    if parts[0] != "async" or parts[2:] != ["shared", "global"]:
+    hints = [[], ["L2::128B"], ["L2::256B"]]  # how much of the neighbourhood L2 may take as well
+    if parts[0] != "async" or parts[2:4] != ["shared", "global"] or parts[4:] not in hints:
         raise KeyError(".".join(parts))
     if size not in {"cg": (16,), "ca": (4, 8, 16)}[parts[1]]:
         raise KeyError(f"{size} bytes")
