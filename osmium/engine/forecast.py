@@ -17,11 +17,11 @@ GIB = 1 << 30
 
 STEPS_GIB = (-4, -2, 0, 2, 4, 8)
 
-OVERHEAD = 2.0
+OVERHEAD = 1.8
 """How much longer than moving its bytes a token takes on the GPU, fetches apart: in the middle of
 what `osmium bench` gave (H100, 2026-11-25) for the 122B in 32 GB, the 35B all resident and in 12
 GB, of its JSON (ms_per_token - mb_fetched_per_token / rates.link_gb_s) / (mb_read_per_token /
-rates.memory_gb_s), 1.6, 2.1 and 2.7.  To be lowered as kernels get faster."""
+rates.memory_gb_s), 1.4, 2.1 and 2.4.  To be lowered as kernels get faster."""
 
 _HIT = ((0.0, 0.0), (0.10, 0.51), (0.15, 0.60), (0.20, 0.66), (0.36, 0.79), (0.40, 0.81),
         (0.44, 0.83), (0.50, 0.86), (1.0, 1.0))  # fmt: skip
