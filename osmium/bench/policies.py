@@ -7,8 +7,8 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     lru        who was used longest ago
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
-    mixed      decayed 20 and, on the same scale, a third of decayed 512: who was popular for long;
-               as shipped (values.Fading)
+    mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long; as shipped
+               (values.Fading)
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
     both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)

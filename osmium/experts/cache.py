@@ -17,9 +17,9 @@ __all__ = [
     "FADING", "cache_bytes", "empty", "make_cache", "resident", "resident_cache", "verify",
 ]  # fmt: skip
 
-FADING = Fading(half_life=20.0, long_half_life=512.0, weight=0.35, earlier=19)
-"""Of several it alone lost nothing on any routing tried: made ones of other drifts, and the lab
-model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
+FADING = Fading(half_life=8.0, long_half_life=512.0, weight=1.0, earlier=19)
+"""Of several the one that is least short of the best policy where it is furthest from it, on made
+routing of other drifts and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(

@@ -1,6 +1,6 @@
 """Heat that outlives the engine: how much each expert was used, and which were resident.
 
-    0      magic "OSMHEAT\\2", u32 crc32 of all that follows, u32 length of the JSON
+    0      magic "OSMHEAT\\3", u32 crc32 of all that follows, u32 length of the JSON
     16     JSON: fingerprint of the model, shape [L, E], steps counted
     ...    heat, long heat f32 [L, E] as of when they were saved; age i32 [L, E], steps since the
            last use (-1: never); resident u8 [L, E]
@@ -29,7 +29,7 @@ __all__ = ["Heat", "heat_of", "keep_heat", "quotas", "read_heat", "restore", "sa
 
 LOG = logging.getLogger("osmium.experts")
 
-MAGIC = b"OSMHEAT\2"
+MAGIC = b"OSMHEAT\3"
 
 ENDLESS = 32 * int(FADING.long_half_life)
 """Steps from which on one more changes no warmth: the rest of the long heat's weights is below
