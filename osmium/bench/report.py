@@ -61,5 +61,6 @@ def _speeds(found: Any) -> dict[tuple[Any, ...], float]:
                 speeds[row["model"], row["sequences"], row["op"]] = 1e6 / row["us"]
                 continue
             size = row.get("depth", row["tokens"]), row.get("sequences")
-            speeds[one.get("kv_cache_mb"), row["what"], *size] = row["tokens_per_s"]
+            drawn = f"at {row['temperature']}" if row.get("temperature") else None
+            speeds[one.get("kv_cache_mb"), row["what"], *size, drawn] = row["tokens_per_s"]
     return speeds

@@ -158,6 +158,9 @@ def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:
     assert "2.000" in compare(first, second)
     second["rows"][0]["depth"] = 65
     assert compare(first, second).count("in one only") == 2
+    second["rows"][0] |= {"depth": first["rows"][0]["depth"], "temperature": 0.7}
+    assert compare(first, second).count("in one only") == 2, "a drawn reply is another thing"
+    assert "at 0.7" in compare(second, second)
     assert "decode" in table({"kv_cache_mb": None, **first})
     kernels = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 4.0}]}
     other = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 2.0}]}
