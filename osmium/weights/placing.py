@@ -40,18 +40,19 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
     placed: dict[str, Linear | Array] = {}
     entries: list[tuple[Entry, Array]] = []
     for name, part in packed.parts.items():
+        if name == "embed":
+            continue
         arrays = {}
         for kind in part.arrays:
             entry = packed.entry(f"{name}.{kind}")
-            make = ops.host if name == "embed" else ops.empty
-            arrays[entry.name] = make(entry.shape, entry.dtype)
-            if name != "embed":
-                entries.append((entry, _bytes(arrays[entry.name])))
+            arrays[entry.name] = ops.empty(entry.shape, entry.dtype)
+            entries.append((entry, _bytes(arrays[entry.name])))
         placed[name] = packed.assembled(name, arrays.__getitem__)
     half = room.nbytes // 2 // PAGE * PAGE
     view = np.asarray(ops.host_view(room), np.uint8)
     halves = [view[:half], view[half : 2 * half]]
     begun: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
+    embed = packed.entry("embed.data")
 
     def upload() -> None:
         pieces, side, waits = begun.popleft()
@@ -67,7 +68,8 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
         begun.append((pieces, side, waits))
         if number:
             upload()
-    embed = packed.entry("embed.data")
+        else:  # a gigabyte of host memory takes a while, in which the disk reads
+            placed["embed"] = ops.host(embed.shape, embed.dtype)
     there = np.asarray(ops.host_view(placed["embed"]))
     wait = reading.part(embed, 0, there.reshape(-1).view(np.uint8))
     while begun:
