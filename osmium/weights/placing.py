@@ -46,7 +46,8 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
         for kind in part.arrays:
             entry = packed.entry(f"{name}.{kind}")
             arrays[entry.name] = ops.empty(entry.shape, entry.dtype)
-            entries.append((entry, _bytes(arrays[entry.name])))
+            flat: Any = arrays[entry.name].reshape(-1)
+            entries.append((entry, flat.view(np.uint8)))
         placed[name] = packed.assembled(name, arrays.__getitem__)
     half = room.nbytes // 2 // PAGE * PAGE
     view = np.asarray(ops.host_view(room), np.uint8)
@@ -82,11 +83,6 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
         placed["head"] = Linear("bf16", rows, columns, head)
     ops.synchronize()
     return placed
-
-
-def _bytes(array: Any) -> Array:
-    flat = array.reshape(-1)
-    return flat.view(np.uint8) if flat.shape[0] else flat
 
 
 def _filling(entries: list[tuple[Entry, Array]], half: int) -> Iterator[list[_Piece]]:
