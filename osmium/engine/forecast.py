@@ -23,11 +23,12 @@ what `osmium bench` gave (H100, 2026-11-25) for the 122B in 32 GB, the 35B all r
 GB, of its JSON (ms_per_token - mb_fetched_per_token / rates.link_gb_s) / (mb_read_per_token /
 rates.memory_gb_s), 1.4, 2.1 and 2.4.  To be lowered as kernels get faster."""
 
-_HIT = ((0.0, 0.0), (0.05, 0.40), (0.10, 0.53), (0.15, 0.61), (0.20, 0.68), (0.30, 0.77),
+_HIT = ((0.0, 0.0), (0.05, 0.41), (0.10, 0.54), (0.15, 0.62), (0.20, 0.68), (0.30, 0.77),
         (0.36, 0.81), (0.40, 0.83), (0.50, 0.88), (0.60, 0.92), (0.70, 0.95), (0.80, 0.97),
         (1.0, 1.0))  # fmt: skip
-"""Share of experts resident -> share of uses hit: what ships, simulated on a trace made from
-published routing statistics of Qwen3.5-122B-A10B (bench/policies.py; LOG.md, 2026-11-25)."""
+"""Share of experts resident -> share of uses hit, by what ships on a trace made from published
+routing statistics of Qwen3.5-122B-A10B: `tools/make_trace.py T.npz`, then `tools/simulate_cache
+T.npz --tokens 1500 --shares .05 .1 ...`, the line mixed (2026-11-25)."""
 
 
 def hit_rate(share: float) -> float:

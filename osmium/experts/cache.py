@@ -18,8 +18,8 @@ __all__ = [
 ]  # fmt: skip
 
 FADING = Fading(half_life=8.0, long_half_life=512.0, weight=1.0, earlier=19)
-"""Of several the one that is least short of the best policy where it is furthest from it, on made
-routing of other drifts and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
+"""In the middle of those that are nowhere far from the best policy, on made routing of other drifts
+and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(
