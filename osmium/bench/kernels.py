@@ -175,7 +175,7 @@ class Cases:
         return [partial(ops.linear, out, self.work.h, m) for m in sets]
 
     def _router(self) -> Calls:
-        w, counters = self.work, self._i32([0] * 4, np.int64)
+        w, counters = self.work, self._i32([0] * 7, np.int64)
         at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.scores, w.h)
         more = (self.config.experts, counters, w.arrived, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
@@ -230,7 +230,7 @@ class Cases:
             slot_of=i32(np.full(shape, -1)), expert_in=i32(np.full((layers, capacity), -1)),
             heat=ops.put(np.zeros(shape, np.float32)),
             long_heat=ops.put(np.zeros(shape, np.float32)), stamp=i32(np.zeros(shape)),
-            step=i32([0]), counters=i32([0] * 4, np.int64),
+            step=i32([0]), counters=i32([0] * 7, np.int64),
         )  # fmt: skip
 
     def _plan(self, experts: Any, slots: Any, fetch: int) -> values.ExpertPlan:

@@ -83,7 +83,7 @@ def _cache(ops: Ops, record: Record, slots: tuple[Array, ...], experts: int) -> 
         long_heat=ops.empty((layers, experts), np.float32),
         stamp=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
-        counters=ops.empty((4,), np.int64),
+        counters=ops.empty((7,), np.int64),
     )
     empty(ops, made)
     ops.fill(made.counters, 0)
@@ -100,7 +100,7 @@ def empty(ops: Ops, cache: ExpertCache) -> None:
 
 def cache_bytes(record: Record, layers: int, experts: int, capacity: int) -> int:
     """Bytes of the cache's arrays."""
-    return layers * (capacity * (record.nbytes + 4) + experts * 16) + 36
+    return layers * (capacity * (record.nbytes + 4) + experts * 16) + 60
 
 
 def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:

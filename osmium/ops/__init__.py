@@ -26,6 +26,7 @@ from osmium.ops.values import (
     DeltaWeights,
     ExpertArena,
     ExpertCache,
+    ExpertGuess,
     ExpertPlan,
     Fading,
     KeysValues,
@@ -38,8 +39,8 @@ from osmium.ops.values import (
 from osmium.quant.noise import Pattern
 
 __all__ = [
-    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan", "Fading",
-    "KeysValues", "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
+    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertGuess", "ExpertPlan",
+    "Fading", "KeysValues", "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
 ]  # fmt: skip
 
 
@@ -309,10 +310,16 @@ class Ops(Protocol):
         trace: Array | None,
         layer: int,
         positions: Array,
+        guess: ExpertGuess | None = None,
+        after: Linear | None = None,
+        predicted: Array | None = None,
     ) -> None:
-        """scores = h @ W.T; route; and where there is a trace, replay.
+        """scores = h @ W.T; route; and where there is a trace, replay.  With a guess the same once
+        more with `after`, the next layer's router, into guess.ids; there `predicted` is replayed,
+        at the next layer.
 
-        scores f32 [T, N]    h [T, D]    w [N, D]    arrived i32 [ARRIVED], 0 before and after
+        scores f32 [T, N]    h [T, D]    w, after [N, D]    arrived i32 [ARRIVED], 0 before and
+        after    predicted u16 [N, L, A]
         """
 
     def route(
@@ -330,18 +337,33 @@ class Ops(Protocol):
         ids u16 [T, A]    trace u16 [N, L, A]    positions i32 [T]    A <= 32
         """
 
-    def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
+    def place(
+        self,
+        plan: ExpertPlan,
+        cache: ExpertCache,
+        layer: int,
+        ids: Array,
+        guess: ExpertGuess | None = None,
+    ) -> None:
         """Find every expert of `ids` a slot of `layer`, and say which must be fetched: as experts,
         and pair by pair in plan.pairs.
 
-        At layer 0 the cache's step is raised by one.  The unique ids, ascending, become
-        plan.expert.  An expert of this call that is in a slot is a hit.  Missing experts,
-        ascending, take the free slots from the lowest up, then the victims: slots whose expert is
-        not of this call, coldest first, by warmth as of now (values.Fading), ties by the older
-        stamp, then by the lower slot.  Then every expert of this call has both its heats brought
-        to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
+        Now is the cache's step plus one; at the last layer the step becomes it.  The unique ids,
+        ascending, become plan.expert.  An expert of this call that is in a slot is a hit.  Missing
+        experts, ascending, take the free slots from the lowest up, then the victims: slots whose
+        expert is not of this call, coldest first, by warmth as of now (values.Fading), ties by the
+        older stamp, then by the lower slot.  Then every expert of this call has both its heats
+        brought to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
 
-        ids u16 [T, A]; the unique ids must not exceed the capacity: the caller's to see to.
+        With a guess: where guess.expert[layer] is missing it is the first of the missing and of the
+        plan, its fetch 2, and counters[5] is raised by one; then it is -1, and guess.state[layer]
+        has STOP.  Of the next layer, if there is one, guess.expert becomes the warmest expert of
+        guess.ids that is in no slot there, ties to the lower id, guess.slot the lowest free slot,
+        else that of the coldest expert not in guess.ids, ties to the lower slot, which leaves;
+        state and done become 0, and counters[4] is raised by one.  Where there is no such expert or
+        slot guess.expert is -1, and nobody leaves.
+
+        ids u16 [T, A], guess.ids too; the unique ids must not exceed the capacity.
         """
 
     def fetch(
@@ -351,12 +373,22 @@ class Ops(Protocol):
         arena: ExpertArena,
         layer: int,
         ahead: Array | None = None,
+        guess: ExpertGuess | None = None,
     ) -> None:
-        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch is set.
+        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch is set; where
+        it is 2, of the pieces that guess.done does not count.
 
         counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
         is read when the layer is done; it changes nothing, but may be near when it is asked for.
+        With a guess it waits until all warps of fetch_early that have begun have left, and
+        counters[6] += what they brought, where it is asked for.
         """
+
+    def fetch_early(
+        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
+    ) -> None:
+        """slots[layer, guess.slot[layer]] = records[layer, guess.expert[layer]], if that is not -1,
+        until guess.state[layer] has STOP; guess.done[layer] and guess.state[layer] say how far."""
 
     def expert_up(
         self,

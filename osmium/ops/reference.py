@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
+from osmium.ops import placing
 from osmium.ops.formulas import (
     CHUNK,
     F32,
@@ -30,11 +31,15 @@ from osmium.ops.formulas import (
 from osmium.ops.making import ReferenceMaking
 from osmium.ops.sampling import draw
 from osmium.ops.values import (
+    FETCH_WARPS,
+    PIECE,
+    STOP,
     Array,
     DeltaRoom,
     DeltaWeights,
     ExpertArena,
     ExpertCache,
+    ExpertGuess,
     ExpertPlan,
     KeysValues,
     Linear,
@@ -296,11 +301,20 @@ class ReferenceOps(ReferenceMaking):
         trace: Array | None,
         layer: int,
         positions: Array,
+        guess: ExpertGuess | None = None,
+        after: Linear | None = None,
+        predicted: Array | None = None,
     ) -> None:
         self.linear(scores, h, w)
         self.route(ids, weights, scores, experts, counters)
         if trace is not None:
             self.replay(ids, trace, layer, positions)
+        if guess is not None and after is not None:
+            of, likely = ids.shape[0], guess.scores[: ids.shape[0]]
+            self.linear(likely, h, after)
+            self.route(guess.ids[:of], guess.weights[:of], likely, experts, guess.counters)
+            if predicted is not None:
+                self.replay(guess.ids[:of], predicted, layer + 1, positions)
 
     def route(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
@@ -317,44 +331,15 @@ class ReferenceOps(ReferenceMaking):
     def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
         ids[...] = trace[positions % len(trace), layer]
 
-    def place(self, plan: ExpertPlan, cache: ExpertCache, layer: int, ids: Array) -> None:
-        if layer == 0:
-            cache.step[0] += 1
-        now = cache.step[0]
-        slot_of, expert_in = cache.slot_of[layer], cache.expert_in[layer]
-        heat, long_heat, stamp = cache.heat[layer], cache.long_heat[layer], cache.stamp[layer]
-        experts, uses = np.unique(ids, return_counts=True)
-        assert len(experts) <= len(expert_in), f"{len(experts)} experts, {len(expert_in)} slots"
-        missing = experts[slot_of[experts] < 0]
-        plan.fetch[: len(experts)] = slot_of[experts] < 0
-        cache.counters[1] += int(uses[slot_of[experts] >= 0].sum())
-        fading, age = cache.fading, (stamp - now).astype(np.float32)
-        rate, long_rate = np.float32(1 / fading.half_life), np.float32(1 / fading.long_half_life)
-        short, long = heat * np.exp2(age * rate), long_heat * np.exp2(age * long_rate)
-        if len(missing):
-            free = np.flatnonzero(expert_in < 0)
-            held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, experts))
-            who = expert_in[held]
-            grown = 1 - np.exp2(np.float32(-(now + fading.earlier)) * long_rate)
-            warmth = grown * short[who] + np.float32(fading.share) * long[who]
-            victims = held[np.lexsort((held, stamp[who], warmth))]
-            taken = np.concatenate([free, victims])[: len(missing)]
-            gone = expert_in[taken]
-            slot_of[gone[gone >= 0]] = -1
-            slot_of[missing] = taken
-            expert_in[taken] = missing
-        heat[experts] = short[experts] + uses.astype(np.float32)
-        long_heat[experts] = long[experts] + uses.astype(np.float32)
-        stamp[experts] = now
-        plan.count[0] = len(experts)
-        plan.arrived[:] = 0
-        plan.expert[: len(experts)] = experts
-        plan.expert[len(experts) :] = -1
-        plan.slot[: len(experts)] = slot_of[experts]
-        plan.uses[: len(experts)] = uses
-        slots = slot_of[ids.reshape(-1)]
-        new = np.isin(ids.reshape(-1), missing)
-        plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
+    def place(
+        self,
+        plan: ExpertPlan,
+        cache: ExpertCache,
+        layer: int,
+        ids: Array,
+        guess: ExpertGuess | None = None,
+    ) -> None:
+        placing.place(plan, cache, layer, ids, guess)
 
     def fetch(
         self,
@@ -363,6 +348,7 @@ class ReferenceOps(ReferenceMaking):
         arena: ExpertArena,
         layer: int,
         ahead: Array | None = None,
+        guess: ExpertGuess | None = None,
     ) -> None:
         for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
             slot = int(plan.slot[u])
@@ -370,6 +356,21 @@ class ReferenceOps(ReferenceMaking):
             self._forget(cache, layer, slot)
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
+            if guess is not None and plan.fetch[u] == 2:
+                cache.counters[6] += int(guess.done[layer].sum())
+
+    def fetch_early(
+        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
+    ) -> None:
+        expert, slot = int(guess.expert[layer]), int(guess.slot[layer])
+        if guess.state[layer] & STOP or expert < 0:
+            return
+        cache.slots[layer][slot] = arena.records[layer, expert]
+        self._forget(cache, layer, slot)
+        pieces = -(-cache.record.nbytes // PIECE)
+        blocks = np.arange(FETCH_WARPS // 8)
+        guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
+        guess.state[layer] += FETCH_WARPS + (FETCH_WARPS << 15)
 
     def expert_up(
         self,

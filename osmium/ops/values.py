@@ -18,8 +18,25 @@ from osmium.kernels.weigh import BINS, SLICE
 from osmium.quant.record import Record
 
 __all__ = [
-    "ARRIVED", "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertPlan",
-    "Fading", "KeysValues", "Linear", "Replies", "Rows", "SharedExpert", "Step", "rows_bytes",
+    "ARRIVED",
+    "FETCH_WARPS",
+    "PIECE",
+    "STOP",
+    "Array",
+    "DeltaRoom",
+    "DeltaWeights",
+    "ExpertArena",
+    "ExpertCache",
+    "ExpertGuess",
+    "ExpertPlan",
+    "Fading",
+    "KeysValues",
+    "Linear",
+    "Replies",
+    "Rows",
+    "SharedExpert",
+    "Step",
+    "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
@@ -28,6 +45,17 @@ Array = Any
 ARRIVED = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
 work, and of each a key an expert, up to 256, and who has sent them."""
+
+FETCH_WARPS = 128
+"""Warps that copy records, eight a thread block: sixteen blocks move 50 GB/s, all that the link
+has, and leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).
+"""
+
+PIECE = 16 << 10
+"""Bytes of a record that a block copies at once, an eighth of them a warp."""
+
+STOP = 1 << 30
+"""In ExpertGuess.state: the layer is placed."""
 
 PEAK_SLICES = 128
 """Slices of a row of logits that are searched side by side, at least."""
@@ -254,10 +282,12 @@ class ExpertCache:
     stamp: Array
     """i32 [L, E], the step of the last use."""
     step: Array
-    """i32 [1], raised by one at the first layer's `place` of a forward pass."""
+    """i32 [1], raised by one at the last layer's `place` of a forward pass."""
     counters: Array
-    """i64 [4], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`),
-    fetched (by `fetch`, for the records that it copied); then records copied.
+    """i64 [7], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`),
+    fetched (by `fetch`, for the records that it copied); then records copied; experts that were
+    guessed, and those of them that were asked for (both by `place`); and what had come of these
+    before their layer was placed, in warps' shares of a piece, 2 KiB (by `fetch`).
     routed == hit + fetched."""
 
     @property
@@ -265,6 +295,38 @@ class ExpertCache:
         """S in the mean; E where all layers are wholly resident."""
         slots: int = sum(layer.shape[0] for layer in self.slots)
         return slots // len(self.slots)
+
+
+@dataclass(frozen=True)
+class ExpertGuess:
+    """Of each layer at most one expert that is fetched before the layer is placed, while the link
+    has nothing else to do.
+
+    The next layer's router, shown what this layer's was, says whom it would choose; `place` of this
+    layer picks one of those that are in no slot, and gives it one.  The expert is in none of the
+    cache's tables until its own layer is placed: it has then come, wholly or in part, or nobody
+    asked for it.  What the routers write is scratch.
+    """
+
+    ids: Array
+    """u16 [rows, A], whom the next layer's router would choose."""
+    weights: Array
+    """f32 [rows, A], scratch."""
+    scores: Array
+    """f32 [rows, N], scratch."""
+    counters: Array
+    """i64 [4], scratch."""
+    arrived: Array
+    """i32 [ARRIVED], 0."""
+    expert: Array
+    """i32 [L], who it is, or -1; -1 again once the layer is placed."""
+    slot: Array
+    """i32 [L], its slot, which the cache's tables call free."""
+    state: Array
+    """i32 [L].  The warps of `fetch_early` that have begun, and 2^15 times those that have left;
+    STOP is added once the layer is placed."""
+    done: Array
+    """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
 
 
 @dataclass(frozen=True)
@@ -277,11 +339,13 @@ class ExpertPlan:
     count: Array
     """i32 [1], unique experts of this call."""
     expert: Array
-    """i32 [U], their ids, ascending; entries past the count are -1."""
+    """i32 [U], their ids, ascending, but for one that was guessed: it is the first; entries past
+    the count are -1."""
     slot: Array
     """i32 [U], their slots."""
     fetch: Array
-    """i32 [U], 1 where the record must be copied into the slot, else 0."""
+    """i32 [U], 1 where the record must be copied into the slot, 2 where some of it may be there
+    because it was guessed, else 0."""
     uses: Array
     """i32 [U], pairs of this call that use the expert."""
     pairs: Array

@@ -1,0 +1,279 @@
+"""The operations on experts, on kernels: routing, the cache, what is fetched, and both halves."""
+
+from typing import Literal
+
+from osmium.kernels.place import PLACE
+from osmium.kernels.ptx import kernel
+from osmium.ops.fit import (
+    EXPERT_TILES,
+    MATVEC_ROWS,
+    fits_experts,
+    fits_matvec,
+    fits_shared,
+    share,
+    share_down,
+)
+from osmium.ops.gpu_rows import GpuRows
+from osmium.ops.values import (
+    FETCH_WARPS,
+    Array,
+    ExpertArena,
+    ExpertCache,
+    ExpertGuess,
+    ExpertPlan,
+    Linear,
+    Rows,
+    SharedExpert,
+)
+
+__all__ = ["GpuExperts"]
+
+ROUTER = kernel("router_f32")
+ROUTE = kernel("route_f32")
+REPLAY = kernel("replay_u16")
+FETCH = kernel("fetch_records")
+EXPERT_UP = {
+    16: kernel("bf16_expert_up_f32"),
+    8: kernel("int8_expert_up_f32"),
+    4: kernel("int4_expert_up_f32"),
+}
+EXPERT_DOWN = {
+    16: kernel("bf16_expert_down_f32"),
+    8: kernel("int8_expert_down_f32"),
+    4: kernel("int4_expert_down_f32"),
+}
+EXPERTS_UP = kernel("int4_experts_up_f32")
+EXPERTS_DOWN = kernel("int4_experts_down_f32")
+GATED_UP = kernel("int8_gated_up_f32")
+SILU_MUL = kernel("silu_mul_f32")
+ADD_GATED = kernel("add_gated_f32")
+
+ROUTER_EXPERTS = 256
+"""Experts up to which the router picks, too: eight a lane."""
+
+PARTS = ("all", "there", "rest")
+"""Of the experts, by the number that kernels know them by."""
+
+
+class GpuExperts(GpuRows):
+    """See ops.Ops for every method's formula, shapes and source."""
+
+    # -- experts -----------------------------------------------------------------------------------
+
+    def router(
+        self,
+        ids: Array,
+        weights: Array,
+        scores: Array,
+        h: Rows,
+        w: Linear,
+        experts: int,
+        counters: Array,
+        arrived: Array,
+        trace: Array | None,
+        layer: int,
+        positions: Array,
+        guess: ExpertGuess | None = None,
+        after: Linear | None = None,
+        predicted: Array | None = None,
+    ) -> None:
+        tokens, top_k = ids.shape
+        few = tokens <= MATVEC_ROWS and experts <= ROUTER_EXPERTS
+        if not (few and w.format == "bf16" and fits_matvec(w) and self.fits(h)):
+            self.linear(scores, h, w)
+            self.route(ids, weights, scores, experts, counters)
+            if trace is not None:
+                self.replay(ids, trace, layer, positions)
+            return
+        count, layers = (0, 0) if trace is None else trace.shape[:2]
+        some = self.share(w)
+        ROUTER(
+            self.stream, some.blocks, ids, weights, scores, counters, arrived,
+            h.split, h.squares or 0, w.data, 0 if trace is None else trace, positions,
+            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, experts, top_k,
+            count, layers, layer, h.eps,
+        )  # fmt: skip
+
+    def route(
+        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+    ) -> None:
+        tokens, top_k = ids.shape
+        ROUTE(self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1])
+
+    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+        tokens, top_k = ids.shape
+        count, layers, _ = trace.shape
+        REPLAY(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
+
+    def place(
+        self,
+        plan: ExpertPlan,
+        cache: ExpertCache,
+        layer: int,
+        ids: Array,
+        guess: ExpertGuess | None = None,
+    ) -> None:
+        fading = cache.fading
+        PLACE(
+            self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
+            plan.arrived, cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
+            cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
+            ids.nbytes // 2, cache.experts, cache.slots[layer].shape[0], plan.expert.shape[0],
+            int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
+            fading.share,
+        )  # fmt: skip
+
+    def fetch(
+        self,
+        cache: ExpertCache,
+        plan: ExpertPlan,
+        arena: ExpertArena,
+        layer: int,
+        ahead: Array | None = None,
+        guess: ExpertGuess | None = None,
+    ) -> None:
+        near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
+        FETCH(
+            self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
+            plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
+            plan.arrived, 0 if ahead is None else ahead,
+            plan.expert.shape[0], cache.record.nbytes, cache.record.down, near,
+        )  # fmt: skip
+
+    def fetch_early(
+        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
+    ) -> None:
+        raise NotImplementedError
+
+    def expert_up(
+        self,
+        inner: Rows,
+        shared_inner: Rows,
+        h: Rows,
+        ids: Array,
+        plan: ExpertPlan | None,
+        cache: ExpertCache,
+        layer: int,
+        part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
+        both: Array,
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        if not fits_experts(record, tokens):
+            if part != "there":
+                self._plain_up(inner, h, ids, cache, layer)
+            if part != "rest":
+                self.gated_up(shared_inner, h, shared.up, both)
+            return
+        wide, size, part_of = 0, shared.up.rows // 2, 0.0
+        if part != "rest":
+            if fits_shared(shared):
+                # a tile of INT8 is twice the bytes of one of INT4
+                part_of = 2 * size / (2 * size + top_k * record.inner)
+                wide = share(self.machine, size, record.hidden, 4, False, part_of).blocks
+            else:
+                self.gated_up(shared_inner, h, shared.up, both)
+        some = share(
+            self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of, EXPERT_TILES
+        )
+        EXPERTS_UP(
+            self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
+            h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
+            *((shared.up.data, shared.up.scale) if wide else (0, 0)),
+            record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
+            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
+        )  # fmt: skip
+
+    def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        more: tuple[int, ...] = ()
+        if record.bits != 16:
+            more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
+        EXPERT_UP[record.bits](
+            self.stream, tokens, inner.f32, self.joined(h), ids, cache.slots[layer],
+            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+        )  # fmt: skip
+
+    def expert_down(
+        self,
+        x: Array,
+        inner: Rows,
+        shared_inner: Rows,
+        ids: Array,
+        weights: Array,
+        plan: ExpertPlan | None,
+        cache: ExpertCache,
+        layer: int,
+        part: Literal["all", "there", "rest"],
+        shared: SharedExpert,
+        scores: Array,
+        said: Array,
+        y: Array,
+        h: Rows,
+        norm: Array,
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        if not fits_experts(record, tokens):
+            if part == "there":
+                return
+            self._plain_down(y, inner, ids, weights, cache, layer)
+            self.linear(said, shared_inner, shared.down)
+            self.add_gated(y, said, scores, shared.column)
+            self.add(x, y)
+            self.norm(h, x, norm)
+            return
+        wide = fits_shared(shared)
+        if not wide and part != "rest":
+            self.linear(said, shared_inner, shared.down)
+        own = shared.down.columns if wide else 0
+        some, ring = share_down(self.machine, record, tokens, top_k, own)
+        EXPERTS_DOWN(
+            self.stream, some.blocks, tokens, x, inner.split, ids,
+            *_placed(plan, part), weights, cache.slots[layer], shared_inner.split,
+            *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
+            scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
+            record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
+            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
+        )  # fmt: skip
+
+    def _plain_down(
+        self, y: Array, inner: Rows, ids: Array, weights: Array, cache: ExpertCache, layer: int
+    ) -> None:
+        record, (tokens, top_k) = cache.record, ids.shape
+        more: tuple[int, ...] = (record.down,)
+        if record.bits == 8:
+            more += (record.down_scale,)
+        elif record.bits == 4:
+            more += (record.down_scale, record.down_group)
+        EXPERT_DOWN[record.bits](
+            self.stream, tokens, y, inner.f32, ids, weights, cache.slots[layer],
+            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+        )  # fmt: skip
+
+    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+        tokens, size = inner.f32.shape
+        if w.format != "int8" or w.columns % 64 or size % 4 or not self.fits(a):
+            self.linear(both, a, w)
+            self.silu_mul(inner.f32, both)
+            self.settle(inner)
+            return
+        some = share(self.machine, size, w.columns, 4, False)
+        GATED_UP(
+            self.stream, some.blocks, inner.split, a.split, a.squares or 0, w.data, w.scale, tokens,
+            some.rows(tokens), size, w.columns, some.tiles, a.eps,
+        )  # fmt: skip
+
+    def silu_mul(self, out: Array, x: Array) -> None:
+        tokens, inner = out.shape
+        SILU_MUL(self.stream, tokens, out, x, inner)
+
+    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+        tokens, dim = out.shape
+        ADD_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
+
+
+def _placed(plan: ExpertPlan | None, part: str) -> tuple[Array | int, Array | int]:
+    """Where experts are, and of those that are being fetched what says that they have arrived."""
+    if plan is None:
+        return 0, 0
+    return plan.pairs, plan.arrived if part == "rest" else 0
