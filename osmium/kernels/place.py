@@ -2,7 +2,8 @@
 
 One thread block does a layer; its threads take experts, slots and pairs in turns.  Memory is read
 at the start and no load waits for another; from there on all is in shared memory.  Knows nothing of
-bytes: `fetch` copies what the plan says.
+bytes: `fetch` copies what the plan says.  A second block looks meanwhile for an expert of the next
+layer that is worth fetching before it is asked for; what it reads and writes is that layer's.
 
 Loops say `while`: for a range with a step Numba divides to count its turns, and keeps its index by
 ten instructions where one does.
@@ -11,21 +12,39 @@ ten instructions where one does.
 import math
 from typing import Any
 
-from osmium.kernels.python import cuda, exp2, float32, int32, python_kernel, uint32
+from osmium.kernels.python import (
+    add_to,
+    bits_of,
+    cuda,
+    exp2,
+    float32,
+    int32,
+    python_kernel,
+    uint32,
+)
 
 __all__ = ["PLACE"]
 
 WIDTH = 256
-"""Threads of the block."""
+"""Threads of a block."""
+
+STOP = 1 << 30
+"""As of ops.values: the layer is placed."""
+
+NOBODY = (1 << 31) - 1
+"""Past every slot, expert, and warmth as bits."""
 
 
 @python_kernel(
     "void(CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
     "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(float32), "
     "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int64), CPointer(uint16), "
-    "int32, int32, int32, int32, int32, int32, float32, float32, float32)",
+    "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(float32), CPointer(int32), "
+    "CPointer(uint16), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
+    "int32, int32, int32, int32, int32, int32, int32, int32, int32, int32, float32, float32, "
+    "float32)",
     block=WIDTH,
-    grid="1",
+    grid="blocks",
     regs=96,
 )
 def place(
@@ -44,11 +63,25 @@ def place(
     step: Any,
     counters: Any,
     ids: Any,
+    next_slot_of: Any,
+    next_expert_in: Any,
+    next_heat: Any,
+    next_long_heat: Any,
+    next_stamp: Any,
+    guess_ids: Any,
+    guess_expert: Any,
+    guess_slot: Any,
+    guess_state: Any,
+    guess_done: Any,
     pairs: int,
     experts: int,
     capacity: int,
+    next_capacity: int,
     entries: int,
-    first: int,
+    layer: int,
+    last: int,
+    guessing: int,
+    warps: int,
     earlier: int,
     rate: float,
     long_rate: float,
@@ -58,8 +91,11 @@ def place(
 
     count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs], arrived i32 [2]
     slot_of i32 [E], expert_in i32 [S], heat, long_heat f32 [E], stamp i32 [E]    of the layer
-    step i32 [1], counters i64 [4]    of the cache    ids u16 [pairs]
-    experts E <= 1024    capacity S <= E    first: 1 at layer 0, else 0
+    step i32 [1], counters i64 [7]    of the cache    ids u16 [pairs]
+    next_...: the same of the next layer, for the second block    last: 1 at the last layer, else 0
+    guess_ids u16 [pairs], guess_expert, guess_slot, guess_state i32 [L], guess_done i32 [L, warps]
+    guessing: 1 with a guess, 0 without: then there is one block, and those are never looked at
+    experts E <= 1024    capacity S <= E
     earlier, share: of values.Fading    rate = 1 / half_life    long_rate = 1 / long_half_life
     """
     tally = cuda.shared.array(1024, int32)  # uses of each expert by this call
@@ -73,19 +109,28 @@ def place(
     used = cuda.shared.array(1024, int32)  # stamp
     warmth = cuda.shared.array(1024, float32)  # of a slot: its expert's as of now
     given = cuda.shared.array(1024, int32)  # slots in the order in which they are given away
+    best = cuda.shared.array(4, int32)  # of a guess: most warmth, least, whose, and in which slot
     kept = float32(math.inf)
-    me = cuda.threadIdx.x
+    me, looks_on = cuda.threadIdx.x, cuda.blockIdx.x > 0
 
     # -- 1. all that is read of memory, on its way at once
     now = step[0]  # raised below: a sum here would wait for it before the others are asked for
-    mine, counted = 0, 0
+    mine, counted, guessed = 0, 0, int32(-1)
+    if looks_on:
+        slot_of, expert_in, heat, long_heat = (
+            next_slot_of, next_expert_in, next_heat, next_long_heat,
+        )  # fmt: skip
+        stamp, ids, capacity = next_stamp, guess_ids, next_capacity
+    elif guessing > 0:
+        guessed = guess_expert[layer]
     if me < pairs:
         mine = int32(ids[me])
-    if me < 2:
+    if me < 2 and not looks_on:
         arrived[me] = 0
     if me == 0:
         counted = counters[1]
         hits[0] = 0
+        best[0], best[1], best[2], best[3] = -1, NOBODY, NOBODY, NOBODY
     if me < 32:
         needed[me] = 0
         absent[me] = 0
@@ -99,7 +144,7 @@ def place(
         tally[e] = 0
         e += WIDTH
     cuda.syncthreads()  # the tables are here, the sums and sets are empty
-    now = int32(now + first)
+    now = int32(now + 1)
 
     # -- 2. who is used how often, and who of them is not here?
     i, e = me, mine
@@ -116,10 +161,73 @@ def place(
             e = int32(ids[i])
     cuda.syncthreads()  # the tally and both sets are whole
     missing = hits[0] < pairs
+    grown = float32(1) - exp2(float32(-(now + earlier)) * long_rate)
+
+    # -- for the next layer: the warmest of those that have no slot, and the slot that it gets
+    if looks_on:
+        e = me
+        while e < experts:
+            if tally[e] > 0 and place_of[e] < 0:
+                age = float32(used[e] - now)
+                short = recent[e] * exp2(age * rate)
+                warmth[e] = grown * short + share * (lasting[e] * exp2(age * long_rate))
+                cuda.atomic.max(best, 0, bits_of(warmth[e]))
+            e += WIDTH
+        s = me
+        while s < capacity:
+            e, worth = inside[s], int32(NOBODY)
+            if e < 0:
+                worth = int32(s - 1024)  # as below
+            elif tally[e] == 0:
+                age = float32(used[e] - now)
+                short = recent[e] * exp2(age * rate)
+                warm = grown * short + share * (lasting[e] * exp2(age * long_rate))
+                worth = bits_of(warm)
+            given[s] = worth
+            cuda.atomic.min(best, 1, worth)
+            s += WIDTH
+        cuda.syncthreads()  # the most and the least are known
+        e = me
+        while e < experts:
+            if tally[e] > 0 and place_of[e] < 0 and bits_of(warmth[e]) == best[0]:
+                cuda.atomic.min(best, 2, e)
+            e += WIDTH
+        s = me
+        while s < capacity:
+            if given[s] == best[1]:
+                cuda.atomic.min(best, 3, s)
+            s += WIDTH
+        cuda.syncthreads()  # and whose they are
+        i = me
+        while i < warps:
+            guess_done[(layer + 1) * warps + i] = 0
+            i += WIDTH
+        if me == 0:
+            e, s = best[2], best[3]
+            if best[1] == NOBODY:
+                e = NOBODY
+            guess_state[layer + 1] = 0
+            if e < NOBODY:
+                gone = inside[s]
+                if gone >= 0:
+                    slot_of[gone] = -1
+                    expert_in[s] = -1
+                guess_slot[layer + 1] = s
+                guess_expert[layer + 1] = e
+                add_to(counters, 4, 1)
+            else:
+                guess_expert[layer + 1] = -1
+        return
+
+    # -- and of this one: was the guess right?  If not, nobody need copy it any more
+    right = False
+    if guessed >= 0:
+        right = tally[guessed] > 0 and place_of[guessed] < 0
+        if me == 0 and not right:
+            add_to(guess_state, layer, STOP)
 
     # -- 3. how warm is every slot?  Its place in the order is the number of slots before it
     if missing:
-        grown = float32(1) - exp2(float32(-(now + earlier)) * long_rate)
         s = me
         while s < capacity:
             e = inside[s]
@@ -153,22 +261,28 @@ def place(
             s += WIDTH
         cuda.syncthreads()  # the order is whole before it is used
 
-    # -- 4. entry u of the plan is the u-th needed expert; the m-th absent one takes given[m]
+    # -- 4. entry u of the plan is the u-th needed expert; the m-th absent one takes given[m].  The
+    #    slot that a guess has is the lowest of the free ones: given[0]
     e = me
     while e < experts:
         times = tally[e]
         if times > 0:
             below = (uint32(1) << uint32(e & 31)) - uint32(1)
-            u = cuda.popc(uint32(needed[e >> 5] & below))
-            m = cuda.popc(uint32(absent[e >> 5] & below))
+            u = int32(cuda.popc(uint32(needed[e >> 5] & below)))
+            m = int32(cuda.popc(uint32(absent[e >> 5] & below)))
             w = 0
             while w < e >> 5:
-                u += cuda.popc(needed[w])
-                m += cuda.popc(absent[w])
+                u += int32(cuda.popc(needed[w]))
+                m += int32(cuda.popc(absent[w]))
                 w += 1
+            if right and e <= guessed:  # it comes first
+                u, m = u + int32(1), m + int32(1)
+                if e == guessed:
+                    u, m = int32(0), int32(0)
             s = place_of[e]
-            fetch[u] = s < 0
+            fetch[u] = 0
             if s < 0:
+                fetch[u] = 2 if right and e == guessed else 1
                 s = given[m]
                 gone = inside[s]
                 if gone >= 0:
@@ -204,7 +318,13 @@ def place(
         if me == 0:
             count[0] = unique
             counters[1] = counted + hits[0]
-            step[0] = now
+            if last > 0:
+                step[0] = now
+            if guessed >= 0:
+                guess_expert[layer] = -1
+                if right:
+                    add_to(guess_state, layer, STOP)
+                    add_to(counters, 5, 1)
 
 
 PLACE = place

@@ -32,8 +32,8 @@ from osmium.errors import KernelError
 from osmium.kernels.ptx import Contract, Kernel, parse
 
 __all__ = [
-    "FUNCTIONS", "KERNELS", "add_to", "cuda", "device_function", "exp2", "float32", "float64",
-    "int32", "int64", "python_kernel", "uint16", "uint32", "uint64",
+    "FUNCTIONS", "KERNELS", "add_to", "bits_of", "cuda", "device_function", "exp2", "float32",
+    "float64", "int32", "int64", "python_kernel", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
 cuda: Any = None
@@ -45,9 +45,10 @@ int64: Any = None
 float32: Any = None
 float64: Any = None
 exp2: Any = None
+bits_of: Any = None
 add_to: Any = None
-"""Numba's names, and add_to(pointer, index, value), an atomic sum in device memory, for a kernel's
-source to import; they mean something only while compiling."""
+"""Numba's names, bits_of(float32), an int32, and add_to(pointer, index, value), an atomic sum in
+device memory, for a kernel's source to import; they mean something only while compiling."""
 
 LATEST_PTX = (8, 7)
 """What a 12.8 driver takes."""
@@ -160,6 +161,7 @@ class Source:
         plain = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
         found = {**self.function.__globals__} | {name: getattr(numba, name) for name in plain}
         found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "add_to": _add_to()}
+        found["bits_of"] = libdevice.float_as_int
         for name, called in FUNCTIONS.items():
             if self.function.__globals__.get(name) is called:
                 found[name] = numba.cuda.jit(device=True, forceinline=True)(

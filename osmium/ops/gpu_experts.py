@@ -113,14 +113,25 @@ class GpuExperts(GpuRows):
         ids: Array,
         guess: ExpertGuess | None = None,
     ) -> None:
-        fading = cache.fading
+        fading, on = cache.fading, layer + 1
+        last = on == len(cache.slots)
+        after: tuple[Array | int, ...] = (0,) * 5
+        guessed: tuple[Array | int, ...] = (0,) * 5
+        blocks, capacity = 1, 0
+        if guess is not None:
+            guessed = (guess.ids, guess.expert, guess.slot, guess.state, guess.done)
+            if not last:
+                blocks, capacity = 2, cache.slots[on].shape[0]
+                after = (cache.slot_of[on], cache.expert_in[on], cache.heat[on],
+                         cache.long_heat[on], cache.stamp[on])  # fmt: skip
         PLACE(
-            self.stream, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses, plan.pairs,
-            plan.arrived, cache.slot_of[layer], cache.expert_in[layer], cache.heat[layer],
-            cache.long_heat[layer], cache.stamp[layer], cache.step, cache.counters, ids,
-            ids.nbytes // 2, cache.experts, cache.slots[layer].shape[0], plan.expert.shape[0],
-            int(layer == 0), fading.earlier, 1 / fading.half_life, 1 / fading.long_half_life,
-            fading.share,
+            self.stream, blocks, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses,
+            plan.pairs, plan.arrived, cache.slot_of[layer], cache.expert_in[layer],
+            cache.heat[layer], cache.long_heat[layer], cache.stamp[layer], cache.step,
+            cache.counters, ids, *after, *guessed, ids.nbytes // 2, cache.experts,
+            cache.slots[layer].shape[0], capacity, plan.expert.shape[0], layer, int(last),
+            int(guess is not None), FETCH_WARPS, fading.earlier, 1 / fading.half_life,
+            1 / fading.long_half_life, fading.share,
         )  # fmt: skip
 
     def fetch(

@@ -51,9 +51,10 @@ def place(
     new = np.isin(ids.reshape(-1), missing)
     plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
     if guess is not None:
-        guess.state[layer] |= STOP
-        guess.expert[layer] = -1
-        cache.counters[5] += right
+        if guessed >= 0:
+            guess.state[layer] += STOP
+            guess.expert[layer] = -1
+            cache.counters[5] += right
         if layer + 1 < len(cache.expert_in):
             _guess(cache, layer + 1, guess, guess.ids.reshape(-1)[: ids.size], now)
     if layer + 1 == len(cache.expert_in):

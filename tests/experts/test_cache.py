@@ -152,12 +152,12 @@ def test_an_expert_used_often_long_ago_leaves_before_one_used_once(
 ) -> None:
     _, store = parts(share_arena(RECORD, records(rng)), TOP_K + 1)
     for third in (2, 2, 2):
-        use(store, 1, 0, 1, third)
-    for _ in range(100):  # time passes at layer 0
-        use(store, 0, 0, 1, 2)
+        use(store, 0, 0, 1, third)
+    for _ in range(100):  # time passes at the last layer
+        use(store, LAYERS - 1, 0, 1, 2)
     for third in (3, 5):
-        use(store, 1, 0, 1, third)
-    assert np.flatnonzero(resident(OPS, store.cache)[1]).tolist() == [0, 1, 3, 5]
+        use(store, 0, 0, 1, third)
+    assert np.flatnonzero(resident(OPS, store.cache)[0]).tolist() == [0, 1, 3, 5]
 
 
 def test_a_wrong_byte_in_a_slot_is_found(rng: np.random.Generator) -> None:

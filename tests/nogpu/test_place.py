@@ -19,8 +19,9 @@ import pytest
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.python import KERNELS
-from osmium.ops import ExpertCache, ExpertPlan, Fading
+from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
+from osmium.ops.values import FETCH_WARPS
 from osmium.quant.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,6 +45,7 @@ class Sequence:
     skew: float
     """0 uses all experts alike; 6 a few far more than the rest."""
     threads: int = 32
+    guessing: bool = False
 
 
 SEQUENCES = {
@@ -53,6 +55,10 @@ SEQUENCES = {
     "ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 16, 0),
     "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 80, 10, 0),
     "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 512, 20, 0, 64),
+    "guesses": Sequence(37, 13, 3, 4, 5.3, 60, 30, 3, guessing=True),
+    "guesses, thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 30, 0, guessing=True),
+    "guesses, ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 30, 0, guessing=True),
+    "guesses, past one word": Sequence(130, 70, 8, 8, 9.1, 80, 20, 0, 64, guessing=True),
 }
 
 
@@ -73,12 +79,27 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
         long_heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
         stamp=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
         step=np.array([50], np.int32),
-        counters=np.zeros(4, np.int64),
+        counters=np.zeros(7, np.int64),
     )  # fmt: skip
 
 
 def empty_plan(entries: int, pairs: int) -> ExpertPlan:
     return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs, 2)))
+
+
+def empty_guess(pairs: int, layers: int) -> ExpertGuess:
+    each = [np.full(layers, -1, np.int32) for _ in range(2)]
+    state, done = (
+        np.full(layers, 7 << 15 | 7, np.int32),
+        np.full((layers, FETCH_WARPS), 5, np.int32),
+    )
+    return ExpertGuess(np.zeros(pairs, np.uint16), None, None, None, None, *each, state, done)
+
+
+def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:
+    """As `ids`, but for some: what was guessed of them."""
+    wrong = rng.random(ids.shape) < 0.4
+    return np.where(wrong, rng.integers(0, s.experts, ids.shape), ids).astype(np.uint16)
 
 
 def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
@@ -91,23 +112,33 @@ def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
 
 def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
     """Run the sequence on both; assert that nothing differs but the last bits of heat."""
-    layers, reference = 2, ReferenceOps()
+    layers, reference = 3, ReferenceOps()
     entries = min(s.experts, s.tokens * s.top_k)
     pairs = s.tokens * s.top_k
     a = some_cache(rng, s, layers)
     b = copy.deepcopy(a)
-    evicted = 0
+    guess = empty_guess(pairs, layers)
+    other = copy.deepcopy(guess)
+    evicted, ids = 0, some_ids(rng, s)
     for call in range(s.calls):
         layer = call % layers
-        ids = some_ids(rng, s)
+        on, last = (layer + 1) % layers, layer + 1 == layers
+        coming = some_ids(rng, s) if last else some_ids(rng, s)[: len(ids)]
+        if len(coming) < len(ids) and not last:
+            ids = ids[: len(coming)]
+        likely = some_guess(rng, s, coming).reshape(-1)
+        guess.ids[: likely.size] = other.ids[: likely.size] = likely
         before = a.expert_in[layer].copy()
         x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
-        reference.place(x, a, layer, ids)
-        kernel[1, s.threads](
+        reference.place(x, a, layer, ids, guess if s.guessing else None)
+        kernel[1 + (s.guessing and not last), s.threads](
             y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, y.arrived, b.slot_of[layer],
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
-            b.counters, ids.reshape(-1), ids.size, s.experts, s.slots, entries, int(layer == 0),
-            b.fading.earlier, np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
+            b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
+            b.long_heat[on], b.stamp[on], other.ids, other.expert, other.slot, other.state,
+            other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries, layer,
+            int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
+            np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
             np.float32(b.fading.share),
         )  # fmt: skip
         for name in PLAN:
@@ -117,9 +148,15 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         for name in ("heat", "long_heat"):
             found, wanted = getattr(b, name), getattr(a, name)
             np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{name}, {call}")
+        for name in ("expert", "slot", "state", "done"):
+            found, wanted = getattr(other, name), getattr(guess, name)
+            np.testing.assert_array_equal(found, wanted, f"guess.{name}, {call}")
         evicted += int(((before >= 0) & (a.expert_in[layer] != before)).sum())
+        ids = coming
     assert evicted or s.slots == s.experts, "nothing had to leave: the sequence proves little"
     assert a.counters[1] > 0, "nothing was ever hit: the sequence proves little"
+    if s.guessing:
+        assert a.counters[4] > a.counters[5] > 0, "no guess was right: the sequence proves little"
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -143,8 +180,8 @@ def test_the_compiled_kernel_keeps_to_its_contract() -> None:
     assert contract.entry == "place"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
-        "pairs", "experts", "capacity", "entries", "first", "earlier", "rate", "long_rate",
-        "share",
+        "pairs", "experts", "capacity", "next_capacity", "entries", "layer", "last", "guessing",
+        "warps", "earlier", "rate", "long_rate", "share",
     ]  # fmt: skip
 
 
@@ -154,6 +191,12 @@ def simulated(threads: int) -> Any:
 
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
     names["WIDTH"] = threads
+
+    def add_to(array: Any, index: int, value: int) -> None:
+        array[index] += value
+
+    names["add_to"] = add_to
+    names["bits_of"] = lambda x: np.float32(x).view(np.int32)
     function = KERNELS["place"].function
     known = {**function.__globals__, **names, "exp2": lambda x: np.exp2(np.float32(x))}
     return cuda.jit(types.FunctionType(function.__code__, known, "place"))

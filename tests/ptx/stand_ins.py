@@ -5,9 +5,9 @@ Compiled text is not interpreted; the kernels themselves run in Numba's simulato
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-from osmium.ops import ExpertCache, ExpertPlan, Fading, Replies, Step
+from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading, Replies, Step
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.record import Record
 
@@ -16,19 +16,23 @@ __all__ = ["STAND_INS"]
 
 def _place(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_place.py holds the kernel to the reference."""
-    arrays = [value.numpy() for value in values[:15]]
+    arrays = [None if value == 0 else value.numpy() for value in values[:25]]
     for value in values[:7]:
         value.touch()
-    slot_of, expert_in, heat, long_heat, stamp, step, counters, ids = arrays[7:]
-    _, experts, _, _, first, earlier, rate, long_rate, share = values[15:]
-    if not first:
-        step[0] -= 1  # the reference raises it
+    step, counters, ids = arrays[12:15]
+    sizes, (earlier, rate, long_rate, share) = values[25:34], values[34:]
+    _, experts, _, _, _, layer, last, guessing, _ = sizes
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
+    none: list[Any] = [None] * layer
+    layers = [(*none, here) if last else (*none, here, on)
+              for here, on in zip(arrays[7:12], arrays[15:20], strict=True)]  # fmt: skip
+    slot_of, expert_in, heat, long_heat, stamp = cast(Any, layers)
     cache = ExpertCache(
         Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
-        slot_of[None], expert_in[None], heat[None], long_heat[None], stamp[None], step, counters,
+        slot_of, expert_in, heat, long_heat, stamp, step, counters,
     )  # fmt: skip
-    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, 0, ids)
+    guess = ExpertGuess(arrays[20], None, None, None, None, *arrays[21:]) if guessing else None
+    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, layer, ids, guess)
 
 
 def _draw(values: tuple[Any, ...]) -> None:
