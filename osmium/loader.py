@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
@@ -29,8 +28,9 @@ from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
+from osmium.experts.guess import make_guess
 from osmium.experts.heat import Heat, keep_heat, quotas, read_heat, restore
-from osmium.experts.routing import read_trace
+from osmium.experts.routing import Trace, read_trace
 from osmium.experts.store import Store
 from osmium.models import model_class
 from osmium.models.state import make_state
@@ -284,9 +284,16 @@ class Loader:
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
             self._weights = self._upload()
-        store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k)
-        if options.routing is not None:
-            store.trace = ops.put(np.ascontiguousarray(_routing(options.routing, packed)))
+        routing = None if options.routing is None else _routing(options.routing, packed)
+        guess = None
+        if self.gpu is not None and options.prefetch and options.hcs and plan.slots < plan.experts:
+            if routing is None or routing.predicted is not None:
+                guess = make_guess(ops, config.layers, config.experts, config.top_k)
+        store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k, guess)
+        if routing is not None:
+            store.trace = ops.put(np.ascontiguousarray(routing.ids))
+        if guess is not None and routing is not None:
+            store.predicted = ops.put(np.ascontiguousarray(routing.predicted))
         model = model_class(config.model_type)(ops, config, self._weights, store, plan.chunk)
         # One page and one slot are nobody's: rows that have ended write there.
         pages, slots = plan.pages + 1, plan.sequences + 1
@@ -424,18 +431,20 @@ class _Tensors(Mapping[str, Any]):
         return name in self._packed.parts  # Mapping's own would read it
 
 
-def _routing(path: str, packed: Model) -> npt.NDArray[np.uint16]:
-    """The trace to replay, u16 [N, L, A].  Raises: ConfigError where it is of another shape."""
+def _routing(path: str, packed: Model) -> Trace:
+    """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
     config = packed.config
-    found = read_trace(path, config.experts).ids
-    if packed.fingerprint.startswith(PREFIX):
-        found = found[:, : config.layers]  # it may have the first layers only
-    if found.shape[1:] != (config.layers, config.top_k):
+    found = read_trace(path, config.experts)
+    ids, predicted = found.ids, found.predicted
+    if packed.fingerprint.startswith(PREFIX):  # it may have the first layers only
+        ids = ids[:, : config.layers]
+        predicted = None if predicted is None else predicted[:, : config.layers]
+    if ids.shape[1:] != (config.layers, config.top_k):
         raise ConfigError(
-            f"{path} has {found.shape[1]} layers of {found.shape[2]} experts a token; the model "
+            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts a token; the model "
             f"has {config.layers} of {config.top_k}."
         )
-    return found
+    return Trace(ids, found.starts, found.experts, predicted)
 
 
 def _name(path: Path) -> str:

@@ -23,7 +23,7 @@ def table(found: dict[str, Any]) -> str:
         )
     lines.append(
         f"{'':8}{'depth':>8}{'at once':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'cold':>7}{'warm':>7}"
-        f"{'MB/token':>10}{'link':>7}{'floor/time':>12}"
+        f"{'MB/token':>10}{'early':>7}{'link':>7}{'floor/time':>12}"
     )
     for row in rows:
         if row["what"] == "prefill":
@@ -33,7 +33,8 @@ def table(found: dict[str, Any]) -> str:
             f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
             f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}"
             f"{row['hit_rate_cold_64']:7.3f}{row['hit_rate_warm_64']:7.3f}"
-            f"{row['mb_fetched_per_token']:10.1f}{row['link_share']:7.2f}"
+            f"{row['mb_fetched_per_token']:10.1f}{row['mb_early_per_token']:7.1f}"
+            f"{row['link_share']:7.2f}"
             f"{row['floor_over_time']:12.2f}"
         )
     return "\n".join(lines)

@@ -227,6 +227,8 @@ def _decode(
         "hit_rate": _hits(total),
         **total,
         "mb_fetched_per_token": fetched / 1e6,
+        "mb_early_per_token": total["early"] / steps / 1e6,
+        "guesses_right": total["right"] / max(1, total["guessed"]),
         "link_gb_s": fetched / spent / 1e9,
         "records_fetched_at_once": each,
         "link_gb_s_alone": alike / 1e9,

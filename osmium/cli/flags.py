@@ -98,6 +98,12 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         help="keep hot experts in VRAM (on)",
     )
     add(
+        "--prefetch",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="fetch an expert that the next layer may need while the link idles (on)",
+    )
+    add(
         "--wc-alloc",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -145,8 +151,8 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
-    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "ram_floor", "slots", "hcs", "wc_alloc",
-    "chunk", "page", "sequences", "routing", "cache_dir",
+    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "ram_floor", "slots", "hcs", "prefetch",
+    "wc_alloc", "chunk", "page", "sequences", "routing", "cache_dir",
 )  # fmt: skip
 
 

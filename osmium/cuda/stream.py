@@ -223,7 +223,9 @@ class Machine:
         self.link_gb_s = self.memory_gb_s = 0.0
         """What host memory of that kind and VRAM were measured to give; 0: not measured."""
         self.pool = Pool(device)
-        self.stream, self.side = Stream(device), Stream(device, first=False)
+        self.stream = Stream(device)
+        self.sides = Stream(device, first=False), Stream(device)
+        """What is done beside: the second early, by blocks that come before others."""
         self._forked, self._joined = Event(device), Event(device)
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
@@ -298,26 +300,28 @@ class Machine:
         """The launches of `run` as one graph; calling what comes back replays it."""
         if SYNC:
             return run
-        self.side._capturing = True
+        for side in self.sides:
+            side._capturing = True
         try:
             with self.stream.capture() as made:
                 run()
         finally:
-            self.side._capturing = False
+            for side in self.sides:
+                side._capturing = False
         (graph,) = made
         return lambda: graph.replay(self.stream)
 
-    def fork(self) -> Stream:
-        """The side stream, which goes on from where the main one is."""
+    def fork(self, early: bool = False) -> Stream:
+        """A side stream, which goes on from where the main one is."""
         self._forked.record(self.stream)
-        self.side.wait(self._forked)
-        return self.side
+        self.sides[early].wait(self._forked)
+        return self.sides[early]
 
-    def join(self) -> None:
+    def join(self, early: bool = False) -> None:
         """The main stream goes on when the side stream is done; its next kernel may still begin
         while its last one ends."""
         follows = self.stream._follows
-        self._joined.record(self.side)
+        self._joined.record(self.sides[early])
         self.stream.wait(self._joined)
         self.stream._follows = follows
 
@@ -330,8 +334,8 @@ class Machine:
             self.stream.synchronize()
             for buffer in self._buffers.values():
                 buffer.close()
-            self.stream.close()
-            self.side.close()
+            for stream in (self.stream, *self.sides):
+                stream.close()
         with contextlib.suppress(CudaError):
             self.device.close()
 

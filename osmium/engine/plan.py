@@ -16,6 +16,7 @@ from osmium.engine.forecast import NOTHING, Bought, Traffic, bought, bought_tabl
 from osmium.engine.runner import runner_bytes
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
+from osmium.experts.guess import guess_bytes
 from osmium.experts.store import store_bytes
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
@@ -169,6 +170,7 @@ def make_plan(
         "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, machine.gpu)
         + store_bytes(rows, experts, experts, config.top_k, config.expert_size, machine.gpu)
+        + guess_bytes(layers, experts, config.top_k)
         + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
     }
     arena = layers * experts * record.nbytes

@@ -53,8 +53,14 @@ class Recorder:
 class Trace:
     """Routing to replay or to simulate with."""
 
-    def __init__(self, ids: Ids, starts: npt.NDArray[np.int64], experts: int) -> None:
-        self.ids, self.starts, self.experts = ids, starts, experts
+    def __init__(
+        self,
+        ids: Ids,
+        starts: npt.NDArray[np.int64],
+        experts: int,
+        predicted: Ids | None = None,
+    ) -> None:
+        self.ids, self.starts, self.experts, self.predicted = ids, starts, experts, predicted
 
 
 def read_trace(path: str | Path, experts: int | None = None) -> Trace:
@@ -74,4 +80,6 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
     if experts is not None and most > experts:
         raise ConfigError(f"{path} names expert {most - 1}; the model has {experts} a layer.")
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
-    return Trace(ids.astype(np.uint16), starts, experts or most)
+    predicted = data.get("predicted")
+    likely = None if predicted is None else predicted.astype(np.uint16)
+    return Trace(ids.astype(np.uint16), starts, experts or most, likely)

@@ -9,30 +9,51 @@ from dataclasses import dataclass
 import numpy as np
 
 from osmium.experts.routing import Recorder
-from osmium.ops import Array, ExpertArena, ExpertCache, ExpertPlan, Ops, Rows, SharedExpert
-from osmium.ops.values import rows_bytes
+from osmium.ops import (
+    Array,
+    ExpertArena,
+    ExpertCache,
+    ExpertGuess,
+    ExpertPlan,
+    Ops,
+    Rows,
+    SharedExpert,
+)
+from osmium.ops.values import PIECE, rows_bytes
 
 __all__ = ["Counters", "Store", "store_bytes"]
 
 
 @dataclass(frozen=True)
 class Counters:
-    """Since the store was made, in pairs of a token and an expert; copied is in records."""
+    """Since the store was made, in pairs of a token and an expert; copied is in records, and so are
+    guessed, what was to be fetched before it was asked for, and right, what then was."""
 
     routed: int
     hit: int
     fetched: int
     copied: int
+    guessed: int = 0
+    right: int = 0
+    early: int = 0
+    """Bytes of right ones that had come before they were asked for."""
 
 
 class Store:
     """The routed experts of a model."""
 
     def __init__(
-        self, ops: Ops, arena: ExpertArena | None, cache: ExpertCache, rows: int, top_k: int
+        self,
+        ops: Ops,
+        arena: ExpertArena | None,
+        cache: ExpertCache,
+        rows: int,
+        top_k: int,
+        guess: ExpertGuess | None = None,
     ) -> None:
         """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
-        at most `rows` at once.  Raises: OutOfMemory."""
+        at most `rows` at once.  With room for a guess an expert of the next layer is fetched while
+        the link has nothing else to do.  Raises: OutOfMemory."""
         each = [layer.shape[0] for layer in cache.slots]
         assert min(each) >= top_k, f"{each} slots for a row's {top_k} experts"
         resident = cache.capacity == cache.experts
@@ -41,11 +62,14 @@ class Store:
         self.arena = None if resident else arena  # nothing is ever fetched
         self.trace: Array | None = None
         """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
+        self.predicted: Array | None = None
+        """u16 [N, L, A]: what is replayed of the routing that was guessed."""
         self.recorder: Recorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         self.blocks = [min(self.block, _block(rows, n, cache.experts, top_k)) for n in each]
         """Rows at once of each layer."""
+        self._guess = None if resident else guess
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.rows(self.block * top_k, cache.record.inner)
         self.plan = ExpertPlan(
@@ -57,6 +81,13 @@ class Store:
             pairs=ops.empty((self.block, top_k), np.int32),
             arrived=ops.empty((2,), np.int32),
         )
+
+    def guess(self, tokens: int) -> ExpertGuess | None:
+        """Room for guesses, if a step of so many rows has them."""
+        guess = self._guess
+        if guess is None or tokens > min(guess.ids.shape[0], *self.blocks):
+            return None
+        return guess
 
     def mlp(
         self,
@@ -81,7 +112,8 @@ class Store:
         scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
         said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch
         """
-        ops, cache = self.ops, self.cache
+        ops, cache, guess = self.ops, self.cache, self.guess(x.shape[0])
+        more = layer + 1 < len(cache.slots)
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
@@ -100,25 +132,31 @@ class Store:
                 ops.expert_down(*down, "all", *with_down)
                 continue
             assert self.arena is not None, "what is placed is fetched from somewhere"
-            ops.place(plan, cache, layer, some)
+            ops.place(plan, cache, layer, some, guess)
             with ops.beside():  # what was there, while the others are fetched
                 ops.expert_up(*up, "there", *with_up)
                 ops.expert_down(*down, "there", *with_down)
-            ops.fetch(cache, plan, self.arena, layer, ahead)
+            ops.fetch(cache, plan, self.arena, layer, ahead, guess)
+            if guess is not None and more:
+                with ops.beside(early=True):
+                    ops.fetch_early(cache, guess, self.arena, layer + 1)
             ops.expert_up(*up, "rest", *with_up)
             ops.join()
             ops.expert_down(*down, "rest", *with_down)
+        if guess is not None and layer and not more:
+            ops.join(early=True)
 
     def counters(self) -> Counters:
         """What was routed, hit, fetched and copied so far; waits for what was launched.
 
         Asserts that every routed pair was either hit or fetched.
         """
-        routed, hit, fetched, copied = (int(n) for n in self.ops.copy_out(self.cache.counters)[:4])
+        found = (int(n) for n in self.ops.copy_out(self.cache.counters))
+        routed, hit, fetched, copied, guessed, right, pieces = found
         if self.arena is None:
             hit = routed  # nothing is placed, so nobody counts
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
-        return Counters(routed, hit, fetched, copied)
+        return Counters(routed, hit, fetched, copied, guessed, right, pieces * (PIECE // 8))
 
 
 def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool) -> int:

@@ -10,7 +10,7 @@ from osmium.config import ModelConfig
 from osmium.experts.store import Store
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops, SharedExpert, Step
+from osmium.ops import Array, Linear, Ops, SharedExpert, Step
 
 __all__ = ["Moe"]
 
@@ -29,14 +29,18 @@ class Moe:
             down=weights.linear("shared_down", hidden, inner),
             column=config.experts,
         )
+        self.after: Linear | None = None
+        """The next layer's router."""
 
     def forward(self, x: Array, step: Step, work: Workspace, norm: Array, ahead: Array) -> None:
         """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         ahead: the weights that are read next"""
         store = self.store
+        guess = None if self.after is None else store.guess(step.tokens)
         self.ops.router(
             work.ids, work.weights, work.scores, work.h, self.router, self.experts,
             store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
+            guess, self.after, store.predicted,
         )  # fmt: skip
         store.mlp(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,

@@ -101,12 +101,12 @@ class Ops(Protocol):
         nor wait, and everything in it must have been launched once before.
         """
 
-    def beside(self) -> AbstractContextManager[None]:
+    def beside(self, early: bool = False) -> AbstractContextManager[None]:
         """What is launched inside follows all that was launched before, but what is launched
-        outside, until `join`, does not wait for it."""
+        outside, until `join`, does not wait for it.  Two such ways do not wait for each other."""
 
-    def join(self) -> None:
-        """What is launched from here on waits for all that was launched beside."""
+    def join(self, early: bool = False) -> None:
+        """What is launched from here on waits for all that was launched beside, that way."""
 
     bytes_to_host: int
     """Bytes that `copy_out` has brought back so far."""
@@ -315,11 +315,10 @@ class Ops(Protocol):
         predicted: Array | None = None,
     ) -> None:
         """scores = h @ W.T; route; and where there is a trace, replay.  With a guess the same once
-        more with `after`, the next layer's router, into guess.ids; there `predicted` is replayed,
-        at the next layer.
+        more with `after`, the next layer's router, into guess.ids, of which `predicted` is a trace.
 
         scores f32 [T, N]    h [T, D]    w, after [N, D]    arrived i32 [ARRIVED], 0 before and
-        after    predicted u16 [N, L, A]
+        after    predicted u16 [N, L, A], of whose next layer
         """
 
     def route(
@@ -380,8 +379,8 @@ class Ops(Protocol):
 
         counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
         is read when the layer is done; it changes nothing, but may be near when it is asked for.
-        With a guess it waits until all warps of fetch_early that have begun have left, and
-        counters[6] += what they brought, where it is asked for.
+        With a guess it waits until all warps of fetch_early have left that have begun, and adds
+        to counters[6] what they brought, where that is asked for.
         """
 
     def fetch_early(

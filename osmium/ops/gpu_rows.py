@@ -87,15 +87,15 @@ class GpuRows:
         self.machine.synchronize()
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
-        self.stream = self.machine.fork()
+    def beside(self, early: bool = False) -> Iterator[None]:
+        self.stream = self.machine.fork(early)
         try:
             yield
         finally:
             self.stream = self.machine.stream
 
-    def join(self) -> None:
-        self.machine.join()
+    def join(self, early: bool = False) -> None:
+        self.machine.join(early)
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return self.machine.record(run)

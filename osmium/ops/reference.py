@@ -104,10 +104,10 @@ class ReferenceOps(ReferenceMaking):
         pass
 
     @contextlib.contextmanager
-    def beside(self) -> Iterator[None]:
+    def beside(self, early: bool = False) -> Iterator[None]:
         yield
 
-    def join(self) -> None:
+    def join(self, early: bool = False) -> None:
         pass
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:

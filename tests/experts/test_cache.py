@@ -10,6 +10,7 @@ import pytest
 from osmium.errors import CheckpointError, ConfigError
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
+from osmium.experts.guess import guess_bytes, make_guess
 from osmium.experts.store import Store, store_bytes
 from osmium.ops import ExpertArena, ExpertCache, Linear, SharedExpert
 from osmium.ops.formulas import expert_matrices
@@ -241,6 +242,8 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         sizes = (8, capacity, EXPERTS, TOP_K, RECORD.inner)
         assert store_bytes(*sizes, gpu=False) == own
         assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
+    guess = make_guess(OPS, LAYERS, EXPERTS, TOP_K)
+    assert guess_bytes(LAYERS, EXPERTS, TOP_K) == sum(x.nbytes for x in vars(guess).values())
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:

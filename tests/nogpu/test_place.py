@@ -93,7 +93,8 @@ def empty_guess(pairs: int, layers: int) -> ExpertGuess:
         np.full(layers, 7 << 15 | 7, np.int32),
         np.full((layers, FETCH_WARPS), 5, np.int32),
     )
-    return ExpertGuess(np.zeros(pairs, np.uint16), None, None, None, None, *each, state, done)
+    ids = np.zeros(pairs, np.uint16)
+    return ExpertGuess(ids, None, None, None, None, each[0], each[1], state, done)
 
 
 def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:

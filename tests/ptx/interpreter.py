@@ -181,10 +181,10 @@ class InterpretedMachine:
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork(self) -> "InterpretedStream":
+    def fork(self, early: bool) -> "InterpretedStream":
         return self.stream
 
-    def join(self) -> None:
+    def join(self, early: bool) -> None:
         pass
 
 
