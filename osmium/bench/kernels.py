@@ -26,6 +26,7 @@ from osmium.cuda.driver import Device
 from osmium.cuda.stream import Machine, copy_rate, memory_rate
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.cache import FADING
+from osmium.experts.guess import make_guess
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
@@ -251,7 +252,10 @@ class Cases:
         layers, experts = self.config.layers, self.config.experts
         cache = self._cache(layers, max(self.each, experts // 2), experts, 16)
         plan = self._plan([-1] * self.each, [0] * self.each, 0)
-        place = partial(self.ops.place, plan, cache)
+        guess = make_guess(self.ops, layers, experts, self.config.top_k)
+        (likely,) = self._chosen(1)
+        self.ops.copy(guess.ids[: self.tokens], likely)
+        place = partial(self.ops.place, plan, cache, guess=guess)
         for _ in range(experts // self.each):  # full by then, or nearly
             for layer, ids in enumerate(self._chosen(layers)):
                 place(layer, ids)

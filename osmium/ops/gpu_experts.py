@@ -114,7 +114,7 @@ class GpuExperts(GpuRows):
         guess: ExpertGuess | None = None,
     ) -> None:
         fading, on = cache.fading, layer + 1
-        last = on == len(cache.slots)
+        last = on == cache.slot_of.shape[0]
         after: tuple[Array | int, ...] = (0,) * 5
         guessed: tuple[Array | int, ...] = (0,) * 5
         blocks, capacity = 1, 0

@@ -23,6 +23,7 @@ from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
 from osmium.experts.cache import resident, verify
 from osmium.experts.heat import heat_of, quotas
+from osmium.experts.store import Counters
 from osmium.ops import Linear
 from osmium.weights import Packed, open_model, open_packed
 from tests.engine.fake_gpu import FakeGpu
@@ -322,7 +323,7 @@ def test_a_second_start_begins_with_what_was_hot(
     cache = second.runner.store.cache
     assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
     assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
-    assert second.status()["experts"] == {"routed": 0, "hit": 0, "fetched": 0, "copied": 0}
+    assert second.status()["experts"] == vars(Counters(0, 0, 0, 0))
     assert talk(second) == said, "where experts are changes no token"
     again = second.status()["experts"]
     assert again["routed"] == cold["routed"] == again["hit"] + again["fetched"]
