@@ -95,6 +95,9 @@ def _experts(meter: Meter) -> Iterator[Metric]:
         ("fetched", "Pairs whose expert was fetched.", experts.fetched),
         ("copied", "Records copied from host memory to VRAM.", experts.copied),
         ("fetched_bytes", "Bytes of these records.", experts.copied * nbytes),
+        ("guessed", "Experts to be fetched before anyone asked.", experts.guessed),
+        ("guessed_right", "Those of them that were then asked for.", experts.right),
+        ("early_bytes", "Bytes of these that had come by then.", experts.early),
     ):
         yield CounterMetricFamily(f"osmium_experts_{name}", text, count)
     yield GaugeMetricFamily(
