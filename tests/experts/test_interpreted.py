@@ -8,10 +8,12 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import make_cache, verify
+from osmium.experts.guess import make_guess
 from osmium.experts.store import Store
 from osmium.ops import ExpertArena, Linear, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
+from osmium.ops.values import PIECE
 from osmium.quant import int8
 from osmium.quant.floats import bf16_from_f32
 from osmium.quant.record import Record
@@ -23,16 +25,18 @@ LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
 
 
 def steps(
-    ops: Ops, record: Record, each: list[int], counts: tuple[int, ...], seed: int
+    ops: Ops, record: Record, each: list[int], counts: tuple[int, ...], seed: int, guessed: bool
 ) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
-    """What every call of `mlp` made of x, and the tables and counters at the end."""
+    """What every call of `mlp` made of x, and the tables and counters at the end; with guesses,
+    of which some are right."""
     rng, hidden = np.random.default_rng(seed), record.hidden
     made = np.stack([records(rng, record, EXPERTS) for _ in range(LAYERS)])
     host = ops.host(made.shape, np.uint8)
     ops.host_view(host)[...] = made
     arena = ExpertArena(record, host)
     cache = make_cache(ops, arena, sum(each) // LAYERS, TOP_K, each)
-    store = Store(ops, arena, cache, max(counts), TOP_K)
+    guess = make_guess(ops, LAYERS, EXPERTS, TOP_K) if guessed else None
+    store = Store(ops, arena, cache, max(counts), TOP_K, guess)
     up, down = (
         (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32)
         for shape in ((2 * SHARED, hidden), (hidden, SHARED))
@@ -48,8 +52,16 @@ def steps(
     shared = SharedExpert(matrix(up), matrix(down), column=0)
     norm, outputs = ops.put(rng.standard_normal(hidden, np.float32)), []
     for tokens in counts:
-        for layer in range(LAYERS):
-            ids = np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
+        chosen = [
+            np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
+            for _ in range(LAYERS + 1)
+        ]
+        for layer, ids in enumerate(chosen[:-1]):
+            if guess is not None:
+                likely = np.where(rng.random(ids.shape) < 0.6, chosen[layer + 1], ids)
+                ops.copy_in(guess.ids[:tokens], likely.astype(np.uint16))
+            else:
+                rng.random(ids.shape)
             x = ops.put(rng.standard_normal((tokens, hidden), np.float32))
             both, said, y = (
                 ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
@@ -62,16 +74,27 @@ def steps(
             )  # fmt: skip
             outputs.append(np.array(ops.copy_out(x)))
     assert verify(ops, cache, made, 1000, 0) > LAYERS
-    tables = (cache.slot_of, *cache.expert_in, cache.stamp, cache.counters)
+    tables = [cache.slot_of, *cache.expert_in, cache.stamp, cache.counters]
+    if guess is not None:
+        tables += [guess.expert, guess.slot, guess.state, guess.done]
+        assert store.counters().guessed > store.counters().right > 0
+        assert 0 < store.counters().early <= store.counters().right * PIECE * 8
     return outputs, [np.array(ops.copy_out(table)) for table in tables]
 
 
 @pytest.mark.parametrize("record", [Record(16, 32, 16), Record(4, 128, 128)], ids=lambda r: r.bits)
-def test_layers_with_slots_of_their_own(rng: np.random.Generator, record: Record) -> None:
-    seed, each, counts = int(rng.integers(1 << 32)), [2, 5, 8], (1, 2, 3, 1)
-    wanted, tables = steps(ReferenceOps(keep=0), record, each, counts, seed)
-    found, own = steps(GpuOps(InterpretedMachine(seed)), record, each, counts, seed)
+@pytest.mark.parametrize("guessed", [False, True])
+def test_layers_with_slots_of_their_own(
+    rng: np.random.Generator, record: Record, guessed: bool
+) -> None:
+    seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 6)
+    how = (record, each, counts, seed)
+    wanted, tables = steps(ReferenceOps(keep=0), *how, guessed)
+    found, own = steps(GpuOps(InterpretedMachine(seed)), *how, guessed)
     for mine, other in zip(own, tables, strict=True):
         np.testing.assert_array_equal(mine, other)
     for mine, other in zip(found, wanted, strict=True):
         assert close(mine, other, "rows")
+    if guessed:  # guesses change where experts are, and nothing else
+        for mine, other in zip(wanted, steps(ReferenceOps(keep=0), *how, False)[0], strict=True):
+            np.testing.assert_array_equal(mine, other)
