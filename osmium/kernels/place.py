@@ -31,6 +31,9 @@ WIDTH = 256
 STOP = 1 << 30
 """As of ops.values: the layer is placed."""
 
+COLD = 0.02
+"""As of ops.values: added to the warmth of who is guessed."""
+
 NOBODY = (1 << 31) - 1
 """Past every slot, expert, and warmth as bits."""
 
@@ -40,7 +43,8 @@ NOBODY = (1 << 31) - 1
     "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(float32), "
     "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int64), CPointer(uint16), "
     "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(float32), CPointer(int32), "
-    "CPointer(uint16), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
+    "CPointer(uint16), CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int32), "
+    "CPointer(int32), "
     "int32, int32, int32, int32, int32, int32, int32, int32, int32, int32, float32, float32, "
     "float32)",
     block=WIDTH,
@@ -69,6 +73,7 @@ def place(
     next_long_heat: Any,
     next_stamp: Any,
     guess_ids: Any,
+    guess_weights: Any,
     guess_expert: Any,
     guess_slot: Any,
     guess_state: Any,
@@ -93,7 +98,8 @@ def place(
     slot_of i32 [E], expert_in i32 [S], heat, long_heat f32 [E], stamp i32 [E]    of the layer
     step i32 [1], counters i64 [7]    of the cache    ids u16 [pairs]
     next_...: the same of the next layer, for the second block    last: 1 at the last layer, else 0
-    guess_ids u16 [pairs], guess_expert, guess_slot, guess_state i32 [L], guess_done i32 [L, warps]
+    guess_ids u16, guess_weights f32 [pairs]
+    guess_expert, guess_slot, guess_state i32 [L], guess_done i32 [L, warps]
     guessing: 1 with a guess, 0 without: then there is one block, and those are never looked at
     experts E <= 1024    capacity S <= E
     earlier, share: of values.Fading    rate = 1 / half_life    long_rate = 1 / long_half_life
@@ -109,18 +115,20 @@ def place(
     used = cuda.shared.array(1024, int32)  # stamp
     warmth = cuda.shared.array(1024, float32)  # of a slot: its expert's as of now
     given = cuda.shared.array(1024, int32)  # slots in the order in which they are given away
-    best = cuda.shared.array(4, int32)  # of a guess: most warmth, least, whose, and in which slot
+    best = cuda.shared.array(4, int32)  # of a guess: likeliest, coldest; who, and which slot
     kept = float32(math.inf)
     me, looks_on = cuda.threadIdx.x, cuda.blockIdx.x > 0
 
     # -- 1. all that is read of memory, on its way at once
     now = step[0]  # raised below: a sum here would wait for it before the others are asked for
-    mine, counted, guessed = 0, 0, int32(-1)
+    mine, counted, guessed, weight = 0, 0, int32(-1), float32(0)
     if looks_on:
         slot_of, expert_in, heat, long_heat = (
             next_slot_of, next_expert_in, next_heat, next_long_heat,
         )  # fmt: skip
         stamp, ids, capacity = next_stamp, guess_ids, next_capacity
+        if me < pairs:
+            weight = guess_weights[me]
     elif guessing > 0:
         guessed = guess_expert[layer]
     if me < pairs:
@@ -163,16 +171,19 @@ def place(
     missing = hits[0] < pairs
     grown = float32(1) - exp2(float32(-(now + earlier)) * long_rate)
 
-    # -- for the next layer: the warmest of those that have no slot, and the slot that it gets
+    # -- for the next layer: the likeliest of those that have no slot, and the slot that it gets
     if looks_on:
-        e = me
-        while e < experts:
-            if tally[e] > 0 and place_of[e] < 0:
+        i, e = me, mine
+        while i < pairs:
+            if place_of[e] < 0:
                 age = float32(used[e] - now)
                 short = recent[e] * exp2(age * rate)
-                warmth[e] = grown * short + share * (lasting[e] * exp2(age * long_rate))
-                cuda.atomic.max(best, 0, bits_of(warmth[e]))
-            e += WIDTH
+                warm = grown * short + share * (lasting[e] * exp2(age * long_rate))
+                warmth[i] = weight * weight * (warm + float32(COLD))
+                cuda.atomic.max(best, 0, bits_of(warmth[i]))
+            i += WIDTH
+            if i < pairs:
+                e, weight = int32(ids[i]), guess_weights[i]
         s = me
         while s < capacity:
             e, worth = inside[s], int32(NOBODY)
@@ -186,18 +197,20 @@ def place(
             given[s] = worth
             cuda.atomic.min(best, 1, worth)
             s += WIDTH
-        cuda.syncthreads()  # the most and the least are known
-        e = me
-        while e < experts:
-            if tally[e] > 0 and place_of[e] < 0 and bits_of(warmth[e]) == best[0]:
+        cuda.syncthreads()  # what the likeliest and the coldest have is known
+        i, e = me, mine
+        while i < pairs:
+            if place_of[e] < 0 and bits_of(warmth[i]) == best[0]:
                 cuda.atomic.min(best, 2, e)
-            e += WIDTH
+            i += WIDTH
+            if i < pairs:
+                e = int32(ids[i])
         s = me
         while s < capacity:
             if given[s] == best[1]:
                 cuda.atomic.min(best, 3, s)
             s += WIDTH
-        cuda.syncthreads()  # and whose they are
+        cuda.syncthreads()  # and who they are
         i = me
         while i < warps:
             guess_done[(layer + 1) * warps + i] = 0

@@ -357,10 +357,10 @@ class Ops(Protocol):
         With a guess: if guess.expert[layer] is somebody, it becomes -1, and guess.state[layer] has
         STOP; if it is missing, it is the first of the missing and of the plan, its fetch 2, and
         counters[5] is raised by one.  Of the next layer, if there is one, state and done become 0,
-        guess.expert the warmest expert of guess.ids that is in no slot there, ties to the lower id,
-        guess.slot the lowest free slot, else that of the coldest expert not in guess.ids, ties to
-        the lower slot, which leaves; counters[4] is raised by one.  Where there is no such expert
-        or slot guess.expert is -1, and nobody leaves.
+        guess.expert the one of guess.ids in no slot there whose weight^2 * (warmth + COLD) is most,
+        ties to the lower id, guess.slot the lowest free slot, else that of the coldest expert not
+        in guess.ids, ties to the lower slot, which leaves; counters[4] is raised by one.  Where
+        there is no such expert or slot guess.expert is -1, and nobody leaves.
 
         ids u16 [T, A], guess.ids too; the unique ids must not exceed the capacity.
         """

@@ -116,10 +116,10 @@ class GpuExperts(GpuRows):
         fading, on = cache.fading, layer + 1
         last = on == cache.slot_of.shape[0]
         after: tuple[Array | int, ...] = (0,) * 5
-        guessed: tuple[Array | int, ...] = (0,) * 5
+        guessed: tuple[Array | int, ...] = (0,) * 6
         blocks, capacity = 1, 0
         if guess is not None:
-            guessed = (guess.ids, guess.expert, guess.slot, guess.state, guess.done)
+            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state, guess.done)
             if not last:
                 blocks, capacity = 2, cache.slots[on].shape[0]
                 after = (cache.slot_of[on], cache.expert_in[on], cache.heat[on],

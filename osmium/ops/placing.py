@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import STOP, Array, ExpertCache, ExpertGuess, ExpertPlan
+from osmium.ops.values import COLD, STOP, Array, ExpertCache, ExpertGuess, ExpertPlan
 
 __all__ = ["place"]
 
@@ -56,16 +56,16 @@ def place(
             guess.expert[layer] = -1
             cache.counters[5] += right
         if layer + 1 < len(cache.expert_in):
-            _guess(cache, layer + 1, guess, guess.ids.reshape(-1)[: ids.size], now)
+            _guess(cache, layer + 1, guess, ids.size, now)
     if layer + 1 == len(cache.expert_in):
         cache.step[0] = now
 
 
-def _guess(cache: ExpertCache, layer: int, guess: ExpertGuess, ids: Array, now: int) -> None:
+def _guess(cache: ExpertCache, layer: int, guess: ExpertGuess, pairs: int, now: int) -> None:
     """Whom to fetch before `layer` is placed, and where to."""
     slot_of, expert_in = cache.slot_of[layer], cache.expert_in[layer]
-    named = np.unique(ids)
-    likely = named[slot_of[named] < 0]
+    named, weights = (np.ravel(array)[:pairs] for array in (guess.ids, guess.weights))
+    likely, weights = named[slot_of[named] < 0], weights[slot_of[named] < 0]
     _, _, warmth = _heats(cache, layer, now)
     guess.state[layer], guess.done[layer] = 0, 0
     free = np.flatnonzero(expert_in < 0)
@@ -77,7 +77,8 @@ def _guess(cache: ExpertCache, layer: int, guess: ExpertGuess, ids: Array, now: 
     if expert_in[slot] >= 0:
         slot_of[expert_in[slot]] = expert_in[slot] = -1
     guess.slot[layer] = slot
-    guess.expert[layer] = likely[np.argmax(warmth[likely])]
+    worth = weights * weights * (warmth[likely] + np.float32(COLD))
+    guess.expert[layer] = likely[worth == worth.max()].min()
     cache.counters[4] += 1
 
 

@@ -19,6 +19,7 @@ from osmium.quant.record import Record
 
 __all__ = [
     "ARRIVED",
+    "COLD",
     "FETCH_WARPS",
     "PIECE",
     "STOP",
@@ -53,6 +54,9 @@ has, and leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PC
 
 PIECE = 16 << 10
 """Bytes of a record that a block copies at once, an eighth of them a warp."""
+
+COLD = 0.02
+"""Added to the warmth of an expert, to weigh a guess: about what a use of long ago is worth."""
 
 STOP = 1 << 30
 """In ExpertGuess.state: the layer is placed."""
@@ -311,7 +315,7 @@ class ExpertGuess:
     ids: Array
     """u16 [rows, A], whom the next layer's router would choose."""
     weights: Array
-    """f32 [rows, A], scratch."""
+    """f32 [rows, A], and by how much."""
     scores: Array
     """f32 [rows, N], scratch."""
     counters: Array

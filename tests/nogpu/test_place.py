@@ -93,8 +93,8 @@ def empty_guess(pairs: int, layers: int) -> ExpertGuess:
         np.full(layers, 7 << 15 | 7, np.int32),
         np.full((layers, FETCH_WARPS), 5, np.int32),
     )
-    ids = np.zeros(pairs, np.uint16)
-    return ExpertGuess(ids, None, None, None, None, each[0], each[1], state, done)
+    ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
+    return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done)
 
 
 def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:
@@ -129,6 +129,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             ids = ids[: len(coming)]
         likely = some_guess(rng, s, coming).reshape(-1)
         guess.ids[: likely.size] = other.ids[: likely.size] = likely
+        guess.weights[:] = other.weights[:] = rng.integers(1, 5, pairs) / 8  # many are equal
         before = a.expert_in[layer].copy()
         x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
         reference.place(x, a, layer, ids, guess if s.guessing else None)
@@ -136,8 +137,8 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, y.arrived, b.slot_of[layer],
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
             b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
-            b.long_heat[on], b.stamp[on], other.ids, other.expert, other.slot, other.state,
-            other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries, layer,
+            b.long_heat[on], b.stamp[on], other.ids, other.weights, other.expert, other.slot,
+            other.state, other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries, layer,
             int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
             np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
             np.float32(b.fading.share),

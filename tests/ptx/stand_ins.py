@@ -16,11 +16,11 @@ __all__ = ["STAND_INS"]
 
 def _place(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_place.py holds the kernel to the reference."""
-    arrays = [None if value == 0 else value.numpy() for value in values[:25]]
+    arrays = [None if value == 0 else value.numpy() for value in values[:26]]
     for value in values[:7]:
         value.touch()
     step, counters, ids = arrays[12:15]
-    sizes, (earlier, rate, long_rate, share) = values[25:34], values[34:]
+    sizes, (earlier, rate, long_rate, share) = values[26:35], values[35:]
     _, experts, _, _, _, layer, last, guessing, _ = sizes
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
     none: list[Any] = [None] * layer
@@ -31,8 +31,9 @@ def _place(values: tuple[Any, ...]) -> None:
         Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
         slot_of, expert_in, heat, long_heat, stamp, step, counters,
     )  # fmt: skip
-    guess = ExpertGuess(arrays[20], None, None, None, None, *arrays[21:]) if guessing else None
-    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, layer, ids, guess)
+    likely, weights, expert, slot, state, done = arrays[20:]
+    guess = ExpertGuess(likely, weights, None, None, None, expert, slot, state, done)
+    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, layer, ids, guess if guessing else None)
 
 
 def _draw(values: tuple[Any, ...]) -> None:
