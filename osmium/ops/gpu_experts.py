@@ -90,7 +90,7 @@ class GpuExperts(GpuRows):
         ROUTER(
             self.stream, some.blocks, ids, weights, scores, counters, arrived,
             h.split, h.squares or 0, w.data, 0 if trace is None else trace, positions,
-            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, experts, top_k,
+            tokens, some.rows(tokens), w.rows, w.columns, experts, top_k,
             count, layers, layer, h.eps,
         )  # fmt: skip
 
