@@ -77,22 +77,52 @@ class GpuExperts(GpuRows):
         after: Linear | None = None,
         predicted: Array | None = None,
     ) -> None:
-        tokens, top_k = ids.shape
+        (tokens, top_k), form = ids.shape, (w.format, w.rows, w.columns)
         few = tokens <= MATVEC_ROWS and experts <= ROUTER_EXPERTS
-        if not (few and w.format == "bf16" and fits_matvec(w) and self.fits(h)):
-            self.linear(scores, h, w)
-            self.route(ids, weights, scores, experts, counters)
-            if trace is not None:
-                self.replay(ids, trace, layer, positions)
+        alike = after is None or (after.format, after.rows, after.columns) == form
+        if not (few and alike and w.format == "bf16" and fits_matvec(w) and self.fits(h)):
+            self._plain_router(
+                ids, weights, scores, h, w, experts, counters, trace, layer, positions
+            )
+            if guess is not None and after is not None:
+                self._plain_router(
+                    guess.ids[:tokens], guess.weights[:tokens], guess.scores[:tokens], h, after,
+                    experts, guess.counters, predicted, layer + 1, positions,
+                )  # fmt: skip
             return
-        count, layers = (0, 0) if trace is None else trace.shape[:2]
+        sets, second, matrix = 1, (0, 0, 0, 0, 0), 0
+        if guess is not None and after is not None:
+            second = guess.ids, guess.weights, guess.scores, guess.counters, guess.arrived
+            sets, matrix = 2, after.data
+        told = predicted if trace is None else trace
+        count, layers = (0, 0) if told is None else told.shape[:2]
+        assert predicted is None or predicted.shape[:2] == (count, layers), "one N, L for both"
         some = self.share(w)
         ROUTER(
-            self.stream, some.blocks, ids, weights, scores, counters, arrived,
-            h.split, h.squares or 0, w.data, 0 if trace is None else trace, positions,
-            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, experts, top_k,
-            count, layers, layer, h.eps,
+            self.stream, some.blocks, sets, ids, weights, scores, counters, arrived, *second,
+            h.split, h.squares or 0, w.data, matrix, 0 if trace is None else trace,
+            0 if predicted is None else predicted, positions, tokens, some.rows(tokens), w.rows,
+            w.columns, experts, top_k, count, layers, layer, h.eps,
         )  # fmt: skip
+
+    def _plain_router(
+        self,
+        ids: Array,
+        weights: Array,
+        scores: Array,
+        h: Rows,
+        w: Linear,
+        experts: int,
+        counters: Array,
+        trace: Array | None,
+        layer: int,
+        positions: Array,
+    ) -> None:
+        """What `router` does with one matrix, of any form, and for any number of tokens."""
+        self.linear(scores, h, w)
+        self.route(ids, weights, scores, experts, counters)
+        if trace is not None:
+            self.replay(ids, trace, layer, positions)
 
     def route(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array

@@ -7,7 +7,7 @@ the method writes.  `run` does that on any backend and gives the outputs back as
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from osmium.ops import (
     DeltaWeights,
     ExpertArena,
     ExpertCache,
+    ExpertGuess,
     ExpertPlan,
     KeysValues,
     Linear,
@@ -486,38 +487,63 @@ def route(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
 
 
-def router(rng: np.random.Generator, size: Size, equal: int = 1) -> Case:
+def router(
+    rng: np.random.Generator, size: Size, equal: int = 1, form: Literal["bf16", "int8"] = "bf16"
+) -> Case:
     """Scores far enough apart that rounding turns no choice over, but for `equal` of each, which
-    are the same bits; twice, as a launch leaves `arrived` as it was."""
-    tokens, count = min(5, sum(size.lengths)), size.experts + 1
-    places = np.argsort(rng.random((tokens, count)), axis=1)
+    are the same bits; twice without a guess and three times with one, by a matrix of `form`: a
+    launch leaves `arrived` as it was.  Guesses have room for a token more than there are."""
+    tokens, count, calls = min(5, sum(size.lengths)), size.experts + 1, 5
     x = np.zeros((tokens, size.hidden), np.float32)
     x[:, :tokens] = np.eye(tokens, dtype=np.float32) * np.float32(size.hidden**0.5)
-    w = np.zeros((count, size.hidden), np.float32)
-    w[:, :tokens] = (places.T // equal * equal - count / 2) / 16
+
+    def matrix() -> npt.NDArray[np.float32]:
+        places = np.argsort(rng.random((tokens, count)), axis=1)
+        w = np.zeros((count, size.hidden), np.float32)
+        w[:, :tokens] = (places.T // equal * equal - count / 2) / 16
+        return w
+
     arrays: Arrays = {
-        "ids": np.full((2, tokens, size.top_k), 999, np.uint16),
-        "weights": _nan(2, tokens, size.top_k),
-        "scores": _nan(2, tokens, count),
         "x": x,
         "norm": np.zeros(size.hidden, np.float32),
-        "w": bf16_from_f32(w),
-        "counters": np.zeros(4, np.int64),
-        "arrived": np.zeros(ARRIVED, np.int32),
-        "trace": rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16),
+        "w": bf16_from_f32(matrix()),
         "positions": rng.integers(0, 1 << 18, tokens).astype(np.int32),
     }
+    for name in ("trace", "predicted"):
+        arrays[name] = rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16)
+    if form == "int8":
+        arrays["after"], arrays["after_scale"] = int8.quantize(matrix())
+    else:
+        arrays["after"] = bf16_from_f32(matrix())
+    for of, rows in (("", tokens), ("guess_", tokens + 1)):
+        arrays[f"{of}ids"] = np.full((calls, rows, size.top_k), 999, np.uint16)
+        arrays[f"{of}weights"] = _nan(calls, rows, size.top_k)
+        arrays[f"{of}scores"] = _nan(calls, rows, count)
+        arrays[f"{of}counters"] = np.zeros(4, np.int64)
+        arrays[f"{of}arrived"] = np.zeros(ARRIVED, np.int32)
+    for name in ("guess_weights", "guess_scores"):  # where nobody writes
+        arrays[name][:2] = arrays[name][:, tokens:] = 1e-3
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        h, matrix = normed_rows(ops, a["x"], a["norm"]), Linear("bf16", count, size.hidden, a["w"])
-        for i, trace in enumerate((a["trace"], None)):
+        h = normed_rows(ops, a["x"], a["norm"])
+        w = Linear("bf16", count, size.hidden, a["w"])
+        after = Linear(form, count, size.hidden, a["after"], a.get("after_scale"))
+        trace, predicted = a["trace"], a["predicted"]
+        told = ((trace, None), (None, None), (None, predicted), (trace, None), (trace, predicted))
+        for i, (now, then) in enumerate(told):
+            guess = ExpertGuess(
+                a["guess_ids"][i], a["guess_weights"][i], a["guess_scores"][i],
+                a["guess_counters"], a["guess_arrived"], None, None, None, None,
+            )  # fmt: skip
             ops.router(
-                a["ids"][i], a["weights"][i], a["scores"][i], h, matrix, size.experts,
-                a["counters"], a["arrived"], trace, 3, a["positions"],
+                a["ids"][i], a["weights"][i], a["scores"][i], h, w, size.experts,
+                a["counters"], a["arrived"], now, 3, a["positions"],
+                *((guess, after, then) if i > 1 else ()),
             )  # fmt: skip
 
-    exact = dict.fromkeys(("ids", "counters", "arrived"), "exact")
-    return Case(arrays, call, {**exact, "scores": "f32", "weights": "f32"})
+    writes = {"ids": "exact", "weights": "f32", "scores": "f32", "counters": "exact",
+              "arrived": "exact"}  # fmt: skip
+    return Case(arrays, call, writes | {f"guess_{name}": kind for name, kind in writes.items()})
 
 
 def replay(rng: np.random.Generator, size: Size) -> Case:

@@ -7,7 +7,7 @@ group of scales, records whose last 16 KiB step is cut short.
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -195,10 +195,12 @@ def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
     return make
 
 
-def router(hidden: int, experts: int, top_k: int, equal: int = 1) -> Make:
+def router(
+    hidden: int, experts: int, top_k: int, equal: int = 1, form: Literal["bf16", "int8"] = "bf16"
+) -> Make:
     """Five tokens; of more than eight scores every block has some."""
     size = replace(TINY, hidden=hidden, experts=experts, top_k=top_k)
-    return lambda rng: cases.router(rng, size, equal)
+    return lambda rng: cases.router(rng, size, equal, form)
 
 
 def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Make:
@@ -295,6 +297,10 @@ CASES: dict[str, Make] = {
     "router, many tiles a block": router(128, 256, 8),
     "router, ties": router(64, 150, 12, 5),
     "router, all the same": router(64, 40, 32, 41),
+    "router, two rows of blocks": router(4096, 9, 3),
+    "router, inputs of no tile": router(72, 9, 3),
+    "router, more experts than lanes hold": router(64, 260, 4),
+    "router, the next one of another format": router(64, 9, 3, form="int8"),
     "fetch one page": fetch(16, 8, (1, 0, 1), 5),
     "fetch nothing": fetch(16, 8, (0, 0), 2),
     "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),
