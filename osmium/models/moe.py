@@ -7,10 +7,11 @@ Every routed expert is computed, always.
 """
 
 from osmium.config import ModelConfig
+from osmium.experts.routing import predict
 from osmium.experts.store import Store
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Ops, SharedExpert, Step
+from osmium.ops import Array, Linear, Ops, SharedExpert, Step
 
 __all__ = ["Moe"]
 
@@ -24,6 +25,8 @@ class Moe:
         hidden, inner = config.hidden, config.shared_size
         self.ops, self.store, self.layer, self.experts = ops, store, layer, config.experts
         self.router = weights.linear("router", config.experts + 1, hidden)
+        self.after: Linear | None = None
+        """The next layer's router."""
         self.shared = SharedExpert(
             up=weights.linear("shared_up", 2 * inner, hidden),
             down=weights.linear("shared_down", hidden, inner),
@@ -38,6 +41,10 @@ class Moe:
             work.ids, work.weights, work.scores, work.h, self.router, self.experts,
             store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
         )  # fmt: skip
+        if store.recorder is not None and store.trace is None and self.after is not None:
+            top_k = work.ids.shape[1]
+            predicted = predict(self.ops, work.h, self.after, self.experts, top_k)
+            store.recorder.expect(self.layer + 1, predicted)
         store.mlp(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
             work.shared_inner, work.shared_both, work.shared, work.y, norm, ahead,

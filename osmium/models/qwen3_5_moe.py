@@ -8,6 +8,7 @@ is that of transformers; the formulas are those of its modules of that name.
 """
 
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ class Model:
         self.layers = [
             _Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
         ]
+        for layer, after in pairwise(self.layers):
+            layer.moe.after = after.moe.router
         self.work = make_workspace(ops, config, rows)
 
     def forward(self, step: Step, state: State) -> None:
