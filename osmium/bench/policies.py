@@ -12,6 +12,8 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
     both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
+
+Where a trace says what was predicted, one expert a layer can be guessed, as ops.place does it.
 """
 
 from collections.abc import Callable
@@ -24,7 +26,10 @@ from osmium.experts.cache import FADING
 from osmium.experts.heat import Heat, quotas
 from osmium.experts.routing import Trace
 
-__all__ = ["POLICIES", "SHIPPED", "hit_rate", "kept", "simulate"]
+__all__ = [
+    "GUESSED", "POLICIES", "RULES", "SHIPPED", "Guesses", "guess", "hit_rate", "kept", "recall",
+    "simulate",
+]  # fmt: skip
 
 F64 = npt.NDArray[np.float64]
 
@@ -88,6 +93,23 @@ POLICIES = (
 SHIPPED = "mixed"
 """The one of them by which ops.place decides who leaves."""
 
+RULES = ("warmest", "first")
+"""Who of the predicted that are in no slot is guessed: by warmth, or in the router's order."""
+
+GUESSED = "warmest"
+"""The one of them by which ops.place decides whom to guess."""
+
+
+@dataclass
+class Guesses:
+    """A guess a token in each layer but the first: from what, and what came of it, [L] each."""
+
+    predicted: npt.NDArray[np.int64]
+    """[T, L, A]."""
+    rule: str
+    made: npt.NDArray[np.int64]
+    right: npt.NDArray[np.int64]
+
 
 def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     """The share of uses hit after the first `skip` tokens, by a policy of POLICIES."""
@@ -109,9 +131,15 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
 
 
 def simulate(
-    trace: Trace, slots: npt.NDArray[np.int64], worth: Worth, half_life: float, skip: int
+    trace: Trace,
+    slots: npt.NDArray[np.int64],
+    worth: Worth,
+    half_life: float,
+    skip: int,
+    guesses: Guesses | None = None,
 ) -> F64:
-    """The share of uses hit after `skip` tokens, a layer.  slots [L], at least A each."""
+    """The share of uses hit after `skip` tokens, a layer.  slots [L], at least A each.  A guess
+    that is right is no hit."""
     ids = trace.ids.astype(np.int64)
     tokens, layers, top_k = ids.shape
     assert (slots >= top_k).all(), "every layer needs a slot for each expert of a token"
@@ -125,16 +153,21 @@ def simulate(
     hits = np.zeros(layers)
     for t in range(tokens):
         mine = ids[t]
+        cache.now = t
+        cache.slow *= slower
+        if guesses is not None:
+            who = _guess(guesses.predicted[t], inside, worth(cache), slots, guesses.rule)
+            if t >= skip:
+                guesses.made += who >= 0
+                guesses.right += (mine == who[:, None]).any(axis=1)
         hit = inside[rows, mine]
         if t >= skip:
             hits += hit.sum(axis=1)
         inside[rows, mine] = True
-        cache.now = t
         cache.count[rows, mine] = (
             cache.count[rows, mine] * np.exp2((cache.last[rows, mine] - t) / half_life) + 1
         )
         cache.uses[rows, mine] += 1
-        cache.slow *= slower
         cache.slow[rows, mine] += 1
         cache.last[rows, mine] = t
         cache.after[rows, mine] = after[t]
@@ -149,6 +182,54 @@ def simulate(
             goes = np.arange(most) < over[:, None]
             inside[np.broadcast_to(rows, goes.shape)[goes], leaving[goes]] = False
     return np.asarray(hits / ((tokens - skip) * top_k))
+
+
+def _guess(
+    named: npt.NDArray[np.int64],
+    inside: npt.NDArray[np.bool_],
+    value: F64,
+    slots: npt.NDArray[np.int64],
+    rule: str,
+) -> npt.NDArray[np.int64]:
+    """Who is guessed in each layer, or -1.  For its slot, if none is free, the coldest that was
+    not predicted leaves.  named [L, A]    inside, value [L, E]"""
+    if rule == "warmest":
+        named = np.sort(named, axis=1)  # ties to the lower id
+    rows = np.arange(len(named))[:, None]
+    likely = ~inside[rows, named]
+    held = inside.copy()
+    held[rows, named] = False
+    able = np.asarray(likely.any(axis=1))
+    able[0] = False
+    order = np.where(likely, value[rows, named] if rule == "warmest" else 0.0, -np.inf)
+    who = named[rows[:, 0], order.argmax(axis=1)]
+    leaving = np.where(held, value, np.inf).argmin(axis=1)
+    leaves = able & (inside.sum(axis=1) >= slots)  # as likely ones are not inside, others are held
+    inside[leaves, leaving[leaves]] = False
+    return np.where(able, who, -1)
+
+
+def guess(
+    trace: Trace, slots: int, skip: int = 256, rule: str = GUESSED
+) -> tuple[float, float, float]:
+    """With what ships and a guess a token in each layer but the first: the share of uses hit after
+    `skip` tokens, guesses a layer and token, and the share of these that are right."""
+    assert trace.predicted is not None, "guesses are from what was predicted"
+    tokens, layers, _ = trace.ids.shape
+    none = np.zeros(layers, np.int64)
+    guesses = Guesses(trace.predicted.astype(np.int64), rule, none, none.copy())
+    each = np.full(layers, slots)
+    hits = simulate(trace, each, _mixed, FADING.half_life, skip, guesses)
+    made, right = int(guesses.made.sum()), int(guesses.right.sum())
+    return float(hits.mean()), made / ((tokens - skip) * (layers - 1)), right / max(made, 1)
+
+
+def recall(trace: Trace) -> F64:
+    """Of each layer, the share of the predicted experts that were asked for; the first has no
+    prediction."""
+    assert trace.predicted is not None, "a recall is of what was predicted"
+    found = (trace.predicted[..., None] == trace.ids[:, :, None]).any(axis=-1)
+    return np.asarray(found.mean(axis=(0, 2)))
 
 
 def _next_uses(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:

@@ -95,7 +95,8 @@ def _recording(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record-routing",
         metavar="FILE",
-        help="write which experts were asked for, an .npz for tools/simulate_cache (slower)",
+        help="write which experts were asked for, and whom the layer before would have named, an "
+        ".npz for tools/simulate_cache (slower)",
     )
 
 

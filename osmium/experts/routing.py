@@ -1,7 +1,9 @@
 """Which experts were asked for: recorded from a running model, or read from a trace.
 
 A trace is an .npz with ids [T, L, A], the experts that each token activated in each layer, in order
-of time, and prompt_starts [P], where the traffic of another prompt begins.
+of time, and prompt_starts [P], where the traffic of another prompt begins.  It may have predicted
+[T, L, A], whom each layer's router would have chosen for the rows that the layer before has seen;
+the first layer has none before it, and there predicted is ids.
 """
 
 from pathlib import Path
@@ -11,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import ConfigError
+from osmium.ops import Linear, Ops, Rows
 
-__all__ = ["Recorder", "Trace", "read_trace"]
+__all__ = ["Recorder", "Trace", "predict", "read_trace"]
 
 Ids = npt.NDArray[np.uint16]
 
@@ -22,6 +25,7 @@ class Recorder:
 
     def __init__(self, layers: int) -> None:
         self._layers: list[list[Ids]] = [[] for _ in range(layers)]
+        self._expected: list[list[Ids]] = [[] for _ in range(layers)]
         self._starts: list[int] = [0]
         self._tokens = 0
 
@@ -31,6 +35,10 @@ class Recorder:
         if layer == 0:
             self._tokens += len(ids)
 
+    def expect(self, layer: int, predicted: Ids) -> None:
+        """predicted u16 [T, A] of a layer but the first, in every step or in none."""
+        self._expected[layer].append(np.array(predicted, np.uint16))
+
     def prompt(self) -> None:
         """What follows belongs to another prompt."""
         if self._tokens > self._starts[-1]:
@@ -38,14 +46,21 @@ class Recorder:
 
     def ids(self) -> Ids:
         """u16 [T, L, A]."""
-        return np.stack([np.concatenate(layer) for layer in self._layers], axis=1)
+        return _stacked(self._layers)
+
+    def predicted(self) -> Ids | None:
+        """u16 [T, L, A], or None where nothing was expected."""
+        if not any(self._expected):
+            return None
+        return _stacked([self._layers[0], *self._expected[1:]])
 
     def save(self, path: str | Path) -> None:
         """Raises: ConfigError where the file cannot be written."""
         try:
             with open(path, "wb") as file:
-                starts = np.array(self._starts, np.int64)
-                np.savez_compressed(file, ids=self.ids(), prompt_starts=starts)
+                starts, predicted = np.array(self._starts, np.int64), self.predicted()
+                more: dict[str, Any] = {} if predicted is None else {"predicted": predicted}
+                np.savez_compressed(file, ids=self.ids(), prompt_starts=starts, **more)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error}") from None
 
@@ -64,7 +79,7 @@ class Trace:
 
 
 def read_trace(path: str | Path, experts: int | None = None) -> Trace:
-    """A trace from its file; `experts` a layer, or one more than the largest id.
+    """A trace from its file; `experts` a layer, or one more than the largest that it names.
 
     Raises: ConfigError where the file is no trace, or of another model.
     """
@@ -76,10 +91,31 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
     ids = data.get("ids")
     if ids is None or ids.ndim != 3 or ids.dtype.kind != "u" or not ids.size:
         raise ConfigError(f"{path} holds no ids [tokens, layers, experts a token], unsigned.")
-    most = int(ids.max()) + 1
+    predicted = data.get("predicted")
+    if predicted is not None and (predicted.shape != ids.shape or predicted.dtype.kind != "u"):
+        raise ConfigError(
+            f"{path}: predicted is {predicted.dtype} {list(predicted.shape)}; it must be unsigned "
+            f"and {list(ids.shape)}, as ids are."
+        )
+    most = int(ids.max() if predicted is None else max(ids.max(), predicted.max())) + 1
     if experts is not None and most > experts:
         raise ConfigError(f"{path} names expert {most - 1}; the model has {experts} a layer.")
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
-    predicted = data.get("predicted")
-    likely = None if predicted is None else predicted.astype(np.uint16)
-    return Trace(ids.astype(np.uint16), starts, experts or most, likely)
+    if predicted is not None:
+        predicted = predicted.astype(np.uint16)
+    return Trace(ids.astype(np.uint16), starts, experts or most, predicted)
+
+
+def predict(ops: Ops, h: Rows, router: Linear, experts: int, top_k: int) -> Ids:
+    """Whom a router would choose for rows h [T, D]: u16 [T, A] on the host.  Allocates and waits,
+    as recording does."""
+    tokens = h.f32.shape[0]
+    ids, weights = ops.empty((tokens, top_k), np.uint16), ops.empty((tokens, top_k), np.float32)
+    scores, counters = ops.empty((tokens, router.rows), np.float32), ops.put(np.zeros(4, np.int64))
+    ops.linear(scores, h, router)
+    ops.route(ids, weights, scores, experts, counters)
+    return ops.copy_out(ids).astype(np.uint16, copy=False)
+
+
+def _stacked(layers: list[list[Ids]]) -> Ids:
+    return np.stack([np.concatenate(layer) for layer in layers], axis=1)

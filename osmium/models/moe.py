@@ -7,6 +7,7 @@ Every routed expert is computed, always.
 """
 
 from osmium.config import ModelConfig
+from osmium.experts.routing import predict
 from osmium.experts.store import Store
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
@@ -42,6 +43,10 @@ class Moe:
             store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
             guess, self.after, store.predicted,
         )  # fmt: skip
+        if store.recorder is not None and store.trace is None and self.after is not None:
+            top_k = work.ids.shape[1]
+            predicted = predict(self.ops, work.h, self.after, self.experts, top_k)
+            store.recorder.expect(self.layer + 1, predicted)
         store.mlp(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
             work.shared_inner, work.shared_both, work.shared, work.y, norm, ahead,

@@ -75,8 +75,8 @@ class Model:
         self.layers = [
             _Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
         ]
-        for layer, following in pairwise(self.layers):
-            layer.moe.after = following.moe.router
+        for layer, after in pairwise(self.layers):
+            layer.moe.after = after.moe.router
         self.work = make_workspace(ops, config, rows)
 
     def forward(self, step: Step, state: State) -> None:

@@ -9,8 +9,9 @@ from osmium.bench import policies
 from osmium.errors import ConfigError
 from osmium.experts.cache import FADING
 from osmium.experts.routing import Recorder, Trace, read_trace
-from osmium.ops import ExpertCache, ExpertPlan, Fading
+from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
+from osmium.ops.values import ARRIVED, FETCH_WARPS
 from osmium.quant.record import Record
 
 
@@ -32,15 +33,8 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
     where the long heat weighs nothing."""
     t = trace(rng, 120, 3, 20, 3)
     slots, layers, experts, skip = 8, 3, 20, 10
-    shape = (layers, experts)
-    cache = ExpertCache(
-        Record(16, 8, 8), experts,
-        FADING if policy == policies.SHIPPED else Fading(24.0, 512.0, 0.0, 19), (),
-        np.full(shape, -1, np.int32), tuple(np.full((layers, slots), -1, np.int32)),
-        np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),
-        np.zeros(1, np.int32), np.zeros(4, np.int64),
-    )  # fmt: skip
-    plan = ExpertPlan(*(np.zeros(n, np.int32) for n in (1, 3, 3, 3, 3, 3, 2)))
+    fading = FADING if policy == policies.SHIPPED else Fading(24.0, 512.0, 0.0, 19)
+    cache, plan = cold(layers, experts, slots, 3, fading)
     ops = ReferenceOps()
     for now, token in enumerate(t.ids):
         if now == skip:
@@ -49,6 +43,78 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
             ops.place(plan, cache, layer, token[layer : layer + 1])
     wanted = cache.counters[1] / ((120 - skip) * layers * 3)
     assert policies.hit_rate(t, slots, policy, skip) == pytest.approx(wanted, abs=2e-3)
+
+
+def cold(
+    layers: int, experts: int, slots: int, top_k: int, fading: Fading
+) -> tuple[ExpertCache, ExpertPlan]:
+    """A cache with nobody in it, and a plan for a token."""
+    shape = (layers, experts)
+    cache = ExpertCache(
+        Record(16, 8, 8), experts, fading, (),
+        np.full(shape, -1, np.int32), tuple(np.full((layers, slots), -1, np.int32)),
+        np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),
+        np.zeros(1, np.int32), np.zeros(7, np.int64),
+    )  # fmt: skip
+    return cache, ExpertPlan(*(np.zeros(n, np.int32) for n in (1, *[top_k] * 5, 2)))
+
+
+@pytest.mark.parametrize("slots", [3, 4, 8, 18, 40])
+def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> None:
+    """With so few slots that none can be given away, some, and so many that some stay free."""
+    tokens, layers, experts, top_k, skip = 400, 4, 40, 3, 10
+    t = predicted(rng, trace(rng, tokens, layers, experts, top_k), 0.7)
+    cache, plan = cold(layers, experts, slots, top_k, FADING)
+    guess = ExpertGuess(
+        np.zeros((1, top_k), np.uint16), np.zeros((1, top_k), np.float32),
+        np.zeros((1, experts), np.float32), np.zeros(4, np.int64), np.zeros(ARRIVED, np.int32),
+        np.full(layers, -1, np.int32), np.zeros(layers, np.int32), np.zeros(layers, np.int32),
+        np.zeros((layers, FETCH_WARPS), np.int32),
+    )  # fmt: skip
+    for now, token in enumerate(t.ids):
+        if now == skip:
+            cache.counters[:] = 0
+        for layer in range(layers):
+            if layer + 1 < layers:
+                assert t.predicted is not None
+                guess.ids[:] = t.predicted[now, layer + 1]
+            ReferenceOps().place(plan, cache, layer, token[layer : layer + 1], guess)
+    hit, made, right = cache.counters[[1, 4, 5]]
+    assert made and right, "it says something"
+    found = policies.guess(t, slots, skip)
+    each = (tokens - skip) * (layers - 1)
+    assert found[0] == pytest.approx(hit / ((tokens - skip) * layers * top_k), abs=2e-3)
+    assert found[1] == pytest.approx(made / each, abs=2e-3)
+    assert found[1] * found[2] == pytest.approx(right / each, abs=2e-3)
+
+
+def predicted(rng: np.random.Generator, t: Trace, right: float) -> Trace:
+    """A trace that says so much of itself beforehand."""
+    wrong = rng.random(t.ids.shape) >= right
+    said = np.where(wrong, rng.integers(0, t.experts, t.ids.shape), t.ids).astype(np.uint16)
+    return Trace(t.ids, t.starts, t.experts, said)
+
+
+@pytest.mark.parametrize(
+    ("rule", "said", "right"),
+    [("first", [1, 2, 0], 1), ("first", [1, 0, 2], 0), ("warmest", [1, 2, 0], 0)],
+)
+def test_the_rules_differ_in_whom_they_guess(rule: str, said: list[int], right: int) -> None:
+    """Of layer 1, at the last token: 1 is there, 0 is warmer than 2, and 2 is asked for."""
+    asked = [[0, 3, 4], [1, 5, 6], [1, 5, 6], [2, 5, 6]]
+    ids = np.array([[one, one] for one in asked], np.uint16)
+    predicted = ids.copy()
+    predicted[3, 1] = said
+    t = Trace(ids, np.array([0]), 9, predicted)
+    hits, made, found = policies.guess(t, 3, 3, rule)
+    assert (made, found) == (1, right)
+    assert hits == pytest.approx((2 + 1) / 6), "one of two that were there has left for it"
+
+
+def test_recall_is_the_share_of_the_predicted_that_were_asked_for() -> None:
+    ids = np.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], np.uint16)
+    said = np.array([[[0, 1], [3, 9]], [[4, 5], [7, 6]]], np.uint16)
+    assert policies.recall(Trace(ids, np.array([0]), 10, said)).tolist() == [1, 0.75]
 
 
 def test_warmth_orders_by_uses_a_step_of_late_and_over_long(rng: np.random.Generator) -> None:
@@ -110,6 +176,15 @@ def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> Non
     found = read_trace(tmp_path / "routing.npz", 9)
     assert np.array_equal(found.ids, np.concatenate(parts))
     assert found.starts.tolist() == [0, 5]
+    assert found.predicted is None and recorder.predicted() is None
+    said = rng.integers(0, 12, (10, 3)).astype(np.uint16)
+    for rows in (slice(0, 6), slice(6, 10)):
+        recorder.expect(1, said[rows])
+    recorder.save(tmp_path / "routing.npz")
+    found = read_trace(tmp_path / "routing.npz")
+    assert found.predicted is not None and found.experts == max(found.ids.max(), said.max()) + 1
+    assert np.array_equal(found.predicted[:, 1], said)
+    assert np.array_equal(found.predicted[:, 0], found.ids[:, 0])
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -123,5 +198,14 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
     np.savez(path, ids=np.full((2, 3, 1), 40, np.uint8))
     with pytest.raises(ConfigError, match="40"):
         read_trace(path, 40)
+    ids = np.zeros((2, 3, 1), np.uint8)
+    for said, wanted in (
+        (ids[:, :2], r"predicted is uint8 \[2, 2, 1\]"),
+        (ids.astype(np.int64), "predicted is int64"),
+        (ids + np.uint8(40), "40"),
+    ):
+        np.savez(path, ids=ids, predicted=said)
+        with pytest.raises(ConfigError, match=wanted):
+            read_trace(path, 40)
     with pytest.raises(ConfigError):
         Recorder(1).save(tmp_path / "no" / "where.npz")

@@ -1,0 +1,40 @@
+"""What is recorded of a running model, against its routers."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import osmium
+from osmium.ops.formulas import matrix
+from osmium.ops.reference import ReferenceOps
+
+
+def test_predicted_is_the_next_router_on_the_rows_before_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In steps of many rows and of one."""
+    layers: list[tuple[Any, list[Any]]] = [(None, []) for _ in range(4)]
+    router = ReferenceOps.router
+
+    def spy(self: ReferenceOps, *args: Any, **more: Any) -> None:
+        h, w, layer = args[3], args[4], args[9]
+        layers[layer] = w, [*layers[layer][1], h.f32.copy()]
+        router(self, *args, **more)
+
+    engine = osmium.load("synthetic:tiny", "cpu", context=128, chunk=8, slots=4)
+    monkeypatch.setattr(ReferenceOps, "router", spy)
+    recorder = engine.record_routing()
+    greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    list(engine.generate(list(range(1, 20)), greedy))
+    engine.close()
+    ids, predicted = recorder.ids(), recorder.predicted()
+    assert predicted is not None and predicted.shape == ids.shape and len(ids) > 19
+    assert {len(rows) for rows in layers[0][1]} >= {1, 8}
+    assert np.array_equal(predicted[:, 0], ids[:, 0])
+    for layer in range(3):
+        rows, w = np.concatenate(layers[layer][1]), layers[layer + 1][0]
+        scores = rows @ matrix(w.format, w.data, w.scale)[: engine.config.experts].T
+        wanted = np.argsort(-scores, axis=1)[:, : engine.config.top_k]
+        assert np.array_equal(predicted[:, layer + 1], wanted)
+    assert not np.array_equal(predicted, ids)
