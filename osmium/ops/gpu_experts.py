@@ -32,6 +32,7 @@ ROUTER = kernel("router_f32")
 ROUTE = kernel("route_f32")
 REPLAY = kernel("replay_u16")
 FETCH = kernel("fetch_records")
+FETCH_EARLY = kernel("fetch_early")
 EXPERT_UP = {
     16: kernel("bf16_expert_up_f32"),
     8: kernel("int8_expert_up_f32"),
@@ -177,14 +178,19 @@ class GpuExperts(GpuRows):
         FETCH(
             self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.arrived, 0 if ahead is None else ahead,
-            plan.expert.shape[0], cache.record.nbytes, cache.record.down, near,
+            plan.arrived, *((0, 0) if guess is None else (guess.state[layer], guess.done[layer])),
+            0 if ahead is None else ahead, plan.expert.shape[0], cache.record.nbytes,
+            cache.record.down, near,
         )  # fmt: skip
 
     def fetch_early(
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
     ) -> None:
-        raise NotImplementedError
+        FETCH_EARLY(
+            self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
+            guess.expert[layer], guess.slot[layer], guess.state[layer], guess.done[layer],
+            cache.record.nbytes,
+        )  # fmt: skip
 
     def expert_up(
         self,

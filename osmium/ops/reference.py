@@ -363,14 +363,15 @@ class ReferenceOps(ReferenceMaking):
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
     ) -> None:
         expert, slot = int(guess.expert[layer]), int(guess.slot[layer])
-        if guess.state[layer] & STOP or expert < 0:
+        stopped = guess.state[layer] & STOP
+        guess.state[layer] += FETCH_WARPS + (FETCH_WARPS << 15)
+        if stopped or expert < 0:
             return
         cache.slots[layer][slot] = arena.records[layer, expert]
         self._forget(cache, layer, slot)
         pieces = -(-cache.record.nbytes // PIECE)
         blocks = np.arange(FETCH_WARPS // 8)
         guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
-        guess.state[layer] += FETCH_WARPS + (FETCH_WARPS << 15)
 
     def expert_up(
         self,

@@ -595,7 +595,7 @@ def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
         "long_heat": rng.random((1, size.experts), np.float32) * 50,
         "stamp": rng.integers(1, 40, (1, size.experts), dtype=np.int32),
         "step": np.array([40], np.int32),
-        "counters": np.zeros(4, np.int64),
+        "counters": np.zeros(7, np.int64),
     }
 
 

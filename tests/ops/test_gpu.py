@@ -1,12 +1,17 @@
 """Every operation on a GPU against its reference: the interpreter's cases, and larger ones."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
+from osmium.experts.cache import make_cache, resident, verify
+from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
+from osmium.ops.values import FETCH_WARPS
+from osmium.quant.record import Record
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
 
@@ -47,3 +52,47 @@ def test_place_agrees_with_the_reference_over_many_calls(
         found = run(case, gpu)
         for output, kind in case.writes.items():
             assert compare(found[output], wanted[output], kind) <= allowed(kind), (seed, output)
+
+
+def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
+    rng: np.random.Generator, gpu: GpuOps
+) -> None:
+    """It is placed at once, or later, or when all has come; guessed rightly, or not."""
+    record, experts, top_k = Record(4, 3072, 1024), 8, 2
+    nothing: Any = None
+
+    def i32(*shape: int) -> Any:
+        return gpu.put(np.zeros(shape, np.int32))
+
+    records = rng.integers(0, 256, (2, experts, record.nbytes), dtype=np.uint8)
+    arena = ExpertArena(record, gpu.host(records.shape, np.uint8))
+    gpu.host_view(arena.records)[...] = records
+    cache = make_cache(gpu, arena, 2 * top_k, top_k)
+    first, asked, likely = (gpu.empty((1, top_k), np.uint16) for _ in range(3))
+    plan = ExpertPlan(i32(1), i32(top_k), i32(top_k), i32(top_k), i32(top_k), i32(1, top_k), i32(2))
+    guess = ExpertGuess(
+        likely, nothing, nothing, nothing, nothing, i32(2), i32(2), i32(2), i32(2, FETCH_WARPS)
+    )
+    gpu.fill(guess.expert, 0xFF)  # -1
+    pause = gpu.empty((1 << 26,), np.uint8)
+    for turn in range(48):
+        for ids in (first, likely, asked):
+            gpu.copy_in(ids, rng.permutation(experts)[None, :top_k].astype(np.uint16))
+        if turn % 3:
+            gpu.copy(asked, likely)
+        gpu.place(plan, cache, 0, first, guess)
+        gpu.fetch(cache, plan, arena, 0, guess=guess)
+        with gpu.beside():
+            gpu.fetch_early(cache, guess, arena, 1)
+        for _ in range(turn // 3):
+            gpu.fill(pause, turn)
+        gpu.place(plan, cache, 1, asked, guess)
+        gpu.fetch(cache, plan, arena, 1, guess=guess)
+        gpu.join()
+        state = int(gpu.copy_out(guess.state)[1])
+        assert state & 0x7FFF == state >> 15 & 0x7FFF == FETCH_WARPS
+        assert resident(gpu, cache)[1, gpu.copy_out(asked)[0]].all()
+        assert verify(gpu, cache, records, 4 * top_k, turn)
+    guessed, right, brought = gpu.copy_out(cache.counters)[4:]
+    assert 0 < right <= guessed and 0 < brought <= right * record.nbytes // 2048
+    gpu.release(arena.records)

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import ExpertArena, ExpertCache, ExpertPlan, Linear, Ops
+from osmium.ops import ExpertArena, ExpertCache, ExpertGuess, ExpertPlan, Linear, Ops
+from osmium.ops.values import FETCH_WARPS, PIECE, STOP
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from osmium.quant.record import Record
@@ -203,8 +204,34 @@ def router(
     return lambda rng: cases.router(rng, size, equal, form)
 
 
-def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Make:
-    """A plan of len(fetched) experts in an array of `entries`; bf16 records."""
+def pieces_of(record: Record) -> npt.NDArray[np.int32]:
+    """Pieces of a record that each warp of a fetch has a share of, i32 [FETCH_WARPS]."""
+    pieces, blocks = -(-record.nbytes // PIECE), FETCH_WARPS // 8
+    return np.repeat([len(range(block, pieces, blocks)) for block in range(blocks)], 8).astype(
+        np.int32
+    )
+
+
+def came(record: Record, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which bytes of a record are there when each warp has stored its share of `done` pieces."""
+    at, blocks = np.arange(record.nbytes), FETCH_WARPS // 8
+    warp = at // PIECE % blocks * 8 + at % (PIECE // 4) // (PIECE // 32)  # a quarter at a time
+    return np.asarray(at // PIECE // blocks < done[warp])
+
+
+def guess_of(expert: Any, slot: Any, state: Any, done: Any) -> ExpertGuess:
+    """Without what only the router writes."""
+    nothing: Any = None
+    return ExpertGuess(
+        nothing, nothing, nothing, nothing, nothing, expert, slot, state, done,
+    )  # fmt: skip
+
+
+def fetch(
+    hidden: int, inner: int, fetched: tuple[int, ...], entries: int, guessed: bool = False
+) -> Make:
+    """A plan of len(fetched) experts in an array of `entries`; bf16 records.  With a guess some
+    warps have begun and left; of an expert whose fetch is 2 they have brought some pieces."""
 
     def make(rng: np.random.Generator) -> Case:
         record, count, used = Record(16, hidden, inner), entries + 2, len(fetched)
@@ -217,7 +244,7 @@ def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Ma
         arrays: Arrays = {
             "arena": rng.integers(0, 256, (1, count, record.nbytes), dtype=np.uint8),
             "slots": rng.integers(0, 256, (1, entries, record.nbytes), dtype=np.uint8),
-            "counters": np.array([1, 2, 3, 4], np.int64) << 32,
+            "counters": np.arange(1, 8) << 32,
             "count": np.array([used], np.int32),
             "expert": plan(np.sort(rng.permutation(count)[:used])),
             "slot": plan(rng.permutation(entries)[:used]),
@@ -225,15 +252,50 @@ def fetch(hidden: int, inner: int, fetched: tuple[int, ...], entries: int) -> Ma
             "uses": plan(rng.integers(1, 9, used)),
             "arrived": np.array([0, 0], np.int32),
         }
+        if guessed:
+            begun = int(rng.integers(1, FETCH_WARPS + 1))
+            done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
+            arrays["state"] = np.array([STOP + begun + (begun << 15)], np.int32)
+            arrays["done"] = done[None]
+            if fetched[0] == 2:
+                there = came(record, done)
+                source = arrays["arena"][0, arrays["expert"][0]]
+                arrays["slots"][0, arrays["slot"][0], there] = source[there]
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = cache_of(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
             plan = ExpertPlan(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
             )
-            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
+            guess = guess_of(None, None, a["state"], a["done"]) if guessed else None
+            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0, guess=guess)
 
         return Case(arrays, call, {"slots": "exact", "counters": "exact"})
+
+    return make
+
+
+def fetch_early(hidden: int, inner: int, expert: int, state: int = 0) -> Make:
+    """The second of two layers' guesses, with nobody to stop it; bf16 records."""
+
+    def make(rng: np.random.Generator) -> Case:
+        record, shape = Record(16, hidden, inner), (2, 3)
+        nobody = np.empty(shape, np.int32)
+        arrays: Arrays = {
+            "arena": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
+            "slots": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
+            "expert": np.array([-1, expert], np.int32),
+            "slot": rng.integers(0, 3, 2, np.int32),
+            "state": np.array([7, state], np.int32),
+            "done": np.zeros((2, FETCH_WARPS), np.int32),
+        }
+
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            guess = guess_of(a["expert"], a["slot"], a["state"], a["done"])
+            cache = cache_of(record, a["slots"], nobody)
+            ops.fetch_early(cache, guess, ExpertArena(record, a["arena"]), 1)
+
+        return Case(arrays, call, dict.fromkeys(("slots", "state", "done"), "exact"))
 
     return make
 
@@ -305,4 +367,14 @@ CASES: dict[str, Make] = {
     "fetch nothing": fetch(16, 8, (0, 0), 2),
     "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),
     "fetch of 35 entries": fetch(32, 24, (0,) * 30 + (1, 0, 1, 1, 0), 36),
+    "fetch a guess of a page": fetch(16, 8, (2, 0), 3, guessed=True),
+    "fetch a guess, up to four pieces a block": fetch(256, 528, (2,), 2, guessed=True),
+    "fetch a guess and others": fetch(256, 200, (2, 0, 1, 1), 4, guessed=True),
+    "fetch a guess and others, 35 entries": fetch(96, 48, (2,) + (1, 0) * 17, 36, guessed=True),
+    "fetch others than the guess": fetch(256, 200, (1, 0), 3, guessed=True),
+    "fetch nothing, not the guess either": fetch(16, 8, (0, 0), 2, guessed=True),
+    "fetch early a page": fetch_early(16, 8, 2),
+    "fetch early up to four pieces a block": fetch_early(256, 528, 1),
+    "fetch early nobody": fetch_early(256, 200, -1),
+    "fetch early, too late": fetch_early(256, 200, 1, STOP + 5 + (5 << 15)),
 }

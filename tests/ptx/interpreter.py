@@ -463,7 +463,8 @@ class InterpretedStream:
         self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
         """What lanes stored, relaxed, and nobody sees yet."""
         self.beside: list[Callable[[], None]] = []
-        """What is done meanwhile, in this order: a next one by chance where a lane acquires."""
+        """What is done meanwhile, in this order: a next one by chance where a lane looks at what
+        others write, or adds to it."""
         self.clock = 0
         """%globaltimer, ns."""
 
@@ -479,6 +480,11 @@ class InterpretedStream:
                 self.late.append((block, at, data))
             else:
                 block.put(at, data, self.launches)
+
+    def meanwhile(self) -> None:
+        """What is done beside goes on, by chance."""
+        if self.beside and self.rng.random() < 0.5:
+            self.beside.pop(0)()
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         """Run every block of a launch."""
@@ -914,6 +920,7 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     def load(w: Warp, m: Mask) -> None:
         if relaxed:
             w.machine.stream.land(0.5)
+            w.machine.stream.meanwhile()
         if acquires:
             acquire(w, m)
         for lanes in _by_array(space, address(w, m), m):
@@ -921,8 +928,6 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def acquire(w: Warp, m: Mask) -> None:
         stream = w.machine.stream
-        if stream.beside and stream.rng.random() < 0.5:
-            stream.beside.pop(0)()
         block, at = w.memory(space, address(w, m), m)
         if stream.early and (block.launch[at] % (stream.launches - 1) == 0).all():
             w.waited = w.acquired = True
@@ -1016,7 +1021,8 @@ def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
-    _, parts = _relaxed(parts)  # what a warp stored before, with or without a fence, is there
+    # what a warp stored before, with or without a fence, is there: to release is to relax
+    _, parts = _relaxed(["relaxed", *parts[1:]] if parts[0] == "release" else parts)
     if parts[:2] != ["global", "add"]:
         raise KeyError(".".join(parts))
     dtype = TYPES[parts[2]]
@@ -1033,9 +1039,9 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
-    """An addition that gives back what was there; one lane, as that is all that is used.  Relaxed,
-    it says nothing of stores before it: those on their way stay on it."""
-    if parts != ["relaxed", "gpu", "global", "add", "u32"]:
+    """An addition that gives back what was there; one lane, as that is all that is used.  Relaxed
+    or acquiring, it says nothing of stores before it: those on their way stay on it."""
+    if parts[0] not in ("relaxed", "acquire") or parts[1:] != ["gpu", "global", "add", "u32"]:
         raise KeyError(".".join(parts))
     address, value = _address(program, args[1], "global"), _operand(program, args[2], TYPES["u32"])
 
@@ -1044,6 +1050,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
         _reach(block, at, 4, w, read=True)
         if len(at) != 1:
             raise PtxFault(f"{w.where}: {len(at)} lanes, whose order nobody knows")
+        w.machine.stream.meanwhile()
         word = block.data.view(np.uint32)[at // 4]
         block.data.view(np.uint32)[at // 4] = word + value(w, m)[m][0]
         w.write(args[0], np.full(LANES, word[0], np.uint32), m)

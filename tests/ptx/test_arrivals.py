@@ -1,4 +1,5 @@
-"""What fetch says of bytes that have arrived, and that who computes with them waits for it."""
+"""What fetch says of bytes that have arrived, and that who computes with them waits for it; and how
+what is fetched early ends."""
 
 import re
 from dataclasses import replace
@@ -11,10 +12,10 @@ from osmium.ops import ExpertArena, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_WARPS
+from osmium.ops.values import FETCH_WARPS, STOP
 from osmium.quant.record import Record
-from tests.ops.cases import allowed, compare, run
-from tests.ptx.cases_linear import CASES, cache_of
+from tests.ops.cases import Case, allowed, compare, run
+from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of
 from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
 from tests.ptx.test_barriers import AWAITED
 
@@ -33,26 +34,35 @@ PLANS = {
     "several": (1, 0, 1, 1),
     "more entries than lanes": (1, *[0] * 33, 1, 0),
     "the last lanes have none": (0, 1, *[0] * 33),
+    "a guess": (2,),
+    "a guess and others": (2, 0, 1, 1),
 }
 
 
 def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], text: str) -> Any:
     """A plan carried out by a text of fetch_records: entries fetched, their slots' bytes before
-    and after, their records, and the words."""
+    and after, their records, and the words.  Of a guess some pieces are there."""
     ops, used = GpuOps(InterpretedMachine(int(rng.integers(99)))), len(fetch)
     ops.machine.stream.programs["fetch_records"] = parse_program(text)
     arena = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     before = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     slot = rng.permutation(used).astype(np.int32)
+    guess = None
+    if fetch[0] == 2:
+        done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
+        there = came(record, done)
+        before[0, slot[0], there] = arena[0, 0, there]
+        state = np.full(1, STOP + 3 + (3 << 15), np.int32)
+        guess = guess_of(None, None, ops.put(state), ops.put(done[None]))
     slots, words = ops.put(before), ops.put(np.zeros(2, np.int32))
-    counters = ops.put(np.zeros(4, np.int64))
+    counters = ops.put(np.zeros(7, np.int64))
     cache = cache_of(record, slots, np.empty((1, used), np.int32), counters)
     plan = ExpertPlan(
         ops.put(np.array([used], np.int32)), ops.put(np.arange(used, dtype=np.int32)),
         ops.put(slot), ops.put(np.array(fetch, np.int32)), ops.put(np.ones(used, np.int32)),
         None, words,
     )  # fmt: skip
-    ops.fetch(cache, plan, ExpertArena(record, ops.put(arena)), 0)
+    ops.fetch(cache, plan, ExpertArena(record, ops.put(arena)), 0, guess=guess)
     who = np.flatnonzero(fetch)
     after = ops.copy_out(slots)
     return before[0, slot[who]], after[0, slot[who]], arena[0, who], ops.copy_out(words)
@@ -87,7 +97,7 @@ def test_what_is_read_next_is_asked_for_once(
     plan_of = ExpertPlan(
         i32([used]), i32(every), i32(every), i32(fetch), i32([1] * used), None, i32([0, 0])
     )
-    cache = cache_of(record, slots, np.empty((1, used), np.int32), ops.put(np.zeros(4, np.int64)))
+    cache = cache_of(record, slots, np.empty((1, used), np.int32), ops.put(np.zeros(7, np.int64)))
     ops.fetch(cache, plan_of, ExpertArena(record, slots), 0, ahead)
     pieces = -(-record.nbytes // (1 << 14)) - -(-record.down // (1 << 14))
     most = min(nbytes, pieces << 18, machine.l2 // 2) if any(fetch) else 0
@@ -95,7 +105,9 @@ def test_what_is_read_next_is_asked_for_once(
     assert sorted(machine.prefetched) == list(range(ahead.ptr, ahead.ptr + most, 128))
 
 
-@pytest.mark.parametrize("plan", ["one", "the last but one", "several"])
+@pytest.mark.parametrize(
+    "plan", ["one", "the last but one", "several", "a guess", "a guess and others"]
+)
 def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
     """Warps that leave as soon as they have said it."""
     record = Record(16, 512, 344)
@@ -161,3 +173,94 @@ def test_a_half_without_its_barrier_reads_too_soon(name: str, which: int) -> Non
 def test_what_never_arrives_is_given_up() -> None:
     with pytest.raises(PtxFault, match="gives up"):
         late(0, last=False)
+
+
+def test_what_is_fetched_early_ends_at_the_next_piece() -> None:
+    """The layer is placed at any time: each warp has stored the pieces that it says, and left."""
+    make, record, cut = CASES["fetch early up to four pieces a block"], Record(16, 256, 528), False
+    most = pieces_of(record)
+    for seed in range(8):
+        case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed)
+
+        def placed(ops: Any, a: dict[str, Any], case: Case = case) -> None:
+            def stop() -> None:
+                a["state"].numpy()[1] |= STOP
+                a["expert"].numpy()[1] = -1
+
+            ops.machine.stream.beside = [*[lambda: None] * 40, stop]
+            case.call(ops, a)
+            assert not ops.machine.stream.beside
+
+        found, before = run(replace(case, call=placed), GpuOps(machine)), case.arrays
+        done, slot = found["done"][1], before["slot"][1]
+        wanted, there = before["slots"].copy(), came(record, done)
+        wanted[1, slot, there] = before["arena"][1, before["expert"][1], there]
+        np.testing.assert_array_equal(found["slots"], wanted)
+        assert found["state"][1] == STOP + FETCH_WARPS + (FETCH_WARPS << 15)
+        assert (done == most).any() and (done == 0).any()
+        cut |= bool(((0 < done) & (done < most)).any())
+    assert cut, "no warp was told between two of its pieces"
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("fetch a guess, up to four pieces a block", (256, 528)),
+        ("fetch a guess and others", (256, 200)),
+    ],
+)
+def test_what_came_early_is_not_copied_again(
+    rng: np.random.Generator, name: str, size: tuple[int, int]
+) -> None:
+    """Other bytes in its place stay."""
+    case = CASES[name](rng)
+    wanted, slot = run(case, ReferenceOps())["slots"], case.arrays["slot"][0]
+    there = came(Record(16, *size), case.arrays["done"][0])
+    case.arrays["slots"][0, slot, there] ^= 0xFF
+    wanted[0, slot, there] ^= 0xFF
+    found = run(case, GpuOps(InterpretedMachine(int(rng.integers(99)))))["slots"]
+    assert there.any()
+    np.testing.assert_array_equal(found, wanted)
+
+
+def beside_the_last(name: str, seed: int, ends: bool = True) -> bool:
+    """Whether a fetch comes out right whose guess is stored, and said to be, while it looks; with
+    the last warp to leave, or without."""
+    make = CASES[name]
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps())
+    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed)
+
+    def ending(ops: Any, a: dict[str, Any]) -> None:
+        state, done, slots = (a[name].numpy() for name in ("state", "done", "slots"))
+        slot, stored = a["slot"].numpy()[0], done.copy()
+        whole = slots[0, slot].copy()
+        slots[0, slot], done[...] = 0x5A, 0
+        state -= 1 << 15
+
+        def end() -> None:
+            slots[0, slot], done[...] = whole, stored
+            state[...] += 1 << 15
+
+        machine.stream.beside = [lambda: None, end] if ends else []
+        case.call(ops, a)
+        assert not machine.stream.beside, "it has not waited"
+
+    found = run(replace(case, call=ending), GpuOps(machine))
+    return all(np.array_equal(found[k], wanted[k]) for k in case.writes)
+
+
+@pytest.mark.parametrize("name", ["fetch a guess and others", "fetch others than the guess"])
+def test_a_fetch_waits_for_what_is_fetched_early(name: str) -> None:
+    assert all(beside_the_last(name, seed) for seed in range(4))
+
+
+def test_a_fetch_of_nothing_waits_for_nobody() -> None:
+    case = CASES["fetch nothing, not the guess either"](np.random.default_rng(0))
+    case.arrays["state"] -= 1 << 15
+    wanted, found = (run(case, ops) for ops in (ReferenceOps(), GpuOps(InterpretedMachine(0))))
+    assert all(np.array_equal(found[k], wanted[k]) for k in case.writes)
+
+
+def test_what_never_leaves_is_given_up() -> None:
+    with pytest.raises(PtxFault, match="gives up"):
+        beside_the_last("fetch a guess and others", 0, ends=False)
