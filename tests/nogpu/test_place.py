@@ -138,8 +138,8 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
             b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
             b.long_heat[on], b.stamp[on], other.ids, other.weights, other.expert, other.slot,
-            other.state, other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries, layer,
-            int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
+            other.state, other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries,
+            layer, int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
             np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
             np.float32(b.fading.share),
         )  # fmt: skip
