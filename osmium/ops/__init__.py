@@ -379,7 +379,7 @@ class Ops(Protocol):
 
         counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
         is read when the layer is done; it changes nothing, but may be near when it is asked for.
-        With a guess it waits until all warps of fetch_early have left that have begun, and adds
+        With a guess it waits until all blocks of fetch_early have left that have begun, and adds
         to counters[6] what they brought, where that is asked for.
         """
 

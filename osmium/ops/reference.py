@@ -364,7 +364,7 @@ class ReferenceOps(ReferenceMaking):
     ) -> None:
         expert, slot = int(guess.expert[layer]), int(guess.slot[layer])
         stopped = guess.state[layer] & STOP
-        guess.state[layer] += FETCH_WARPS + (FETCH_WARPS << 15)
+        guess.state[layer] += (FETCH_WARPS + (FETCH_WARPS << 15)) // 8  # blocks of eight warps
         if stopped or expert < 0:
             return
         cache.slots[layer][slot] = arena.records[layer, expert]

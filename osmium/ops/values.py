@@ -327,7 +327,7 @@ class ExpertGuess:
     slot: Array
     """i32 [L], its slot, which the cache's tables call free."""
     state: Array
-    """i32 [L].  The warps of `fetch_early` that have begun, and 2^15 times those that have left;
+    """i32 [L].  The blocks of `fetch_early` that have begun, and 2^15 times those that have left;
     STOP is added once the layer is placed."""
     done: Array
     """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
