@@ -177,14 +177,19 @@ def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> Non
     assert np.array_equal(found.ids, np.concatenate(parts))
     assert found.starts.tolist() == [0, 5]
     assert found.predicted is None and recorder.predicted() is None
+    assert found.predicted_weights is None and recorder.predicted_weights() is None
     said = rng.integers(0, 12, (10, 3)).astype(np.uint16)
+    weights = rng.random((10, 3), np.float32)
     for rows in (slice(0, 6), slice(6, 10)):
-        recorder.expect(1, said[rows])
+        recorder.expect(1, said[rows], weights[rows])
     recorder.save(tmp_path / "routing.npz")
     found = read_trace(tmp_path / "routing.npz")
     assert found.predicted is not None and found.experts == max(found.ids.max(), said.max()) + 1
     assert np.array_equal(found.predicted[:, 1], said)
     assert np.array_equal(found.predicted[:, 0], found.ids[:, 0])
+    assert found.predicted_weights is not None and found.predicted_weights.dtype == np.float32
+    assert np.array_equal(found.predicted_weights[:, 1], weights)
+    assert (found.predicted_weights[:, 0] == np.float32(1 / 3)).all()
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -207,5 +212,19 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         np.savez(path, ids=ids, predicted=said)
         with pytest.raises(ConfigError, match=wanted):
             read_trace(path, 40)
+    even = np.ones(ids.shape, np.float16)
+    for weights, wanted in (
+        (even[:, :2], r"predicted_weights is float16 \[2, 2, 1\]"),
+        (ids, "predicted_weights is uint8"),
+        (even * np.nan, "not finite"),
+        (even * np.inf, "not finite"),
+        (-even, "below 0"),
+    ):
+        np.savez(path, ids=ids, predicted=ids, predicted_weights=weights)
+        with pytest.raises(ConfigError, match=wanted):
+            read_trace(path)
+    np.savez(path, ids=ids, predicted_weights=even)
+    with pytest.raises(ConfigError, match="not predicted"):
+        read_trace(path)
     with pytest.raises(ConfigError):
         Recorder(1).save(tmp_path / "no" / "where.npz")
