@@ -25,6 +25,7 @@ import numpy.typing as npt
 from osmium.experts.cache import FADING
 from osmium.experts.heat import Heat, quotas
 from osmium.experts.routing import Trace
+from osmium.ops.values import COLD
 
 __all__ = [
     "GUESSED", "POLICIES", "RULES", "SHIPPED", "Guesses", "guess", "hit_rate", "kept", "recall",
@@ -82,7 +83,8 @@ def _mixed(cache: Cache) -> F64:
     recent = cache.count * np.exp2((cache.last - cache.now) / FADING.half_life)
     step = cache.now + 1  # the operation counts from 1
     grown = 1 - 2 ** (-(step + FADING.earlier) / FADING.long_half_life)
-    return grown * recent + FADING.share * cache.slow + 1e-9 * cache.last
+    warmth = grown * recent + FADING.share * cache.slow  # values.Fading's
+    return np.asarray(warmth + 1e-9 * cache.last)
 
 
 POLICIES = (
@@ -93,10 +95,11 @@ POLICIES = (
 SHIPPED = "mixed"
 """The one of them by which ops.place decides who leaves."""
 
-RULES = ("warmest", "first")
-"""Who of the predicted that are in no slot is guessed: by warmth, or in the router's order."""
+RULES = ("shipped", "first", "warmest")
+"""Who of the predicted that are in no slot is guessed: by the square of the router's weight times
+warmth + COLD (by warmth where a trace has no weights), in the router's order, or by warmth."""
 
-GUESSED = "warmest"
+GUESSED = "shipped"
 """The one of them by which ops.place decides whom to guess."""
 
 
@@ -105,6 +108,8 @@ class Guesses:
     """A guess a token in each layer but the first: from what, and what came of it, [L] each."""
 
     predicted: npt.NDArray[np.int64]
+    """[T, L, A]."""
+    weights: npt.NDArray[np.float32]
     """[T, L, A]."""
     rule: str
     made: npt.NDArray[np.int64]
@@ -156,7 +161,8 @@ def simulate(
         cache.now = t
         cache.slow *= slower
         if guesses is not None:
-            who = _guess(guesses.predicted[t], inside, worth(cache), slots, guesses.rule)
+            named, weights = guesses.predicted[t], guesses.weights[t].astype(np.float64)
+            who = _guess(named, weights, inside, worth(cache), slots, guesses.rule)
             if t >= skip:
                 guesses.made += who >= 0
                 guesses.right += (mine == who[:, None]).any(axis=1)
@@ -186,23 +192,29 @@ def simulate(
 
 def _guess(
     named: npt.NDArray[np.int64],
+    weights: F64,
     inside: npt.NDArray[np.bool_],
     value: F64,
     slots: npt.NDArray[np.int64],
     rule: str,
 ) -> npt.NDArray[np.int64]:
     """Who is guessed in each layer, or -1.  For its slot, if none is free, the coldest that was
-    not predicted leaves.  named [L, A]    inside, value [L, E]"""
-    if rule == "warmest":
-        named = np.sort(named, axis=1)  # ties to the lower id
+    not predicted leaves.  named, weights [L, A]    inside, value [L, E]"""
     rows = np.arange(len(named))[:, None]
+    if rule != "first":  # ties to the lower id
+        by_id = np.argsort(named, axis=1, kind="stable")
+        named, weights = named[rows, by_id], weights[rows, by_id]
     likely = ~inside[rows, named]
     held = inside.copy()
     held[rows, named] = False
     able = np.asarray(likely.any(axis=1))
     able[0] = False
-    order = np.where(likely, value[rows, named] if rule == "warmest" else 0.0, -np.inf)
-    who = named[rows[:, 0], order.argmax(axis=1)]
+    gain = {
+        "shipped": weights**2 * (value[rows, named] + COLD),
+        "first": np.zeros(named.shape),
+        "warmest": value[rows, named],
+    }[rule]
+    who = named[rows[:, 0], np.where(likely, gain, -np.inf).argmax(axis=1)]
     leaving = np.where(held, value, np.inf).argmin(axis=1)
     leaves = able & (inside.sum(axis=1) >= slots)  # as likely ones are not inside, others are held
     inside[leaves, leaving[leaves]] = False
@@ -215,9 +227,11 @@ def guess(
     """With what ships and a guess a token in each layer but the first: the share of uses hit after
     `skip` tokens, guesses a layer and token, and the share of these that are right."""
     assert trace.predicted is not None, "guesses are from what was predicted"
-    tokens, layers, _ = trace.ids.shape
-    none = np.zeros(layers, np.int64)
-    guesses = Guesses(trace.predicted.astype(np.int64), rule, none, none.copy())
+    tokens, layers, top_k = trace.ids.shape
+    weights, none = trace.predicted_weights, np.zeros(layers, np.int64)
+    if weights is None:
+        weights = np.full(trace.ids.shape, 1 / top_k, np.float32)
+    guesses = Guesses(trace.predicted.astype(np.int64), weights, rule, none, none.copy())
     each = np.full(layers, slots)
     hits = simulate(trace, each, _mixed, FADING.half_life, skip, guesses)
     made, right = int(guesses.made.sum()), int(guesses.right.sum())

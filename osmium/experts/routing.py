@@ -3,9 +3,12 @@
 A trace is an .npz with ids [T, L, A], the experts that each token activated in each layer, in order
 of time, and prompt_starts [P], where the traffic of another prompt begins.  It may have predicted
 [T, L, A], whom each layer's router would have chosen for the rows that the layer before has seen;
-the first layer has none before it, and there predicted is ids.
+the first layer has none before it, and there predicted is ids.  Beside predicted it may have
+predicted_weights, float [T, L, A]: the softmax of that router over the A that it would have chosen;
+in the first layer 1 / A each.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ from osmium.ops import Linear, Ops, Rows
 __all__ = ["Recorder", "Trace", "predict", "read_trace"]
 
 Ids = npt.NDArray[np.uint16]
+F32 = npt.NDArray[np.float32]
 
 
 class Recorder:
@@ -26,6 +30,7 @@ class Recorder:
     def __init__(self, layers: int) -> None:
         self._layers: list[list[Ids]] = [[] for _ in range(layers)]
         self._expected: list[list[Ids]] = [[] for _ in range(layers)]
+        self._weights: list[list[F32]] = [[] for _ in range(layers)]
         self._starts: list[int] = [0]
         self._tokens = 0
 
@@ -35,9 +40,10 @@ class Recorder:
         if layer == 0:
             self._tokens += len(ids)
 
-    def expect(self, layer: int, predicted: Ids) -> None:
-        """predicted u16 [T, A] of a layer but the first, in every step or in none."""
+    def expect(self, layer: int, predicted: Ids, weights: F32) -> None:
+        """predicted u16, weights f32 [T, A] of a layer but the first, in every step or in none."""
         self._expected[layer].append(np.array(predicted, np.uint16))
+        self._weights[layer].append(np.array(weights, np.float32))
 
     def prompt(self) -> None:
         """What follows belongs to another prompt."""
@@ -54,12 +60,20 @@ class Recorder:
             return None
         return _stacked([self._layers[0], *self._expected[1:]])
 
+    def predicted_weights(self) -> F32 | None:
+        """f32 [T, L, A], in the first layer 1 / A; None where nothing was expected."""
+        if not any(self._expected):
+            return None
+        alike = [np.full(ids.shape, 1 / ids.shape[1], np.float32) for ids in self._layers[0]]
+        return _stacked([alike, *self._weights[1:]])
+
     def save(self, path: str | Path) -> None:
         """Raises: ConfigError where the file cannot be written."""
         try:
             with open(path, "wb") as file:
-                starts, predicted = np.array(self._starts, np.int64), self.predicted()
-                more: dict[str, Any] = {} if predicted is None else {"predicted": predicted}
+                starts, more = np.array(self._starts, np.int64), dict[str, Any]()
+                if (predicted := self.predicted()) is not None:
+                    more = {"predicted": predicted, "predicted_weights": self.predicted_weights()}
                 np.savez_compressed(file, ids=self.ids(), prompt_starts=starts, **more)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error}") from None
@@ -74,8 +88,10 @@ class Trace:
         starts: npt.NDArray[np.int64],
         experts: int,
         predicted: Ids | None = None,
+        predicted_weights: F32 | None = None,
     ) -> None:
-        self.ids, self.starts, self.experts, self.predicted = ids, starts, experts, predicted
+        self.ids, self.starts, self.experts = ids, starts, experts
+        self.predicted, self.predicted_weights = predicted, predicted_weights
 
 
 def read_trace(path: str | Path, experts: int | None = None) -> Trace:
@@ -97,25 +113,43 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
             f"{path}: predicted is {predicted.dtype} {list(predicted.shape)}; it must be unsigned "
             f"and {list(ids.shape)}, as ids are."
         )
+    weights = data.get("predicted_weights")
+    if weights is not None:
+        _check_weights(path, weights, predicted)
+        weights = weights.astype(np.float32)
     most = int(ids.max() if predicted is None else max(ids.max(), predicted.max())) + 1
     if experts is not None and most > experts:
         raise ConfigError(f"{path} names expert {most - 1}; the model has {experts} a layer.")
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
     if predicted is not None:
         predicted = predicted.astype(np.uint16)
-    return Trace(ids.astype(np.uint16), starts, experts or most, predicted)
+    return Trace(ids.astype(np.uint16), starts, experts or most, predicted, weights)
 
 
-def predict(ops: Ops, h: Rows, router: Linear, experts: int, top_k: int) -> Ids:
-    """Whom a router would choose for rows h [T, D]: u16 [T, A] on the host.  Allocates and waits,
-    as recording does."""
+def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids | None) -> None:
+    """Raises: ConfigError where these are no weights of the predicted."""
+    if predicted is None:
+        raise ConfigError(f"{path} has predicted_weights, but not predicted, whose they would be.")
+    if weights.shape != predicted.shape or weights.dtype.kind != "f":
+        raise ConfigError(
+            f"{path}: predicted_weights is {weights.dtype} {list(weights.shape)}; it must be float "
+            f"and {list(predicted.shape)}, as predicted is."
+        )
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ConfigError(f"{path}: predicted_weights has values that are not finite or below 0.")
+
+
+def predict(ops: Ops, h: Rows, router: Linear, experts: int, top_k: int) -> tuple[Ids, F32]:
+    """Whom a router would choose for rows h [T, D], u16 [T, A], and their weights, f32 [T, A], on
+    the host.  Allocates and waits, as recording does."""
     tokens = h.f32.shape[0]
     ids, weights = ops.empty((tokens, top_k), np.uint16), ops.empty((tokens, top_k), np.float32)
     scores, counters = ops.empty((tokens, router.rows), np.float32), ops.put(np.zeros(4, np.int64))
     ops.linear(scores, h, router)
     ops.route(ids, weights, scores, experts, counters)
-    return ops.copy_out(ids).astype(np.uint16, copy=False)
+    chosen, by = ops.copy_out(ids), ops.copy_out(weights)
+    return chosen.astype(np.uint16, copy=False), by.astype(np.float32, copy=False)
 
 
-def _stacked(layers: list[list[Ids]]) -> Ids:
+def _stacked(layers: Sequence[Sequence[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
     return np.stack([np.concatenate(layer) for layer in layers], axis=1)

@@ -45,8 +45,8 @@ class Moe:
         )  # fmt: skip
         if store.recorder is not None and store.trace is None and self.after is not None:
             top_k = work.ids.shape[1]
-            predicted = predict(self.ops, work.h, self.after, self.experts, top_k)
-            store.recorder.expect(self.layer + 1, predicted)
+            predicted, weights = predict(self.ops, work.h, self.after, self.experts, top_k)
+            store.recorder.expect(self.layer + 1, predicted, weights)
         store.mlp(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
             work.shared_inner, work.shared_both, work.shared, work.y, norm, ahead,

@@ -76,8 +76,9 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
             cache.counters[:] = 0
         for layer in range(layers):
             if layer + 1 < layers:
-                assert t.predicted is not None
+                assert t.predicted is not None and t.predicted_weights is not None
                 guess.ids[:] = t.predicted[now, layer + 1]
+                guess.weights[:] = t.predicted_weights[now, layer + 1]
             ReferenceOps().place(plan, cache, layer, token[layer : layer + 1], guess)
     hit, made, right = cache.counters[[1, 4, 5]]
     assert made and right, "it says something"
@@ -89,23 +90,36 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
 
 
 def predicted(rng: np.random.Generator, t: Trace, right: float) -> Trace:
-    """A trace that says so much of itself beforehand."""
+    """A trace that says so much of itself beforehand, with weights that say nothing."""
     wrong = rng.random(t.ids.shape) >= right
     said = np.where(wrong, rng.integers(0, t.experts, t.ids.shape), t.ids).astype(np.uint16)
-    return Trace(t.ids, t.starts, t.experts, said)
+    weights = rng.random(t.ids.shape, np.float32)
+    return Trace(t.ids, t.starts, t.experts, said, weights)
 
 
 @pytest.mark.parametrize(
-    ("rule", "said", "right"),
-    [("first", [1, 2, 0], 1), ("first", [1, 0, 2], 0), ("warmest", [1, 2, 0], 0)],
-)
-def test_the_rules_differ_in_whom_they_guess(rule: str, said: list[int], right: int) -> None:
-    """Of layer 1, at the last token: 1 is there, 0 is warmer than 2, and 2 is asked for."""
+    ("rule", "said", "weights", "right"),
+    [
+        ("first", [1, 2, 0], None, 1), ("first", [1, 0, 2], None, 0),
+        ("warmest", [1, 2, 0], None, 0), ("warmest", [1, 2, 0], [0.3, 0.7, 0], 0),
+        ("shipped", [1, 2, 0], None, 0), ("shipped", [1, 0, 2], [0, 0.45, 0.55], 0),
+        ("shipped", [1, 0, 2], [0, 0.2, 0.8], 1),
+    ],
+)  # fmt: skip
+def test_the_rules_differ_in_whom_they_guess(
+    rule: str, said: list[int], weights: list[float] | None, right: int
+) -> None:
+    """Of layer 1, at the last token: 1 is there, 0 is warmer than 2, and 2 is asked for.  Warmth
+    outweighs a little of the router's weight, not most of it."""
     asked = [[0, 3, 4], [1, 5, 6], [1, 5, 6], [2, 5, 6]]
     ids = np.array([[one, one] for one in asked], np.uint16)
     predicted = ids.copy()
     predicted[3, 1] = said
-    t = Trace(ids, np.array([0]), 9, predicted)
+    each = None
+    if weights is not None:
+        each = np.full(ids.shape, 1 / 3, np.float32)
+        each[3, 1] = weights
+    t = Trace(ids, np.array([0]), 9, predicted, each)
     hits, made, found = policies.guess(t, 3, 3, rule)
     assert (made, found) == (1, right)
     assert hits == pytest.approx((2 + 1) / 6), "one of two that were there has left for it"
@@ -177,14 +191,19 @@ def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> Non
     assert np.array_equal(found.ids, np.concatenate(parts))
     assert found.starts.tolist() == [0, 5]
     assert found.predicted is None and recorder.predicted() is None
+    assert found.predicted_weights is None and recorder.predicted_weights() is None
     said = rng.integers(0, 12, (10, 3)).astype(np.uint16)
+    weights = rng.random((10, 3), np.float32)
     for rows in (slice(0, 6), slice(6, 10)):
-        recorder.expect(1, said[rows])
+        recorder.expect(1, said[rows], weights[rows])
     recorder.save(tmp_path / "routing.npz")
     found = read_trace(tmp_path / "routing.npz")
     assert found.predicted is not None and found.experts == max(found.ids.max(), said.max()) + 1
     assert np.array_equal(found.predicted[:, 1], said)
     assert np.array_equal(found.predicted[:, 0], found.ids[:, 0])
+    assert found.predicted_weights is not None and found.predicted_weights.dtype == np.float32
+    assert np.array_equal(found.predicted_weights[:, 1], weights)
+    assert (found.predicted_weights[:, 0] == np.float32(1 / 3)).all()
 
 
 def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
@@ -207,5 +226,19 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         np.savez(path, ids=ids, predicted=said)
         with pytest.raises(ConfigError, match=wanted):
             read_trace(path, 40)
+    even = np.ones(ids.shape, np.float16)
+    for weights, wanted in (
+        (even[:, :2], r"predicted_weights is float16 \[2, 2, 1\]"),
+        (ids, "predicted_weights is uint8"),
+        (even * np.nan, "not finite"),
+        (even * np.inf, "not finite"),
+        (-even, "below 0"),
+    ):
+        np.savez(path, ids=ids, predicted=ids, predicted_weights=weights)
+        with pytest.raises(ConfigError, match=wanted):
+            read_trace(path)
+    np.savez(path, ids=ids, predicted_weights=even)
+    with pytest.raises(ConfigError, match="not predicted"):
+        read_trace(path)
     with pytest.raises(ConfigError):
         Recorder(1).save(tmp_path / "no" / "where.npz")

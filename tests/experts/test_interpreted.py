@@ -56,11 +56,11 @@ def steps(
             for _ in range(LAYERS + 1)
         ]
         for layer, ids in enumerate(chosen[:-1]):
+            likely = np.where(rng.random(ids.shape) < 0.6, chosen[layer + 1], ids)
+            weights = rng.random(ids.shape, np.float32)
             if guess is not None:
-                likely = np.where(rng.random(ids.shape) < 0.6, chosen[layer + 1], ids)
                 ops.copy_in(guess.ids[:tokens], likely.astype(np.uint16))
-            else:
-                rng.random(ids.shape)
+                ops.copy_in(guess.weights[:tokens], weights)
             x = ops.put(rng.standard_normal((tokens, hidden), np.float32))
             both, said, y = (
                 ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)

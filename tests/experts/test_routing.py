@@ -28,13 +28,18 @@ def test_predicted_is_the_next_router_on_the_rows_before_it(
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     list(engine.generate(list(range(1, 20)), greedy))
     engine.close()
-    ids, predicted = recorder.ids(), recorder.predicted()
+    ids, predicted, weights = recorder.ids(), recorder.predicted(), recorder.predicted_weights()
     assert predicted is not None and predicted.shape == ids.shape and len(ids) > 19
     assert {len(rows) for rows in layers[0][1]} >= {1, 8}
     assert np.array_equal(predicted[:, 0], ids[:, 0])
+    assert weights is not None and weights.shape == ids.shape
+    assert (weights[:, 0] == np.float32(1 / engine.config.top_k)).all()
     for layer in range(3):
         rows, w = np.concatenate(layers[layer][1]), layers[layer + 1][0]
         scores = rows @ matrix(w.format, w.data, w.scale)[: engine.config.experts].T
         wanted = np.argsort(-scores, axis=1)[:, : engine.config.top_k]
         assert np.array_equal(predicted[:, layer + 1], wanted)
+        odds = np.exp(np.take_along_axis(scores, wanted, axis=1))
+        shares = odds / odds.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(weights[:, layer + 1], shares, rtol=1e-4)
     assert not np.array_equal(predicted, ids)

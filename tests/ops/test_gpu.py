@@ -70,8 +70,9 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
     cache = make_cache(gpu, arena, 2 * top_k, top_k)
     first, asked, likely = (gpu.empty((1, top_k), np.uint16) for _ in range(3))
     plan = ExpertPlan(i32(1), i32(top_k), i32(top_k), i32(top_k), i32(top_k), i32(1, top_k), i32(2))
+    weights = gpu.put(rng.random((1, top_k), np.float32))
     guess = ExpertGuess(
-        likely, nothing, nothing, nothing, nothing, i32(2), i32(2), i32(2), i32(2, FETCH_WARPS)
+        likely, weights, nothing, nothing, nothing, i32(2), i32(2), i32(2), i32(2, FETCH_WARPS)
     )
     gpu.fill(guess.expert, 0xFF)  # -1
     pause = gpu.empty((1 << 26,), np.uint8)
