@@ -28,8 +28,8 @@ __all__ = ["PLACE"]
 WIDTH = 256
 """Threads of a block."""
 
-STOP = 1 << 30
-"""As of ops.values: the layer is placed."""
+STOP, DROP = 1 << 30, 1 << 29
+"""As of ops.values: the layer is placed; and the guess was wrong."""
 
 COLD = 0.02
 """As of ops.values: added to the warmth of who is guessed."""
@@ -99,7 +99,7 @@ def place(
     step i32 [1], counters i64 [7]    of the cache    ids u16 [pairs]
     next_...: the same of the next layer, for the second block    last: 1 at the last layer, else 0
     guess_ids u16, guess_weights f32 [pairs]
-    guess_expert, guess_slot, guess_state i32 [L], guess_done i32 [L, warps]
+    guess_expert, guess_slot i32 [L], guess_state i32 [L, warps / 8], guess_done i32 [L, warps]
     guessing: 1 with a guess, 0 without: then there is one block, and those are never looked at
     experts E <= 1024    capacity S <= E
     earlier, share: of values.Fading    rate = 1 / half_life    long_rate = 1 / long_half_life
@@ -214,12 +214,13 @@ def place(
         i = me
         while i < warps:
             guess_done[(layer + 1) * warps + i] = 0
+            if i < warps // 8:
+                guess_state[(layer + 1) * (warps // 8) + i] = 0
             i += WIDTH
         if me == 0:
             e, s = best[2], best[3]
             if best[1] == NOBODY:
                 e = NOBODY
-            guess_state[layer + 1] = 0
             if e < NOBODY:
                 gone = inside[s]
                 if gone >= 0:
@@ -236,8 +237,8 @@ def place(
     right = False
     if guessed >= 0:
         right = tally[guessed] > 0 and place_of[guessed] < 0
-        if me == 0 and not right:
-            add_to(guess_state, layer, STOP)
+        if me < warps // 8 and not right:
+            add_to(guess_state, layer * (warps // 8) + me, STOP + DROP)
 
     # -- 3. how warm is every slot?  Its place in the order is the number of slots before it
     if missing:
@@ -319,6 +320,8 @@ def place(
         i += WIDTH
         if i < pairs:
             e = int32(ids[i])
+    if right and me < warps // 8:
+        add_to(guess_state, layer * (warps // 8) + me, STOP)
     if me < entries:
         unique, w = 0, 0
         while 32 * w < experts:
@@ -336,7 +339,6 @@ def place(
             if guessed >= 0:
                 guess_expert[layer] = -1
                 if right:
-                    add_to(guess_state, layer, STOP)
                     add_to(counters, 5, 1)
 
 

@@ -355,12 +355,12 @@ class Ops(Protocol):
         brought to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
 
         With a guess: if guess.expert[layer] is somebody, it becomes -1, and guess.state[layer] has
-        STOP; if it is missing, it is the first of the missing and of the plan, its fetch 2, and
-        counters[5] is raised by one.  Of the next layer, if there is one, state and done become 0,
-        guess.expert the one of guess.ids in no slot there whose weight^2 * (warmth + COLD) is most,
-        ties to the lower id, guess.slot the lowest free slot, else that of the coldest expert not
-        in guess.ids, ties to the lower slot, which leaves; counters[4] is raised by one.  Where
-        there is no such expert or slot guess.expert is -1, and nobody leaves.
+        STOP, and DROP unless it is missing; then it is the first of the missing and of the plan,
+        its fetch 2, and counters[5] is raised by one.  Of the next layer, if there is one, state
+        and done become 0, guess.expert the one of guess.ids in no slot there whose weight^2 *
+        (warmth + COLD) is most, ties to the lower id, guess.slot the lowest free slot, else that of
+        the coldest expert not in guess.ids, ties to the lower slot, which leaves; counters[4] is
+        raised by one.  Where nobody or no slot is left guess.expert is -1, and nobody leaves.
 
         ids u16 [T, A], guess.ids too; the unique ids must not exceed the capacity.
         """
@@ -379,7 +379,7 @@ class Ops(Protocol):
 
         counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
         is read when the layer is done; it changes nothing, but may be near when it is asked for.
-        With a guess it waits until all blocks of fetch_early have left that have begun, and adds
+        With a guess its blocks wait until those of fetch_early have left that have begun, and add
         to counters[6] what they brought, where that is asked for.
         """
 

@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import COLD, STOP, Array, ExpertCache, ExpertGuess, ExpertPlan
+from osmium.ops.values import COLD, DROP, STOP, Array, ExpertCache, ExpertGuess, ExpertPlan
 
 __all__ = ["place"]
 
@@ -52,7 +52,7 @@ def place(
     plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
     if guess is not None:
         if guessed >= 0:
-            guess.state[layer] += STOP
+            guess.state[layer] += STOP if right else STOP + DROP
             guess.expert[layer] = -1
             cache.counters[5] += right
         if layer + 1 < len(cache.expert_in):

@@ -363,8 +363,8 @@ class ReferenceOps(ReferenceMaking):
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
     ) -> None:
         expert, slot = int(guess.expert[layer]), int(guess.slot[layer])
-        stopped = guess.state[layer] & STOP
-        guess.state[layer] += (FETCH_WARPS + (FETCH_WARPS << 15)) // 8  # blocks of eight warps
+        stopped = guess.state[layer][0] & STOP
+        guess.state[layer] += 1 + (1 << 15)
         if stopped or expert < 0:
             return
         cache.slots[layer][slot] = arena.records[layer, expert]

@@ -20,6 +20,7 @@ from osmium.quant.record import Record
 __all__ = [
     "ARRIVED",
     "COLD",
+    "DROP",
     "FETCH_WARPS",
     "PIECE",
     "STOP",
@@ -58,8 +59,8 @@ PIECE = 16 << 10
 COLD = 0.02
 """Added to the warmth of an expert, to weigh a guess: about what a use of long ago is worth."""
 
-STOP = 1 << 30
-"""In ExpertGuess.state: the layer is placed."""
+STOP, DROP = 1 << 30, 1 << 29
+"""In ExpertGuess.state: the layer is placed; and nobody asked for the guess."""
 
 PEAK_SLICES = 128
 """Slices of a row of logits that are searched side by side, at least."""
@@ -327,8 +328,8 @@ class ExpertGuess:
     slot: Array
     """i32 [L], its slot, which the cache's tables call free."""
     state: Array
-    """i32 [L].  The blocks of `fetch_early` that have begun, and 2^15 times those that have left;
-    STOP is added once the layer is placed."""
+    """i32 [L, FETCH_WARPS / 8], of each block of `fetch_early`: 1 once it has begun, 2^15 more once
+    it has left; STOP is added when the layer is placed, and DROP if the guess was wrong."""
     done: Array
     """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
 
