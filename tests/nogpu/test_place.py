@@ -89,10 +89,8 @@ def empty_plan(entries: int, pairs: int) -> ExpertPlan:
 
 def empty_guess(pairs: int, layers: int) -> ExpertGuess:
     each = [np.full(layers, -1, np.int32) for _ in range(2)]
-    state, done = (
-        np.full(layers, 7 << 15 | 7, np.int32),
-        np.full((layers, FETCH_WARPS), 5, np.int32),
-    )
+    state = np.full((layers, FETCH_WARPS // 8), 1 << 15 | 1, np.int32)
+    done = np.full((layers, FETCH_WARPS), 5, np.int32)
     ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
     return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done)
 
@@ -138,8 +136,8 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
             b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
             b.long_heat[on], b.stamp[on], other.ids, other.weights, other.expert, other.slot,
-            other.state, other.done.reshape(-1), ids.size, s.experts, s.slots, s.slots, entries,
-            layer, int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
+            other.state.reshape(-1), other.done.reshape(-1), ids.size, s.experts, s.slots,
+            s.slots, entries, layer, int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
             np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
             np.float32(b.fading.share),
         )  # fmt: skip
