@@ -32,6 +32,7 @@ ROUTER = kernel("router_f32")
 ROUTE = kernel("route_f32")
 REPLAY = kernel("replay_u16")
 FETCH = kernel("fetch_records")
+FETCH_BULK = kernel("fetch_bulk")
 FETCH_EARLY = kernel("fetch_early")
 EXPERT_UP = {
     16: kernel("bf16_expert_up_f32"),
@@ -175,13 +176,19 @@ class GpuExperts(GpuRows):
         guess: ExpertGuess | None = None,
     ) -> None:
         near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
-        FETCH(
+        fetch = FETCH_BULK if self.machine.bulk else FETCH
+        fetch(
             self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
             plan.arrived, *((0, 0) if guess is None else (guess.state[layer], guess.done[layer])),
             0 if ahead is None else ahead, plan.expert.shape[0], cache.record.nbytes,
             cache.record.down, near,
         )  # fmt: skip
+
+    @property
+    def _arrivals(self) -> int:
+        """What each of a plan's words of arrival comes to."""
+        return FETCH_WARPS // 8 if self.machine.bulk else FETCH_WARPS
 
     def fetch_early(
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
@@ -228,7 +235,7 @@ class GpuExperts(GpuRows):
             h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
             record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
+            PARTS.index(part), wide, some.tiles, self._arrivals, h.eps,
         )  # fmt: skip
 
     def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
@@ -280,7 +287,7 @@ class GpuExperts(GpuRows):
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
             scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
             record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
+            some.tiles, PARTS.index(part), self._arrivals, ring,
         )  # fmt: skip
 
     def _plain_down(

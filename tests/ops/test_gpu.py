@@ -10,7 +10,7 @@ from osmium.experts.cache import make_cache, resident, verify
 from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_WARPS
+from osmium.ops.values import DROP, FETCH_WARPS, STOP
 from osmium.quant.record import Record
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
@@ -72,7 +72,15 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
     plan = ExpertPlan(i32(1), i32(top_k), i32(top_k), i32(top_k), i32(top_k), i32(1, top_k), i32(2))
     weights = gpu.put(rng.random((1, top_k), np.float32))
     guess = ExpertGuess(
-        likely, weights, nothing, nothing, nothing, i32(2), i32(2), i32(2), i32(2, FETCH_WARPS)
+        likely,
+        weights,
+        nothing,
+        nothing,
+        nothing,
+        i32(2),
+        i32(2),
+        i32(2, FETCH_WARPS // 8),
+        i32(2, FETCH_WARPS),
     )
     gpu.fill(guess.expert, 0xFF)  # -1
     pause = gpu.empty((1 << 26,), np.uint8)
@@ -90,8 +98,8 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
         gpu.place(plan, cache, 1, asked, guess)
         gpu.fetch(cache, plan, arena, 1, guess=guess)
         gpu.join()
-        state = int(gpu.copy_out(guess.state)[1])
-        assert state & 0x7FFF == state >> 15 & 0x7FFF == FETCH_WARPS
+        state = gpu.copy_out(guess.state)[1]
+        assert (state & ~(STOP | DROP) == 1 | 1 << 15).all()
         assert resident(gpu, cache)[1, gpu.copy_out(asked)[0]].all()
         assert verify(gpu, cache, records, 4 * top_k, turn)
     guessed, right, brought = gpu.copy_out(cache.counters)[4:]
