@@ -245,11 +245,6 @@ class Machine:
         """Bytes of its L2 cache."""
         return self.device.l2
 
-    @property
-    def bulk(self) -> bool:
-        """Whether kernels have bulk copies."""
-        return self.device.capability >= (9, 0)
-
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)

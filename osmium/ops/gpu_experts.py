@@ -32,7 +32,6 @@ ROUTER = kernel("router_f32")
 ROUTE = kernel("route_f32")
 REPLAY = kernel("replay_u16")
 FETCH = kernel("fetch_records")
-FETCH_BULK = kernel("fetch_bulk")
 FETCH_EARLY = kernel("fetch_early")
 EXPERT_UP = {
     16: kernel("bf16_expert_up_f32"),
@@ -176,19 +175,13 @@ class GpuExperts(GpuRows):
         guess: ExpertGuess | None = None,
     ) -> None:
         near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
-        fetch = FETCH_BULK if self.machine.bulk else FETCH
-        fetch(
+        FETCH(
             self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
             plan.arrived, *((0, 0) if guess is None else (guess.state[layer], guess.done[layer])),
             0 if ahead is None else ahead, plan.expert.shape[0], cache.record.nbytes,
             cache.record.down, near,
         )  # fmt: skip
-
-    @property
-    def _arrivals(self) -> int:
-        """What each of a plan's words of arrival comes to."""
-        return FETCH_WARPS // 8 if self.machine.bulk else FETCH_WARPS
 
     def fetch_early(
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
@@ -235,7 +228,7 @@ class GpuExperts(GpuRows):
             h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
             record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            PARTS.index(part), wide, some.tiles, self._arrivals, h.eps,
+            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
         )  # fmt: skip
 
     def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
@@ -287,7 +280,7 @@ class GpuExperts(GpuRows):
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
             scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
             record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, PARTS.index(part), self._arrivals, ring,
+            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
         )  # fmt: skip
 
     def _plain_down(

@@ -357,9 +357,8 @@ class ExpertPlan:
     """i32 [rows, A], the slot of each pair of a token and an expert; ~slot (below 0) where the
     expert is fetched by this call."""
     arrived: Array
-    """i32 [2], 0 from `place`.  On the GPU the warps or blocks of `fetch` that have stored all their
-    bytes of gates and ups, and that are done: who computes missed experts begins while the rest
-    arrives."""
+    """i32 [2], 0 from `place`.  On the GPU the warps of `fetch` that have stored all their bytes of
+    gates and ups, and that are done: who computes missed experts begins while the rest arrives."""
 
 
 @dataclass(frozen=True)

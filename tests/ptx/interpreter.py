@@ -136,7 +136,6 @@ class InterpretedMachine:
         as on devices where they start early, and are told when they read what the last one wrote
         before they have waited for it."""
         self.blocks: list[Block] = []
-        self.bulk = False
         self.prefetched: list[int] = []
         """Addresses, as often as they were asked for."""
         self.stream = InterpretedStream(self, seed, without, early)
