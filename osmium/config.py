@@ -250,7 +250,8 @@ class EngineConfig:
     hcs: bool = True
     """Keep hot experts in VRAM; without it a layer has no more slots than a token needs."""
     prefetch: bool = True
-    """Fetch an expert that the next layer may ask for while the link has nothing else to do."""
+    """Fetch an expert that the next layer may ask for while the link has nothing else to do; from
+    compute capability 9.0 on."""
     wc_alloc: bool | None = None
     """Write-combined host memory for experts that stay there: False forbids, None and True take
     it.  tools/dma_bandwidth.py says which suits this machine."""

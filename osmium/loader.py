@@ -61,6 +61,9 @@ ROOM = 256 << 20
 """Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
 them is more than a disk reads while the other half is uploaded."""
 
+BULK = (9, 0)
+"""Compute capability from which kernels copy in bulk, as fetch_early does."""
+
 SPILL_TRIES = 3
 """How often memory is allocated with fewer and fewer slots before it is given up."""
 
@@ -286,7 +289,8 @@ class Loader:
             self._weights = self._upload()
         routing = None if options.routing is None else _routing(options.routing, packed)
         guess = None
-        if self.gpu is not None and options.prefetch and options.hcs and plan.slots < plan.experts:
+        bulk = self.gpu is not None and self.gpu.device.capability >= BULK
+        if bulk and options.prefetch and options.hcs and plan.slots < plan.experts:
             if routing is None or routing.predicted is not None:
                 guess = make_guess(ops, config.layers, config.experts, config.top_k)
         store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k, guess)

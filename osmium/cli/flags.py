@@ -101,7 +101,8 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         "--prefetch",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="fetch an expert that the next layer may need while the link idles (on)",
+        help="fetch an expert that the next layer may need while the link idles (on, from compute "
+        "capability 9.0)",
     )
     add(
         "--wc-alloc",

@@ -37,9 +37,14 @@ REFUSED = (_Result(2), None)
 class FakeGpu:
     """The binding; `install` makes the loader use it."""
 
-    def __init__(self, vram: int = 1 << 30, refuse: int | None = None) -> None:
+    def __init__(
+        self,
+        vram: int = 1 << 30,
+        refuse: int | None = None,
+        capability: tuple[int, int] = (9, 0),
+    ) -> None:
         """The `refuse`th allocation, from 0, is refused."""
-        self.vram, self.refuse = vram, refuse
+        self.vram, self.refuse, self.capability = vram, refuse, capability
         self.held: dict[int, tuple[str, int, Any]] = {}
         """By address: the call, the bytes, and what keeps them."""
         self.asked = 0
@@ -130,7 +135,7 @@ class _Device:
 
     def __init__(self, binding: FakeGpu) -> None:
         self.driver = Driver(binding)
-        self.name, self.capability, self.early = "fake", (9, 0), False
+        self.name, self.capability, self.early = "fake", binding.capability, False
         self.multiprocessors, self.shared, self.l2, self.closed = 4, 100 << 10, 4 << 20, False
 
     def make_current(self) -> None:

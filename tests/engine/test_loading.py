@@ -191,6 +191,17 @@ def test_a_loader_goes_on_after_memory_was_refused(
     assert not gpu.held
 
 
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
+    packed: Packed, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+) -> None:
+    gpu = FakeGpu(4 << 30, capability=capability)
+    gpu.install(monkeypatch)
+    engine = loader.load(packed.path, "gpu", **options(packed.path, slots=8))
+    assert (engine.runner.store.guess(1) is not None) == (capability[0] >= 9)
+    engine.close()
+
+
 def test_vram_that_ends_while_it_is_filled(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else takes it after the plan was made: the error says who holds what."""
     gpu = FakeGpu(4 << 30)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from osmium.experts.cache import make_cache, resident, verify
+from osmium.loader import BULK
 from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
@@ -29,10 +30,19 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
 }
 
 
+def copies_in_bulk(gpu: GpuOps) -> None:
+    """What is fetched early is copied in bulk."""
+    machine: Any = gpu.machine
+    if machine.device.capability < BULK:
+        pytest.skip("bulk copies are for compute capability 9.0 and up")
+
+
 @pytest.mark.parametrize("name", ALL)
 def test_a_kernel_computes_its_reference_operation(
     rng: np.random.Generator, gpu: GpuOps, name: str
 ) -> None:
+    if name.startswith("fetch early"):
+        copies_in_bulk(gpu)
     seed = int(rng.integers(1 << 32))
     case = ALL[name](np.random.default_rng(seed))
     wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
@@ -58,6 +68,7 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
     rng: np.random.Generator, gpu: GpuOps
 ) -> None:
     """It is placed at once, or later, or when all has come; guessed rightly, or not."""
+    copies_in_bulk(gpu)
     record, experts, top_k = Record(4, 3072, 1024), 8, 2
     nothing: Any = None
 

@@ -227,11 +227,16 @@ def guess_of(expert: Any, slot: Any, state: Any, done: Any) -> ExpertGuess:
     )  # fmt: skip
 
 
+def words_of(begun: Any, more: int = 0) -> npt.NDArray[np.int32]:
+    """Words of a guess's state: blocks of an early fetch that have begun have left, too."""
+    return (np.asarray(begun) * (1 + (1 << 15)) + more).astype(np.int32)
+
+
 def fetch(
     hidden: int, inner: int, fetched: tuple[int, ...], entries: int, guessed: bool = False
 ) -> Make:
     """A plan of len(fetched) experts in an array of `entries`; bf16 records.  With a guess some
-    warps have begun and left; of an expert whose fetch is 2 they have brought some pieces."""
+    blocks have begun and left; of an expert whose fetch is 2 they have brought some pieces."""
 
     def make(rng: np.random.Generator) -> Case:
         record, count, used = Record(16, hidden, inner), entries + 2, len(fetched)
@@ -253,10 +258,10 @@ def fetch(
             "arrived": np.array([0, 0], np.int32),
         }
         if guessed:
-            begun = int(rng.integers(1, FETCH_WARPS + 1))
-            done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
-            arrays["state"] = np.array([STOP + begun + (begun << 15)], np.int32)
-            arrays["done"] = done[None]
+            begun = rng.permutation(FETCH_WARPS // 8) > 3
+            done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
+            arrays["state"] = words_of(begun, STOP)[None]
+            arrays["done"] = done[None].astype(np.int32)
             if fetched[0] == 2:
                 there = came(record, done)
                 source = arrays["arena"][0, arrays["expert"][0]]
@@ -286,7 +291,7 @@ def fetch_early(hidden: int, inner: int, expert: int, state: int = 0) -> Make:
             "slots": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
             "expert": np.array([-1, expert], np.int32),
             "slot": rng.integers(0, 3, 2, np.int32),
-            "state": np.array([7, state], np.int32),
+            "state": np.array([[7], [state]], np.int32).repeat(FETCH_WARPS // 8, 1),
             "done": np.zeros((2, FETCH_WARPS), np.int32),
         }
 
@@ -374,7 +379,9 @@ CASES: dict[str, Make] = {
     "fetch others than the guess": fetch(256, 200, (1, 0), 3, guessed=True),
     "fetch nothing, not the guess either": fetch(16, 8, (0, 0), 2, guessed=True),
     "fetch early a page": fetch_early(16, 8, 2),
+    "fetch early two pages": fetch_early(32, 24, 0),
+    "fetch early fewer pieces than blocks, the last of three pages": fetch_early(96, 48, 2),
     "fetch early up to four pieces a block": fetch_early(256, 528, 1),
     "fetch early nobody": fetch_early(256, 200, -1),
-    "fetch early, too late": fetch_early(256, 200, 1, STOP + 5 + (5 << 15)),
+    "fetch early, too late": fetch_early(256, 200, 1, STOP),
 }

@@ -4,7 +4,8 @@ A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lo
 first, so that they meet again.  The warps of a block run one after another, each until a barrier,
 in a seeded random order that changes at every barrier: a missing one shows.  Blocks begin in random
 order, a few at once, and take turns at random.  What is stored relaxed is seen late, by who looks
-again.
+again.  Bulk copies are as late as what waits for them lets them be: bytes land when somebody tries
+their barrier, and are taken from shared memory, and stored, when their group is waited for.
 
 Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
@@ -73,6 +74,84 @@ class Block:
 def _block(nbytes: int, name: str) -> Block:
     data, nobody = np.full(nbytes, 0xA5, np.uint8), np.zeros(nbytes, np.bool_)
     return Block(data, nobody, name, np.zeros(nbytes, np.int32))
+
+
+@dataclass(eq=False)
+class Barrier:
+    """An mbarrier: a phase is over when all have arrived and all bytes are there that they said."""
+
+    count: int
+    maker: tuple["Warp", int]
+    """The lane that made it, whose fence lets bulk copies know of it."""
+    pending: int
+    nbytes: int = 0
+    phase: int = 0
+    fenced: bool = False
+
+    def arrive(self, nbytes: int, where: str) -> None:
+        if not self.pending:
+            raise PtxFault(f"{where}: more arrivals in a phase than {self.count}")
+        self.pending -= 1
+        self.nbytes += nbytes
+        self._turn()
+
+    def come(self, nbytes: int, where: str) -> None:
+        self.nbytes -= nbytes
+        if self.nbytes < 0 and not self.pending:
+            raise PtxFault(f"{where}: {-self.nbytes} bytes more have come than were expected")
+        self._turn()
+
+    def _turn(self) -> None:
+        if not self.pending and not self.nbytes:
+            self.phase, self.pending = 1 - self.phase, self.count
+
+
+@dataclass
+class Shared(Block):
+    """A block's shared memory, with the barriers in it and the bulk copies on their way there."""
+
+    barriers: dict[int, Barrier] = field(default_factory=dict)
+    """By offset."""
+    loads: list[tuple[Barrier, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = field(
+        default_factory=list
+    )
+
+    def land(self, rng: np.random.Generator, where: str) -> None:
+        """Let each bulk copy arrive, by chance, in any order."""
+        on_their_way, self.loads = self.loads, []
+        for at in rng.permutation(len(on_their_way)):
+            barrier, rows, data = on_their_way[at]
+            if rng.random() < 0.5:
+                self.data[rows], self.written[rows] = data, True
+                barrier.come(len(rows), where)
+            else:
+                self.loads.append(on_their_way[at])
+
+    def leave(self) -> None:
+        """Raises: PtxFault where a block ends before its copies."""
+        if self.loads or any(barrier.nbytes for barrier in self.barriers.values()):
+            raise PtxFault(f"{self.name}: its block has left, and bytes are still to come")
+
+
+@dataclass(eq=False)
+class BulkStore:
+    """A bulk copy out of shared memory."""
+
+    source: Shared
+    rows: npt.NDArray[np.int64]
+    out: Block
+    to: npt.NDArray[np.int64]
+    data: npt.NDArray[np.uint8] | None = None
+    """Once they are taken."""
+    read: bool = False
+    """Whether that was waited for."""
+
+    def take(self, where: str) -> npt.NDArray[np.uint8]:
+        if self.data is None:
+            if not self.source.written[self.rows].all():
+                raise PtxFault(f"{where}: what is stored is being overwritten")
+            self.data = self.source.data[self.rows]
+        return self.data
 
 
 SPAN = 32
@@ -200,6 +279,8 @@ def _reach(
     rows: npt.NDArray[np.int64] = at[:, None] + np.arange(size)
     if read and not block.written[rows].all():
         raise PtxFault(f"{where}: reads bytes of {block.name} that nobody wrote")
+    if block is w.shared and np.isin(rows // 8, [at // 8 for at in w.shared.barriers]).any():
+        raise PtxFault(f"{where}: a barrier is there")
     last = w.machine.stream.launches - 1
     if not w.waited and last and block is not w.shared:
         if not read or (block.launch[rows] == last).any():
@@ -263,12 +344,12 @@ def parse_program(text: str, without: int | None = None) -> Program:
         elif line.startswith(".reg"):
             _declare(program, line)
         elif line.startswith(".shared"):
-            found = re.fullmatch(r"\.shared \.align (\d+) \.b8 (\w+)\[(\d+)\]", line)
+            found = re.fullmatch(r"\.shared \.align (\d+) \.b(8|64) (\w+)\[(\d+)\]", line)
             if not found:
                 raise PtxFault(f"{program.name}: {line}")
             align = int(found[1])
-            program.symbols[found[2]] = -(-program.shared // align) * align
-            program.shared = program.symbols[found[2]] + int(found[3])
+            program.symbols[found[3]] = -(-program.shared // align) * align
+            program.shared = program.symbols[found[3]] + int(found[2]) // 8 * int(found[4])
         else:
             guarded = _GUARD.match(line)
             rest = guarded[3] if guarded else line
@@ -311,7 +392,7 @@ class Warp:
     """32 lanes of one block."""
 
     def __init__(
-        self, program: Program, values: dict[str, Any], machine: InterpretedMachine, shared: Block,
+        self, program: Program, values: dict[str, Any], machine: InterpretedMachine, shared: Shared,
         block: tuple[int, int, int], grid: tuple[int, int, int], threads: int, index: int,
     ) -> None:  # fmt: skip
         self.program, self.values, self.machine, self.shared = program, values, machine, shared
@@ -331,6 +412,8 @@ class Warp:
         """Where the living lanes are."""
         self.copies: list[list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]] = [[]]
         """Groups of copies on their way to shared memory, the open one last."""
+        self.stores: dict[int, list[list[BulkStore]]] = {}
+        """Groups of bulk copies that a lane has not waited for, the open one last."""
         self.steps = 0
         self.where = ""
         self.waited = not machine.stream.early
@@ -341,6 +424,17 @@ class Warp:
     @property
     def alive(self) -> bool:
         return bool(self.groups)
+
+    def settled(self) -> None:
+        """Raises: PtxFault where what others are told of may not be stored."""
+        if any(map(any, self.stores.values())):
+            raise PtxFault(f"{self.where}: bulk copies before it may not be stored")
+
+    def leave(self) -> None:
+        """Raises: PtxFault where it leaves before its bulk copies have read shared memory."""
+        groups = [group for of_lane in self.stores.values() for group in of_lane]
+        if not all(store.read for group in groups for store in group):
+            raise PtxFault(f"{self.program.name}: a warp has left; its bulk copies may still read")
 
     def read(self, name: str, mask: Mask) -> Values:
         """A register's 32 values, all of them known where the mask is set."""
@@ -462,6 +556,8 @@ class InterpretedStream:
         self.programs: dict[str, Program] = {}
         self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
         """What lanes stored, relaxed, and nobody sees yet."""
+        self.stores: list[BulkStore] = []
+        """What bulk copies store, and nobody sees yet."""
         self.beside: list[Callable[[], None]] = []
         """What is done meanwhile, in this order: a next one by chance where a lane looks at what
         others write, or adds to it."""
@@ -480,6 +576,15 @@ class InterpretedStream:
                 self.late.append((block, at, data))
             else:
                 block.put(at, data, self.launches)
+        for store in self.stores.copy():
+            if store.data is not None and self.rng.random() < chance:
+                self.store(store, "")
+
+    def store(self, store: BulkStore, where: str) -> None:
+        """Let a bulk copy be seen."""
+        if store in self.stores:
+            self.stores.remove(store)
+            store.out.put(store.to, store.take(where), self.launches)
 
     def meanwhile(self) -> None:
         """What is done beside goes on, by chance."""
@@ -530,7 +635,8 @@ class InterpretedStream:
         grid: tuple[int, int, int], threads: int, dynamic: int,
     ) -> Iterator[bool]:  # fmt: skip
         """Run a block, at a time one warp to its next barrier.  Yields True until it has left."""
-        shared = _block(program.shared + dynamic, f"{program.name}'s shared memory")
+        made = _block(program.shared + dynamic, f"{program.name}'s shared memory")
+        shared = Shared(made.data, made.written, made.name, made.launch)
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
             for i in range(threads // LANES)
@@ -538,6 +644,8 @@ class InterpretedStream:
         while warps:
             for i in self.rng.permutation(len(warps)):
                 warps[i].go()
+                if not warps[i].alive:
+                    warps[i].leave()
                 yield True
             waiting = [warp for warp in warps if warp.alive]
             if waiting and len(waiting) < len(warps):
@@ -546,6 +654,7 @@ class InterpretedStream:
                 for warp in waiting:
                     warp.waited = True
             warps = waiting
+        shared.leave()
 
 
 # -- instructions ----------------------------------------------------------------------------------
@@ -648,7 +757,7 @@ def _compile(program: Program, line: str) -> Run:
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
         "griddepcontrol": _dependent, "ldmatrix": _matrices, "fence": _fence, "trap": _trap,
-        "prefetch": _prefetch,
+        "prefetch": _prefetch, "mbarrier": _barrier,
     }  # fmt: skip
     try:
         if base in special:
@@ -818,10 +927,18 @@ def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
-    """fence: what is not stored relaxed is seen at once as it is."""
-    if parts != ["acq_rel", "gpu"] or args:
+    """fence: what is not stored relaxed is seen at once as it is, but bulk copies are not.  Of the
+    async proxy: the barriers that a lane has made are known to bulk copies."""
+    known = (["acq_rel", "gpu"], ["proxy", "async"], ["proxy", "async", "shared::cta"])
+    if parts not in known or args:
         raise KeyError(".".join(parts))
-    return lambda w, m: None
+
+    def proxy(w: Warp, m: Mask) -> None:
+        for barrier in w.shared.barriers.values():
+            warp, lane = barrier.maker
+            barrier.fenced |= warp is w and (m is None or bool(m[lane]))
+
+    return proxy if parts[0] == "proxy" else lambda w, m: w.settled()
 
 
 def _trap(program: Program, parts: list[str], args: list[str]) -> Run:
@@ -1021,14 +1138,18 @@ def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
-    # what a warp stored before, with or without a fence, is there: to release is to relax
-    _, parts = _relaxed(["relaxed", *parts[1:]] if parts[0] == "release" else parts)
+    # what a warp stored before, with or without a fence, is there: to release is to relax, but for
+    # bulk copies
+    releases = parts[0] == "release"
+    _, parts = _relaxed(["relaxed", *parts[1:]] if releases else parts)
     if parts[:2] != ["global", "add"]:
         raise KeyError(".".join(parts))
     dtype = TYPES[parts[2]]
     address, value = _address(program, args[0], "global"), _operand(program, args[1], dtype)
 
     def reduce(w: Warp, m: Mask) -> None:
+        if releases:
+            w.settled()
         block, at = w.memory("global", address(w, m), m)
         rows = _reach(block, at, dtype.itemsize, w, read=True)
         block.launch[rows] = w.machine.stream.launches
@@ -1061,6 +1182,8 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
     """cp.async: the bytes are taken at once, and are there when their group has been waited for.
     With a fourth operand, how many bytes are taken; zeros follow."""
+    if parts[:2] == ["async", "bulk"]:
+        return _bulk(program, parts[2:], args)
     if parts == ["async", "commit_group"]:
         return lambda w, m: w.copies.append([])
     if parts == ["async", "wait_group"]:
@@ -1098,6 +1221,139 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
                 _reach(block, each.reshape(-1), 1, w, read=True)
                 data[some[lanes], :count] = block.data[each]
         w.copies[-1].append((there, data))
+
+    return copy
+
+
+def _one(w: Warp, m: Mask) -> int:
+    """The lane that takes part, as one is all that is used."""
+    lanes = _lanes(m)
+    if len(lanes) != 1:
+        raise PtxFault(f"{w.where}: {len(lanes)} lanes; one does it for all")
+    return lanes[0]
+
+
+def _lanes(m: Mask) -> list[int]:
+    return list(range(LANES)) if m is None else [int(lane) for lane in np.flatnonzero(m)]
+
+
+def _barrier_at(w: Warp, address: Values, m: Mask) -> Barrier:
+    """The one that all taking lanes name."""
+    there = set((address if m is None else address[m]).tolist())
+    found = w.shared.barriers.get(there.pop())
+    if found is None or there:
+        raise PtxFault(f"{w.where}: no barrier was made there, or two are named")
+    return found
+
+
+def _barrier(program: Program, parts: list[str], args: list[str]) -> Run:
+    """mbarrier.  A warp that waits is the only one to run: what it waits for must be asked for
+    already, by its block, or by itself."""
+    how = ".".join(parts)
+    if how == "init.shared::cta.b64":
+        address = _address(program, args[0], "shared")
+        count = _operand(program, args[1], TYPES["u32"])
+
+        def make(w: Warp, m: Mask) -> None:
+            lane = _one(w, m)
+            at, number = w.memory("shared", address(w, m), m)[1], int(count(w, m)[lane])
+            w.shared.written[_reach(w.shared, at, 8, w, read=False)] = False
+            if not 0 < number < 1 << 20:
+                raise PtxFault(f"{w.where}: {number} arrivals")
+            w.shared.barriers[int(at[0])] = Barrier(number, (w, lane), number)
+
+        return make
+    if how == "arrive.expect_tx.shared::cta.b64":
+        if args[0] != "_":
+            raise ValueError("the state of a phase")
+        address = _address(program, args[1], "shared")
+        count = _operand(program, args[2], TYPES["u32"])
+
+        def arrive(w: Warp, m: Mask) -> None:
+            lane = _one(w, m)
+            _barrier_at(w, address(w, m), m).arrive(int(count(w, m)[lane]), w.where)
+
+        return arrive
+    if how != "try_wait.parity.shared::cta.b64" or len(args) != 3:
+        raise KeyError(how)
+    address, parity = _address(program, args[1], "shared"), _operand(program, args[2], TYPES["u32"])
+
+    def wait(w: Warp, m: Mask) -> None:
+        barrier, lanes = _barrier_at(w, address(w, m), m), _lanes(m)
+        phases = set(parity(w, m)[lanes].tolist())
+        if len(phases) > 1 or not phases <= {0, 1}:
+            raise PtxFault(f"{w.where}: parities {phases}")
+        w.shared.land(w.machine.stream.rng, w.where)
+        over = {barrier.phase} != phases
+        if not over and all(one[0] is not barrier for one in w.shared.loads):
+            raise PtxFault(
+                f"{w.where}: never; {barrier.pending} are to arrive, {barrier.nbytes} bytes to come"
+            )
+        w.write(args[0], np.full(LANES, over), m)
+
+    return wait
+
+
+def _bulk(program: Program, parts: list[str], args: list[str]) -> Run:
+    """cp.async.bulk, by one lane.  To shared memory: the bytes are taken at once, and land when
+    somebody tries a barrier, by chance; until then nobody may read what is there.  From shared
+    memory: the bytes are taken at once or when that is waited for, by chance, and seen like what is
+    stored relaxed, or when that is waited for."""
+    how = ".".join(parts)
+    if how == "commit_group" and not args:
+
+        def commit(w: Warp, m: Mask) -> None:
+            for lane in _lanes(m):
+                w.stores.setdefault(lane, [[]]).append([])
+
+        return commit
+    if how in ("wait_group", "wait_group.read"):
+        left = int(args[0])
+
+        def wait(w: Warp, m: Mask) -> None:
+            for lane in _lanes(m):
+                groups = w.stores.get(lane, [[]])
+                over = groups[: max(len(groups) - 1 - left, 0)]
+                for store in (store for group in over for store in group):
+                    store.take(w.where)
+                    store.read = True
+                    if how == "wait_group":
+                        w.machine.stream.store(store, w.where)
+                if how == "wait_group":
+                    del groups[: len(over)]
+
+        return wait
+    loads = how == "shared::cta.global.mbarrier::complete_tx::bytes"
+    if len(args) != 3 + loads or not (loads or how == "global.shared::cta.bulk_group"):
+        raise KeyError(how)
+    spaces = ("shared", "global") if loads else ("global", "shared")
+    ends = [_address(program, *end) for end in zip(args[:2], spaces, strict=True)]
+    nbytes = _operand(program, args[2], TYPES["u32"])
+    bar = _address(program, args[3], "shared") if loads else None
+
+    def copy(w: Warp, m: Mask) -> None:
+        lane = _one(w, m)
+        size = int(nbytes(w, m)[lane])
+        if not size or size % 16:
+            raise PtxFault(f"{w.where}: {size} bytes")
+        (out, to), (source, at) = (
+            w.memory(space, end(w, m), m) for space, end in zip(spaces, ends, strict=True)
+        )
+        steps = np.arange(0, size, 16)
+        to = _reach(out, to + steps, 16, w, read=False).reshape(-1)
+        rows = _reach(source, at + steps, 16, w, read=True).reshape(-1)
+        if bar is None:
+            store = BulkStore(w.shared, rows, out, to)
+            if w.machine.stream.rng.random() < 0.5:
+                store.take(w.where)
+            w.stores.setdefault(lane, [[]])[-1].append(store)
+            w.machine.stream.stores.append(store)
+            return
+        barrier = _barrier_at(w, bar(w, m), m)
+        if not barrier.fenced:
+            raise PtxFault(f"{w.where}: no fence since its barrier was made")
+        w.shared.written[to] = False
+        w.shared.loads.append((barrier, to, source.data[rows]))
 
     return copy
 

@@ -10,14 +10,14 @@ import pytest
 
 from osmium.ops import ExpertArena, ExpertPlan
 from osmium.ops.gpu import GpuOps
-from osmium.ops.gpu_experts import FETCH
+from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_WARPS, STOP
+from osmium.ops.values import DROP, FETCH_WARPS, STOP
 from osmium.quant.record import Record
-from tests.ops.cases import Case, allowed, compare, run
-from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of
+from tests.ops.cases import allowed, compare, run
+from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
 from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
-from tests.ptx.test_barriers import AWAITED
+from tests.ptx.test_barriers import AWAITED, right
 
 RECORDS = {
     "a page": Record(4, 64, 32),
@@ -52,7 +52,7 @@ def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], te
         done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
         there = came(record, done)
         before[0, slot[0], there] = arena[0, 0, there]
-        state = np.full(1, STOP + 3 + (3 << 15), np.int32)
+        state = words_of(np.ones((1, FETCH_WARPS // 8)), STOP)
         guess = guess_of(None, None, ops.put(state), ops.put(done[None]))
     slots, words = ops.put(before), ops.put(np.zeros(2, np.int32))
     counters = ops.put(np.zeros(7, np.int64))
@@ -175,31 +175,79 @@ def test_what_never_arrives_is_given_up() -> None:
         late(0, last=False)
 
 
+def told(seed: int, word: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What an early fetch leaves that is told `word` at any time; and what was there before."""
+    case = CASES["fetch early up to four pieces a block"](np.random.default_rng(seed))
+    machine = InterpretedMachine(seed)
+
+    def placed(ops: Any, a: dict[str, Any]) -> None:
+        def stop() -> None:
+            a["state"].numpy()[1] |= word
+            a["expert"].numpy()[1] = -1
+
+        machine.stream.beside = [*[lambda: None] * 40, stop]
+        case.call(ops, a)
+        assert not machine.stream.beside
+
+    found = run(replace(case, call=placed), GpuOps(machine))
+    assert (found["state"][1] == words_of(np.ones(FETCH_WARPS // 8), word)).all()
+    return found, case.arrays
+
+
 def test_what_is_fetched_early_ends_at_the_next_piece() -> None:
-    """The layer is placed at any time: each warp has stored the pieces that it says, and left."""
-    make, record, cut = CASES["fetch early up to four pieces a block"], Record(16, 256, 528), False
+    """The layer is placed at any time: each block has stored the pieces that it says, and left."""
+    record, cut = Record(16, 256, 528), False
     most = pieces_of(record)
     for seed in range(8):
-        case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed)
-
-        def placed(ops: Any, a: dict[str, Any], case: Case = case) -> None:
-            def stop() -> None:
-                a["state"].numpy()[1] |= STOP
-                a["expert"].numpy()[1] = -1
-
-            ops.machine.stream.beside = [*[lambda: None] * 40, stop]
-            case.call(ops, a)
-            assert not ops.machine.stream.beside
-
-        found, before = run(replace(case, call=placed), GpuOps(machine)), case.arrays
+        found, before = told(seed, STOP)
         done, slot = found["done"][1], before["slot"][1]
         wanted, there = before["slots"].copy(), came(record, done)
         wanted[1, slot, there] = before["arena"][1, before["expert"][1], there]
         np.testing.assert_array_equal(found["slots"], wanted)
-        assert found["state"][1] == STOP + FETCH_WARPS + (FETCH_WARPS << 15)
         assert (done == most).any() and (done == 0).any()
         cut |= bool(((0 < done) & (done < most)).any())
-    assert cut, "no warp was told between two of its pieces"
+    assert cut, "no block was told between two of its pieces"
+
+
+def test_what_nobody_asked_for_ends_inside_of_a_piece() -> None:
+    """The guess was wrong: each block has stored what it had begun, in order, and left."""
+    cut = False
+    for seed in range(8):
+        found, before = told(seed, STOP + DROP)
+        slot, expert = before["slot"][1], before["expert"][1]
+        after, old, new = (
+            rows.reshape(-1, 4096)
+            for rows in (
+                found["slots"][1, slot],
+                before["slots"][1, slot],
+                before["arena"][1, expert],
+            )
+        )
+        there = (after == new).all(1)
+        np.testing.assert_array_equal(after[~there], old[~there])
+        block = np.arange(len(there)) // 4 % (FETCH_WARPS // 8)
+        for mine in (there[block == i] for i in range(FETCH_WARPS // 8)):
+            stored = int(mine.sum())
+            assert mine[:stored].all()
+            cut |= 0 < stored < len(mine) and stored % 4 > 0
+    assert cut, "no block was told inside of a piece"
+
+
+@pytest.mark.parametrize(
+    ("waits", "instead"),
+    [
+        (r"cp\.async\.bulk\.wait_group\.read 1;", ""),
+        (r"cp\.async\.bulk\.wait_group +0;", ""),
+        (r"cp\.async\.bulk\.wait_group +0;", "cp.async.bulk.wait_group.read 0;"),
+        (r"fence\.proxy\.async\.shared::cta;", ""),
+        (r"@!%here bra +not_yet;", ""),
+    ],
+)
+def test_an_early_fetch_that_does_not_wait_fails(waits: str, instead: str) -> None:
+    text, ways = re.subn(waits, instead, FETCH_EARLY.contract.text)
+    make = CASES["fetch early up to four pieces a block"]
+    assert ways == 1 and right(make, 0, None)
+    assert not any(right(make, seed, None, {"fetch_early": text}) for seed in range(2))
 
 
 @pytest.mark.parametrize(
@@ -225,7 +273,7 @@ def test_what_came_early_is_not_copied_again(
 
 def beside_the_last(name: str, seed: int, ends: bool = True) -> bool:
     """Whether a fetch comes out right whose guess is stored, and said to be, while it looks; with
-    the last warp to leave, or without."""
+    the blocks that have begun leaving, or not."""
     make = CASES[name]
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps())
     case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed)
@@ -233,13 +281,14 @@ def beside_the_last(name: str, seed: int, ends: bool = True) -> bool:
     def ending(ops: Any, a: dict[str, Any]) -> None:
         state, done, slots = (a[name].numpy() for name in ("state", "done", "slots"))
         slot, stored = a["slot"].numpy()[0], done.copy()
-        whole = slots[0, slot].copy()
-        slots[0, slot], done[...] = 0x5A, 0
-        state -= 1 << 15
+        there = came(Record(16, 256, 200), stored[0])
+        part = slots[0, slot, there]
+        slots[0, slot, there], done[...] = 0x5A, 0
+        state -= (state & 1) << 15
 
         def end() -> None:
-            slots[0, slot], done[...] = whole, stored
-            state[...] += 1 << 15
+            slots[0, slot, there], done[...] = part, stored
+            state[...] += (state & 1) << 15
 
         machine.stream.beside = [lambda: None, end] if ends else []
         case.call(ops, a)
@@ -256,7 +305,8 @@ def test_a_fetch_waits_for_what_is_fetched_early(name: str) -> None:
 
 def test_a_fetch_of_nothing_waits_for_nobody() -> None:
     case = CASES["fetch nothing, not the guess either"](np.random.default_rng(0))
-    case.arrays["state"] -= 1 << 15
+    state = case.arrays["state"]
+    state -= (state & 1) << 15
     wanted, found = (run(case, ops) for ops in (ReferenceOps(), GpuOps(InterpretedMachine(0))))
     assert all(np.array_equal(found[k], wanted[k]) for k in case.writes)
 

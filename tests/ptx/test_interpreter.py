@@ -346,6 +346,153 @@ def test_a_copy_takes_as_many_bytes_as_a_lane_says(rng: np.random.Generator) -> 
     assert np.array_equal(found.view(np.uint8).reshape(32, 16), wanted)
 
 
+# -- bulk copies -----------------------------------------------------------------------------------
+
+MAKE = "mbarrier.init.shared::cta.b64 [%a+256], 1;"
+FENCE = "fence.proxy.async.shared::cta;"
+ARRIVE = "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%a+256], 128;"
+LOAD = """
+    cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%a], [%in0], 128, [%a+256];"""
+AGAIN = "@!%q bra not_yet;"
+WAIT = f"""
+not_yet:
+    mbarrier.try_wait.parity.shared::cta.b64 %q, [%a+256], 0;
+    {AGAIN}"""
+STORE = "cp.async.bulk.global.shared::cta.bulk_group [%out], [%a], 128;"
+COMMIT = "cp.async.bulk.commit_group;"
+STORED = "cp.async.bulk.wait_group 0;"
+READ = "cp.async.bulk.wait_group.read 0;"
+
+THERE_AND_BACK = f"""
+    setp.ne.u32 %p, %t, 0;
+    @%p bra over;
+    mov.u32 %a, memory;
+    {MAKE} {FENCE} {ARRIVE} {LOAD} {WAIT} {STORE} {COMMIT} {STORED}
+over:
+    ret;
+"""
+"""128 bytes, by the first lane."""
+
+
+def bulk(body: str, seed: int, **more: Any) -> Values:
+    return run(body, LANE, shared=264, seed=seed, **more)
+
+
+@pytest.mark.parametrize("seed", ORDERS)
+def test_a_bulk_copy_is_there_when_it_was_waited_for(seed: int) -> None:
+    assert np.array_equal(bulk(THERE_AND_BACK, seed), LANE)
+
+
+def test_a_phase_follows_the_other() -> None:
+    once = f"{ARRIVE} {LOAD} {WAIT}"
+    twice = once + once.replace("not_yet", "nor_yet").replace("%q, [%a+256], 0", "%q, [%a+256], 1")
+    for seed in ORDERS:
+        assert np.array_equal(bulk(THERE_AND_BACK.replace(once, twice), seed), LANE)
+    early = twice.replace("%q, [%a+256], 1", "%q, [%a+256], 0")  # that one is over
+    for seed in ORDERS:
+        with pytest.raises(PtxFault, match=r"nobody wrote|never"):
+            bulk(THERE_AND_BACK.replace(once, early), seed)
+
+
+@pytest.mark.parametrize(
+    ("line", "instead", "fault"),
+    [
+        (FENCE, "", "no fence since"),
+        (MAKE, "", "no barrier was made there"),
+        (MAKE, MAKE + MAKE, "a barrier is there"),
+        (MAKE, MAKE.replace("256", "252"), "8 bytes at offset 252"),
+        (MAKE, MAKE.replace(", 1", ", 2"), "never; 1 are to arrive, 0 bytes"),
+        (FENCE, FENCE + "st.shared.u32 [%a+260], 0;", "a barrier is there"),
+        (ARRIVE, ARRIVE + ARRIVE, "more arrivals in a phase than 1"),
+        (ARRIVE, ARRIVE.replace("128", "112"), "16 bytes more have come"),
+        (ARRIVE, ARRIVE.replace("128", "144"), "never; 0 are to arrive, 16 bytes"),
+        (ARRIVE, "", "never; 1 are to arrive, -128 bytes"),
+        (LOAD, "", "never; 0 are to arrive, 128 bytes"),
+        (LOAD, LOAD.replace(" 128", " 120"), "120 bytes"),
+        (LOAD, LOAD.replace("[%a]", "[%a+8]"), "16 bytes at offset 8"),
+        (LOAD, LOAD.replace("[%a]", "[%a+192]"), "bytes 192 to 320"),
+        (WAIT, "", "that nobody wrote"),
+        (WAIT, WAIT.replace("], 0", "], 2"), "parities"),
+        (STORE, STORE.replace("[%a]", "[%a+128]"), "that nobody wrote"),
+        (STORE, STORE.replace(" 128", " 136"), "136 bytes"),
+        (COMMIT, "", "its bulk copies may still read"),
+        (STORED, "", "its bulk copies may still read"),
+        (STORED, STORED.replace("0", "1"), "its bulk copies may still read"),
+        ("setp.ne", "setp.lt", "32 lanes; one"),
+    ],
+)
+def test_a_bulk_copy_that_goes_wrong_is_reported(line: str, instead: str, fault: str) -> None:
+    """In every order."""
+    assert THERE_AND_BACK.count(line) == 1
+    body = THERE_AND_BACK.replace(line, instead)
+    for seed in ORDERS:
+        with pytest.raises(PtxFault, match=fault):
+            bulk(body, seed)
+
+
+def test_bytes_that_are_not_there_yet_are_reported_in_some_order() -> None:
+    with pytest.raises(PtxFault, match="nobody wrote"):
+        for seed in ORDERS:
+            bulk(THERE_AND_BACK.replace(AGAIN, ""), seed)
+
+
+def test_bytes_that_never_come_are_reported() -> None:
+    body = THERE_AND_BACK.replace(f"{WAIT} {STORE} {COMMIT} {STORED}", "")
+    for seed in ORDERS:
+        with pytest.raises(PtxFault, match="bytes are still to come"):
+            bulk(body, seed)
+
+
+@pytest.mark.parametrize(("read", "kept"), [(READ, True), ("", False)])
+def test_shared_memory_is_free_when_it_was_read(read: str, kept: bool) -> None:
+    body = THERE_AND_BACK.replace(STORED, f"{read} st.shared.u32 [%a], 77; {STORED}")
+    first = [int(bulk(body, seed)[0]) for seed in ORDERS]
+    assert set(first) == ({0} if kept else {0, 77})
+
+
+def test_what_comes_in_place_of_what_is_stored_is_reported_in_some_order() -> None:
+    again = f"{ARRIVE} {LOAD} {READ} {WAIT.replace('not_yet', 'nor_yet').replace('], 0', '], 1')}"
+    with pytest.raises(PtxFault, match="is being overwritten"):
+        for seed in ORDERS:
+            bulk(THERE_AND_BACK.replace(STORED, f"{again} {STORED}"), seed)
+
+
+@pytest.mark.parametrize(("waits", "seen"), [(STORED, {0}), (READ, {0xFFFFFFFF})])
+def test_what_is_read_is_not_yet_stored(waits: str, seen: set[int]) -> None:
+    """It is there when the launch is over."""
+    look = "ld.global.u32 %b, [%out]; add.u64 %far, %out, 128; st.global.u32 [%far], %b;"
+    body = THERE_AND_BACK.replace(STORED, f"{waits} {look}")
+    found = [bulk(body, seed, count=33) for seed in ORDERS]
+    assert {int(one[32]) for one in found} == seen
+    assert all(np.array_equal(one[:32], LANE) for one in found)
+
+
+@pytest.mark.parametrize("tells", ["red.release.gpu.global.add.u32 [%far], 1", "fence.acq_rel.gpu"])
+def test_what_is_not_stored_is_not_told(tells: str) -> None:
+    tell = f"add.u64 %far, %out, 128; {tells};"
+    right = bulk(THERE_AND_BACK.replace(STORED, f"{STORED} {tell}"), 0, count=33)
+    assert np.array_equal(right[:32], LANE)
+    for seed in ORDERS:
+        with pytest.raises(PtxFault, match="may not be stored"):
+            bulk(THERE_AND_BACK.replace(STORED, f"{READ} {tell}"), seed, count=33)
+
+
+def test_groups_are_waited_for_in_order_but_for_the_last() -> None:
+    """Of two, one may still read."""
+    second = STORE.replace("[%out], [%a]", "[%far], [%a+128]")
+    body = THERE_AND_BACK.replace(
+        f"{STORE} {COMMIT} {STORED}",
+        f"""st.shared.v4.u32 [%a+128], {{%t, %t, %t, %t}}; add.u64 %far, %out, 128;
+        {STORE} {COMMIT} {second.replace(" 128", " 16")} {COMMIT}
+        cp.async.bulk.wait_group.read 1;
+        st.shared.u32 [%a], 77; st.shared.u32 [%a+128], 6;
+        {STORED}""",
+    )
+    found = [bulk(body, seed, count=36) for seed in ORDERS]
+    assert all(np.array_equal(one[:32], LANE) for one in found)
+    assert {int(one[32]) for one in found} == {0, 6}
+
+
 # -- barriers --------------------------------------------------------------------------------------
 
 HAND_OVER = """
@@ -617,6 +764,20 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
         "lop3.or.b32 %p|%a, %t, %t, %t, 1, %q",
         "add.u32 %a, %t",
         ".extern .shared .align 16 .b8 more[]",
+        "mbarrier.init.shared.b64 [%t], 1",
+        "mbarrier.inval.shared::cta.b64 [%t]",
+        "mbarrier.arrive.shared::cta.b64 _, [%t]",
+        "mbarrier.arrive.expect_tx.shared::cta.b64 %wide, [%t], 16",
+        "mbarrier.test_wait.parity.shared::cta.b64 %p, [%t], 0",
+        "mbarrier.try_wait.shared::cta.b64 %p, [%t], %wide",
+        "mbarrier.try_wait.parity.shared::cta.b64 %p, [%t], 0, 100",
+        "cp.async.bulk.prefetch.L2.global [%out], 16",
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%t], [%out], 16, [%t]",
+        "cp.async.bulk.shared::cta.global.mbarrier::complete_tx::bytes [%t], [%out], 16",
+        "cp.async.bulk.global.shared::cta.bulk_group [%out], [%t], 16, %wide",
+        "cp.reduce.async.bulk.global.shared::cta.bulk_group.add.u32 [%out], [%t], 16",
+        "fence.proxy.alias",
+        "fence.proxy.async.global",
     ],
 )
 def test_what_is_not_known_is_refused(line: str) -> None:
