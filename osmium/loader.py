@@ -291,13 +291,12 @@ class Loader:
         guess = None
         bulk = self.gpu is not None and self.gpu.device.capability >= BULK
         if bulk and options.prefetch and options.hcs and plan.slots < plan.experts:
-            if routing is None or routing.predicted is not None:
-                guess = make_guess(ops, config.layers, config.experts, config.top_k)
+            guess = make_guess(ops, config.layers, config.experts, config.top_k)
         store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k, guess)
         if routing is not None:
-            store.trace = ops.put(np.ascontiguousarray(routing.ids))
-        if guess is not None and routing is not None:
-            store.predicted = ops.put(np.ascontiguousarray(routing.predicted))
+            ids, likely = routing.ids, routing.predicted
+            told = None if likely is None else ops.put(np.ascontiguousarray(likely))
+            store.replay(ops.put(np.ascontiguousarray(ids)), told)
         model = model_class(config.model_type)(ops, config, self._weights, store, plan.chunk)
         # One page and one slot are nobody's: rows that have ended write there.
         pages, slots = plan.pages + 1, plan.sequences + 1

@@ -4,7 +4,7 @@ Place, fetch, compute, in blocks of rows small enough for the slots; where every
 slot, compute alone.  Every routed expert is computed; the counters say from where.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Store:
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         self.blocks = [min(self.block, _block(rows, n, cache.experts, top_k)) for n in each]
         """Rows at once of each layer."""
-        self._guess = None if resident else guess
+        self._guess = self._asked = None if resident else guess
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.rows(self.block * top_k, cache.record.inner)
         self.plan = ExpertPlan(
@@ -82,12 +82,28 @@ class Store:
             arrived=ops.empty((2,), np.int32),
         )
 
+    def replay(self, trace: Array, predicted: Array | None) -> None:
+        """From now on routing is that of a trace, and so is what is guessed: its weights are all
+        alike, as a trace has none.  Both u16 [N, L, A].  Raises: OutOfMemory."""
+        self.trace, self.predicted = trace, predicted
+        if predicted is None:
+            self._guess = self._asked = None
+        elif self._guess is not None:
+            alike = self._guess.weights
+            self.ops.copy_in(alike, np.full(alike.shape, 1 / alike.shape[1], np.float32))
+            room = self.ops.empty(alike.shape, np.float32)
+            self._asked = replace(self._guess, weights=room)
+
     def guess(self, tokens: int) -> ExpertGuess | None:
         """Room for guesses, if a step of so many rows has them."""
         guess = self._guess
         if guess is None or tokens > min(guess.ids.shape[0], *self.blocks):
             return None
         return guess
+
+    def asked(self, tokens: int) -> ExpertGuess | None:
+        """The same for the next layer's router to write."""
+        return None if self.guess(tokens) is None else self._asked
 
     def mlp(
         self,

@@ -37,7 +37,7 @@ class Moe:
         """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         ahead: the weights that are read next"""
         store = self.store
-        guess = None if self.after is None else store.guess(step.tokens)
+        guess = None if self.after is None else store.asked(step.tokens)
         self.ops.router(
             work.ids, work.weights, work.scores, work.h, self.router, self.experts,
             store.cache.counters, work.arrived, store.trace, self.layer, step.positions,

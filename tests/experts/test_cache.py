@@ -249,3 +249,21 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:
     with pytest.raises(CheckpointError, match=str(RECORD.nbytes)):
         share_arena(RECORD, records(rng)[:, :, :-1])
+
+
+def test_what_is_replayed_is_guessed_from_a_trace_or_not_at_all(rng: np.random.Generator) -> None:
+    arena = share_arena(RECORD, records(rng))
+    for predicted in (None, rng.integers(0, EXPERTS, (5, LAYERS, TOP_K)).astype(np.uint16)):
+        cache, guess = make_cache(OPS, arena, 5, TOP_K), make_guess(OPS, LAYERS, EXPERTS, TOP_K)
+        store = Store(OPS, arena, cache, 8, TOP_K, guess)
+        assert store.asked(1) is store.guess(1) is guess
+        assert (
+            store.asked(2) is store.guess(2) is None
+        )  # two rows may need more slots than a layer has
+        store.replay(np.zeros((5, LAYERS, TOP_K), np.uint16), predicted)
+        if predicted is None:
+            assert store.asked(1) is store.guess(1) is None
+            continue
+        found, asked = store.guess(1), store.asked(1)
+        assert found is guess and asked is not None and asked.ids is guess.ids
+        assert (guess.weights == np.float32(1 / TOP_K)).all() and asked.weights is not guess.weights
