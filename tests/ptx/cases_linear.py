@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertArena, ExpertCache, ExpertGuess, ExpertPlan, Linear, Ops
-from osmium.ops.values import FETCH_WARPS, PIECE, STOP
+from osmium.ops.values import DROP, FETCH_WARPS, PIECE, STOP
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from osmium.quant.record import Record
@@ -260,7 +260,7 @@ def fetch(
         if guessed:
             begun = rng.permutation(FETCH_WARPS // 8) > 3
             done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
-            arrays["state"] = words_of(begun, STOP)[None]
+            arrays["state"] = words_of(begun, STOP if fetched[0] == 2 else STOP + DROP)[None]
             arrays["done"] = done[None].astype(np.int32)
             if fetched[0] == 2:
                 there = came(record, done)
