@@ -142,8 +142,12 @@ def kept(kv: KeysValues) -> str:
     raise ConfigError(f"KV is {dtype}; the GPU keeps fp8_e4m3 or bf16, --kv-dtype f32 is for CPUs.")
 
 
-def share_context(machine: Machine, most: int, blocks: int) -> int:
+def share_context(machine: Machine, most: int, blocks: int, beside: int) -> int:
     """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
-    without: all of them at once, so that none runs alone at the end."""
-    each = 2 if machine.shared >= 2 * SPLIT_SHARED else 1
-    return min(most, max(SPLITS_LEAST, each * machine.multiprocessors // blocks))
+    without: all of them at once, so that none runs alone at the end.  `beside`: blocks that copy
+    meanwhile; on a multiprocessor that has room for one of these they leave none."""
+    if machine.shared >= 2 * SPLIT_SHARED:
+        room = 2 * machine.multiprocessors
+    else:
+        room = machine.multiprocessors - beside
+    return min(most, max(SPLITS_LEAST, room // blocks))

@@ -19,6 +19,7 @@ from osmium.ops.fit import (
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.machine import Machine
 from osmium.ops.values import (
+    FETCH_WARPS,
     Array,
     DeltaRoom,
     DeltaWeights,
@@ -97,7 +98,10 @@ class GpuOps(GpuExperts):
             self.linear_norm(x, read, out, h, norm)
             return
         groups = kv.k.shape[2]
-        splits = share_context(self.machine, partial.shape[0] // tokens, tokens * groups)
+        splits = share_context(
+            self.machine, partial.shape[0] // tokens, tokens * groups,
+            FETCH_WARPS // 8 if self.fetches_early else 0,
+        )  # fmt: skip
         SPLIT[kept(kv)](
             self.stream, tokens, partial, q, *_arrays(kv),
             step.positions, step.sequence, step.pages,

@@ -186,6 +186,7 @@ class GpuExperts(GpuRows):
     def fetch_early(
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
     ) -> None:
+        self.fetches_early = True
         FETCH_EARLY(
             self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
             guess.expert[layer], guess.slot[layer], guess.state[layer], guess.done[layer],

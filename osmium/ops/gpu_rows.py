@@ -39,6 +39,8 @@ class GpuRows:
         self.machine = machine
         self.stream = machine.stream
         self.bytes_to_host = 0
+        self.fetches_early = False
+        """Whether something is fetched beside what is launched next."""
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -96,6 +98,8 @@ class GpuRows:
 
     def join(self, early: bool = False) -> None:
         self.machine.join(early)
+        if early:
+            self.fetches_early = False
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return self.machine.record(run)
