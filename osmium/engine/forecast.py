@@ -17,11 +17,11 @@ GIB = 1 << 30
 
 STEPS_GIB = (-4, -2, 0, 2, 4, 8)
 
-OVERHEAD = 1.8
+OVERHEAD = 1.6
 """How much longer than moving its bytes a token takes on the GPU, fetches apart: in the middle of
-what `osmium bench` gave (H100, 2026-11-25) for the 122B in 32 GB, the 35B all resident and in 12
+what `osmium bench` gave (H100, 2026-11-26) for the 122B in 32 GB, the 35B all resident and in 12
 GB, of its JSON (ms_per_token - mb_fetched_per_token / rates.link_gb_s) / (mb_read_per_token /
-rates.memory_gb_s), 1.4, 2.1 and 2.4.  To be lowered as kernels get faster."""
+rates.memory_gb_s), 1.1, 2.1 and 2.0.  To be lowered as kernels get faster."""
 
 _HIT = ((0.0, 0.0), (0.05, 0.41), (0.10, 0.54), (0.15, 0.62), (0.20, 0.68), (0.30, 0.77),
         (0.36, 0.81), (0.40, 0.83), (0.50, 0.88), (0.60, 0.92), (0.70, 0.95), (0.80, 0.97),
