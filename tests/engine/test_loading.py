@@ -454,7 +454,7 @@ def test_the_speed_of_loading_is_measured_beside_the_disks(packed: Packed) -> No
     assert found["reader_way"] in ("direct", "cached")
     assert found["bounced_way"] in ("bounced", "cached")
     for name in ("reader", "bounced", "load"):
-        rates = found["raw_gb_s"]
-        assert found[f"{name}_ratio"] == found[f"{name}_gb_s"] / statistics.median(rates)
-        assert found[f"{name}_ratio_best"] == found[f"{name}_gb_s"] / max(rates)
+        assert found[f"{name}_ratio"] == found[f"{name}_gb_s"] / max(found["raw_gb_s"])
+        median = statistics.median(found["raw_gb_s"])
+        assert found[f"{name}_ratio_median"] == found[f"{name}_gb_s"] / median
     assert 0 < found["load_s"] <= found["first_token_s"]
