@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from osmium.ops import ExpertGuess, Ops
-from osmium.ops.values import ARRIVED, FETCH_WARPS
+from osmium.ops.values import ARRIVED, FETCH_BLOCKS, FETCH_WARPS
 
 __all__ = ["guess_bytes", "make_guess"]
 
@@ -23,7 +23,7 @@ def make_guess(ops: Ops, layers: int, experts: int, top_k: int) -> ExpertGuess:
         arrived=ops.empty(ARRIVED, np.int32),
         expert=ops.empty((layers,), np.int32),
         slot=ops.empty((layers,), np.int32),
-        state=ops.empty((layers, FETCH_WARPS // 8), np.int32),
+        state=ops.empty((layers, FETCH_BLOCKS), np.int32),
         done=ops.empty((layers, FETCH_WARPS), np.int32),
     )
     ops.fill(made.expert, 0xFF)  # -1
@@ -35,4 +35,4 @@ def make_guess(ops: Ops, layers: int, experts: int, top_k: int) -> ExpertGuess:
 def guess_bytes(layers: int, experts: int, top_k: int) -> int:
     """Bytes of these arrays."""
     scratch = ROWS * (6 * top_k + 4 * (experts + 1)) + 32 + 4 * math.prod(ARRIVED)
-    return scratch + layers * (8 + 4 * FETCH_WARPS + FETCH_WARPS // 2)
+    return scratch + layers * (8 + 4 * (FETCH_WARPS + FETCH_BLOCKS))

@@ -19,7 +19,7 @@ from osmium.ops.fit import (
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.machine import Machine
 from osmium.ops.values import (
-    FETCH_WARPS,
+    FETCH_BLOCKS,
     Array,
     DeltaRoom,
     DeltaWeights,
@@ -100,7 +100,7 @@ class GpuOps(GpuExperts):
         groups = kv.k.shape[2]
         splits = share_context(
             self.machine, partial.shape[0] // tokens, tokens * groups,
-            FETCH_WARPS // 8 if self.fetches_early else 0,
+            FETCH_BLOCKS if self.fetches_early else 0,
         )  # fmt: skip
         SPLIT[kept(kv)](
             self.stream, tokens, partial, q, *_arrays(kv),

@@ -15,6 +15,7 @@ from osmium.ops.fit import (
 )
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.values import (
+    FETCH_BLOCKS,
     FETCH_WARPS,
     Array,
     ExpertArena,
@@ -176,7 +177,7 @@ class GpuExperts(GpuRows):
     ) -> None:
         near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
         FETCH(
-            self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
+            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
             plan.arrived, *((0, 0) if guess is None else (guess.state[layer], guess.done[layer])),
             0 if ahead is None else ahead, plan.expert.shape[0], cache.record.nbytes,
@@ -186,9 +187,8 @@ class GpuExperts(GpuRows):
     def fetch_early(
         self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
     ) -> None:
-        self.fetches_early = True
         FETCH_EARLY(
-            self.stream, FETCH_WARPS // 8, cache.slots[layer], arena.records[layer],
+            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             guess.expert[layer], guess.slot[layer], guess.state[layer], guess.done[layer],
             cache.record.nbytes,
         )  # fmt: skip

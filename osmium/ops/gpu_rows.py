@@ -40,7 +40,7 @@ class GpuRows:
         self.stream = machine.stream
         self.bytes_to_host = 0
         self.fetches_early = False
-        """Whether something is fetched beside what is launched next."""
+        """Whether something is launched early, beside others, and not joined yet."""
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -91,6 +91,7 @@ class GpuRows:
     @contextlib.contextmanager
     def beside(self, early: bool = False) -> Iterator[None]:
         self.stream = self.machine.fork(early)
+        self.fetches_early |= early
         try:
             yield
         finally:
@@ -98,8 +99,7 @@ class GpuRows:
 
     def join(self, early: bool = False) -> None:
         self.machine.join(early)
-        if early:
-            self.fetches_early = False
+        self.fetches_early &= not early
 
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return self.machine.record(run)

@@ -31,7 +31,7 @@ from osmium.ops.formulas import (
 from osmium.ops.making import ReferenceMaking
 from osmium.ops.sampling import draw
 from osmium.ops.values import (
-    FETCH_WARPS,
+    FETCH_BLOCKS,
     PIECE,
     STOP,
     Array,
@@ -370,7 +370,7 @@ class ReferenceOps(ReferenceMaking):
         cache.slots[layer][slot] = arena.records[layer, expert]
         self._forget(cache, layer, slot)
         pieces = -(-cache.record.nbytes // PIECE)
-        blocks = np.arange(FETCH_WARPS // 8)
+        blocks = np.arange(FETCH_BLOCKS)
         guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
 
     def expert_up(

@@ -21,6 +21,7 @@ __all__ = [
     "ARRIVED",
     "COLD",
     "DROP",
+    "FETCH_BLOCKS",
     "FETCH_WARPS",
     "PIECE",
     "STOP",
@@ -48,10 +49,12 @@ ARRIVED = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
 work, and of each a key an expert, up to 256, and who has sent them."""
 
-FETCH_WARPS = 128
-"""Warps that copy records, eight a thread block: sixteen blocks move 50 GB/s, all that the link
-has, and leave the other multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11).
-"""
+FETCH_BLOCKS = 16
+"""Thread blocks that copy records: they move 50 GB/s, all that the link has, and leave the other
+multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
+
+FETCH_WARPS = 8 * FETCH_BLOCKS
+"""Warps of them."""
 
 PIECE = 16 << 10
 """Bytes of a record that a block copies at once, an eighth of them a warp."""
@@ -328,7 +331,7 @@ class ExpertGuess:
     slot: Array
     """i32 [L], its slot, which the cache's tables call free."""
     state: Array
-    """i32 [L, FETCH_WARPS / 8], of each block of `fetch_early`: 1 once it has begun, 2^15 more once
+    """i32 [L, FETCH_BLOCKS], of each block of `fetch_early`: 1 once it has begun, 2^15 more once
     it has left; STOP is added when the layer is placed, and DROP if the guess was wrong."""
     done: Array
     """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""

@@ -21,7 +21,7 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.python import KERNELS
 from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_WARPS
+from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS
 from osmium.quant.record import Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def empty_plan(entries: int, pairs: int) -> ExpertPlan:
 
 def empty_guess(pairs: int, layers: int) -> ExpertGuess:
     each = [np.full(layers, -1, np.int32) for _ in range(2)]
-    state = np.full((layers, FETCH_WARPS // 8), 1 << 15 | 1, np.int32)
+    state = np.full((layers, FETCH_BLOCKS), 1 << 15 | 1, np.int32)
     done = np.full((layers, FETCH_WARPS), 5, np.int32)
     ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
     return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done)

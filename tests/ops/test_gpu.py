@@ -11,7 +11,7 @@ from osmium.loader import BULK
 from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import DROP, FETCH_WARPS, STOP
+from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.record import Record
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
@@ -90,7 +90,7 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
         nothing,
         i32(2),
         i32(2),
-        i32(2, FETCH_WARPS // 8),
+        i32(2, FETCH_BLOCKS),
         i32(2, FETCH_WARPS),
     )
     gpu.fill(guess.expert, 0xFF)  # -1

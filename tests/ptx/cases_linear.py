@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertArena, ExpertCache, ExpertGuess, ExpertPlan, Linear, Ops
-from osmium.ops.values import DROP, FETCH_WARPS, PIECE, STOP
+from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, PIECE, STOP
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from osmium.quant.record import Record
@@ -206,7 +206,7 @@ def router(
 
 def pieces_of(record: Record) -> npt.NDArray[np.int32]:
     """Pieces of a record that each warp of a fetch has a share of, i32 [FETCH_WARPS]."""
-    pieces, blocks = -(-record.nbytes // PIECE), FETCH_WARPS // 8
+    pieces, blocks = -(-record.nbytes // PIECE), FETCH_BLOCKS
     return np.repeat([len(range(block, pieces, blocks)) for block in range(blocks)], 8).astype(
         np.int32
     )
@@ -214,7 +214,7 @@ def pieces_of(record: Record) -> npt.NDArray[np.int32]:
 
 def came(record: Record, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     """Which bytes of a record are there when each warp has stored its share of `done` pieces."""
-    at, blocks = np.arange(record.nbytes), FETCH_WARPS // 8
+    at, blocks = np.arange(record.nbytes), FETCH_BLOCKS
     warp = at // PIECE % blocks * 8 + at % (PIECE // 4) // (PIECE // 32)  # a quarter at a time
     return np.asarray(at // PIECE // blocks < done[warp])
 
@@ -258,7 +258,7 @@ def fetch(
             "arrived": np.array([0, 0], np.int32),
         }
         if guessed:
-            begun = rng.permutation(FETCH_WARPS // 8) > 3
+            begun = rng.permutation(FETCH_BLOCKS) > 3
             done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
             arrays["state"] = words_of(begun, STOP if fetched[0] == 2 else STOP + DROP)[None]
             arrays["done"] = done[None].astype(np.int32)
@@ -291,7 +291,7 @@ def fetch_early(hidden: int, inner: int, expert: int, state: int = 0) -> Make:
             "slots": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
             "expert": np.array([-1, expert], np.int32),
             "slot": rng.integers(0, 3, 2, np.int32),
-            "state": np.array([[7], [state]], np.int32).repeat(FETCH_WARPS // 8, 1),
+            "state": np.array([[7], [state]], np.int32).repeat(FETCH_BLOCKS, 1),
             "done": np.zeros((2, FETCH_WARPS), np.int32),
         }
 

@@ -12,7 +12,7 @@ from osmium.ops import ExpertArena, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import DROP, FETCH_WARPS, STOP
+from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.record import Record
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
@@ -52,7 +52,7 @@ def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], te
         done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
         there = came(record, done)
         before[0, slot[0], there] = arena[0, 0, there]
-        state = words_of(np.ones((1, FETCH_WARPS // 8)), STOP)
+        state = words_of(np.ones((1, FETCH_BLOCKS)), STOP)
         guess = guess_of(None, None, ops.put(state), ops.put(done[None]))
     slots, words = ops.put(before), ops.put(np.zeros(2, np.int32))
     counters = ops.put(np.zeros(7, np.int64))
@@ -190,7 +190,7 @@ def told(seed: int, word: int) -> tuple[dict[str, Any], dict[str, Any]]:
         assert not machine.stream.beside
 
     found = run(replace(case, call=placed), GpuOps(machine))
-    assert (found["state"][1] == words_of(np.ones(FETCH_WARPS // 8), word)).all()
+    assert (found["state"][1] == words_of(np.ones(FETCH_BLOCKS), word)).all()
     return found, case.arrays
 
 
@@ -225,8 +225,8 @@ def test_what_nobody_asked_for_ends_inside_of_a_piece() -> None:
         )
         there = (after == new).all(1)
         np.testing.assert_array_equal(after[~there], old[~there])
-        block = np.arange(len(there)) // 4 % (FETCH_WARPS // 8)
-        for mine in (there[block == i] for i in range(FETCH_WARPS // 8)):
+        block = np.arange(len(there)) // 4 % (FETCH_BLOCKS)
+        for mine in (there[block == i] for i in range(FETCH_BLOCKS)):
             stored = int(mine.sum())
             assert mine[:stored].all()
             cut |= 0 < stored < len(mine) and stored % 4 > 0

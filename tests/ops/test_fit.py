@@ -1,0 +1,72 @@
+"""How blocks are shared out over GPUs of different sizes."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium.ops.fit import SPLITS_LEAST, share_context
+from osmium.ops.gpu import SPLIT, GpuOps
+from osmium.ops.reference import ReferenceOps
+from osmium.ops.values import FETCH_BLOCKS
+from tests.ops.cases import allowed, compare, run
+from tests.ptx.cases_attention import shared
+from tests.ptx.interpreter import InterpretedMachine
+
+
+@dataclass
+class Size:
+    """Of a machine, all that sharing asks for."""
+
+    multiprocessors: int
+    shared: int
+    """Bytes that a block may ask for."""
+
+
+@pytest.mark.parametrize("beside", [0, FETCH_BLOCKS])
+@pytest.mark.parametrize("groups", [1, 2, 3])
+def test_contexts_fill_a_gpu_once_beside_what_copies(groups: int, beside: int) -> None:
+    """One of these blocks a multiprocessor, or two and room for what copies."""
+    for multiprocessors, most, room in ((170, 99 << 10, 170 - beside), (132, 227 << 10, 264)):
+        machine: Any = Size(multiprocessors, most)
+        blocks = groups * share_context(machine, 1000, groups, beside)
+        assert room - groups < blocks <= room
+    small: Any = Size(10, 99 << 10)
+    assert share_context(small, 1000, groups, beside) >= SPLITS_LEAST
+    assert share_context(small, 3, groups, beside) == 3
+
+
+def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
+    make = shared(256, 16, 2, 7, 24, (100, 40), "fp8")
+    machine = InterpretedMachine()
+    machine.multiprocessors = 36
+    ops = GpuOps(machine)
+    splits: list[int] = []
+    launch = machine.stream.launch
+
+    def launched(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        if kernel is SPLIT["fp8"]:
+            splits.append(grid[0])
+        launch(kernel, grid, values)
+
+    machine.stream.launch = launched  # type: ignore[method-assign]
+
+    def right() -> bool:
+        wanted = run(make(np.random.default_rng(0)), ReferenceOps())
+        case = make(np.random.default_rng(0))
+        found = run(case, ops)
+        return all(compare(found[k], wanted[k], kind) <= allowed(kind)
+                   for k, kind in case.writes.items())  # fmt: skip
+
+    assert right()
+    with ops.beside(early=True):
+        pass
+    assert right()
+    with ops.beside():
+        pass
+    ops.join()
+    assert right()
+    ops.join(early=True)
+    assert right()
+    assert splits == [9, 5, 5, 9]
