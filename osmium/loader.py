@@ -9,7 +9,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from osmium.cuda.stream import copy_rate, memory_rate, spilled
 from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
+from osmium.engine.sharing import Sharing
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
@@ -246,6 +246,8 @@ class Loader:
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
         engines.append(engine)
+        if keep is not None:
+            engine.when_idle = Sharing(runner, engine.meter).idle
         if gpu is not None:
             engine.meter.vram_of = gpu.device.memory
         floor = options.ram_floor or default_floor(available_ram()[1])
@@ -336,7 +338,9 @@ class Loader:
         if heat is not None:
             count = restore(self.ops, store.cache, store.arena, heat)
             LOG.info("%d experts that were hot before are in their slots", count)
-        return partial(keep_heat, path, self.packed.fingerprint, self.ops, store.cache)
+        fingerprint = self.packed.fingerprint
+        # The store's cache as of then: slots may have been shared out anew.
+        return lambda: keep_heat(path, fingerprint, self.ops, store.cache)
 
     def _upload(self) -> dict[str, Any]:
         """Everything but the experts, to where kernels reach it fast."""

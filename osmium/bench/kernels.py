@@ -30,7 +30,17 @@ from osmium.experts.guess import make_guess
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
-from osmium.ops import DeltaRoom, DeltaWeights, Linear, Ops, Rows, Step, values
+from osmium.ops import (
+    AttentionRoom,
+    AttentionWeights,
+    DeltaRoom,
+    DeltaWeights,
+    Linear,
+    Ops,
+    Rows,
+    Step,
+    values,
+)
 from osmium.ops.gpu import GpuOps
 from osmium.weights.synthetic import open_synthetic
 
@@ -201,7 +211,8 @@ class Cases:
             calls.append(partial(self.ops.delta_net, *of, step, False))
         return calls
 
-    def _attention(self, rope: bool) -> Calls:
+    def _attention(self) -> Calls:
+        f32 = partial(self._noise, dtype=np.float32)
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)
         sets = self._sets(self._kept() * self.depth * self.tokens)
         pages = len(sets) * self.tokens * each
@@ -211,16 +222,17 @@ class Cases:
             fill_noise(ops, array)
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, each)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
-        if rope:
-            norms = self._noise((2, config.head_dim), np.float32)
-            more = (w.qgkv, norms, ops.put(rotary_frequencies(config)))
-            return [partial(ops.rope_append, w.q, kv, *more, s, config.eps) for s in steps]
-        found, of = self._matrices("attention_out"), (w.x, w.h, self.norm, w.q, kv, w.qgkv)
-        calls: Calls = []
-        for i, step in enumerate(steps):
-            to = (found[i % len(found)], w.attended, w.partial)
-            calls.append(partial(ops.gated_attention, *of, *to, step, config.head_dim**-0.5))
-        return calls
+        norms, frequencies = f32((2, config.head_dim)), ops.put(rotary_frequencies(config))
+        room = AttentionRoom(w.q, w.attended, w.partial, w.parts)
+        weights = [
+            AttentionWeights(norms, frequencies, out, config.eps, config.head_dim**-0.5)
+            for out in self._matrices("attention_out")
+        ]
+        of = (w.x, w.h, self.norm, w.qgkv)
+        return [
+            partial(ops.gated_attention, *of, weights[i % len(weights)], kv, room, step)
+            for i, step in enumerate(steps)
+        ]
 
     def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> values.ExpertCache:
         """Nobody is in it; its slots are noise."""
@@ -311,8 +323,7 @@ class Cases:
 
 MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
-    "linear qgkv": ("_linear", "qgkv"), "rope_append": ("_attention", True),
-    "gated_attention": ("_attention", False),
+    "linear qgkv": ("_linear", "qgkv"), "gated_attention": ("_attention",),
     "router": ("_router",), "place": ("_place",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),
     "expert_down": ("_experts", False), "linear head": ("_linear", "head"), "sample": ("_sample",),

@@ -7,7 +7,9 @@ frozen it hands out nothing more.  `HostBuffer` is page-locked memory of a measu
 import contextlib
 import math
 import mmap
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +18,15 @@ import numpy.typing as npt
 from osmium.cuda.driver import Device
 from osmium.errors import CudaError, OutOfMemory
 
-__all__ = ["DeviceArray", "HostBuffer", "HostKind", "Pool"]
+__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool"]
 
 HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
+
+Fill = Callable[[npt.NDArray[np.uint8]], None]
+"""Writes all of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+
+_TOUCHED = 64 << 20
+"""Bytes whose pages a thread makes at a time."""
 
 _PORTABLE, _MAPPED, _WRITE_COMBINED = 1, 2, 4
 _OUT_OF_MEMORY = 2
@@ -169,33 +177,54 @@ class HostBuffer:
     registered-huge             the same on transparent huge pages, where the system gives them
     """
 
-    def __init__(self, device: Device, nbytes: int, kind: HostKind) -> None:
-        """Raises: OutOfMemory where the system refuses to lock so much."""
-        self.device, self.nbytes, self.kind = device, nbytes, kind
+    def __init__(
+        self, device: Device, nbytes: int, kind: HostKind, fill: Fill | None = None
+    ) -> None:
+        """With `fill` that writes all of it, u8 [nbytes], first: registered kinds are locked behind
+        it, when their pages are there, as making them takes its time.  Nobody may write any more
+        when it has returned, or raised.
+
+        Raises: OutOfMemory where the system refuses to lock so much; what `fill` raises.
+        """
+        self.device, self.nbytes, self.kind, self.address = device, nbytes, kind, 0
         self._map: mmap.mmap | None = None
+        with self._refusals():
+            view = self._driver_s() if kind in ("pinned", "write-combined") else self._mapped()
+        if fill is not None:
+            fill(view)
+        elif self._map is not None:
+            _touch(view)
+        if self._map is not None:
+            with self._refusals():
+                address = int(view.ctypes.data)
+                device.driver("cuMemHostRegister", address, nbytes, _PORTABLE | _MAPPED)
+                self.address = address
+        self.device_address = int(device.driver("cuMemHostGetDevicePointer", self.address, 0))
+
+    def _driver_s(self) -> npt.NDArray[np.uint8]:
+        extra = _WRITE_COMBINED if self.kind == "write-combined" else 0
+        flags = _PORTABLE | _MAPPED | extra
+        self.address = int(self.device.driver("cuMemHostAlloc", self.nbytes, flags))
+        return self.array((self.nbytes,), np.uint8)
+
+    def _mapped(self) -> npt.NDArray[np.uint8]:
+        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if self.kind == "registered-huge":
+            self._map.madvise(mmap.MADV_HUGEPAGE)
+        return np.frombuffer(self._map, np.uint8)
+
+    @contextlib.contextmanager
+    def _refusals(self) -> Iterator[None]:
         try:
-            if kind in ("pinned", "write-combined"):
-                extra = _WRITE_COMBINED if kind == "write-combined" else 0
-                flags = _PORTABLE | _MAPPED | extra
-                self.address = int(device.driver("cuMemHostAlloc", nbytes, flags))
-            else:
-                self.address = self._register(nbytes)
+            yield
         except (CudaError, OSError) as error:
             if isinstance(error, CudaError) and error.lost:
                 raise
             raise OutOfMemory(
-                f"{_gib(nbytes)} of {kind} host memory were asked for and refused ({error}). "
-                "Free memory, choose a smaller model, or --no-wc-alloc for another kind."
+                f"{_gib(self.nbytes)} of {self.kind} host memory were asked for and refused "
+                f"({error}). Free memory, choose a smaller model, or --no-wc-alloc for another "
+                "kind."
             ) from None
-        self.device_address = int(device.driver("cuMemHostGetDevicePointer", self.address, 0))
-
-    def _register(self, nbytes: int) -> int:
-        self._map = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if self.kind == "registered-huge":
-            self._map.madvise(mmap.MADV_HUGEPAGE)
-        address = int(np.frombuffer(self._map, np.uint8).ctypes.data)
-        self.device.driver("cuMemHostRegister", address, nbytes, _PORTABLE | _MAPPED)
-        return address
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """The host's view.  Reading write-combined memory is slow: only write."""
@@ -219,6 +248,18 @@ class HostBuffer:
         if getattr(self, "address", 0):
             with contextlib.suppress(CudaError):
                 self.close()
+
+
+def _touch(memory: npt.NDArray[np.uint8]) -> None:
+    """Have the system make all pages, by several threads: one alone clears them at a fraction of
+    memory's rate, and locking them makes them by one."""
+    starts = range(0, memory.nbytes, _TOUCHED)
+
+    def touch(start: int) -> None:
+        memory[start : start + _TOUCHED : mmap.PAGESIZE] = 0  # without the interpreter's lock
+
+    with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1, 16)) as pool:
+        list(pool.map(touch, starts))
 
 
 class _Memory:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.cuda.driver import Device
-from osmium.cuda.memory import DeviceArray, HostBuffer, HostKind, Pool
+from osmium.cuda.memory import DeviceArray, Fill, HostBuffer, HostKind, Pool
 from osmium.errors import CudaError, KernelError, OutOfMemory
 
 __all__ = ["Event", "Graph", "Machine", "Stream", "copy_rate", "memory_rate", "spilled"]
@@ -249,11 +249,15 @@ class Machine:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """A new array in page-locked host memory, as kernels see it.  Raises: OutOfMemory."""
+    def host(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> DeviceArray:
+        """A new array in page-locked host memory, as kernels see it; with `fill`, that has written
+        its bytes before.  Raises: OutOfMemory, what `fill` raises."""
         assert not self.pool.frozen, "host memory was asked for while serving"
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        buffer = HostBuffer(self.device, max(nbytes, 4096), self.host_kind)
+        write = None if fill is None else lambda memory: fill(memory[:nbytes])
+        buffer = HostBuffer(self.device, max(nbytes, 4096), self.host_kind, write)
         array = buffer.device_array(shape, dtype)
         self._buffers[array.ptr] = buffer
         return array

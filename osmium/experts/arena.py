@@ -31,19 +31,21 @@ def fill_arena(
 ) -> ExpertArena:
     """A new arena in `ops.host` memory.  Raises: OutOfMemory, and what reading raises; then nothing
     is kept."""
-    records = ops.host((layers, experts, record.nbytes), np.uint8)
-    waits: Waits = []
-    with _given_back_if_it_fails(ops, records, waits):
-        view = np.asarray(ops.host_view(records), np.uint8)
-        for layer in range(layers + 1):
-            if layer < layers:
-                waits.append(begin(layer, 0, view[layer]))
-            if layer:
-                waits[0]()
-                waits.pop(0)
-                if progress:
-                    progress("experts", layer, layers)
-    return ExpertArena(record, records)
+    shape = (layers, experts, record.nbytes)
+
+    def fill(memory: npt.NDArray[np.uint8]) -> None:
+        view, waits = memory.reshape(shape), Waits()
+        with _waited_for(waits):
+            for layer in range(layers + 1):
+                if layer < layers:
+                    waits.append(begin(layer, 0, view[layer]))
+                if layer:
+                    waits[0]()
+                    waits.pop(0)
+                    if progress:
+                        progress("experts", layer, layers)
+
+    return ExpertArena(record, ops.host(shape, np.uint8, fill))
 
 
 def fill_slots(
@@ -59,7 +61,7 @@ def fill_slots(
     half = -(-experts // 2)
     staging = ops.host((2, half, record.nbytes), np.uint8)
     waits: Waits = []
-    with _given_back_if_it_fails(ops, staging, waits):
+    with _given_back_if_it_fails(ops, staging), _waited_for(waits):
         rooms = np.asarray(ops.host_view(staging), np.uint8)
         parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
         for number in range(len(parts) + 1):
@@ -81,14 +83,23 @@ def fill_slots(
 
 
 @contextlib.contextmanager
-def _given_back_if_it_fails(ops: Ops, memory: Array, waits: Waits) -> Iterator[None]:
-    """Where what is inside fails: `memory` is given back when nobody reads into it any more."""
+def _waited_for(waits: Waits) -> Iterator[None]:
+    """Where what is inside fails: nobody reads into memory any more when it says so."""
     try:
         yield
     except BaseException:
         for wait in waits:
             with contextlib.suppress(Exception):
                 wait()
+        raise
+
+
+@contextlib.contextmanager
+def _given_back_if_it_fails(ops: Ops, memory: Array) -> Iterator[None]:
+    """Where what is inside fails: `memory` is given back."""
+    try:
+        yield
+    except BaseException:
         with contextlib.suppress(DeviceError):
             ops.synchronize()
         ops.release(memory)

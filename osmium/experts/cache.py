@@ -4,6 +4,7 @@ Makes the arrays and looks into them; who enters and who leaves is decided by `o
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from osmium.ops import Array, ExpertArena, ExpertCache, Fading, Ops
 from osmium.quant.record import Record
 
 __all__ = [
-    "FADING", "cache_bytes", "empty", "make_cache", "resident", "resident_cache", "verify",
+    "FADING", "cache_bytes", "cut", "empty", "make_cache", "resident", "resident_cache", "verify",
 ]  # fmt: skip
 
 FADING = Fading(half_life=8.0, long_half_life=512.0, weight=1.0, earlier=19)
@@ -39,8 +40,8 @@ def make_cache(
     if capacity < experts:
         each = [capacity] * layers if each is None else each
         assert sum(each) == layers * capacity and top_k <= min(each), f"{each} slots"
-        assert max(each) <= experts, f"{each} slots for {experts} experts"
-        return _cache(ops, arena.record, _parts(ops, each, (nbytes,), np.uint8), experts)
+        slots = ops.empty((layers * capacity, nbytes), np.uint8)
+        return _cache(ops, arena.record, slots, each, experts)
     slots = ops.empty((layers, capacity, nbytes), np.uint8)
     for layer in range(layers):
         ops.copy(slots[layer : layer + 1], arena.records[layer : layer + 1])
@@ -52,8 +53,9 @@ def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
 
     slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
     """
-    layers, experts, _ = slots.shape
-    cache = _cache(ops, record, tuple(slots[layer] for layer in range(layers)), experts)
+    layers, experts, nbytes = slots.shape
+    whole = slots.reshape(layers * experts, nbytes)
+    cache = _cache(ops, record, whole, [experts] * layers, experts)
     everyone = np.arange(experts, dtype=np.int32)
     ops.copy_in(cache.slot_of, np.tile(everyone, (layers, 1)))
     for layer in cache.expert_in:
@@ -61,29 +63,39 @@ def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
     return cache
 
 
-def _parts(
-    ops: Ops, each: Sequence[int], shape: tuple[int, ...], dtype: npt.DTypeLike
-) -> tuple[Array, ...]:
-    """One array, cut into so many rows each.  Raises: OutOfMemory."""
-    whole, ends = ops.empty((sum(each), *shape), dtype), np.cumsum(each).tolist()
+def cut(cache: ExpertCache, each: Sequence[int]) -> ExpertCache:
+    """The same memory, with `each` layer's number of slots, as many in all.  Who is in which is to
+    be said anew: tables keep what they held."""
+    assert cache.whole is not None, "a cache that is not made here is cut once for all"
+    slots, expert_in = cache.whole
+    assert sum(each) == slots.shape[0] and max(each) <= cache.experts, f"{each} slots"
+    return replace(cache, slots=_parts(slots, each), expert_in=_parts(expert_in, each))
+
+
+def _parts(whole: Array, each: Sequence[int]) -> tuple[Array, ...]:
+    """So many rows for each layer."""
+    ends = np.cumsum(each).tolist()
     return tuple(whole[end - count : end] for end, count in zip(ends, each, strict=True))
 
 
-def _cache(ops: Ops, record: Record, slots: tuple[Array, ...], experts: int) -> ExpertCache:
-    """An empty cache over `slots`."""
-    layers, each = len(slots), [layer.shape[0] for layer in slots]
+def _cache(
+    ops: Ops, record: Record, slots: Array, each: Sequence[int], experts: int
+) -> ExpertCache:
+    """An empty cache over all layers' `slots`.  Raises: OutOfMemory."""
+    layers, expert_in = len(each), ops.empty((slots.shape[0],), np.int32)
     made = ExpertCache(
         record=record,
         experts=experts,
         fading=FADING,
-        slots=slots,
+        slots=_parts(slots, each),
         slot_of=ops.empty((layers, experts), np.int32),
-        expert_in=_parts(ops, each, (), np.int32),
+        expert_in=_parts(expert_in, each),
         heat=ops.empty((layers, experts), np.float32),
         long_heat=ops.empty((layers, experts), np.float32),
         stamp=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((7,), np.int64),
+        whole=(slots, expert_in),
     )
     empty(ops, made)
     ops.fill(made.counters, 0)

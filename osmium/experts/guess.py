@@ -25,9 +25,10 @@ def make_guess(ops: Ops, layers: int, experts: int, top_k: int) -> ExpertGuess:
         slot=ops.empty((layers,), np.int32),
         state=ops.empty((layers, FETCH_BLOCKS), np.int32),
         done=ops.empty((layers, FETCH_WARPS), np.int32),
+        go=ops.empty((layers, FETCH_BLOCKS), np.int32),
     )
     ops.fill(made.expert, 0xFF)  # -1
-    for zero in (made.counters, made.arrived, made.slot, made.state, made.done):
+    for zero in (made.counters, made.arrived, made.slot, made.state, made.done, made.go):
         ops.fill(zero, 0)
     return made
 
@@ -35,4 +36,4 @@ def make_guess(ops: Ops, layers: int, experts: int, top_k: int) -> ExpertGuess:
 def guess_bytes(layers: int, experts: int, top_k: int) -> int:
     """Bytes of these arrays."""
     scratch = ROWS * (6 * top_k + 4 * (experts + 1)) + 32 + 4 * math.prod(ARRIVED)
-    return scratch + layers * (8 + 4 * (FETCH_WARPS + FETCH_BLOCKS))
+    return scratch + layers * (8 + 4 * (FETCH_WARPS + 2 * FETCH_BLOCKS))

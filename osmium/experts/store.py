@@ -4,6 +4,8 @@ Place, fetch, compute, in blocks of rows small enough for the slots; where every
 slot, compute alone.  Every routed expert is computed; the counters say from where.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,11 +56,9 @@ class Store:
         """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
         at most `rows` at once.  With room for a guess an expert of the next layer is fetched while
         the link has nothing else to do.  Raises: OutOfMemory."""
-        each = [layer.shape[0] for layer in cache.slots]
-        assert min(each) >= top_k, f"{each} slots for a row's {top_k} experts"
         resident = cache.capacity == cache.experts
         assert resident or arena is not None, "experts that are not resident need an arena"
-        self.ops, self.cache = ops, cache
+        self.ops = ops
         self.arena = None if resident else arena  # nothing is ever fetched
         self.trace: Array | None = None
         """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
@@ -67,8 +67,8 @@ class Store:
         self.recorder: Recorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
-        self.blocks = [min(self.block, _block(rows, n, cache.experts, top_k)) for n in each]
-        """Rows at once of each layer."""
+        self.top_k = top_k
+        self.take(cache)
         self._guess = self._asked = None if resident else guess
         most = min(cache.experts, self.block * top_k)
         self.inner = ops.rows(self.block * top_k, cache.record.inner)
@@ -81,6 +81,15 @@ class Store:
             pairs=ops.empty((self.block, top_k), np.int32),
             arrived=ops.empty((2,), np.int32),
         )
+
+    def take(self, cache: ExpertCache) -> None:
+        """From now on use the slots of this cache: as many in all as there are room and plans for.
+        No guess lasts from one step to the next, so none is of other slots."""
+        each = [layer.shape[0] for layer in cache.slots]
+        assert min(each) >= self.top_k, f"{each} slots for a row's {self.top_k} experts"
+        self.cache = cache
+        self.blocks = [_block(self.block, slots, cache.experts, self.top_k) for slots in each]
+        """Rows at once of each layer."""
 
     def replay(self, trace: Array, predicted: Array | None) -> None:
         """From now on routing is that of a trace, and so is what is guessed: its weights are all
@@ -104,6 +113,18 @@ class Store:
     def asked(self, tokens: int) -> ExpertGuess | None:
         """The same for the next layer's router to write."""
         return None if self.guess(tokens) is None else self._asked
+
+    @contextlib.contextmanager
+    def step(self, tokens: int) -> Iterator[None]:
+        """All layers of a step of so many rows: what they guess is fetched beside them."""
+        guess = self.guess(tokens)
+        if guess is None or self.arena is None:
+            yield
+            return
+        with self.ops.beside(early=True):
+            self.ops.fetch_early(self.cache, guess, self.arena)
+        yield
+        self.ops.join(early=True)
 
     def mlp(
         self,
@@ -129,7 +150,6 @@ class Store:
         said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch
         """
         ops, cache, guess = self.ops, self.cache, self.guess(x.shape[0])
-        more = layer + 1 < len(cache.slots)
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
@@ -153,14 +173,9 @@ class Store:
                 ops.expert_up(*up, "there", *with_up)
                 ops.expert_down(*down, "there", *with_down)
             ops.fetch(cache, plan, self.arena, layer, ahead, guess)
-            if guess is not None and more:
-                with ops.beside(early=True):
-                    ops.fetch_early(cache, guess, self.arena, layer + 1)
             ops.expert_up(*up, "rest", *with_up)
             ops.join()
             ops.expert_down(*down, "rest", *with_down)
-        if guess is not None and layer and not more:
-            ops.join(early=True)
 
     def counters(self) -> Counters:
         """What was routed, hit, fetched and copied so far; waits for what was launched.

@@ -44,9 +44,9 @@ NOBODY = (1 << 31) - 1
     "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int64), CPointer(uint16), "
     "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(float32), CPointer(int32), "
     "CPointer(uint16), CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int32), "
-    "CPointer(int32), "
-    "int32, int32, int32, int32, int32, int32, int32, int32, int32, int32, float32, float32, "
-    "float32)",
+    "CPointer(int32), CPointer(int32), "
+    "int32, int32, int32, int32, int32, int32, int32, int32, int32, int32, int32, "
+    "float32, float32, float32)",
     block=WIDTH,
     grid="blocks",
     regs=96,
@@ -78,10 +78,12 @@ def place(
     guess_slot: Any,
     guess_state: Any,
     guess_done: Any,
+    guess_go: Any,
     pairs: int,
     experts: int,
     capacity: int,
     next_capacity: int,
+    next_first: int,
     entries: int,
     layer: int,
     last: int,
@@ -97,9 +99,11 @@ def place(
     count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs], arrived i32 [2]
     slot_of i32 [E], expert_in i32 [S], heat, long_heat f32 [E], stamp i32 [E]    of the layer
     step i32 [1], counters i64 [7]    of the cache    ids u16 [pairs]
-    next_...: the same of the next layer, for the second block    last: 1 at the last layer, else 0
+    next_...: the same of the next layer, for the second block; next_first: the number of its first
+    slot among all layers'    last: 1 at the last layer, else 0
     guess_ids u16, guess_weights f32 [pairs]
-    guess_expert, guess_slot i32 [L], guess_state i32 [L, warps / 8], guess_done i32 [L, warps]
+    guess_expert, guess_slot i32 [L], guess_state, guess_go i32 [L, warps / 8], guess_done i32
+    [L, warps]
     guessing: 1 with a guess, 0 without: then there is one block, and those are never looked at
     experts E <= 1024    capacity S <= E
     earlier, share: of values.Fading    rate = 1 / half_life    long_rate = 1 / long_half_life
@@ -216,6 +220,7 @@ def place(
             guess_done[(layer + 1) * warps + i] = 0
             if i < warps // 8:
                 guess_state[(layer + 1) * (warps // 8) + i] = 0
+                guess_go[(layer + 1) * (warps // 8) + i] = 16 * now
             i += WIDTH
         if me == 0:
             e, s = best[2], best[3]
@@ -226,7 +231,7 @@ def place(
                 if gone >= 0:
                     slot_of[gone] = -1
                     expert_in[s] = -1
-                guess_slot[layer + 1] = s
+                guess_slot[layer + 1] = next_first + s
                 guess_expert[layer + 1] = e
                 add_to(counters, 4, 1)
             else:
@@ -235,6 +240,8 @@ def place(
 
     # -- and of this one: was the guess right?  If not, nobody need copy it any more
     right = False
+    if guessing > 0 and me < warps // 8:
+        guess_go[layer * (warps // 8) + me] = 16 * now + 15
     if guessed >= 0:
         right = tally[guessed] > 0 and place_of[guessed] < 0
         if me < warps // 8 and not right:

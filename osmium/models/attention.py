@@ -12,7 +12,7 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.models.weights import Weights
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, KeysValues, Ops, Step
+from osmium.ops import Array, AttentionRoom, AttentionWeights, KeysValues, Ops, Step
 
 __all__ = ["Attention", "rotary_frequencies"]
 
@@ -24,24 +24,24 @@ class Attention:
         """frequencies f32 [R / 2], radians a position."""
         heads, groups, size, hidden = config.heads, config.kv_heads, config.head_dim, config.hidden
         self.ops = ops
-        self.frequencies = frequencies
-        self.eps = config.eps
-        self.scale = size**-0.5
         self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
         self.first = self.qgkv
         """The matrix that is read first."""
-        self.norms = weights.array("attention_norms", 2, size)
-        self.out = weights.linear("attention_out", hidden, heads * size)
+        self.weights = AttentionWeights(
+            norms=weights.array("attention_norms", 2, size),
+            frequencies=frequencies,
+            out=weights.linear("attention_out", hidden, heads * size),
+            eps=config.eps,
+            scale=size**-0.5,
+        )
 
     def mix(self, x: Array, step: Step, state: KeysValues, work: Workspace, norm: Array) -> None:
         """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         Keys and values of the step are kept before any is read."""
-        ops, q, qgkv = self.ops, work.q, work.qgkv
-        ops.linear(qgkv, work.h, self.qgkv)
-        ops.rope_append(q, state, qgkv, self.norms, self.frequencies, step, self.eps)
-        ops.gated_attention(
-            x, work.h, norm, q, state, qgkv, self.out, work.attended, work.partial, step, self.scale
-        )
+        ops, h = self.ops, work.h
+        ops.linear(work.qgkv, h, self.qgkv)
+        room = AttentionRoom(work.q, work.attended, work.partial, work.parts)
+        ops.gated_attention(x, h, norm, work.qgkv, self.weights, state, room, step)
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:

@@ -63,7 +63,7 @@ class Model:
         """`weights` by the names of models/weights.py, where `ops` reaches them; steps have at
         most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
         taken = Weights(weights)
-        self.ops, self.config, self.rows = ops, config, rows
+        self.ops, self.config, self.rows, self.store = ops, config, rows, store
         self.embed = taken.array("embed", config.vocab, config.hidden, dtype=np.uint16)
         self.norm = taken.array("norm", config.hidden)
         self.head_matrix = (
@@ -88,9 +88,10 @@ class Model:
         self.ops.norm(work.h, x, self.layers[0].mixer_norm)
         after = [(layer.mixer_norm, layer.mixer.first.data) for layer in self.layers[1:]]
         after.append((self.norm, self.head_matrix.data))
-        for layer, own, (norm, ahead) in zip(self.layers, state.layers, after, strict=True):
-            layer.mixer.mix(x, step, own, work, layer.moe_norm)
-            layer.moe.forward(x, step, work, norm, ahead)
+        with self.store.step(step.tokens):
+            for layer, own, (norm, ahead) in zip(self.layers, state.layers, after, strict=True):
+                layer.mixer.mix(x, step, own, work, layer.moe_norm)
+                layer.moe.forward(x, step, work, norm, ahead)
 
     def head(self, out: Array, rows: Array | None = None) -> None:
         """The logits of some rows of the last step; of its first ones, if right after it.

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.ops import Array, Ops, Rows
+from osmium.ops.fit import SPLIT_ROWS
 from osmium.ops.values import ARRIVED, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
@@ -30,7 +31,7 @@ class Workspace:
     qgkv: Array
     """f32 [T, (2H + 2G) d]."""
     q: Array
-    """f32 [T, H, d]."""
+    """f32 [T, H, d], of steps whose attention does not turn its own."""
     attended: Rows
     """[T, H d]."""
     qkvz: Array
@@ -60,25 +61,29 @@ class Workspace:
 
     partial: Array
     """f32 [SPLITS, H, d + 2], what blocks that share contexts leave."""
+    parts: Array
+    """i32 [SPLIT_ROWS, H, 8], 0: how many of them have."""
     arrived: Array
     """i32 [ARRIVED], 0: what of the router's scores has arrived."""
 
     def first(self, tokens: int) -> "Workspace":
         """The same, cut to a step's rows."""
-        whole = ("partial", "arrived")
+        whole = {name: getattr(self, name) for name in ("partial", "parts", "arrived")}
         cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in whole}
-        return Workspace(**cut, partial=self.partial, arrived=self.arrived)
+        return Workspace(**cut, **whole)
 
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    arrived = ops.empty(ARRIVED, np.int32)
-    ops.fill(arrived, 0)
+    parts, arrived = ops.empty(_parts(config), np.int32), ops.empty(ARRIVED, np.int32)
+    for words in (parts, arrived):
+        ops.fill(words, 0)
     arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
         **arrays,
         **{name: ops.rows(rows, width, eps) for name, (width, eps) in _rows(config).items()},
         partial=ops.empty(_partial(config), np.float32),
+        parts=parts,
         arrived=arrived,
     )
 
@@ -87,11 +92,16 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
     """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
     read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    return rows * (wide + read) + 4 * (math.prod(_partial(config)) + math.prod(ARRIVED))
+    whole = (_partial(config), _parts(config), ARRIVED)
+    return rows * (wide + read) + 4 * sum(map(math.prod, whole))
 
 
 def _partial(config: ModelConfig) -> tuple[int, ...]:
     return (SPLITS, config.heads, config.head_dim + 2)
+
+
+def _parts(config: ModelConfig) -> tuple[int, ...]:
+    return (SPLIT_ROWS, config.heads, 8)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:

@@ -22,6 +22,8 @@ import numpy.typing as npt
 
 from osmium.ops.values import (
     Array,
+    AttentionRoom,
+    AttentionWeights,
     DeltaRoom,
     DeltaWeights,
     ExpertArena,
@@ -29,6 +31,7 @@ from osmium.ops.values import (
     ExpertGuess,
     ExpertPlan,
     Fading,
+    Fill,
     KeysValues,
     Linear,
     Replies,
@@ -39,8 +42,9 @@ from osmium.ops.values import (
 from osmium.quant.noise import Pattern
 
 __all__ = [
-    "Array", "DeltaRoom", "DeltaWeights", "ExpertArena", "ExpertCache", "ExpertGuess", "ExpertPlan",
-    "Fading", "KeysValues", "Linear", "Ops", "Replies", "Rows", "SharedExpert", "Step",
+    "Array", "AttentionRoom", "AttentionWeights", "DeltaRoom", "DeltaWeights", "ExpertArena",
+    "ExpertCache", "ExpertGuess", "ExpertPlan", "Fading", "Fill", "KeysValues", "Linear", "Ops",
+    "Replies", "Rows", "SharedExpert", "Step",
 ]  # fmt: skip
 
 
@@ -56,21 +60,17 @@ class Ops(Protocol):
     def put(self, array: npt.NDArray[np.generic]) -> Array:
         """A copy of a host array where kernels reach it fast (VRAM).  Raises: OutOfMemory."""
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
         """A new array in host memory that kernels can read: NumPy, or mapped page-locked memory.
-
-        Raises: OutOfMemory.
-        """
+        `fill` writes its bytes, u8 [n], first.  Raises: OutOfMemory, and what `fill` raises."""
 
     def host_view(self, array: Array) -> npt.NDArray[np.generic]:
         """The host's NumPy view of what `host` or `mailbox` gave.  Memory of `host` may be
         write-combined and slow to read: only write there."""
 
     def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """A new array of zeros in host memory that both sides read and write.
-
-        Raises: OutOfMemory.
-        """
+        """A new array of zeros in host memory that both sides read and write.  Raises:
+        OutOfMemory."""
 
     def release(self, array: Array) -> None:
         """Give back what `host` or `mailbox` gave, once all that uses it is done."""
@@ -194,20 +194,17 @@ class Ops(Protocol):
         x: Array,
         h: Rows,
         norm: Array,
-        q: Array,
-        kv: KeysValues,
         qgkv: Array,
-        out: Linear,
-        read: Rows,
-        partial: Array,
+        weights: AttentionWeights,
+        kv: KeysValues,
+        room: AttentionRoom,
         step: Step,
-        scale: float,
     ) -> None:
-        """read = sigmoid_gate(attention(q));  x += read @ out.T;  h = norm(x)
+        """q = rope_append(qgkv);  read = sigmoid_gate(attention(q));
+        x += read @ weights.out.T;  h = norm(x)
 
-        x f32 [T, D]    h [T, D]    norm f32 [D]    q f32 [T, H, d]    read [T, H d], scratch
-        partial f32 [splits, H, d + 2], scratch: in steps of one row a sequence, and of 8 rows at
-        most, contexts are shared out over up to splits / T blocks each
+        x f32 [T, D]    h [T, D]    norm f32 [D].  In steps of one row a sequence, 8 at most,
+        contexts are shared out over up to splits / T blocks each, and q stays as it was.
         """
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
@@ -356,11 +353,12 @@ class Ops(Protocol):
 
         With a guess: if guess.expert[layer] is somebody, it becomes -1, and guess.state[layer] has
         STOP, and DROP unless it is missing; then it is the first of the missing and of the plan,
-        its fetch 2, and counters[5] is raised by one.  Of the next layer, if there is one, state
-        and done become 0, guess.expert the one of guess.ids in no slot there whose weight^2 *
-        (warmth + COLD) is most, ties to the lower id, guess.slot the lowest free slot, else that of
-        the coldest expert not in guess.ids, ties to the lower slot, which leaves; counters[4] is
-        raised by one.  Where nobody or no slot is left guess.expert is -1, and nobody leaves.
+        its fetch 2, and counters[5] is raised by one.  guess.go[layer] becomes 16 * step + 15.  Of
+        the next layer, if there is one, state and done become 0, go 16 * step, guess.expert the one
+        of guess.ids in no slot there whose weight^2 * (warmth + COLD) is most, ties to the lower
+        id, guess.slot the lowest free slot, else that of the coldest expert not in guess.ids, ties
+        to the lower slot, which leaves; counters[4] is raised by one.  Where nobody or no slot is
+        left guess.expert is -1, and nobody leaves.
 
         ids u16 [T, A], guess.ids too; the unique ids must not exceed the capacity.
         """
@@ -380,14 +378,13 @@ class Ops(Protocol):
         counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
         is read when the layer is done; it changes nothing, but may be near when it is asked for.
         With a guess its blocks wait until those of fetch_early have left that have begun, and add
-        to counters[6] what they brought, where that is asked for.
+        to counters[6] what they brought, where it is asked for; and guess.go[layer + 1] rises by 8.
         """
 
-    def fetch_early(
-        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
-    ) -> None:
-        """slots[layer, guess.slot[layer]] = records[layer, guess.expert[layer]], if that is not -1,
-        until guess.state[layer] has STOP; guess.done[layer] and guess.state[layer] say how far."""
+    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
+        """A step long: slots[guess.slot[layer]] = records[layer, guess.expert[layer]], but for -1,
+        of each layer behind the first, from when guess.go says so until guess.state has STOP; done
+        and state say how far.  It is over where a layer's turn does not come within 20 ms."""
 
     def expert_up(
         self,

@@ -144,7 +144,8 @@ def kept(kv: KeysValues) -> str:
 
 def share_context(machine: Machine, most: int, blocks: int, beside: int) -> int:
     """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
-    without: all of them at once, so that none runs alone at the end.  `beside`: blocks that copy
+    without: all of them at once, so that none runs alone at the end, nor waits in vain for those
+    it adds up; on the smallest GPUs at least those of one context.  `beside`: blocks that copy
     meanwhile; on a multiprocessor that has room for one of these they leave none."""
     if machine.shared >= 2 * SPLIT_SHARED:
         room = 2 * machine.multiprocessors

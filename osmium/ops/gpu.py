@@ -21,10 +21,11 @@ from osmium.ops.machine import Machine
 from osmium.ops.values import (
     FETCH_BLOCKS,
     Array,
+    AttentionRoom,
+    AttentionWeights,
     DeltaRoom,
     DeltaWeights,
     KeysValues,
-    Linear,
     Replies,
     Rows,
     Step,
@@ -35,7 +36,6 @@ __all__ = ["GpuOps", "Machine"]
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KEPT}
 ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KEPT}
 SPLIT = {name: kernel(f"gqa_split_{name}") for name in KEPT}
-COMBINE = kernel("gqa_combine_f32")
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
@@ -80,43 +80,38 @@ class GpuOps(GpuExperts):
         x: Array,
         h: Rows,
         norm: Array,
-        q: Array,
-        kv: KeysValues,
         qgkv: Array,
-        out: Linear,
-        read: Rows,
-        partial: Array,
+        weights: AttentionWeights,
+        kv: KeysValues,
+        room: AttentionRoom,
         step: Step,
-        scale: float,
     ) -> None:
-        tokens, heads, dim = q.shape
-        if not one_each(step) or tokens > min(SPLIT_ROWS, partial.shape[0]):
+        w, read, (tokens, heads, dim), groups = weights, room.read, room.q.shape, kv.k.shape[2]
+        if not one_each(step) or tokens > min(SPLIT_ROWS, room.partial.shape[0]):
             seen = read.f32.reshape(tokens, heads, dim)
-            self.attention(seen, q, kv, step, scale)
+            self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
+            self.attention(seen, room.q, kv, step, w.scale)
             self.sigmoid_gate(seen, qgkv)
             self.settle(read)
-            self.linear_norm(x, read, out, h, norm)
+            self.linear_norm(x, read, w.out, h, norm)
             return
-        groups = kv.k.shape[2]
+        rows = groups * -(-heads // (16 * groups))
         splits = share_context(
-            self.machine, partial.shape[0] // tokens, tokens * groups,
+            self.machine, room.partial.shape[0] // tokens, tokens * rows,
             FETCH_BLOCKS if self.fetches_early else 0,
         )  # fmt: skip
-        SPLIT[kept(kv)](
-            self.stream, tokens, partial, q, *_arrays(kv),
-            step.positions, step.sequence, step.pages,
-            heads, groups, dim, step.page, step.pages.shape[1], splits, scale,
-        )  # fmt: skip
         # 128 values of a head are a group of digits, which their block can make for all
-        digits = dim % 128 == 0 and out.format == "int4" and fits_matvec(out)
-        COMBINE(
-            self.stream, tokens, read.split, partial, qgkv, step.positions, heads, dim, splits,
-            qgkv.shape[1], int(digits),
+        digits = dim % 128 == 0 and w.out.format == "int4" and fits_matvec(w.out)
+        SPLIT[kept(kv)](
+            self.stream, tokens, read.split, room.partial, room.parts, *_arrays(kv), qgkv, w.norms,
+            w.frequencies, step.positions, step.sequence, step.pages, heads, groups, dim,
+            2 * w.frequencies.shape[0], step.page, step.pages.shape[1], splits, int(digits), w.eps,
+            w.scale,
         )  # fmt: skip
         if digits:
-            self.matvec(x, read, out, h, norm, made=True)
+            self.matvec(x, read, w.out, h, norm, made=True)
         else:
-            self.linear_norm(x, read, out, h, norm)
+            self.linear_norm(x, read, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, dim = out.shape

@@ -148,12 +148,14 @@ class GpuExperts(GpuRows):
         fading, on = cache.fading, layer + 1
         last = on == cache.slot_of.shape[0]
         after: tuple[Array | int, ...] = (0,) * 5
-        guessed: tuple[Array | int, ...] = (0,) * 6
-        blocks, capacity = 1, 0
+        guessed: tuple[Array | int, ...] = (0,) * 7
+        blocks, capacity, first = 1, 0, 0
         if guess is not None:
-            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state, guess.done)
+            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state, guess.done,
+                       guess.go)  # fmt: skip
             if not last:
                 blocks, capacity = 2, cache.slots[on].shape[0]
+                first = sum(cache.slots[i].shape[0] for i in range(on))
                 after = (cache.slot_of[on], cache.expert_in[on], cache.heat[on],
                          cache.long_heat[on], cache.stamp[on])  # fmt: skip
         PLACE(
@@ -161,7 +163,7 @@ class GpuExperts(GpuRows):
             plan.pairs, plan.arrived, cache.slot_of[layer], cache.expert_in[layer],
             cache.heat[layer], cache.long_heat[layer], cache.stamp[layer], cache.step,
             cache.counters, ids, *after, *guessed, ids.nbytes // 2, cache.experts,
-            cache.slots[layer].shape[0], capacity, plan.expert.shape[0], layer, int(last),
+            cache.slots[layer].shape[0], capacity, first, plan.expert.shape[0], layer, int(last),
             int(guess is not None), FETCH_WARPS, fading.earlier, 1 / fading.half_life,
             1 / fading.long_half_life, fading.share,
         )  # fmt: skip
@@ -176,21 +178,22 @@ class GpuExperts(GpuRows):
         guess: ExpertGuess | None = None,
     ) -> None:
         near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
+        guessed: tuple[Array | int, ...] = (0, 0, 0)
+        if guess is not None:
+            last = layer + 1 == cache.slot_of.shape[0]
+            guessed = guess.state[layer], guess.done[layer], 0 if last else guess.go[layer + 1]
         FETCH(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.arrived, *((0, 0) if guess is None else (guess.state[layer], guess.done[layer])),
-            0 if ahead is None else ahead, plan.expert.shape[0], cache.record.nbytes,
-            cache.record.down, near,
+            plan.arrived, *guessed, 0 if ahead is None else ahead, plan.expert.shape[0],
+            cache.record.nbytes, cache.record.down, near,
         )  # fmt: skip
 
-    def fetch_early(
-        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
-    ) -> None:
+    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
+        layers, experts, _ = arena.records.shape
         FETCH_EARLY(
-            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
-            guess.expert[layer], guess.slot[layer], guess.state[layer], guess.done[layer],
-            cache.record.nbytes,
+            self.stream, FETCH_BLOCKS, cache.slots[0], arena.records, guess.expert, guess.slot,
+            guess.state, guess.done, guess.go, cache.step, cache.record.nbytes, layers, experts,
         )  # fmt: skip
 
     def expert_up(

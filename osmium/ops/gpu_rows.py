@@ -14,7 +14,7 @@ import numpy.typing as npt
 from osmium.kernels.ptx import kernel
 from osmium.ops.fit import MATVEC_NORM, Share, fits_matvec, share
 from osmium.ops.machine import Machine
-from osmium.ops.values import Array, Linear, Rows
+from osmium.ops.values import Array, Fill, Linear, Rows
 from osmium.quant.noise import Pattern
 from osmium.quant.record import group_of
 
@@ -52,8 +52,8 @@ class GpuRows:
         self.machine.copy_in(made, np.ascontiguousarray(array))
         return made
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.host(shape, dtype)
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
+        return self.machine.host(shape, dtype, fill)
 
     def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return self.machine.mailbox(shape, dtype)

@@ -51,6 +51,7 @@ def place(
     new = np.isin(ids.reshape(-1), missing)
     plan.pairs.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
     if guess is not None:
+        guess.go[layer] = 16 * now + 15
         if guessed >= 0:
             guess.state[layer] += STOP if right else STOP + DROP
             guess.expert[layer] = -1
@@ -67,7 +68,7 @@ def _guess(cache: ExpertCache, layer: int, guess: ExpertGuess, pairs: int, now: 
     named, weights = (np.ravel(array)[:pairs] for array in (guess.ids, guess.weights))
     likely, weights = named[slot_of[named] < 0], weights[slot_of[named] < 0]
     _, _, warmth = _heats(cache, layer, now)
-    guess.state[layer], guess.done[layer] = 0, 0
+    guess.state[layer], guess.done[layer], guess.go[layer] = 0, 0, 16 * now
     free = np.flatnonzero(expert_in < 0)
     held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, named))
     if not len(likely) or not len(free) + len(held):
@@ -76,7 +77,7 @@ def _guess(cache: ExpertCache, layer: int, guess: ExpertGuess, pairs: int, now: 
     slot = free[0] if len(free) else held[np.argmin(warmth[expert_in[held]])]
     if expert_in[slot] >= 0:
         slot_of[expert_in[slot]] = expert_in[slot] = -1
-    guess.slot[layer] = slot
+    guess.slot[layer] = sum(map(len, cache.expert_in[:layer])) + slot
     worth = weights * weights * (warmth[likely] + np.float32(COLD))
     guess.expert[layer] = likely[worth == worth.max()].min()
     cache.counters[4] += 1

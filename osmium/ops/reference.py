@@ -35,12 +35,15 @@ from osmium.ops.values import (
     PIECE,
     STOP,
     Array,
+    AttentionRoom,
+    AttentionWeights,
     DeltaRoom,
     DeltaWeights,
     ExpertArena,
     ExpertCache,
     ExpertGuess,
     ExpertPlan,
+    Fill,
     KeysValues,
     Linear,
     Replies,
@@ -61,7 +64,8 @@ class ReferenceOps(ReferenceMaking):
         self.bytes_to_host = 0
         self._room = keep
         self._kept: dict[int, tuple[Linear, F32]] = {}
-        self._experts: dict[tuple[int, int, int], tuple[ExpertCache, F32, F32]] = {}
+        self._experts: dict[int, tuple[Array, F32, F32]] = {}
+        """By the address of a slot, which it keeps from being used again."""
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -71,8 +75,11 @@ class ReferenceOps(ReferenceMaking):
     def put(self, array: npt.NDArray[Any]) -> Array:
         return array  # kernels are NumPy: a mapped file serves as it is
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return np.empty(shape, dtype)
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
+        made = np.empty(shape, dtype)
+        if fill is not None:
+            fill(made.reshape(-1).view(np.uint8))
+        return made
 
     def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.zeros(shape, dtype)
@@ -96,6 +103,7 @@ class ReferenceOps(ReferenceMaking):
 
     def copy(self, out: Array, source: Array) -> None:
         out[...] = source
+        self._forget(out)
 
     def fill(self, out: Array, byte: int) -> None:
         out.view(np.uint8)[...] = byte
@@ -151,14 +159,9 @@ class ReferenceOps(ReferenceMaking):
 
     def rope_append(
         self,
-        q: Array,
-        kv: KeysValues,
-        qgkv: Array,
-        norms: Array,
-        frequencies: Array,
-        step: Step,
+        q: Array, kv: KeysValues, qgkv: Array, norms: Array, frequencies: Array, step: Step,
         eps: float,
-    ) -> None:
+    ) -> None:  # fmt: skip
         tokens, heads, size = q.shape
         gated = qgkv[:, : 2 * heads * size].reshape(tokens, heads, 2, size)
         new = qgkv[:, 2 * heads * size :].reshape(tokens, 2, kv.k.shape[2], size)
@@ -182,9 +185,8 @@ class ReferenceOps(ReferenceMaking):
             k = context(kv.k, kv.k_scales, pages, length)  # [G, n, d]
             v = context(kv.v, kv.v_scales, pages, length)
             mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
-            scores = np.matmul(mine, k[:, None].swapaxes(-1, -2)) * np.float32(
-                scale
-            )  # [G, r, t, n]
+            keys = k[:, None].swapaxes(-1, -2)
+            scores = np.matmul(mine, keys) * np.float32(scale)  # [G, r, t, n]
             if len(positions) > 1:
                 scores[..., np.arange(length) > positions[:, None]] = -np.inf
             scores -= scores.max(axis=-1, keepdims=True)
@@ -198,19 +200,17 @@ class ReferenceOps(ReferenceMaking):
         x: Array,
         h: Rows,
         norm: Array,
-        q: Array,
-        kv: KeysValues,
         qgkv: Array,
-        out: Linear,
-        read: Rows,
-        partial: Array,
+        weights: AttentionWeights,
+        kv: KeysValues,
+        room: AttentionRoom,
         step: Step,
-        scale: float,
     ) -> None:
-        heads = read.f32.reshape(q.shape)
-        self.attention(heads, q, kv, step, scale)
+        w, heads = weights, room.read.f32.reshape(room.q.shape)
+        self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
+        self.attention(heads, room.q, kv, step, w.scale)
         self.sigmoid_gate(heads, qgkv)
-        self.linear_norm(x, read, out, h, norm)
+        self.linear_norm(x, room.read, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
@@ -353,25 +353,31 @@ class ReferenceOps(ReferenceMaking):
         for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
             slot = int(plan.slot[u])
             cache.slots[layer][slot] = arena.records[layer, plan.expert[u]]
-            self._forget(cache, layer, slot)
+            self._forget(cache.slots[layer][slot])
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
             if guess is not None and plan.fetch[u] == 2:
                 cache.counters[6] += int(guess.done[layer].sum())
+        if guess is not None and layer + 1 < cache.slot_of.shape[0]:
+            guess.go[layer + 1] |= 8 * (guess.go[layer + 1] % 16 < 8)
 
-    def fetch_early(
-        self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena, layer: int
-    ) -> None:
-        expert, slot = int(guess.expert[layer]), int(guess.slot[layer])
-        stopped = guess.state[layer][0] & STOP
-        guess.state[layer] += 1 + (1 << 15)
-        if stopped or expert < 0:
-            return
-        cache.slots[layer][slot] = arena.records[layer, expert]
-        self._forget(cache, layer, slot)
-        pieces = -(-cache.record.nbytes // PIECE)
-        blocks = np.arange(FETCH_BLOCKS)
-        guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
+    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
+        pieces, blocks = -(-cache.record.nbytes // PIECE), np.arange(FETCH_BLOCKS)
+        first = 0
+        for layer, slots in enumerate(cache.slots):
+            expert, slot = int(guess.expert[layer]), int(guess.slot[layer]) - first
+            first += len(slots)
+            said = int(guess.go[layer][0]) - 16 * (int(cache.step[0]) + 1)
+            if not layer or said == 15:
+                continue
+            if said != 8:
+                return
+            stopped = guess.state[layer][0] & STOP
+            guess.state[layer] += 1 + (1 << 15)
+            if not stopped and expert >= 0:
+                slots[slot] = arena.records[layer, expert]
+                self._forget(slots[slot])
+                guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
 
     def expert_up(
         self,
@@ -439,18 +445,19 @@ class ReferenceOps(ReferenceMaking):
         self.silu_mul(inner.f32, both)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
-        kept = self._experts.get((id(cache), layer, slot))
+        there = cache.slots[layer][slot]
+        kept = self._experts.get(there.ctypes.data)
         if kept is not None:
             return kept[1], kept[2]
-        up, down = expert_matrices(cache.record, cache.slots[layer][slot])
+        up, down = expert_matrices(cache.record, there)
         if up.nbytes + down.nbytes <= self._room:
             self._room -= up.nbytes + down.nbytes
-            self._experts[id(cache), layer, slot] = cache, up, down
+            self._experts[there.ctypes.data] = there, up, down
         return up, down
 
-    def _forget(self, cache: ExpertCache, layer: int, slot: int) -> None:
-        """The slot's bytes have changed."""
-        kept = self._experts.pop((id(cache), layer, slot), None)
+    def _forget(self, slot: Array) -> None:
+        """Its bytes have changed."""
+        kept = self._experts.pop(slot.ctypes.data, None)
         if kept is not None:
             self._room += kept[1].nbytes + kept[2].nbytes
 

@@ -8,11 +8,12 @@ Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E 
 experts a token, I inner size of an expert, H heads, C channels of the convolution.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from osmium.kernels.weigh import BINS, SLICE
 from osmium.quant.record import Record
@@ -26,6 +27,8 @@ __all__ = [
     "PIECE",
     "STOP",
     "Array",
+    "AttentionRoom",
+    "AttentionWeights",
     "DeltaRoom",
     "DeltaWeights",
     "ExpertArena",
@@ -33,6 +36,7 @@ __all__ = [
     "ExpertGuess",
     "ExpertPlan",
     "Fading",
+    "Fill",
     "KeysValues",
     "Linear",
     "Replies",
@@ -44,6 +48,9 @@ __all__ = [
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
+
+Fill = Callable[[npt.NDArray[np.uint8]], None]
+"""Writes all bytes of new host memory, u8 [n]; nobody does any more when it returns or raises."""
 
 ARRIVED = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
@@ -157,6 +164,35 @@ class DeltaRoom:
     """f32 [T, V]."""
     read: Rows
     """[T, V * dv], what the rule reads from its state, normed and gated."""
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """What attention has behind its first matrix; H heads of d values, of which R turn."""
+
+    norms: Array
+    """f32 [2, d], of queries, then of keys."""
+    frequencies: Array
+    """f32 [R / 2], radians a position."""
+    out: Linear
+    """[D, H * d]."""
+    eps: float
+    scale: float
+    """What scores are multiplied by."""
+
+
+@dataclass(frozen=True)
+class AttentionRoom:
+    """Where attention's parts leave what they make."""
+
+    q: Array
+    """f32 [T, H, d], normed and turned, where steps are not of a few sequences' one row each."""
+    read: Rows
+    """[T, H * d], what is read from values, gated."""
+    partial: Array
+    """f32 [splits, H, d + 2], what blocks that share contexts leave."""
+    parts: Array
+    """i32 [SPLIT_ROWS, H, 8], 0 before and after: how many have left theirs."""
 
 
 @dataclass(frozen=True)
@@ -297,6 +333,9 @@ class ExpertCache:
     guessed, and those of them that were asked for (both by `place`); and what had come of these
     before their layer was placed, in warps' shares of a piece, 2 KiB (by `fetch`).
     routed == hit + fetched."""
+    whole: tuple[Array, Array] | None = None
+    """The slots of all layers, one after another, and `expert_in` of them: what is cut into layers
+    (experts.cache.cut)."""
 
     @property
     def capacity(self) -> int:
@@ -329,12 +368,17 @@ class ExpertGuess:
     expert: Array
     """i32 [L], who it is, or -1; -1 again once the layer is placed."""
     slot: Array
-    """i32 [L], its slot, which the cache's tables call free."""
+    """i32 [L], its slot, which the cache's tables call free; counted over all layers."""
     state: Array
-    """i32 [L, FETCH_BLOCKS], of each block of `fetch_early`: 1 once it has begun, 2^15 more once
-    it has left; STOP is added when the layer is placed, and DROP if the guess was wrong."""
+    """i32 [L, FETCH_BLOCKS], of each block of `fetch_early`: 1 once it has begun with the layer,
+    2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
+    wrong."""
     done: Array
     """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
+    go: Array
+    """i32 [L, FETCH_BLOCKS], 16 times the number of the step in which the layer before was placed
+    last, from 1 on, and 0, or the warps of `fetch`'s block that have done that layer: with 8 this
+    one's guess has the link.  15 when the layer is placed itself."""
 
 
 @dataclass(frozen=True)

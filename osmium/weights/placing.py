@@ -4,6 +4,7 @@ The embedding is read into the host memory in which it stays.  The rest goes thr
 memory in two halves: while one is uploaded the other is read, so that the disk never waits.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osmium.errors import CheckpointError
 from osmium.ops import Array, Linear, Ops
 from osmium.quant.record import PAGE
 from osmium.weights.packed import Entry, Packed, Reading
@@ -62,20 +64,26 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
         for piece in pieces:
             ops.copy_in(piece.out, side[piece.room][: piece.out.nbytes])
 
-    for number, pieces in enumerate(_filling(entries, half)):
-        ops.synchronize()  # what was in this half has been uploaded
-        side = halves[number % 2]
-        waits = [reading.part(one.entry, one.start, side[one.room]) for one in pieces]
-        begun.append((pieces, side, waits))
-        if number:
-            upload()
-        else:  # a gigabyte of host memory takes a while, in which the disk reads
-            placed["embed"] = ops.host(embed.shape, embed.dtype)
-    there = np.asarray(ops.host_view(placed["embed"]))
-    wait = reading.part(embed, 0, there.reshape(-1).view(np.uint8))
-    while begun:
-        upload()
-    wait()
+    def fill(there: npt.NDArray[np.uint8]) -> None:
+        """The embedding, and all others meanwhile."""
+        wait = reading.part(embed, 0, there)
+        try:
+            for number, pieces in enumerate(_filling(entries, half)):
+                ops.synchronize()  # what was in this half has been uploaded
+                side = halves[number % 2]
+                waits = [reading.part(one.entry, one.start, side[one.room]) for one in pieces]
+                begun.append((pieces, side, waits))
+                if number:
+                    upload()
+            while begun:
+                upload()
+        except BaseException:
+            with contextlib.suppress(CheckpointError):
+                wait()  # nobody writes there any more
+            raise
+        wait()
+
+    placed["embed"] = ops.host(embed.shape, embed.dtype, fill)
     if "head" not in placed:  # it is the embedding, and is read whole: a copy of its own
         rows, columns = embed.shape
         head = ops.empty(embed.shape, embed.dtype)

@@ -22,9 +22,9 @@ OPERATIONS = Cases.names()
 class OnTheCpu(Cases):
     """KV as the CPU keeps it."""
 
-    def _attention(self, rope: bool) -> Any:
+    def _attention(self) -> Any:
         self.kv_dtype = "f32"
-        return super()._attention(rope)
+        return super()._attention()
 
 
 @pytest.mark.parametrize("tokens", [1, 2])
@@ -84,7 +84,7 @@ def test_the_models_are_ones_that_there_are() -> None:
 
 def test_only_names_what_is_there() -> None:
     assert Cases.names("expert") == ["expert_up", "expert_down"]
-    with pytest.raises(ConfigError, match="rope_append"):
+    with pytest.raises(ConfigError, match="gated_attention"):
         Cases.names("no such")
 
 

@@ -18,6 +18,7 @@ from osmium.engine.perplexity import perplexity
 from osmium.engine.plan import Machine, Plan, make_plan
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError, NoDevice, OutOfMemory
+from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import Packed
 from tests.engine.fakes import Reply
@@ -155,8 +156,8 @@ class CountingOps(ReferenceOps):
         type(self).allocated += array.nbytes
         return array
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Any:
-        array = super().host(shape, dtype)
+    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Any:
+        array = super().host(shape, dtype, fill)
         type(self).allocated += array.nbytes
         return array
 

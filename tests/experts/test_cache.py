@@ -9,7 +9,15 @@ import pytest
 
 from osmium.errors import CheckpointError, ConfigError
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
-from osmium.experts.cache import cache_bytes, make_cache, resident, resident_cache, verify
+from osmium.experts.cache import (
+    cache_bytes,
+    cut,
+    empty,
+    make_cache,
+    resident,
+    resident_cache,
+    verify,
+)
 from osmium.experts.guess import guess_bytes, make_guess
 from osmium.experts.store import Store, store_bytes
 from osmium.ops import ExpertArena, ExpertCache, Linear, SharedExpert
@@ -233,9 +241,9 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
     arena = share_arena(RECORD, records(rng))
     for capacity in (5, 8, EXPERTS):
         cache, store = parts(arena, capacity)
-        fields = vars(cache).values()
-        arrays = [x for x in fields if isinstance(x, np.ndarray)]
-        arrays += [x for field in fields if isinstance(field, tuple) for x in field]
+        assert cache.whole is not None, "of which slots and expert_in are parts"
+        arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
+        arrays += cache.whole
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
         own = inner + sum(x.nbytes for x in vars(store.plan).values())
@@ -244,6 +252,33 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
     guess = make_guess(OPS, LAYERS, EXPERTS, TOP_K)
     assert guess_bytes(LAYERS, EXPERTS, TOP_K) == sum(x.nbytes for x in vars(guess).values())
+
+
+def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
+    arena = records(rng)
+    cache, store = parts(share_arena(RECORD, arena), 6)
+    for each in ([6, 6, 6], [5, 9, 4], [3, 4, 11], [6, 6, 6]):
+        again = cut(cache, each)
+        assert again.whole is cache.whole and again.whole is not None
+        assert again.heat is cache.heat and again.capacity == 6
+        for whole, layers in zip(again.whole, (again.slots, again.expert_in), strict=True):
+            assert [len(one) for one in layers] == each
+            at = whole.ctypes.data
+            for one in layers:
+                assert one.ctypes.data == at, "one after another"
+                at += one.nbytes
+            assert at == whole.ctypes.data + whole.nbytes
+        empty(OPS, again)
+        store.take(again)
+        assert store.blocks == [min(2, own // TOP_K) for own in each]
+        for _ in range(5):
+            for layer in range(LAYERS):
+                run(store, rng, arena, int(rng.integers(1, 9)), layer)  # held to the records
+        assert verify(OPS, again, arena, 1000, 0) == resident(OPS, again).sum() <= 18
+    counted = store.counters()
+    assert counted.routed == counted.hit + counted.fetched
+    with pytest.raises(AssertionError, match="slots"):
+        store.take(cut(cache, [TOP_K - 1, 8, 8]))
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:

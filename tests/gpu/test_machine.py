@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from threading import Thread
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from osmium.cuda.memory import HostBuffer, HostKind, Pool
@@ -54,6 +55,30 @@ def test_kernels_read_and_write_host_memory(
     assert np.array_equal(view, a + b)
     assert np.array_equal(machine.copy_out(other), b + (a + b))
     buffer.close()
+
+
+@pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
+def test_kernels_read_what_filled_host_memory(
+    machine: Machine, rng: np.random.Generator, kind: HostKind
+) -> None:
+    count = 3 << 20
+    a = rng.standard_normal(count).astype(np.float32)
+
+    def fill(memory: npt.NDArray[np.uint8]) -> None:
+        memory[:] = a.view(np.uint8)
+
+    def fails(memory: npt.NDArray[np.uint8]) -> None:
+        memory[:] = 1
+        raise ValueError("it cannot be read")
+
+    buffer = HostBuffer(machine.device, a.nbytes, kind, fill)
+    sum_of = machine.empty((count,), np.float32)
+    machine.fill(sum_of, 0)
+    ADD(machine.stream, sum_of, buffer.device_array((count,), np.float32), count)
+    assert np.array_equal(machine.copy_out(sum_of), a)
+    buffer.close()
+    with pytest.raises(ValueError, match="cannot be read"):
+        HostBuffer(machine.device, a.nbytes, kind, fails)
 
 
 def test_a_graph_does_again_what_was_recorded(machine: Machine) -> None:

@@ -69,7 +69,7 @@ class Runner:
             for name, value in vars(owner).items():
                 arrays = vars(value).values() if isinstance(value, Rows) else [value]
                 for array in arrays:
-                    if name != "arrived" and hasattr(array, "dtype"):
+                    if name not in ("arrived", "parts") and hasattr(array, "dtype"):
                         ops.fill(array, POISON)
         self.out = ops.empty((self.rows, config.vocab), np.float32)
         # Pages lie scattered, as they do after a while.

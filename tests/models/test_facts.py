@@ -11,7 +11,7 @@ from osmium.models import model_class
 from osmium.models.state import make_state, state_bytes
 from osmium.models.weights import upload
 from osmium.models.workspace import make_workspace, workspace_bytes
-from osmium.ops import Array, Linear, Ops, Rows, Step
+from osmium.ops import Array, Fill, Linear, Ops, Rows, Step
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
@@ -150,9 +150,11 @@ def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
             self.made += 1
             return super().put(array)
 
-        def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        def host(
+            self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+        ) -> Array:
             self.made += 1
-            return super().host(shape, dtype)
+            return super().host(shape, dtype, fill)
 
     ops = Counting()
     given = runner(MIXED, ops=ops, capacity=4)

@@ -91,8 +91,9 @@ def empty_guess(pairs: int, layers: int) -> ExpertGuess:
     each = [np.full(layers, -1, np.int32) for _ in range(2)]
     state = np.full((layers, FETCH_BLOCKS), 1 << 15 | 1, np.int32)
     done = np.full((layers, FETCH_WARPS), 5, np.int32)
+    go = np.full((layers, FETCH_BLOCKS), 7, np.int32)
     ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
-    return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done)
+    return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done, go)
 
 
 def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:
@@ -136,10 +137,10 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
             b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
             b.long_heat[on], b.stamp[on], other.ids, other.weights, other.expert, other.slot,
-            other.state.reshape(-1), other.done.reshape(-1), ids.size, s.experts, s.slots,
-            s.slots, entries, layer, int(last), int(s.guessing), FETCH_WARPS, b.fading.earlier,
-            np.float32(1 / s.half_life), np.float32(1 / s.long_half_life),
-            np.float32(b.fading.share),
+            other.state.reshape(-1), other.done.reshape(-1), other.go.reshape(-1), ids.size,
+            s.experts, s.slots, s.slots, on * s.slots, entries, layer, int(last), int(s.guessing),
+            FETCH_WARPS, b.fading.earlier, np.float32(1 / s.half_life),
+            np.float32(1 / s.long_half_life), np.float32(b.fading.share),
         )  # fmt: skip
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
@@ -148,7 +149,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         for name in ("heat", "long_heat"):
             found, wanted = getattr(b, name), getattr(a, name)
             np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{name}, {call}")
-        for name in ("expert", "slot", "state", "done"):
+        for name in ("expert", "slot", "state", "done", "go"):
             found, wanted = getattr(other, name), getattr(guess, name)
             np.testing.assert_array_equal(found, wanted, f"guess.{name}, {call}")
         evicted += int(((before >= 0) & (a.expert_in[layer] != before)).sum())
@@ -180,8 +181,8 @@ def test_the_compiled_kernel_keeps_to_its_contract() -> None:
     assert contract.entry == "place"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
-        "pairs", "experts", "capacity", "next_capacity", "entries", "layer", "last", "guessing",
-        "warps", "earlier", "rate", "long_rate", "share",
+        "pairs", "experts", "capacity", "next_capacity", "next_first", "entries", "layer", "last",
+        "guessing", "warps", "earlier", "rate", "long_rate", "share",
     ]  # fmt: skip
 
 

@@ -15,6 +15,8 @@ import numpy.typing as npt
 from osmium.experts.cache import FADING
 from osmium.kernels.weigh import BINS, SLICE
 from osmium.ops import (
+    AttentionRoom,
+    AttentionWeights,
     DeltaRoom,
     DeltaWeights,
     ExpertArena,
@@ -29,9 +31,11 @@ from osmium.ops import (
     SharedExpert,
     Step,
 )
+from osmium.ops.fit import SPLIT_ROWS
+from osmium.ops.formulas import normed, rope
 from osmium.ops.values import ARRIVED
 from osmium.quant import int4, int8
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
+from osmium.quant.floats import bf16_from_f32, e4m3_rows, f32_from_bf16, f32_from_e4m3
 from osmium.quant.record import Record, group_of
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -265,11 +269,13 @@ def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Cas
         "q": _nan(tokens, heads, dim),
         "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim),
         "norms": _f32(rng, 2, dim),
-        "frequencies": (1e7 ** -(np.arange(0, size.rotary, 2) / size.rotary)).astype(np.float32),
+        "frequencies": _frequencies(size),
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        append(ops, a, size)
+        ops.rope_append(
+            a["q"], _kv(a), a["qgkv"], a["norms"], a["frequencies"], _step(size, a), 1e-6,
+        )  # fmt: skip
 
     writes = {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"}
     if kept == "fp8":
@@ -278,13 +284,6 @@ def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Cas
         new[0, -1], new[-1, -1] = 0, new[-1, -1] * np.float32(1e-6)  # values that are nothing
         new[tokens // 2, -size.kv_heads] *= np.float32(1e9)  # and too large
     return Case(arrays, call, writes)
-
-
-def append(ops: Ops, a: dict[str, Any], size: Size) -> None:
-    """rope_append on a case's arrays."""
-    ops.rope_append(
-        a["q"], _kv(a), a["qgkv"], a["norms"], a["frequencies"], _step(size, a), 1e-6,
-    )  # fmt: skip
 
 
 def attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
@@ -307,34 +306,72 @@ def gated_attention(rng: np.random.Generator, size: Size, kept: str = "bf16") ->
     return shared_context(rng, one, 3 * rows + 1, kept)
 
 
-def shared_context(rng: np.random.Generator, one: Size, room: int, kept: str) -> Case:
-    """One row a sequence, with `room` for what blocks that share contexts leave."""
+def shared_context(
+    rng: np.random.Generator, one: Size, room: int, kept: str, turns: int = 1
+) -> Case:
+    """One row a sequence, with `room` for what blocks that share contexts leave; `turns` times."""
     rows, hidden, width = len(one.past), one.hidden, one.heads * one.head_dim
     arrays, group = step_arrays(rng, one), group_of(width)
-    shape = (rows, one.heads, one.head_dim)
     arrays |= _pages(rng, one, arrays["pages"], kept)
     out = int4.quantize(_f32(rng, hidden, width) * np.float32(width**-0.5), group)
     arrays |= {
         "x": _f32(rng, rows, hidden) * np.float32(0.1),
         "h": _nan(rows, hidden),
         "scale": _f32(rng, hidden) * np.float32(0.1),
-        "q": _f32(rng, *shape) * 2,
+        "q": _nan(rows, one.heads, one.head_dim),
         "qgkv": _f32(rng, rows, 2 * (one.heads + one.kv_heads) * one.head_dim) * 4,
+        "norms": _f32(rng, 2, one.head_dim) / 4,
+        "frequencies": _frequencies(one),
         "out": out[0],
         "out_scale": out[1],
         "partial": _nan(room, one.heads, one.head_dim + 2),
+        "parts": np.zeros((SPLIT_ROWS, one.heads, 8), np.int32),
     }
+    _off_ties(rng, arrays, one, kept)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         matrix = Linear("int4", hidden, width, a["out"], a["out_scale"], group)
         read, h = new_rows(ops, rows, width), new_rows(ops, rows, hidden, 1e-6)
-        ops.gated_attention(
-            a["x"], h, a["scale"], a["q"], _kv(a), a["qgkv"], matrix, read, a["partial"],
-            _step(one, a), one.head_dim**-0.5,
+        weights = AttentionWeights(
+            a["norms"], a["frequencies"], matrix, 1e-6, one.head_dim**-0.5
         )  # fmt: skip
+        to = AttentionRoom(a["q"], read, a["partial"], a["parts"])
+        for _ in range(turns):
+            ops.gated_attention(
+                a["x"], h, a["scale"], a["qgkv"], weights, _kv(a), to, _step(one, a)
+            )
         read_rows(ops, a["h"], h)
 
-    return Case(arrays, call, {"x": "rows", "h": "rows"})
+    pages = {name: "exact" for name in arrays if name.startswith(("k_", "v_"))}
+    return Case(arrays, call, {"x": "rows", "h": "rows", "parts": "exact", **pages})
+
+
+def _frequencies(size: Size) -> npt.NDArray[np.float32]:
+    return (1e7 ** -(np.arange(0, size.rotary, 2) / size.rotary)).astype(np.float32)
+
+
+def _off_ties(rng: np.random.Generator, a: Arrays, one: Size, kept: str) -> None:
+    """Draw new keys until all round as their neighbours do: kernels are right to 2^-20, and one key
+    that rounds otherwise moves a short context's output by more than it is held to."""
+    new = a["qgkv"].reshape(len(one.past), -1, one.head_dim)
+    keys = slice(2 * one.heads, 2 * one.heads + one.kv_heads)
+    left = list(range(len(one.past)))
+    while left:
+        new[left, keys] = _f32(rng, len(left), one.kv_heads, one.head_dim) * 4
+        angle = a["positions"][:, None, None].astype(np.float32) * a["frequencies"]
+        k = rope(normed(new[:, keys], 1e-6) * (1 + a["norms"][1]), np.cos(angle), np.sin(angle))
+        around = [_rounded(k * np.float32(1 + e) + d, kept) for e in NEAR for d in NEAR]
+        left = [s for s in left if any((one[s] != around[0][s]).any() for one in around)]
+
+
+NEAR = (np.float32(-3e-6), np.float32(3e-6))
+
+
+def _rounded(x: npt.NDArray[np.float32], kept: str) -> npt.NDArray[np.float32]:
+    if kept == "bf16":
+        return f32_from_bf16(bf16_from_f32(x))
+    codes, scales = e4m3_rows(x)
+    return f32_from_e4m3(codes) * scales.astype(np.float32)[..., None]
 
 
 def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
@@ -533,7 +570,7 @@ def router(
         for i, (now, then) in enumerate(told):
             guess = ExpertGuess(
                 a["guess_ids"][i], a["guess_weights"][i], a["guess_scores"][i],
-                a["guess_counters"], a["guess_arrived"], None, None, None, None,
+                a["guess_counters"], a["guess_arrived"], *[None] * 5,
             )  # fmt: skip
             ops.router(
                 a["ids"][i], a["weights"][i], a["scores"][i], h, w, size.experts,

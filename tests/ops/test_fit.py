@@ -37,6 +37,18 @@ def test_contexts_fill_a_gpu_once_beside_what_copies(groups: int, beside: int) -
     assert share_context(small, 3, groups, beside) == 3
 
 
+@pytest.mark.parametrize("beside", [0, FETCH_BLOCKS])
+def test_blocks_that_wait_for_each_other_all_find_room(beside: int) -> None:
+    """A context's, which add each other's sums up, on every GPU; and all contexts', on most."""
+    for multiprocessors, most in ((20, 99), (24, 99), (46, 99), (82, 99), (108, 163), (132, 227)):
+        machine: Any = Size(multiprocessors, most << 10)
+        room = 2 * multiprocessors if most == 227 else multiprocessors - beside
+        for blocks in range(1, 33):
+            splits = share_context(machine, 160, blocks, beside)
+            assert SPLITS_LEAST <= splits <= room
+            assert blocks * splits <= room or blocks * SPLITS_LEAST > room
+
+
 def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
     make = shared(256, 16, 2, 7, 24, (100, 40), "fp8")
     machine = InterpretedMachine()

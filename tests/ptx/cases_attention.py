@@ -65,49 +65,28 @@ def attention(
 
 
 def shared(
-    dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str = "bf16"
-) -> Make:
-    """One row a sequence, whose contexts blocks share, with room for what they leave."""
+    dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str = "bf16",
+    rotary: int | None = None, turns: int = 1,
+) -> Make:  # fmt: skip
+    """One row a sequence, whose contexts blocks share, with room for what they leave: the newest
+    key and value are made, what is there before is not a number.  A quarter of a head turns."""
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
             TINY, head_dim=dim, heads=heads, kv_heads=kv, page=page, lengths=(1,) * len(past),
-            past=past,
+            past=past, rotary=dim // 4 if rotary is None else rotary,
         )  # fmt: skip
-        return _poisoned(cases.shared_context(rng, size, room, kept), size)
+        return _poisoned(cases.shared_context(rng, size, room, kept, turns), size, made=1)
 
     return make
 
 
-def turned(dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str) -> Make:
-    """One row a sequence, appended and then seen: what is there before is not a number."""
-
-    def make(rng: np.random.Generator) -> Case:
-        case = shared(dim, heads, kv, page, room, past, kept)(rng)
-        a, call = case.arrays, case.call
-        a["norms"] = rng.standard_normal((2, dim), np.float32) / 4
-        a["frequencies"] = (1e4 ** -(np.arange(0, dim // 2, 2) / dim)).astype(np.float32)
-        a["q"][...] = np.nan
-        for row, position in enumerate(a["positions"]):
-            at = a["pages"][row, position // page], position % page
-            for name in ("k_pages", "v_pages"):
-                a[name][at] = NAN if kept == "bf16" else 0x7F
-
-        def append(ops: Ops, placed: dict[str, Any]) -> None:
-            size = replace(TINY, page=page, lengths=(1,) * len(past), past=past)
-            cases.append(ops, placed, size)
-            call(ops, placed)
-
-        return replace(case, call=append, writes={"x": "bf16" if kept == "bf16" else "e4m3"})
-
-    return make
-
-
-def _poisoned(case: Case, size: cases.Size) -> Case:
-    """What no sequence sees is NaN, and the page table's other entries are nowhere."""
+def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
+    """What no sequence sees is NaN, and so are its last `made` positions; the page table's other
+    entries are nowhere."""
     a = case.arrays
     for row, length, before in zip(a["pages"], size.lengths, size.past, strict=True):
-        last, end = divmod(length + before, size.page)
+        last, end = divmod(length + before - made, size.page)
         for name, nan in (
             ("k_pages", NAN), ("v_pages", NAN), ("k_scales", np.nan), ("v_scales", np.nan),
         ):  # fmt: skip
@@ -115,7 +94,7 @@ def _poisoned(case: Case, size: cases.Size) -> Case:
                 poison = 0x7F if a[name].dtype == np.uint8 else nan
                 a[name][row[last:][:1], end:] = poison
                 a[name][row[last + 1 :]] = poison
-        row[last + (end > 0) :] = NOWHERE
+        row[-(-(length + before) // size.page) :] = NOWHERE
     return case
 
 
@@ -193,12 +172,17 @@ CASES: dict[str, Make] = {
     "shared context fp8 160, one block": shared(160, 9, 1, 64, 1, (230,), "fp8"),
     "shared context fp8 64, a ring that turns": shared(64, 4, 1, 16, 1, (300,), "fp8"),
     "shared context fp8 256, short rows": shared(256, 16, 2, 7, 6, (100, 40), "fp8"),
-    "turned and seen 64, one token": turned(64, 2, 1, 4, 2, (0, 1), "bf16"),
-    "turned and seen 96, in any tile": turned(96, 4, 2, 16, 4, (31, 32, 95, 160), "bf16"),
-    "turned and seen fp8 64, one token": turned(64, 2, 1, 4, 2, (0, 1), "fp8"),
-    "turned and seen fp8 96, in any tile": turned(96, 4, 2, 16, 5, (31, 40, 95, 100, 130), "fp8"),
-    "turned and seen fp8 160, of one block": turned(160, 9, 1, 64, 1, (33,), "fp8"),
-    "turned and seen fp8 128, far": turned(128, 2, 1, 64, 1, (130,), "fp8"),
+    "shared context 64, the newest first": shared(64, 2, 1, 4, 2, (0, 1), rotary=2),
+    "shared context 96, newest in any tile": shared(96, 4, 2, 16, 4, (31, 32, 95, 160)),
+    "shared context fp8 64, the newest first": shared(64, 2, 1, 4, 2, (0, 1), "fp8", 64),
+    "shared context fp8 96, newest in any tile": shared(
+        96, 4, 2, 16, 5, (31, 40, 95, 100, 130), "fp8"
+    ),
+    "shared context fp8 160, newest of one block": shared(160, 9, 1, 64, 1, (33,), "fp8"),
+    "shared context fp8 128, newest far": shared(128, 2, 1, 64, 1, (130,), "fp8", 128),
+    "shared context 128, again and again": shared(128, 4, 2, 32, 8, (31, 63), turns=3),
+    "shared context fp8 256, again and again": shared(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
+    "shared context 32, of nine by themselves": shared(32, 2, 1, 4, 9, tuple(range(9))),
     "delta_step 32x32": delta("delta_step", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)),
     "delta_step 64x96": delta("delta_step", (2, 2), (64, 96), (1, 4), (9, 0)),
     "delta_step 96x64": delta("delta_step", (1, 1), (96, 64), (5,), (0,)),
@@ -217,10 +201,23 @@ CASES: dict[str, Make] = {
 }
 
 LONG: dict[str, Make] = {
-    "shared context 256, long": shared(256, 32, 2, 64, 128, (50_000,)),
+    "shared context 256, long": shared(256, 32, 2, 64, 128, (50_000,), rotary=64),
     "shared context fp8 256, long": shared(256, 32, 2, 64, 128, (100_000,), "fp8"),
     "shared context fp8 256, eight": shared(
         256, 16, 2, 64, 128, tuple(range(0, 24_000, 3_000)), "fp8"
     ),
+    **{
+        f"shared context {kept} 256, {rows} of 5,000": shared(
+            256, 16, 2, 64, 160, tuple(5_000 - 31 * s for s in range(rows)), kept, 64, turns=4
+        )
+        for kept in ("bf16", "fp8")
+        for rows in (1, 2, 3, 5, 8)
+    },
+    **{
+        f"shared context {kept} 256, a thousand turns": shared(
+            256, 16, 2, 64, 160, (1_000, 31), kept, 64, turns=1000
+        )
+        for kept in ("bf16", "fp8")
+    },
 }
 """What only a GPU does in good time: as many blocks as it runs at once, rings that turn often."""

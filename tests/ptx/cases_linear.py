@@ -120,13 +120,15 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
     return make
 
 
-def cache_of(record: Record, slots: Any, slot_of: Any, counters: Any = None) -> ExpertCache:
+def cache_of(
+    record: Record, slots: Any, slot_of: Any, counters: Any = None, step: Any = None
+) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
     nothing: Any = None
     return ExpertCache(
         record, experts, nothing, slots, slot_of, nothing, nothing, nothing,
-        nothing, nothing, counters,
+        nothing, step, counters,
     )  # fmt: skip
 
 
@@ -219,11 +221,11 @@ def came(record: Record, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     return np.asarray(at // PIECE // blocks < done[warp])
 
 
-def guess_of(expert: Any, slot: Any, state: Any, done: Any) -> ExpertGuess:
+def guess_of(expert: Any, slot: Any, state: Any, done: Any, go: Any = None) -> ExpertGuess:
     """Without what only the router writes."""
     nothing: Any = None
     return ExpertGuess(
-        nothing, nothing, nothing, nothing, nothing, expert, slot, state, done,
+        nothing, nothing, nothing, nothing, nothing, expert, slot, state, done, go,
     )  # fmt: skip
 
 
@@ -262,43 +264,56 @@ def fetch(
             done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
             arrays["state"] = words_of(begun, STOP if fetched[0] == 2 else STOP + DROP)[None]
             arrays["done"] = done[None].astype(np.int32)
+            arrays["go"] = 16 * np.arange(2 * FETCH_BLOCKS, dtype=np.int32).reshape(2, -1)
+            arrays["go"][:, ::3] += 15  # then nothing is said
             if fetched[0] == 2:
                 there = came(record, done)
                 source = arrays["arena"][0, arrays["expert"][0]]
                 arrays["slots"][0, arrays["slot"][0], there] = source[there]
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            cache = cache_of(record, a["slots"], np.empty((1, count), np.int32), a["counters"])
+            layers = [a["slots"][0], None]  # the second has its turn next
+            cache = cache_of(record, layers, np.empty((2, count), np.int32), a["counters"])
             plan = ExpertPlan(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
             )
-            guess = guess_of(None, None, a["state"], a["done"]) if guessed else None
+            guess = guess_of(None, None, a["state"], a["done"], a["go"]) if guessed else None
             ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0, guess=guess)
 
-        return Case(arrays, call, {"slots": "exact", "counters": "exact"})
+        writes = ("slots", "counters", *(("go",) if guessed else ()))
+        return Case(arrays, call, dict.fromkeys(writes, "exact"))
 
     return make
 
 
-def fetch_early(hidden: int, inner: int, expert: int, state: int = 0) -> Make:
-    """The second of two layers' guesses, with nobody to stop it; bf16 records."""
+def fetch_early(
+    hidden: int, inner: int, *experts: int, state: tuple[int, ...] = (), said: tuple[int, ...] = ()
+) -> Make:
+    """Guesses of the layers behind the first, with nobody to stop them, in the third step.  All of
+    them have their turn, or what is `said`.  bf16 records, as many experts as slots a layer."""
 
     def make(rng: np.random.Generator) -> Case:
-        record, shape = Record(16, hidden, inner), (2, 3)
+        record, shape = Record(16, hidden, inner), (1 + len(experts), 3)
         nobody = np.empty(shape, np.int32)
+        first, words = 3 * np.arange(1, shape[0]), (0, *(said or [8] * len(experts)))
         arrays: Arrays = {
             "arena": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
             "slots": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
-            "expert": np.array([-1, expert], np.int32),
-            "slot": rng.integers(0, 3, 2, np.int32),
-            "state": np.array([[7], [state]], np.int32).repeat(FETCH_BLOCKS, 1),
-            "done": np.zeros((2, FETCH_WARPS), np.int32),
+            "expert": np.array([-1, *experts], np.int32),
+            "slot": np.array([0, *rng.integers(0, 3, len(experts)) + first], np.int32),
+            "state": np.array([7, *(state or [0] * len(experts))], np.int32)[:, None].repeat(
+                FETCH_BLOCKS, 1
+            ),
+            "done": np.zeros((shape[0], FETCH_WARPS), np.int32),
+            "go": 48 + np.array(words, np.int32)[:, None].repeat(FETCH_BLOCKS, 1),
+            "step": np.array([2], np.int32),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            guess = guess_of(a["expert"], a["slot"], a["state"], a["done"])
-            cache = cache_of(record, a["slots"], nobody)
-            ops.fetch_early(cache, guess, ExpertArena(record, a["arena"]), 1)
+            guess = guess_of(*(a[k] for k in ("expert", "slot", "state", "done", "go")))
+            slots = [a["slots"][i] for i in range(shape[0])]
+            cache = cache_of(record, slots, nobody, step=a["step"])
+            ops.fetch_early(cache, guess, ExpertArena(record, a["arena"]))
 
         return Case(arrays, call, dict.fromkeys(("slots", "state", "done"), "exact"))
 
@@ -383,5 +398,11 @@ CASES: dict[str, Make] = {
     "fetch early fewer pieces than blocks, the last of three pages": fetch_early(96, 48, 2),
     "fetch early up to four pieces a block": fetch_early(256, 528, 1),
     "fetch early nobody": fetch_early(256, 200, -1),
-    "fetch early, too late": fetch_early(256, 200, 1, STOP),
+    "fetch early, too late": fetch_early(256, 200, 1, state=(STOP,)),
+    "fetch early one layer after the other": fetch_early(
+        96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
+    ),
+    "fetch early until a layer has no turn": fetch_early(96, 48, 2, 1, 0, said=(8, 15, 0)),
+    "fetch early while seven of eight are done": fetch_early(96, 48, 2, 1, said=(7, 8)),
+    "fetch early in another step": fetch_early(96, 48, 2, said=(24,)),
 }

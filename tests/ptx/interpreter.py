@@ -3,9 +3,11 @@
 A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lowest instruction go
 first, so that they meet again.  The warps of a block run one after another, each until a barrier,
 in a seeded random order that changes at every barrier: a missing one shows.  Blocks begin in random
-order, a few at once, and take turns at random.  What is stored relaxed is seen late, by who looks
-again.  Bulk copies are as late as what waits for them lets them be: bytes land when somebody tries
-their barrier, and are taken from shared memory, and stored, when their group is waited for.
+order, a few at once, and take turns at random; one that looks for what others say, acquiring, lets
+them go on, and one more begin: all of a launch find room.  What is stored relaxed is seen late, by
+who looks again.  Bulk copies are as late as what waits for them lets them be: bytes land when
+somebody tries their barrier, and are taken from shared memory, and stored, when their group is
+waited for.
 
 Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
@@ -24,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
+from osmium.ops import Fill
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ptx.stand_ins import STAND_INS
 
@@ -34,7 +37,7 @@ STEPS = 2_000_000
 """Instructions of one warp after which it is said to loop for ever."""
 
 AT_ONCE = 3
-"""Blocks of a launch that run side by side."""
+"""Blocks of a launch that run side by side, and do not look for what others say."""
 
 Values = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_] | None
@@ -224,8 +227,13 @@ class InterpretedMachine:
         self.blocks.append(_block(nbytes, f"array {len(self.blocks)}, {np.dtype(dtype)} {shape}"))
         return InterpretedArray(self.blocks[-1], len(self.blocks) << SPAN, 0, shape, dtype)
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
-        return self.empty(shape, dtype)
+    def host(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> InterpretedArray:
+        made = self.empty(shape, dtype)
+        if fill is not None:
+            fill(self.host_view(made).reshape(-1).view(np.uint8))
+        return made
 
     def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         made = self.empty(shape, dtype)
@@ -260,11 +268,12 @@ class InterpretedMachine:
     def record(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork(self, early: bool) -> "InterpretedStream":
-        return self.stream
+    def fork(self, early: bool) -> "InterpretedStream | Beside":
+        return Beside(self.stream) if early else self.stream
 
     def join(self, early: bool) -> None:
-        pass
+        if early:
+            self.stream.wake(1)
 
 
 def _reach(
@@ -319,7 +328,8 @@ class Program:
     params: dict[str, np.dtype[Any]] = field(default_factory=dict)
 
 
-KINDS = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret"}
+KINDS = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret",
+         "nanosleep.u32": "sleep"}  # fmt: skip
 
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.S)
 
@@ -420,6 +430,8 @@ class Warp:
         """Whether what the kernel before wrote may be read, and anything be written."""
         self.acquired = False
         """Whether it has read, acquiring, what the kernel before wrote last of all."""
+        self.looks = False
+        """Whether it has just read, acquiring, and lets others go on."""
 
     @property
     def alive(self) -> bool:
@@ -441,7 +453,7 @@ class Warp:
         if name in self.special:
             return self.special[name]
         if name == "%globaltimer":
-            self.machine.stream.clock += 1_000_000  # a ms for each look
+            self.machine.stream.clock += self.machine.stream.tick
             return np.full(LANES, self.machine.stream.clock, np.uint64)
         value = self.registers.get(name)
         if value is None:
@@ -474,8 +486,9 @@ class Warp:
             self.known[name] = known | mask
 
     def go(self) -> None:
-        """Run until all lanes have left, or all living ones wait at a barrier."""
-        code = self.program.code
+        """Run until all lanes have left, or all living ones wait at a barrier, or some look for
+        what others say."""
+        code, self.looks = self.program.code, False
         while self.groups:
             pc = min(self.groups)
             lanes = self.groups.pop(pc)
@@ -501,8 +514,11 @@ class Warp:
                         assert instruction.run is not None, "plain instructions are compiled"
                         instruction.run(self, None if taking.all() else taking)
                     pc += 1
-                elif instruction.kind == "bar":
-                    if not taking.all():
+                    if self.looks:
+                        self._join(pc, lanes)
+                        return
+                elif instruction.kind in ("bar", "sleep"):
+                    if instruction.kind == "bar" and not taking.all():
                         raise PtxFault(f"{self.where}: lanes are missing at a barrier")
                     self.groups[pc + 1] = lanes
                     return
@@ -563,6 +579,10 @@ class InterpretedStream:
         others write, or adds to it."""
         self.clock = 0
         """%globaltimer, ns."""
+        self.tick = 1_000_000
+        """What each look at it takes."""
+        self.asleep: list[Iterator[bool]] = []
+        """Blocks of what runs beside, which go on between launches."""
 
     def land(self, chance: float) -> None:
         """Let each relaxed store be seen, by chance; those of one place in their order."""
@@ -591,12 +611,34 @@ class InterpretedStream:
         if self.beside and self.rng.random() < 0.5:
             self.beside.pop(0)()
 
+    def wake(self, chance: float) -> None:
+        """Let each block that is asleep go on, by chance, until it sleeps; if it is certain, until
+        it has left."""
+        tick, self.tick = self.tick, self.tick if chance == 1 else 1
+        with np.errstate(all="ignore"):
+            for block in self.asleep.copy():
+                going = True
+                while going and self.rng.random() < chance:
+                    going = next(block, None) is not None
+                if not going:
+                    self.asleep.remove(block)
+        self.tick = tick
+        self.land(1)
+
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         """Run every block of a launch."""
         self.launches += 1
         if kernel.name in STAND_INS:
             STAND_INS[kernel.name](values)
-            return
+        else:
+            self._run(self.blocks(kernel, grid, values))
+        if self.asleep:
+            self.wake(0.7)
+
+    def blocks(
+        self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]
+    ) -> list[Iterator[bool]]:
+        """Every block of a launch, in any order, before it begins."""
         contract = kernel.contract
         if contract.block % LANES:
             raise PtxFault(f"{contract.entry}: {contract.block} threads are not whole warps")
@@ -616,25 +658,36 @@ class InterpretedStream:
         if contract.dynamic is not None:
             pairs = zip(contract.params, values, strict=True)
             more = contract.dynamic({p.name: v for p, v in pairs if p.type == "u32"})
+        return [
+            self._block(program, named, blocks[at], whole, contract.block, more)
+            for at in self.rng.permutation(len(blocks))
+        ]
+
+    def _run(self, left: list[Iterator[bool]]) -> None:
         with np.errstate(all="ignore"):
-            left = [blocks[at] for at in self.rng.permutation(len(blocks))]
             there: list[Iterator[bool]] = []
+            looking: set[Iterator[bool]] = set()
             while left or there:
-                while left and len(there) < AT_ONCE:
-                    there.append(
-                        self._block(program, named, left.pop(), whole, contract.block, more)
-                    )
-                at = int(self.rng.integers(len(there)))
-                turns = 1 << int(self.rng.integers(6))  # one may be over while another has slept
-                if not all(next(there[at], False) for _ in range(turns)):
-                    there.pop(at)
+                while left and len(there) - len(looking) < AT_ONCE:
+                    there.append(left.pop())
+                block = there[int(self.rng.integers(len(there)))]
+                looking.discard(block)
+                for _ in range(1 << int(self.rng.integers(6))):  # one is over while another sleeps
+                    looks = next(block, None)
+                    if looks is None:
+                        there.remove(block)
+                    elif looks:
+                        looking.add(block)
+                    if looks is not False:
+                        break
         self.land(1)
 
     def _block(
         self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
         grid: tuple[int, int, int], threads: int, dynamic: int,
     ) -> Iterator[bool]:  # fmt: skip
-        """Run a block, at a time one warp to its next barrier.  Yields True until it has left."""
+        """Run a block, at a time one warp to its next barrier, or to where it looks for what others
+        say.  Yields whether it does that, until it has left."""
         made = _block(program.shared + dynamic, f"{program.name}'s shared memory")
         shared = Shared(made.data, made.written, made.name, made.launch)
         warps = [
@@ -644,9 +697,12 @@ class InterpretedStream:
         while warps:
             for i in self.rng.permutation(len(warps)):
                 warps[i].go()
+                while warps[i].looks:
+                    yield True
+                    warps[i].go()
                 if not warps[i].alive:
                     warps[i].leave()
-                yield True
+                yield False
             waiting = [warp for warp in warps if warp.alive]
             if waiting and len(waiting) < len(warps):
                 raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")
@@ -655,6 +711,18 @@ class InterpretedStream:
                     warp.waited = True
             warps = waiting
         shared.leave()
+
+
+class Beside:
+    """What a kernel is launched on that runs beside others: they are launched, and between them it
+    goes on from one of its sleeps to the next."""
+
+    def __init__(self, main: InterpretedStream) -> None:
+        self.main = main
+
+    def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
+        self.main.launches += 1
+        self.main.asleep += self.main.blocks(kernel, grid, values)
 
 
 # -- instructions ----------------------------------------------------------------------------------
@@ -1040,6 +1108,7 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
             w.machine.stream.meanwhile()
         if acquires:
             acquire(w, m)
+            w.looks = True
         for lanes in _by_array(space, address(w, m), m):
             load_one(w, lanes)
 
@@ -1142,9 +1211,9 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
     # bulk copies
     releases = parts[0] == "release"
     _, parts = _relaxed(["relaxed", *parts[1:]] if releases else parts)
-    if parts[:2] != ["global", "add"]:
+    if parts[:2] not in (["global", "add"], ["global", "inc"]):
         raise KeyError(".".join(parts))
-    dtype = TYPES[parts[2]]
+    turns_over, dtype = parts[1] == "inc", TYPES[parts[2]]
     address, value = _address(program, args[0], "global"), _operand(program, args[1], dtype)
 
     def reduce(w: Warp, m: Mask) -> None:
@@ -1153,8 +1222,12 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
         block, at = w.memory("global", address(w, m), m)
         rows = _reach(block, at, dtype.itemsize, w, read=True)
         block.launch[rows] = w.machine.stream.launches
-        mine = value(w, m) if m is None else value(w, m)[m]
-        np.add.at(block.data.view(dtype), at // dtype.itemsize, mine)
+        mine, words = value(w, m) if m is None else value(w, m)[m], block.data.view(dtype)
+        if not turns_over:
+            np.add.at(words, at // dtype.itemsize, mine)
+            return
+        for i, most in zip(at // dtype.itemsize, mine, strict=True):
+            words[i] = 0 if words[i] >= most else words[i] + 1
 
     return reduce
 

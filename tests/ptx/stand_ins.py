@@ -16,23 +16,25 @@ __all__ = ["STAND_INS"]
 
 def _place(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_place.py holds the kernel to the reference."""
-    arrays = [None if value == 0 else value.numpy() for value in values[:26]]
+    arrays = [None if value == 0 else value.numpy() for value in values[:27]]
     for value in values[:7]:
         value.touch()
     step, counters, ids = arrays[12:15]
-    sizes, (earlier, rate, long_rate, share) = values[26:35], values[35:]
-    _, experts, _, _, _, layer, last, guessing, _ = sizes
+    sizes, (earlier, rate, long_rate, share) = values[27:37], values[37:]
+    _, experts, capacity, _, first, _, layer, last, guessing, _ = sizes
     fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
     none: list[Any] = [None] * layer
     layers = [(*none, here) if last else (*none, here, on)
               for here, on in zip(arrays[7:12], arrays[15:20], strict=True)]  # fmt: skip
     slot_of, expert_in, heat, long_heat, stamp = cast(Any, layers)
+    expert_in = [range(first - capacity), *[()] * (layer - 1)][:layer] + list(expert_in[layer:])
     cache = ExpertCache(
         Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
         slot_of, expert_in, heat, long_heat, stamp, step, counters,
     )  # fmt: skip
-    likely, weights, expert, slot, state, done = arrays[20:]
-    guess = ExpertGuess(likely, weights, None, None, None, expert, slot, state, done)
+    likely, weights, *words = arrays[20:]
+    nothing: Any = None
+    guess = ExpertGuess(likely, weights, *[nothing] * 3, *words)
     ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, layer, ids, guess if guessing else None)
 
 

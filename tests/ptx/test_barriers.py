@@ -45,7 +45,6 @@ def cases_of(name: str) -> list[Make]:
         "gqa_attention_fp8": ("attention fp8",),
         "gqa_split_bf16": ("shared context",),
         "gqa_split_fp8": ("shared context fp8",),
-        "gqa_combine_f32": ("shared context",),
         "bf16_matvec_f32": ("bf16_matvec",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
@@ -80,6 +79,16 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
     makes = cases_of(name)
     assert makes and right(makes[0], 0, None), "it is right with all of them"
     assert any(not right(make, seed, (name, which)) for seed in SEEDS for make in makes)
+
+
+@pytest.mark.parametrize("name", ["gqa_split_bf16", "gqa_split_fp8"])
+def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
+    text = (FOLDER / f"{name}.ptx").read_text()
+    once, waits = re.subn(r"setp.ge.u32 +%more_parts, %near_count, %reached;",
+                          "setp.eq.u32 %more_parts, %lane, %lane;", text)  # fmt: skip
+    makes = cases_of(name)[:4]
+    assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
+    assert any(not right(make, s, None, {name: once}) for s in SEEDS for make in makes)
 
 
 def test_a_router_that_does_not_wait_for_all_scores_fails() -> None:

@@ -719,6 +719,25 @@ def test_a_relaxed_store_is_seen_late_and_by_who_looks_again() -> None:
     assert again == {6} and len(once) > 1
 
 
+def test_a_count_turns_over() -> None:
+    body = "ld.param.u64 %far, [out]; red.relaxed.gpu.global.inc.u32 [%far], 4;"
+    made = [int(zeroed(body, 1, blocks, 0)[0]) for blocks in (1, 2, 3, 5)]
+    assert made == [32 * blocks % 5 for blocks in (1, 2, 3, 5)]
+
+
+@pytest.mark.parametrize("blocks", [2, 9])
+def test_blocks_that_wait_for_each_other_all_find_room(blocks: int) -> None:
+    """In any order: the last to wait turns the count over."""
+    body = f"""setp.ne.u32 %p, %t, 0; @%p ret; mov.u32 %a, %ctaid.x; add.u64 %far, %out, 4;
+        red.release.gpu.global.inc.u32 [%out], {2 * blocks - 1};
+        again: ld.acquire.gpu.global.u32 %b, [%out];
+        setp.lt.u32 %p, %b, {blocks}; @%p bra again;
+        red.relaxed.gpu.global.inc.u32 [%out], {2 * blocks - 1};
+        red.global.add.u32 [%far], 1;"""
+    for seed in ORDERS:
+        assert list(zeroed(body, 2, blocks, seed)) == [0, blocks]
+
+
 def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
     """What a body leaves in `out`, which starts as zeros."""
     machine = InterpretedMachine(seed)

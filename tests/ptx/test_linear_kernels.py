@@ -150,12 +150,15 @@ def test_fetch_copies_what_the_plan_says_and_nothing_else(
 def test_an_early_fetch_copies_the_guess_and_nothing_else(
     name: str, rng: np.random.Generator
 ) -> None:
-    """The second layer's, unless that is placed already."""
+    """Of each layer behind the first that has its turn, unless it is placed already."""
     case, out = case_and_outputs(name, rng)
     a = case.arrays
-    want, expert = a["slots"].copy(), int(a["expert"][1])
-    copies = expert >= 0 and not a["state"][1, 0] & STOP
-    if copies:
-        want[1, a["slot"][1]] = a["arena"][1, expert]
+    want, said = a["slots"].copy(), a["go"][:, 0] - 48
+    for layer, expert in enumerate(a["expert"].tolist()):
+        comes = layer > 0 and said[layer] == 8 and np.isin(said[1:layer], (8, 15)).all()
+        copies = comes and expert >= 0 and not a["state"][layer, 0] & STOP
+        if copies:
+            want[layer, a["slot"][layer] - 3 * layer] = a["arena"][layer, expert]
+        assert (out["done"][layer].max() > 0) == copies
+        assert (out["state"][layer] - a["state"][layer] == comes * (1 + (1 << 15))).all()
     np.testing.assert_array_equal(out["slots"], want)
-    assert out["done"][0].max() == 0 and (out["done"][1].max() > 0) == copies
