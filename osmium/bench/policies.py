@@ -7,8 +7,10 @@ an expert of the present token never leaves, as in ops.place.  Policies differ i
     lru        who was used longest ago
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
-    mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long; as shipped
-               (values.Fading)
+    mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long
+               (values.Fading); what ships, until the engine has an idle moment
+    shared     mixed, slots shared out among layers by the heat after 1,024 tokens, 2,048, 4,096 and
+               so on: as shipped, on a first start, if the engine idles at each of these
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
     both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
@@ -23,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import FADING
-from osmium.experts.heat import Heat, quotas
+from osmium.experts.heat import FIRST, Heat, new_quotas, quotas
 from osmium.experts.routing import Trace
 from osmium.ops.values import COLD
 
@@ -88,12 +90,12 @@ def _mixed(cache: Cache) -> F64:
 
 
 POLICIES = (
-    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "quotas", "both",
-    "belady",
+    "static", "lru", *(f"decayed {n}" for n in HALF_LIVES), "popular", "mixed", "shared", "quotas",
+    "both", "belady",
 )  # fmt: skip
 
-SHIPPED = "mixed"
-"""The one of them by which ops.place decides who leaves."""
+SHIPPED = "shared"
+"""The one of them that the engine does: ops.place decides who leaves, Sharing who owns a slot."""
 
 RULES = ("shipped", "first", "warmest")
 """Who of the predicted that are in no slot is guessed: by the square of the router's weight times
@@ -123,7 +125,7 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     each, worth, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
     if policy in ("quotas", "both"):
         each = _quotas(trace, slots)
-    if policy in ("mixed", "both"):
+    if policy in ("mixed", "shared", "both"):
         worth, half_life = _mixed, FADING.half_life
     elif policy == "popular":
         worth, half_life = _popular, 16
@@ -132,7 +134,8 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     elif policy != "quotas":
         half_life = float(policy.removeprefix("decayed "))
         worth = _decayed(half_life)
-    return float(simulate(trace, each, worth, half_life, skip).mean())
+    shared = policy == "shared"
+    return float(simulate(trace, each, worth, half_life, skip, shared=shared).mean())
 
 
 def simulate(
@@ -142,9 +145,11 @@ def simulate(
     half_life: float,
     skip: int,
     guesses: Guesses | None = None,
+    shared: bool = False,
 ) -> F64:
     """The share of uses hit after `skip` tokens, a layer.  slots [L], at least A each.  A guess
-    that is right is no hit."""
+    that is right is no hit.  With `shared` slots are shared out anew as the engine does it, at an
+    idle moment after each number of tokens that it waits for."""
     ids = trace.ids.astype(np.int64)
     tokens, layers, top_k = ids.shape
     assert (slots >= top_k).all(), "every layer needs a slot for each expert of a token"
@@ -155,9 +160,12 @@ def simulate(
     cache = Cache(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
     slower = 2 ** (-1 / FADING.long_half_life)
     inside = np.zeros(shape, bool)
-    hits = np.zeros(layers)
+    hits, due = np.zeros(layers), FIRST
     for t in range(tokens):
         mine = ids[t]
+        if shared and t == due:
+            slots, inside = _share(_heat_now(cache, inside), slots, top_k)
+            due *= 2
         cache.now = t
         cache.slow *= slower
         if guesses is not None:
@@ -188,6 +196,29 @@ def simulate(
             goes = np.arange(most) < over[:, None]
             inside[np.broadcast_to(rows, goes.shape)[goes], leaving[goes]] = False
     return np.asarray(hits / ((tokens - skip) * top_k))
+
+
+def _heat_now(cache: Cache, inside: npt.NDArray[np.bool_]) -> Heat:
+    """As experts.heat has it, once the token `now` is done."""
+    used = cache.last >= 0
+    age = np.where(used, cache.now - cache.last, -1)
+    heat = np.where(used, cache.count * np.exp2(-age / FADING.half_life), 0)
+    long_heat = cache.slow.astype(np.float32)
+    return Heat(heat.astype(np.float32), long_heat, cache.now + 1, age.astype(np.int32), inside)
+
+
+def _share(
+    heat: Heat, slots: npt.NDArray[np.int64], top_k: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+    """How many slots each layer has from now on, and who is in them: the warmest of all that were
+    ever used, if anything changes."""
+    each = new_quotas(heat, slots.tolist(), top_k)
+    if each is None:
+        return slots, heat.resident
+    inside = np.zeros_like(heat.resident)
+    for layer, own in enumerate(each):
+        inside[layer, heat.hottest(layer, own)] = True
+    return np.array(each), inside
 
 
 def _guess(
@@ -224,7 +255,7 @@ def _guess(
 def guess(
     trace: Trace, slots: int, skip: int = 256, rule: str = GUESSED
 ) -> tuple[float, float, float]:
-    """With what ships and a guess a token in each layer but the first: the share of uses hit after
+    """With mixed and a guess a token in each layer but the first: the share of uses hit after
     `skip` tokens, guesses a layer and token, and the share of these that are right."""
     assert trace.predicted is not None, "guesses are from what was predicted"
     tokens, layers, top_k = trace.ids.shape
@@ -276,14 +307,13 @@ def _static(trace: Trace, slots: int, skip: int) -> float:
 
 def kept(trace: Trace, slots: int, tokens: int, skip: int = 256) -> tuple[float, float]:
     """The share of uses hit after `tokens` + `skip` tokens by an engine that starts anew after
-    `tokens`, by what ships: slots the same in all layers, and by the heat of the first tokens."""
+    `tokens`, by mixed: slots the same in all layers, and by the heat of the first tokens."""
     layers = trace.ids.shape[1]
-    rest = Trace(trace.ids[tokens:], np.array([0]), trace.experts)
+    rest, same = Trace(trace.ids[tokens:], np.array([0]), trace.experts), [slots] * layers
     each = quotas(_heat(trace.ids[:tokens], trace.experts), slots, trace.ids.shape[2])
-    assert each is not None, "every layer is used"
     alike, shared = (
         simulate(rest, np.array(one), _mixed, FADING.half_life, skip).mean()
-        for one in ([slots] * layers, each)
+        for one in (same, each or same)
     )
     return float(alike), float(shared)
 

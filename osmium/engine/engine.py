@@ -5,6 +5,7 @@
 Knows token ids; a tokenizer, where there is one, is only passed on to those who have text.
 """
 
+import contextlib
 import logging
 import queue
 import secrets
@@ -27,6 +28,7 @@ from osmium.engine.request import (
     Request,
     SamplingParams,
     Token,
+    check_ids,
 )
 from osmium.engine.runner import Reply, Runner
 from osmium.engine.sampler import no_token, plain, sample
@@ -41,6 +43,9 @@ __all__ = ["Engine"]
 T = TypeVar("T")
 
 LOG = logging.getLogger("osmium.engine")
+
+QUIET = 1.0
+"""Seconds in which most who have read a reply and go on have asked again (not measured)."""
 
 
 class Engine:
@@ -83,6 +88,8 @@ class Engine:
         """Why the engine stopped, if nobody had closed it."""
         self.when_stopped: Callable[[], None] | None = None
         """Called on the engine's thread once it serves no more."""
+        self.when_idle: Callable[[], None] | None = None
+        """Called there whenever nobody has run, waited or asked for QUIET seconds."""
         self._lock = threading.Lock()
         self.meter = Meter(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
@@ -104,7 +111,7 @@ class Engine:
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(one) for one in prompt]
-        self._check(ids)
+        check_ids(ids, self.config.vocab)
         if len(ids) >= self.context:
             raise RequestError(
                 f"This model's maximum context length is {self.context} tokens. However, your "
@@ -291,21 +298,9 @@ class Engine:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check(self, ids: list[int]) -> None:
-        if not ids:
-            raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= self.config.vocab:
-            raise RequestError(
-                f"Token id {low if low < 0 else high} is not in the vocabulary of "
-                f"{self.config.vocab}.",
-                param="prompt",
-                code="invalid_token",
-            )
-
     def _check_forced(self, sequences: list[list[int]]) -> None:
         for ids in sequences:
-            self._check(ids)
+            check_ids(ids, self.config.vocab)
             if len(ids) > self.context:
                 raise RequestError(
                     f"{len(ids)} ids do not fit the context of {self.context}.",
@@ -356,9 +351,17 @@ class Engine:
     def _read_inbox(self) -> None:
         idle = not self._scheduler.running and not self._scheduler.waiting
         if idle and not self._closing:
-            self._inbox.get()()
+            self._wait()()
         while not self._inbox.empty():
             self._inbox.get()()
+
+    def _wait(self) -> Callable[[], None]:
+        """The next command, while there is nothing else to do."""
+        if self.when_idle is not None:
+            with contextlib.suppress(queue.Empty):
+                return self._inbox.get(timeout=QUIET)
+            self.when_idle()
+        return self._inbox.get()
 
     def _drop_cancelled(self) -> None:
         for request in self._scheduler.everyone():
@@ -388,11 +391,8 @@ class Engine:
         except Exception as error:  # whatever a step met, it fails its own requests and no others
             if isinstance(error, CudaError) and error.lost:
                 raise
-            failed = (
-                error
-                if isinstance(error, OsmiumError)
-                else OsmiumError(f"A step failed: {error!r}")
-            )
+            told = OsmiumError(f"A step failed: {error!r}")
+            failed = error if isinstance(error, OsmiumError) else told
             for request, _ in batch.parts:
                 self._finish(request, FinishReason.ERROR, failed)
             return

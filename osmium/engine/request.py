@@ -16,6 +16,7 @@ from osmium.errors import OsmiumError, RequestError
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Times", "Token",
+    "check_ids",
 ]  # fmt: skip
 
 
@@ -207,3 +208,16 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+
+def check_ids(ids: list[int], vocab: int) -> None:
+    """Whether they are a prompt for a model of so many ids.  Raises: RequestError."""
+    if not ids:
+        raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
+    low, high = min(ids), max(ids)
+    if low < 0 or high >= vocab:
+        raise RequestError(
+            f"Token id {low if low < 0 else high} is not in the vocabulary of {vocab}.",
+            param="prompt",
+            code="invalid_token",
+        )

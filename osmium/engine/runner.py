@@ -16,6 +16,8 @@ import numpy.typing as npt
 from osmium.engine.request import Request
 from osmium.engine.sampler import chance
 from osmium.engine.scheduler import Batch
+from osmium.experts.cache import cut, empty
+from osmium.experts.heat import heat_of, new_quotas, restore
 from osmium.experts.store import Store
 from osmium.models.qwen3_5_moe import Model
 from osmium.models.state import State
@@ -81,6 +83,7 @@ class Runner:
         """Steps of one row a sequence, by what they do and how many rows: they differ in nothing
         but the block."""
         self._warm: set[tuple[str, int]] = set()
+        self._prepared = False
         self._ready = 0
         """Rows, from the first, whose logits are in `_logits`."""
 
@@ -125,6 +128,34 @@ class Runner:
         cache = self.store.cache
         for array in (cache.heat, cache.long_heat, cache.stamp, cache.step, cache.counters):
             self.ops.fill(array, 0)
+        self._prepared = True
+
+    def share(self) -> int:
+        """Share expert slots out among layers by the heat so far (heat.quotas), and fill them with
+        the hottest; how many experts were copied.  0, and nothing is changed, where the slots are
+        to stay as they are.  No reply may be on its way.
+
+        Nothing is allocated: the same memory is cut anew.  But recorded steps have the addresses of
+        slots in them, so that they are recorded again where they were beforehand.
+        """
+        ops, store = self.ops, self.store
+        if store.arena is None:
+            return 0
+        heat = heat_of(ops, store.cache)  # and all is done that was launched
+        each = new_quotas(heat, [layer.shape[0] for layer in store.cache.slots], store.top_k)
+        if each is None:
+            return 0
+        counters = ops.copy_out(store.cache.counters)
+        store.take(cut(store.cache, each))
+        empty(ops, store.cache)
+        self._replays.clear()
+        self._warm.clear()
+        self._ready = 0
+        if self._prepared:
+            self.prepare()
+        count = restore(ops, store.cache, store.arena, heat)
+        ops.copy_in(store.cache.counters, counters)
+        return count
 
     def forward(self, batch: Batch) -> None:
         """Compute the batch's pending tokens; their states are kept."""

@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,9 @@ from osmium.errors import DeviceError
 from osmium.experts.cache import FADING
 from osmium.ops import ExpertArena, ExpertCache, Ops
 
-__all__ = ["Heat", "heat_of", "keep_heat", "quotas", "read_heat", "restore", "save_heat"]
+__all__ = [
+    "Heat", "heat_of", "keep_heat", "new_quotas", "quotas", "read_heat", "restore", "save_heat",
+]  # fmt: skip
 
 LOG = logging.getLogger("osmium.experts")
 
@@ -34,6 +37,14 @@ MAGIC = b"OSMHEAT\3"
 ENDLESS = 32 * int(FADING.long_half_life)
 """Steps from which on one more changes no warmth: the rest of the long heat's weights is below
 f32's last bit.  No more are said to have been counted, however long an engine has run."""
+
+FIRST = 1024
+"""Tokens after which heat first says how many slots each layer needs; it is asked anew at twice as
+many each time."""
+
+WORTH = 32
+"""Of so many slots one must change its layer, or they are not shared out anew: all of them are
+filled again for it, and heat that has not settled moves some each time."""
 
 
 @dataclass(frozen=True)
@@ -154,19 +165,33 @@ def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
 
 
 def quotas(heat: Heat, slots: int, top_k: int) -> list[int] | None:
-    """Slots of each layer, `slots` in the mean, by what each had hot: half of them, and room for a
-    token, for every layer; the others one by one where the next expert has the largest share of its
-    layer's uses.  None if a layer was not used."""
+    """Slots of each layer, `slots` in the mean, by what each had hot: the least for every layer,
+    the others one by one where the next expert has the largest share of its layer's uses.
+
+    The least is half of them, and room for the experts of a token and a half: with less a layer
+    keeps hardly anyone from one token to the next, and its every use is a miss.  None, for layers
+    alike, if there is no more than that least to share out, or a layer was not used.
+    """
     warmth = heat.warmth.astype(np.float64)
     layers = len(warmth)
-    uses, least = warmth.sum(axis=1, keepdims=True), max(top_k, slots // 2)
-    if not uses.all():
+    uses, least = warmth.sum(axis=1, keepdims=True), max(top_k + top_k // 2, slots // 2)
+    if slots <= least or not uses.all():
         return None
     shares = -np.sort(-warmth / uses, axis=1)[:, least:]  # of the others, the largest first
     layer, rank = (index.reshape(-1) for index in np.indices(shares.shape))
     order = np.lexsort((layer, rank, -shares.reshape(-1)))[: layers * (slots - least)]
     more = np.bincount(layer[order], minlength=layers)
     return [least + int(count) for count in more]
+
+
+def new_quotas(heat: Heat, now: Sequence[int], top_k: int) -> list[int] | None:
+    """`quotas` where layers own `now` slots each; None, too, if that would move fewer than one slot
+    in WORTH."""
+    each = quotas(heat, sum(now) // len(now), top_k)
+    if each is None:
+        return None
+    moved = sum(max(0, new - old) for new, old in zip(each, now, strict=True))
+    return each if WORTH * moved >= sum(now) else None
 
 
 def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int:

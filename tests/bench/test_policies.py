@@ -7,17 +7,26 @@ import pytest
 
 from osmium.bench import policies
 from osmium.errors import ConfigError
-from osmium.experts.cache import FADING
+from osmium.experts.arena import share_arena
+from osmium.experts.cache import FADING, cut, make_cache
+from osmium.experts.heat import FIRST, heat_of, new_quotas, restore
 from osmium.experts.routing import Recorder, Trace, read_trace
 from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import ARRIVED, FETCH_WARPS
+from osmium.ops.values import ARRIVED, FETCH_BLOCKS, FETCH_WARPS
 from osmium.quant.record import Record
 
 
-def trace(rng: np.random.Generator, tokens: int, layers: int, experts: int, top_k: int) -> Trace:
-    """Routing with popular experts and with drift."""
-    base = rng.normal(0, 1, (layers, experts))
+def trace(
+    rng: np.random.Generator,
+    tokens: int,
+    layers: int,
+    experts: int,
+    top_k: int,
+    popular: tuple[float, ...] = (1,),
+) -> Trace:
+    """Routing with experts that are popular, in some layers more than in others, and with drift."""
+    base = rng.normal(0, 1, (layers, experts)) * np.resize(popular, (layers, 1))
     drift = np.zeros((layers, experts))
     ids = np.empty((tokens, layers, top_k), np.uint16)
     for t in range(tokens):
@@ -45,8 +54,35 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
     assert policies.hit_rate(t, slots, policy, skip) == pytest.approx(wanted, abs=2e-3)
 
 
+def test_slots_are_shared_out_as_by_the_cache_itself(rng: np.random.Generator) -> None:
+    """Its own heat, cut and filled anew after 1,024 tokens and after 2,048."""
+    layers, experts, slots, top_k = 3, 20, 8, 3
+    t = trace(rng, 2300, layers, experts, top_k, (0, 1, 4))
+    ops, record = ReferenceOps(), Record(16, 8, 8)
+    arena = share_arena(record, np.zeros((layers, experts, record.nbytes), np.uint8))
+    cache, (_, plan) = make_cache(ops, arena, slots, top_k), cold(layers, experts, slots, top_k)
+    shared = []
+    for now, token in enumerate(t.ids):
+        if now in (FIRST, 2 * FIRST):
+            heat = heat_of(ops, cache)
+            each = new_quotas(heat, [len(layer) for layer in cache.slots], top_k)
+            if each is not None:
+                cache = cut(cache, each)
+                restore(ops, cache, arena, heat)
+                shared.append((now, each))
+        if now == 1000:
+            cache.counters[:] = 0
+        for layer in range(layers):
+            ops.place(plan, cache, layer, token[layer : layer + 1])
+    assert shared and shared[0][0] == FIRST and len({*shared[0][1]}) > 1
+    wanted = cache.counters[1] / (1300 * layers * top_k)
+    found = policies.hit_rate(t, slots, "shared", 1000)
+    assert found == pytest.approx(wanted, abs=1e-3)
+    assert found != policies.hit_rate(t, slots, "mixed", 1000)
+
+
 def cold(
-    layers: int, experts: int, slots: int, top_k: int, fading: Fading
+    layers: int, experts: int, slots: int, top_k: int, fading: Fading = FADING
 ) -> tuple[ExpertCache, ExpertPlan]:
     """A cache with nobody in it, and a plan for a token."""
     shape = (layers, experts)
@@ -69,7 +105,7 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
         np.zeros((1, top_k), np.uint16), np.zeros((1, top_k), np.float32),
         np.zeros((1, experts), np.float32), np.zeros(4, np.int64), np.zeros(ARRIVED, np.int32),
         np.full(layers, -1, np.int32), np.zeros(layers, np.int32), np.zeros(layers, np.int32),
-        np.zeros((layers, FETCH_WARPS), np.int32),
+        np.zeros((layers, FETCH_WARPS), np.int32), np.zeros((layers, FETCH_BLOCKS), np.int32),
     )  # fmt: skip
     for now, token in enumerate(t.ids):
         if now == skip:

@@ -15,6 +15,7 @@ from osmium.experts.heat import (
     Heat,
     heat_of,
     keep_heat,
+    new_quotas,
     quotas,
     read_heat,
     restore,
@@ -187,6 +188,22 @@ def test_counters_add_up_and_known_experts_hit_after_a_restore(
     assert rates[0] == 0 < rates[1]
 
 
+def test_a_cache_that_was_used_computes_with_what_was_restored(
+    used: tuple[ExpertCache, Store], arena: Any, rng: np.random.Generator
+) -> None:
+    cache, store = used
+    heat = heat_of(OPS, cache)
+    coldest = replace(
+        heat, heat=heat.heat[:, ::-1].copy(), long_heat=heat.long_heat[:, ::-1].copy()
+    )
+    before = resident(OPS, cache)
+    restore(OPS, cache, share_arena(RECORD, arena), coldest)
+    assert (resident(OPS, cache) != before).any()
+    for layer in range(LAYERS):
+        run(store, rng, arena, 8, layer)  # held to the records
+    assert store.counters().hit > 0
+
+
 def test_nothing_is_kept_of_a_cache_that_nobody_used(arena: Any, tmp_path: Path) -> None:
     cache = make_cache(OPS, share_arena(RECORD, arena), CAPACITY, TOP_K)
     keep_heat(tmp_path / "a.heat", WHOSE, OPS, cache)
@@ -291,13 +308,33 @@ def heat_like(uses: Any) -> Heat:
     return Heat(uses, uses, 100, np.where(uses > 0, 0, -1).astype(np.int32), uses > 0)
 
 
+NARROW, WIDE = [50, 40, 9, 1, 0, 0, 0, 0], [13, 13, 13, 13, 12, 12, 12, 12]
+
+
 def test_slots_go_where_uses_are_spread() -> None:
-    narrow, wide = [50, 40, 9, 1, 0, 0, 0, 0], [13, 13, 13, 13, 12, 12, 12, 12]
-    assert quotas(heat_like([narrow, wide, wide]), 4, 2) == [2, 5, 5]
-    assert quotas(heat_like([wide, wide]), 4, 2) == [4, 4], "alike"
-    assert quotas(heat_like([narrow, wide]), 7, 2) == [6, 8], "no more than there are experts"
-    assert quotas(heat_like([narrow, wide]), 4, 3) == [3, 5], "room for a token"
-    assert quotas(heat_like([narrow, [0] * 8]), 4, 2) is None, "a layer that nobody asked"
+    assert quotas(heat_like([NARROW, WIDE, WIDE]), 4, 1) == [2, 5, 5]
+    assert quotas(heat_like([WIDE, WIDE]), 4, 2) == [4, 4], "alike"
+    assert quotas(heat_like([NARROW, WIDE]), 7, 2) == [6, 8], "no more than there are experts"
+    assert quotas(heat_like([NARROW, [0] * 8]), 4, 1) is None, "a layer that nobody asked"
+
+
+def test_every_layer_keeps_room_for_a_token_and_a_half() -> None:
+    heat = heat_like([NARROW, WIDE])
+    assert quotas(heat, 6, 3) == [4, 8]
+    assert quotas(heat, 5, 2) == [3, 7]
+    for slots, top_k in ((4, 3), (3, 3), (3, 2), (1, 1)):
+        assert quotas(heat, slots, top_k) is None, "there is nothing to share out"
+
+
+def test_slots_stay_where_too_few_would_move() -> None:
+    heat = heat_like(np.array([[0.5], [0.9], [0.99]]) ** np.arange(64))
+    each = quotas(heat, 32, 4)
+    assert each is not None and sum(each) == 3 * 32 and len({*each}) > 1
+    assert new_quotas(heat, each, 4) is None
+    for moved, wanted in ((1, None), (2, None), (3, each), (4, each)):
+        now = [each[0] + moved, each[1] - 1, each[2] - moved + 1]
+        assert new_quotas(heat, now, 4) == wanted, "three are one of 32"
+    assert new_quotas(heat, [6, 6, 6], 4) is None, "there is nothing to share out"
 
 
 def test_a_start_with_quotas_has_the_hottest_of_each_layer(

@@ -1,0 +1,317 @@
+"""Slots shared out among layers while nobody asks: when, and that no reply is another for it."""
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium import loader
+from osmium.config import EngineConfig
+from osmium.engine import engine as crank
+from osmium.engine import sharing
+from osmium.engine.engine import Engine
+from osmium.engine.request import SamplingParams
+from osmium.engine.runner import Runner
+from osmium.errors import CudaError, EngineStopped
+from osmium.experts.cache import resident, verify
+from osmium.experts.heat import heat_of, quotas
+from osmium.weights import Packed, open_model
+from tests.engine.fake_gpu import FakeGpu
+from tests.engine.fakes import PATIENCE_S, Bench
+from tests.models.build import CASES, write_checkpoint
+
+CASE = CASES[3]
+"""Six layers of sixteen experts."""
+
+SLOTS = 8
+
+TOKENS = 20 + 12
+"""Of a prompt, and of what is said to it."""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    folder = tmp_path_factory.mktemp("packed")
+    write_checkpoint(CASE, folder / "model")
+    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
+
+
+@pytest.fixture
+def start(packed: Packed, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+    """Starts engines whose heat is kept."""
+    made: list[Engine] = []
+
+    def load(device: str = "cpu", **more: Any) -> Engine:
+        where: dict[str, Any] = {"cache_dir": str(tmp_path), "vram": 2 << 30, "ram": 1 << 30}
+        shape = {"slots": SLOTS, "context": 64, "chunk": 16, "page": 16}
+        made.append(loader.load(packed.path, device, **{**where, **shape, **more}))
+        return made[-1]
+
+    yield load
+    for engine in made:
+        engine.close()
+
+
+def talk(engine: Engine, seed: int = 1) -> list[int]:
+    ids = np.random.default_rng(seed).integers(0, CASE.vocab, 20).tolist()
+    params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
+    return [token.id for token in engine.generate(ids, params)]
+
+
+def own(runner: Runner) -> list[int]:
+    """How many slots each layer has."""
+    return [layer.shape[0] for layer in runner.store.cache.slots]
+
+
+# -- what is done ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prepared", [False, True], ids=["", "prepared"])
+def test_a_reply_is_the_same_before_and_after(start: Callable[..., Engine], prepared: bool) -> None:
+    left, shared = start(), start()
+    for engine in (left, shared):
+        if prepared:
+            engine.call(engine.runner.prepare)
+        assert talk(engine) == talk(engine)
+    assert shared.call(shared.runner.share) == SLOTS * len(CASE.kinds), "every slot is filled"
+    assert own(left.runner) == [SLOTS] * len(CASE.kinds) != own(shared.runner)
+    for seed in (1, 2, 3):
+        assert talk(left, seed) == talk(shared, seed)
+    counts = [engine.status()["experts"] for engine in (left, shared)]
+    assert counts[0]["routed"] == counts[1]["routed"]
+    assert counts[0]["hit"] != counts[1]["hit"], "other experts were there"
+
+
+def test_slots_hold_the_hottest_and_all_else_goes_on(
+    start: Callable[..., Engine], packed: Packed
+) -> None:
+    engine = start()
+    ops, store = engine.runner.ops, engine.runner.store
+    talk(engine)
+    before, counted = engine.call(lambda: heat_of(ops, store.cache)), store.counters()
+    arrays = {name: getattr(store.cache, name) for name in ("slot_of", "heat", "stamp", "step")}
+    memory = store.cache.whole
+    engine.call(engine.runner.share)
+
+    each = quotas(before, SLOTS, engine.config.top_k)
+    assert each is not None and own(engine.runner) == each and sum(each) == SLOTS * len(CASE.kinds)
+    there = resident(ops, store.cache)
+    assert verify(ops, store.cache, packed.all_records(), 10**6, 0) == there.sum() == sum(each)
+    for layer, slots in enumerate(each):
+        assert set(np.flatnonzero(there[layer])) == set(before.hottest(layer, slots))
+    after = heat_of(ops, store.cache)
+    assert np.allclose(after.heat, before.heat, rtol=1e-6)
+    assert np.allclose(after.long_heat, before.long_heat, rtol=1e-6)
+    assert after.steps == before.steps and store.counters() == counted
+    assert store.cache.whole is memory, "nothing was allocated"
+    assert all(getattr(store.cache, name) is array for name, array in arrays.items())
+
+    talk(engine, 2)
+    assert store.counters().routed == counted.routed * 2
+    assert verify(ops, store.cache, packed.all_records(), 10**6, 0) > 0
+
+
+def test_where_nothing_would_move_nothing_is_done(start: Callable[..., Engine]) -> None:
+    engine = start()
+    store = engine.runner.store
+    assert engine.call(engine.runner.share) == 0, "nobody has asked anything"
+    talk(engine)
+    assert engine.call(engine.runner.share) > 0
+    cache, who = store.cache, [one.copy() for one in store.cache.expert_in]
+    assert engine.call(engine.runner.share) == 0
+    assert store.cache is cache
+    assert all(np.array_equal(a, b) for a, b in zip(who, cache.expert_in, strict=True))
+    all_there = start(slots=16)
+    talk(all_there)
+    assert all_there.call(all_there.runner.share) == 0
+
+
+def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
+    start: Callable[..., Engine], packed: Packed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cold = start()
+    talk(cold)
+    heat = heat_of(cold.runner.ops, cold.runner.store.cache)
+    gpu = FakeGpu(4 << 30)
+    gpu.install(monkeypatch)
+    prepared: list[list[int]] = []
+
+    def prepare(runner: Runner) -> None:
+        prepared.append(own(runner))
+        runner._prepared = True
+        runner._replays[("reply", 1)] = lambda: None
+        for name in ("heat", "step", "counters"):
+            runner.ops.fill(getattr(runner.store.cache, name), 0)
+
+    monkeypatch.setattr(Runner, "prepare", prepare)  # the kernels would do nothing
+    engine = start("gpu", cache_dir=str(packed.path.parent))
+    runner, store = engine.runner, engine.runner.store
+    ops, cache = runner.ops, store.cache
+
+    def use() -> None:
+        """As if it had answered."""
+        ops.copy_in(cache.heat, heat.heat)
+        ops.copy_in(cache.long_heat, heat.long_heat)
+        ops.copy_in(cache.stamp, np.where(heat.age >= 0, heat.steps - heat.age, 0).astype(np.int32))
+        ops.copy_in(cache.step, np.array([heat.steps], np.int32))
+        ops.copy_in(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
+
+    engine.call(use)
+    old, asked, held = runner._replays[("reply", 1)], gpu.asked, dict(gpu.held)
+    runner._replays[("logits", 1)] = old
+    assert engine.call(runner.share) == SLOTS * len(CASE.kinds)
+    assert prepared == [[SLOTS] * len(CASE.kinds), own(runner)] and prepared[0] != prepared[1]
+    assert list(runner._replays) == [("reply", 1)] and runner._replays[("reply", 1)] is not old
+    assert gpu.asked == asked and gpu.held.keys() == held.keys()
+    assert engine.status()["experts"]["routed"] == 9
+    count = engine.call(lambda: verify(ops, store.cache, packed.all_records(), 10**6, 0))
+    assert count == SLOTS * len(CASE.kinds)
+
+
+def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., Engine]) -> None:
+    first = start()
+    talk(first)
+    first.call(first.runner.share)
+    each, there = own(first.runner), resident(first.runner.ops, first.runner.store.cache)
+    first.close()
+    second = start()
+    assert own(second.runner) == each
+    assert np.array_equal(resident(second.runner.ops, second.runner.store.cache), there)
+
+
+# -- when ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens after which slots were shared out; there is always a moment for it, after 50."""
+    monkeypatch.setattr(crank, "QUIET", 0.01)
+    monkeypatch.setattr(sharing, "FIRST", 50)
+    seen: list[int] = []
+    share = Runner.share
+
+    def counted(runner: Runner) -> int:
+        seen.append(int(runner.store.counters().routed))
+        return share(runner)
+
+    monkeypatch.setattr(Runner, "share", counted)
+    return seen
+
+
+def idle(engine: Engine) -> None:
+    """Wait until nobody has asked for a while."""
+    there, hook = threading.Event(), engine.when_idle
+    assert hook is not None
+
+    def told() -> None:
+        hook()
+        there.set()
+
+    engine.when_idle = told
+    engine.call(lambda: None)
+    assert there.wait(PATIENCE_S), "the engine is never idle"
+    engine.when_idle = hook
+
+
+def test_slots_are_shared_out_after_so_many_tokens_and_then_twice_as_many(
+    start: Callable[..., Engine], shares: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "osmium.sharing")
+    engine = start()
+    layers, top_k = len(CASE.kinds), engine.config.top_k
+    seen: list[int] = []
+    for number in range(1, 10):
+        talk(engine, number)
+        idle(engine)
+        idle(engine)  # once is enough
+        if len(shares) > len(seen):
+            seen.append(number)
+    # A reply's last token is never computed.
+    assert shares == [(TOKENS - 1) * number * layers * top_k for number in seen]
+    assert seen == [2, 4, 8], "64 tokens of at least 50, then 128 and 256"
+    (said, *_) = [one.getMessage() for one in caplog.records]
+    assert "expert slots a layer" in said and f"{SLOTS * layers} experts" in said
+
+
+def test_who_asks_again_after_a_while_is_told_the_same(
+    start: Callable[..., Engine], shares: list[int]
+) -> None:
+    engine = start()
+    said = [talk(engine, seed) for seed in (1, 2)]
+    idle(engine)
+    assert len(shares) == 1 and own(engine.runner) != [SLOTS] * len(CASE.kinds)
+    assert [talk(engine, seed) for seed in (1, 2)] == said
+
+
+def test_while_routing_is_recorded_slots_stay(
+    start: Callable[..., Engine], shares: list[int]
+) -> None:
+    engine = start()
+    engine.record_routing()
+    for seed in range(3):
+        talk(engine, seed)
+    idle(engine)
+    assert not shares and own(engine.runner) == [SLOTS] * len(CASE.kinds)
+
+
+@pytest.mark.parametrize("more", [{"hcs": False}, {"slots": None}, {"slots": 16}])
+def test_where_no_heat_is_kept_slots_stay(
+    start: Callable[..., Engine], more: dict[str, Any]
+) -> None:
+    assert start(**more).when_idle is None
+
+
+def test_of_made_up_models_and_of_benchmarks_slots_stay(packed: Packed, tmp_path: Path) -> None:
+    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "slots": 4}
+    made_up = loader.load("synthetic:tiny", "cpu", **where)
+    made = loader.Loader(packed.path, "cpu", **where)
+    measured, demo = made.engine(), loader.load(None, "cpu", **where)
+    for engine in (made_up, measured, demo):
+        assert engine.when_idle is None
+        engine.close()
+    made.close()
+
+
+# -- the moment for it -----------------------------------------------------------------------------
+
+
+def test_an_engine_is_idle_once_until_somebody_asks_again(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crank, "QUIET", 0.01)
+    made, calls = bench(), threading.Semaphore(0)
+    made.engine.when_idle = calls.release
+    for _ in range(3):
+        made.ask([1, 2, 3]).wait()
+        assert calls.acquire(timeout=PATIENCE_S)
+        assert not calls.acquire(timeout=0.1), "it waits"
+
+
+def test_an_engine_is_not_idle_while_somebody_asks_again_soon(bench: Callable[..., Bench]) -> None:
+    made, calls = bench(), threading.Semaphore(0)
+    made.engine.when_idle = calls.release
+    for _ in range(5):
+        made.ask([1, 2, 3]).wait()
+    made.engine.close()
+    assert not calls.acquire(blocking=False)
+
+
+def test_an_error_of_the_device_ends_the_engine(
+    bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crank, "QUIET", 0.01)
+    made, stopped = bench(), threading.Event()
+
+    def fail() -> None:
+        raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, lost=True)
+
+    made.engine.when_idle, made.engine.when_stopped = fail, stopped.set
+    made.ask([1, 2, 3]).wait()
+    assert stopped.wait(PATIENCE_S)
+    with pytest.raises(EngineStopped, match="gone"):
+        made.engine.generate([1, 2, 3])
+    assert made.engine.failure is not None
