@@ -17,7 +17,7 @@ from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
 from tests.models.run import Logits, Runner, runner
 from tests.ptx.interpreter import InterpretedMachine
-from tests.tolerance import TOLERANCE, close, distance
+from tests.tolerance import close, distance
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 MIXED = CASES[0]
@@ -34,11 +34,12 @@ def test_prefill_equals_repeated_decode(case: Case) -> None:
 
 @each_case
 def test_prefill_into_e4m3_pages_is_near_repeated_decode(case: Case) -> None:
-    """Where the last bits of a key differ it may round to another e4m3, and few tokens feel it."""
+    """Where the last bits of a key differ it may round to another e4m3: those that read it feel it,
+    far less than they feel e4m3 (.3 to 3 % of f32's logits), and a flipped expert moves few."""
     ids = prompt(case)
     whole, steps = (runner(case, kv_dtype="fp8_e4m3").logits(ids, n) for n in (len(ids), 1))
     off = np.linalg.norm(steps - whole, axis=1) / np.linalg.norm(whole, axis=1)
-    assert np.median(off) <= TOLERANCE["logits"]
+    assert np.median(off) < 1e-3
     assert np.quantile(off, 0.9) < 1e-2
 
 

@@ -53,7 +53,7 @@ SEQUENCES = {
     "thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 16, 0),
     "resident": Sequence(17, 17, 2, 12, 16.0, 512, 8, 1),
     "ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 16, 0),
-    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 80, 10, 0),
+    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 80, 24, 0),
     "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 512, 20, 0, 64),
     "guesses": Sequence(37, 13, 3, 4, 5.3, 60, 30, 3, guessing=True),
     "guesses, thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 30, 0, guessing=True),
