@@ -18,7 +18,7 @@ from osmium.config import EngineConfig, Progress
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rate, memory_rate, spilled
+from osmium.cuda.stream import copy_rates, memory_rate, spilled
 from osmium.engine.engine import Engine
 from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
 from osmium.engine.runner import Runner
@@ -148,7 +148,7 @@ def _gpu(config: EngineConfig) -> Gpu | None:
     kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
     if config.wc_alloc is not None:
         kinds = ["write-combined"] if config.wc_alloc else kinds[:2]
-    rates = {kind: copy_rate(device, kind) for kind in kinds}
+    rates = copy_rates(device, kinds)
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))

@@ -23,7 +23,7 @@ from osmium.bench.profile import moved, timed
 from osmium.bench.speed import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
-from osmium.cuda.stream import Machine, copy_rate, memory_rate
+from osmium.cuda.stream import Machine, copy_rates, memory_rate
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.cache import FADING
 from osmium.experts.guess import make_guess
@@ -65,7 +65,7 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
         device = Device()
     except NoDevice as error:
         raise ConfigError(f"osmium bench kernels times a GPU's kernels. {error}") from None
-    rates = {"VRAM": memory_rate(device), "link": copy_rate(device, "pinned")}
+    rates = {"VRAM": memory_rate(device), "link": copy_rates(device, ["pinned"])["pinned"]}
     machine, rows = Machine(device, "pinned"), []
     say(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
     try:

@@ -4,7 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -15,7 +15,7 @@ from osmium.cuda.driver import Device
 from osmium.cuda.memory import DeviceArray, Fill, HostBuffer, HostKind, Pool
 from osmium.errors import CudaError, KernelError, OutOfMemory
 
-__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rate", "memory_rate", "spilled"]
+__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rates", "memory_rate", "spilled"]
 
 SYNC = os.environ.get("OSMIUM_SYNC") == "1"
 """Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
@@ -344,17 +344,23 @@ class Machine:
             self.device.close()
 
 
-def copy_rate(device: Device, kind: HostKind, nbytes: int = 64 << 20) -> float:
-    """GB/s at which the copy engine takes host memory of a kind; 0 where there is none of it."""
-    pool = Pool(device)
-    try:
-        source = HostBuffer(device, nbytes, kind)
-    except (OutOfMemory, CudaError):
-        return 0.0
+def copy_rates(
+    device: Device, kinds: Sequence[HostKind], nbytes: int = 64 << 20
+) -> dict[HostKind, float]:
+    """GB/s at which the copy engine takes host memory of each kind; 0 where there is none of it.
+
+    The kinds are copied in turns: a link that is only waking up is slow for all of them.
+    """
+    pool, sources = Pool(device), dict[HostKind, HostBuffer]()
     out = pool.empty((nbytes,), np.uint8)
-    rate = _rate(device, out, source.device_array((nbytes,), np.uint8), 5)
-    source.close()
-    return rate
+    for kind in kinds:
+        with contextlib.suppress(OutOfMemory, CudaError):
+            sources[kind] = HostBuffer(device, nbytes, kind)
+    arrays = [source.device_array((nbytes,), np.uint8) for source in sources.values()]
+    rates = dict(zip(sources, _rates(device, out, arrays, 9), strict=True))
+    for source in sources.values():
+        source.close()
+    return {kind: rates.get(kind, 0.0) for kind in kinds}
 
 
 def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
@@ -362,7 +368,7 @@ def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
     nbytes = min(nbytes, device.memory()[0] // 8)
     pool = Pool(device)
     out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
-    return 2 * _rate(device, out, source, 9)
+    return 2 * _rates(device, out, [source], 9)[0]
 
 
 PIECE = 64 << 20
@@ -414,15 +420,19 @@ def spilled(machine: Machine) -> int:
     return sum(piece.nbytes for piece in suspects)
 
 
-def _rate(device: Device, out: DeviceArray, source: DeviceArray, rounds: int) -> float:
-    """The median GB/s of copying, after one round that does not count."""
-    stream, times = Stream(device), []
+def _rates(
+    device: Device, out: DeviceArray, sources: Sequence[DeviceArray], rounds: int
+) -> list[float]:
+    """The median GB/s of copying each, after one round that does not count."""
+    stream = Stream(device)
+    times: list[list[float]] = [[] for _ in sources]
     for _ in range(rounds + 1):
-        start, end = Event(device).record(stream), Event(device)
-        stream.copy(out, source)
-        end.record(stream)
-        times.append(end - start)
-        start.close()
-        end.close()
+        for source, taken in zip(sources, times, strict=True):
+            start, end = Event(device).record(stream), Event(device)
+            stream.copy(out, source)
+            end.record(stream)
+            taken.append(end - start)
+            start.close()
+            end.close()
     stream.close()
-    return out.nbytes / sorted(times[1:])[rounds // 2] / 1e6
+    return [out.nbytes / sorted(taken[1:])[rounds // 2] / 1e6 for taken in times]
