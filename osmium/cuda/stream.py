@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
@@ -349,7 +350,8 @@ def copy_rates(
 ) -> dict[HostKind, float]:
     """GB/s at which the copy engine takes host memory of each kind; 0 where there is none of it.
 
-    The kinds are copied in turns: a link that is only waking up is slow for all of them.
+    The kinds are copied in turns, and the best round of each counts: a link that is only waking up,
+    or that somebody else uses, is slow for all of them.
     """
     pool, sources = Pool(device), dict[HostKind, HostBuffer]()
     out = pool.empty((nbytes,), np.uint8)
@@ -357,7 +359,7 @@ def copy_rates(
         with contextlib.suppress(OutOfMemory, CudaError):
             sources[kind] = HostBuffer(device, nbytes, kind)
     arrays = [source.device_array((nbytes,), np.uint8) for source in sources.values()]
-    rates = dict(zip(sources, _rates(device, out, arrays, 9), strict=True))
+    rates = {kind: max(x) for kind, x in zip(sources, _rates(device, out, arrays, 9), strict=True)}
     for source in sources.values():
         source.close()
     return {kind: rates.get(kind, 0.0) for kind in kinds}
@@ -368,7 +370,7 @@ def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
     nbytes = min(nbytes, device.memory()[0] // 8)
     pool = Pool(device)
     out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
-    return 2 * _rates(device, out, [source], 9)[0]
+    return 2 * statistics.median(_rates(device, out, [source], 9)[0])
 
 
 PIECE = 64 << 20
@@ -422,8 +424,8 @@ def spilled(machine: Machine) -> int:
 
 def _rates(
     device: Device, out: DeviceArray, sources: Sequence[DeviceArray], rounds: int
-) -> list[float]:
-    """The median GB/s of copying each, after one round that does not count."""
+) -> list[list[float]]:
+    """GB/s of copying each, `rounds` times, after one round that does not count."""
     stream = Stream(device)
     times: list[list[float]] = [[] for _ in sources]
     for _ in range(rounds + 1):
@@ -435,4 +437,4 @@ def _rates(
             start.close()
             end.close()
     stream.close()
-    return [out.nbytes / sorted(taken[1:])[rounds // 2] / 1e6 for taken in times]
+    return [[out.nbytes / ms / 1e6 for ms in taken[1:]] for taken in times]
