@@ -18,12 +18,28 @@ import numpy.typing as npt
 from osmium.cuda.driver import Device
 from osmium.errors import CudaError, OutOfMemory
 
-__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool"]
+__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool", "Waits", "waited_for"]
 
 HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
 
 Fill = Callable[[npt.NDArray[np.uint8]], None]
-"""Writes all of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+"""Writes all bytes of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+
+Waits = list[Callable[[], None]]
+"""One function for each read in flight: it waits for the bytes, or raises the read's error."""
+
+
+@contextlib.contextmanager
+def waited_for(waits: Waits) -> Iterator[None]:
+    """If the body fails, wait for all reads in flight before raising: none writes later."""
+    try:
+        yield
+    except BaseException:
+        for wait in waits:
+            with contextlib.suppress(Exception):
+                wait()
+        raise
+
 
 _TOUCHED = 64 << 20
 """Bytes whose pages a thread makes at a time."""

@@ -4,7 +4,6 @@ The embedding is read into the host memory in which it stays.  The rest goes thr
 memory in two halves: while one is uploaded the other is read, so that the disk never waits.
 """
 
-import contextlib
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.errors import CheckpointError
+from osmium.cuda.memory import waited_for
 from osmium.ops import Array, Linear, Ops
 from osmium.quant.record import PAGE
 from osmium.weights.packed import Entry, Packed, Reading
@@ -67,7 +66,7 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
     def fill(there: npt.NDArray[np.uint8]) -> None:
         """The embedding, and all others meanwhile."""
         wait = reading.part(embed, 0, there)
-        try:
+        with waited_for([wait]):
             for number, pieces in enumerate(_filling(entries, half)):
                 ops.synchronize()  # what was in this half has been uploaded
                 side = halves[number % 2]
@@ -77,10 +76,6 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
                     upload()
             while begun:
                 upload()
-        except BaseException:
-            with contextlib.suppress(CheckpointError):
-                wait()  # nobody writes there any more
-            raise
         wait()
 
     placed["embed"] = ops.host(embed.shape, embed.dtype, fill)

@@ -27,22 +27,13 @@ from osmium.experts.heat import heat_of, quotas
 from osmium.experts.store import Counters
 from osmium.ops import Linear
 from osmium.weights import Packed, open_model, open_packed
+from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
-from tests.models.build import CASES, write_checkpoint
-
-CASE = CASES[3]
-"""Six layers of sixteen experts."""
+from tests.models.build import write_checkpoint
 
 KINDS: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
 
 REAL = os.preadv
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    folder = tmp_path_factory.mktemp("packed")
-    write_checkpoint(CASE, folder / "model")
-    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from osmium import loader
-from osmium.config import EngineConfig
 from osmium.engine import engine as crank
 from osmium.engine import sharing
 from osmium.engine.engine import Engine
@@ -19,25 +18,15 @@ from osmium.engine.runner import Runner
 from osmium.errors import CudaError, EngineStopped
 from osmium.experts.cache import resident, verify
 from osmium.experts.heat import heat_of, quotas
-from osmium.weights import Packed, open_model
+from osmium.weights import Packed
+from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
 from tests.engine.fakes import PATIENCE_S, Bench
-from tests.models.build import CASES, write_checkpoint
-
-CASE = CASES[3]
-"""Six layers of sixteen experts."""
 
 SLOTS = 8
 
 TOKENS = 20 + 12
 """Of a prompt, and of what is said to it."""
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    folder = tmp_path_factory.mktemp("packed")
-    write_checkpoint(CASE, folder / "model")
-    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
 
 
 @pytest.fixture
