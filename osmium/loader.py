@@ -20,7 +20,7 @@ from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
 from osmium.cuda.stream import copy_rates, memory_rate, spilled
 from osmium.engine.engine import Engine
-from osmium.engine.plan import Machine, Plan, available_ram, make_plan, tokens_held
+from osmium.engine.plan import Machine, MemoryPlan, available_ram, kv_capacity_tokens, make_plan
 from osmium.engine.runner import Runner
 from osmium.engine.sharing import Sharing
 from osmium.engine.state import Seats
@@ -82,13 +82,13 @@ def load(
     """
     loader = Loader(path, device, progress=progress, **options)
     try:
-        return loader.engine(last=True)
+        return loader.engine(owns_loader=True)
     except BaseException:
         loader.close()
         raise
 
 
-def plan_for(path: str | Path | None = None, device: str = "auto", **options: Any) -> Plan:
+def plan_for(path: str | Path | None = None, device: str = "auto", **options: Any) -> MemoryPlan:
     """The memory plan of what `load` would do, without loading.  Packs a checkpoint if need be.
 
     Raises: ConfigError, CheckpointError, DeviceError.
@@ -146,8 +146,8 @@ def _gpu(config: EngineConfig) -> Gpu | None:
             raise
         return None
     kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
-    if config.wc_alloc is not None:
-        kinds = ["write-combined"] if config.wc_alloc else kinds[:2]
+    if config.write_combined is not None:
+        kinds = ["write-combined"] if config.write_combined else kinds[:2]
     rates = copy_rates(device, kinds)
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
@@ -159,7 +159,7 @@ def _gpu(config: EngineConfig) -> Gpu | None:
 
 def _plan(
     packed: Model, config: EngineConfig, gpu: Gpu | None, held: int, arena: ExpertArena | None
-) -> Plan:
+) -> MemoryPlan:
     """`held` bytes of VRAM and the arena are there already, and are planned for again."""
     free, total = gpu.device.memory() if gpu is not None else (0, 0)
     available, ram = available_ram()
@@ -202,38 +202,38 @@ class Loader:
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
         options = replace(self.options, kv_cache_mb=kv_cache_mb)
-        return tokens_held(self.packed.config, options, self.gpu is not None)
+        return kv_capacity_tokens(self.packed.config, options, self.gpu is not None)
 
-    def engine(self, *, last: bool = False, **changes: Any) -> Engine:
+    def engine(self, *, owns_loader: bool = False, **changes: Any) -> Engine:
         """An engine with some options changed.  Whoever was made before must be closed and gone.
 
-        With `last` closing the engine closes the loader.  Raises: ConfigError, DeviceError.
+        With `owns_loader` closing the engine closes the loader.  Raises: ConfigError, DeviceError.
         """
         options, gpu = replace(self.options, **changes), self.gpu
         if gpu is not None:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
         plan = _plan(self.packed, options, gpu, held, self._arena)
-        heat = self._heat(options) if last else None  # who measures starts cold
+        heat = self._heat(options) if owns_loader else None  # who measures starts cold
         plan, runner = self._allocate(plan, options, heat)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
         engines: list[Engine] = []
-        keep = self._warm(runner, options, heat) if last else None
+        keep = self._warm(runner, options, heat) if owns_loader else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
             if keep is not None and any(_in_order(engine) for engine in engines):
                 keep()
-            if last:
+            if owns_loader:
                 self.close()
 
         packed = self.packed
         engine = Engine(
             runner,
-            Seats(plan.pages, plan.page, plan.sequences),
+            Seats(plan.num_pages, plan.page_size, plan.max_num_seqs),
             name=_name(packed.path),
             context=plan.context,
             device="cpu" if gpu is None else gpu.device.name,
@@ -247,16 +247,16 @@ class Loader:
         )
         engines.append(engine)
         if keep is not None:
-            engine.when_idle = Sharing(runner, engine.meter).idle
+            engine.on_idle = Sharing(runner, engine.meter).idle
         if gpu is not None:
             engine.meter.vram_of = gpu.device.memory
-        floor = options.ram_floor or default_floor(available_ram()[1])
+        floor = options.min_free_ram or default_floor(available_ram()[1])
         watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
         return engine
 
     def _allocate(
-        self, plan: Plan, options: EngineConfig, heat: Heat | None
-    ) -> tuple[Plan, Runner]:
+        self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None
+    ) -> tuple[MemoryPlan, Runner]:
         """By the plan; again with fewer slots, and another plan, while the driver keeps some of
         it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
         for _ in range(SPILL_TRIES):
@@ -272,39 +272,48 @@ class Loader:
                 "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
                 "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
                 "layer instead of %d; close what else uses the GPU, or lower --vram.",
-                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.slots,
+                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
             )  # fmt: skip
             del runner
             gc.collect()  # its VRAM, before some is asked for again
             held = self.gpu.pool.used
-            fewer = replace(options, slots=slots)
+            fewer = replace(options, expert_slots=slots)
             plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
         raise OutOfMemory(
-            f"The driver keeps a part of VRAM in host memory even with {plan.slots} expert slots a "
-            "layer. Close what else uses the GPU, or lower --vram."
+            f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
+            "slots per layer. Close what else uses the GPU, or lower --vram."
         )
 
-    def _runner(self, plan: Plan, options: EngineConfig, heat: Heat | None) -> Runner:
+    def _runner(self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None) -> Runner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
             self._weights = self._upload()
-        routing = None if options.routing is None else _routing(options.routing, packed)
+        routing = (
+            None if options.replay_routing is None else _routing(options.replay_routing, packed)
+        )
         guess = None
         bulk = self.gpu is not None and self.gpu.device.capability >= BULK
-        if bulk and options.prefetch and options.hcs and plan.slots < plan.experts:
-            guess = make_guess(ops, config.layers, config.experts, config.top_k)
-        store = Store(ops, *self._experts(plan, heat), plan.chunk, config.top_k, guess)
+        if (
+            bulk
+            and options.prefetch
+            and options.enable_expert_cache
+            and plan.expert_slots < plan.num_experts
+        ):
+            guess = make_guess(ops, config.num_layers, config.num_experts, config.top_k)
+        store = Store(ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess)
         if routing is not None:
             ids, likely = routing.ids, routing.predicted
             told = None if likely is None else ops.put(np.ascontiguousarray(likely))
             store.replay(ops.put(np.ascontiguousarray(ids)), told)
-        model = model_class(config.model_type)(ops, config, self._weights, store, plan.chunk)
+        model = model_class(config.model_type)(
+            ops, config, self._weights, store, plan.prefill_chunk
+        )
         # One page and one slot are nobody's: rows that have ended write there.
-        pages, slots = plan.pages + 1, plan.sequences + 1
-        state = make_state(ops, config, pages, plan.page, slots, plan.kv_dtype)
+        pages, slots = plan.num_pages + 1, plan.max_num_seqs + 1
+        state = make_state(ops, config, pages, plan.page_size, slots, plan.kv_dtype)
         ahead = 0 if self.gpu is None else 1
-        runner = Runner(ops, model, store, state, plan.sequences, plan.table_pages, ahead)
+        runner = Runner(ops, model, store, state, plan.max_num_seqs, plan.table_pages, ahead)
         if self.gpu is not None:
             runner.prepare()
         return runner
@@ -315,17 +324,19 @@ class Loader:
         packed = self.packed
         if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
             return None
-        if not options.hcs or packed.path == DEMO:
+        if not options.enable_expert_cache or packed.path == DEMO:
             return None
         short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
-        return cache_folder(options) / f"{short}.heat"
+        return cache_folder(options) / f"{short}.usage"
 
     def _heat(self, options: EngineConfig) -> Heat | None:
         """What was hot when this model was last closed."""
         path, packed = self._heat_file(options), self.packed
         if path is None:
             return None
-        return read_heat(path, packed.fingerprint, packed.config.layers, packed.config.experts)
+        return read_heat(
+            path, packed.fingerprint, packed.config.num_layers, packed.config.num_experts
+        )
 
     def _warm(
         self, runner: Runner, options: EngineConfig, heat: Heat | None
@@ -349,7 +360,7 @@ class Loader:
             return upload(ops, _Tensors(packed), embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.place(ops)
-        layer = packed.config.experts * packed.record.nbytes
+        layer = packed.config.num_experts * packed.record.nbytes
         room = ops.host((min(layer, ROOM),), np.uint8)
         try:
             with self._reading() as reading:
@@ -359,18 +370,20 @@ class Loader:
                 ops.synchronize()
             ops.release(room)
 
-    def _experts(self, plan: Plan, heat: Heat | None) -> tuple[ExpertArena | None, ExpertCache]:
+    def _experts(
+        self, plan: MemoryPlan, heat: Heat | None
+    ) -> tuple[ExpertArena | None, ExpertCache]:
         """The experts in host memory, unless VRAM holds them all, and the cache of them: with as
         many slots a layer as its heat asks for, where some was kept."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
-        layers, experts = config.layers, config.experts
+        layers, experts = config.num_layers, config.num_experts
         progress = self.progress
         if self.gpu is None:
             if self._arena is None:
                 self._arena = share_arena(record, packed.all_records())
-            if plan.slots == experts:
+            if plan.expert_slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
-        elif plan.slots == experts and self._arena is None:
+        elif plan.expert_slots == experts and self._arena is None:
             if isinstance(packed, Synthetic):
                 slots = self._made(packed, ops.empty)
             else:
@@ -383,15 +396,15 @@ class Loader:
             with self._reading() as reading:
                 self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
         each = None
-        if heat is not None and plan.slots < experts:
-            each = quotas(heat, plan.slots, config.top_k)
+        if heat is not None and plan.expert_slots < experts:
+            each = quotas(heat, plan.expert_slots, config.top_k)
         if each is not None:
             LOG.info("%d to %d expert slots a layer, by what was hot", min(each), max(each))
-        return self._arena, make_cache(ops, self._arena, plan.slots, config.top_k, each)
+        return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
         """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
-        layers, experts = made_up.config.layers, made_up.config.experts
+        layers, experts = made_up.config.num_layers, made_up.config.num_experts
         records = room((layers, experts, made_up.record.nbytes), np.uint8)
         for layer in range(layers):
             made_up.fill_records(self.ops, layer, records[layer])
@@ -441,15 +454,15 @@ class _Tensors(Mapping[str, Any]):
 def _routing(path: str, packed: Model) -> Trace:
     """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
     config = packed.config
-    found = read_trace(path, config.experts)
+    found = read_trace(path, config.num_experts)
     ids, predicted = found.ids, found.predicted
     if packed.fingerprint.startswith(PREFIX):  # it may have the first layers only
-        ids = ids[:, : config.layers]
-        predicted = None if predicted is None else predicted[:, : config.layers]
-    if ids.shape[1:] != (config.layers, config.top_k):
+        ids = ids[:, : config.num_layers]
+        predicted = None if predicted is None else predicted[:, : config.num_layers]
+    if ids.shape[1:] != (config.num_layers, config.top_k):
         raise ConfigError(
             f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts a token; the model "
-            f"has {config.layers} of {config.top_k}."
+            f"has {config.num_layers} of {config.top_k}."
         )
     return Trace(ids, found.starts, found.experts, predicted)
 

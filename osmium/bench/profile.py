@@ -44,7 +44,7 @@ class Listing:
 def profile(engine: Engine, depth: int) -> dict[str, Any]:
     """One sequence at a depth; a document for JSON.  To be called when nothing else is measured
     any more: experts and states are changed.  Raises: ConfigError without a GPU."""
-    return engine.call(lambda: _profile(engine, depth))
+    return engine.run_on_engine_thread(lambda: _profile(engine, depth))
 
 
 def _profile(engine: Engine, depth: int) -> dict[str, Any]:

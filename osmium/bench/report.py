@@ -8,7 +8,7 @@ __all__ = ["compare", "table"]
 def table(found: dict[str, Any]) -> str:
     """The rows of one document."""
     rates, rows = found["rates"], found["rows"]
-    slots, experts = found["slots"]
+    slots, experts = found["expert_slots"]
     lines = [
         f"{found['model']} on {found['device']} (driver {found['driver']}, CUDA {found['cuda']}), "
         f"commit {found['commit']}, {found['date']}",
@@ -18,7 +18,7 @@ def table(found: dict[str, Any]) -> str:
     if rates["memory_gb_s"]:
         lines.append(
             f"link {rates['link_gb_s']:.1f} GB/s ({found['host_memory']}), VRAM "
-            f"{rates['memory_gb_s']:.0f} GB/s; {found['slots_equal_to_records']} slots equal their "
+            f"{rates['memory_gb_s']:.0f} GB/s; {found['slots_verified']} slots equal their "
             "records"
         )
     lines.append(
@@ -33,9 +33,9 @@ def table(found: dict[str, Any]) -> str:
             f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
             f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}"
             f"{row['hit_rate_cold_64']:7.3f}{row['hit_rate_warm_64']:7.3f}"
-            f"{row['mb_fetched_per_token']:10.1f}{row['mb_early_per_token']:7.1f}"
-            f"{row['link_share']:7.2f}"
-            f"{row['floor_over_time']:12.2f}"
+            f"{row['mb_fetched_per_token']:10.1f}{row['mb_prefetched_per_token']:7.1f}"
+            f"{row['link_utilization']:7.2f}"
+            f"{row['roofline_fraction']:12.2f}"
         )
     return "\n".join(lines)
 

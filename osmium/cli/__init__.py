@@ -67,21 +67,21 @@ def _parser() -> argparse.ArgumentParser:
     _timing(chat)
     plan = add("plan", "Print the memory plan without loading.")
     plan.add_argument("--json", action="store_true", help="as one JSON line")
-    add("pack", "Write a model's packed file, quantised; prints where.")
+    add("pack", "Quantise a model into a packed file; prints its path.")
     perplexity = add("perplexity", "Perplexity of a text; ends with one JSON line.")
     perplexity.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")
-    perplexity.add_argument("--window", type=int, default=512, help="tokens a window (512)")
+    perplexity.add_argument("--window", type=int, default=512, help="tokens per window (512)")
     perplexity.add_argument(
         "--path",
         choices=("prefill", "decode"),
         default="prefill",
-        help="which path computes it: whole chunks, or one token at a time (prefill)",
+        help="compute by prefill in chunks, or by decoding one token at a time (prefill)",
     )
     _recording(perplexity)
     logits = add("logits", "Teacher-forced logits; ends with one JSON line.")
     logits.add_argument("--ids", required=True, metavar="FILE", help="a JSON list of token ids")
     logits.add_argument("--out", required=True, metavar="FILE", help=".npy, float32 [T, vocab]")
-    add("doctor", "Say what this machine has and what to fix.", engine=False)
+    add("doctor", "Report what this machine has and what to fix.", engine=False)
     measured = (
         "Measure decode and prefill, or (`bench kernels`) each kernel; ends with one JSON line."
     )
@@ -95,8 +95,8 @@ def _recording(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--record-routing",
         metavar="FILE",
-        help="write which experts were asked for, and whom the layer before would have named, an "
-        ".npz for tools/simulate_cache (slower)",
+        help="record the experts of each token, routed and predicted, to an .npz for "
+        "tools/simulate_cache (slower)",
     )
 
 
@@ -104,20 +104,22 @@ def _timing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timing",
         action="store_true",
-        help="a line on stderr for each reply: tok/s, hit rate, MB fetched a token, ms (off)",
+        help="print tok/s, hit rate, MB per token and times of each response on stderr (off)",
     )
 
 
 def _sampling(parser: argparse.ArgumentParser) -> None:
     flags = parser.add_argument_group("sampling (the model's own defaults)")
-    flags.add_argument("--temperature", type=float, help="0 always takes the likeliest")
-    flags.add_argument("--top-p", type=float, help="keep the likeliest tokens of this mass")
-    flags.add_argument("--top-k", type=int, help="keep this many likeliest tokens (0: all)")
+    flags.add_argument("--temperature", type=float, help="0 always takes the most likely token")
+    flags.add_argument(
+        "--top-p", type=float, help="keep the most likely tokens up to this probability"
+    )
+    flags.add_argument("--top-k", type=int, help="keep this many most likely tokens (0: all)")
     flags.add_argument("--seed", type=int, help="the same seed gives the same text")
-    flags.add_argument("--max-tokens", type=int, help="stop after this many (the context)")
+    flags.add_argument("--max-tokens", type=int, help="stop after this many tokens (the context)")
     flags.add_argument(
         "--think",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="let the model think first (the template's default)",
+        help="enable or disable thinking (the template's default)",
     )

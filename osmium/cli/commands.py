@@ -174,7 +174,7 @@ def serve(args: argparse.Namespace) -> None:
         port=args.port,
         api_key=args.api_key or os.environ.get("OSMIUM_API_KEY"),
         cors_origin=args.cors_origin,
-        served_name=args.served_name,
+        served_model_name=args.served_model_name,
     )
 
 
@@ -245,7 +245,7 @@ def bench(args: argparse.Namespace) -> None:
         print(compare(*(_json_file(path) for path in args.compare)))
         return
     if args.model == "kernels":  # a folder of that name is ./kernels
-        print(json.dumps(bench_kernels(args.only, _say)))
+        print(json.dumps(bench_kernels(args.filter, _say)))
         return
     model, options = engine_options(args)
     budgets = options.pop("kv_cache_mb", None) or [None]

@@ -13,7 +13,7 @@ __all__ = ["BENCH", "add_bench_flags", "add_engine_flags", "add_server_flags", "
 
 BENCH: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "only": None,
+    "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "filter": None,
 }  # fmt: skip
 """What `osmium bench` measures if it is not told otherwise, and `--benchmark` of the server."""
 
@@ -41,96 +41,100 @@ def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> Non
         "model",
         nargs="?",
         metavar="MODEL",
-        help="a checkpoint folder, a packed file, a hub id, or synthetic:NAME[:LAYERS], made up in "
-        "the shape of qwen3.5-35b-a3b, -122b-a10b or -397b-a17b; the bundled demo model if absent",
+        help="a checkpoint folder, a packed file, a hub id, or synthetic:NAME[:LAYERS]: random "
+        "weights in the shape of qwen3.5-35b-a3b, -122b-a10b or -397b-a17b (the bundled demo)",
     )
     parser.add_argument("--model-path", metavar="MODEL", help="the same, as a flag")
     flags = parser.add_argument_group("engine")
     matrix = ("bf16", "int8", "int4")
     add = flags.add_argument
-    add("--device", choices=("auto", "cpu", "gpu"), help="where to compute (auto: a GPU if any)")
+    add("--device", choices=("auto", "cpu", "gpu"), help="compute on this device (a GPU if any)")
     add(
         "--gpu-expert-bits",
         type=int,
         choices=(16, 8, 4),
         help="bits of a routed expert's weights (4)",
     )
-    add("--attention-quant", choices=matrix, help="format of attention and delta-net (bf16)")
-    add("--shared-expert-quant", choices=("auto", *matrix), help="shared expert (auto: int8)")
-    add("--lm-head-quant", choices=("auto", *matrix), help="format of the head (auto: int8)")
+    add("--attention-quant", choices=matrix, help="format of attention and delta net (bf16)")
+    add("--shared-expert-quant", choices=("auto", *matrix), help="of the shared expert (int8)")
+    add("--lm-head-quant", choices=("auto", *matrix), help="format of the LM head (int8)")
     kept = ("auto", "fp8_e4m3", "bf16", "f32")
-    add("--kv-dtype", choices=kept, help="KV (auto: GPU fp8_e4m3, CPU f32; f32 is for CPUs)")
+    add("--kv-dtype", choices=kept, help="format of the KV cache (GPU: fp8_e4m3, CPU: f32)")
     add(
         "--kv-cache-mb",
         type=_integers if many else int,
         metavar="MIB",
-        help="memory for KV in MiB (from --context)" + ("; a list runs once each" * many),
+        help="size of the KV cache in MiB (follows --context)"
+        + ("; with a list, one run each" * many),
     )
     add(
         "--context",
         type=_parsed(parse_count),
         metavar="TOKENS",
-        help="most tokens of a sequence, as 32k (the model's, up to 32k and to what KV holds)",
+        help="longest sequence in tokens, as 32k (the model's, at most 32k and what the KV cache "
+        "holds)",
     )
     add(
         "--vram",
         type=_parsed(parse_size),
         metavar="SIZE",
-        help="plan for this much VRAM, as 32G, the CUDA context included (what is free)",
+        help="use this much VRAM, as 32G, CUDA context included (all that is free)",
     )
     add(
         "--ram",
         type=_parsed(parse_size),
         metavar="SIZE",
-        help="plan for this much host memory, as 64G (what the system reports)",
+        help="use this much host memory, as 64G (what the system reports as available)",
     )
     add(
-        "--ram-floor",
+        "--min-free-ram",
         type=_parsed(parse_size),
         metavar="SIZE",
-        help="stop when less host memory than this is left (0.5 %%, at least 512M)",
+        help="stop when less host memory than this is available (0.5 %%, at least 512M)",
     )
-    add("--slots", type=int, metavar="N", help="most expert slots a layer (what fits)")
+    add("--expert-slots", type=int, metavar="N", help="most expert slots per layer (what fits)")
     add(
         "--hcs",
+        dest="enable_expert_cache",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="keep hot experts in VRAM (on)",
+        help="cache frequently used experts in VRAM (on)",
     )
     add(
         "--prefetch",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="fetch an expert that the next layer may need while the link idles (on, from compute "
-        "capability 9.0)",
+        help="copy an expert that the next layer is predicted to need while the link is idle (on, "
+        "from compute capability 9.0)",
     )
     add(
         "--wc-alloc",
+        dest="write_combined",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="write-combined host memory for experts (on; tools/dma_bandwidth.py measures)",
+        help="allow write-combined host memory for experts (on; tools/dma_bandwidth.py measures)",
     )
-    add("--chunk", type=int, metavar="TOKENS", help="most tokens of a prefill step (512)")
-    add("--page", type=int, metavar="TOKENS", help="tokens a page of KV (64)")
-    add("--sequences", type=int, metavar="N", help="most requests held at once (4)")
-    add("--routing", metavar="FILE", help="replay this routing trace (benchmarks; none)")
-    add("--cache-dir", metavar="DIR", help="where packed files go ($XDG_CACHE_HOME/osmium)")
+    add("--prefill-chunk", type=int, metavar="TOKENS", help="most tokens per prefill step (512)")
+    add("--page-size", type=int, metavar="TOKENS", help="tokens per KV page (64)")
+    add("--max-num-seqs", type=int, metavar="N", help="most sequences at once (4)")
+    add("--replay-routing", metavar="FILE", help="replay this routing trace, for benchmarks (off)")
+    add("--cache-dir", metavar="DIR", help="folder of packed models ($XDG_CACHE_HOME/osmium)")
 
 
 def add_bench_flags(parser: argparse.ArgumentParser) -> None:
     """What to measure."""
     flags = parser.add_argument_group("bench")
     add = flags.add_argument
-    add("--depth", help="tokens of context, as 1k,16k or 90%% of the KV (1k)")
-    add("--tokens", type=int, help="tokens of a reply (256)")
-    add("--repeats", type=int, help="medians of this many (3)")
-    add("--warm-up", type=int, help="tokens before that do not count (256)")
-    add("--parallel", type=_integers, help="sequences at once, as 1,4 (1)")
-    add("--temperature", type=float, help="of a reply, with top-k 20, top-p .95 (0: greedy)")
-    add("--prompt-tokens", type=_integers, help="tokens of prefill; 0: none (512)")
-    add("--profile", action="store_true", help="then time a token kernel by kernel")
-    add("--only", metavar="NAME", help="of `bench kernels`: operations whose name holds this")
-    add("--compare", nargs=2, metavar="FILE", help="compare two results instead")
+    add("--depth", help="context length of decode rows, as 1k,16k, or 90%% of the KV cache (1k)")
+    add("--tokens", type=int, help="generated tokens per measurement (256)")
+    add("--repeats", type=int, help="measurements per row, of which the median counts (3)")
+    add("--warm-up", type=int, help="untimed warm-up tokens (256)")
+    add("--parallel", type=_integers, help="numbers of concurrent sequences, as 1,4 (1)")
+    add("--temperature", type=float, help="above 0: sample with top-k 20, top-p .95 (0: greedy)")
+    add("--prompt-tokens", type=_integers, help="prompt lengths of prefill rows; 0: none (512)")
+    add("--profile", action="store_true", help="then time one decoded token kernel by kernel")
+    add("--filter", metavar="NAME", help="of `bench kernels`: operations whose name contains this")
+    add("--compare", nargs=2, metavar="FILE", help="compare two result files instead")
     parser.set_defaults(**BENCH)
 
 
@@ -140,9 +144,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
     add = flags.add_argument
     add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     add("--port", type=int, default=8012, help="port to listen on (8012)")
-    add("--api-key", metavar="KEY", help="ask clients for this key ($OSMIUM_API_KEY; none)")
-    add("--cors-origin", default="*", metavar="ORIGIN", help="origin that browsers may use (*)")
-    add("--served-name", metavar="NAME", help="model id to answer with (the model's name)")
+    add("--api-key", metavar="KEY", help="require this key from clients ($OSMIUM_API_KEY; none)")
+    add("--cors-origin", default="*", metavar="ORIGIN", help="origin allowed in browsers (*)")
+    add("--served-model-name", metavar="NAME", help="model id in responses (the model's name)")
     add(
         "--benchmark",
         action="store_true",
@@ -152,8 +156,9 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
 
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
-    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "ram_floor", "slots", "hcs", "prefetch",
-    "wc_alloc", "chunk", "page", "sequences", "routing", "cache_dir",
+    "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "min_free_ram", "expert_slots",
+    "enable_expert_cache", "prefetch", "write_combined", "prefill_chunk", "page_size",
+    "max_num_seqs", "replay_routing", "cache_dir",
 )  # fmt: skip
 
 

@@ -14,10 +14,10 @@ EVERY_S = 5.0
 
 def tell_timing(engine: Engine, while_serving: bool = False) -> None:
     """From now on, until the engine is closed."""
-    engine.meter.on_reply = lambda took: _print("reply", took)
+    engine.meter.on_request_stats = lambda took: _print("reply", took)
     if while_serving:
-        engine.meter.every = EVERY_S
-        engine.meter.on_while = _Paced()
+        engine.meter.poll_interval_s = EVERY_S
+        engine.meter.on_interval_stats = _Paced()
 
 
 class _Paced:

@@ -176,8 +176,9 @@ class Pool:
             sums[what] = sums.get(what, 0) + size
         held = ", ".join(f"{what} {_gib(size)}" for what, size in sums.items()) or "nothing"
         return OutOfMemory(
-            f"{_gib(nbytes)} of VRAM for {self._label} were asked for, {_gib(free)} of "
-            f"{_gib(total)} are free; Osmium holds {held}. Lower --vram, --slots or --context."
+            f"Cannot allocate {_gib(nbytes)} of VRAM for {self._label}: {_gib(free)} of "
+            f"{_gib(total)} are free; Osmium holds {held}. "
+            "Lower --vram, --expert-slots or --context."
         )
 
     def forget(self, ptr: int) -> None:
@@ -234,12 +235,11 @@ class HostBuffer:
         try:
             yield
         except (CudaError, OSError) as error:
-            if isinstance(error, CudaError) and error.lost:
+            if isinstance(error, CudaError) and error.context_lost:
                 raise
             raise OutOfMemory(
-                f"{_gib(self.nbytes)} of {self.kind} host memory were asked for and refused "
-                f"({error}). Free memory, choose a smaller model, or --no-wc-alloc for another "
-                "kind."
+                f"Cannot allocate {_gib(self.nbytes)} of {self.kind} host memory ({error}). "
+                "Free memory, choose a smaller model, or --no-wc-alloc for another kind."
             ) from None
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

@@ -11,7 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-__all__ = ["NOTHING", "OVERHEAD", "Bought", "Traffic", "bought", "bought_table", "hit_rate"]
+__all__ = [
+    "NO_COST",
+    "OVERHEAD",
+    "SlotEstimate",
+    "TokenCost",
+    "estimate_slots",
+    "hit_rate",
+    "slot_estimate_table",
+]
 
 GIB = 1 << 30
 
@@ -40,16 +48,16 @@ def hit_rate(share: float) -> float:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class TokenCost:
     """Bytes that a token moves, and how fast that was measured to go."""
 
-    slot: int
+    slot_bytes: int
     """Of one slot more in every layer."""
-    experts: int
+    expert_bytes: int
     """Of the experts that a token uses, all layers together."""
-    memory: int
+    vram_bytes: int
     """Of VRAM that a token reads and writes: weights, its experts, its recurrent states."""
-    least: int
+    min_slots: int
     """Slots a layer that there have to be."""
     link_gb_s: float = 0.0
     memory_gb_s: float = 0.0
@@ -58,46 +66,47 @@ class Traffic:
         """At a hit rate; None where the rates were not measured."""
         if not self.link_gb_s or not self.memory_gb_s:
             return None
-        link = (1 - hits) * self.experts / self.link_gb_s
-        return 1e9 / (link + self.memory / self.memory_gb_s * OVERHEAD)
+        link = (1 - hits) * self.expert_bytes / self.link_gb_s
+        return 1e9 / (link + self.vram_bytes / self.memory_gb_s * OVERHEAD)
 
 
-NOTHING = Traffic(0, 0, 0, 0)
+NO_COST = TokenCost(0, 0, 0, 0)
 
 
 @dataclass(frozen=True)
-class Bought:
+class SlotEstimate:
     """A row of the table."""
 
     gib: int
     """More than planned."""
-    slots: int
+    expert_slots: int
     hit_rate: float
     missed_mb_per_token: float
     tokens_per_s: float | None
 
 
-def bought(traffic: Traffic, slots: int, experts: int) -> list[Bought]:
+def estimate_slots(traffic: TokenCost, slots: int, experts: int) -> list[SlotEstimate]:
     """What so many GiB fewer and more of slots bring, as far as there are experts to fill them."""
-    rows: list[Bought] = []
+    rows: list[SlotEstimate] = []
     for gib in STEPS_GIB:
-        count = min(experts, slots + gib * GIB // traffic.slot)
-        if count < traffic.least or any(row.slots == count for row in rows):
+        count = min(experts, slots + gib * GIB // traffic.slot_bytes)
+        if count < traffic.min_slots or any(row.expert_slots == count for row in rows):
             continue
         hits = hit_rate(count / experts)
-        missed = (1 - hits) * traffic.experts / 1e6
-        rows.append(Bought(gib, count, hits, missed, traffic.tokens_per_s(hits)))
+        missed = (1 - hits) * traffic.expert_bytes / 1e6
+        rows.append(SlotEstimate(gib, count, hits, missed, traffic.tokens_per_s(hits)))
     return rows
 
 
-def bought_table(rows: Sequence[Bought], traffic: Traffic) -> str:
+def slot_estimate_table(rows: Sequence[SlotEstimate], traffic: TokenCost) -> str:
     """For people."""
     lines = [f"{'slots, estimates':18}{'a layer':>8}{'hit rate':>10}{'MB missed':>11}{'tok/s':>8}"]
     for row in rows:
         name = "as planned" if row.gib == 0 else f"{row.gib:+} GiB"
         speed = "" if row.tokens_per_s is None else f"{row.tokens_per_s:8.0f}"
         lines.append(
-            f"  {name:16}{row.slots:8}{row.hit_rate:10.2f}{row.missed_mb_per_token:11.0f}{speed}"
+            f"  {name:16}{row.expert_slots:8}{row.hit_rate:10.2f}"
+            f"{row.missed_mb_per_token:11.0f}{speed}"
         )
     if traffic.link_gb_s:
         lines.append(

@@ -12,7 +12,14 @@ from typing import Any
 import psutil
 
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.forecast import NOTHING, Bought, Traffic, bought, bought_table, hit_rate
+from osmium.engine.forecast import (
+    NO_COST,
+    SlotEstimate,
+    TokenCost,
+    estimate_slots,
+    hit_rate,
+    slot_estimate_table,
+)
 from osmium.engine.runner import runner_bytes
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
@@ -22,7 +29,7 @@ from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
 from osmium.quant.record import Record
 
-__all__ = ["Machine", "Plan", "available_ram", "make_plan", "tokens_held"]
+__all__ = ["Machine", "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan"]
 
 GIB = 1 << 30
 
@@ -50,33 +57,33 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Sizes, and the bytes they take."""
 
     device: str
     context: int
     """Most tokens of a sequence."""
-    page: int
-    pages: int
-    sequences: int
-    chunk: int
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    prefill_chunk: int
     """Most tokens of a step."""
     kv_dtype: str
-    experts: int
-    slots: int
+    num_experts: int
+    expert_slots: int
     """Expert slots a layer."""
     vram: dict[str, int]
     """Bytes by what they are for; empty on the CPU."""
     vram_limit: int
     ram: dict[str, int]
     ram_limit: int
-    traffic: Traffic = NOTHING
+    traffic: TokenCost = NO_COST
     """What a token moves, and how fast that goes."""
 
     @property
     def table_pages(self) -> int:
         """Entries of the page table a sequence."""
-        return -(-self.context // self.page)
+        return -(-self.context // self.page_size)
 
     @property
     def link_gb_s(self) -> float:
@@ -86,22 +93,24 @@ class Plan:
     @property
     def hit_rate(self) -> float:
         """What the slots may be expected to hit, an estimate from published routing statistics."""
-        return hit_rate(self.slots / self.experts)
+        return hit_rate(self.expert_slots / self.num_experts)
 
     def fewer_slots(self, nbytes: int) -> int:
         """Slots a layer that leave at least so many bytes more free.  Raises: ConfigError."""
-        left = self.slots + -nbytes // self.traffic.slot
-        if left < self.traffic.least:
+        left = self.expert_slots + -nbytes // self.traffic.slot_bytes
+        if left < self.traffic.min_slots:
             raise ConfigError(
-                f"{_gib(nbytes)} of VRAM are not to be had: {self.slots} expert slots a layer of "
-                f"{_gib(self.traffic.slot)} each would become {max(0, left)}, a token needs "
-                f"{self.traffic.least}. Close what else uses the GPU, or lower --vram."
+                f"Cannot free {_gib(nbytes)} of VRAM: {max(0, left)} expert slots per layer of "
+                f"{_gib(self.traffic.slot_bytes)} each would remain, {self.traffic.min_slots} are "
+                "needed. Close other programs that use the GPU, or lower --vram."
             )
         return left
 
-    def buys(self) -> list[Bought]:
+    def slot_estimates(self) -> list[SlotEstimate]:
         """What fewer and more GiB of slots would bring; nothing where there are none."""
-        return bought(self.traffic, self.slots, self.experts) if self.vram else []
+        return (
+            estimate_slots(self.traffic, self.expert_slots, self.num_experts) if self.vram else []
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -109,23 +118,23 @@ class Plan:
             **vars(self),
             "traffic": asdict(self.traffic),
             "expected_hit_rate": round(self.hit_rate, 3),
-            "buys": [asdict(one) for one in self.buys()],
+            "slot_estimates": [asdict(one) for one in self.slot_estimates()],
         }
 
     def table(self) -> str:
         """For people."""
         lines = [
             f"device     {self.device}",
-            f"context    {self.context:,} tokens a sequence, {self.pages * self.page:,} in all, "
-            f"KV in {self.kv_dtype}",
-            f"sequences  {self.sequences} at once, steps of up to {self.chunk} tokens",
+            f"context    {self.context:,} tokens a sequence, "
+            f"{self.num_pages * self.page_size:,} in all, KV in {self.kv_dtype}",
+            f"sequences  {self.max_num_seqs} at once, steps of up to {self.prefill_chunk} tokens",
         ]
         if self.vram:
             lines.append(
-                f"experts    {self.slots} of {self.experts} slots a layer; expected hit rate "
-                f"{self.hit_rate:.2f} (estimate)"
+                f"experts    {self.expert_slots} of {self.num_experts} slots a layer; expected hit "
+                f"rate {self.hit_rate:.2f} (estimate)"
             )
-            lines += ["", bought_table(self.buys(), self.traffic)]
+            lines += ["", slot_estimate_table(self.slot_estimates(), self.traffic)]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -143,7 +152,7 @@ def make_plan(
     weights: Sequence[tuple[str, int]],
     options: EngineConfig,
     machine: Machine,
-) -> Plan:
+) -> MemoryPlan:
     """Share out the memory.  `weights` are (name, bytes) of everything but the routed experts.
 
     Raises: ConfigError where it does not fit.
@@ -156,34 +165,36 @@ def make_plan(
     kv_dtype = _kv_dtype(options, machine.gpu)
     if machine.gpu and kv_dtype == "f32":
         raise ConfigError("--kv-dtype is f32; the GPU keeps KV in fp8_e4m3 or bf16.")
-    rows = min(options.chunk, context)
-    sequences = min(4, rows) if options.sequences is None else options.sequences
+    rows = min(options.prefill_chunk, context)
+    sequences = min(4, rows) if options.max_num_seqs is None else options.max_num_seqs
     if sequences > rows:
         raise ConfigError(
-            f"--sequences is {sequences}; a step of --chunk {rows} tokens has to hold one of each."
+            f"--max-num-seqs is {sequences}; it must be at most --prefill-chunk, {rows} tokens."
         )
     pages = _pages(config, options, context, kv_dtype)
-    layers, experts = config.layers, config.experts
+    layers, experts = config.num_layers, config.num_experts
     fixed = {
         # a page and a slot more than are given out: rows of a step that have ended write there
-        "KV": state_bytes(config, pages + 1, options.page, 0, kv_dtype),
-        "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
+        "KV": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
+        "recurrent states": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, machine.gpu)
-        + store_bytes(rows, experts, experts, config.top_k, config.expert_size, machine.gpu)
+        + store_bytes(
+            rows, experts, experts, config.top_k, config.moe_intermediate_size, machine.gpu
+        )
         + guess_bytes(layers, experts, config.top_k)
-        + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
+        + runner_bytes(config.vocab_size, rows, sequences, -(-context // options.page_size)),
     }
     arena = layers * experts * record.nbytes
     embed = sum(size for name, size in weights if name == "embed")
     rest = sum(size for name, size in weights) - embed
-    if config.tied_head:
+    if config.tie_word_embeddings:
         rest += embed  # the head reads a copy of its own
     if not machine.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * arena)
         ram = {"model, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
         slots, vram, vram_limit = experts, {}, 0
-        if options.slots is not None:
-            slots = _capped(options.slots, config)
+        if options.expert_slots is not None:
+            slots = _capped(options.expert_slots, config)
             ram["expert slots"] = cache_bytes(record, layers, experts, slots)
     else:
         vram_limit = options.vram if options.vram is not None else machine.vram_free + CONTEXT_BYTES
@@ -212,12 +223,12 @@ def make_plan(
         )
     each = layers * config.top_k * record.nbytes
     states = 2 * fixed["recurrent states"] // (sequences + 1)  # read and written
-    traffic = Traffic(
-        slot=layers * (record.nbytes + 4), experts=each, memory=rest + each + states,
-        least=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
+    traffic = TokenCost(
+        slot_bytes=layers * (record.nbytes + 4), expert_bytes=each, vram_bytes=rest + each + states,
+        min_slots=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
     )  # fmt: skip
-    return Plan(
-        "gpu" if machine.gpu else "cpu", context, options.page, pages, sequences, rows,
+    return MemoryPlan(
+        "gpu" if machine.gpu else "cpu", context, options.page_size, pages, sequences, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic,
     )  # fmt: skip
 
@@ -226,33 +237,33 @@ def _context(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
     """Tokens of a sequence where nobody says: the model's, up to 32768, and up to what
     --kv-cache-mb holds, unless that is not a page."""
     most = min(config.max_context, 32768)
-    held = most if options.kv_cache_mb is None else tokens_held(config, options, gpu)
-    return most if held < options.page else min(most, held)
+    held = most if options.kv_cache_mb is None else kv_capacity_tokens(config, options, gpu)
+    return most if held < options.page_size else min(most, held)
 
 
 def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: str) -> int:
     """Pages of KV, at least a whole context's."""
-    least = -(-context // options.page)
+    least = -(-context // options.page_size)
     if options.kv_cache_mb is None:
         return least
-    page = state_bytes(config, 1, options.page, 0, kv_dtype)
+    page = state_bytes(config, 1, options.page_size, 0, kv_dtype)
     if page == 0:
         return least  # no attention layer keeps anything
     pages = (options.kv_cache_mb << 20) // page - 1  # one is nobody's
     if pages < least:
         raise ConfigError(
-            f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page} tokens, the context "
-            f"is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
+            f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page_size} tokens, the "
+            f"context is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
         )
     return pages
 
 
-def tokens_held(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
+def kv_capacity_tokens(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
     """Tokens that --kv-cache-mb holds, up to the model's longest context."""
     assert options.kv_cache_mb is not None
-    page = state_bytes(config, 1, options.page, 0, _kv_dtype(options, gpu))
+    page = state_bytes(config, 1, options.page_size, 0, _kv_dtype(options, gpu))
     pages = (options.kv_cache_mb << 20) // max(1, page) - 1
-    return max(2, min(config.max_context, pages * options.page))
+    return max(2, min(config.max_context, pages * options.page_size))
 
 
 def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
@@ -262,22 +273,26 @@ def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
 def _capped(slots: int, config: ModelConfig) -> int:
     if slots < config.top_k:
         raise ConfigError(
-            f"--slots is {slots}; a token activates {config.top_k} experts a layer, each needs one."
+            f"--expert-slots is {slots}; it must be at least {config.top_k}, the experts per token."
         )
-    return min(slots, config.experts)
+    return min(slots, config.num_experts)
 
 
 def _slots(
     config: ModelConfig, record: Record, options: EngineConfig, room: int, vram: dict[str, int]
 ) -> int:
     """Expert slots a layer that `room` bytes of VRAM hold.  Raises: ConfigError."""
-    most = config.experts if options.slots is None else _capped(options.slots, config)
-    if not options.hcs:
+    most = (
+        config.num_experts
+        if options.expert_slots is None
+        else _capped(options.expert_slots, config)
+    )
+    if not options.enable_expert_cache:
         most = config.top_k
-    tables = cache_bytes(record, config.layers, config.experts, 0)
-    slots = min(most, max(0, room - tables) // (config.layers * (record.nbytes + 4)))
+    tables = cache_bytes(record, config.num_layers, config.num_experts, 0)
+    slots = min(most, max(0, room - tables) // (config.num_layers * (record.nbytes + 4)))
     if slots < config.top_k:
-        need = cache_bytes(record, config.layers, config.experts, config.top_k)
+        need = cache_bytes(record, config.num_layers, config.num_experts, config.top_k)
         held = ", ".join(f"{name} {_gib(size)}" for name, size in vram.items() if size > GIB // 8)
         raise ConfigError(
             f"Hot experts need {_gib(need)} at least, {_gib(max(0, room))} are left of the VRAM "

@@ -15,7 +15,14 @@ from typing import Any, Protocol
 from osmium.errors import OsmiumError, RequestError
 
 __all__ = [
-    "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Times", "Token",
+    "Decoder",
+    "Event",
+    "Finish",
+    "FinishReason",
+    "Request",
+    "RequestTimes",
+    "SamplingParams",
+    "Token",
     "check_ids",
 ]  # fmt: skip
 
@@ -144,15 +151,15 @@ Event = Token | Finish
 
 
 @dataclass
-class Times:
+class RequestTimes:
     """When it happened to a request, by time.perf_counter; 0 until it has."""
 
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     """Its first step was about to be computed."""
-    first: float = 0.0
+    first_token: float = 0.0
     """Its first token was there."""
-    last: float = 0.0
+    last_token: float = 0.0
 
 
 class Request:
@@ -166,7 +173,7 @@ class Request:
         stops: Any,
         seed: int,
         room: int = 1 << 30,
-        seeded: bool = False,
+        skip_prefill: bool = False,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -174,7 +181,7 @@ class Request:
         self.seed = seed
         self.room = room
         """Most tokens, prompt and reply."""
-        self.seeded = seeded
+        self.skip_prefill = skip_prefill
         """The state is taken to hold the prompt already, but for its last token (benchmarks)."""
         self.tokens = list(prompt)
         """Prompt and reply."""
@@ -185,7 +192,7 @@ class Request:
         self.pages: list[int] = []
         self.cancelled = threading.Event()
         self.done = False
-        self.times = Times()
+        self.times = RequestTimes()
 
     @property
     def pending(self) -> int:

@@ -18,13 +18,13 @@ import numpy.typing as npt
 from osmium.errors import ConfigError
 from osmium.ops import Linear, Ops, Rows
 
-__all__ = ["Recorder", "Trace", "predict", "read_trace"]
+__all__ = ["RoutingRecorder", "Trace", "predict", "read_trace"]
 
 Ids = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
 
 
-class Recorder:
+class RoutingRecorder:
     """Collects routing as a model runs: for looking, since every layer's ids come to the host."""
 
     def __init__(self, layers: int) -> None:

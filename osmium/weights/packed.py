@@ -72,7 +72,9 @@ class Packed:
         if config is None:
             raise CheckpointError(f"{path} carries no config.json.")
         self.config = ModelConfig.from_hf(config, generation)
-        self.record = Record(self.formats.expert_bits, self.config.hidden, self.config.expert_size)
+        self.record = Record(
+            self.formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
+        )
         self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, self.formats)}
         self._check()
 
@@ -83,8 +85,8 @@ class Packed:
             for part in self.parts.values()
             for kind, (shape, dtype) in part.arrays.items()
         }
-        records = (self.config.experts, self.record.nbytes)
-        for layer in range(self.config.layers):
+        records = (self.config.num_experts, self.record.nbytes)
+        for layer in range(self.config.num_layers):
             wanted[f"experts.{layer}"] = (records, np.dtype(np.uint8))
         for name, (shape, dtype) in wanted.items():
             entry = self._entries.get(name)
@@ -123,11 +125,11 @@ class Packed:
 
     def all_records(self) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
-        for layer in range(self.config.layers):
+        for layer in range(self.config.num_layers):
             self.records(layer)
         first = self._entries["experts.0"]
-        shape = (self.config.layers, *first.shape)
-        end = first.offset + first.nbytes * self.config.layers
+        shape = (self.config.num_layers, *first.shape)
+        end = first.offset + first.nbytes * self.config.num_layers
         return self._map[first.offset : end].reshape(shape)
 
     def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:

@@ -74,7 +74,7 @@ class OnCpu:
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """The records of each layer; NumPy lets go of the GIL, so threads help."""
-        count, pack = self.config.experts, self.checkpoint.pack_expert
+        count, pack = self.config.num_experts, self.checkpoint.pack_expert
         out = np.empty((2, count, self.record.nbytes), np.uint8)
         for i, layer in enumerate(wanted):
             records = out[i % 2]
@@ -101,9 +101,9 @@ class _Plan:
             for kind, (shape, dtype) in part.arrays.items():
                 nbytes = int(np.prod(shape)) * dtype.itemsize
                 wanted.append((f"{part.name}.{kind}", dtype.str, shape, nbytes))
-        for layer in range(config.layers):
-            shape = (config.experts, record.nbytes)
-            wanted.append((f"experts.{layer}", "|u1", shape, config.experts * record.nbytes))
+        for layer in range(config.num_layers):
+            shape = (config.num_experts, record.nbytes)
+            wanted.append((f"experts.{layer}", "|u1", shape, config.num_experts * record.nbytes))
         self.head: dict[str, Any] = {
             "fingerprint": origin.fingerprint,
             "formats": vars(source.formats),
@@ -276,7 +276,7 @@ def _units(plan: _Plan, done: set[str]) -> Generator[Unit]:
         if not done.issuperset(f"{part.name}.{kind}" for kind in part.arrays):
             arrays = plan.source.arrays(part)
             yield [(f"{part.name}.{kind}", array) for kind, array in arrays.items()]
-    left = [i for i in range(plan.source.config.layers) if f"experts.{i}" not in done]
+    left = [i for i in range(plan.source.config.num_layers) if f"experts.{i}" not in done]
     for layer, records in zip(left, plan.source.layers(left), strict=True):
         yield [(f"experts.{layer}", records)]
 

@@ -3,7 +3,7 @@
 `synthetic:NAME`, or `synthetic:NAME:LAYERS` for the first so many layers of it.  What a part holds
 depends on its name alone, so that any part can be made again, and compared, at any time: matrices
 are words of a counter (quant/noise.py), the same on every backend, made where they are to lie.
-Random routers pick uniformly: give a routing trace with it (--routing).
+Random routers pick uniformly: give a routing trace with it (--replay-routing).
 
 Shapes: the published configs of Qwen3.5-35B-A3B, -122B-A10B and -397B-A17B.
 """
@@ -104,7 +104,9 @@ class Synthetic:
     def __init__(self, name: str, config: dict[str, Any], formats: Formats) -> None:
         self.path = Path(name)
         self.config, self.formats = ModelConfig.from_hf(config), formats
-        self.record = Record(formats.expert_bits, self.config.hidden, self.config.expert_size)
+        self.record = Record(
+            formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
+        )
         self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, formats)}
         self.files = {"config.json": json.dumps(config, indent=1).encode()}
         self.fingerprint = f"{name} {_MADE}"
@@ -196,7 +198,7 @@ class Synthetic:
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
-        shape = (2, self.config.experts, self.record.nbytes)
+        shape = (2, self.config.num_experts, self.record.nbytes)
         out = np.empty(shape, np.uint8)
         for i, layer in enumerate(wanted):
             self.read_records(layer, out[i % 2])
@@ -210,9 +212,9 @@ class Synthetic:
 
     def all_records(self) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], in memory."""
-        shape = (self.config.layers, self.config.experts, self.record.nbytes)
+        shape = (self.config.num_layers, self.config.num_experts, self.record.nbytes)
         out = np.empty(shape, np.uint8)
-        for layer in range(self.config.layers):
+        for layer in range(self.config.num_layers):
             self.read_records(layer, out[layer])
         return out
 

@@ -34,7 +34,7 @@ def test_run_prints_the_answer_and_nothing_else(capsys: pytest.CaptureFixture[st
 
 
 def test_timing_is_one_line_on_stderr_for_each_reply(capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--raw", "--temperature", "0", "--max-tokens", "6", "--slots", "8"]
+    short = ["--raw", "--temperature", "0", "--max-tokens", "6", "--expert-slots", "8"]
     assert main(["run", *CPU, *short, "--timing", "The Congress"]) == 0
     said = capsys.readouterr()
     (line,) = [x for x in said.err.splitlines() if x.startswith("osmium: reply: ")]
@@ -98,7 +98,7 @@ def test_bench_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> No
     rows, experts = found["rows"], found["experts"]
     assert isinstance(rows, list) and {row["what"] for row in rows} == {"prefill", "decode"}
     assert isinstance(experts, dict)
-    assert experts["routed"] == experts["hit"] + experts["fetched"] > 0
+    assert experts["routed"] == experts["hit"] + experts["missed"] > 0
 
 
 def test_a_made_up_model_is_packed_and_measured_from_its_file(
@@ -123,7 +123,7 @@ def test_doctor_says_what_it_finds() -> None:
         (["run", "x", "y", "--model-path", "z"], "z"),
         (["perplexity", *CPU, "--text", "/no/such/file"], "/no/such/file"),
         (["plan", *CPU, "/no/such/model"], "/no/such/model"),
-        (["plan", *CPU, "--slots", "1"], "1"),
+        (["plan", *CPU, "--expert-slots", "1"], "1"),
         (["plan", *CPU, "--kv-cache-mb", "1", "--context", "4k"], "4096"),
         (["plan", *CPU, "--context", "1g"], str(1 << 30)),
         (["plan", *CPU, "--ram", "1M"], "0.00 GiB"),

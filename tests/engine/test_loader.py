@@ -15,7 +15,7 @@ import osmium
 from osmium import loader
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
-from osmium.engine.plan import Machine, Plan, make_plan
+from osmium.engine.plan import Machine, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError, NoDevice, OutOfMemory
 from osmium.ops import Fill
@@ -36,7 +36,13 @@ def load(case: Case, folder: Path, **options: Any) -> Engine:
     model = folder / case.name
     if not model.exists():
         write_checkpoint(case, model)
-    settings = {"gpu_expert_bits": 16, "context": 256, "chunk": 64, "page": 16, **options}
+    settings = {
+        "gpu_expert_bits": 16,
+        "context": 256,
+        "prefill_chunk": 64,
+        "page_size": 16,
+        **options,
+    }
     engine: Engine = loader.load(model, device="cpu", cache_dir=str(folder / "cache"), **settings)
     return engine
 
@@ -82,12 +88,14 @@ def test_a_greedy_reply_is_the_likeliest_token_each_time(engine: Engine) -> None
     is_greedy(engine, ids, reply)
 
 
-@pytest.mark.parametrize("options", [{"chunk": 7}, {"page": 1}, {"slots": 2}, {"sequences": 1}])
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk": 7}, {"page_size": 1}, {"expert_slots": 2}, {"max_num_seqs": 1}]
+)
 def test_the_same_is_said_however_memory_and_steps_are_cut(
     folder: Path, options: dict[str, int]
 ) -> None:
     ids = prompt(MIXED).tolist()
-    plain, other = load(MIXED, folder), load(MIXED, folder, **{"sequences": 2, **options})
+    plain, other = load(MIXED, folder), load(MIXED, folder, **{"max_num_seqs": 2, **options})
     assert close(other.logits(ids), plain.logits(ids), "logits")
     reply = say(other, ids)
     is_greedy(plain, ids, reply)
@@ -97,7 +105,7 @@ def test_the_same_is_said_however_memory_and_steps_are_cut(
 
 def test_requests_side_by_side_say_what_they_say_alone(folder: Path) -> None:
     """Ten requests on two sequences' memory: they wait, interleave and make room."""
-    made = load(MIXED, folder, sequences=2, chunk=16)
+    made = load(MIXED, folder, max_num_seqs=2, prefill_chunk=16)
     rng = np.random.default_rng(5)
     asked = [rng.integers(0, MIXED.vocab, int(n)).tolist() for n in rng.integers(1, 120, 10)]
     replies = [Reply() for _ in asked]
@@ -131,7 +139,7 @@ def test_perplexity_is_the_same_through_both_paths(engine: Engine) -> None:
 
 
 def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
-    made = load(MIXED, folder, slots=4)
+    made = load(MIXED, folder, expert_slots=4)
     ids = prompt(MIXED).tolist()
     say(made, ids)
     experts = made.status()["experts"]
@@ -139,8 +147,8 @@ def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
     computed = len(ids) + 12 - 1  # the last token is not read
     layers, top_k = len(MIXED.kinds), MIXED.experts[1]
     assert experts["routed"] == computed * layers * top_k
-    assert experts["hit"] + experts["fetched"] == experts["routed"]
-    assert 0 < experts["fetched"] < experts["routed"]
+    assert experts["hit"] + experts["missed"] == experts["routed"]
+    assert 0 < experts["missed"] < experts["routed"]
 
 
 # -- the plan holds --------------------------------------------------------------------------------
@@ -173,9 +181,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
     "options",
     [
         {},
-        {"slots": 3},
-        {"sequences": 7, "page": 5},
-        {"chunk": 128},
+        {"expert_slots": 3},
+        {"max_num_seqs": 7, "page_size": 5},
+        {"prefill_chunk": 128},
         {"kv_dtype": "bf16"},
         {"kv_dtype": "fp8_e4m3"},
     ],
@@ -193,7 +201,7 @@ def test_what_is_allocated_is_what_was_planned(
 
 
 def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -> None:
-    made = load(MIXED, folder, slots=3)
+    made = load(MIXED, folder, expert_slots=3)
     before = counted.allocated
     say(made, prompt(MIXED).tolist())
     made.logits([1, 2, 3])
@@ -202,7 +210,8 @@ def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -
 
 
 @pytest.mark.parametrize(
-    "options", [{"ram": 1}, {"slots": 1}, {"context": 2049}, {"sequences": 9, "chunk": 8}]
+    "options",
+    [{"ram": 1}, {"expert_slots": 1}, {"context": 2049}, {"max_num_seqs": 9, "prefill_chunk": 8}],
 )
 def test_a_plan_that_fails_has_allocated_and_read_nothing(
     folder: Path,
@@ -234,21 +243,25 @@ def allocate(
 ) -> tuple[list[int], list[int], Any]:
     """Slots that were asked for and allocated, try by try, and the loader's own try."""
     one = loader.Loader(
-        folder / MIXED.name, "cpu", cache_dir=str(folder / "cache"), gpu_expert_bits=16, slots=6
+        folder / MIXED.name,
+        "cpu",
+        cache_dir=str(folder / "cache"),
+        gpu_expert_bits=16,
+        expert_slots=6,
     )
     card = Spilling(*spilled)
     one.gpu = cast(Any, card)
     monkeypatch.setattr(loader, "spilled", lambda gpu: gpu.spilled.pop(0))
     planned, made = [], []
 
-    def plan(packed: Any, options: Any, *rest: Any) -> Plan:
-        planned.append(options.slots)
+    def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
+        planned.append(options.expert_slots)
         card_machine = Machine(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
         return make_plan(packed.config, packed.record, weights, options, card_machine)
 
-    def runner(self: Any, plan: Plan, options: Any, heat: None) -> Any:
-        made.append(plan.slots)
+    def runner(self: Any, plan: MemoryPlan, options: Any, heat: None) -> Any:
+        made.append(plan.expert_slots)
         return SimpleNamespace()
 
     monkeypatch.setattr(loader, "_plan", plan)
@@ -264,11 +277,11 @@ def test_what_the_driver_has_spilled_is_given_up_as_slots(
     load(MIXED, folder).close()  # packed now
     planned, made, go = allocate(monkeypatch, folder, 1000, 0)
     plan, _ = go()
-    assert (planned, made, plan.slots) == ([5], [6, 5], 5)
+    assert (planned, made, plan.expert_slots) == ([5], [6, 5], 5)
     assert "5 expert slots" in caplog.text and "1500 GB/s" in caplog.text
     planned, made, go = allocate(monkeypatch, folder, 0)
     plan, _ = go()
-    assert (planned, made, plan.slots) == ([], [6], 6)
+    assert (planned, made, plan.expert_slots) == ([], [6], 6)
 
 
 def test_a_driver_that_spills_whatever_is_tried_is_told(

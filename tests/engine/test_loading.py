@@ -24,7 +24,7 @@ from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
 from osmium.experts.cache import resident, verify
 from osmium.experts.heat import heat_of, quotas
-from osmium.experts.store import Counters
+from osmium.experts.store import ExpertCounters
 from osmium.ops import Linear
 from osmium.weights import Packed, open_model, open_packed
 from tests.engine.conftest import CASE
@@ -45,7 +45,13 @@ def copy(packed: Packed, tmp_path: Path) -> Path:
 
 
 def options(packed: Path, **more: Any) -> dict[str, Any]:
-    settings = {"context": 64, "chunk": 16, "page": 16, "vram": 2 << 30, "ram": 1 << 30}
+    settings = {
+        "context": 64,
+        "prefill_chunk": 16,
+        "page_size": 16,
+        "vram": 2 << 30,
+        "ram": 1 << 30,
+    }
     return {"cache_dir": str(packed.parent), **settings, **more}
 
 
@@ -83,7 +89,7 @@ def test_an_arena_holds_every_record(
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
-    engine = loader.load(packed.path, "gpu", **options(packed.path, slots=8))
+    engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
     assert runner.store.arena is not None
     arena = runner.ops.host_view(runner.store.arena.records)
@@ -144,7 +150,7 @@ def test_weights_on_the_device_are_those_of_the_file(
 def test_whichever_allocation_is_refused_all_is_given_back(
     packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
-    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     whole = FakeGpu(4 << 30)
     whole.install(monkeypatch)
     loader.load(packed.path, "gpu", **options(packed.path, **more)).close()
@@ -152,7 +158,7 @@ def test_whichever_allocation_is_refused_all_is_given_back(
     for number in range(0, whole.asked, 7):
         gpu = FakeGpu(4 << 30, refuse=number)
         gpu.install(monkeypatch)
-        with pytest.raises(OutOfMemory, match=r"asked for"):
+        with pytest.raises(OutOfMemory, match=r"Cannot allocate"):
             loader.load(packed.path, "gpu", **options(packed.path, **more))
         assert not gpu.held, f"allocation {number}"
 
@@ -164,7 +170,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     made = loader.Loader(packed.path, "gpu", **options(packed.path))
-    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     made.engine(**more).close()
     gc.collect()
     arena = 0 if made._arena is None else made._arena.records.nbytes
@@ -189,7 +195,7 @@ def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
 ) -> None:
     gpu = FakeGpu(4 << 30, capability=capability)
     gpu.install(monkeypatch)
-    engine = loader.load(packed.path, "gpu", **options(packed.path, slots=8))
+    engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     assert (engine.runner.store.guess(1) is not None) == (capability[0] >= 9)
     engine.close()
 
@@ -211,7 +217,7 @@ def test_vram_that_ends_while_it_is_filled(packed: Packed, monkeypatch: pytest.M
 def test_a_file_that_shrinks_while_it_is_loaded(
     copy: Path, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
-    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     left = open_packed(copy).entry("experts.2").offset + 4096
@@ -230,7 +236,7 @@ def test_a_byte_that_is_wrong_is_found_while_loading(
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
-    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     for name in ("experts.5", "layers.0.qkvz.data", "embed.data"):
         entry = open_packed(copy).entry(name)
         with open(copy, "r+b") as file:
@@ -268,7 +274,7 @@ def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
-    more: dict[str, Any] = {} if slots is None else {"slots": slots}
+    more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     plan = loader.plan_for(packed.path, "gpu", **options(packed.path, **more))
     need = sum(plan.ram.values())
     with pytest.raises(ConfigError, match=r"needs [\d.]+ GiB of host memory .*[\d.]+ GiB can be"):
@@ -282,7 +288,7 @@ def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
 
 
 def warm(packed: Packed, folder: Path, **more: Any) -> Engine:
-    settings = {"slots": 6, "cache_dir": str(folder), **more}
+    settings = {"expert_slots": 6, "cache_dir": str(folder), **more}
     return loader.load(packed.path, "cpu", **options(packed.path, **settings))
 
 
@@ -293,12 +299,16 @@ def talk(engine: Engine, seed: int = 1) -> list[int]:
 
 
 def residents(engine: Engine) -> npt.NDArray[np.bool_]:
-    return engine.call(lambda: resident(engine.runner.ops, engine.runner.store.cache))
+    return engine.run_on_engine_thread(
+        lambda: resident(engine.runner.ops, engine.runner.store.cache)
+    )
 
 
 def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
     """Who a start with so many slots a layer, in the mean, begins with: bool [L, E]."""
-    heat = engine.call(lambda: heat_of(engine.runner.ops, engine.runner.store.cache))
+    heat = engine.run_on_engine_thread(
+        lambda: heat_of(engine.runner.ops, engine.runner.store.cache)
+    )
     out = np.zeros_like(heat.resident)
     each = quotas(heat, slots, engine.config.top_k) or [slots] * len(out)
     for layer, (row, own) in enumerate(zip(out, each, strict=True)):
@@ -307,7 +317,7 @@ def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
 
 
 def kept(folder: Path) -> list[Path]:
-    return [*folder.glob("*.heat*")]
+    return [*folder.glob("*.usage*")]
 
 
 @pytest.mark.parametrize("stop", [Engine.close, lambda one: one.stop("Host memory is down.")])
@@ -325,10 +335,10 @@ def test_a_second_start_begins_with_what_was_hot(
     cache = second.runner.store.cache
     assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
     assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
-    assert second.status()["experts"] == vars(Counters(0, 0, 0, 0))
+    assert second.status()["experts"] == vars(ExpertCounters(0, 0, 0, 0))
     assert talk(second) == said, "where experts are changes no token"
     again = second.status()["experts"]
-    assert again["routed"] == cold["routed"] == again["hit"] + again["fetched"]
+    assert again["routed"] == cold["routed"] == again["hit"] + again["missed"]
     assert again["hit"] > cold["hit"]
     assert verify(second.runner.ops, cache, records(packed), 1000, 0) > 0
     second.close()
@@ -336,13 +346,13 @@ def test_a_second_start_begins_with_what_was_hot(
 
 
 def test_another_number_of_slots_takes_the_hottest(packed: Packed, tmp_path: Path) -> None:
-    first = warm(packed, tmp_path, slots=12)
+    first = warm(packed, tmp_path, expert_slots=12)
     talk(first)
     wanted = {slots: hottest(first, slots) for slots in (4, 9, 15)}
     assert len({*wanted[9].sum(axis=1)}) > 1, "some layers have more slots than others"
     first.close()
     for slots, who in wanted.items():
-        second = warm(packed, tmp_path, slots=slots)
+        second = warm(packed, tmp_path, expert_slots=slots)
         assert np.array_equal(residents(second), who)
         second.close()
 
@@ -367,7 +377,9 @@ def test_heat_that_is_damaged_is_left_aside(
     third.close()
 
 
-@pytest.mark.parametrize("more", [{"hcs": False}, {"slots": None}, {"slots": 16}])
+@pytest.mark.parametrize(
+    "more", [{"enable_expert_cache": False}, {"expert_slots": None}, {"expert_slots": 16}]
+)
 def test_where_nothing_is_cached_nothing_is_kept(
     packed: Packed, tmp_path: Path, more: dict[str, Any]
 ) -> None:
@@ -380,7 +392,7 @@ def test_where_nothing_is_cached_nothing_is_kept(
 def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
     packed: Packed, tmp_path: Path
 ) -> None:
-    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "slots": 4}
+    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
     made_up = loader.load("synthetic:tiny", "cpu", **where)
     list(made_up.generate([1, 2, 3], SamplingParams(max_tokens=3)))
     made_up.close()
@@ -400,7 +412,7 @@ def test_an_engine_that_fails_keeps_nothing(packed: Packed, tmp_path: Path) -> N
         raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
 
     with pytest.raises(CudaError):
-        engine.call(fail)
+        engine.run_on_engine_thread(fail)
     engine.close()
     assert engine.failure is not None
     assert not kept(tmp_path)
@@ -425,7 +437,7 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
     first.close()
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
-    settings = options(packed.path, slots=6, cache_dir=str(tmp_path))
+    settings = options(packed.path, expert_slots=6, cache_dir=str(tmp_path))
     engine = loader.load(packed.path, "gpu", **settings)
     cache = engine.runner.store.cache
     assert np.array_equal(residents(engine), hot)

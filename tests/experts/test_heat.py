@@ -178,7 +178,7 @@ def test_counters_add_up_and_known_experts_hit_after_a_restore(
         for layer in range(LAYERS):
             run(store, ids, arena, 1, layer)
         counted = store.counters()
-        assert counted.routed == counted.hit + counted.fetched == LAYERS * TOP_K
+        assert counted.routed == counted.hit + counted.missed == LAYERS * TOP_K
         rates.append(counted.hit)
         for _ in range(10):
             for layer in range(LAYERS):

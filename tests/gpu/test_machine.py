@@ -306,7 +306,7 @@ def test_a_lost_context_says_so_and_with_sync_names_the_kernel(gpu: GpuOps, sync
     """In a process of its own, as nothing can be done with a context after that."""
     done = subprocess.run(
         [sys.executable, "-c", LOSE],
-        env={**os.environ, "OSMIUM_SYNC": sync},
+        env={**os.environ, "OSMIUM_LAUNCH_BLOCKING": sync},
         capture_output=True,
         text=True,
     )
