@@ -1,0 +1,13 @@
+"""A browser on the server's own page."""
+
+import pytest
+
+from tests.long.server import Server
+
+
+def test_the_page_of_the_server_can_be_talked_to(demo: Server) -> None:
+    status, raw = demo.get("/")
+    assert status == 200
+    if b"<html" not in raw.lower():
+        pytest.skip("no page is served yet")
+    pytest.fail("a page is served: drive it here by a browser")

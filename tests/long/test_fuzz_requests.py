@@ -1,0 +1,192 @@
+"""Fuzz of the API: thousands of mutated requests.  Never a 5xx, never a hang; the server lives on."""
+
+import json
+import random
+import socket
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+from tests.long.server import ANSWER_S, Server, serving
+
+CASES = 3000
+"""Bodies of JSON; half as many are damaged byte by byte, and some are no HTTP."""
+
+CHAT: dict[str, Any] = {
+    "model": "demo", "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 3,
+    "messages": [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
+        {"role": "assistant", "content": "Hi", "reasoning_content": "greet", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}
+        ]},
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "user", "content": "And?"},
+    ],
+    "tools": [{"type": "function", "function": {
+        "name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}],
+    "tool_choice": "auto", "stream": False, "stream_options": {"include_usage": True},
+    "stop": ["\n\n", "END"], "max_tokens": 4, "max_completion_tokens": 3, "n": 1,
+    "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.5}, "logprobs": True, "top_logprobs": 2, "user": "u",
+    "response_format": {"type": "text"}, "chat_template_kwargs": {"enable_thinking": False},
+    "enable_thinking": False, "reasoning_effort": "none", "ignore_eos": False,
+}  # fmt: skip
+
+COMPLETION: dict[str, Any] = {
+    "model": "demo", "prompt": "The capital of", "max_tokens": 3, "temperature": 0, "logprobs": 2,
+    "echo": False, "suffix": None, "best_of": 1, "stop": "x", "stream": False, "seed": 1,
+    "logit_bias": {"7": -3}, "n": 1, "prompt_ids": [1, 2, 3],
+}  # fmt: skip
+
+NASTY: list[Any] = [
+    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, -1e-308, 0.5,
+    float("nan"), float("inf"), "", " ", "\0", "\ud800", "é🙂", "a" * 5000, "{{ 7 * 7 }}",
+    "{% for i in range(10**9) %}x{% endfor %}", "<|im_end|>", "</think>", "user", "image_url",
+    [], [[]], {}, {"": None}, [None], [1, "a", {}], {"type": "text"}, {"role": "user"},
+    {"type": "image_url", "image_url": {"url": "x"}}, [[1, 2], [3]], [-1], [10**9], ["a", "b"],
+    {"function": 3}, {"function": {"name": 5, "arguments": []}}, {"a": {"b": {"c": []}}},
+]  # fmt: skip
+
+PATHS = (
+    "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/demo",
+    "/health", "/metrics", "/", "/v1/nothing", "/v1/models/%00", "/v1/models/" + "x" * 3000,
+)  # fmt: skip
+
+METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "NONSENSE")
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[Server]:
+    """With so little context that no mutated request runs for long."""
+    with serving("--context", "256") as server:
+        yield server
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of everything inside a value."""
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, one in items:
+        yield (*path, key)
+        if isinstance(one, dict | list):
+            yield from places(one, (*path, key))
+
+
+def mutated(rng: random.Random, body: dict[str, Any]) -> Any:
+    """A body with a few things wrong."""
+    made: Any = json.loads(json.dumps(body))
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        if not isinstance(made, dict) or not made:
+            return made
+        path = rng.choice(list(places(made)))
+        parent = made
+        for key in path[:-1]:
+            parent = parent[key]
+        value = json.loads(json.dumps(rng.choice(NASTY)))
+        match rng.randrange(6):
+            case 0:
+                del parent[path[-1]]
+            case 1 if isinstance(parent, dict):
+                parent[rng.choice(("type", "content", "role", "x", "", "function"))] = value
+            case 2 if isinstance(parent, list):
+                parent.extend([parent[path[-1]]] * rng.choice((1, 50)))
+            case 3:
+                parent[path[-1]] = [value] if rng.random() < 0.5 else {"text": value}
+            case _:
+                parent[path[-1]] = value
+    if rng.random() < 0.01:
+        return rng.choice(NASTY)
+    return made
+
+
+def damaged(rng: random.Random, raw: bytes) -> bytes:
+    """Some bytes changed, cut or doubled."""
+    made = bytearray(raw)
+    for _ in range(rng.choice((1, 1, 2, 5))):
+        at = rng.randrange(len(made) + 1)
+        match rng.randrange(5):
+            case 0:
+                del made[at:]
+            case 1:
+                made[at:at] = rng.choice((b"\0", b"\xff\xfe", b"[" * 5000, b'"', b"\\u", b"{}"))
+            case 2:
+                made[at : at + rng.randrange(1, 9)] = b""
+            case _ if at < len(made):
+                made[at] ^= 1 << rng.randrange(8)
+    return bytes(made)
+
+
+def check(server: Server, method: str, path: str, body: bytes | None, **headers: str) -> int:
+    """One request: it is answered, and not by a 5xx; a refusal is OpenAI's error object."""
+    told = f"{method} {path} {body!r:.2000} {headers}"
+    try:
+        status, raw = server.ask(method, path, body, **headers)
+    except TimeoutError:
+        pytest.fail(f"hangs: {told}")
+    assert status < 500, f"{status} {raw!r}: {told}"
+    if status >= 400 and method not in ("HEAD",) and status not in (404, 405):
+        assert json.loads(raw)["error"]["message"], told
+    return status
+
+
+def test_mutated_bodies_are_answered_or_refused(small: Server, seed: int) -> None:
+    rng = random.Random(seed)
+    seen: dict[int, int] = {}
+    for _ in range(CASES):
+        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        base = dict(body)
+        if rng.random() < 0.3:
+            base["stream"] = True
+        if path == PATHS[1] and rng.random() < 0.3:
+            base["prompt"] = base["prompt_ids"]
+        status = check(small, "POST", path, json.dumps(mutated(rng, base)).encode())
+        seen[status] = seen.get(status, 0) + 1
+    assert seen.get(200, 0) > CASES // 20 and seen.get(400, 0) > CASES // 20, seen
+    small.settled()
+    small.healthy()
+
+
+def test_damaged_bodies_are_answered_or_refused(small: Server, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(CASES // 2):
+        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        check(small, "POST", path, damaged(rng, json.dumps(body).encode()))
+    small.settled()
+    small.healthy()
+
+
+def test_any_method_of_any_path_is_answered(small: Server, seed: int) -> None:
+    rng = random.Random(seed)
+    for method in METHODS:
+        for path in PATHS:
+            body = rng.choice((None, b"", b"{}", json.dumps(CHAT).encode()))
+            headers = rng.choice(({}, {"Accept": "\xff"}, {"Authorization": "x" * 9000}, {
+                "Content-Type": "text/plain", "Content-Encoding": "gzip", "Origin": "http://x",
+            }))  # fmt: skip
+            check(small, method, path, body, **headers)
+    small.healthy()
+
+
+def test_what_is_no_http_ends_its_connection_alone(small: Server, seed: int) -> None:
+    rng = random.Random(seed)
+    good = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n{}"
+    chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    for _ in range(300):
+        raw = rng.choice((
+            rng.randbytes(rng.randrange(1, 400)), damaged(rng, good), damaged(rng, chunked + b"zz"),
+            b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" + rng.randbytes(60), b"GET " + b"/" * 70_000,
+            b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 5000 + b"\r\n", chunked + b"ffffffffff\r\nx",
+        ))  # fmt: skip
+        with closing(socket.create_connection(("127.0.0.1", small.port), ANSWER_S)) as connection:
+            try:
+                connection.sendall(raw)
+                if rng.random() < 0.5:
+                    connection.shutdown(socket.SHUT_WR)
+                    answer = connection.recv(4096)
+                    assert b" 500 " not in answer.split(b"\r\n")[0], raw
+            except (ConnectionError, BrokenPipeError):
+                pass  # it may end the connection at any moment
+    small.settled()
+    small.healthy()
