@@ -14,9 +14,10 @@ from typing import Any
 
 import psutil
 
+import osmium
 from osmium.config import user_cache
 from osmium.cuda.driver import BINDING, Device, cuda_version
-from osmium.distribution import NAME, conflict, gpu_extra, how_to_install, version
+from osmium.distribution import NAME, REINSTALL, conflict, gpu_extra, how_to_install, version
 from osmium.engine.plan import available_ram
 from osmium.errors import DeviceError, KernelError, NoDevice
 from osmium.ops.gpu import check_kernels
@@ -58,6 +59,8 @@ def _package() -> list[Finding]:
     clash = conflict()
     if clash:
         found.append(Finding("another osmium", "in the same folder", clash))
+    if not hasattr(osmium, "load"):  # overwritten by it, or uninstalled with it
+        found.append(Finding("import osmium", "is not ours", REINSTALL))
     try:
         found.append(Finding("kernels", f"{check_kernels()}, all there"))
     except KernelError as error:

@@ -146,6 +146,7 @@ def test_the_commands_run_where_the_others_init_has_won(site: Path) -> None:
     (site / "osmium" / "__init__.py").write_text("SimpleHandler = None\n")
     said = run(site, "from osmium.cli import main; main(['doctor'])")
     assert "another osmium" in said and "osmium-4.3.2" in said
+    assert "import osmium" in said and distribution.REINSTALL in said
 
 
 def test_looking_for_it_does_not_make_importing_slow(tmp_path: Path) -> None:
