@@ -1,4 +1,4 @@
-"""The distribution: its name where it is named, its install commands, and who shares its folder."""
+"""The distribution: where it is named, its install commands, and what shares its folder."""
 
 import os
 import re
