@@ -269,9 +269,9 @@ class Loader:
                 return plan, runner
             slots = plan.fewer_slots(there)
             LOG.warning(
-                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
-                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
-                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                "The driver keeps %.2f GiB of the VRAM allocation in host memory: copies there run "
+                "at less than a quarter of %.0f GB/s. Using %d expert slots per layer, not %d. "
+                "Close other programs that use the GPU, or lower --vram.",
                 there / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
             )  # fmt: skip
             del runner
@@ -281,7 +281,7 @@ class Loader:
             plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
         raise OutOfMemory(
             f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
-            "slots per layer. Close what else uses the GPU, or lower --vram."
+            "slots per layer. Close other programs that use the GPU, or lower --vram."
         )
 
     def _runner(self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None) -> Runner:
@@ -348,7 +348,7 @@ class Loader:
             return None
         if heat is not None:
             count = restore(self.ops, store.cache, store.arena, heat)
-            LOG.info("%d experts that were hot before are in their slots", count)
+            LOG.info("%d frequently used experts are in the cache", count)
         fingerprint = self.packed.fingerprint
         # The store's cache as of then: slots may have been shared out anew.
         return lambda: keep_heat(path, fingerprint, self.ops, store.cache)
@@ -399,7 +399,7 @@ class Loader:
         if heat is not None and plan.expert_slots < experts:
             each = quotas(heat, plan.expert_slots, config.top_k)
         if each is not None:
-            LOG.info("%d to %d expert slots a layer, by what was hot", min(each), max(each))
+            LOG.info("%d to %d expert slots per layer, by recorded usage", min(each), max(each))
         return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
@@ -461,7 +461,7 @@ def _routing(path: str, packed: Model) -> Trace:
         predicted = None if predicted is None else predicted[:, : config.num_layers]
     if ids.shape[1:] != (config.num_layers, config.top_k):
         raise ConfigError(
-            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts a token; the model "
+            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
             f"has {config.num_layers} of {config.top_k}."
         )
     return Trace(ids, found.starts, found.experts, predicted)

@@ -93,7 +93,7 @@ class Device:
         self.driver = load_driver()
         count = self.driver("cuDeviceGetCount")
         if ordinal >= count:
-            raise NoDevice(f"GPU {ordinal} was asked for; the driver sees {count}.")
+            raise NoDevice(f"GPU {ordinal} does not exist; the driver reports {count}.")
         self.handle = self.driver("cuDeviceGet", ordinal)
         self.driver_version = int(self.driver("cuDriverGetVersion"))
         self.name = self.driver("cuDeviceGetName", 96, self.handle).split(b"\0")[0].decode()

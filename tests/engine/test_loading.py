@@ -425,7 +425,7 @@ def test_a_cache_folder_that_cannot_be_written_fails_no_close(
     talk(engine)
     (tmp_path / "file").write_text("")
     engine.close()
-    assert engine.failure is None and "heat is not kept" in caplog.text
+    assert engine.failure is None and "cannot be saved" in caplog.text
 
 
 def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
