@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from osmium.config import EngineConfig, Progress
-from osmium.cuda.driver import Device
+from osmium.cuda.driver import Device, cuda_version
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
 from osmium.cuda.stream import copy_rates, memory_rate, spilled
@@ -136,14 +136,19 @@ def _config(device: str, options: dict[str, Any]) -> EngineConfig:
 
 
 def _gpu(config: EngineConfig) -> Gpu | None:
-    """The GPU, or None where there is none and none was asked for."""
+    """The GPU, or None where there is none and none was asked for.
+
+    Raises: DeviceError where there is a GPU that cannot be used as it is, unless it is too old.
+    """
     if config.device == "cpu":
         return None
     try:
         device = Device()
-    except NoDevice:
+    except NoDevice as error:
         if config.device == "gpu":
             raise
+        level = logging.INFO if cuda_version() is None else logging.WARNING
+        LOG.log(level, "Running on the CPU. %s", error)
         return None
     kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
     if config.write_combined is not None:

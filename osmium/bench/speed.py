@@ -269,8 +269,8 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
         tokens = max(1, min(tokens, most))
     if not 0 < tokens <= most or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences of {tokens} tokens, and {more} generated tokens each, do not fit: "
-            f"there is room for {plan.max_num_seqs} sequences of {room} tokens. "
+            f"{count} sequences of {tokens} tokens, and {more} generated tokens each with --tokens "
+            f"{settings.tokens}, do not fit {plan.max_num_seqs} sequences of {room} tokens. "
             "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens

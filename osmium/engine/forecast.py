@@ -36,7 +36,7 @@ _HIT = ((0.0, 0.0), (0.05, 0.41), (0.10, 0.54), (0.15, 0.62), (0.20, 0.68), (0.3
         (1.0, 1.0))  # fmt: skip
 """Share of experts resident -> share of uses hit, by what ships on a trace made from published
 routing statistics of Qwen3.5-122B-A10B: `tools/make_trace.py T.npz`, then `tools/simulate_cache
-T.npz --tokens 1500 --shares .05 .1 ...`, the line mixed (2026-11-25)."""
+T.npz --tokens 1500 --resident-fractions .05 .1 ...`, the line mixed (2026-11-25)."""
 
 
 def hit_rate(share: float) -> float:

@@ -8,9 +8,11 @@ predicted_weights, float [T, L, A]: the softmax of that router over the A that i
 in the first layer 1 / A each.
 """
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +104,7 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
     try:
         with np.load(path) as file:
             data: dict[str, Any] = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} cannot be read as a trace: {error}") from None
     ids = data.get("ids")
     if ids is None or ids.ndim != 3 or ids.dtype.kind != "u" or not ids.size:

@@ -447,7 +447,7 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
 
 
 def test_the_speed_of_loading_is_measured_beside_the_disks(packed: Packed) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "load_speed"
+    tool = Path(__file__).parents[2] / "tools" / "bench_load"
     command = [sys.executable, str(tool), str(packed.path), "--gpu-expert-bits", "16"]
     done = subprocess.run(
         [*command, "--device", "cpu", "--context", "64"], capture_output=True, text=True
