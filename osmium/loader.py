@@ -7,7 +7,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,7 @@ from osmium.models.weights import upload
 from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.text.chat import ChatTemplate
-from osmium.text.defaults import sampling_defaults
-from osmium.text.tokenizer import Tokenizer
+from osmium.text.files import Need, read_text_files
 from osmium.weights import (
     DEMO,
     Model,
@@ -49,6 +47,7 @@ from osmium.weights import (
     cache_folder,
     open_model,
     open_weights,
+    planned_config,
 )
 from osmium.weights.placing import place
 from osmium.weights.synthetic import PREFIX, Synthetic
@@ -73,14 +72,16 @@ def load(
     device: str = "auto",
     *,
     progress: Progress | None = None,
+    needs: Collection[Need] = (),
     **options: Any,
 ) -> Engine:
     """An engine for a checkpoint folder, a packed file, a hub id, or (None) the bundled demo.
 
-    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.
+    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.  A model
+    that lacks one of `needs` is refused before weights are packed or loaded.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    loader = Loader(path, device, progress=progress, **options)
+    loader = Loader(path, device, progress=progress, needs=needs, **options)
     try:
         return loader.engine(owns_loader=True)
     except BaseException:
@@ -172,7 +173,8 @@ def _plan(
     rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
     machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
     weights = [(name, part.nbytes) for name, part in packed.parts.items()]
-    return make_plan(packed.config, packed.record, weights, config, machine)
+    model = planned_config(packed, config)
+    return make_plan(model, packed.record, weights, config, machine)
 
 
 class Loader:
@@ -185,6 +187,7 @@ class Loader:
         device: str = "auto",
         *,
         progress: Progress | None = None,
+        needs: Collection[Need] = (),
         **options: Any,
     ) -> None:
         """As `load`.  Raises: ConfigError, CheckpointError, DeviceError."""
@@ -192,7 +195,14 @@ class Loader:
         self.progress = progress
         self.gpu = _gpu(self.options)
         try:
-            self.packed = open_weights(path, self.options, progress, _packing(self.gpu))
+            self.packed = open_weights(
+                path, self.options, progress, _packing(self.gpu),
+                check=lambda folder: read_text_files(folder, needs),
+            )  # fmt: skip
+            self.text = read_text_files(
+                self.packed, needs, demo=self.packed.path == DEMO,
+                synthetic=_is_synthetic(self.packed),
+            )  # fmt: skip
         except BaseException:
             self.close()
             raise
@@ -242,9 +252,9 @@ class Loader:
             name=_name(packed.path),
             context=plan.context,
             device="cpu" if gpu is None else gpu.device.name,
-            tokenizer=_tokenizer(packed),
-            template=_template(packed),
-            defaults=sampling_defaults(packed.json("generation_config.json")),
+            tokenizer=self.text.tokenizer,
+            template=self.text.template,
+            defaults=self.text.defaults,
             on_thread=None if gpu is None else gpu.device.make_current,
             on_close=on_close,
             plan=plan,
@@ -327,7 +337,7 @@ class Loader:
         """Where this model's heat is kept; None where none is: of made-up models and of the demo,
         where every expert is resident, and with --no-hcs."""
         packed = self.packed
-        if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
+        if _is_synthetic(packed):
             return None
         if not options.enable_expert_cache or packed.path == DEMO:
             return None
@@ -456,12 +466,17 @@ class _Tensors(Mapping[str, Any]):
         return name in self._packed.parts  # Mapping's own would read it
 
 
+def _is_synthetic(packed: Model) -> bool:
+    """Whether its weights are random: made up, or packed."""
+    return packed.fingerprint.startswith(PREFIX)
+
+
 def _routing(path: str, packed: Model) -> Trace:
     """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
     config = packed.config
     found = read_trace(path, config.num_experts)
     ids, predicted = found.ids, found.predicted
-    if packed.fingerprint.startswith(PREFIX):  # it may have the first layers only
+    if _is_synthetic(packed):  # it may have the first layers only
         ids = ids[:, : config.num_layers]
         predicted = None if predicted is None else predicted[:, : config.num_layers]
     if ids.shape[1:] != (config.num_layers, config.top_k):
@@ -481,14 +496,3 @@ def _name(path: Path) -> str:
     parts = path.stem.split("-")
     folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
     return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
-
-
-def _tokenizer(packed: Model) -> Tokenizer | None:
-    raw = packed.file("tokenizer.json")
-    return None if raw is None else Tokenizer(raw)
-
-
-def _template(packed: Model) -> ChatTemplate | None:
-    return ChatTemplate.find(
-        packed.file("chat_template.jinja"), packed.json("tokenizer_config.json")
-    )

@@ -8,9 +8,12 @@ the sizes and times of its shards.
 import contextlib
 import hashlib
 import json
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
@@ -20,12 +23,20 @@ from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
 from osmium.weights.shards import INDEX, Shards, open_shards, read_json
-from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
+from osmium.weights.synthetic import Synthetic, open_synthetic, synthetic_name
+from osmium.weights.unsupported import (
+    refuse_checkpoint,
+    refuse_file,
+    refuse_folder,
+    refuse_name,
+)
 
 __all__ = [
-    "DEMO", "Model", "Packed", "Reading", "cache_folder", "open_model", "open_packed",
-    "open_weights", "resolve",
+    "DEMO", "CheckFolder", "CheckpointFiles", "Model", "Packed", "Reading", "cache_folder",
+    "open_model", "open_packed", "open_weights", "planned_config", "resolve",
 ]  # fmt: skip
+
+LOG = logging.getLogger("osmium.weights")
 
 Model = Packed | Synthetic
 """What a model is loaded from."""
@@ -33,20 +44,53 @@ Model = Packed | Synthetic
 DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 """The bundled model."""
 
+DEMO_MAX_CONTEXT = 262144
+"""Most tokens that --context takes of it; it was trained for 4,096."""
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What a synthetic model takes from it."""
+
+
+class CheckpointFiles:
+    """The small files of a checkpoint folder, as of Packed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str) -> bytes | None:
+        """None where it is not there.  Raises: CheckpointError."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The same, parsed: an object.  Raises: CheckpointError."""
+        return read_json(self.path / name) if (self.path / name).is_file() else None
+
+
+CheckFolder = Callable[[CheckpointFiles], object]
+"""Called before a folder is packed; what it raises ends the start."""
+
 
 def open_weights(
     model: str | os.PathLike[str] | None,
     config: EngineConfig,
     progress: Progress | None = None,
     ops: Ops | None = None,
+    check: CheckFolder | None = None,
 ) -> Model:
     """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
+    A folder that has not been packed is checked first.
 
-    Raises: ConfigError, CheckpointError.
+    Raises: ConfigError, CheckpointError, what `check` raises.
     """
-    if isinstance(model, str) and model.startswith(PREFIX):
-        return open_synthetic(model, config)
-    return open_model(model, config, progress, ops)
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        return _made_up(synthetic, config)
+    return open_model(model, config, progress, ops, check)
 
 
 def open_model(
@@ -54,15 +98,17 @@ def open_model(
     config: EngineConfig,
     progress: Progress | None = None,
     ops: Ops | None = None,
+    check: CheckFolder | None = None,
 ) -> Packed:
     """The packed file of a model; packs a checkpoint, or `synthetic:NAME`, where that has not been
     done: with `ops` by its kernels.
 
-    Raises: ConfigError, CheckpointError.
+    Raises: ConfigError, CheckpointError, what `check` raises.
     """
-    if isinstance(model, str) and model.startswith(PREFIX):
-        made_up = open_synthetic(model, config)
-        target = _target(config, model.replace(":", "-"), model)
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        made_up = _made_up(synthetic, config)
+        target = _target(config, synthetic.replace(":", "-"), synthetic)
         with _writing(target, progress):
             return _packed_synthetic(target, made_up, progress)
     path = resolve(model)
@@ -73,7 +119,36 @@ def open_model(
     target = _target(config, path.resolve().name, str(path.resolve()))
     with _writing(target, progress):
         found = _reusable(target, path)
-        return found or _packed_checkpoint(target, path, config, progress, ops)
+        if found is not None:
+            return found
+        refuse_checkpoint(path)
+        if check is not None:
+            check(CheckpointFiles(path))
+        return _packed_checkpoint(target, path, config, progress, ops)
+
+
+def _made_up(name: str, config: EngineConfig) -> Synthetic:
+    """A synthetic model with the bundled model's tokenizer and chat template, so that it can be
+    served."""
+    found = open_synthetic(name, config)
+    if DEMO.is_file():
+        demo = open_packed(DEMO)
+        texts = {name: demo.file(name) for name in TEXT_FILES}
+        found.files |= {name: raw for name, raw in texts.items() if raw is not None}
+    return found
+
+
+def planned_config(packed: Model, options: EngineConfig) -> ModelConfig:
+    """The model's config to plan memory by.  The demo takes a --context beyond its training, with a
+    warning, so that clients with long prompts can be tried on it; other models refuse that."""
+    config, asked = packed.config, options.context
+    if packed.path != DEMO or asked is None or not config.max_context < asked <= DEMO_MAX_CONTEXT:
+        return config
+    LOG.warning(
+        "--context is %d; the demo was trained for %d tokens, and what it writes after longer "
+        "prompts makes no sense.", asked, config.max_context,
+    )  # fmt: skip
+    return replace(config, max_context=DEMO_MAX_CONTEXT)
 
 
 @contextlib.contextmanager
@@ -192,23 +267,46 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
 
     Raises: ConfigError.
     """
-    if model is None:
+    path = _existing(model)
+    if path is None and model in (None, "demo"):
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
-    path = Path(model).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} has no config.json, so it is no checkpoint.")
+    if path is not None:
         return path
     text = str(model)
+    refuse_name(text)
     if text.count("/") == 1 and not text.startswith((".", "/", "~")):
         return _download(text)
     raise ConfigError(
         f"{text} is neither a folder, nor a packed file, nor a hub id like owner/name."
     )
+
+
+def _existing(model: str | os.PathLike[str] | None) -> Path | None:
+    """A packed file or a checkpoint folder that is here; None where there is nothing of that name.
+
+    Raises: ConfigError for a file or a folder of another kind.
+    """
+    if model is None:
+        return None
+    try:
+        path = Path(model).expanduser()
+        is_file, is_dir = path.is_file(), path.is_dir()
+        has_config = is_dir and (path / "config.json").is_file()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no access, too long, ~nobody, a null byte
+        name, why = str(model), getattr(error, "strerror", None) or str(error).rstrip(".")
+        short = name if len(name) <= 100 else f"{name[:100]}..."
+        raise ConfigError(f"{short!r} cannot be opened: {why}.") from None
+    if is_file:
+        refuse_file(path)
+    elif is_dir and not has_config:
+        refuse_folder(path)
+    return path if is_file or is_dir else None
 
 
 def _download(name: str) -> Path:
