@@ -1,5 +1,7 @@
 """Sizes as people write them: a unit has to be given, so that 64 is never taken for 64 bytes."""
 
+from typing import Any
+
 import pytest
 
 from osmium.cli import main
@@ -56,6 +58,8 @@ def test_every_size_flag_refuses_a_bare_number(
 
 @pytest.mark.parametrize("name", ["vram", "ram", "min_free_ram"])
 def test_bytes_that_are_meant_as_gib_are_refused_by_the_api_too(name: str) -> None:
+    small: dict[str, Any] = {name: 64}
     with pytest.raises(ConfigError, match=r"is 64 bytes.*64G.*64 << 30"):
-        EngineConfig(**{name: 64})
-    EngineConfig(**{name: 64 << 30})
+        EngineConfig(**small)
+    enough: dict[str, Any] = {name: 1 << 20}
+    EngineConfig(**enough)
