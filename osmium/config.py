@@ -285,9 +285,10 @@ class EngineConfig:
         for name in ("vram", "ram", "min_free_ram"):
             size = getattr(self, name)
             if isinstance(size, int) and 0 < size < MIN_BYTES:
+                hint = f" For {size} GiB say {_flag(name)} {size}G, in Python {size} << 30."
                 raise ConfigError(
-                    f"{_flag(name)} is {size} bytes; it must be at least 1 MiB. For {size} GiB say "
-                    f"{_flag(name)} {size}G, in Python {size} << 30."
+                    f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
+                    + hint * (size <= 4096)
                 )
         least = {"prefill_chunk": 1, "page_size": 1}
         optional = {
