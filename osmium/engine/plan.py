@@ -283,11 +283,13 @@ def make_plan(
         machine.gpu and machine.capability >= MIN_BULK_COPY_CC
         and options.prefetch and options.enable_expert_cache and slots < experts
     )  # fmt: skip
+    # On sm_120 it is not known yet whether prefetch finds room beside other kernels: not counted.
+    counted = prefetch and machine.capability < (12, 0)
     kv = state_bytes(config, 1, options.page_size, 0, kv_dtype) // options.page_size
     traffic = TokenCost(
         slot_bytes=layers * (record.nbytes + 4), expert_bytes=each, vram_bytes=rest + each + states,
         min_slots=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
-        kv_token_bytes=kv, num_layers=layers, prefetch=prefetch,
+        kv_token_bytes=kv, num_layers=layers, prefetch=counted,
     )  # fmt: skip
     return MemoryPlan(
         "gpu" if machine.gpu else "cpu", context, options.page_size, pages, sequences, rows,

@@ -47,6 +47,9 @@ class Shapes(Protocol):
     def config(self) -> ModelConfig: ...
 
     @property
+    def formats(self) -> Formats: ...
+
+    @property
     def record(self) -> Record: ...
 
     @property
@@ -83,12 +86,16 @@ def _tried(name: str, model: Shapes, config: EngineConfig, hardware: HardwareInf
 def _formatted(
     model: Shapes, config: EngineConfig, **formats: Any
 ) -> tuple[Shapes, EngineConfig] | None:
-    """The model in other formats; None where it has them already, or is a packed file, whose
-    formats stay."""
-    if isinstance(model, ModelInfo) and model.kind == "packed":
-        return None
-    wanted = replace(config, **formats)
-    if Formats.of(wanted) == Formats.of(config):
+    """The model in other formats; None where it has them already, or cannot have them."""
+    own = model.formats
+    stored: dict[str, Any] = {
+        "gpu_expert_bits": own.expert_bits, "attention_quant": own.attention,
+        "shared_expert_quant": own.shared, "lm_head_quant": own.head,
+    }  # fmt: skip
+    if formats.get("gpu_expert_bits", own.expert_bits) != own.expert_bits:
+        stored |= {name: getattr(config, name) for name in ("shared_expert_quant", "lm_head_quant")}
+    wanted = replace(config, **{**stored, **formats})
+    if Formats.of(wanted) == own:
         return None
     try:
         return shapes_info("", model.config, Formats.of(wanted)), wanted
@@ -111,15 +118,18 @@ def _flags(formats: Mapping[str, Any]) -> str:
 def _smaller_formats(
     model: Shapes, config: EngineConfig
 ) -> Iterator[tuple[str, Shapes, EngineConfig]]:
-    """The model in formats of fewer bytes, with their flags."""
+    """The model in formats of fewer bytes, with their flags.  Those of a packed file stay: it has
+    to be packed again."""
+    packed = isinstance(model, ModelInfo) and model.kind == "packed"
+    again = "pack the checkpoint with " if packed else ""
     size = sum(part.nbytes for part in model.parts.values())
     for bits in (8, 4):
         if bits < model.record.bits and (made := _formatted(model, config, gpu_expert_bits=bits)):
-            yield f"--gpu-expert-bits {bits}", *made
+            yield f"{again}--gpu-expert-bits {bits}", *made
     for formats in _INT4:
         made = _formatted(model, config, **formats)
         if made and sum(part.nbytes for part in made[0].parts.values()) < size:
-            yield _flags(formats), *made
+            yield again + _flags(formats), *made
 
 
 def instead(
@@ -176,7 +186,7 @@ def _elsewhere(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> I
     def with_vram(gib: int) -> Change | None:
         much = replace(hardware, vram_free=gib * GIB - CONTEXT_BYTES, vram_total=gib * GIB)
         limit = None if config.vram is None else gib * GIB
-        name = f"a GPU with {gib} GiB free"
+        name = f"a GPU with {gib} GiB of VRAM"
         return _tried(name, model, replace(config, vram=limit), much) if hardware.gpu else None
 
     def with_ram(gib: int) -> Change | None:

@@ -68,9 +68,12 @@ def hardware_for(
         try:
             if found is not None or config.vram is None or config.device == "cpu":
                 here = hardware_of(found)
-                if link_gb_s is not None and found is not None:
+                if found is not None and link_gb_s is not None:
+                    said.append(f"a link of {link_gb_s:g} GB/s")
                     here = replace(here, link_gb_s=link_gb_s)
-                return here, ()
+                if found is None and config.device == "auto":
+                    said.append("there is no GPU here; --gpu NAME or --vram SIZE plans for one")
+                return here, tuple(said)
         finally:
             if found is not None:
                 found.close()

@@ -99,7 +99,7 @@ class PlanReport:
             },
             "hardware": {
                 "name": hardware.name,
-                "measured": not self.assumptions,
+                "measured": hardware.gpu and not self.assumptions,
                 "vram_total_bytes": hardware.vram_total,
                 "vram_free_bytes": hardware.vram_free,
                 "ram_total_bytes": hardware.ram_total,

@@ -313,15 +313,18 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
                 "GET", url, headers=headers, timeout=TIMEOUT_S
             ) as answer:
                 http.hf_raise_for_status(answer)
-                skip = 0 if answer.status_code == 206 else start  # 200: all of the file comes
-                found = bytearray()
+                # Where the range is not heeded, all of the file is on its way; else the answer is
+                # read to its end, so that its connection serves again.
+                whole = answer.status_code != 206
+                skip = start if whole else 0
+                need, found = skip + stop - start, bytearray()
                 for piece in answer.iter_bytes():
                     found += piece
-                    if len(found) >= skip + stop - start:
+                    if len(found) > need or (whole and len(found) == need):
                         break
-            if len(found) < skip + stop - start:
+            if len(found) < need:
                 raise CheckpointError(f"{name} of {model.name} ends inside its header.")
-            return bytes(found[skip : skip + stop - start])
+            return bytes(found[skip:need])
         except transport as error:
             status = getattr(getattr(error, "response", None), "status_code", 503)
             if left == 0 or (status < 500 and status != 429):
