@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from osmium.cli.flags import add_bench_flags, add_engine_flags, add_server_flags
+from osmium.cli.planning import add_plan_flags
 from osmium.errors import OsmiumError
 
 __all__ = ["main", "serve"]
@@ -65,8 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--system", metavar="TEXT", help="the system message (none)")
     _sampling(chat)
     _timing(chat)
-    plan = add("plan", "Print the memory plan without loading.")
-    plan.add_argument("--json", action="store_true", help="as one JSON line")
+    add_plan_flags(add("plan", "Print what a model needs and does, before it is downloaded."))
     add("pack", "Quantise a model into a packed file; prints its path.")
     perplexity = add("perplexity", "Perplexity of a text; ends with one JSON line.")
     perplexity.add_argument("--text", required=True, metavar="FILE", help="a UTF-8 text file")

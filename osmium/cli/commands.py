@@ -18,6 +18,7 @@ from osmium.bench.report import compare, table
 from osmium.bench.speed import Settings, measure
 from osmium.cli.doctor import examine
 from osmium.cli.flags import BENCH, engine_options
+from osmium.cli.planning import plan
 from osmium.cli.progress import progress_bar
 from osmium.cli.timing import tell_timing
 from osmium.config import EngineConfig, Progress
@@ -25,7 +26,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError
-from osmium.loader import Loader, load, plan_for
+from osmium.loader import Loader, load
 from osmium.loader import pack as pack_model
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
@@ -176,13 +177,6 @@ def serve(args: argparse.Namespace) -> None:
 
 
 # -- looking and measuring ------------------------------------------------------------------------
-
-
-def plan(args: argparse.Namespace) -> None:
-    """The memory plan, before anything is loaded."""
-    model, options = engine_options(args)
-    made = plan_for(model, **options)
-    print(json.dumps(made.as_dict()) if args.json else made.table())
 
 
 def pack(args: argparse.Namespace) -> None:
