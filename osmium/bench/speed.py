@@ -21,7 +21,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from osmium.experts.cache import empty, verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
+__all__ = ["OnRow", "Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
 
 
 SAMPLED_SLOTS = 8
@@ -68,7 +68,17 @@ class Settings:
         return replace(greedy, temperature=self.temperature, top_k=20, top_p=0.95, seed=1)
 
 
-def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dict[str, Any]:
+OnRow = Callable[[dict[str, Any], int, float | None], None]
+"""Called with each row once it is measured, the number of rows left, and the seconds that these
+will take: None while a kind of row has not been timed yet."""
+
+
+def measure(
+    engine: Engine,
+    settings: Settings,
+    memory_gb_s: float = 0.0,
+    on_row: OnRow | None = None,
+) -> dict[str, Any]:
     """A document for JSON; `memory_gb_s` is the rate of VRAM.
 
     Raises: ConfigError where the sizes do not fit the engine.
@@ -83,10 +93,7 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "link_gb_s": engine.run_on_engine_thread(lambda: link_rate(engine)),
         "memory_gb_s": memory_gb_s,
     }
-    rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
-    for count in settings.parallel:
-        for depth in settings.depths:
-            rows.append(_decode(engine, depth, count, settings, rates))
+    rows = _rows(engine, settings, rates, on_row)
     checked = engine.run_on_engine_thread(lambda: _verify(engine))
     experts = engine.status()["experts"]
     plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
@@ -108,6 +115,32 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "swap_used": psutil.swap_memory().used,
         "host_memory": engine.host_memory,
     }
+
+
+def _rows(
+    engine: Engine, settings: Settings, rates: dict[str, float], on_row: OnRow | None
+) -> list[dict[str, Any]]:
+    """Every row; `on_row` is told each."""
+    prompts = [("prefill", tokens, 1, "") for tokens in settings.prompts]
+    decodes = [
+        ("decode", 1, count, depth) for count in settings.parallel for depth in settings.depths
+    ]
+    asked = [*prompts, *decodes]
+    rows: list[dict[str, Any]] = []
+    cost: dict[str, float] = {}  # seconds of a kind's last row, a token of its prompt for prefill
+    for number, (what, tokens, count, depth) in enumerate(asked, 1):
+        start = time.perf_counter()
+        if what == "prefill":
+            rows.append(_prefill(engine, tokens, settings, rates))
+        else:
+            rows.append(_decode(engine, depth, count, settings, rates))
+        cost[what] = (time.perf_counter() - start) / tokens
+        if on_row is not None:
+            left = asked[number:]
+            known = all(kind in cost for kind, *_ in left)
+            seconds = sum(cost.get(kind, 0) * size for kind, size, *_ in left)
+            on_row(rows[-1], len(left), seconds if known else None)
+    return rows
 
 
 def seed_state(engine: Engine) -> None:

@@ -14,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from osmium.cli.parser import Command, Help, parse
+from osmium.cli.parser import Command, Help, Usage, parse
 from osmium.errors import (
     CheckpointError,
     ConfigError,
@@ -107,8 +107,8 @@ def _line(error: BaseException) -> tuple[str | None, int]:
     """The line for people and the exit code; no line for a bug."""
     text = " ".join(str(error).split()) if not isinstance(error, OsmiumError) else str(error)
     if isinstance(error, OsmiumError):
-        if not text.startswith("osmium "):
-            text = f"osmium: {text}"  # a wrong flag's line begins with its command
+        if not isinstance(error, Usage):  # whose line begins with the command
+            text = f"osmium: {text}"
         return text, 2 if isinstance(error, REFUSED) else 1
     if _is_out_of_memory(error, text):
         return f"osmium: {_out_of_memory(text)}", 1

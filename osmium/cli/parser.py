@@ -25,7 +25,7 @@ from osmium.cli.flags import (
 from osmium.cli.values import choice, integer
 from osmium.errors import ConfigError
 
-__all__ = ["COMMANDS", "Command", "Usage", "main_help", "parse"]
+__all__ = ["COMMANDS", "Command", "Help", "Usage", "main_help", "parse"]
 
 
 class Usage(ConfigError):

@@ -86,7 +86,7 @@ def depths(text: str) -> str:
         except ValueError:
             value = -1.0
         if not math.isfinite(value) or value <= 0 or (one.endswith("%") and value > 100):
-            raise _wrong(text, "lengths such as 1k, 4096 or 90%, separated by commas")
+            raise _wrong(text, "one or more lengths such as 1k, 4096 or 90%, separated by commas")
     return text
 
 

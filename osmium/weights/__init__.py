@@ -19,6 +19,7 @@ from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
+from osmium.weights.local import folder_name
 from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
@@ -116,7 +117,7 @@ def open_model(
         packed = open_packed(path)
         _same_formats(packed, config)
         return packed
-    target = _target(config, path.resolve().name, str(path.resolve()))
+    target = _target(config, folder_name(path), str(path.resolve()))
     with _writing(target, progress):
         found = _reusable(target, path)
         if found is not None:
