@@ -32,7 +32,7 @@ def summary(found: dict[str, Any]) -> str:
         f"{found['model']} on {found['device']} (driver {found['driver']}, CUDA {found['cuda']}), "
         f"commit {found['commit']}, {found['date']}",
         f"{slots} of {experts} experts per layer cached, KV {found['kv_dtype']}"
-        + (f", {found['kv_cache_mb']} MiB" * bool(found.get("kv_cache_mb"))),
+        + (f", {found['kv_cache_mb']} MiB" if found.get("kv_cache_mb") else ""),
     ]
     if rates["memory_gb_s"]:
         lines.append(

@@ -60,6 +60,11 @@ class Settings:
     temperature: float = 0.0
     """Of decoded tokens; above 0 with top-k 20 and top-p .95, as models of today ask for."""
 
+    @property
+    def short_run(self) -> int:
+        """Tokens of the cold start, and of the warm one."""
+        return min(64, self.warm_up, self.tokens)
+
     def sampling(self, tokens: int) -> SamplingParams:
         """How so many tokens are drawn."""
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -89,6 +94,14 @@ def measure(
     ):  # fmt: skip
         if not value >= least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    for tokens in settings.prompts:
+        if tokens < 1 or tokens + 1 > engine.context:
+            raise ConfigError(
+                f"--prompt-tokens {tokens} does not fit the context of {engine.context} tokens."
+            )
+    for count in settings.parallel:
+        for depth in settings.depths:
+            _depth(engine, depth, count, settings)  # refused before the first row is measured
     rates = {
         "link_gb_s": engine.run_on_engine_thread(lambda: link_rate(engine)),
         "memory_gb_s": memory_gb_s,
@@ -186,10 +199,6 @@ def arrays(value: Any) -> Iterator[Any]:
 def _prefill(
     engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    if tokens < 1 or tokens + 1 > engine.context:
-        raise ConfigError(
-            f"--prompt-tokens {tokens} does not fit the context of {engine.context} tokens."
-        )
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
     for turn in range(settings.repeats + 1):
@@ -220,9 +229,8 @@ def _prefill(
 def _decode(
     engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    few = min(64, settings.warm_up, settings.tokens)
-    runs = settings.warm_up + settings.repeats * settings.tokens + few
-    context = _depth(engine, depth, count, runs, settings)
+    few = settings.short_run
+    context = _depth(engine, depth, count, settings)
     engine.run_on_engine_thread(lambda: _empty(engine))
     engine.run_on_engine_thread(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
@@ -285,9 +293,10 @@ def _empty(engine: Engine) -> None:
         empty(engine.runner.ops, engine.runner.store.cache)
 
 
-def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:
+def _depth(engine: Engine, depth: str, count: int, settings: Settings) -> int:
     """Tokens of context to stand at.  Raises: ConfigError."""
     plan = engine.plan
+    more = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
     room = min(engine.context, plan.num_pages * plan.page_size // count)
     text = depth.lower()
     try:
@@ -302,8 +311,9 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
         tokens = max(1, min(tokens, most))
     if not 0 < tokens <= most or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences of {tokens} tokens, and {more} generated tokens each with --tokens "
-            f"{settings.tokens}, do not fit {plan.max_num_seqs} sequences of {room} tokens. "
+            f"{count} sequences of {tokens} tokens, and {more} generated tokens each (--tokens "
+            f"{settings.tokens}, --repeats {settings.repeats}), do not fit: there is room for "
+            f"{plan.max_num_seqs} sequences of {room} tokens. "
             "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens

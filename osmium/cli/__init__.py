@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     finally:
         if before is not None:
-            _on_interrupt(signal.SIG_DFL)
+            _on_interrupt(_leave)  # Python still waits for threads
 
 
 def serve() -> int:
@@ -43,7 +43,7 @@ def serve() -> int:
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C while modules are imported: nothing is open yet, so nothing is unwound."""
+    """Ctrl-C before a command has begun, or after its end: nothing is open, nothing is unwound."""
     os._exit(130)
 
 

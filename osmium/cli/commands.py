@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
 from osmium.cli.answer import Rendered, render, respond, tokenizer_of
 from osmium.cli.chat import COMMANDS, Chat, banner, talk
@@ -32,6 +34,12 @@ __all__ = ["chat", "doctor", "logits", "pack", "perplexity", "plan", "pull", "ru
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
+
+
+def _note(text: str) -> None:
+    """For the person at the terminal, wrapped between words."""
+    console = Console(stderr=True, highlight=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 @contextmanager
@@ -166,12 +174,12 @@ def chat(args: argparse.Namespace) -> None:
 
         timing = ResponseTimes(engine) if args.timing else None
         talking = Chat(
-            engine, _params(args, engine), display, _say, system=args.system, think=args.think,
+            engine, _params(args, engine), display, _note, system=args.system, think=args.think,
             timing=timing,
         )  # fmt: skip
         if sys.stdin is not None and sys.stdin.isatty():
-            _say(banner(engine))
-        talk(talking, reader_for([*COMMANDS]), _say)
+            _note(banner(engine))
+        talk(talking, reader_for([*COMMANDS]), _note)
     finally:
         engine.close()
 

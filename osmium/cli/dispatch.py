@@ -14,7 +14,8 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from osmium.cli.parser import Command, Help, Usage, parse
+from osmium.cli.catalog import Command
+from osmium.cli.parser import Help, Usage, parse
 from osmium.errors import (
     CheckpointError,
     ConfigError,

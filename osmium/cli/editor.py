@@ -92,6 +92,7 @@ class _Editor:
         )
 
     def read(self) -> str:
+        print()  # between a response and the next message
         return self._session.prompt(PROMPT)
 
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from osmium.cli.progress import byte_amount
 from osmium.config import EngineConfig
 from osmium.errors import ConfigError
 from osmium.weights import cache_folder
@@ -43,7 +44,7 @@ def list_models(args: argparse.Namespace) -> None:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, row[6]]))
     total = sum(one.nbytes for one in models)
-    print(f"{total / 1e9:.2f} GB in {folder}")
+    print(f"{byte_amount(total)} in {folder}")
 
 
 def remove_models(args: argparse.Namespace) -> None:
@@ -61,11 +62,12 @@ def remove_models(args: argparse.Namespace) -> None:
         names = ", ".join(f"{one.name} ({_size(one)})" for one in chosen)
         print(f"Delete {names} from {folder}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise ConfigError("Nothing was deleted.")
+            print("Nothing was deleted.", file=sys.stderr)
+            return
     for one in chosen:
         models.remove(one)
         freed = remove(one, models)
-        print(f"{one.name} deleted, {freed / 1e9:.2f} GB free again")
+        print(f"{one.name} deleted, {byte_amount(freed)} free again")
 
 
 def named_model(model: str | None, cache_dir: str | None) -> str | None:
@@ -125,8 +127,8 @@ def _find(name: str, models: list[LocalModel], folder: Path) -> LocalModel:
 
 def _size(model: LocalModel) -> str:
     if model.nbytes == model.total:
-        return f"{model.total / 1e9:.2f} GB"
-    return f"{model.nbytes / 1e9:.2f} of {model.total / 1e9:.2f} GB"
+        return byte_amount(model.total)
+    return byte_amount(model.nbytes, model.total)
 
 
 def _ago(when: float | None) -> str:

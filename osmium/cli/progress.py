@@ -21,7 +21,7 @@ from rich.text import Text
 
 from osmium.config import Progress as Report
 
-__all__ = ["DELAY_S", "amount", "is_plain", "progress_bar", "stopped_stage"]
+__all__ = ["DELAY_S", "amount", "byte_amount", "is_plain", "progress_bar", "stopped_stage"]
 
 DELAY_S = 1.0
 """Seconds before a stage is shown: what is over by then needs no line."""
@@ -40,13 +40,16 @@ _last_stage: list[tuple[str, int, int]] = []
 def amount(stage: str, done: int, total: int) -> str:
     """ "1.2 of 63.0 GB", "1,024 of 6,000 tokens", "12 of 48 layers"."""
     unit = _UNITS.get(stage.split()[0] if stage else "", "")
-    if unit != "bytes":
-        return f"{done:,}" + (f" of {total:,}" if total else "") + (f" {unit}" if unit else "")
-    name, size = next(
-        ((n, s) for n, s in (("GB", 1e9), ("MB", 1e6)) if max(done, total) >= s), ("kB", 1e3)
-    )
-    shown = f"{done / size:.1f}" + (f" of {total / size:.1f}" if total else "")
-    return f"{shown} {name}"
+    if unit == "bytes":
+        return byte_amount(done, total)
+    return f"{done:,}" + (f" of {total:,}" if total else "") + (f" {unit}" if unit else "")
+
+
+def byte_amount(done: int, total: int = 0) -> str:
+    """ "63.0 GB", "1.2 of 63.0 GB"."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    name, size = next(((n, s) for n, s in units if max(done, total) >= s), units[-1])
+    return f"{done / size:.1f}" + (f" of {total / size:.1f}" if total else "") + f" {name}"
 
 
 def stopped_stage() -> tuple[str, int, int] | None:

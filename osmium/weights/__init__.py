@@ -268,8 +268,7 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
 
     Raises: ConfigError.
     """
-    path = _existing(model)
-    if path is None and model in (None, "demo"):
+    if model in (None, "demo"):  # a folder of that name is ./demo
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
