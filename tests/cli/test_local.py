@@ -185,7 +185,8 @@ def test_pull_takes_hub_ids_alone(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, starts = packing._write_parts, []
+    write = packing._write_parts
+    starts: list[int] = []
 
     def watched(file: Any, notes: Any, plan: Any, crcs: Any, progress: Progress) -> None:
         reports: list[int] = []
