@@ -5,7 +5,6 @@ The one place where the floors meet; what each step does is in its own module.
 
 import contextlib
 import gc
-import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
@@ -52,6 +51,7 @@ from osmium.weights import (
     open_weights,
 )
 from osmium.weights.info import packed_info, synthetic_info
+from osmium.weights.local import display_name, mark_used, usage_file
 from osmium.weights.placing import place
 from osmium.weights.synthetic import PREFIX, Synthetic
 
@@ -212,6 +212,9 @@ class Loader:
                 self.close()
 
         packed = self.packed
+        if owns_loader and isinstance(packed, Packed):
+            if packed.path.resolve().parent == cache_folder(options).resolve():
+                mark_used(packed.path)
         engine = Engine(
             runner,
             Seats(plan.num_pages, plan.page_size, plan.max_num_seqs),
@@ -301,8 +304,7 @@ class Loader:
             return None
         if not options.enable_expert_cache or packed.path == DEMO:
             return None
-        short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
-        return cache_folder(options) / f"{short}.usage"
+        return usage_file(cache_folder(options), packed.fingerprint)
 
     def _heat(self, options: EngineConfig) -> Heat | None:
         """What was hot when this model was last closed."""
@@ -332,14 +334,15 @@ class Loader:
         """Everything but the experts, to where kernels reach it fast."""
         ops, packed = self.ops, self.packed
         if self.gpu is None:
-            return upload(ops, _Tensors(packed), embed_on_host=False)
+            tensors = _Tensors(packed, self.progress)
+            return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.place(ops)
         layer = packed.config.num_experts * packed.record.nbytes
         room = ops.host((min(layer, ROOM),), np.uint8)
         try:
             with self._reading() as reading:
-                return place(ops, packed, reading, room)
+                return place(ops, packed, reading, room, self.progress)
         finally:
             with contextlib.suppress(DeviceError):
                 ops.synchronize()
@@ -355,7 +358,7 @@ class Loader:
         progress = self.progress
         if self.gpu is None:
             if self._arena is None:
-                self._arena = share_arena(record, packed.all_records())
+                self._arena = share_arena(record, packed.all_records(progress))
             if plan.expert_slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.expert_slots == experts and self._arena is None:
@@ -416,12 +419,16 @@ def _in_order(engine: Engine) -> bool:
 class _Tensors(Mapping[str, Any]):
     """A model's tensors by name, each made or mapped when it is asked for."""
 
-    def __init__(self, packed: Model) -> None:
-        self._packed = packed
+    def __init__(self, packed: Model, progress: Progress | None) -> None:
+        self._packed, self._progress = packed, progress
+        self._read = 0
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._packed.parts:
             raise KeyError(name)
+        if self._progress:
+            self._progress("weights", self._read, len(self))
+        self._read += 1
         return self._packed.tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -461,6 +468,4 @@ def _name(path: Path) -> str:
         return "demo"
     if str(path).startswith(PREFIX):
         return str(path)
-    parts = path.stem.split("-")
-    folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
-    return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
+    return display_name(path)

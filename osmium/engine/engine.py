@@ -29,6 +29,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     check_ids,
+    step_error,
 )
 from osmium.engine.runner import Reply, Runner
 from osmium.engine.sampler import no_token, plain, sample
@@ -391,8 +392,7 @@ class Engine:
         except Exception as error:  # whatever a step met, it fails its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
-            told = OsmiumError(f"A step failed: {error!r}")
-            failed = error if isinstance(error, OsmiumError) else told
+            failed = step_error(error)
             for request, _ in batch.parts:
                 self._finish(request, FinishReason.ERROR, failed)
             return

@@ -29,6 +29,7 @@ from osmium.weights.info import (
     shapes_info,
     synthetic_info,
 )
+from osmium.weights.local import folder_name
 from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
@@ -145,7 +146,7 @@ def open_model(
         packed = open_packed(path)
         _same_formats(packed, config)
         return packed
-    target = _target(config, path.resolve().name, str(path.resolve()))
+    target = _target(config, folder_name(path), str(path.resolve()))
     with _writing(target, progress):
         if found := _reusable(target, path):
             return found
@@ -425,11 +426,11 @@ def locate(model: str | os.PathLike[str] | None) -> Path | str:
 
     Raises: ConfigError.
     """
-    path = _existing(model)
-    if path is None and model in (None, "demo"):
+    if model in (None, "demo"):  # a folder of that name is ./demo
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
+    path = _existing(model)
     if path is not None:
         return path
     refuse_name(str(model))

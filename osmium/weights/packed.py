@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.config import ModelConfig
+from osmium.config import ModelConfig, Progress
 from osmium.errors import CheckpointError
 from osmium.ops import Linear
 from osmium.quant.record import Record
@@ -125,9 +125,11 @@ class Packed:
         """The experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
         return self._array(f"experts.{layer}")
 
-    def all_records(self) -> npt.NDArray[np.uint8]:
+    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
         for layer in range(self.config.num_layers):
+            if progress:
+                progress("experts", layer, self.config.num_layers)
             self.records(layer)
         first = self._entries["experts.0"]
         shape = (self.config.num_layers, *first.shape)

@@ -190,7 +190,9 @@ def write_packed(path: Path, source: Source, origin: Origin, progress: Progress 
                 os.posix_fallocate(file.fileno(), 0, plan.size)
             with open(journal, "ab") as notes:
                 if not crcs:
-                    _note(notes, {"key": plan.key})
+                    _note(
+                        notes, {"key": plan.key, "nbytes": {e.name: e.nbytes for e in plan.entries}}
+                    )
                 _write_parts(file, notes, plan, source, crcs, progress)
             text = plan.header(crcs)
             fixed = MAGIC + VERSION.to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
