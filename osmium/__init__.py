@@ -8,7 +8,10 @@ Names are loaded when they are first used, so that importing this is quick.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from osmium.distribution import conflict as _conflict
 
 if TYPE_CHECKING:
     from osmium.config import EngineConfig
@@ -34,3 +37,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
+
+
+if _found := _conflict():
+    warnings.warn(_found, stacklevel=2)

@@ -7,7 +7,7 @@ import contextlib
 import gc
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.planning import config_of, hardware_of, memory_plan, plan_for
-from osmium.text.chat import ChatTemplate
-from osmium.text.defaults import sampling_defaults
-from osmium.text.tokenizer import Tokenizer
+from osmium.text.files import Need, read_text_files
 from osmium.weights import (
     DEMO,
+    CheckpointFiles,
+    HubFiles,
     Model,
     ModelInfo,
     Packed,
@@ -72,14 +72,16 @@ def load(
     device: str = "auto",
     *,
     progress: Progress | None = None,
+    needs: Collection[Need] = (),
     **options: Any,
 ) -> Engine:
     """An engine for a checkpoint folder, a packed file, a hub id, or (None) the bundled demo.
 
-    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.
+    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.  A model
+    that lacks one of `needs` is refused before weights are packed or loaded.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    loader = Loader(path, device, progress=progress, final=True, **options)
+    loader = Loader(path, device, progress=progress, final=True, needs=needs, **options)
     try:
         return loader.engine(owns_loader=True)
     except BaseException:
@@ -123,6 +125,7 @@ class Loader:
         *,
         progress: Progress | None = None,
         final: bool = False,
+        needs: Collection[Need] = (),
         **options: Any,
     ) -> None:
         """As `load`.  A model that cannot fit is refused before it is downloaded or packed: by its
@@ -139,8 +142,12 @@ class Loader:
                 self.options,
                 progress,
                 _packing(self.gpu),
-                lambda info: self._check(info, final),
+                lambda info, files: self._check(info, files, final, needs),
             )
+            self.text = read_text_files(
+                self.packed, needs, demo=self.packed.path == DEMO,
+                synthetic=_is_synthetic(self.packed),
+            )  # fmt: skip
         except BaseException:
             self.close()
             raise
@@ -149,8 +156,16 @@ class Loader:
         self._weights: dict[str, Any] | None = None
         self._arena: ExpertArena | None = None
 
-    def _check(self, info: ModelInfo, final: bool) -> None:
-        """Raises: ConfigError where memory does not suffice for a model that is not packed yet."""
+    def _check(
+        self,
+        info: ModelInfo,
+        files: CheckpointFiles | HubFiles,
+        final: bool,
+        needs: Collection[Need],
+    ) -> None:
+        """Of a model that is not packed yet.  Raises: ConfigError where memory does not suffice,
+        CheckpointError where it lacks one of `needs`."""
+        read_text_files(files, needs)
         options = self.options
         if not final:  # engines may be made with less
             options = replace(options, context=2, kv_cache_mb=None, max_num_seqs=1)
@@ -203,9 +218,9 @@ class Loader:
             name=_name(packed.path),
             context=plan.context,
             device="cpu" if gpu is None else gpu.device.name,
-            tokenizer=_tokenizer(packed),
-            template=_template(packed),
-            defaults=sampling_defaults(packed.json("generation_config.json")),
+            tokenizer=self.text.tokenizer,
+            template=self.text.template,
+            defaults=self.text.defaults,
             on_thread=None if gpu is None else gpu.device.make_current,
             on_close=on_close,
             plan=plan,
@@ -235,9 +250,9 @@ class Loader:
                 return plan, runner
             slots = plan.fewer_slots(there)
             LOG.warning(
-                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
-                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
-                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                "The driver keeps %.2f GiB of the VRAM allocation in host memory: copies there run "
+                "at less than a quarter of %.0f GB/s. Using %d expert slots per layer, not %d. "
+                "Close other programs that use the GPU, or lower --vram.",
                 there / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
             )  # fmt: skip
             del runner
@@ -247,7 +262,7 @@ class Loader:
             plan = memory_plan(self._info, fewer, hardware_of(self.gpu, held, self._arena_bytes))
         raise OutOfMemory(
             f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
-            "slots per layer. Close what else uses the GPU, or lower --vram."
+            "slots per layer. Close other programs that use the GPU, or lower --vram."
         )
 
     def _runner(self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None) -> Runner:
@@ -282,7 +297,7 @@ class Loader:
         """Where this model's heat is kept; None where none is: of made-up models and of the demo,
         where every expert is resident, and with --no-hcs."""
         packed = self.packed
-        if isinstance(packed, Synthetic) or packed.fingerprint.startswith(PREFIX):
+        if _is_synthetic(packed):
             return None
         if not options.enable_expert_cache or packed.path == DEMO:
             return None
@@ -308,7 +323,7 @@ class Loader:
             return None
         if heat is not None:
             count = restore(self.ops, store.cache, store.arena, heat)
-            LOG.info("%d experts that were hot before are in their slots", count)
+            LOG.info("%d frequently used experts are in the cache", count)
         fingerprint = self.packed.fingerprint
         # The store's cache as of then: slots may have been shared out anew.
         return lambda: keep_heat(path, fingerprint, self.ops, store.cache)
@@ -359,7 +374,7 @@ class Loader:
         if heat is not None and plan.expert_slots < experts:
             each = quotas(heat, plan.expert_slots, config.top_k)
         if each is not None:
-            LOG.info("%d to %d expert slots a layer, by what was hot", min(each), max(each))
+            LOG.info("%d to %d expert slots per layer, by recorded usage", min(each), max(each))
         return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
@@ -419,17 +434,22 @@ class _Tensors(Mapping[str, Any]):
         return name in self._packed.parts  # Mapping's own would read it
 
 
+def _is_synthetic(packed: Model) -> bool:
+    """Whether its weights are random: made up, or packed."""
+    return packed.fingerprint.startswith(PREFIX)
+
+
 def _routing(path: str, packed: Model) -> Trace:
     """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
     config = packed.config
     found = read_trace(path, config.num_experts)
     ids, predicted = found.ids, found.predicted
-    if packed.fingerprint.startswith(PREFIX):  # it may have the first layers only
+    if _is_synthetic(packed):  # it may have the first layers only
         ids = ids[:, : config.num_layers]
         predicted = None if predicted is None else predicted[:, : config.num_layers]
     if ids.shape[1:] != (config.num_layers, config.top_k):
         raise ConfigError(
-            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts a token; the model "
+            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
             f"has {config.num_layers} of {config.top_k}."
         )
     return Trace(ids, found.starts, found.experts, predicted)
@@ -444,14 +464,3 @@ def _name(path: Path) -> str:
     parts = path.stem.split("-")
     folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
     return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
-
-
-def _tokenizer(packed: Model) -> Tokenizer | None:
-    raw = packed.file("tokenizer.json")
-    return None if raw is None else Tokenizer(raw)
-
-
-def _template(packed: Model) -> ChatTemplate | None:
-    return ChatTemplate.find(
-        packed.file("chat_template.jinja"), packed.json("tokenizer_config.json")
-    )

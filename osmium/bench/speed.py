@@ -154,7 +154,9 @@ def _prefill(
     engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
     if tokens < 1 or tokens + 1 > engine.context:
-        raise ConfigError(f"A prompt of {tokens} tokens does not fit {engine.context} of context.")
+        raise ConfigError(
+            f"--prompt-tokens {tokens} does not fit the context of {engine.context} tokens."
+        )
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
     for turn in range(settings.repeats + 1):
@@ -261,15 +263,15 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
         else:
             tokens = int(float(text.rstrip("k")) * (1024 if text.endswith("k") else 1))
     except ValueError:
-        raise ConfigError(f"A depth is {depth!r}; say 1k, 4096 or 90%.") from None
+        raise ConfigError(f"--depth is {depth!r}; write 1k, 4096 or 90%.") from None
     most = room - more - count * SPACING
     if text.endswith("%"):
         tokens = max(1, min(tokens, most))
     if not 0 < tokens <= most or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences at a depth of {tokens} tokens, {more} more of each by --tokens "
-            f"{settings.tokens}: there is room for {plan.max_num_seqs} sequences of {room} tokens. "
-            "Raise --context, --kv-cache-mb or --max-num-seqs."
+            f"{count} sequences of {tokens} tokens, and {more} generated tokens each with --tokens "
+            f"{settings.tokens}, do not fit {plan.max_num_seqs} sequences of {room} tokens. "
+            "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens
 
@@ -307,7 +309,7 @@ def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -
 def _experts(engine: Engine) -> dict[str, int]:
     found: dict[str, int] = engine.status()["experts"]
     if found["routed"] != found["hit"] + found["missed"]:
-        raise AssertionError(f"the counters of routed experts do not add up: {found}")
+        raise AssertionError(f"the expert counters do not add up: {found}")
     return found
 
 
@@ -319,7 +321,9 @@ def _need(engine: Engine, experts: dict[str, int], tokens: int) -> None:
     """Raises: AssertionError where fewer experts were asked for than so many tokens have."""
     asked = tokens * engine.config.num_layers * engine.config.top_k
     if experts["routed"] < asked:
-        raise AssertionError(f"{tokens} tokens ask for {asked} experts; counted were {experts}")
+        raise AssertionError(
+            f"{tokens} tokens route to {asked} experts; the counters have {experts}"
+        )
 
 
 def _hits(experts: dict[str, int]) -> float:

@@ -30,6 +30,7 @@ from osmium.loader import Loader, load
 from osmium.loader import pack as pack_model
 from osmium.server.app import ModelHost
 from osmium.server.app import serve as serve_host
+from osmium.text.files import Need
 from osmium.text.tokenizer import Tokenizer
 
 __all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
@@ -39,10 +40,10 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _engine(args: argparse.Namespace) -> Engine:
+def _engine(args: argparse.Namespace, *needs: Need) -> Engine:
     model, options = engine_options(args)
     with progress_bar() as progress:
-        engine = load(model, progress=progress, **options)
+        engine = load(model, progress=progress, needs=needs, **options)
     if getattr(args, "timing", False):
         tell_timing(engine)
     return engine
@@ -110,7 +111,8 @@ def _answer(engine: Engine, ids: list[int], params: SamplingParams) -> str:
 def run(args: argparse.Namespace) -> None:
     """One prompt, its answer on stdout."""
     text = sys.stdin.read() if args.prompt == "-" else args.prompt
-    engine = _engine(args)
+    needs: list[Need] = ["tokenizer"] if args.raw else ["tokenizer", "chat_template"]
+    engine = _engine(args, *needs)
     try:
         if args.raw:
             ids = _need_tokenizer(engine).encode(text)
@@ -124,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
 
 def chat(args: argparse.Namespace) -> None:
     """A conversation; an empty line or Ctrl-D ends it."""
-    engine = _engine(args)
+    engine = _engine(args, "tokenizer", "chat_template")
     system = [{"role": "system", "content": args.system}] if args.system else []
     messages: list[dict[str, Any]] = list(system)
     try:
@@ -157,12 +159,7 @@ def serve(args: argparse.Namespace) -> None:
                 progress(stage, done, total)
                 bar(stage, done, total)
 
-            engine = load(model, progress=both, **options)
-        try:
-            _need_tokenizer(engine)
-        except CheckpointError:
-            engine.close()
-            raise
+            engine = load(model, progress=both, needs=["tokenizer"], **options)
         _say(engine.plan.table())
         if args.timing:
             tell_timing(engine, while_serving=True)
@@ -201,7 +198,7 @@ def doctor(args: argparse.Namespace) -> None:
 def perplexity(args: argparse.Namespace) -> None:
     """Windows from an empty state each, tokens 2 .. n scored."""
     text = _read(args.text)
-    engine = _engine(args)
+    engine = _engine(args, "tokenizer")
     try:
         ids = _need_tokenizer(engine).encode(text, specials=False)
         with progress_bar() as progress, _recorded(engine, args.record_routing):

@@ -3,7 +3,7 @@
 import logging
 
 from osmium.config import EngineConfig
-from osmium.cuda.driver import Device
+from osmium.cuda.driver import Device, cuda_version
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine, copy_rates, memory_rate
 from osmium.errors import NoDevice
@@ -17,15 +17,17 @@ def open_gpu(config: EngineConfig) -> Machine | None:
     """The GPU, its link and its VRAM measured; None on the CPU, or where there is no GPU and none
     is required.
 
-    Raises: NoDevice.
+    Raises: DeviceError where there is a GPU that cannot be used as it is, unless it is too old.
     """
     if config.device == "cpu":
         return None
     try:
         device = Device()
-    except NoDevice:
+    except NoDevice as error:
         if config.device == "gpu":
             raise
+        level = logging.INFO if cuda_version() is None else logging.WARNING
+        LOG.log(level, "Running on the CPU. %s", error)
         return None
     kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
     if config.write_combined is not None:

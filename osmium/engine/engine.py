@@ -495,5 +495,5 @@ class Engine:
 
 
 def _not_given_out(error: Exception) -> OsmiumError:
-    LOG.warning("A reply could not be given out: %r", error)
-    return OsmiumError(f"The reply could not be given out: {error!r}")
+    LOG.warning("Could not deliver the response: %r", error)
+    return OsmiumError(f"Could not deliver the response: {error!r}")

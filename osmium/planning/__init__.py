@@ -3,6 +3,8 @@
 `plan_report` answers for `osmium plan`; `memory_plan` is what a load goes by.
 """
 
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,6 @@ from osmium.config import EngineConfig, Progress
 from osmium.engine.plan import CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
 from osmium.planning.alternatives import (
     Change,
-    Shapes,
     faster,
     instead,
     longest_context,
@@ -19,7 +20,7 @@ from osmium.planning.alternatives import (
 )
 from osmium.planning.hardware import config_of, hardware_for, hardware_of
 from osmium.planning.report import PlanReport
-from osmium.weights import inspect_model
+from osmium.weights import DEMO, ModelInfo, inspect_model
 
 __all__ = [
     "Change", "PlanReport", "config_of", "hardware_of", "memory_plan", "plan_for", "plan_report",
@@ -27,12 +28,33 @@ __all__ = [
 
 GIB = 1 << 30
 
+LOG = logging.getLogger("osmium.planning")
 
-def memory_plan(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> MemoryPlan:
+DEMO_MAX_CONTEXT = 262144
+"""Longest --context of the demo, in tokens; it was trained for 4,096."""
+
+
+def with_demo_context(model: ModelInfo, config: EngineConfig) -> ModelInfo:
+    """The demo accepts a --context beyond its training, with a warning, so that clients with long
+    prompts can be tried on it; other models refuse that."""
+    most, asked = model.config.max_context, config.context
+    if model.packed_path != DEMO or asked is None:
+        return model
+    if not most < asked <= DEMO_MAX_CONTEXT:
+        return model
+    LOG.warning(
+        "--context is %d; the demo was trained for %d tokens: its text after longer prompts makes "
+        "no sense.", asked, most,
+    )  # fmt: skip
+    return replace(model, config=replace(model.config, max_context=DEMO_MAX_CONTEXT))
+
+
+def memory_plan(model: ModelInfo, config: EngineConfig, hardware: HardwareInfo) -> MemoryPlan:
     """Where every byte of a model goes.
 
     Raises: DoesNotFit, with what would run instead; ConfigError for options that cannot be.
     """
+    model = with_demo_context(model, config)
     try:
         return plan_shapes(model, config, hardware)
     except DoesNotFit as error:
@@ -79,7 +101,7 @@ def plan_report(
     """
     config = config_of(device, options)
     hardware, assumptions = hardware_for(config, gpu, link_gb_s)
-    model = inspect_model(path, config, progress)
+    model = with_demo_context(inspect_model(path, config, progress), config)
     try:
         plan = plan_shapes(model, config, hardware)
     except DoesNotFit as error:

@@ -20,7 +20,7 @@ from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
 from osmium.weights.disk import check_disk, free_text, gb
-from osmium.weights.hub import HubModel, download, hub_id, hub_shards, look_up
+from osmium.weights.hub import HubModel, download, hub_id, hub_shards, look_up, small_file
 from osmium.weights.info import (
     ModelInfo,
     folder_info,
@@ -33,11 +33,19 @@ from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
 from osmium.weights.shards import Shards, open_shards, read_json
-from osmium.weights.synthetic import PREFIX, Synthetic, open_synthetic
+from osmium.weights.synthetic import Synthetic, open_synthetic, synthetic_name
+from osmium.weights.unsupported import (
+    refuse_checkpoint,
+    refuse_config,
+    refuse_file,
+    refuse_folder,
+    refuse_name,
+)
 
 __all__ = [
-    "DEMO", "Model", "ModelInfo", "Packed", "Reading", "cache_folder", "inspect_model", "locate",
-    "open_model", "open_packed", "open_weights", "resolve", "shapes_info",
+    "DEMO", "CheckpointFiles", "HubFiles", "Model", "ModelInfo", "Packed", "Reading",
+    "cache_folder", "inspect_model", "locate", "open_model", "open_packed", "open_weights",
+    "resolve", "shapes_info",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.weights")
@@ -45,11 +53,54 @@ LOG = logging.getLogger("osmium.weights")
 Model = Packed | Synthetic
 """What a model is loaded from."""
 
-Check = Callable[[ModelInfo], None]
-"""Called before anything is downloaded or packed; what it raises stops that."""
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 """The bundled model."""
+
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+"""What a synthetic model takes from it."""
+
+
+class CheckpointFiles:
+    """The small files of a checkpoint folder, as of Packed."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def file(self, name: str) -> bytes | None:
+        """None where it is not there.  Raises: CheckpointError."""
+        try:
+            return (self.path / name).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from None
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The same, parsed: an object.  Raises: CheckpointError."""
+        return read_json(self.path / name) if (self.path / name).is_file() else None
+
+
+class HubFiles:
+    """The small files of a hub model, downloaded when they are read."""
+
+    def __init__(self, model: HubModel) -> None:
+        self._model = model
+        self.path = Path(model.name)
+
+    def file(self, name: str) -> bytes | None:
+        """None where the hub has no such file.  Raises: ConfigError."""
+        path = small_file(self._model, name)
+        return None if path is None else path.read_bytes()
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The same, parsed: an object.  Raises: ConfigError, CheckpointError."""
+        path = small_file(self._model, name)
+        return None if path is None else read_json(path)
+
+
+Check = Callable[[ModelInfo, CheckpointFiles | HubFiles], None]
+"""Called before weights are downloaded or packed; what it raises stops that."""
 
 
 def open_weights(
@@ -63,8 +114,9 @@ def open_weights(
 
     Raises: ConfigError, CheckpointError.
     """
-    if isinstance(model, str) and model.startswith(PREFIX):
-        return open_synthetic(model, config)
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        return _made_up(synthetic, config)
     return open_model(model, config, progress, ops, check)
 
 
@@ -80,9 +132,10 @@ def open_model(
 
     Raises: ConfigError, CheckpointError.
     """
-    if isinstance(model, str) and model.startswith(PREFIX):
-        made_up = open_synthetic(model, config)
-        target = _target(config, model.replace(":", "-"), model)
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        made_up = _made_up(synthetic, config)
+        target = _target(config, synthetic.replace(":", "-"), synthetic)
         with _writing(target, progress):
             return _packed_synthetic(target, made_up, progress)
     path = locate(model)
@@ -96,11 +149,24 @@ def open_model(
     with _writing(target, progress):
         if found := _reusable(target, path):
             return found
+        refuse_checkpoint(path)
         checkpoint = _checkpoint(path, config)
         if check:
             shards, shapes = checkpoint.shards, (checkpoint.config, checkpoint.formats)
-            check(folder_info(path, str(model), *shapes, shards, target))
+            info = folder_info(path, str(model), *shapes, shards, target)
+            check(info, CheckpointFiles(path))
         return _packed_checkpoint(target, checkpoint, progress, ops)
+
+
+def _made_up(name: str, config: EngineConfig) -> Synthetic:
+    """A synthetic model with the bundled model's tokenizer and chat template, so that it can be
+    served."""
+    found = open_synthetic(name, config)
+    if DEMO.is_file():
+        demo = open_packed(DEMO)
+        texts = {name: demo.file(name) for name in TEXT_FILES}
+        found.files |= {name: raw for name, raw in texts.items() if raw is not None}
+    return found
 
 
 def inspect_model(
@@ -111,8 +177,9 @@ def inspect_model(
 
     Raises: ConfigError, CheckpointError.
     """
-    if isinstance(model, str) and model.startswith(PREFIX):
-        return synthetic_info(open_synthetic(model, config))
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        return synthetic_info(open_synthetic(synthetic, config))
     path = locate(model)
     if isinstance(path, str):
         target = _hub_target(config, path)
@@ -128,6 +195,7 @@ def inspect_model(
     target = _target(config, path.resolve().name, str(path.resolve()))
     if reusable := _reusable(target, path):
         return packed_info(str(model), reusable, "folder")
+    refuse_checkpoint(path)
     made = _checkpoint(path, config)
     return folder_info(path, str(model), made.config, made.formats, made.shards, target)
 
@@ -190,7 +258,7 @@ def _open_hub(
             return found
         info = hub_info(found, _hub_config(found), Formats.of(config), target)
         if check:
-            check(info)
+            check(info, HubFiles(found))
         _hub_checkpoint(found, config, progress)
         _announce(found, info)
         checkpoint = _checkpoint(download(found, progress), config)
@@ -229,6 +297,7 @@ def _look_up(name: str, target: Path) -> HubModel | Packed:
 
 
 def _hub_config(model: HubModel) -> ModelConfig:
+    refuse_config(model.texts[FILES[0]], model.name, model.files)
     return ModelConfig.from_hf(model.texts[FILES[0]], model.texts.get(FILES[1]))
 
 
@@ -347,23 +416,46 @@ def locate(model: str | os.PathLike[str] | None) -> Path | str:
 
     Raises: ConfigError.
     """
-    if model is None:
+    path = _existing(model)
+    if path is None and model in (None, "demo"):
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
-    path = Path(model).expanduser()
-    if path.is_file():
+    if path is not None:
         return path
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"{path} has no config.json, so it is no checkpoint.")
-        return path
+    refuse_name(str(model))
     name = hub_id(model)
     if name is None:
         raise ConfigError(
             f"{model} is neither a folder, nor a packed file, nor a hub id like owner/name."
         )
     return name
+
+
+def _existing(model: str | os.PathLike[str] | None) -> Path | None:
+    """A packed file or a checkpoint folder that is here; None where there is nothing of that name.
+
+    Raises: ConfigError for a file or a folder of another kind.
+    """
+    if model is None:
+        return None
+    try:
+        path = Path(model).expanduser()
+        is_file, is_dir = path.is_file(), path.is_dir()
+        has_config = is_dir and (path / "config.json").is_file()
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no access, too long, ~nobody, a null byte
+        name, why = str(model), getattr(error, "strerror", None) or str(error).rstrip(".")
+        short = name if len(name) <= 100 else f"{name[:100]}..."
+        raise ConfigError(f"{short!r} cannot be opened: {why}.") from None
+    if is_file:
+        refuse_file(path)
+    elif is_dir and not has_config:
+        refuse_folder(path)
+    return path if is_file or is_dir else None
 
 
 def resolve(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:

@@ -30,8 +30,9 @@ from osmium.weights.shards import (
     read_json,
     shards_of,
 )
+from osmium.weights.unsupported import refuse_files
 
-__all__ = ["HubFile", "HubModel", "download", "hub_id", "hub_shards", "look_up"]
+__all__ = ["HubFile", "HubModel", "download", "hub_id", "hub_shards", "look_up", "small_file"]
 
 TIMEOUT_S = 20.0
 """For an answer to begin."""
@@ -193,6 +194,7 @@ def _model(
 ) -> HubModel:
     """What is loaded of all that is listed.  Raises: CheckpointError."""
     if FILES[0] not in texts:
+        refuse_files(listed, name)
         raise CheckpointError(f"{name} has no {FILES[0]} on the hub, so it is no checkpoint.")
     if INDEX in texts:
         shards = sorted(set(listed_shards(texts[INDEX], name).values()))
@@ -245,6 +247,19 @@ def _refusals(name: str) -> Iterator[None]:
     except (transport, HFValidationError, OSError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(f"{name} could not be read from {site}: {first}") from None
+
+
+def small_file(model: HubModel, name: str) -> Path | None:
+    """A small file, downloaded into the cache; None where the model has no such file.
+
+    Raises: ConfigError.
+    """
+    from huggingface_hub import hf_hub_download
+
+    if name not in model.files:
+        return None
+    with _refusals(model.name):
+        return Path(hf_hub_download(model.name, name, revision=model.revision))
 
 
 # -- headers ---------------------------------------------------------------------------------------

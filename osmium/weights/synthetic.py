@@ -3,7 +3,8 @@
 `synthetic:NAME`, or `synthetic:NAME:LAYERS` for the first so many layers of it.  What a part holds
 depends on its name alone, so that any part can be made again, and compared, at any time: matrices
 are words of a counter (quant/noise.py), the same on every backend, made where they are to lie.
-Random routers pick uniformly: give a routing trace with it (--replay-routing).
+Random routers pick uniformly: give a routing trace with it (--replay-routing).  It has no token
+that ends a reply, and its text is the bundled model's tokens: ids beyond those are shown as ids.
 
 Shapes: the published configs of Qwen3.5-35B-A3B, -122B-A10B and -397B-A17B.
 """
@@ -29,17 +30,17 @@ from osmium.quant.noise import Pattern
 from osmium.quant.record import Record
 from osmium.weights.checkpoint import Formats, Part, inventory
 
-__all__ = ["PREFIX", "Synthetic", "open_synthetic"]
+__all__ = ["PREFIX", "Synthetic", "open_synthetic", "synthetic_name"]
 
 PREFIX = "synthetic:"
 
-_MADE = 1
+_MADE = 2
 """Counts the ways in which parts were made: a packed file of another way is made again."""
 
 _SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "key_heads": 2,
-        "value_heads": 4, "head_size": 32, "experts": 8, "top_k": 2, "inner": 32, "vocab": 256,
+        "value_heads": 4, "head_size": 32, "experts": 8, "top_k": 2, "inner": 32, "vocab": 8192,
     },
     "qwen3.5-35b-a3b": {
         "hidden": 2048, "layers": 40, "heads": 16, "kv_heads": 2, "head_dim": 256, "key_heads": 16,
@@ -57,6 +58,13 @@ _SHAPES: dict[str, dict[str, int]] = {
         "vocab": 248320,
     },
 }  # fmt: skip
+
+
+def synthetic_name(model: str | os.PathLike[str] | None) -> str | None:
+    """`synthetic:NAME[:LAYERS]` in small letters, however it is written; None for other models."""
+    if not isinstance(model, str) or not model.lower().startswith(PREFIX):
+        return None
+    return model.lower()
 
 
 def open_synthetic(name: str, options: EngineConfig) -> "Synthetic":
@@ -117,7 +125,7 @@ class Synthetic:
         return list(self.parts)
 
     def file(self, name: str) -> bytes | None:
-        """There is a config.json; there is no tokenizer, no template."""
+        """A small file: config.json, and what weights.open_weights takes from the bundled model."""
         return self.files.get(name)
 
     def json(self, name: str) -> dict[str, Any] | None:

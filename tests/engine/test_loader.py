@@ -13,17 +13,20 @@ import pytest
 
 import osmium
 from osmium import loader
+from osmium.config import EngineConfig
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
 from osmium.engine.plan import HardwareInfo, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
-from osmium.errors import ConfigError, NoDevice, OutOfMemory
+from osmium.errors import CheckpointError, ConfigError, NoDevice, OutOfMemory
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
-from osmium.weights import Packed
+from osmium.weights import DEMO, Packed, open_model
 from tests.engine.fakes import Reply
 from tests.models.build import CASES, Case, prompt, write_checkpoint
 from tests.models.run import runner
+from tests.server.scripted import TEMPLATE
+from tests.text.byte_level import byte_level_json
 from tests.tolerance import close, distance
 
 MIXED = CASES[0]
@@ -327,3 +330,100 @@ def test_importing_the_package_loads_no_numpy() -> None:
     code = "import sys, osmium; print('numpy' in sys.modules, callable(osmium.load))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "True"]
+
+
+# -- what is looked at before weights --------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of calls that would have read weights."""
+    read: list[str] = []
+
+    def noted(method: str) -> Any:
+        return lambda self, *args, **named: read.append(method)
+
+    for method in ("tensor", "all_records", "read_records", "reading"):
+        monkeypatch.setattr(Packed, method, noted(method))
+    monkeypatch.setattr("osmium.weights.write_packed", lambda *args: read.append("write_packed"))
+    return read
+
+
+TEXT = {"tokenizer.json": byte_level_json(), "chat_template.jinja": TEMPLATE.encode()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("files", "needs", "named"),
+    [
+        ({}, ["tokenizer"], "tokenizer.json"),
+        ({}, ["tokenizer", "chat_template"], "tokenizer.json"),
+        ({"tokenizer.json": TEXT["tokenizer.json"]}, ["tokenizer", "chat_template"], "template"),
+        ({**TEXT, "tokenizer.json": b"{}"}, [], "tokenizer.json"),
+        ({**TEXT, "chat_template.jinja": b"{% if %}"}, [], "template"),
+        ({**TEXT, "tokenizer_config.json": b"[]"}, [], "tokenizer_config.json"),
+        ({**TEXT, "generation_config.json": b"{"}, [], "generation_config.json"),
+    ],
+)
+def test_text_files_that_are_missing_or_damaged_are_found_before_weights_are_read(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    packed: bool,
+    files: dict[str, bytes],
+    needs: Any,
+    named: str,
+) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(MIXED, folder)
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    options: dict[str, Any] = {"gpu_expert_bits": 16, "cache_dir": str(tmp_path / "cache")}
+    if packed and "generation_config.json" not in files:  # that one is read to pack
+        open_model(folder, EngineConfig(**options))
+    read = request.getfixturevalue("no_weights")
+    with pytest.raises(CheckpointError, match=named):
+        osmium.load(folder, "cpu", needs=needs, **options)
+    assert read == []
+
+
+def test_a_model_with_its_text_files_has_what_is_needed(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(MIXED, folder)
+    for name, raw in TEXT.items():
+        (folder / name).write_bytes(raw)
+    made = osmium.load(
+        folder, "cpu", needs=["tokenizer", "chat_template"], gpu_expert_bits=16,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    assert made.tokenizer is not None and made.template is not None
+    made.close()
+
+
+# -- the demo's context ----------------------------------------------------------------------------
+
+
+def test_the_demo_takes_a_longer_context_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    made = osmium.load("demo", "cpu", context=32768)
+    longer = [one % 8000 for one in range(4200)]
+    reply = list(made.generate(longer, SamplingParams(max_tokens=4, ignore_eos=True)))
+    made.close()
+    assert len(reply) == 4
+    (warning,) = caplog.records
+    assert "32768" in warning.getMessage() and "4096" in warning.getMessage()
+    assert made.context == 32768
+    caplog.clear()
+    made = osmium.load(None, "cpu")
+    made.close()
+    assert made.context == 4096 and not caplog.records
+
+
+def test_a_context_beyond_all_reason_is_refused_of_the_demo() -> None:
+    with pytest.raises(ConfigError, match="4096"):
+        osmium.load(None, "cpu", context=1 << 30)
+
+
+def test_other_models_keep_to_the_context_that_they_were_made_for(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.osmium"
+    copy.write_bytes(DEMO.read_bytes())
+    with pytest.raises(ConfigError, match="32768"):
+        osmium.load(copy, "cpu", context=32768)

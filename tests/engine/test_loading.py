@@ -429,7 +429,7 @@ def test_a_cache_folder_that_cannot_be_written_fails_no_close(
     talk(engine)
     (tmp_path / "file").write_text("")
     engine.close()
-    assert engine.failure is None and "heat is not kept" in caplog.text
+    assert engine.failure is None and "cannot be saved" in caplog.text
 
 
 def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
@@ -451,7 +451,7 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
 
 
 def test_the_speed_of_loading_is_measured_beside_the_disks(packed: Packed) -> None:
-    tool = Path(__file__).parents[2] / "tools" / "load_speed"
+    tool = Path(__file__).parents[2] / "tools" / "bench_load"
     command = [sys.executable, str(tool), str(packed.path), "--gpu-expert-bits", "16"]
     done = subprocess.run(
         [*command, "--device", "cpu", "--context", "64"], capture_output=True, text=True

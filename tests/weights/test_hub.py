@@ -15,7 +15,7 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError
-from osmium.weights import disk, inspect_model, open_model, resolve
+from osmium.weights import CheckpointFiles, HubFiles, disk, inspect_model, open_model, resolve
 from osmium.weights.hub import hub_id, look_up
 from osmium.weights.info import ModelInfo
 from tests.models.build import hf_tensors
@@ -208,7 +208,8 @@ def test_a_check_can_stop_a_model_before_it_is_downloaded(
 ) -> None:
     seen = []
 
-    def check(info: ModelInfo) -> None:
+    def check(info: ModelInfo, files: CheckpointFiles | HubFiles) -> None:
+        assert files.json("config.json") and files.file("no_such.json") is None
         seen.append(info)
         raise ConfigError("too large")
 

@@ -1,4 +1,4 @@
-"""tools/timeline puts its stamps into every kernel's text, and what comes of it still assembles."""
+"""tools/kernel_timeline puts timestamps into every kernel's text, and that still assembles."""
 
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -11,16 +11,18 @@ from osmium.kernels.ptx import kernel
 from tests.ptx.kernels import NAMES
 from tests.ptx.test_contracts import assemble
 
-TOOL = Path(__file__).parents[2] / "tools" / "timeline"
+TOOL = Path(__file__).parents[2] / "tools" / "kernel_timeline"
 
 
 @pytest.fixture(scope="module")
 def tool() -> Any:
-    loader = SourceFileLoader("timeline", str(TOOL))
-    spec = spec_from_loader("timeline", loader)
+    loader = SourceFileLoader("kernel_timeline", str(TOOL))
+    spec = spec_from_loader("kernel_timeline", loader)
     assert spec is not None
     module = module_from_spec(spec)
-    loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(TOOL.parent)  # as it is for a tool that runs
+        loader.exec_module(module)
     return module
 
 
