@@ -27,8 +27,8 @@ LINK_GB_S = {
     (3, 8): 6.2, (3, 16): 12.4, (4, 8): 12.6, (4, 16): 25.0, (5, 8): 26.5, (5, 16): 53.0,
 }  # fmt: skip
 """GB/s of large copies from page-locked host memory, by PCIe generation and lanes.  Generation 5
-x16 is measured (H100, H200: 52 to 55, 2026-11), the others are its share of the signalling rate,
-which for generation 4 x16 others have measured, too (25.2 on a 4090)."""
+x16 is measured (H100, H200: 52 to 55, 2026-11); the others are the same share of their signalling
+rate, which agrees with a published 25.2 for generation 4 x16 (RTX 4090)."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ _NOISE = {
     "nvidia", "geforce", "rtx", "gpu", "graphics", "card", "generation", "blackwell", "workstation",
     "server", "edition", "max", "q", "sxm", "hbm", "quadro", "desktop",
 }  # fmt: skip
-"""Words of a GPU's name that tell it from no other one."""
+"""Words of a name that distinguish no GPU from another."""
 
 _WORDS = re.compile(r"ti|super|laptop|ada|pro|pcie|nvl|nvidia|geforce|rtx|sxm\d*|hbm\d*|[a-z]+|\d+")
 _SIZE = re.compile(r"(\d+)\s*g(?:i?b)?\b")
@@ -183,7 +183,7 @@ def find_gpu(text: str) -> GpuSpec:
 
 
 def _words(text: str) -> tuple[frozenset[str], int | None]:
-    """What tells a GPU from others: its words, and its GiB if they are said."""
+    """What distinguishes a GPU: the words of its name, and its GiB if the name has them."""
     lower = text.lower()
     size = _SIZE.search(lower)
     parts = _WORDS.findall(_SIZE.sub(" ", lower))

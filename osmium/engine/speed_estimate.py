@@ -35,7 +35,7 @@ HIDDEN, HIDDEN_PREFETCH = 0.20, 0.39
 """What of the shorter of both, link and GPU, is hidden behind the other: without prefetch, with."""
 
 ERROR = 0.15
-"""What estimates are said to be good to, where they were measured."""
+"""Stated accuracy of an estimate on the GPUs that were measured."""
 
 MEASURED = ("H100", "H200")
 """GPUs that the constants are fitted to, as in the driver's names."""

@@ -54,11 +54,11 @@ def hardware_for(
         raise ConfigError(f"--link is {link_gb_s:g}; it must be GB/s, as 25 of a PCIe 4.0 x16.")
     if gpu is not None and config.device == "cpu":
         raise ConfigError(f"--gpu {gpu} and --device cpu contradict each other; leave one out.")
-    said = []
+    assumed = []
     if gpu is not None:
         spec = find_gpu(gpu)
         hardware = specified(spec, spec.vram_bytes, link_gb_s)
-        said.append(
+        assumed.append(
             f"{spec.name} by its specification, with nothing else running on it: "
             f"{spec.vram_bytes / GIB:.1f} of {spec.vram_gib} GiB, copies inside VRAM at "
             f"{spec.vram_copy_gb_s:.0f} GB/s, {_link(spec, link_gb_s)}"
@@ -69,26 +69,26 @@ def hardware_for(
             if found is not None or config.vram is None or config.device == "cpu":
                 here = hardware_of(found)
                 if found is not None and link_gb_s is not None:
-                    said.append(f"a link of {link_gb_s:g} GB/s")
+                    assumed.append(f"a link of {link_gb_s:g} GB/s")
                     here = replace(here, link_gb_s=link_gb_s)
                 if found is None and config.device == "auto":
-                    said.append("there is no GPU here; --gpu NAME or --vram SIZE plans for one")
-                return here, tuple(said)
+                    assumed.append("there is no GPU here; --gpu NAME or --vram SIZE plans for one")
+                return here, tuple(assumed)
         finally:
             if found is not None:
                 found.close()
         spec = generic_gpu(config.vram)
         hardware = specified(spec, config.vram, link_gb_s)
-        said.append(
+        assumed.append(
             f"there is no GPU here: {spec.name}, VRAM of {GENERIC_GB_S} GB/s, compute capability "
             f"8.6, {_link(spec, link_gb_s)}; --gpu NAME plans for a known one"
         )
     if config.ram is None:
-        said.append(
+        assumed.append(
             f"this machine's host memory, {hardware.ram_total / GIB:.1f} GiB of which "
             f"{hardware.ram_available / GIB:.1f} are available; --ram SIZE plans for another"
         )
-    return hardware, tuple(said)
+    return hardware, tuple(assumed)
 
 
 def _link(spec: GpuSpec, link_gb_s: float | None) -> str:

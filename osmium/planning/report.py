@@ -6,13 +6,15 @@ from typing import Any
 
 from osmium.config import EngineConfig
 from osmium.engine.plan import DoesNotFit, HardwareInfo, MemoryPlan
+from osmium.errors import ConfigError
 from osmium.planning.alternatives import Change
 from osmium.weights import ModelInfo
+from osmium.weights.disk import check_disk
 
 __all__ = ["DISK_GB_S", "PlanReport"]
 
 DISK_GB_S = 2.0
-"""Of a usual NVMe drive, reading and writing; assumed, and said to be."""
+"""Of a usual NVMe drive, reading and writing; an assumption, and printed as one."""
 
 NUMPY_WEIGHTS_S = 70e6 * 8
 """Weights a second that NumPy quantises to INT4 on eight cores (70 million on each, 2026-11)."""
@@ -52,6 +54,15 @@ class PlanReport:
             "overhead": time.overhead_ms,
         }
         return max(parts, key=lambda name: parts[name])
+
+    @property
+    def disk_fits(self) -> bool:
+        """Whether there is room for what loading writes."""
+        try:
+            check_disk(self.model.disk_needs)
+        except ConfigError:
+            return False
+        return True
 
     @property
     def pack_s(self) -> float:
@@ -124,6 +135,8 @@ class PlanReport:
             "binds": self.binds,
             "max_context_tokens": self.max_context,
             "max_context_tokens_per_s": self.max_context_tokens_per_s,
+            "disk_needed_bytes": sum(need.nbytes for need in self.model.disk_needs),
+            "disk_fits": self.disk_fits,
             "assumed_disk_gb_s": DISK_GB_S,
             "pack_s": self.pack_s,
             "load_s": self.load_s,

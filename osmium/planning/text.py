@@ -7,7 +7,7 @@ from pathlib import Path
 
 from osmium.engine.speed_estimate import ERROR, MEASURED, STANDARD_CONTEXT
 from osmium.planning.report import DISK_GB_S, PlanReport
-from osmium.weights.disk import free_bytes, gb
+from osmium.weights.disk import free_text, gb
 
 __all__ = ["report_text"]
 
@@ -108,7 +108,7 @@ def _limit(report: PlanReport) -> str:
     plan = report.plan
     assert plan is not None
     time = plan.token_time()
-    said = []
+    sentences = []
     if time is not None:
         parts = {
             "link": f"the link, at {plan.link_gb_s:.0f} GB/s",
@@ -119,12 +119,12 @@ def _limit(report: PlanReport) -> str:
         text += f"VRAM {time.vram_ms:.1f}, kernel overhead {time.overhead_ms:.1f}"
         if time.link_ms:
             text += f", link {time.link_ms:.1f}, of which {time.overlap_ms:.1f} overlap"
-        said.append(text)
+        sentences.append(text)
     left = plan.ram_limit - sum(plan.ram.values())
     total = report.config.ram or report.hardware.ram_total
     if report.config.ram is not None and left < TIGHT * total:
-        said.append(f"Host memory is tight: {left / GIB:.1f} GiB are left for everything else")
-    return ". ".join(said)
+        sentences.append(f"Host memory is tight: {left / GIB:.1f} GiB are left for everything else")
+    return ". ".join(sentences)
 
 
 # -- files -----------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def _files(report: PlanReport) -> Iterator[str]:
     else:
         fetch = model.download_bytes
         if fetch is None:
-            yield from _entry("download", "of a size that the hub's cache does not say, offline")
+            yield from _entry("download", "of unknown size: the hub cannot be reached")
         elif fetch and model.download_to is not None:
             times = ", ".join(f"{_time(8 * fetch / rate)} at {name}" for rate, name in LINKS)
             yield from _entry("download", f"{gb(fetch)} to {_short(model.download_to)}: {times}")
@@ -155,16 +155,12 @@ def _files(report: PlanReport) -> Iterator[str]:
 
 
 def _disk(report: PlanReport) -> str:
-    model = report.model
-    assert model.packed_path is not None
-    places = {model.packed_path.parent: model.packed_bytes}
-    if model.download_to is not None and model.download_bytes:
-        places[model.download_to] = model.download_bytes
-    needed, free = sum(places.values()), min(free_bytes(place) for place in places)
-    text = f"{gb(needed)} in all, {gb(free)} free"
-    if needed > free:
-        text += ": too little, unless HF_HOME and --cache-dir are on other disks"
-    if model.download_bytes:
+    needs = report.model.disk_needs
+    text = f"{gb(sum(need.nbytes for need in needs))} in all, {free_text(needs)} free"
+    if not report.disk_fits:
+        text += ": too little; " + " and ".join(need.setting for need in needs)
+        text += " choose other disks" if len(needs) > 1 else " chooses another disk"
+    if report.model.download_bytes:
         text += ". The download may be deleted once it is packed"
     return text
 

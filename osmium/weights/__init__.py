@@ -19,7 +19,7 @@ from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
-from osmium.weights.disk import DiskNeed, check_disk, free_bytes, gb
+from osmium.weights.disk import check_disk, free_text, gb
 from osmium.weights.hub import HubModel, download, hub_id, hub_shards, look_up, small_file
 from osmium.weights.info import (
     ModelInfo,
@@ -250,8 +250,8 @@ def _open_hub(
     ops: Ops | None,
     check: Check | None,
 ) -> Packed:
-    """A hub model's packed file.  Says what is downloaded, and refuses before the first byte of a
-    weight where names, formats, memory (by `check`) or disk do not suit."""
+    """A hub model's packed file.  Logs what will be downloaded, and raises before the first byte of
+    a weight where names, formats, memory (by `check`) or disk do not suit."""
     target = _hub_target(config, name)
     with _writing(target, progress):
         found = _look_up(name, target)
@@ -268,8 +268,8 @@ def _open_hub(
 
 
 def _look_up(name: str, target: Path) -> HubModel | Packed:
-    """The packed file of a hub model where it is of what the hub has now, or nothing says that it
-    is not; else what the hub has."""
+    """The packed file of a hub model if it was made from the hub's current files, or if the hub
+    cannot be reached; else what the hub has."""
     packed = None
     if target.is_file():
         with contextlib.suppress(CheckpointError):  # damaged or of another version: packed again
@@ -314,23 +314,14 @@ def _hub_checkpoint(model: HubModel, config: EngineConfig, progress: Progress | 
 
 
 def _announce(model: HubModel, info: ModelInfo) -> None:
-    """Say what is about to be downloaded and written, and where.  Raises: ConfigError where a disk
-    has too little room."""
-    assert info.packed_path is not None
-    fetch, folder = info.download_bytes or 0, info.packed_path.parent
-    partial = info.packed_path.with_name(info.packed_path.name + ".partial")
-    begun = partial.stat().st_blocks * 512 if partial.is_file() else 0
-    pack = max(0, info.packed_bytes - begun)
-    needs = [
-        DiskNeed("the checkpoint", model.cache, fetch, "HF_HOME"),
-        DiskNeed("the packed file", folder, pack, "--cache-dir"),
-    ]
-    count = len(model.missing)
-    loading = f"downloading {gb(fetch)} ({count} files) to {model.cache}, then " if count else ""
+    """Log what will be downloaded and written, and where.  Raises: ConfigError where a disk has too
+    little room."""
+    needs, count = info.disk_needs, len(model.missing)
+    fetch = f"downloading {gb(info.download_bytes or 0)} ({count} files) to {model.cache}, then "
     LOG.warning(
-        "%s: %spacking %s into %s; %s of disk in all, %s free.", model.name, loading,
-        gb(pack), folder, gb(fetch + pack),
-        " and ".join(dict.fromkeys(gb(free_bytes(need.folder)) for need in needs if need.nbytes)),
+        "%s: %spacking %s into %s; %s of disk in all, %s free.", model.name, fetch if count else "",
+        gb(needs[-1].nbytes), needs[-1].folder, gb(sum(need.nbytes for need in needs)),
+        free_text(needs),
     )  # fmt: skip
     check_disk(needs)
 

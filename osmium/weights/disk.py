@@ -7,7 +7,7 @@ from pathlib import Path
 
 from osmium.errors import ConfigError
 
-__all__ = ["DiskNeed", "check_disk", "free_bytes", "gb"]
+__all__ = ["DiskNeed", "check_disk", "free_bytes", "free_text", "gb"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,11 @@ def check_disk(needs: Sequence[DiskNeed]) -> None:
                 f"Not enough disk: {parts}; {gb(free)} are free there, {gb(total)} are needed. "
                 f"Free some, or choose another disk with {ways}."
             )
+
+
+def free_text(needs: Sequence[DiskNeed]) -> str:
+    """What is free where it is needed, for people: "80.1 GB", "80.1 GB and 2.0 GB" of two disks."""
+    return " and ".join(dict.fromkeys(gb(free_bytes(need.folder)) for need in needs))
 
 
 def gb(nbytes: float) -> str:

@@ -53,7 +53,7 @@ class HubFile:
     """One file on the hub."""
 
     nbytes: int | None
-    """None where neither the hub nor the cache says."""
+    """None where neither the hub nor the cache has it."""
     etag: str
     """sha256 of a large file, git's hash of a small one: another for other contents."""
 
@@ -128,7 +128,7 @@ def hub_id(model: str | os.PathLike[str] | None) -> str | None:
 
 
 def look_up(name: str) -> HubModel:
-    """A model by its hub id; what the cache has of it where the hub cannot be asked.
+    """A model by its hub id; what the cache has of it where the hub cannot be reached.
 
     Raises: ConfigError, CheckpointError.
     """
@@ -328,8 +328,8 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
                 "GET", url, headers=headers, timeout=TIMEOUT_S
             ) as answer:
                 http.hf_raise_for_status(answer)
-                # Where the range is not heeded, all of the file is on its way; else the answer is
-                # read to its end, so that its connection serves again.
+                # A server without ranges sends all of the file: stop early.  Else read to the end,
+                # so that the connection is reused.
                 whole = answer.status_code != 206
                 skip = start if whole else 0
                 need, found = skip + stop - start, bytearray()

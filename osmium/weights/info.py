@@ -8,6 +8,7 @@ from typing import Literal
 from osmium.config import ModelConfig
 from osmium.quant.record import Record
 from osmium.weights.checkpoint import Formats, Part, inventory
+from osmium.weights.disk import DiskNeed
 from osmium.weights.hub import HubModel
 from osmium.weights.packed import FILES, Packed
 from osmium.weights.packing import packed_size
@@ -46,6 +47,20 @@ class ModelInfo:
     """Of what is not on this machine yet; None where that is not known."""
     download_to: Path | None = None
     """The hub's cache, where something is downloaded."""
+
+    @property
+    def disk_needs(self) -> list[DiskNeed]:
+        """What loading it writes to disk, beyond what a stopped packing has left to go on from."""
+        if self.is_packed or self.packed_path is None:
+            return []
+        partial = self.packed_path.with_name(self.packed_path.name + ".partial")
+        begun = partial.stat().st_blocks * 512 if partial.is_file() else 0
+        pack = max(0, self.packed_bytes - begun)
+        found = [DiskNeed("the packed file", self.packed_path.parent, pack, "--cache-dir")]
+        if self.download_to is not None and self.download_bytes:
+            fetch = self.download_bytes
+            found.insert(0, DiskNeed("the checkpoint", self.download_to, fetch, "HF_HOME"))
+        return found
 
 
 def shapes_info(

@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 LARGE, SMALL = (f"synthetic:{name}" for name in SMALLER)
 
-HUB = "somebody/Small-7B-A1B"
+HUB = "owner/Small-7B-A1B"
 
 OPTIONS: dict[str, Any] = {"context": 256, "page_size": 16, "prefill_chunk": 64, "ram": 2 * GIB}
 
@@ -423,8 +423,13 @@ def test_a_hub_models_report_has_its_download(
     text = report_text(report(HUB, cache_dir=cache, gpu="4090", ram=64 * GIB))
     for word in ("download", str(tmp_path / "hub"), "1 Gbit/s", "pack", cache, "disk", "load"):
         assert word in text
-    monkeypatch.setattr("osmium.planning.text.free_bytes", lambda place: 1000)
-    assert "too little" in report_text(report(HUB, cache_dir=cache, gpu="4090", ram=64 * GIB))
+    assert report(HUB, cache_dir=cache, gpu="4090", ram=64 * GIB).disk_fits
+    with monkeypatch.context() as full:
+        full.setattr("osmium.weights.disk.free_bytes", lambda folder: 1000)
+        found = report(HUB, cache_dir=cache, gpu="4090", ram=64 * GIB)
+        assert not found.disk_fits and not found.as_dict()["disk_fits"]
+        for word in ("too little", "HF_HOME", "--cache-dir", "1.0 kB free"):
+            assert word in report_text(found)
     open_model(HUB, EngineConfig(cache_dir=cache))
     after = report_text(report(HUB, cache_dir=cache, gpu="4090", ram=64 * GIB))
     assert "packed already" in after and "download" not in after

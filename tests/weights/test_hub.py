@@ -25,7 +25,7 @@ from tests.weights.stand_in_hub import HubFile, StandInHub, folder_files, use
 
 ROOT = Path(__file__).resolve().parents[2]
 
-NAME = "somebody/Small-7B-A1B"
+NAME = "owner/Small-7B-A1B"
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def test_a_hub_that_does_not_answer_is_as_no_network(
     inspect_model(NAME, config)
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     assert inspect_model(NAME, config).download_bytes is None
-    with pytest.raises(ConfigError, match=r"somebody/other"):
-        inspect_model("somebody/other", config)
+    with pytest.raises(ConfigError, match=r"owner/other"):
+        inspect_model("owner/other", config)
 
 
 def test_a_model_that_is_in_the_cache_needs_no_network(
@@ -156,7 +156,7 @@ def test_a_model_that_is_in_the_cache_needs_no_network(
 # -- refused before the first byte -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["somebody/no-such-model", "Somebody/" + NAME.split("/")[1]])
+@pytest.mark.parametrize("name", ["owner/no-such-model", "another/" + NAME.split("/")[1]])
 def test_a_model_that_is_not_there_is_refused_by_name(
     name: str, hub: StandInHub, config: EngineConfig
 ) -> None:
