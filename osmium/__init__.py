@@ -12,6 +12,7 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 from osmium.distribution import conflict as _conflict
+from osmium.distribution import version as _version
 
 if TYPE_CHECKING:
     from osmium.config import EngineConfig
@@ -32,6 +33,8 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version() or "0+unknown"
     if name not in _WHERE:
         raise AttributeError(f"module 'osmium' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)

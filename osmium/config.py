@@ -28,14 +28,14 @@ class ModelConfig:
 
     model_type: str
     """HF's model_type, which is also the name of the file in models/."""
-    vocab: int
-    hidden: int
+    vocab_size: int
+    hidden_size: int
     """D."""
-    mixers: tuple[Mixer, ...]
+    layer_types: tuple[Mixer, ...]
     """One a layer."""
-    heads: int
+    num_heads: int
     """Query heads H of an attention layer."""
-    kv_heads: int
+    num_kv_heads: int
     """Key and value heads G."""
     head_dim: int
     rotary_dim: int
@@ -49,26 +49,26 @@ class ModelConfig:
     """dk, values of a key head."""
     value_dim: int
     """dv, values of a value head."""
-    experts: int
+    num_experts: int
     """E, routed experts a layer."""
     top_k: int
     """A, experts a token activates."""
-    expert_size: int
+    moe_intermediate_size: int
     """I, inner size of a routed expert."""
-    shared_size: int
+    shared_intermediate_size: int
     """Inner size of the shared expert."""
     eps: float
     max_context: int
     """Tokens the model was made for."""
-    tied_head: bool
+    tie_word_embeddings: bool
     """The head is the embedding."""
-    eos: tuple[int, ...]
+    eos_token_ids: tuple[int, ...]
     """Ids that end a reply: config.json's and generation_config.json's together, ascending."""
 
     @property
-    def layers(self) -> int:
+    def num_layers(self) -> int:
         """L."""
-        return len(self.mixers)
+        return len(self.layer_types)
 
     @property
     def channels(self) -> int:
@@ -102,11 +102,11 @@ class ModelConfig:
         partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
         made = cls(
             model_type=model_type,
-            vocab=read.positive("vocab_size"),
-            hidden=read.positive("hidden_size"),
-            mixers=_mixers(text, layers),
-            heads=read.positive("num_attention_heads"),
-            kv_heads=read.positive("num_key_value_heads"),
+            vocab_size=read.positive("vocab_size"),
+            hidden_size=read.positive("hidden_size"),
+            layer_types=_mixers(text, layers),
+            num_heads=read.positive("num_attention_heads"),
+            num_kv_heads=read.positive("num_key_value_heads"),
             head_dim=head_dim,
             rotary_dim=int(head_dim * _number("partial_rotary_factor", partial)),
             rope_theta=_number("rope_theta", rope.get("rope_theta", text.get("rope_theta"))),
@@ -114,16 +114,16 @@ class ModelConfig:
             value_heads=read.positive("linear_num_value_heads"),
             key_dim=read.positive("linear_key_head_dim"),
             value_dim=read.positive("linear_value_head_dim"),
-            experts=read.positive("num_experts"),
+            num_experts=read.positive("num_experts"),
             top_k=read.positive("num_experts_per_tok"),
-            expert_size=read.positive("moe_intermediate_size"),
-            shared_size=read.positive("shared_expert_intermediate_size"),
+            moe_intermediate_size=read.positive("moe_intermediate_size"),
+            shared_intermediate_size=read.positive("shared_expert_intermediate_size"),
             eps=_number("rms_norm_eps", text.get("rms_norm_eps")),
             max_context=read.positive("max_position_embeddings"),
-            tied_head=bool(
+            tie_word_embeddings=bool(
                 config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
-            eos=_eos(text, config, generation or {}),
+            eos_token_ids=_eos(text, config, generation or {}),
         )
         made._check(text)
         return made
@@ -137,10 +137,11 @@ class ModelConfig:
             (not text.get("attention_bias"), "attention_bias", "false"),
             (text.get("norm_topk_prob", True) is True, "norm_topk_prob", "true"),
             (not text.get("mlp_only_layers"), "mlp_only_layers", "empty"),
-            (self.top_k <= self.experts, "num_experts_per_tok", "at most num_experts"),
-            (self.experts <= 1024, "num_experts", "at most 1024"),
+            (self.top_k <= self.num_experts, "num_experts_per_tok", "at most num_experts"),
+            (self.num_experts <= 1024, "num_experts", "at most 1024"),
             (self.top_k <= 32, "num_experts_per_tok", "at most 32"),
-            (self.heads % self.kv_heads == 0, "num_attention_heads", "a multiple of the KV heads"),
+            (self.num_heads % self.num_kv_heads == 0,
+             "num_attention_heads", "a multiple of the KV heads"),
             (self.value_heads % self.key_heads == 0,
              "linear_num_value_heads", "a multiple of the key heads"),
             (self.head_dim % 32 == 0 and self.head_dim <= 256, "head_dim", "32, 64 ... 256"),
@@ -150,9 +151,10 @@ class ModelConfig:
              "linear_key_head_dim", "32, 64, 96 or 128"),
             (self.value_dim % 32 == 0 and self.value_dim <= 128, "linear_value_head_dim",
              "32, 64, 96 or 128"),
-            (self.hidden % 32 == 0, "hidden_size", "a multiple of 32"),
-            (self.expert_size % 16 == 0, "moe_intermediate_size", "a multiple of 16"),
-            (self.shared_size % 16 == 0, "shared_expert_intermediate_size", "a multiple of 16"),
+            (self.hidden_size % 32 == 0, "hidden_size", "a multiple of 32"),
+            (self.moe_intermediate_size % 16 == 0, "moe_intermediate_size", "a multiple of 16"),
+            (self.shared_intermediate_size % 16 == 0,
+             "shared_expert_intermediate_size", "a multiple of 16"),
         ]  # fmt: skip
         for holds, key, rule in rules:
             if not holds:
@@ -243,26 +245,26 @@ class EngineConfig:
     """Bytes of VRAM to plan for, the CUDA context included; None takes what is free."""
     ram: int | None = None
     """Bytes of host memory to plan for; None takes what the system reports."""
-    ram_floor: int | None = None
+    min_free_ram: int | None = None
     """Bytes of host memory below which the engine stops; None is 0.5 % of it, at least 512 MiB."""
-    slots: int | None = None
+    expert_slots: int | None = None
     """At most this many expert slots a layer."""
-    hcs: bool = True
+    enable_expert_cache: bool = True
     """Keep hot experts in VRAM; without it a layer has no more slots than a token needs."""
     prefetch: bool = True
     """Fetch an expert that the next layer may ask for while the link has nothing else to do; from
     compute capability 9.0 on."""
-    wc_alloc: bool | None = None
+    write_combined: bool | None = None
     """Write-combined host memory for experts that stay there: False forbids, None and True take
     it.  tools/dma_bandwidth.py says which suits this machine."""
-    chunk: int = 512
+    prefill_chunk: int = 512
     """Most tokens of a prefill step."""
-    page: int = 64
+    page_size: int = 64
     """Tokens a page of KV."""
-    sequences: int | None = None
+    max_num_seqs: int | None = None
     """Most requests whose state is held at once, others wait; None is 4, or as many as a step has
     rows."""
-    routing: str | None = None
+    replay_routing: str | None = None
     """A trace that is replayed instead of the router's choice, for benchmarks on random weights."""
     cache_dir: str | None = None
     """Where packed files go; None is $XDG_CACHE_HOME/osmium."""
@@ -280,15 +282,23 @@ class EngineConfig:
             if value not in known:
                 names = ", ".join(str(one) for one in known)
                 raise ConfigError(f"{_flag(name)} is {value!r}; it must be one of {names}.")
-        least = {"chunk": 1, "page": 1}
+        for name in ("vram", "ram", "min_free_ram"):
+            size = getattr(self, name)
+            if isinstance(size, int) and 0 < size < MIN_BYTES:
+                hint = f" For {size} GiB say {_flag(name)} {size}G, in Python {size} << 30."
+                raise ConfigError(
+                    f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
+                    + hint * (size <= 4096)
+                )
+        least = {"prefill_chunk": 1, "page_size": 1}
         optional = {
             "kv_cache_mb": 1,
             "context": 2,
             "vram": 1,
             "ram": 1,
-            "ram_floor": 1,
-            "slots": 1,
-            "sequences": 1,
+            "min_free_ram": 1,
+            "expert_slots": 1,
+            "max_num_seqs": 1,
         }
         for name, low in {**least, **optional}.items():
             value = getattr(self, name)
@@ -301,6 +311,8 @@ class EngineConfig:
 
 
 def _flag(name: str) -> str:
+    """The flag that sets an EngineConfig field."""
+    name = {"enable_expert_cache": "hcs", "write_combined": "wc-alloc"}.get(name, name)
     return "--" + name.replace("_", "-")
 
 
@@ -309,25 +321,47 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
 
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+MIN_BYTES = 1 << 20
+"""The least that a size in bytes may be: 32 in place of 32 GiB is a mistake, not a budget."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "18G", "512M", "1.5T" or "4096": units are binary.  Raises: ConfigError."""
-    word = text.strip().lower().removesuffix("ib").removesuffix("b")
-    number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m", "g", "t") else (word, "")
-    try:
-        value = float(number) * _UNITS[unit]
-    except ValueError:
-        value = -1.0
-    if not math.isfinite(value) or value <= 0:
+    """Bytes of "18G", "512M", "1.5T" or "4096B": units are binary, and one has to be given.
+
+    Raises: ConfigError.
+    """
+    number = _number_of(text.strip().lower())
+    if number is not None:
+        hint = f"say {number:g}G" if number <= 4096 else "write one, as in 32G or 512M"
+        raise ConfigError(f"{text!r} has no unit: {hint} ({text.strip()}B would be bytes).")
+    word = text.strip().lower().removesuffix("b").removesuffix("i")
+    value = _number_of(word)
+    if value is None and word[-1:] in _UNITS:
+        value = _number_of(word[:-1])
+        value = None if value is None else value * _UNITS[word[-1]]
+    if value is None:
         raise ConfigError(f"{text!r} is not a size; write a number and K, M, G or T, as in 18G.")
     return int(value)
 
 
 def parse_count(text: str) -> int:
     """Tokens of "32k" (32 * 1024) or "32768".  Raises: ConfigError."""
+    word = text.strip().lower()
+    value = _number_of(word)
+    if value is None and word[-1:] in _UNITS:
+        value = _number_of(word[:-1])
+        value = None if value is None else value * _UNITS[word[-1]]
+    if value is None:
+        raise ConfigError(f"{text!r} is not a number of tokens; write 32768 or 32k.")
+    return int(value)
+
+
+def _number_of(word: str) -> float | None:
+    """A positive number that is all of the word; None for anything else."""
     try:
-        return parse_size(text)
-    except ConfigError:
-        raise ConfigError(f"{text!r} is not a number of tokens; write 32768 or 32k.") from None
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None

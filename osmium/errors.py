@@ -65,7 +65,7 @@ class CudaError(DeviceError):
 
     def __init__(self, message: str, *, call: str, name: str, code: int, lost: bool) -> None:
         super().__init__(message)
-        self.call, self.name, self.code, self.lost = call, name, code, lost
+        self.call, self.name, self.code, self.context_lost = call, name, code, lost
 
 
 class RequestError(OsmiumError):

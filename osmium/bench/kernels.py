@@ -64,7 +64,7 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
     try:
         device = Device()
     except NoDevice as error:
-        raise ConfigError(f"osmium bench kernels times a GPU's kernels. {error}") from None
+        raise ConfigError(f"`osmium bench kernels` needs a GPU. {error}") from None
     rates = {"VRAM": memory_rate(device), "link": copy_rates(device, ["pinned"])["pinned"]}
     machine, rows = Machine(device, "pinned"), []
     say(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
@@ -111,7 +111,7 @@ class Cases:
         self.each = tokens * self.config.top_k
         """Pairs of a token and an expert."""
         self.work = w = make_workspace(ops, self.config, tokens)
-        self.norm = self._noise((self.config.hidden,), np.float32)
+        self.norm = self._noise((self.config.hidden_size,), np.float32)
         for array in (w.x, w.y, w.qgkv, w.q, w.qkvz, w.qkv, w.ab, w.decay, w.beta, w.scores,
                       w.weights):  # fmt: skip
             fill_noise(ops, array)
@@ -124,7 +124,7 @@ class Cases:
         """Of all operations, or those that hold `only`.  Raises: ConfigError where none does."""
         if found := [name for name in MAKERS if only is None or only in name]:
             return found
-        raise ConfigError(f"--only is {only!r}; operations are {', '.join(MAKERS)}.")
+        raise ConfigError(f"--filter is {only!r}; the operations are {', '.join(MAKERS)}.")
 
     def make(self, name: str) -> Calls:
         """A call on each set of inputs."""
@@ -133,12 +133,15 @@ class Cases:
 
     def uncounted(self, name: str) -> float:
         """Bytes that one call moves and no contract counts."""
-        counts = {"gated_attention": self._kept() * self.depth, "sample": 4 * self.config.vocab}
+        counts = {
+            "gated_attention": self._kept() * self.depth,
+            "sample": 4 * self.config.vocab_size,
+        }
         return float(self.tokens * counts.get(name, 0))
 
     def _kept(self) -> int:
         """Bytes that an attention layer keeps of a token."""
-        return state_bytes(replace(self.config, mixers=("attention",)), 1, 1, 1, self.kv_dtype)
+        return state_bytes(replace(self.config, layer_types=("attention",)), 1, 1, 1, self.kv_dtype)
 
     def _noise(self, shape: tuple[int, ...], dtype: Any) -> Any:
         array = self.ops.empty(shape, dtype)
@@ -188,7 +191,7 @@ class Cases:
     def _router(self) -> Calls:
         w, counters = self.work, self._i32([0] * 7, np.int64)
         at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.scores, w.h)
-        more = (self.config.experts, counters, w.arrived, None, 0, at)
+        more = (self.config.num_experts, counters, w.arrived, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
 
     def _delta_net(self) -> Calls:
@@ -216,7 +219,7 @@ class Cases:
         w, config, ops, each = self.work, self.config, self.ops, -(-self.depth // PAGE)
         sets = self._sets(self._kept() * self.depth * self.tokens)
         pages = len(sets) * self.tokens * each
-        one = replace(config, mixers=("attention",))
+        one = replace(config, layer_types=("attention",))
         kv: Any = make_state(ops, one, pages, PAGE, 1, self.kv_dtype).layers[0]
         for array in arrays(kv):
             fill_noise(ops, array)
@@ -256,12 +259,12 @@ class Cases:
 
     def _chosen(self, sets: int) -> list[Any]:
         """Experts of a step, none of them twice."""
-        shape, every = (self.tokens, self.config.top_k), self.config.experts
+        shape, every = (self.tokens, self.config.top_k), self.config.num_experts
         chosen = (self.rng.permutation(every)[: self.each] for _ in range(sets))
         return [self._i32(ids.reshape(shape), np.uint16) for ids in chosen]
 
     def _place(self) -> Calls:
-        layers, experts = self.config.layers, self.config.experts
+        layers, experts = self.config.num_layers, self.config.num_experts
         cache = self._cache(layers, max(self.each, experts // 2), experts, 16)
         plan = self._plan([-1] * self.each, [0] * self.each, 0)
         guess = make_guess(self.ops, layers, experts, self.config.top_k)
@@ -286,10 +289,10 @@ class Cases:
 
     def _experts(self, up: bool) -> Calls:
         """All of them hit; the shared one beside."""
-        w, ops, every = self.work, self.ops, self.config.experts
+        w, ops, every = self.work, self.ops, self.config.num_experts
         cache = self._cache(1, every, every, self.record.nbytes)
         ops.copy_in(cache.slot_of, np.arange(every, dtype=np.int32).reshape(1, -1))
-        pairs = self._settle(ops.rows(self.each, self.config.expert_size))
+        pairs = self._settle(ops.rows(self.each, self.config.moe_intermediate_size))
         own = values.SharedExpert(
             self._matrix("layers.0.shared_up"), self._matrix("layers.0.shared_down"), every
         )
@@ -305,7 +308,7 @@ class Cases:
         ]  # fmt: skip
 
     def _sample(self) -> Calls:
-        ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab, 8, self._i32
+        ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
         replies = values.Replies(
             ring=ring, nobody=0, nowhere=0,
             settings=ops.put(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows, 1))),

@@ -5,10 +5,14 @@ launches of a kind, one a layer and each on its own layer's arrays, are recorded
 is timed, less what a graph of one small kernel takes: what the layers read is far more than L2
 holds, so nothing is measured from there.  What kinds do beside each other, and what a graph lets
 begin early, is not in the sum; the token's own time, measured in the same run, is beside it.
+
+The kernel that prefetches experts runs beside the whole token until other kernels stop it: it is
+listed without a time.  GB/s are left out where the bytes depend on which experts are resident.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,9 +25,11 @@ from osmium.engine.runner import Reply, Runner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
+from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 
 __all__ = [
-    "Launch", "Listing", "alone", "milliseconds", "moved", "profile", "profile_table", "timed",
+    "Launch", "Listing", "SerialStreams", "alone", "bytes_depend_on_hits", "list_launches",
+    "milliseconds", "moved", "profile", "profile_table", "timed",
 ]  # fmt: skip
 
 ROUNDS = 7
@@ -41,10 +47,38 @@ class Listing:
         self.launches.append((kernel, grid, values))
 
 
+@dataclass
+class SerialStreams:
+    """A machine's fork and join with one stream: side streams are the main one."""
+
+    stream: Listing
+
+    def fork(self, early: bool = False) -> Listing:
+        return self.stream
+
+    def join(self, early: bool = False) -> None:
+        pass
+
+
+@contextmanager
+def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
+    """Launches inside are listed, in order and of all streams, and do not run."""
+    machine: Any = ops.machine
+    launches: list[Launch] = []
+    streams = SerialStreams(Listing(launches))
+    before = ops.stream, machine.stream, machine.fork, machine.join
+    ops.stream = machine.stream = streams.stream
+    machine.fork, machine.join = streams.fork, streams.join
+    try:
+        yield launches
+    finally:
+        ops.stream, machine.stream, machine.fork, machine.join = before
+
+
 def profile(engine: Engine, depth: int) -> dict[str, Any]:
     """One sequence at a depth; a document for JSON.  To be called when nothing else is measured
     any more: experts and states are changed.  Raises: ConfigError without a GPU."""
-    return engine.call(lambda: _profile(engine, depth))
+    return engine.run_on_engine_thread(lambda: _profile(engine, depth))
 
 
 def _profile(engine: Engine, depth: int) -> dict[str, Any]:
@@ -54,15 +88,9 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
     machine: Any = ops.machine
     replay = alone(runner, depth).replay
-    noted: list[Launch] = []
-    ops.stream, fork, join = Listing(noted), machine.fork, machine.join
-    machine.fork, machine.join = lambda: ops.stream, lambda: None
-    main, machine.stream = machine.stream, ops.stream
-    try:
+    with list_launches(ops) as noted:
         runner.one_token(1)
-    finally:
-        machine.fork, machine.join, machine.stream = fork, join, main
-        ops.stream = main
+    main = machine.stream
     kinds: dict[tuple[Any, ...], list[Launch]] = {}
     for kernel, grid, values in noted:
         kinds.setdefault((kernel.name, grid, _options(kernel, values)), []).append(
@@ -71,19 +99,21 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     rows = []
     empty = 1e3 * milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
     for (name, grid, _), launches in kinds.items():
+        row: dict[str, Any] = {"kernel": name, "grid": list(grid), "launches": len(launches)}
+        rows.append(row)
+        if name == FETCH_EARLY.name:
+            continue
         again = machine.record(lambda launches=launches: _launch(main, launches))
         us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
-        row = {"kernel": name, "grid": list(grid), "launches": len(launches), "us": round(us, 2)}
-        row["share_us"] = round(us * len(launches), 1)
-        nbytes = moved(launches[0])
+        row |= {"us": round(us, 2), "share_us": round(us * len(launches), 1)}
+        nbytes = 0 if bytes_depend_on_hits(launches[0]) else moved(launches[0])
         if nbytes:
             row["gb_s"] = round(nbytes / us / 1e3, 1)
-        rows.append(row)
-    rows.sort(key=lambda row: -row["share_us"])
+    rows.sort(key=lambda row: -row.get("share_us", 0.0))
     return {
         "depth": depth,
         "nodes": len(noted),
-        "sum_ms": round(sum(row["share_us"] for row in rows) / 1e3, 3),
+        "sum_ms": round(sum(row.get("share_us", 0.0) for row in rows) / 1e3, 3),
         "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
     }
@@ -105,11 +135,18 @@ def profile_table(found: dict[str, Any]) -> str:
         f"{'kernel':28}{'grid':>16}{'times':>7}{'us each':>10}{'us in all':>11}{'GB/s':>9}",
     ]
     for row in found["rows"]:
-        lines.append(
-            f"{row['kernel']:28}{'x'.join(map(str, row['grid'])):>16}{row['launches']:7}"
-            f"{row['us']:10.2f}{row['share_us']:11.1f}{row.get('gb_s', 0):9.1f}"
-        )
+        line = f"{row['kernel']:28}{'x'.join(map(str, row['grid'])):>16}{row['launches']:7}"
+        for key, width, digits in (("us", 10, 2), ("share_us", 11, 1), ("gb_s", 9, 1)):
+            line += f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def bytes_depend_on_hits(launch: Launch) -> bool:
+    """Whether what it moves depends on where experts are: its contract counts as if all were."""
+    kernel, _, values = launch
+    named = {p.name: v for p, v in zip(kernel.contract.params, values, strict=True)}
+    return bool(kernel.name == FETCH.name or named.get("which"))
 
 
 def _options(kernel: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -143,17 +180,13 @@ def milliseconds(machine: Any, run: Any) -> float:
 
 def timed(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
     """Microseconds of each of some calls of operations, as one graph, and what they launch."""
-    listing: list[Launch] = []
 
     def run() -> None:
         for call in calls:
             call()
 
-    stream, ops.stream = ops.stream, Listing(listing)
-    try:
+    with list_launches(ops) as listing:
         run()
-    finally:
-        ops.stream = stream
     run()  # launched before it is recorded: modules are loaded at first use
     ops.synchronize()
     return 1e3 * milliseconds(ops.machine, ops.record(run)) / len(calls), listing

@@ -1,19 +1,19 @@
 """How fast replies are written and prompts are read, end to end through the engine.
 
-Method.  Decode: sequences stand at a depth of so many tokens, their KV and states seeded with
-random values, and say so many tokens, greedily unless --temperature says how; ids replay a trace
-where the model's routers are random (--routing).  One reply warms the cache up; then the median of
-the repeats counts, each of which goes on where the last one ended, so that no token of the trace
-comes twice.  Prefill: a prompt of random ids, from submitting it to its first token.
+Method.  Decode: sequences with a context of --depth tokens, whose KV and states hold seeded random
+values, generate tokens, greedily without --temperature.  Where routers are random, expert ids come
+from a trace (--replay-routing).  Warm-up tokens are not timed.  Then the median of the repeats
+counts; each continues where the last one ended, so that no token of the trace is used twice.
+Prefill: a prompt of random ids, timed from its submission to its first token.
 Every routed expert is computed: the counters of the three kernels that route, look up and copy must
-add up, and sampled slots must equal their records byte for byte, or the bench fails.
+add up, and sampled slots must equal host memory byte for byte, or the benchmark fails.
 
-The floor of a token is max(bytes fetched / link rate, bytes read / memory rate); both rates are
-measured here: fetching records with nothing else running, and a copy inside VRAM.  A row's share of
-the link is of what the same kernel fetches alone, as many records at once as the row did.
+The roofline of a token is max(bytes fetched / link rate, bytes read / VRAM rate).  Both rates are
+measured here: fetching experts with nothing else running, and a copy inside VRAM.  link_utilization
+compares a row with the same kernel fetching as many experts at once, alone.
 
-Each decode row starts on an empty cache: its first 64 tokens are the cold start.  The warm start is
-64 tokens after the repeats, another reply on the cache that they left.
+Each decode row starts with an empty cache: its first 64 tokens are the cold start.  The warm start
+is 64 tokens after the repeats, a new sequence on the cache that they left.
 """
 
 import functools
@@ -21,7 +21,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from osmium.experts.cache import empty, verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
+__all__ = ["OnRow", "Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
 
 
 SAMPLED_SLOTS = 8
@@ -60,6 +60,11 @@ class Settings:
     temperature: float = 0.0
     """Of decoded tokens; above 0 with top-k 20 and top-p .95, as models of today ask for."""
 
+    @property
+    def short_run(self) -> int:
+        """Tokens of the cold start, and of the warm one."""
+        return min(64, self.warm_up, self.tokens)
+
     def sampling(self, tokens: int) -> SamplingParams:
         """How so many tokens are drawn."""
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -68,7 +73,17 @@ class Settings:
         return replace(greedy, temperature=self.temperature, top_k=20, top_p=0.95, seed=1)
 
 
-def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dict[str, Any]:
+OnRow = Callable[[dict[str, Any], int, float | None], None]
+"""Called with each row once it is measured, the number of rows left, and the seconds that these
+will take: None while a kind of row has not been timed yet."""
+
+
+def measure(
+    engine: Engine,
+    settings: Settings,
+    memory_gb_s: float = 0.0,
+    on_row: OnRow | None = None,
+) -> dict[str, Any]:
     """A document for JSON; `memory_gb_s` is the rate of VRAM.
 
     Raises: ConfigError where the sizes do not fit the engine.
@@ -79,15 +94,23 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
     ):  # fmt: skip
         if not value >= least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
-    rates = {"link_gb_s": engine.call(lambda: link_rate(engine)), "memory_gb_s": memory_gb_s}
-    rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
+    for tokens in settings.prompts:
+        if tokens < 1 or tokens + 1 > engine.context:
+            raise ConfigError(
+                f"--prompt-tokens {tokens} does not fit the context of {engine.context} tokens."
+            )
     for count in settings.parallel:
         for depth in settings.depths:
-            rows.append(_decode(engine, depth, count, settings, rates))
-    checked = engine.call(lambda: _verify(engine))
+            _depth(engine, depth, count, settings)  # refused before the first row is measured
+    rates = {
+        "link_gb_s": engine.run_on_engine_thread(lambda: link_rate(engine)),
+        "memory_gb_s": memory_gb_s,
+    }
+    rows = _rows(engine, settings, rates, on_row)
+    checked = engine.run_on_engine_thread(lambda: _verify(engine))
     experts = engine.status()["experts"]
     plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
-    free, total = (0, 0) if gpu is None else engine.call(gpu.memory)
+    free, total = (0, 0) if gpu is None else engine.run_on_engine_thread(gpu.memory)
     return {
         "model": engine.name,
         **about(engine.device, gpu),
@@ -95,8 +118,8 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "rates": rates,
         "rows": rows,
         "experts": experts,
-        "slots": [plan.slots, plan.experts],
-        "slots_equal_to_records": checked,
+        "expert_slots": [plan.expert_slots, plan.num_experts],
+        "slots_verified": checked,
         "kv_dtype": plan.kv_dtype,
         "vram": plan.vram,
         "vram_in_use": total - free,
@@ -105,6 +128,32 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "swap_used": psutil.swap_memory().used,
         "host_memory": engine.host_memory,
     }
+
+
+def _rows(
+    engine: Engine, settings: Settings, rates: dict[str, float], on_row: OnRow | None
+) -> list[dict[str, Any]]:
+    """Every row; `on_row` is told each."""
+    prompts = [("prefill", tokens, 1, "") for tokens in settings.prompts]
+    decodes = [
+        ("decode", 1, count, depth) for count in settings.parallel for depth in settings.depths
+    ]
+    asked = [*prompts, *decodes]
+    rows: list[dict[str, Any]] = []
+    cost: dict[str, float] = {}  # seconds of a kind's last row, a token of its prompt for prefill
+    for number, (what, tokens, count, depth) in enumerate(asked, 1):
+        start = time.perf_counter()
+        if what == "prefill":
+            rows.append(_prefill(engine, tokens, settings, rates))
+        else:
+            rows.append(_decode(engine, depth, count, settings, rates))
+        cost[what] = (time.perf_counter() - start) / tokens
+        if on_row is not None:
+            left = asked[number:]
+            known = all(kind in cost for kind, *_ in left)
+            seconds = sum(cost.get(kind, 0) * size for kind, size, *_ in left)
+            on_row(rows[-1], len(left), seconds if known else None)
+    return rows
 
 
 def seed_state(engine: Engine) -> None:
@@ -150,43 +199,40 @@ def arrays(value: Any) -> Iterator[Any]:
 def _prefill(
     engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    if tokens < 1 or tokens + 1 > engine.context:
-        raise ConfigError(f"A prompt of {tokens} tokens does not fit {engine.context} of context.")
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
     for turn in range(settings.repeats + 1):
         if turn == 1:
             before = _experts(engine)
-        ids = [int(one) for one in rng.integers(0, engine.config.vocab, tokens)]
+        ids = [int(one) for one in rng.integers(0, engine.config.vocab_size, tokens)]
         start = time.perf_counter()
         next(iter(engine.generate(ids, SamplingParams(temperature=0, max_tokens=1))))
         times.append(time.perf_counter() - start)
     total = _difference(before, _experts(engine))
     _need(engine, total, settings.repeats * tokens)
     spent = statistics.median(times[1:])
-    fetched = total["copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
+    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
     link = rates["link_gb_s"] * 1e9
     return {
         "what": "prefill",
         "tokens": tokens,
         "tokens_per_s": tokens / spent,
-        "first_token_ms": spent * 1e3,
+        "ttft_ms": spent * 1e3,
         "hit_rate": _hits(total),
         **total,
         "mb_fetched": fetched / 1e6,
         "link_gb_s": fetched / spent / 1e9,
-        "link_share": fetched / spent / link if link else 0.0,
+        "link_utilization": fetched / spent / link if link else 0.0,
     }
 
 
 def _decode(
     engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    few = min(64, settings.warm_up, settings.tokens)
-    runs = settings.warm_up + settings.repeats * settings.tokens + few
-    context = _depth(engine, depth, count, runs, settings)
-    engine.call(lambda: _empty(engine))
-    engine.call(lambda: seed_state(engine))  # the row before has changed it
+    few = settings.short_run
+    context = _depth(engine, depth, count, settings)
+    engine.run_on_engine_thread(lambda: _empty(engine))
+    engine.run_on_engine_thread(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
     slow = _say(engine, at, count, few, settings)
     cold = _difference(before, _experts(engine))
@@ -206,11 +252,11 @@ def _decode(
     total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
     steps = settings.repeats * settings.tokens
     _need(engine, total, steps * count)
-    fetched = total["copied"] * engine.runner.store.cache.record.nbytes / steps
+    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
-    each = max(1, round(total["copied"] / (steps * engine.config.layers)))
-    alike = 1e9 * engine.call(lambda: link_rate(engine, each))
+    each = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
+    alike = 1e9 * engine.run_on_engine_thread(lambda: link_rate(engine, each))
     floor = max(fetched / link if link else 0, read / memory if memory else 0)
     return {
         "what": "decode",
@@ -220,24 +266,24 @@ def _decode(
         "tokens": settings.tokens,
         "tokens_per_s": count / spent,
         "ms_per_token": spent * 1e3,
-        "spread_ms": [round(1e3 * one, 3) for one, _ in found],
+        "samples_ms": [round(1e3 * one, 3) for one, _ in found],
         "cold_ms_per_token": slow * 1e3 / max(1, few - 1),
         "hit_rate_cold_64": _hits(cold),
         "hit_rate_warm_64": _hits(warm),
         "hit_rate": _hits(total),
         **total,
         "mb_fetched_per_token": fetched / 1e6,
-        "mb_early_per_token": total["early"] / steps / 1e6,
-        "guesses_right": total["right"] / max(1, total["guessed"]),
+        "mb_prefetched_per_token": total["prefetch_bytes"] / steps / 1e6,
+        "prefetch_accuracy": total["prefetch_hits"] / max(1, total["prefetched"]),
         "link_gb_s": fetched / spent / 1e9,
-        "records_fetched_at_once": each,
-        "link_gb_s_alone": alike / 1e9,
-        "link_share": fetched / spent / alike if alike else 0.0,
+        "fetch_batch": each,
+        "link_gb_s_isolated": alike / 1e9,
+        "link_utilization": fetched / spent / alike if alike else 0.0,
         "mb_read_per_token": read / 1e6,
-        "memory_gb_s": read / spent / 1e9,
-        "memory_share": read / spent / memory if memory else 0.0,
-        "floor_ms": floor * 1e3,
-        "floor_over_time": floor / spent,
+        "vram_gb_s": read / spent / 1e9,
+        "vram_utilization": read / spent / memory if memory else 0.0,
+        "roofline_ms": floor * 1e3,
+        "roofline_fraction": floor / spent,
     }
 
 
@@ -247,10 +293,11 @@ def _empty(engine: Engine) -> None:
         empty(engine.runner.ops, engine.runner.store.cache)
 
 
-def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:
+def _depth(engine: Engine, depth: str, count: int, settings: Settings) -> int:
     """Tokens of context to stand at.  Raises: ConfigError."""
     plan = engine.plan
-    room = min(engine.context, plan.pages * plan.page // count)
+    more = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
+    room = min(engine.context, plan.num_pages * plan.page_size // count)
     text = depth.lower()
     try:
         if text.endswith("%"):
@@ -258,15 +305,16 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
         else:
             tokens = int(float(text.rstrip("k")) * (1024 if text.endswith("k") else 1))
     except ValueError:
-        raise ConfigError(f"A depth is {depth!r}; say 1k, 4096 or 90%.") from None
+        raise ConfigError(f"--depth is {depth!r}; write 1k, 4096 or 90%.") from None
     most = room - more - count * SPACING
     if text.endswith("%"):
         tokens = max(1, min(tokens, most))
-    if not 0 < tokens <= most or count > plan.sequences:
+    if not 0 < tokens <= most or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences at a depth of {tokens} tokens, {more} more of each by --tokens "
-            f"{settings.tokens}: there is room for {plan.sequences} sequences of {room} tokens. "
-            "Raise --context, --kv-cache-mb or --sequences."
+            f"{count} sequences of {tokens} tokens, and {more} generated tokens each (--tokens "
+            f"{settings.tokens}, --repeats {settings.repeats}), do not fit: there is room for "
+            f"{plan.max_num_seqs} sequences of {room} tokens. "
+            "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens
 
@@ -292,7 +340,7 @@ def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -
 
     for row in range(count):
         prompt = [row + 1] * (at + row * SPACING + 1)
-        engine.submit(prompt, params, on_event, seeded=True)
+        engine.submit(prompt, params, on_event, skip_prefill=True)
     for _ in range(count):
         done.acquire()
     if errors:
@@ -303,8 +351,8 @@ def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -
 
 def _experts(engine: Engine) -> dict[str, int]:
     found: dict[str, int] = engine.status()["experts"]
-    if found["routed"] != found["hit"] + found["fetched"]:
-        raise AssertionError(f"the counters of routed experts do not add up: {found}")
+    if found["routed"] != found["hit"] + found["missed"]:
+        raise AssertionError(f"the expert counters do not add up: {found}")
     return found
 
 
@@ -314,9 +362,11 @@ def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]
 
 def _need(engine: Engine, experts: dict[str, int], tokens: int) -> None:
     """Raises: AssertionError where fewer experts were asked for than so many tokens have."""
-    asked = tokens * engine.config.layers * engine.config.top_k
+    asked = tokens * engine.config.num_layers * engine.config.top_k
     if experts["routed"] < asked:
-        raise AssertionError(f"{tokens} tokens ask for {asked} experts; counted were {experts}")
+        raise AssertionError(
+            f"{tokens} tokens route to {asked} experts; the counters have {experts}"
+        )
 
 
 def _hits(experts: dict[str, int]) -> float:
@@ -330,17 +380,17 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
     pages = state.pages * state.page
     kv = sum(
         array.nbytes / pages * depth
-        for layer, mixer in zip(state.layers, config.mixers, strict=True)
+        for layer, mixer in zip(state.layers, config.layer_types, strict=True)
         if mixer == "attention"
         for array in arrays(layer)
     )
     recurrent = sum(
         2 * array.nbytes / state.slots
-        for layer, mixer in zip(state.layers, config.mixers, strict=True)
+        for layer, mixer in zip(state.layers, config.layer_types, strict=True)
         if mixer != "attention"
         for array in arrays(layer)
     )
-    experts = config.layers * config.top_k * cache.record.nbytes
+    experts = config.num_layers * config.top_k * cache.record.nbytes
     return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))
 
 

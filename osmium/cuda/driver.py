@@ -25,7 +25,7 @@ _LOST = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
 
 _GUESS = {
-    2: "Lower --vram, --slots, --context or --kv-cache-mb, or close what else uses the GPU.",
+    2: "Lower --vram, --expert-slots, --context or --kv-cache-mb, or close what else uses the GPU.",
     100: "No GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES.",
     209: "The GPU is older than sm_80; RTX 30 series is the floor.",
     218: "The driver refused the PTX; the log says where.",
@@ -55,7 +55,7 @@ class Driver:
         lost = code in _LOST
         way_out = _GUESS.get(code, "")
         if lost:
-            way_out = "The context is lost; restart. Run with OSMIUM_SYNC=1 to name the kernel."
+            way_out = "The context is lost; restart. OSMIUM_LAUNCH_BLOCKING=1 names the kernel."
         text = f"{call}: {name} ({code}). {more or way_out}".rstrip()
         return CudaError(text, call=call, name=name, code=code, lost=lost)
 
@@ -133,7 +133,7 @@ class Device:
         self.driver = load_driver()
         count = self.driver("cuDeviceGetCount")
         if ordinal >= count:
-            raise NoDevice(f"GPU {ordinal} was asked for; the driver sees {count}.")
+            raise NoDevice(f"GPU {ordinal} does not exist; the driver reports {count}.")
         self.handle = self.driver("cuDeviceGet", ordinal)
         self.driver_version = int(self.driver("cuDriverGetVersion"))
         self.name = self.driver("cuDeviceGetName", 96, self.handle).split(b"\0")[0].decode()
@@ -154,7 +154,7 @@ class Device:
         self._dynamic: dict[tuple[str, str], int] = {}
         self._modules: list[Any] = []
         self._lock = threading.Lock()
-        self.early = self.capability >= (9, 0) and os.environ.get("OSMIUM_EARLY") != "0"
+        self.early = self.capability >= (9, 0) and os.environ.get("OSMIUM_PDL") != "0"
         """Whether recorded kernels begin while those before them end (kernels.ptx.early)."""
         self.make_current()
 

@@ -18,12 +18,28 @@ import numpy.typing as npt
 from osmium.cuda.driver import Device
 from osmium.errors import CudaError, OutOfMemory
 
-__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool"]
+__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool", "Waits", "waited_for"]
 
 HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
 
 Fill = Callable[[npt.NDArray[np.uint8]], None]
-"""Writes all of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+"""Writes all bytes of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+
+Waits = list[Callable[[], None]]
+"""One function for each read in flight: it waits for the bytes, or raises the read's error."""
+
+
+@contextlib.contextmanager
+def waited_for(waits: Waits) -> Iterator[None]:
+    """If the body fails, wait for all reads in flight before raising: none writes later."""
+    try:
+        yield
+    except BaseException:
+        for wait in waits:
+            with contextlib.suppress(Exception):
+                wait()
+        raise
+
 
 _TOUCHED = 64 << 20
 """Bytes whose pages a thread makes at a time."""
@@ -160,8 +176,9 @@ class Pool:
             sums[what] = sums.get(what, 0) + size
         held = ", ".join(f"{what} {_gib(size)}" for what, size in sums.items()) or "nothing"
         return OutOfMemory(
-            f"{_gib(nbytes)} of VRAM for {self._label} were asked for, {_gib(free)} of "
-            f"{_gib(total)} are free; Osmium holds {held}. Lower --vram, --slots or --context."
+            f"Cannot allocate {_gib(nbytes)} of VRAM for {self._label}: {_gib(free)} of "
+            f"{_gib(total)} are free; Osmium holds {held}. "
+            "Lower --vram, --expert-slots or --context."
         )
 
     def forget(self, ptr: int) -> None:
@@ -218,12 +235,11 @@ class HostBuffer:
         try:
             yield
         except (CudaError, OSError) as error:
-            if isinstance(error, CudaError) and error.lost:
+            if isinstance(error, CudaError) and error.context_lost:
                 raise
             raise OutOfMemory(
-                f"{_gib(self.nbytes)} of {self.kind} host memory were asked for and refused "
-                f"({error}). Free memory, choose a smaller model, or --no-wc-alloc for another "
-                "kind."
+                f"Cannot allocate {_gib(self.nbytes)} of {self.kind} host memory ({error}). "
+                "Free memory, choose a smaller model, or --no-wc-alloc for another kind."
             ) from None
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:

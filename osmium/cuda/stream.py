@@ -18,7 +18,7 @@ from osmium.errors import CudaError, KernelError, OutOfMemory
 
 __all__ = ["Event", "Graph", "Machine", "Stream", "copy_rates", "memory_rate", "spilled"]
 
-SYNC = os.environ.get("OSMIUM_SYNC") == "1"
+SYNC = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
 """Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
 
 
@@ -123,7 +123,7 @@ class Stream:
             if SYNC and not self._capturing:
                 self.synchronize()
         except CudaError as error:
-            if not error.lost:
+            if not error.context_lost:
                 raise KernelError(f"{entry}, grid {grid}: {error}") from None
             if SYNC:  # else it is an earlier launch that did it
                 error.args = (f"{entry}, grid {grid}: {error}",)

@@ -29,6 +29,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     check_ids,
+    step_error,
 )
 from osmium.engine.runner import Reply, Runner
 from osmium.engine.sampler import no_token, plain, sample
@@ -36,7 +37,7 @@ from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.state import Seats
 from osmium.engine.stops import Stops
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
-from osmium.experts.routing import Recorder
+from osmium.experts.routing import RoutingRecorder
 
 __all__ = ["Engine"]
 
@@ -72,7 +73,7 @@ class Engine:
         self.name, self.context, self.device, self.plan = name, context, device, plan
         self.host_memory = host_memory
         """The kind of host memory that experts are read from."""
-        self.chunk = runner.rows
+        self.max_step_tokens = runner.rows
         """Most tokens of a step."""
         self.tokenizer, self.template = tokenizer, template
         self.defaults = defaults or {}
@@ -86,9 +87,9 @@ class Engine:
         self._why: str | None = None
         self.failure: EngineStopped | None = None
         """Why the engine stopped, if nobody had closed it."""
-        self.when_stopped: Callable[[], None] | None = None
+        self.on_stopped: Callable[[], None] | None = None
         """Called on the engine's thread once it serves no more."""
-        self.when_idle: Callable[[], None] | None = None
+        self.on_idle: Callable[[], None] | None = None
         """Called there whenever nobody has run, waited or asked for QUIET seconds."""
         self._lock = threading.Lock()
         self.meter = Meter(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
@@ -102,16 +103,16 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         on_event: Callable[[Event], None],
-        seeded: bool = False,
+        skip_prefill: bool = False,
     ) -> Request:
-        """Ask for a reply.  `on_event` is called on the engine's thread with each Token and with
+        """Queue a request.  `on_event` is called on the engine's thread with each Token and with
         one Finish at the end; it must return at once.  If it raises, the request is cancelled.
-        With `seeded` the prompt is not read: whatever the pages and slots hold counts as its state.
+        `skip_prefill`: the contents of the pages and slots count as the prompt's state.
 
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(one) for one in prompt]
-        check_ids(ids, self.config.vocab)
+        check_ids(ids, self.config.vocab_size)
         if len(ids) >= self.context:
             raise RequestError(
                 f"This model's maximum context length is {self.context} tokens. However, your "
@@ -120,16 +121,16 @@ class Engine:
                 code="context_length_exceeded",
             )
         for token in params.logit_bias:
-            if token >= self.config.vocab:
+            if token >= self.config.vocab_size:
                 raise RequestError(
-                    f"logit_bias names token {token}; the vocabulary has {self.config.vocab}.",
+                    f"logit_bias names token {token}; the vocabulary has {self.config.vocab_size}.",
                     param="logit_bias",
                     code="invalid_value",
                 )
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(
-            ids, params, on_event, Stops(decoder, params.stop), seed, self.context, seeded
+            ids, params, on_event, Stops(decoder, params.stop), seed, self.context, skip_prefill
         )
         self._send(lambda: self._scheduler.add(request))
         return request
@@ -182,15 +183,15 @@ class Engine:
         """
         ids = [int(one) for one in prompt]
         self._check_forced([ids])  # before the array, which a wrong length would make huge
-        out = np.empty((len(ids), self.config.vocab), np.float32)
+        out = np.empty((len(ids), self.config.vocab_size), np.float32)
 
         def keep(position: int, sequence: int, piece: npt.NDArray[np.float32]) -> None:
             out[position : position + len(piece)] = piece
 
-        self.each_forced([ids], self._runner.rows, keep)
+        self.stream_prompt_logits([ids], self._runner.rows, keep)
         return out
 
-    def forced(
+    def prompt_logits(
         self, sequences: list[list[int]], chunk: int
     ) -> list[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
         """Logits of whole sequences, `chunk` tokens at a time, several sequences in one step.
@@ -199,9 +200,9 @@ class Engine:
         else runs meanwhile.  Raises: RequestError, EngineStopped.
         """
         self._check_forced(sequences)
-        return self.call(lambda: list(self._forced(sequences, chunk)))
+        return self.run_on_engine_thread(lambda: list(self._forced(sequences, chunk)))
 
-    def each_forced(
+    def stream_prompt_logits(
         self,
         sequences: list[list[int]],
         chunk: int,
@@ -214,14 +215,14 @@ class Engine:
             for (position, sequence), piece in self._forced(sequences, chunk):
                 use(position, sequence, piece)
 
-        self.call(job)
+        self.run_on_engine_thread(job)
 
     def _forced(
         self, sequences: list[list[int]], chunk: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
         return forced_logits(self._runner, self._scheduler, sequences, chunk)
 
-    def call(self, job: Callable[[], T]) -> T:
+    def run_on_engine_thread(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.
 
         Raises: EngineStopped, and whatever the job raises.
@@ -236,7 +237,7 @@ class Engine:
                 answer.put((True, job()))
             except BaseException as error:
                 answer.put((False, error))
-                if isinstance(error, CudaError) and error.lost:
+                if isinstance(error, CudaError) and error.context_lost:
                     raise
 
         self._send(run)
@@ -246,16 +247,16 @@ class Engine:
         result: T = value
         return result
 
-    def record_routing(self) -> Recorder:
+    def record_routing(self) -> RoutingRecorder:
         """From now on collect which experts each token is given, which is slower: look into it, or
         save it, when nothing runs.  A sequence that starts begins a prompt of the record."""
 
-        def start() -> Recorder:
+        def start() -> RoutingRecorder:
             store = self._runner.store
-            store.recorder = Recorder(self.config.layers)
+            store.recorder = RoutingRecorder(self.config.num_layers)
             return store.recorder
 
-        return self.call(start)
+        return self.run_on_engine_thread(start)
 
     def status(self) -> dict[str, Any]:
         """What is going on: requests, tokens so far, pages, experts by where they were."""
@@ -270,7 +271,7 @@ class Engine:
                 "experts": vars(self._runner.store.counters()),
             }
 
-        return self.call(look)
+        return self.run_on_engine_thread(look)
 
     @property
     def runner(self) -> Runner:
@@ -300,7 +301,7 @@ class Engine:
 
     def _check_forced(self, sequences: list[list[int]]) -> None:
         for ids in sequences:
-            check_ids(ids, self.config.vocab)
+            check_ids(ids, self.config.vocab_size)
             if len(ids) > self.context:
                 raise RequestError(
                     f"{len(ids)} ids do not fit the context of {self.context}.",
@@ -329,7 +330,7 @@ class Engine:
                 batch = self._scheduler.next()
                 if batch is not None:
                     self._step(batch)
-                self.meter.look()
+                self.meter.poll()
         except Exception as error:  # the door: whatever it was, nobody may wait for ever
             reason = self.failure = EngineStopped(f"The engine has stopped: {error}")
             reason.__cause__ = error
@@ -345,8 +346,8 @@ class Engine:
             self._finish(request, FinishReason.ERROR, reason)
         if self._on_close is not None:
             self._on_close()
-        if self.when_stopped is not None:
-            self.when_stopped()
+        if self.on_stopped is not None:
+            self.on_stopped()
 
     def _read_inbox(self) -> None:
         idle = not self._scheduler.running and not self._scheduler.waiting
@@ -357,10 +358,10 @@ class Engine:
 
     def _wait(self) -> Callable[[], None]:
         """The next command, while there is nothing else to do."""
-        if self.when_idle is not None:
+        if self.on_idle is not None:
             with contextlib.suppress(queue.Empty):
                 return self._inbox.get(timeout=QUIET)
-            self.when_idle()
+            self.on_idle()
         return self._inbox.get()
 
     def _drop_cancelled(self) -> None:
@@ -389,10 +390,9 @@ class Engine:
                 for logits, request in zip(piece, ready[start:], strict=False):
                     chosen.append(sample(logits, request))
         except Exception as error:  # whatever a step met, it fails its own requests and no others
-            if isinstance(error, CudaError) and error.lost:
+            if isinstance(error, CudaError) and error.context_lost:
                 raise
-            told = OsmiumError(f"A step failed: {error!r}")
-            failed = error if isinstance(error, OsmiumError) else told
+            failed = step_error(error)
             for request, _ in batch.parts:
                 self._finish(request, FinishReason.ERROR, failed)
             return
@@ -435,7 +435,7 @@ class Engine:
 
     def _computed(self, request: Request, count: int) -> None:
         """So many more of its tokens are in the model's state."""
-        self.meter.read(request, count)
+        self.meter.add_computed(request, count)
         request.computed += count
 
     def _give(
@@ -461,7 +461,7 @@ class Engine:
         self.meter.token(request)
         request.tokens.append(token)
         params = request.params
-        if token in self.config.eos and not params.ignore_eos:
+        if token in self.config.eos_token_ids and not params.ignore_eos:
             self._finish(request, FinishReason.STOP)
             return
         text = request.stops.push(token)
@@ -495,5 +495,5 @@ class Engine:
 
 
 def _not_given_out(error: Exception) -> OsmiumError:
-    LOG.warning("A reply could not be given out: %r", error)
-    return OsmiumError(f"The reply could not be given out: {error!r}")
+    LOG.warning("Could not deliver the response: %r", error)
+    return OsmiumError(f"Could not deliver the response: {error!r}")

@@ -15,7 +15,7 @@ from typing import Any
 
 from osmium.engine.request import FinishReason, Request
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.experts.store import Counters
+from osmium.experts.store import ExpertCounters
 
 __all__ = ["Histogram", "Meter", "Took"]
 
@@ -46,34 +46,34 @@ class Histogram:
 class Took:
     """One reply, or a while of serving."""
 
-    waited_s: float
+    queue_s: float
     prefill_s: float
     decode_s: float
-    read: int
+    prompt_tokens: int
     """Tokens of prompts."""
-    said: int
+    generated_tokens: int
     hit_rate: float
     """Of all that ran meanwhile; so are the next two."""
     mb_per_token: float
     """Fetched over the link a token that was said, 1e6 bytes."""
-    link_share: float
+    link_utilization: float
     """Bytes fetched a second over what the link was measured to carry; 0 where it was not."""
 
     @property
     def tokens_per_s(self) -> float:
-        return self.said / self.decode_s if self.decode_s else 0.0
+        return self.generated_tokens / self.decode_s if self.decode_s else 0.0
 
     def line(self) -> str:
         """One line for people."""
         link = ""
-        if self.link_share:
-            least = 1e3 * self.link_share * self.decode_s / max(1, self.said)
-            link = f", link {self.link_share:.2f} (fetching {least:.1f} ms a token at least)"
+        if self.link_utilization:
+            least = 1e3 * self.link_utilization * self.decode_s / max(1, self.generated_tokens)
+            link = f", link {self.link_utilization:.2f} (at least {least:.1f} ms per token)"
         return (
             f"{self.tokens_per_s:.1f} tok/s, hit {self.hit_rate:.3f}, {self.mb_per_token:.1f} "
-            f"MB/token{link}; waited {1e3 * self.waited_s:.0f} ms, prefill "
-            f"{1e3 * self.prefill_s:.0f} ms ({self.read} tokens), decode "
-            f"{1e3 * self.decode_s:.0f} ms ({self.said} tokens)"
+            f"MB/token{link}; queue {1e3 * self.queue_s:.0f} ms, prefill "
+            f"{1e3 * self.prefill_s:.0f} ms ({self.prompt_tokens} tokens), decode "
+            f"{1e3 * self.decode_s:.0f} ms ({self.generated_tokens} tokens)"
         )
 
 
@@ -82,7 +82,7 @@ class _Mark:
     """Where the counters stood."""
 
     at: float
-    experts: Counters
+    experts: ExpertCounters
     tokens: tuple[int, int]
 
 
@@ -94,8 +94,8 @@ class Meter:
         self.record_bytes: int = store.cache.record.nbytes
         self.tokens = {"prompt": 0, "completion": 0}
         self.finished = dict.fromkeys(FinishReason, 0)
-        self.token_s, self.first_s = Histogram(TOKEN_S), Histogram(FIRST_S)
-        self.experts = Counters(0, 0, 0, 0)
+        self.itl_s, self.ttft_s = Histogram(TOKEN_S), Histogram(FIRST_S)
+        self.experts = ExpertCounters(0, 0, 0, 0)
         """As they were when last looked at."""
         self.link_now = 0.0
         """GB/s fetched between the last two looks of `every`."""
@@ -103,11 +103,11 @@ class Meter:
         """Bytes free and in all, at the last look of `every`."""
         self.vram_of: Callable[[], tuple[int, int]] | None = None
         """Asks for it."""
-        self.every: float | None = None
+        self.poll_interval_s: float | None = None
         """Seconds between looks while replies run; None looks at their beginnings and ends."""
-        self.on_reply: Callable[[Took], None] | None = None
+        self.on_request_stats: Callable[[Took], None] | None = None
         """Called on the engine's thread after each reply; must return at once."""
-        self.on_while: Callable[[Took], None] | None = None
+        self.on_interval_stats: Callable[[Took], None] | None = None
         """Called there after each look of `every`, with what happened since the one before."""
         self._looked = self._mark()
         self._marks: dict[Request, _Mark] = {}
@@ -127,7 +127,7 @@ class Meter:
                 request.times.started = request.times.started or time.perf_counter()
                 self._marks[request] = self._mark()
 
-    def read(self, request: Request, count: int) -> None:
+    def add_computed(self, request: Request, count: int) -> None:
         """So many more of a request's tokens are about to count as computed."""
         self.tokens["prompt"] += min(count, max(0, request.prompt_tokens - request.computed))
 
@@ -135,13 +135,13 @@ class Meter:
         """A request has its next token."""
         now, times = time.perf_counter(), request.times
         self.tokens["completion"] += 1
-        if times.first:
-            self.token_s.add(now - times.last)
+        if times.first_token:
+            self.itl_s.add(now - times.last_token)
         else:
-            times.first = now
-            self.first_s.add(now - times.submitted)
+            times.first_token = now
+            self.ttft_s.add(now - times.submitted)
             self._begun.append(request)
-        times.last = now
+        times.last_token = now
 
     def finish(self, request: Request, reason: FinishReason) -> None:
         """A request is over."""
@@ -152,9 +152,12 @@ class Meter:
     @property
     def due(self) -> bool:
         """Whether it is time for somebody who watches."""
-        return self.every is not None and time.perf_counter() - self._looked.at >= self.every
+        return (
+            self.poll_interval_s is not None
+            and time.perf_counter() - self._looked.at >= self.poll_interval_s
+        )
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Read the counters if anybody wants them; to be called when nothing is on its way."""
         due = self.due
         if not (self._begun or self._ended or due):
@@ -167,25 +170,25 @@ class Meter:
         ended, self._begun, self._ended = self._ended, [], []
         for request in ended:
             mark = self._marks.pop(request)
-            if request.times.first and self.on_reply is not None:
-                self._tell("on_reply", self._reply(request, mark, now))
+            if request.times.first_token and self.on_request_stats is not None:
+                self._tell("on_request_stats", self._reply(request, mark, now))
         if due:
             before, self._looked = self._looked, now
-            copied = now.experts.copied - before.experts.copied
+            copied = now.experts.experts_copied - before.experts.experts_copied
             self.link_now = copied * self.record_bytes / (now.at - before.at) / 1e9
             if self.vram_of is not None:
                 self.vram = self.vram_of()
-            if self.on_while is not None and now.tokens != before.tokens:
-                self._tell("on_while", self._while(before, now))
+            if self.on_interval_stats is not None and now.tokens != before.tokens:
+                self._tell("on_interval_stats", self._while(before, now))
 
-    def update(self) -> Counters:
+    def update(self) -> ExpertCounters:
         """Read the counters.  That they do not add up is logged, once, and is for a benchmark to
         fail of: a step that failed half way leaves them so."""
         try:
             self.experts = self._store.counters()
         except AssertionError as error:
             if not self._told_wrong:
-                LOG.error("The counters of experts do not add up: %s", error)
+                LOG.error("The expert counters do not add up: %s", error)
             self._told_wrong = True
         return self.experts
 
@@ -199,16 +202,17 @@ class Meter:
         try:
             getattr(self, name)(took)
         except Exception as error:  # a terminal that is gone, say; replies go on
-            LOG.warning("Timing could not be told: %r", error)
+            LOG.warning("Could not report timing: %r", error)
             setattr(self, name, None)
 
     def _reply(self, request: Request, mark: _Mark, now: _Mark) -> Took:
         times = request.times
-        started = times.started or times.first
+        started = times.started or times.first_token
         return Took(
-            started - times.submitted, times.first - started, times.last - times.first,
+            started - times.submitted, times.first_token - started,
+            times.last_token - times.first_token,
             request.prompt_tokens, request.completion_tokens - 1,
-            *self._experts(mark, now, times.last - mark.at),
+            *self._experts(mark, now, times.last_token - mark.at),
         )  # fmt: skip
 
     def _while(self, before: _Mark, now: _Mark) -> Took:
@@ -220,7 +224,7 @@ class Meter:
         """Hit rate, MB a token, share of the link."""
         routed = now.experts.routed - before.experts.routed
         hit = now.experts.hit - before.experts.hit
-        nbytes = (now.experts.copied - before.experts.copied) * self.record_bytes
+        nbytes = (now.experts.experts_copied - before.experts.experts_copied) * self.record_bytes
         said = now.tokens[1] - before.tokens[1]
         carried = self.link_gb_s * 1e9 * seconds
         return (

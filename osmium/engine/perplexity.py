@@ -54,9 +54,9 @@ def perplexity(
             progress("scoring", done, len(windows) * window)
 
     start = time.perf_counter()
-    chunk = 1 if path == "decode" else engine.chunk
+    chunk = 1 if path == "decode" else engine.max_step_tokens
     for base in range(0, len(windows), 8):  # between two groups others get their turn
-        engine.each_forced(windows[base : base + 8], chunk, use)
+        engine.stream_prompt_logits(windows[base : base + 8], chunk, use)
     seconds = time.perf_counter() - start
     return {
         "perplexity": math.exp(total / scored),

@@ -1,7 +1,8 @@
 """The memory plan: where every byte goes, before anything is allocated.
 
-Pure arithmetic over a model's shapes, the user's options and what the machine has.  What does not
-fit is said here, before loading, with the flag that helps.
+Pure arithmetic over a model's shapes, the user's options and the hardware.  A model that does not
+fit is an error here, before loading, with the numbers that do not add up; what would fit instead is
+planning.py's to find.
 """
 
 from collections.abc import Sequence
@@ -12,17 +13,21 @@ from typing import Any
 import psutil
 
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.forecast import NOTHING, Bought, Traffic, bought, bought_table, hit_rate
 from osmium.engine.runner import runner_bytes
+from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
+from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.guess import guess_bytes
+from osmium.experts.guess import MIN_BULK_COPY_CC, guess_bytes
 from osmium.experts.store import store_bytes
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
 from osmium.quant.record import Record
 
-__all__ = ["Machine", "Plan", "available_ram", "make_plan", "tokens_held"]
+__all__ = [
+    "CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
+    "kv_capacity_tokens", "make_plan",
+]  # fmt: skip
 
 GIB = 1 << 30
 
@@ -34,7 +39,7 @@ CPU_COPIES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Machine:
+class HardwareInfo:
     """What there is to plan with."""
 
     gpu: bool
@@ -44,88 +49,147 @@ class Machine:
     ram_available: int = 0
     ram_total: int = 0
     link_gb_s: float = 0.0
-    """What the link was measured to carry from host memory; 0: not measured."""
+    """Rate of large copies from host memory; 0: not known."""
     memory_gb_s: float = 0.0
-    """What VRAM was measured to read and write."""
+    """Rate of a copy inside VRAM, read and written; 0: not known."""
+    capability: tuple[int, int] = (0, 0)
+    """Compute capability; (0, 0): not known."""
+    name: str = ""
+
+
+class DoesNotFit(ConfigError):
+    """A plan that needs more memory than there is."""
+
+    def __init__(self, message: str, memory: str, need: int, limit: int) -> None:
+        """`memory` is "VRAM" or "host memory"; `need` and `limit` are bytes of it."""
+        super().__init__(message)
+        self.memory, self.need, self.limit = memory, need, limit
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemoryPlan:
     """Sizes, and the bytes they take."""
 
     device: str
     context: int
     """Most tokens of a sequence."""
-    page: int
-    pages: int
-    sequences: int
-    chunk: int
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    prefill_chunk: int
     """Most tokens of a step."""
     kv_dtype: str
-    experts: int
-    slots: int
+    num_experts: int
+    expert_slots: int
     """Expert slots a layer."""
     vram: dict[str, int]
     """Bytes by what they are for; empty on the CPU."""
     vram_limit: int
     ram: dict[str, int]
     ram_limit: int
-    traffic: Traffic = NOTHING
-    """What a token moves, and how fast that goes."""
+    traffic: TokenCost = NO_COST
+    """What a decoded token moves, and how fast that goes."""
+    prefetch: bool = False
+    """Whether experts are copied before the router has picked them."""
 
     @property
     def table_pages(self) -> int:
         """Entries of the page table a sequence."""
-        return -(-self.context // self.page)
+        return -(-self.context // self.page_size)
 
     @property
     def link_gb_s(self) -> float:
-        """What the link was measured to carry; 0: not measured."""
+        """Rate of large copies from host memory; 0: not known."""
         return self.traffic.link_gb_s
+
+    @property
+    def resident(self) -> bool:
+        """Whether VRAM holds every expert, so that none is ever fetched."""
+        return self.expert_slots == self.num_experts
 
     @property
     def hit_rate(self) -> float:
         """What the slots may be expected to hit, an estimate from published routing statistics."""
-        return hit_rate(self.slots / self.experts)
+        return hit_rate(self.expert_slots / self.num_experts)
+
+    @property
+    def expected_tokens_per_s(self) -> float | None:
+        """Decoding speed of one sequence at 1k of context, an estimate: engine/speed_estimate.py.
+
+        None on the CPU, and where rates of the GPU are not known.
+        """
+        return self.tokens_per_s_at(STANDARD_CONTEXT)
+
+    def tokens_per_s_at(self, context: int) -> float | None:
+        """The same with so many tokens of context."""
+        return self.traffic.tokens_per_s(self.hit_rate, context) if self.vram else None
+
+    def token_time(self, context: int = STANDARD_CONTEXT) -> TokenTime | None:
+        """Where the time of a decoded token is expected to go; None where that is not known."""
+        return self.traffic.time(self.hit_rate, context) if self.vram else None
 
     def fewer_slots(self, nbytes: int) -> int:
         """Slots a layer that leave at least so many bytes more free.  Raises: ConfigError."""
-        left = self.slots + -nbytes // self.traffic.slot
-        if left < self.traffic.least:
+        left = self.expert_slots + -nbytes // self.traffic.slot_bytes
+        if left < self.traffic.min_slots:
             raise ConfigError(
-                f"{_gib(nbytes)} of VRAM are not to be had: {self.slots} expert slots a layer of "
-                f"{_gib(self.traffic.slot)} each would become {max(0, left)}, a token needs "
-                f"{self.traffic.least}. Close what else uses the GPU, or lower --vram."
+                f"Cannot free {_gib(nbytes)} of VRAM: {max(0, left)} expert slots per layer of "
+                f"{_gib(self.traffic.slot_bytes)} each would remain, {self.traffic.min_slots} are "
+                "needed. Close other programs that use the GPU, or lower --vram."
             )
         return left
 
-    def buys(self) -> list[Bought]:
+    def slot_estimates(self) -> list[SlotEstimate]:
         """What fewer and more GiB of slots would bring; nothing where there are none."""
-        return bought(self.traffic, self.slots, self.experts) if self.vram else []
+        return (
+            estimate_slots(self.traffic, self.expert_slots, self.num_experts) if self.vram else []
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: names are stable and end in their units."""
+        speed = self.expected_tokens_per_s
         return {
-            **vars(self),
-            "traffic": asdict(self.traffic),
+            "device": self.device,
+            "context_tokens": self.context,
+            "kv_capacity_tokens": self.num_pages * self.page_size,
+            "page_size_tokens": self.page_size,
+            "num_pages": self.num_pages,
+            "max_num_seqs": self.max_num_seqs,
+            "prefill_chunk_tokens": self.prefill_chunk,
+            "kv_dtype": self.kv_dtype,
+            "num_experts": self.num_experts,
+            "expert_slots": self.expert_slots,
+            "prefetch": self.prefetch,
+            "vram_bytes": self.vram,
+            "vram_limit_bytes": self.vram_limit,
+            "ram_bytes": self.ram,
+            "ram_limit_bytes": self.ram_limit,
             "expected_hit_rate": round(self.hit_rate, 3),
-            "buys": [asdict(one) for one in self.buys()],
+            "expected_tokens_per_s": None if speed is None else round(speed, 1),
+            "token_cost": asdict(self.traffic),
+            "slot_estimates": [asdict(one) for one in self.slot_estimates()],
         }
 
     def table(self) -> str:
         """For people."""
         lines = [
             f"device     {self.device}",
-            f"context    {self.context:,} tokens a sequence, {self.pages * self.page:,} in all, "
-            f"KV in {self.kv_dtype}",
-            f"sequences  {self.sequences} at once, steps of up to {self.chunk} tokens",
+            f"context    {self.context:,} tokens per sequence, "
+            f"{self.num_pages * self.page_size:,} in all, KV cache in {self.kv_dtype}",
+            f"sequences  {self.max_num_seqs} at once, steps of up to {self.prefill_chunk} tokens",
         ]
         if self.vram:
             lines.append(
-                f"experts    {self.slots} of {self.experts} slots a layer; expected hit rate "
-                f"{self.hit_rate:.2f} (estimate)"
+                f"experts    {self.expert_slots} of {self.num_experts} have slots per layer; "
+                f"expected hit rate {self.hit_rate:.2f} (estimate)"
             )
-            lines += ["", bought_table(self.buys(), self.traffic)]
+            speed = self.expected_tokens_per_s
+            if speed is not None:
+                lines.append(
+                    f"speed      about {speed:.0f} tok/s (estimate; link {self.link_gb_s:.1f} "
+                    f"GB/s, VRAM {self.traffic.memory_gb_s:.0f} GB/s)"
+                )
+            lines += ["", slot_estimate_table(self.slot_estimates())]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -142,11 +206,11 @@ def make_plan(
     record: Record,
     weights: Sequence[tuple[str, int]],
     options: EngineConfig,
-    machine: Machine,
-) -> Plan:
+    machine: HardwareInfo,
+) -> MemoryPlan:
     """Share out the memory.  `weights` are (name, bytes) of everything but the routed experts.
 
-    Raises: ConfigError where it does not fit.
+    Raises: ConfigError for options that cannot be, DoesNotFit where memory does not suffice.
     """
     context = options.context or _context(config, options, machine.gpu)
     if context > config.max_context:
@@ -156,41 +220,44 @@ def make_plan(
     kv_dtype = _kv_dtype(options, machine.gpu)
     if machine.gpu and kv_dtype == "f32":
         raise ConfigError("--kv-dtype is f32; the GPU keeps KV in fp8_e4m3 or bf16.")
-    rows = min(options.chunk, context)
-    sequences = min(4, rows) if options.sequences is None else options.sequences
+    rows = min(options.prefill_chunk, context)
+    sequences = min(4, rows) if options.max_num_seqs is None else options.max_num_seqs
     if sequences > rows:
         raise ConfigError(
-            f"--sequences is {sequences}; a step of --chunk {rows} tokens has to hold one of each."
+            f"--max-num-seqs is {sequences}; it must be at most --prefill-chunk, {rows} tokens."
         )
     pages = _pages(config, options, context, kv_dtype)
-    layers, experts = config.layers, config.experts
+    layers, experts = config.num_layers, config.num_experts
     fixed = {
         # a page and a slot more than are given out: rows of a step that have ended write there
-        "KV": state_bytes(config, pages + 1, options.page, 0, kv_dtype),
-        "recurrent states": state_bytes(config, 0, options.page, sequences + 1, kv_dtype),
+        "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
+        "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, machine.gpu)
-        + store_bytes(rows, experts, experts, config.top_k, config.expert_size, machine.gpu)
+        + store_bytes(
+            rows, experts, experts, config.top_k, config.moe_intermediate_size, machine.gpu
+        )
         + guess_bytes(layers, experts, config.top_k)
-        + runner_bytes(config.vocab, rows, sequences, -(-context // options.page)),
+        + runner_bytes(config.vocab_size, rows, sequences, -(-context // options.page_size)),
     }
     arena = layers * experts * record.nbytes
     embed = sum(size for name, size in weights if name == "embed")
     rest = sum(size for name, size in weights) - embed
-    if config.tied_head:
+    if config.tie_word_embeddings:
         rest += embed  # the head reads a copy of its own
     if not machine.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * arena)
-        ram = {"model, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
+        ram = {"weights, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
         slots, vram, vram_limit = experts, {}, 0
-        if options.slots is not None:
-            slots = _capped(options.slots, config)
+        if options.expert_slots is not None:
+            slots = _capped(options.expert_slots, config)
             ram["expert slots"] = cache_bytes(record, layers, experts, slots)
     else:
         vram_limit = options.vram if options.vram is not None else machine.vram_free + CONTEXT_BYTES
         if vram_limit > machine.vram_free + CONTEXT_BYTES:
             raise ConfigError(
                 f"--vram is {_gib(vram_limit)}, {_gib(machine.vram_free + CONTEXT_BYTES)} are free "
-                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU."
+                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU; "
+                "`osmium plan --gpu NAME` plans for another one."
             )
         # of a share that the user has given, other programs' has been taken out already
         reserve = max(256 << 20, vram_limit // (50 if options.vram is None else 100))
@@ -198,27 +265,35 @@ def make_plan(
         slots = _slots(config, record, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(record, layers, experts, slots)
         resident = slots == experts
-        ram = {"embedding": embed, "one layer, loading": experts * record.nbytes}
+        ram = {"embedding": embed, "loading buffer": experts * record.nbytes}
         if not resident:
-            ram = {"expert arena": arena, "embedding": embed}
+            ram = {"host experts": arena, "embedding": embed}
     ram_limit = _ram_limit(options, machine)
     need = sum(ram.values())
     if need > ram_limit:
-        most = max(ram, key=lambda name: ram[name])
-        raise ConfigError(
-            f"The model needs {_gib(need)} of host memory ({most} {_gib(ram[most])}), "
-            f"{_gib(ram_limit)} can be used. Lower --context or --gpu-expert-bits, use a smaller "
-            "model, or say --ram SIZE if the system reports too little."
-        )
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in ram.items() if size > GIB // 8)
+        raise DoesNotFit(
+            f"The model needs {_gib(need)} of host memory{f' ({parts})' * bool(parts)}, "
+            f"{_gib(ram_limit)} can be used of {_gib(options.ram or machine.ram_total)}.",
+            "host memory", need, ram_limit,
+        )  # fmt: skip
     each = layers * config.top_k * record.nbytes
-    states = 2 * fixed["recurrent states"] // (sequences + 1)  # read and written
-    traffic = Traffic(
-        slot=layers * (record.nbytes + 4), experts=each, memory=rest + each + states,
-        least=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
+    states = 2 * fixed["recurrent state"] // (sequences + 1)  # read and written
+    prefetch = (
+        machine.gpu and machine.capability >= MIN_BULK_COPY_CC
+        and options.prefetch and options.enable_expert_cache and slots < experts
     )  # fmt: skip
-    return Plan(
-        "gpu" if machine.gpu else "cpu", context, options.page, pages, sequences, rows,
-        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic,
+    # On sm_120 it is not known yet whether prefetch finds room beside other kernels: not counted.
+    counted = prefetch and machine.capability < (12, 0)
+    kv = state_bytes(config, 1, options.page_size, 0, kv_dtype) // options.page_size
+    traffic = TokenCost(
+        slot_bytes=layers * (record.nbytes + 4), expert_bytes=each, vram_bytes=rest + each + states,
+        min_slots=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
+        kv_token_bytes=kv, num_layers=layers, prefetch=counted,
+    )  # fmt: skip
+    return MemoryPlan(
+        "gpu" if machine.gpu else "cpu", context, options.page_size, pages, sequences, rows,
+        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic, prefetch,
     )  # fmt: skip
 
 
@@ -226,33 +301,33 @@ def _context(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
     """Tokens of a sequence where nobody says: the model's, up to 32768, and up to what
     --kv-cache-mb holds, unless that is not a page."""
     most = min(config.max_context, 32768)
-    held = most if options.kv_cache_mb is None else tokens_held(config, options, gpu)
-    return most if held < options.page else min(most, held)
+    held = most if options.kv_cache_mb is None else kv_capacity_tokens(config, options, gpu)
+    return most if held < options.page_size else min(most, held)
 
 
 def _pages(config: ModelConfig, options: EngineConfig, context: int, kv_dtype: str) -> int:
     """Pages of KV, at least a whole context's."""
-    least = -(-context // options.page)
+    least = -(-context // options.page_size)
     if options.kv_cache_mb is None:
         return least
-    page = state_bytes(config, 1, options.page, 0, kv_dtype)
+    page = state_bytes(config, 1, options.page_size, 0, kv_dtype)
     if page == 0:
         return least  # no attention layer keeps anything
     pages = (options.kv_cache_mb << 20) // page - 1  # one is nobody's
     if pages < least:
         raise ConfigError(
-            f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page} tokens, the context "
-            f"is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
+            f"--kv-cache-mb {options.kv_cache_mb} holds {pages * options.page_size} tokens, the "
+            f"context is {context}. Raise it to {-(-(least + 1) * page >> 20)}, or lower --context."
         )
     return pages
 
 
-def tokens_held(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
+def kv_capacity_tokens(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
     """Tokens that --kv-cache-mb holds, up to the model's longest context."""
     assert options.kv_cache_mb is not None
-    page = state_bytes(config, 1, options.page, 0, _kv_dtype(options, gpu))
+    page = state_bytes(config, 1, options.page_size, 0, _kv_dtype(options, gpu))
     pages = (options.kv_cache_mb << 20) // max(1, page) - 1
-    return max(2, min(config.max_context, pages * options.page))
+    return max(2, min(config.max_context, pages * options.page_size))
 
 
 def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
@@ -262,31 +337,37 @@ def _kv_dtype(options: EngineConfig, gpu: bool) -> str:
 def _capped(slots: int, config: ModelConfig) -> int:
     if slots < config.top_k:
         raise ConfigError(
-            f"--slots is {slots}; a token activates {config.top_k} experts a layer, each needs one."
+            f"--expert-slots is {slots}; it must be at least {config.top_k}, the experts per token."
         )
-    return min(slots, config.experts)
+    return min(slots, config.num_experts)
 
 
 def _slots(
     config: ModelConfig, record: Record, options: EngineConfig, room: int, vram: dict[str, int]
 ) -> int:
     """Expert slots a layer that `room` bytes of VRAM hold.  Raises: ConfigError."""
-    most = config.experts if options.slots is None else _capped(options.slots, config)
-    if not options.hcs:
+    most = (
+        config.num_experts
+        if options.expert_slots is None
+        else _capped(options.expert_slots, config)
+    )
+    if not options.enable_expert_cache:
         most = config.top_k
-    tables = cache_bytes(record, config.layers, config.experts, 0)
-    slots = min(most, max(0, room - tables) // (config.layers * (record.nbytes + 4)))
+    tables = cache_bytes(record, config.num_layers, config.num_experts, 0)
+    slots = min(most, max(0, room - tables) // (config.num_layers * (record.nbytes + 4)))
     if slots < config.top_k:
-        need = cache_bytes(record, config.layers, config.experts, config.top_k)
+        need = cache_bytes(record, config.num_layers, config.num_experts, config.top_k)
         held = ", ".join(f"{name} {_gib(size)}" for name, size in vram.items() if size > GIB // 8)
-        raise ConfigError(
-            f"Hot experts need {_gib(need)} at least, {_gib(max(0, room))} are left of the VRAM "
-            f"({held}). Lower --kv-cache-mb or --context, or use a smaller model."
-        )
+        total = sum(vram.values())
+        raise DoesNotFit(
+            f"The smallest expert cache needs {_gib(need)} of VRAM, {_gib(max(0, room))} are left "
+            f"of {_gib(total + room)} ({held}).",
+            "VRAM", total + need, total + room,
+        )  # fmt: skip
     return slots
 
 
-def _ram_limit(options: EngineConfig, machine: Machine) -> int:
+def _ram_limit(options: EngineConfig, machine: HardwareInfo) -> int:
     """What may be used: all of --ram; else what is available, with a part kept for the desktop:
     6 GiB or a tenth, but not more than a quarter of a small machine."""
     if options.ram is not None:

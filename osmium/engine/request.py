@@ -12,11 +12,19 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from osmium.errors import OsmiumError, RequestError
+from osmium.errors import OsmiumError, OutOfMemory, RequestError
 
 __all__ = [
-    "Decoder", "Event", "Finish", "FinishReason", "Request", "SamplingParams", "Times", "Token",
+    "Decoder",
+    "Event",
+    "Finish",
+    "FinishReason",
+    "Request",
+    "RequestTimes",
+    "SamplingParams",
+    "Token",
     "check_ids",
+    "step_error",
 ]  # fmt: skip
 
 
@@ -144,15 +152,15 @@ Event = Token | Finish
 
 
 @dataclass
-class Times:
+class RequestTimes:
     """When it happened to a request, by time.perf_counter; 0 until it has."""
 
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
     """Its first step was about to be computed."""
-    first: float = 0.0
+    first_token: float = 0.0
     """Its first token was there."""
-    last: float = 0.0
+    last_token: float = 0.0
 
 
 class Request:
@@ -166,7 +174,7 @@ class Request:
         stops: Any,
         seed: int,
         room: int = 1 << 30,
-        seeded: bool = False,
+        skip_prefill: bool = False,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -174,7 +182,7 @@ class Request:
         self.seed = seed
         self.room = room
         """Most tokens, prompt and reply."""
-        self.seeded = seeded
+        self.skip_prefill = skip_prefill
         """The state is taken to hold the prompt already, but for its last token (benchmarks)."""
         self.tokens = list(prompt)
         """Prompt and reply."""
@@ -185,7 +193,12 @@ class Request:
         self.pages: list[int] = []
         self.cancelled = threading.Event()
         self.done = False
-        self.times = Times()
+        self.times = RequestTimes()
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """(tokens computed, tokens in all) of the prompt; may be read on any thread."""
+        return min(self.computed, self.prompt_tokens), self.prompt_tokens
 
     @property
     def pending(self) -> int:
@@ -208,6 +221,15 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+
+def step_error(error: Exception) -> OsmiumError:
+    """What the requests of a step get that failed by `error`."""
+    if isinstance(error, OsmiumError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory(f"out of memory: a step could not allocate host memory ({error}).")
+    return OsmiumError(f"A step failed: {error!r}")
 
 
 def check_ids(ids: list[int], vocab: int) -> None:

@@ -77,7 +77,7 @@ class Runner:
         self._block = ops.empty((_integers(rows, sequences, table),), np.int32)
         self._host = np.zeros(_integers(rows, sequences, table), np.int32)
         self._there, self._here = self._views(self._block), self._views(self._host)
-        self._logits = ops.empty((LOGIT_ROWS, model.config.vocab), np.float32)
+        self._logits = ops.empty((LOGIT_ROWS, model.config.vocab_size), np.float32)
         self.replies = self._make_replies(min(sequences, rows, LOGIT_ROWS))
         self._replays: dict[tuple[str, int], Callable[[], None]] = {}
         """Steps of one row a sequence, by what they do and how many rows: they differ in nothing
@@ -88,7 +88,7 @@ class Runner:
         """Rows, from the first, whose logits are in `_logits`."""
 
     def _make_replies(self, rows: int) -> Replies:
-        ops, eos = self.ops, self.model.config.eos
+        ops, eos = self.ops, self.model.config.eos_token_ids
         return Replies(
             ring=RING,
             nobody=self.state.slots - 1,
@@ -103,7 +103,9 @@ class Runner:
             mail=ops.mailbox((1 + RING * rows,), np.int32),
             **{
                 name: ops.empty(shape, dtype)
-                for name, (shape, dtype) in Replies.scratch(rows, self.model.config.vocab).items()
+                for name, (shape, dtype) in Replies.scratch(
+                    rows, self.model.config.vocab_size
+                ).items()
             },
         )
 

@@ -52,7 +52,7 @@ class Scheduler:
         """The next step, or None if there is nothing to do."""
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
-            if request.seeded:
+            if request.skip_prefill:
                 request.computed = len(request.tokens) - 1
             self.running.append(request)
         reading = [r for r in self.running if r.pending > 1]

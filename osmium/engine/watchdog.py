@@ -40,9 +40,9 @@ class Watchdog:
             left = self._available()
             if left < self._floor:
                 self._stop(
-                    f"Host memory is down to {left / GIB:.2f} GiB, the floor is "
-                    f"{self._floor / GIB:.2f} GiB (--ram-floor). Close what else uses memory, or "
-                    "take a smaller model or context."
+                    f"Available host memory is {left / GIB:.2f} GiB, the limit is "
+                    f"{self._floor / GIB:.2f} GiB (--min-free-ram). Close other programs, or use a "
+                    "smaller model or context."
                 )
                 return
 

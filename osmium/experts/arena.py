@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import Progress
+from osmium.cuda.memory import Waits, waited_for
 from osmium.errors import CheckpointError, DeviceError
 from osmium.ops import Array, ExpertArena, Ops
 from osmium.quant.record import Record
@@ -23,9 +24,6 @@ Begin = Callable[[int, int, npt.NDArray[np.uint8]], Callable[[], None]]
 u8 [n, nbytes]; what it returns waits until they are there, and raises what went wrong."""
 
 
-Waits = list[Callable[[], None]]
-
-
 def fill_arena(
     ops: Ops, record: Record, layers: int, experts: int, begin: Begin, progress: Progress | None
 ) -> ExpertArena:
@@ -35,7 +33,7 @@ def fill_arena(
 
     def fill(memory: npt.NDArray[np.uint8]) -> None:
         view, waits = memory.reshape(shape), Waits()
-        with _waited_for(waits):
+        with waited_for(waits):
             for layer in range(layers + 1):
                 if layer < layers:
                     waits.append(begin(layer, 0, view[layer]))
@@ -61,7 +59,7 @@ def fill_slots(
     half = -(-experts // 2)
     staging = ops.host((2, half, record.nbytes), np.uint8)
     waits: Waits = []
-    with _given_back_if_it_fails(ops, staging), _waited_for(waits):
+    with _given_back_if_it_fails(ops, staging), waited_for(waits):
         rooms = np.asarray(ops.host_view(staging), np.uint8)
         parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
         for number in range(len(parts) + 1):
@@ -80,18 +78,6 @@ def fill_slots(
                     progress("experts", layer + 1, layers)
     ops.release(staging)
     return slots
-
-
-@contextlib.contextmanager
-def _waited_for(waits: Waits) -> Iterator[None]:
-    """Where what is inside fails: nobody reads into memory any more when it says so."""
-    try:
-        yield
-    except BaseException:
-        for wait in waits:
-            with contextlib.suppress(Exception):
-                wait()
-        raise
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ def make_cache(
     layers, experts, nbytes = arena.records.shape
     if capacity < top_k:
         raise ConfigError(
-            f"--slots is {capacity}; a token activates {top_k} experts a layer, each needs a slot."
+            f"--expert-slots is {capacity}; it must be at least {top_k}, the experts per token."
         )
     assert capacity <= experts, f"{capacity} slots for {experts} experts"
     if capacity < experts:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from osmium.experts.routing import Recorder
+from osmium.experts.routing import RoutingRecorder
 from osmium.ops import (
     Array,
     ExpertArena,
@@ -23,21 +23,21 @@ from osmium.ops import (
 )
 from osmium.ops.values import PIECE, rows_bytes
 
-__all__ = ["Counters", "Store", "store_bytes"]
+__all__ = ["ExpertCounters", "Store", "store_bytes"]
 
 
 @dataclass(frozen=True)
-class Counters:
+class ExpertCounters:
     """Since the store was made, in pairs of a token and an expert; copied is in records, and so are
-    guessed, what was to be fetched before it was asked for, and right, what then was."""
+    prefetched, what was to be fetched before it was asked for, and right, what then was."""
 
     routed: int
     hit: int
-    fetched: int
-    copied: int
-    guessed: int = 0
-    right: int = 0
-    early: int = 0
+    missed: int
+    experts_copied: int
+    prefetched: int = 0
+    prefetch_hits: int = 0
+    prefetch_bytes: int = 0
     """Bytes of right ones that had come before they were asked for."""
 
 
@@ -64,7 +64,7 @@ class Store:
         """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
         self.predicted: Array | None = None
         """u16 [N, L, A]: what is replayed of the routing that was guessed."""
-        self.recorder: Recorder | None = None
+        self.recorder: RoutingRecorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         self.top_k = top_k
@@ -177,7 +177,7 @@ class Store:
             ops.join()
             ops.expert_down(*down, "rest", *with_down)
 
-    def counters(self) -> Counters:
+    def counters(self) -> ExpertCounters:
         """What was routed, hit, fetched and copied so far; waits for what was launched.
 
         Asserts that every routed pair was either hit or fetched.
@@ -187,7 +187,7 @@ class Store:
         if self.arena is None:
             hit = routed  # nothing is placed, so nobody counts
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
-        return Counters(routed, hit, fetched, copied, guessed, right, pieces * (PIECE // 8))
+        return ExpertCounters(routed, hit, fetched, copied, guessed, right, pieces * (PIECE // 8))
 
 
 def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool) -> int:

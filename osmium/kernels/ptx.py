@@ -445,7 +445,7 @@ def early(text: str) -> str:
     return f"{text[:start]}\n    {wait}{text[start:]}"
 
 
-CHECK = os.environ.get("OSMIUM_CHECK") == "1"
+CHECK = os.environ.get("OSMIUM_CHECK_LAUNCHES") == "1"
 """Whether every launch checks shapes, dtypes, alignment and rules."""
 
 

@@ -22,7 +22,12 @@ class Attention:
 
     def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, frequencies: Array) -> None:
         """frequencies f32 [R / 2], radians a position."""
-        heads, groups, size, hidden = config.heads, config.kv_heads, config.head_dim, config.hidden
+        heads, groups, size, hidden = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.hidden_size,
+        )
         self.ops = ops
         self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
         self.first = self.qgkv

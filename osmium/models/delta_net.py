@@ -24,7 +24,7 @@ class DeltaNet:
     """The mixer of one delta-net layer."""
 
     def __init__(self, ops: Ops, config: ModelConfig, weights: Weights) -> None:
-        hidden, heads = config.hidden, config.value_heads
+        hidden, heads = config.hidden_size, config.value_heads
         self.ops = ops
         width = heads * config.value_dim
         self.qkvz = weights.linear("qkvz", config.channels + width, hidden)

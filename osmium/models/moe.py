@@ -22,13 +22,13 @@ class Moe:
     def __init__(
         self, ops: Ops, config: ModelConfig, weights: Weights, store: Store, layer: int
     ) -> None:
-        hidden, inner = config.hidden, config.shared_size
-        self.ops, self.store, self.layer, self.experts = ops, store, layer, config.experts
-        self.router = weights.linear("router", config.experts + 1, hidden)
+        hidden, inner = config.hidden_size, config.shared_intermediate_size
+        self.ops, self.store, self.layer, self.experts = ops, store, layer, config.num_experts
+        self.router = weights.linear("router", config.num_experts + 1, hidden)
         self.shared = SharedExpert(
             up=weights.linear("shared_up", 2 * inner, hidden),
             down=weights.linear("shared_down", hidden, inner),
-            column=config.experts,
+            column=config.num_experts,
         )
         self.after: Linear | None = None
         """The next layer's router."""

@@ -38,12 +38,12 @@ class _Layer:
         index: int,
         frequencies: Array,
     ) -> None:
-        self.mixer_norm = weights.array("mixer_norm", config.hidden)
-        self.moe_norm = weights.array("moe_norm", config.hidden)
+        self.mixer_norm = weights.array("mixer_norm", config.hidden_size)
+        self.moe_norm = weights.array("moe_norm", config.hidden_size)
         # State.layers holds the mixer's own kind of state at the same index.
         self.mixer: Any = (
             Attention(ops, config, weights, frequencies)
-            if config.mixers[index] == "attention"
+            if config.layer_types[index] == "attention"
             else DeltaNet(ops, config, weights)
         )
         self.moe = Moe(ops, config, weights, store, index)
@@ -64,16 +64,17 @@ class Model:
         most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
         taken = Weights(weights)
         self.ops, self.config, self.rows, self.store = ops, config, rows, store
-        self.embed = taken.array("embed", config.vocab, config.hidden, dtype=np.uint16)
-        self.norm = taken.array("norm", config.hidden)
+        self.embed = taken.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
+        self.norm = taken.array("norm", config.hidden_size)
         self.head_matrix = (
-            taken.linear("head", config.vocab, config.hidden)
+            taken.linear("head", config.vocab_size, config.hidden_size)
             if taken.has("head")
-            else Linear("bf16", config.vocab, config.hidden, self.embed)
+            else Linear("bf16", config.vocab_size, config.hidden_size, self.embed)
         )
         frequencies = ops.put(rotary_frequencies(config))
         self.layers = [
-            _Layer(ops, config, taken.layer(i), store, i, frequencies) for i in range(config.layers)
+            _Layer(ops, config, taken.layer(i), store, i, frequencies)
+            for i in range(config.num_layers)
         ]
         for layer, after in pairwise(self.layers):
             layer.moe.after = after.moe.router

@@ -51,7 +51,7 @@ def make_state(
     Raises: OutOfMemory.
     """
     layers: list[KeysValues | DeltaState] = []
-    for mixer in config.mixers:
+    for mixer in config.layer_types:
         arrays = [ops.empty(*one) for one in _arrays(config, mixer, pages, page, slots, kv_dtype)]
         layers.append(KeysValues(*arrays) if mixer == "attention" else DeltaState(*arrays))
     return State(page, pages, slots, tuple(layers))
@@ -64,9 +64,9 @@ def state_bytes(config: ModelConfig, pages: int, page: int, slots: int, kv_dtype
             math.prod(shape) * dtype.itemsize
             for shape, dtype in _arrays(config, mixer, pages, page, slots, kv_dtype)
         )
-        for mixer in set(config.mixers)
+        for mixer in set(config.layer_types)
     }
-    return sum(of[mixer] for mixer in config.mixers)
+    return sum(of[mixer] for mixer in config.layer_types)
 
 
 def _arrays(
@@ -74,7 +74,7 @@ def _arrays(
 ) -> list[tuple[tuple[int, ...], np.dtype[Any]]]:
     """Shape and dtype of each array of a layer."""
     if mixer == "attention":
-        rows = (pages, page, config.kv_heads)
+        rows = (pages, page, config.num_kv_heads)
         kept = ((*rows, config.head_dim), _KV[kv_dtype])
         scales = [(rows, np.dtype(np.float16))] * 2 if kv_dtype == "fp8_e4m3" else []
         return [kept, kept, *scales]

@@ -97,31 +97,31 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
 
 
 def _partial(config: ModelConfig) -> tuple[int, ...]:
-    return (SPLITS, config.heads, config.head_dim + 2)
+    return (SPLITS, config.num_heads, config.head_dim + 2)
 
 
 def _parts(config: ModelConfig) -> tuple[int, ...]:
-    return (SPLIT_ROWS, config.heads, 8)
+    return (SPLIT_ROWS, config.num_heads, 8)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
     """One row of each array, by name."""
-    hidden = config.hidden
-    heads = (config.heads, config.head_dim)
+    hidden = config.hidden_size
+    heads = (config.num_heads, config.head_dim)
     values = (config.value_heads, config.value_dim)
     f32: dict[str, tuple[int, ...]] = {
         "x": (hidden,),
         "y": (hidden,),
-        "qgkv": (2 * (config.heads + config.kv_heads) * config.head_dim,),
+        "qgkv": (2 * (config.num_heads + config.num_kv_heads) * config.head_dim,),
         "q": heads,
         "qkvz": (config.channels + math.prod(values),),
         "qkv": (config.channels,),
         "ab": (2 * config.value_heads,),
         "decay": (config.value_heads,),
         "beta": (config.value_heads,),
-        "scores": (config.experts + 1,),
+        "scores": (config.num_experts + 1,),
         "weights": (config.top_k,),
-        "shared_both": (2 * config.shared_size,),
+        "shared_both": (2 * config.shared_intermediate_size,),
         "shared": (hidden,),
     }
     return {"ids": ((config.top_k,), np.uint16), **{n: (s, np.float32) for n, s in f32.items()}}
@@ -130,8 +130,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLi
 def _rows(config: ModelConfig) -> dict[str, tuple[int, float | None]]:
     """Width of each of the rows that matrices read, and the eps of those that are normed."""
     return {
-        "h": (config.hidden, config.eps),
-        "attended": (config.heads * config.head_dim, None),
+        "h": (config.hidden_size, config.eps),
+        "attended": (config.num_heads * config.head_dim, None),
         "read": (config.value_heads * config.value_dim, None),
-        "shared_inner": (config.shared_size, None),
+        "shared_inner": (config.shared_intermediate_size, None),
     }

@@ -8,13 +8,13 @@ Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E 
 experts a token, I inner size of an expert, H heads, C channels of the convolution.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import numpy.typing as npt
 
+from osmium.cuda.memory import Fill
 from osmium.kernels.weigh import BINS, SLICE
 from osmium.quant.record import Record
 
@@ -48,9 +48,6 @@ __all__ = [
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
-
-Fill = Callable[[npt.NDArray[np.uint8]], None]
-"""Writes all bytes of new host memory, u8 [n]; nobody does any more when it returns or raises."""
 
 ARRIVED = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its

@@ -107,7 +107,7 @@ def create_app(
     *,
     api_key: str | None = None,
     cors_origin: str = "*",
-    served_name: str | None = None,
+    served_model_name: str | None = None,
 ) -> Starlette:
     """The app.  With an `api_key`, everything but /health wants `Authorization: Bearer KEY`."""
 
@@ -138,7 +138,7 @@ def create_app(
         },
         lifespan=lifespan,
     )  # fmt: skip
-    app.state.host, app.state.served_name = host, served_name
+    app.state.host, app.state.served_model_name = host, served_model_name
     return app
 
 
@@ -217,7 +217,7 @@ async def metrics(request: Request) -> Response:
 
 
 def _name(request: Request, engine: Engine) -> str:
-    return str(request.app.state.served_name or engine.name)
+    return str(request.app.state.served_model_name or engine.name)
 
 
 def _described(request: Request) -> dict[str, Any]:
@@ -400,14 +400,16 @@ def serve(
     port: int = 8012,
     api_key: str | None = None,
     cors_origin: str = "*",
-    served_name: str | None = None,
+    served_model_name: str | None = None,
 ) -> None:
     """Serve until Ctrl-C.  The port is taken before the model is loaded.
 
     Raises: ConfigError where the port is in use, and whatever loading the model raised.
     """
     listening = _listen(address, port)
-    app = create_app(host, api_key=api_key, cors_origin=cors_origin, served_name=served_name)
+    app = create_app(
+        host, api_key=api_key, cors_origin=cors_origin, served_model_name=served_model_name
+    )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
     )
@@ -420,12 +422,12 @@ def serve(
         if host.failure is not None:
             server.should_exit = True
         elif host.engine is not None:
-            host.engine.when_stopped = leave
+            host.engine.on_stopped = leave
             if host.engine.stopped is not None:
                 leave()
             where = f"[{address}]" if ":" in address else address
             print(
-                f"{served_name or host.engine.name} is served on "
+                f"{served_model_name or host.engine.name} is served on "
                 f"http://{where}:{listening.getsockname()[1]}/v1",
                 file=sys.stderr,
                 flush=True,
@@ -459,5 +461,5 @@ def _listen(address: str, port: int) -> socket.socket:
                 f"Port {port} on {address} is in use; stop what uses it, or choose another "
                 "with --port."
             ) from None
-        raise ConfigError(f"{address}:{port} cannot be listened on: {error}") from None
+        raise ConfigError(f"Cannot listen on {address}:{port}: {error}") from None
     return listening

@@ -1,8 +1,7 @@
-"""GET /metrics: what the engine's meter counts, in Prometheus' text form.
+"""GET /metrics: the engine's counters in the Prometheus text format.
 
-Made when somebody asks, of numbers that are there anyway; the first who asks has the experts'
-counters looked at once a second from then on.  Names and units follow Prometheus' conventions:
-seconds, bytes, _total for what only rises.
+Each scrape formats numbers that exist anyway.  After the first one the engine reads the experts'
+counters once a second.  Names and units follow Prometheus: seconds, bytes, _total for counters.
 """
 
 from collections.abc import Iterator
@@ -45,16 +44,16 @@ class _Collected(Collector):
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
         ready = engine is not None and engine.stopped is None
-        yield GaugeMetricFamily("osmium_ready", "1 while requests are served.", ready)
+        yield GaugeMetricFamily("osmium_ready", "1 while requests are served, else 0.", ready)
         yield GaugeMetricFamily(
-            "osmium_ram_bytes", "Resident host memory of this process.",
+            "process_resident_memory_bytes", "Resident memory of the server process.",
             psutil.Process().memory_info().rss,
         )  # fmt: skip
         if engine is None:
             return
         meter = engine.meter
-        if meter.every is None or meter.every > EVERY_S:
-            meter.every = EVERY_S
+        if meter.poll_interval_s is None or meter.poll_interval_s > EVERY_S:
+            meter.poll_interval_s = EVERY_S
         yield from _requests(meter)
         yield from _experts(meter)
         yield from _memory(engine)
@@ -62,27 +61,33 @@ class _Collected(Collector):
 
 def _requests(meter: Meter) -> Iterator[Metric]:
     yield GaugeMetricFamily(
-        "osmium_requests_running", "Requests that are read or answered.",
+        "osmium_requests_running", "Requests in prefill or decode.",
         len(meter.scheduler.running),
     )  # fmt: skip
     yield GaugeMetricFamily(
-        "osmium_requests_waiting", "Requests that wait for room.", len(meter.scheduler.waiting)
+        "osmium_requests_waiting", "Requests in the queue.", len(meter.scheduler.waiting)
     )
     finished = CounterMetricFamily(
-        "osmium_requests_finished", "Requests that are over, by why.", labels=["reason"]
+        "osmium_requests_finished", "Finished requests by finish reason.", labels=["reason"]
     )
     for reason, count in meter.finished.items():
         finished.add_metric([str(reason)], count)
     yield finished
     yield CounterMetricFamily(
-        "osmium_prompt_tokens", "Tokens of prompts that were read.", meter.tokens["prompt"]
+        "osmium_prompt_tokens", "Prompt tokens computed.", meter.tokens["prompt"]
     )
     yield CounterMetricFamily(
-        "osmium_generated_tokens", "Tokens that were said.", meter.tokens["completion"]
+        "osmium_generated_tokens", "Generated tokens.", meter.tokens["completion"]
     )
-    yield _histogram("osmium_token_seconds", "From a reply's token to its next.", meter.token_s)
     yield _histogram(
-        "osmium_first_token_seconds", "From a request to its first token.", meter.first_s
+        "osmium_inter_token_latency_seconds",
+        "Time between two tokens of a response, seconds.",
+        meter.itl_s,
+    )
+    yield _histogram(
+        "osmium_time_to_first_token_seconds",
+        "Time from a request to its first token, seconds.",
+        meter.ttft_s,
     )
 
 
@@ -90,30 +95,42 @@ def _experts(meter: Meter) -> Iterator[Metric]:
     experts, nbytes = meter.experts, meter.record_bytes
     link = meter.link_now if meter.scheduler.running else 0.0
     for name, text, count in (
-        ("routed", "Pairs of a token and an expert that were asked for.", experts.routed),
-        ("hit", "Pairs whose expert was in VRAM.", experts.hit),
-        ("fetched", "Pairs whose expert was fetched.", experts.fetched),
-        ("copied", "Records copied from host memory to VRAM.", experts.copied),
-        ("fetched_bytes", "Bytes of these records.", experts.copied * nbytes),
-        ("guessed", "Experts to be fetched before anyone asked.", experts.guessed),
-        ("guessed_right", "Those of them that were then asked for.", experts.right),
-        ("early_bytes", "Bytes of these that had come by then.", experts.early),
+        ("routed", "Routed (token, expert) pairs.", experts.routed),
+        ("hit", "Routed pairs whose expert was in a VRAM slot.", experts.hit),
+        ("missed", "Routed pairs whose expert was not in a VRAM slot.", experts.missed),
+        ("copies", "Experts copied from host memory to VRAM.", experts.experts_copied),
+        (
+            "fetched_bytes",
+            "Bytes of experts copied from host memory to VRAM.",
+            experts.experts_copied * nbytes,
+        ),
+        ("prefetched", "Experts chosen for prefetch.", experts.prefetched),
+        (
+            "prefetch_hits",
+            "Prefetched experts that the next layer then used.",
+            experts.prefetch_hits,
+        ),
+        (
+            "prefetch_bytes",
+            "Bytes of prefetch hits copied before their layer ran.",
+            experts.prefetch_bytes,
+        ),
     ):
         yield CounterMetricFamily(f"osmium_experts_{name}", text, count)
     yield GaugeMetricFamily(
-        "osmium_expert_hit_rate", "Share of all pairs so far that hit.",
+        "osmium_expert_hit_rate", "Fraction of routed pairs that hit, 0 to 1.",
         experts.hit / experts.routed if experts.routed else 1.0,
     )  # fmt: skip
     yield GaugeMetricFamily(
-        "osmium_link_measured_bytes_per_second", "What the link carried when it was measured.",
+        "osmium_link_measured_bytes_per_second", "PCIe bandwidth measured at start.",
         meter.link_gb_s * 1e9,
     )  # fmt: skip
     yield GaugeMetricFamily(
-        "osmium_link_bytes_per_second", "Fetched over the link, between the last two looks.",
+        "osmium_link_bytes_per_second", "PCIe throughput of expert copies in the last interval.",
         link * 1e9,
     )  # fmt: skip
     yield GaugeMetricFamily(
-        "osmium_link_share", "That, as a share of what was measured.",
+        "osmium_link_utilization_ratio", "PCIe throughput / measured bandwidth, 0 to 1.",
         link / meter.link_gb_s if meter.link_gb_s else 0.0,
     )  # fmt: skip
 
@@ -124,15 +141,15 @@ def _memory(engine: Engine) -> Iterator[Metric]:
         return
     for name, parts in (("vram", plan.vram), ("ram", plan.ram)):
         family = GaugeMetricFamily(
-            f"osmium_planned_{name}_bytes", "Planned before loading, by what for.", labels=["part"]
+            f"osmium_planned_{name}_bytes", "Planned memory by purpose.", labels=["part"]
         )
         for part, nbytes in parts.items():
             family.add_metric([part], nbytes)
         yield family
     if engine.meter.vram is not None:
         free, total = engine.meter.vram
-        yield GaugeMetricFamily("osmium_vram_free_bytes", "Free on the GPU, for anyone.", free)
-        yield GaugeMetricFamily("osmium_vram_total_bytes", "All of the GPU's memory.", total)
+        yield GaugeMetricFamily("osmium_vram_free_bytes", "Free VRAM of the GPU.", free)
+        yield GaugeMetricFamily("osmium_vram_total_bytes", "Total VRAM of the GPU.", total)
 
 
 def _histogram(name: str, text: str, values: Histogram) -> Metric:

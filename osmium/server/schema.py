@@ -162,7 +162,8 @@ def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams
     }
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
-    given["max_tokens"] = request.max_tokens
+    if request.max_tokens is not None:
+        given["max_tokens"] = request.max_tokens
     names: dict[str | None, str] = {}
     """The engine's names that are not the client's."""
     if isinstance(request, ChatRequest):

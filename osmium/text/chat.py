@@ -41,8 +41,14 @@ class _Generation(Extension):
 class ChatTemplate:
     """One template."""
 
-    def __init__(self, source: str, tokens: Mapping[str, str] | None = None) -> None:
-        """`tokens` are bos_token, eos_token and the like.  Raises: CheckpointError."""
+    def __init__(
+        self,
+        source: str,
+        tokens: Mapping[str, str] | None = None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`tokens` are bos_token, eos_token and the like; `defaults` are switches such as
+        enable_thinking, for those that `render` is not given.  Raises: CheckpointError."""
         env = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -51,14 +57,19 @@ class ChatTemplate:
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = _now
-        self._tokens = dict(tokens or {})
+        self._tokens, self._defaults = dict(tokens or {}), dict(defaults or {})
         try:
             self._template = env.from_string(source)
         except jinja2.TemplateError as error:
             raise CheckpointError(f"The chat template cannot be read: {error}") from None
 
     @classmethod
-    def find(cls, jinja: bytes | None, config: Mapping[str, Any] | None) -> "ChatTemplate | None":
+    def find(
+        cls,
+        jinja: bytes | None,
+        config: Mapping[str, Any] | None,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> "ChatTemplate | None":
         """From chat_template.jinja, else from tokenizer_config.json: a text, or a list of named
         ones of which `default` counts.  None where there is neither.  Raises: CheckpointError."""
         config = config or {}
@@ -83,7 +94,7 @@ class ChatTemplate:
                 value = value.get("content")
             if isinstance(value, str):
                 tokens[name] = value
-        return cls(source, tokens)
+        return cls(source, tokens, defaults)
 
     def render(
         self,
@@ -102,6 +113,7 @@ class ChatTemplate:
             return self._template.render(
                 {
                     **self._tokens,
+                    **self._defaults,
                     **more,
                     "messages": normalise(messages),
                     "tools": list(tools) if tools else None,

@@ -16,8 +16,14 @@ __all__ = ["Decoder", "Tokenizer"]
 class Tokenizer:
     """One tokenizer.json."""
 
-    def __init__(self, source: bytes | str | os.PathLike[str]) -> None:
-        """`source` is the file's contents, or its path.  Raises: CheckpointError."""
+    def __init__(
+        self, source: bytes | str | os.PathLike[str], unknown_ids_as_text: bool = False
+    ) -> None:
+        """`source` is the file's contents, or its path.
+
+        Ids that the tokenizer lacks have no text, as the padding of a real model's head; with
+        `unknown_ids_as_text` they become "⟨12345⟩".  Raises: CheckpointError.
+        """
         try:
             raw = source if isinstance(source, bytes) else Path(source).read_bytes()
             self._inner = tokenizers.Tokenizer.from_buffer(raw)
@@ -26,6 +32,7 @@ class Tokenizer:
         self._inner.no_padding()
         self._inner.no_truncation()
         self._added = frozenset(self._inner.get_added_tokens_decoder())
+        self._unknown_ids_as_text = unknown_ids_as_text
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -63,13 +70,16 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of ids; special tokens are left out unless asked for."""
-        return str(self._inner.decode(list(ids), skip_special_tokens=not specials))
+        if not self._unknown_ids_as_text:
+            return str(self._inner.decode(list(ids), skip_special_tokens=not specials))
+        decoder = self.decoder(specials)
+        return "".join(decoder.push(one) for one in ids) + decoder.flush()
 
     def piece(self, token: int) -> bytes:
         """The bytes of one token: part of a character, perhaps."""
         name = self._inner.id_to_token(token)
         if name is None:
-            return b""
+            return _id_text(token).encode() if self._unknown_ids_as_text else b""
         if token in self._added:
             return str(name).encode()
         if all(letter in _BYTES for letter in name):
@@ -78,21 +88,36 @@ class Tokenizer:
 
     def decoder(self, specials: bool = False) -> "Decoder":
         """Ids back to text as they come."""
-        return Decoder(self._inner, specials)
+        return Decoder(self._inner, specials, self._unknown_ids_as_text)
+
+
+def _id_text(token: int) -> str:
+    """What stands for an id that has no text; Markdown and terminals show it as it is."""
+    return f"⟨{token}⟩"
 
 
 class Decoder:
     """One reply's ids, back to text piece by piece; a character is given out once it is whole."""
 
-    def __init__(self, inner: tokenizers.Tokenizer, specials: bool) -> None:
+    def __init__(
+        self, inner: tokenizers.Tokenizer, specials: bool, unknown_ids_as_text: bool = False
+    ) -> None:
         self._inner, self._specials = inner, specials
-        self._stream = DecodeStream(skip_special_tokens=not specials)
+        self._unknown_ids_as_text = unknown_ids_as_text
+        self._restart()
+
+    def _restart(self) -> None:
+        self._stream = DecodeStream(skip_special_tokens=not self._specials)
         self._ids: list[int] = []
         self._given = 0
         """Characters given out."""
 
     def push(self, token: int) -> str:
         """The text that is certain once `token` is there."""
+        if self._unknown_ids_as_text and self._inner.id_to_token(token) is None:
+            before = self.flush()  # no later token completes a character across this one
+            self._restart()
+            return before + _id_text(token)
         self._ids.append(token)
         text = str(self._stream.step(self._inner, token) or "")
         self._given += len(text)

@@ -90,13 +90,17 @@ def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
     """Everything but the routed experts.  Raises: CheckpointError for a shape that does not suit
     its format."""
     parts = [
-        _array("embed", (("embed_tokens.weight", (config.vocab, config.hidden)),), form="bf16"),
-        _array("norm", (("norm.weight", (config.hidden,)),)),
+        _array(
+            "embed",
+            (("embed_tokens.weight", (config.vocab_size, config.hidden_size)),),
+            form="bf16",
+        ),
+        _array("norm", (("norm.weight", (config.hidden_size,)),)),
     ]
-    if not config.tied_head:
-        shape = (config.vocab, config.hidden)
+    if not config.tie_word_embeddings:
+        shape = (config.vocab_size, config.hidden_size)
         parts.append(Part("head", shape, formats.head, True, (("lm_head.weight", shape),), False))
-    for i in range(config.layers):
+    for i in range(config.num_layers):
         parts += _layer(config, formats, i)
     for part in parts:
         step = {"bf16": 8, "int8": 16, "int4": 32}.get(part.format, 1)
@@ -110,7 +114,7 @@ def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
 
 def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
     """The parts of one layer."""
-    hidden, at, to = config.hidden, f"layers.{i}.", f"layers.{i}."
+    hidden, at, to = config.hidden_size, f"layers.{i}.", f"layers.{i}."
 
     def array(name: str, *sources: tuple[str, tuple[int, ...]]) -> Part:
         return _array(to + name, tuple((at + source, shape) for source, shape in sources))
@@ -121,15 +125,15 @@ def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
 
     yield array("mixer_norm", ("input_layernorm.weight", (hidden,)))
     yield array("moe_norm", ("post_attention_layernorm.weight", (hidden,)))
-    gates = (("mlp.gate.weight", config.experts), ("mlp.shared_expert_gate.weight", 1))
+    gates = (("mlp.gate.weight", config.num_experts), ("mlp.shared_expert_gate.weight", 1))
     yield matrix("router", "bf16", hidden, *gates)
-    own, size = "mlp.shared_expert.", config.shared_size
+    own, size = "mlp.shared_expert.", config.shared_intermediate_size
     both = ((f"{own}gate_proj.weight", size), (f"{own}up_proj.weight", size))
     yield matrix("shared_up", formats.shared, hidden, *both)
     yield matrix("shared_down", formats.shared, size, (f"{own}down_proj.weight", hidden))
-    if config.mixers[i] == "attention":
+    if config.layer_types[i] == "attention":
         own, d = "self_attn.", config.head_dim
-        q, kv = 2 * config.heads * d, config.kv_heads * d
+        q, kv = 2 * config.num_heads * d, config.num_kv_heads * d
         qgkv = (
             (f"{own}q_proj.weight", q),
             (f"{own}k_proj.weight", kv),
@@ -138,7 +142,10 @@ def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
         yield matrix("qgkv", formats.attention, hidden, *qgkv)
         yield array("attention_norms", (f"{own}q_norm.weight", (d,)), (f"{own}k_norm.weight", (d,)))
         yield matrix(
-            "attention_out", formats.attention, config.heads * d, (f"{own}o_proj.weight", hidden)
+            "attention_out",
+            formats.attention,
+            config.num_heads * d,
+            (f"{own}o_proj.weight", hidden),
         )
     else:
         own, heads = "linear_attn.", config.value_heads
@@ -186,7 +193,7 @@ class Checkpoint:
         """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
         self.shards, self.config, self.formats = shards, config, formats
         self.parts = inventory(config, formats)
-        self.record = Record(formats.expert_bits, config.hidden, config.expert_size)
+        self.record = Record(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
         names = shards.tensors
         roots = [root for root in _ROOTS if root + "embed_tokens.weight" in names]
         if not roots:
@@ -209,7 +216,7 @@ class Checkpoint:
             for source, shape in part.sources:
                 wanted[self._name(part, source)] = shape
         config = self.config
-        for i in range(config.layers):
+        for i in range(config.num_layers):
             wanted.update(self._expert_shapes(i))
         for name, shape in wanted.items():
             tensor = self.shards.tensors.get(name)
@@ -227,7 +234,11 @@ class Checkpoint:
                     f"{name} is {tensor.dtype} in {tensor.file.name}; this version reads BF16, F32 "
                     "and F16 checkpoints."
                 )
-        tied = {"lm_head.weight", "language_model.lm_head.weight"} if config.tied_head else set()
+        tied = (
+            {"lm_head.weight", "language_model.lm_head.weight"}
+            if config.tie_word_embeddings
+            else set()
+        )
         for name in self.shards.tensors:
             if name not in wanted and name not in tied and not name.startswith(_SKIPPED):
                 raise CheckpointError(
@@ -237,7 +248,11 @@ class Checkpoint:
 
     def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         config, at = self.config, f"{self.root}layers.{layer}.mlp.experts."
-        experts, inner, hidden = config.experts, config.expert_size, config.hidden
+        experts, inner, hidden = (
+            config.num_experts,
+            config.moe_intermediate_size,
+            config.hidden_size,
+        )
         if self.fused:
             return {
                 f"{at}gate_up_proj": (experts, 2 * inner, hidden),
@@ -253,7 +268,7 @@ class Checkpoint:
     @property
     def narrow(self) -> bool:
         """Whether every routed expert is in bf16."""
-        names = (name for i in range(self.config.layers) for name in self._expert_shapes(i))
+        names = (name for i in range(self.config.num_layers) for name in self._expert_shapes(i))
         return all(self.shards.tensors[name].dtype == "BF16" for name in names)
 
     def expert_names(self, layer: int) -> list[list[str]]:

@@ -38,7 +38,7 @@ class Quantizer:
         self.record = checkpoint.record
         self.one = 3 * self.record.inner * self.record.hidden
         """Values of an expert."""
-        self.count = max(1, min(self.config.experts, room // (2 * self.one)))
+        self.count = max(1, min(self.config.num_experts, room // (2 * self.one)))
         """Experts a turn."""
         widest = max((part.shape[1] for part in checkpoint.parts if part.matrix), default=0)
         size = max(self.count * self.one, 16 * widest)
@@ -97,7 +97,7 @@ class Quantizer:
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
-        experts, shape = self.config.experts, (2, self.config.experts, self.record.nbytes)
+        experts, shape = self.config.num_experts, (2, self.config.num_experts, self.record.nbytes)
         turns = [(layer, e) for layer in wanted for e in range(0, experts, self.count)]
         out = np.empty(shape, np.uint8)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="osmium-shard") as pool:

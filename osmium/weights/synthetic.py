@@ -3,7 +3,8 @@
 `synthetic:NAME`, or `synthetic:NAME:LAYERS` for the first so many layers of it.  What a part holds
 depends on its name alone, so that any part can be made again, and compared, at any time: matrices
 are words of a counter (quant/noise.py), the same on every backend, made where they are to lie.
-Random routers pick uniformly: give a routing trace with it (--routing).
+Random routers pick uniformly: give a routing trace with it (--replay-routing).  It has no token
+that ends a reply, and its text is the bundled model's tokens: ids beyond those are shown as ids.
 
 Shapes: the published configs of Qwen3.5-35B-A3B, -122B-A10B and -397B-A17B.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.config import EngineConfig, ModelConfig
+from osmium.config import EngineConfig, ModelConfig, Progress
 from osmium.errors import ConfigError
 from osmium.ops import Array, Linear, Ops
 from osmium.ops.reference import ReferenceOps
@@ -29,17 +30,17 @@ from osmium.quant.noise import Pattern
 from osmium.quant.record import Record
 from osmium.weights.checkpoint import Formats, Part, inventory
 
-__all__ = ["PREFIX", "Synthetic", "open_synthetic"]
+__all__ = ["PREFIX", "Synthetic", "open_synthetic", "synthetic_name"]
 
 PREFIX = "synthetic:"
 
-_MADE = 1
+_MADE = 2
 """Counts the ways in which parts were made: a packed file of another way is made again."""
 
 _SHAPES: dict[str, dict[str, int]] = {
     "tiny": {
         "hidden": 64, "layers": 4, "heads": 4, "kv_heads": 2, "head_dim": 32, "key_heads": 2,
-        "value_heads": 4, "head_size": 32, "experts": 8, "top_k": 2, "inner": 32, "vocab": 256,
+        "value_heads": 4, "head_size": 32, "experts": 8, "top_k": 2, "inner": 32, "vocab": 8192,
     },
     "qwen3.5-35b-a3b": {
         "hidden": 2048, "layers": 40, "heads": 16, "kv_heads": 2, "head_dim": 256, "key_heads": 16,
@@ -57,6 +58,13 @@ _SHAPES: dict[str, dict[str, int]] = {
         "vocab": 248320,
     },
 }  # fmt: skip
+
+
+def synthetic_name(model: str | os.PathLike[str] | None) -> str | None:
+    """`synthetic:NAME[:LAYERS]` in small letters, however it is written; None for other models."""
+    if not isinstance(model, str) or not model.lower().startswith(PREFIX):
+        return None
+    return model.lower()
 
 
 def open_synthetic(name: str, options: EngineConfig) -> "Synthetic":
@@ -104,7 +112,9 @@ class Synthetic:
     def __init__(self, name: str, config: dict[str, Any], formats: Formats) -> None:
         self.path = Path(name)
         self.config, self.formats = ModelConfig.from_hf(config), formats
-        self.record = Record(formats.expert_bits, self.config.hidden, self.config.expert_size)
+        self.record = Record(
+            formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
+        )
         self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, formats)}
         self.files = {"config.json": json.dumps(config, indent=1).encode()}
         self.fingerprint = f"{name} {_MADE}"
@@ -115,7 +125,7 @@ class Synthetic:
         return list(self.parts)
 
     def file(self, name: str) -> bytes | None:
-        """There is a config.json; there is no tokenizer, no template."""
+        """A small file: config.json, and what weights.open_weights takes from the bundled model."""
         return self.files.get(name)
 
     def json(self, name: str) -> dict[str, Any] | None:
@@ -196,7 +206,7 @@ class Synthetic:
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
-        shape = (2, self.config.experts, self.record.nbytes)
+        shape = (2, self.config.num_experts, self.record.nbytes)
         out = np.empty(shape, np.uint8)
         for i, layer in enumerate(wanted):
             self.read_records(layer, out[i % 2])
@@ -208,11 +218,13 @@ class Synthetic:
         self.fill_records(self._ops, layer, out[None], expert)
         return out
 
-    def all_records(self) -> npt.NDArray[np.uint8]:
+    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], in memory."""
-        shape = (self.config.layers, self.config.experts, self.record.nbytes)
+        shape = (self.config.num_layers, self.config.num_experts, self.record.nbytes)
         out = np.empty(shape, np.uint8)
-        for layer in range(self.config.layers):
+        for layer in range(self.config.num_layers):
+            if progress:
+                progress("experts", layer, self.config.num_layers)
             self.read_records(layer, out[layer])
         return out
 

@@ -97,5 +97,5 @@ def test_without_a_gpu_one_clear_error(capsys: pytest.CaptureFixture[str]) -> No
         pytest.skip("there is a GPU here")
     with pytest.raises(ConfigError, match="GPU"):
         bench_kernels(None, print)
-    assert main(["bench", "kernels", "--only", "sample"]) == 2
+    assert main(["bench", "kernels", "--filter", "sample"]) == 2
     assert "bench kernels" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from osmium.errors import ConfigError
 from osmium.experts.arena import share_arena
 from osmium.experts.cache import FADING, cut, make_cache
 from osmium.experts.heat import FIRST, heat_of, new_quotas, restore
-from osmium.experts.routing import Recorder, Trace, read_trace
+from osmium.experts.routing import RoutingRecorder, Trace, read_trace
 from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import ARRIVED, FETCH_BLOCKS, FETCH_WARPS
@@ -215,7 +215,7 @@ def test_quotas_share_out_the_same_number_of_slots(rng: np.random.Generator) -> 
 
 
 def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> None:
-    recorder = Recorder(2)
+    recorder = RoutingRecorder(2)
     parts = [rng.integers(0, 9, (n, 2, 3)).astype(np.uint16) for n in (4, 1, 5)]
     for i, part in enumerate(parts):
         if i == 2:
@@ -274,7 +274,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=wanted):
             read_trace(path)
     np.savez(path, ids=ids, predicted_weights=even)
-    with pytest.raises(ConfigError, match="not predicted"):
+    with pytest.raises(ConfigError, match="without predicted"):
         read_trace(path)
     with pytest.raises(ConfigError):
-        Recorder(1).save(tmp_path / "no" / "where.npz")
+        RoutingRecorder(1).save(tmp_path / "no" / "where.npz")

@@ -13,7 +13,7 @@ import osmium
 from osmium.bench import speed
 from osmium.bench.about import about
 from osmium.bench.profile import moved, profile
-from osmium.bench.report import compare, table
+from osmium.bench.report import COLUMNS, compare, row_line, summary
 from osmium.bench.speed import Settings, measure
 from osmium.cli import main
 from osmium.engine.request import SamplingParams
@@ -27,7 +27,9 @@ SHORT = Settings(depths=("64",), tokens=6, repeats=2, warm_up=8)
 
 @pytest.fixture
 def engine() -> Any:
-    made = osmium.load("synthetic:tiny", device="cpu", slots=4, context=4096, chunk=64)
+    made = osmium.load(
+        "synthetic:tiny", device="cpu", expert_slots=4, context=4096, prefill_chunk=64
+    )
     yield made
     made.close()
 
@@ -36,27 +38,33 @@ def test_a_row_adds_up(engine: Any) -> None:
     found = measure(engine, SHORT)
     (row,) = found["rows"]
     config = engine.config
-    assert row["routed"] == 2 * 6 * config.layers * config.top_k
-    assert row["routed"] == row["hit"] + row["fetched"]
+    assert row["routed"] == 2 * 6 * config.num_layers * config.top_k
+    assert row["routed"] == row["hit"] + row["missed"]
     assert row["hit_rate"] == pytest.approx(row["hit"] / row["routed"])
     record = engine.runner.store.cache.record.nbytes
-    assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(row["copied"] * record / 12)
+    assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(row["experts_copied"] * record / 12)
     assert row["tokens_per_s"] > 0
-    assert found["slots_equal_to_records"] == 8
+    assert found["slots_verified"] == 8
     for name in ("hit_rate_cold_64", "hit_rate_warm_64", "hit_rate"):
         assert 0 <= row[name] < 1
     keys = {"commit", "driver", "cuda", "device", "date", "version", "rss", "host_memory", "vram",
             "vram_in_use"}  # fmt: skip
     assert keys <= set(found)
-    assert {"memory_gb_s", "memory_share", "link_gb_s", "link_share", "floor_ms"} <= set(row)
-    assert found["slots"] == [4, 8]
+    assert {
+        "vram_gb_s",
+        "vram_utilization",
+        "link_gb_s",
+        "link_utilization",
+        "roofline_ms",
+    } <= set(row)
+    assert found["expert_slots"] == [4, 8]
     assert json.loads(json.dumps(found)) == found
 
 
 def test_sequences_side_by_side_are_counted_together(engine: Any) -> None:
     settings = Settings(depths=("64",), tokens=4, repeats=1, warm_up=4, parallel=(2,))
     (row,) = measure(engine, settings)["rows"]
-    assert row["routed"] == 2 * 4 * engine.config.layers * engine.config.top_k
+    assert row["routed"] == 2 * 4 * engine.config.num_layers * engine.config.top_k
     assert row["sequences"] == 2
 
 
@@ -88,10 +96,10 @@ def test_a_row_starts_cold(engine: Any) -> None:
 
 def test_prefill_says_what_it_fetched(engine: Any) -> None:
     (row,) = measure(engine, Settings(depths=(), prompts=(40,), repeats=2))["rows"]
-    assert row["routed"] == 2 * 40 * engine.config.layers * engine.config.top_k
+    assert row["routed"] == 2 * 40 * engine.config.num_layers * engine.config.top_k
     record = engine.runner.store.cache.record.nbytes
-    assert row["mb_fetched"] * 1e6 == pytest.approx(row["copied"] * record / 2)
-    assert row["first_token_ms"] > 0
+    assert row["mb_fetched"] * 1e6 == pytest.approx(row["experts_copied"] * record / 2)
+    assert row["ttft_ms"] > 0
 
 
 def test_counters_that_disagree_fail_the_bench(
@@ -102,11 +110,11 @@ def test_counters_that_disagree_fail_the_bench(
     def dropping() -> dict[str, Any]:
         found: dict[str, Any] = status()
         half = {name: count // 2 for name, count in found["experts"].items()}
-        found["experts"] = {**half, "routed": half["hit"] + half["fetched"]}
+        found["experts"] = {**half, "routed": half["hit"] + half["missed"]}
         return found
 
     monkeypatch.setattr(engine, "status", dropping)
-    with pytest.raises(AssertionError, match="ask for"):
+    with pytest.raises(AssertionError, match="route to"):
         measure(engine, SHORT)
     monkeypatch.undo()
     engine.runner.ops.copy_in(store.cache.counters, np.array([9, 3, 3, 3, 0, 0, 0], np.int64))
@@ -161,7 +169,10 @@ def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:
     second["rows"][0] |= {"depth": first["rows"][0]["depth"], "temperature": 0.7}
     assert compare(first, second).count("in one only") == 2, "a drawn reply is another thing"
     assert "at 0.7" in compare(second, second)
-    assert "decode" in table({"kv_cache_mb": None, **first})
+    assert "decode" in row_line(first["rows"][-1]) and len(COLUMNS) == len(
+        row_line(first["rows"][-1])
+    )
+    assert first["model"] in summary(first)
     kernels = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 4.0}]}
     other = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 2.0}]}
     assert "2.000" in compare(kernels, other)

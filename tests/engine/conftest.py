@@ -1,11 +1,25 @@
-"""Engines that are closed at the end of a test, and must then hold nothing."""
+"""Engines that are closed at the end of a test, and must then hold nothing; a packed model."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from osmium.config import EngineConfig
+from osmium.weights import Packed, open_model
 from tests.engine.fakes import Bench
+from tests.models.build import CASES, write_checkpoint
+
+CASE = CASES[3]
+"""Six layers of sixteen experts."""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+    """A packed file of CASE."""
+    folder = tmp_path_factory.mktemp("packed")
+    write_checkpoint(CASE, folder / "model")
+    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
 
 
 @pytest.fixture(params=[0, 1, 3], ids=lambda ahead: f"{ahead} ahead")

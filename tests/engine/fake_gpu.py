@@ -17,6 +17,7 @@ from osmium.cuda.driver import Driver
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
 from osmium.engine.runner import Runner
+from osmium.planning import hardware
 
 __all__ = ["FakeGpu"]
 
@@ -51,9 +52,12 @@ class FakeGpu:
         self.most: dict[str, int] = {}
         self.copied = 0
         """Bytes from the host to the device."""
+        self.launched: list[str] = []
+        """Entries of kernels, as they were launched; those of a graph once, when it is captured."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch, kind: HostKind = "registered-huge") -> None:
-        monkeypatch.setattr(loader, "_gpu", lambda config: Gpu(self.device(), kind))
+        for module in (loader, hardware):
+            monkeypatch.setattr(module, "open_gpu", lambda config: Gpu(self.device(), kind))
         monkeypatch.setattr(Runner, "prepare", lambda self: None)  # it waits for mail of kernels
 
     def device(self) -> Any:
@@ -107,6 +111,16 @@ class FakeGpu:
     def cuMemGetInfo(self) -> tuple[Any, ...]:
         return _Result(), self.vram - self.bytes_of("cuMemAlloc"), self.vram
 
+    def cuLaunchKernel(self, entry: str, *launch: Any) -> tuple[Any, ...]:
+        self.launched.append(entry)
+        return DONE
+
+    def CUstreamCaptureMode(self, mode: int) -> int:
+        return mode
+
+    def cuGraphGetNodes(self, graph: Any, most: int) -> tuple[Any, ...]:
+        return _Result(), [], 0
+
     def cuCtxGetStreamPriorityRange(self) -> tuple[Any, ...]:
         return _Result(), 0, -5
 
@@ -147,6 +161,15 @@ class _Device:
 
     def synchronize(self) -> None:
         pass
+
+    def dynamic(self, contract: Any, nbytes: int, rows: int) -> int:
+        return nbytes
+
+    def text(self, contract: Any) -> str:
+        return ""
+
+    def function(self, entry: str, text: str, dynamic: int = 0) -> str:
+        return entry
 
     def close(self) -> None:
         if not self.closed:

@@ -21,7 +21,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams, Token
 from osmium.engine.runner import Runner
 from osmium.engine.state import Seats
-from osmium.experts.store import Counters
+from osmium.experts.store import ExpertCounters
 from osmium.models.state import State
 from osmium.ops import Step
 from osmium.ops.reference import ReferenceOps
@@ -35,7 +35,9 @@ EOS, OTHER_EOS = 256, 258
 VOCAB = 260
 """256 bytes and a few ids that are no text."""
 
-CONFIG = replace(ModelConfig.from_hf(hf_config(CASES[0])), vocab=VOCAB, eos=(EOS, OTHER_EOS))
+CONFIG = replace(
+    ModelConfig.from_hf(hf_config(CASES[0])), vocab_size=VOCAB, eos_token_ids=(EOS, OTHER_EOS)
+)
 
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
 
@@ -163,8 +165,8 @@ class _Store:
     recorder = None
     cache = SimpleNamespace(record=SimpleNamespace(nbytes=0))
 
-    def counters(self) -> Counters:
-        return Counters(0, 0, 0, 0)
+    def counters(self) -> ExpertCounters:
+        return ExpertCounters(0, 0, 0, 0)
 
 
 # -- text ------------------------------------------------------------------------------------------

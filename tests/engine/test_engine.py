@@ -369,7 +369,7 @@ def test_forced_logits_of_several_sequences_are_kept_apart(bench: Make) -> None:
     sequences = [[1, 2, 3, 4], [9], [7, 7, 7, 7, 7, 7, 7], [5, 6], [3]]
     got: dict[tuple[int, int], Logits] = {}
     one = bench()
-    for (position, sequence), piece in one.engine.forced(sequences, 2):
+    for (position, sequence), piece in one.engine.prompt_logits(sequences, 2):
         for i, row in enumerate(piece):
             got[sequence, position + i] = row
     wanted = {
@@ -395,9 +395,9 @@ def test_logits_over_the_context_are_refused(bench: Make) -> None:
     with pytest.raises(RequestError, match="65"):
         one.engine.logits([1] * 65)
     with pytest.raises(RequestError, match="65"):
-        one.engine.forced([[1], [1] * 65], 8)
+        one.engine.prompt_logits([[1], [1] * 65], 8)
     with pytest.raises(RequestError):
-        one.engine.each_forced([[]], 8, lambda position, sequence, rows: None)
+        one.engine.stream_prompt_logits([[]], 8, lambda position, sequence, rows: None)
 
 
 def test_a_job_that_fails_fails_alone(bench: Make) -> None:
@@ -407,7 +407,7 @@ def test_a_job_that_fails_fails_alone(bench: Make) -> None:
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        one.engine.call(job)
+        one.engine.run_on_engine_thread(job)
     assert one.ask([1]).wait().error is None
 
 

@@ -30,12 +30,12 @@ def demo(path: Path = DEMO, **options: Any) -> Engine:
 
 
 def _slots(slots: int | None) -> dict[str, Any]:
-    return {} if slots is None else {"slots": slots}
+    return {} if slots is None else {"expert_slots": slots}
 
 
 def prompts(engine: Engine, rng: np.random.Generator, count: int) -> list[list[int]]:
     return [
-        [int(one) for one in rng.integers(0, engine.config.vocab, int(rng.integers(2, 90)))]
+        [int(one) for one in rng.integers(0, engine.config.vocab_size, int(rng.integers(2, 90)))]
         for _ in range(count)
     ]
 
@@ -62,7 +62,7 @@ def test_replies_of_the_device_are_those_of_the_host(rng: np.random.Generator) -
 
 
 def test_a_reply_ends_at_an_end_token(rng: np.random.Generator) -> None:
-    engine = demo(sequences=3)
+    engine = demo(max_num_seqs=3)
     try:
         params = SamplingParams(temperature=1, max_tokens=200, seed=1)
         asked = prompts(engine, rng, 6)
@@ -80,7 +80,7 @@ def test_a_reply_ends_at_an_end_token(rng: np.random.Generator) -> None:
 def test_requests_side_by_side_say_what_they_say_alone(
     rng: np.random.Generator, slots: int | None
 ) -> None:
-    engine = demo(sequences=4, **_slots(slots))
+    engine = demo(max_num_seqs=4, **_slots(slots))
     try:
         asked = prompts(engine, rng, 10)
         alone = [[token.id for token in engine.generate(ids, GREEDY)] for ids in asked]
@@ -89,13 +89,13 @@ def test_requests_side_by_side_say_what_they_say_alone(
         same = sum(a == b for a, b in zip(alone, together, strict=True))
         assert same >= 9, f"{same} of 10"
         experts = engine.status()["experts"]
-        assert experts["routed"] == experts["hit"] + experts["fetched"]
+        assert experts["routed"] == experts["hit"] + experts["missed"]
     finally:
         engine.close()
 
 
 def test_only_logits_come_back(rng: np.random.Generator) -> None:
-    engine = demo(slots=8)
+    engine = demo(expert_slots=8)
     try:
         (ids,) = prompts(engine, rng, 1)
         ops = engine._runner.ops
@@ -107,13 +107,13 @@ def test_only_logits_come_back(rng: np.random.Generator) -> None:
         engine.status()
         counters = 3 * engine._runner.store.cache.counters.nbytes  # two looks and a status
         came = ops.bytes_to_host - before - counters
-        assert came == engine.config.vocab * 4, "the first token's logits"
+        assert came == engine.config.vocab_size * 4, "the first token's logits"
     finally:
         engine.close()
 
 
 def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
-    engine = demo(slots=8)
+    engine = demo(expert_slots=8)
     try:
         ops = engine._runner.ops
         assert isinstance(ops, GpuOps) and isinstance(ops.machine, Machine)
@@ -131,7 +131,7 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
 def test_every_kind_of_host_memory_is_filled_with_the_file(
     slots: int | None, wc_alloc: bool
 ) -> None:
-    engine = demo(wc_alloc=wc_alloc, **_slots(slots))
+    engine = demo(write_combined=wc_alloc, **_slots(slots))
     try:
         records = open_packed(DEMO).all_records()
         runner = engine.runner
@@ -151,11 +151,14 @@ def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
 
     def count() -> dict[str, int]:
         """What twenty tokens and their reply hit; at the start slots hold what they should."""
-        engine = demo(model, slots=12, cache_dir=str(tmp_path))
+        engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
         try:
             ops, store = engine.runner.ops, engine.runner.store
-            there = engine.call(lambda: int(resident(ops, store.cache).sum()))
-            assert engine.call(lambda: verify(ops, store.cache, records, 10**6, 0)) == there
+            there = engine.run_on_engine_thread(lambda: int(resident(ops, store.cache).sum()))
+            assert (
+                engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
+                == there
+            )
             assert not any(engine.status()["experts"].values())
             list(engine.generate(list(range(5, 25)), GREEDY))
             return dict(engine.status()["experts"])
@@ -164,7 +167,7 @@ def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
 
     cold, warm = count(), count()
     for counts in (cold, warm):
-        assert counts["routed"] == counts["hit"] + counts["fetched"]
+        assert counts["routed"] == counts["hit"] + counts["missed"]
     assert cold["routed"] == warm["routed"]
     assert warm["hit"] > cold["hit"]
 
@@ -175,7 +178,7 @@ def test_slots_shared_out_between_two_replies_change_neither(
     model = tmp_path / "model.osmium"
     model.write_bytes(DEMO.read_bytes())
     records = open_packed(model).all_records()
-    engine = demo(model, slots=12, cache_dir=str(tmp_path))
+    engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
     try:
         runner = engine.runner
         ops, store = runner.ops, runner.store
@@ -183,17 +186,20 @@ def test_slots_shared_out_between_two_replies_change_neither(
         asked, used = prompts(engine, rng, 10), ops.machine.pool.used
         before = [replies(engine, [ids]) for ids in asked]
         counted, recorded = engine.status()["experts"], dict(runner._replays)
-        heat = engine.call(lambda: heat_of(ops, store.cache))
+        heat = engine.run_on_engine_thread(lambda: heat_of(ops, store.cache))
 
-        count = engine.call(runner.share)
+        count = engine.run_on_engine_thread(runner.share)
         each = [layer.shape[0] for layer in store.cache.slots]
         assert count == sum(each) == 12 * len(each) and len({*each}) > 1
-        there = engine.call(lambda: resident(ops, store.cache))
+        there = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
         assert there.sum(axis=1).tolist() == each
-        assert engine.call(lambda: verify(ops, store.cache, records, 10**6, 0)) == count
+        assert (
+            engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
+            == count
+        )
         for layer, own in enumerate(each):
             assert set(np.flatnonzero(there[layer])) == set(heat.hottest(layer, own).tolist())
-        again = engine.call(lambda: heat_of(ops, store.cache))
+        again = engine.run_on_engine_thread(lambda: heat_of(ops, store.cache))
         assert np.allclose(again.heat, heat.heat, rtol=1e-5)
         assert np.allclose(again.long_heat, heat.long_heat, rtol=1e-5)
         assert engine.status()["experts"] == counted and ops.machine.pool.used == used
@@ -205,9 +211,12 @@ def test_slots_shared_out_between_two_replies_change_neither(
         same = sum(a == b for a, b in zip(before, after, strict=True))
         assert same >= 9, f"{same} of 10"
         experts = engine.status()["experts"]
-        assert experts["routed"] == experts["hit"] + experts["fetched"] == 2 * counted["routed"]
-        there = engine.call(lambda: resident(ops, store.cache))
-        assert engine.call(lambda: verify(ops, store.cache, records, 10**6, 0)) == there.sum()
-        assert engine.call(runner.share) >= 0, "and once more"
+        assert experts["routed"] == experts["hit"] + experts["missed"] == 2 * counted["routed"]
+        there = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
+        assert (
+            engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
+            == there.sum()
+        )
+        assert engine.run_on_engine_thread(runner.share) >= 0, "and once more"
     finally:
         engine.close()

@@ -14,17 +14,20 @@ import pytest
 import osmium
 from osmium import loader
 from osmium.config import EngineConfig
+from osmium.cuda import select
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
-from osmium.engine.plan import Machine, Plan, make_plan
+from osmium.engine.plan import HardwareInfo, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
-from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from osmium.errors import CheckpointError, ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
-from osmium.weights import Packed
+from osmium.weights import DEMO, Packed, open_model
 from tests.engine.fakes import Reply
 from tests.models.build import CASES, Case, prompt, write_checkpoint
 from tests.models.run import runner
+from tests.server.scripted import TEMPLATE
+from tests.text.byte_level import byte_level_json
 from tests.tolerance import close, distance
 
 MIXED = CASES[0]
@@ -37,7 +40,13 @@ def load(case: Case, folder: Path, **options: Any) -> Engine:
     model = folder / case.name
     if not model.exists():
         write_checkpoint(case, model)
-    settings = {"gpu_expert_bits": 16, "context": 256, "chunk": 64, "page": 16, **options}
+    settings = {
+        "gpu_expert_bits": 16,
+        "context": 256,
+        "prefill_chunk": 64,
+        "page_size": 16,
+        **options,
+    }
     engine: Engine = loader.load(model, device="cpu", cache_dir=str(folder / "cache"), **settings)
     return engine
 
@@ -83,12 +92,14 @@ def test_a_greedy_reply_is_the_likeliest_token_each_time(engine: Engine) -> None
     is_greedy(engine, ids, reply)
 
 
-@pytest.mark.parametrize("options", [{"chunk": 7}, {"page": 1}, {"slots": 2}, {"sequences": 1}])
+@pytest.mark.parametrize(
+    "options", [{"prefill_chunk": 7}, {"page_size": 1}, {"expert_slots": 2}, {"max_num_seqs": 1}]
+)
 def test_the_same_is_said_however_memory_and_steps_are_cut(
     folder: Path, options: dict[str, int]
 ) -> None:
     ids = prompt(MIXED).tolist()
-    plain, other = load(MIXED, folder), load(MIXED, folder, **{"sequences": 2, **options})
+    plain, other = load(MIXED, folder), load(MIXED, folder, **{"max_num_seqs": 2, **options})
     assert close(other.logits(ids), plain.logits(ids), "logits")
     reply = say(other, ids)
     is_greedy(plain, ids, reply)
@@ -98,7 +109,7 @@ def test_the_same_is_said_however_memory_and_steps_are_cut(
 
 def test_requests_side_by_side_say_what_they_say_alone(folder: Path) -> None:
     """Ten requests on two sequences' memory: they wait, interleave and make room."""
-    made = load(MIXED, folder, sequences=2, chunk=16)
+    made = load(MIXED, folder, max_num_seqs=2, prefill_chunk=16)
     rng = np.random.default_rng(5)
     asked = [rng.integers(0, MIXED.vocab, int(n)).tolist() for n in rng.integers(1, 120, 10)]
     replies = [Reply() for _ in asked]
@@ -132,7 +143,7 @@ def test_perplexity_is_the_same_through_both_paths(engine: Engine) -> None:
 
 
 def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
-    made = load(MIXED, folder, slots=4)
+    made = load(MIXED, folder, expert_slots=4)
     ids = prompt(MIXED).tolist()
     say(made, ids)
     experts = made.status()["experts"]
@@ -140,8 +151,8 @@ def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
     computed = len(ids) + 12 - 1  # the last token is not read
     layers, top_k = len(MIXED.kinds), MIXED.experts[1]
     assert experts["routed"] == computed * layers * top_k
-    assert experts["hit"] + experts["fetched"] == experts["routed"]
-    assert 0 < experts["fetched"] < experts["routed"]
+    assert experts["hit"] + experts["missed"] == experts["routed"]
+    assert 0 < experts["missed"] < experts["routed"]
 
 
 # -- the plan holds --------------------------------------------------------------------------------
@@ -174,9 +185,9 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
     "options",
     [
         {},
-        {"slots": 3},
-        {"sequences": 7, "page": 5},
-        {"chunk": 128},
+        {"expert_slots": 3},
+        {"max_num_seqs": 7, "page_size": 5},
+        {"prefill_chunk": 128},
         {"kv_dtype": "bf16"},
         {"kv_dtype": "fp8_e4m3"},
     ],
@@ -188,13 +199,13 @@ def test_what_is_allocated_is_what_was_planned(
     made = load(case, folder, **options)
     parts = made.plan.ram
     made.close()
-    planned = sum(parts[name] for name in ("KV", "recurrent states", "workspace"))
+    planned = sum(parts[name] for name in ("KV cache", "recurrent state", "workspace"))
     planned += parts.get("expert slots", 0)
     assert 0.9 * planned <= counted.allocated <= 1.01 * planned + 8192  # a resident cache's tables
 
 
 def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -> None:
-    made = load(MIXED, folder, slots=3)
+    made = load(MIXED, folder, expert_slots=3)
     before = counted.allocated
     say(made, prompt(MIXED).tolist())
     made.logits([1, 2, 3])
@@ -203,7 +214,8 @@ def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -
 
 
 @pytest.mark.parametrize(
-    "options", [{"ram": 1}, {"slots": 1}, {"context": 2049}, {"sequences": 9, "chunk": 8}]
+    "options",
+    [{"ram": 1}, {"expert_slots": 1}, {"context": 2049}, {"max_num_seqs": 9, "prefill_chunk": 8}],
 )
 def test_a_plan_that_fails_has_allocated_and_read_nothing(
     folder: Path,
@@ -235,24 +247,29 @@ def allocate(
 ) -> tuple[list[int], list[int], Any]:
     """Slots that were asked for and allocated, try by try, and the loader's own try."""
     one = loader.Loader(
-        folder / MIXED.name, "cpu", cache_dir=str(folder / "cache"), gpu_expert_bits=16, slots=6
+        folder / MIXED.name,
+        "cpu",
+        cache_dir=str(folder / "cache"),
+        gpu_expert_bits=16,
+        expert_slots=6,
     )
     card = Spilling(*spilled)
     one.gpu = cast(Any, card)
     monkeypatch.setattr(loader, "spilled", lambda gpu: gpu.spilled.pop(0))
     planned, made = [], []
 
-    def plan(packed: Any, options: Any, *rest: Any) -> Plan:
-        planned.append(options.slots)
-        card_machine = Machine(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
+    def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
+        planned.append(options.expert_slots)
+        card_machine = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
         return make_plan(packed.config, packed.record, weights, options, card_machine)
 
-    def runner(self: Any, plan: Plan, options: Any, heat: None) -> Any:
-        made.append(plan.slots)
+    def runner(self: Any, plan: MemoryPlan, options: Any, heat: None) -> Any:
+        made.append(plan.expert_slots)
         return SimpleNamespace()
 
-    monkeypatch.setattr(loader, "_plan", plan)
+    monkeypatch.setattr(loader, "memory_plan", plan)
+    monkeypatch.setattr(loader, "hardware_of", lambda *what: None)
     monkeypatch.setattr(loader.Loader, "_runner", runner)
     first = plan(one.packed, one.options)
     planned.clear()
@@ -265,11 +282,11 @@ def test_what_the_driver_has_spilled_is_given_up_as_slots(
     load(MIXED, folder).close()  # packed now
     planned, made, go = allocate(monkeypatch, folder, 1000, 0)
     plan, _ = go()
-    assert (planned, made, plan.slots) == ([5], [6, 5], 5)
+    assert (planned, made, plan.expert_slots) == ([5], [6, 5], 5)
     assert "5 expert slots" in caplog.text and "1500 GB/s" in caplog.text
     planned, made, go = allocate(monkeypatch, folder, 0)
     plan, _ = go()
-    assert (planned, made, plan.slots) == ([], [6], 6)
+    assert (planned, made, plan.expert_slots) == ([], [6], 6)
 
 
 def test_a_driver_that_spills_whatever_is_tried_is_told(
@@ -309,7 +326,7 @@ def test_a_gpu_that_cannot_be_used_does_not_lead_to_the_cpu(
     def fails() -> None:
         raise DeviceError("cuda-bindings is not installed")
 
-    monkeypatch.setattr(loader, "Device", fails)
+    monkeypatch.setattr(select, "Device", fails)
     with pytest.raises(DeviceError, match="cuda-bindings"):
         loader.load(folder / MIXED.name, device="auto")
 
@@ -324,14 +341,14 @@ def test_running_on_the_cpu_beside_a_gpu_that_is_too_old_is_logged(
     def fails() -> None:
         raise NoDevice("GTX 1650 is sm_75; Osmium needs sm_80 (RTX 30 series) or newer.")
 
-    monkeypatch.setattr(loader, "Device", fails)
-    monkeypatch.setattr(loader, "cuda_version", lambda: version)
-    caplog.set_level("INFO", logger="osmium.loader")
-    assert loader._gpu(EngineConfig()) is None
+    monkeypatch.setattr(select, "Device", fails)
+    monkeypatch.setattr(select, "cuda_version", lambda: version)
+    caplog.set_level("INFO", logger="osmium.cuda")
+    assert select.open_gpu(EngineConfig()) is None
     (record,) = caplog.records
     assert record.levelname == level and "GTX 1650" in record.message
     with pytest.raises(NoDevice):
-        loader._gpu(EngineConfig(device="gpu"))
+        select.open_gpu(EngineConfig(device="gpu"))
 
 
 def test_the_public_names_are_there() -> None:
@@ -345,3 +362,100 @@ def test_importing_the_package_loads_no_numpy() -> None:
     code = "import sys, osmium; print('numpy' in sys.modules, callable(osmium.load))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False", "True"]
+
+
+# -- what is looked at before weights --------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of calls that would have read weights."""
+    read: list[str] = []
+
+    def noted(method: str) -> Any:
+        return lambda self, *args, **named: read.append(method)
+
+    for method in ("tensor", "all_records", "read_records", "reading"):
+        monkeypatch.setattr(Packed, method, noted(method))
+    monkeypatch.setattr("osmium.weights.write_packed", lambda *args: read.append("write_packed"))
+    return read
+
+
+TEXT = {"tokenizer.json": byte_level_json(), "chat_template.jinja": TEMPLATE.encode()}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("files", "needs", "named"),
+    [
+        ({}, ["tokenizer"], "tokenizer.json"),
+        ({}, ["tokenizer", "chat_template"], "tokenizer.json"),
+        ({"tokenizer.json": TEXT["tokenizer.json"]}, ["tokenizer", "chat_template"], "template"),
+        ({**TEXT, "tokenizer.json": b"{}"}, [], "tokenizer.json"),
+        ({**TEXT, "chat_template.jinja": b"{% if %}"}, [], "template"),
+        ({**TEXT, "tokenizer_config.json": b"[]"}, [], "tokenizer_config.json"),
+        ({**TEXT, "generation_config.json": b"{"}, [], "generation_config.json"),
+    ],
+)
+def test_text_files_that_are_missing_or_damaged_are_found_before_weights_are_read(
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    packed: bool,
+    files: dict[str, bytes],
+    needs: Any,
+    named: str,
+) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(MIXED, folder)
+    for name, raw in files.items():
+        (folder / name).write_bytes(raw)
+    options: dict[str, Any] = {"gpu_expert_bits": 16, "cache_dir": str(tmp_path / "cache")}
+    if packed and "generation_config.json" not in files:  # that one is read to pack
+        open_model(folder, EngineConfig(**options))
+    read = request.getfixturevalue("no_weights")
+    with pytest.raises(CheckpointError, match=named):
+        osmium.load(folder, "cpu", needs=needs, **options)
+    assert read == []
+
+
+def test_a_model_with_its_text_files_has_what_is_needed(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    write_checkpoint(MIXED, folder)
+    for name, raw in TEXT.items():
+        (folder / name).write_bytes(raw)
+    made = osmium.load(
+        folder, "cpu", needs=["tokenizer", "chat_template"], gpu_expert_bits=16,
+        cache_dir=str(tmp_path),
+    )  # fmt: skip
+    assert made.tokenizer is not None and made.template is not None
+    made.close()
+
+
+# -- the demo's context ----------------------------------------------------------------------------
+
+
+def test_the_demo_takes_a_longer_context_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    made = osmium.load("demo", "cpu", context=32768)
+    longer = [one % 8000 for one in range(4200)]
+    reply = list(made.generate(longer, SamplingParams(max_tokens=4, ignore_eos=True)))
+    made.close()
+    assert len(reply) == 4
+    (warning,) = caplog.records
+    assert "32768" in warning.getMessage() and "4096" in warning.getMessage()
+    assert made.context == 32768
+    caplog.clear()
+    made = osmium.load(None, "cpu")
+    made.close()
+    assert made.context == 4096 and not caplog.records
+
+
+def test_a_context_beyond_all_reason_is_refused_of_the_demo() -> None:
+    with pytest.raises(ConfigError, match="4096"):
+        osmium.load(None, "cpu", context=1 << 30)
+
+
+def test_other_models_keep_to_the_context_that_they_were_made_for(tmp_path: Path) -> None:
+    copy = tmp_path / "copy.osmium"
+    copy.write_bytes(DEMO.read_bytes())
+    with pytest.raises(ConfigError, match="32768"):
+        osmium.load(copy, "cpu", context=32768)

@@ -11,8 +11,15 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.forecast import OVERHEAD
-from osmium.engine.plan import CONTEXT_BYTES, Machine, Plan, available_ram, make_plan
+from osmium.engine.plan import (
+    CONTEXT_BYTES,
+    DoesNotFit,
+    HardwareInfo,
+    MemoryPlan,
+    available_ram,
+    make_plan,
+)
+from osmium.engine.speed_estimate import HIDDEN, LAYER_US, LINK_SHARE, MISS_LAYER_US, VRAM_SHARE
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
@@ -21,25 +28,25 @@ from osmium.quant.record import Record
 GIB = 1 << 30
 
 MODEL = ModelConfig(
-    model_type="qwen3_5_moe", vocab=248320, hidden=3072,
-    mixers=("delta_net", "delta_net", "delta_net", "attention") * 12,
-    heads=32, kv_heads=2, head_dim=256, rotary_dim=64, rope_theta=1e7,
+    model_type="qwen3_5_moe", vocab_size=248320, hidden_size=3072,
+    layer_types=("delta_net", "delta_net", "delta_net", "attention") * 12,
+    num_heads=32, num_kv_heads=2, head_dim=256, rotary_dim=64, rope_theta=1e7,
     key_heads=16, value_heads=64, key_dim=128, value_dim=128,
-    experts=256, top_k=8, expert_size=1024, shared_size=1024, eps=1e-6,
-    max_context=262144, tied_head=False, eos=(1,),
+    num_experts=256, top_k=8, moe_intermediate_size=1024, shared_intermediate_size=1024, eps=1e-6,
+    max_context=262144, tie_word_embeddings=False, eos_token_ids=(1,),
 )  # fmt: skip
 """The shapes of a model that is larger than any card."""
 
-RECORD = Record(4, MODEL.hidden, MODEL.expert_size)
+RECORD = Record(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
 
-WEIGHTS = [("embed", 2 * MODEL.vocab * MODEL.hidden), ("head", GIB), ("layers", 6 * GIB)]
+WEIGHTS = [("embed", 2 * MODEL.vocab_size * MODEL.hidden_size), ("head", GIB), ("layers", 6 * GIB)]
 
-CARD = Machine(True, 31 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
+CARD = HardwareInfo(True, 31 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
 
-LAPTOP = Machine(False, ram_available=100 * GIB, ram_total=128 * GIB)
+LAPTOP = HardwareInfo(False, ram_available=100 * GIB, ram_total=128 * GIB)
 
 
-def plan(machine: Machine = CARD, model: ModelConfig = MODEL, **options: Any) -> Plan:
+def plan(machine: HardwareInfo = CARD, model: ModelConfig = MODEL, **options: Any) -> MemoryPlan:
     return make_plan(model, RECORD, WEIGHTS, EngineConfig(**options), machine)
 
 
@@ -49,28 +56,31 @@ def plan(machine: Machine = CARD, model: ModelConfig = MODEL, **options: Any) ->
 @pytest.mark.parametrize(
     "options",
     [
-        {}, {"context": 262144}, {"kv_cache_mb": 4096}, {"sequences": 16}, {"chunk": 4096},
-        {"slots": 20}, {"vram": 24 * GIB}, {"hcs": False}, {"page": 16},
+        {}, {"context": 262144}, {"kv_cache_mb": 4096}, {"max_num_seqs": 16},
+        {"prefill_chunk": 4096},
+        {"expert_slots": 20}, {"vram": 24 * GIB}, {"enable_expert_cache": False}, {"page_size": 16},
     ],
 )  # fmt: skip
 def test_the_parts_never_sum_to_more_than_the_limit(options: dict[str, Any]) -> None:
     made = plan(**options)
     assert sum(made.vram.values()) <= made.vram_limit
     assert sum(made.ram.values()) <= made.ram_limit
-    assert MODEL.top_k <= made.slots <= MODEL.experts
+    assert MODEL.top_k <= made.expert_slots <= MODEL.num_experts
 
 
 def test_slots_take_all_that_is_left() -> None:
     made = plan()
-    assert made.vram["expert slots"] == cache_bytes(RECORD, MODEL.layers, MODEL.experts, made.slots)
-    one_more = MODEL.layers * (RECORD.nbytes + 4)
+    assert made.vram["expert slots"] == cache_bytes(
+        RECORD, MODEL.num_layers, MODEL.num_experts, made.expert_slots
+    )
+    one_more = MODEL.num_layers * (RECORD.nbytes + 4)
     assert sum(made.vram.values()) + one_more > made.vram_limit
-    assert 0 < made.slots < MODEL.experts
+    assert 0 < made.expert_slots < MODEL.num_experts
 
 
 def test_a_smaller_budget_leaves_fewer_slots_and_nothing_else_changes() -> None:
     small, large = plan(vram=20 * GIB), plan(vram=30 * GIB)
-    assert small.slots < large.slots
+    assert small.expert_slots < large.expert_slots
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
     assert changed == {"expert slots", "reserve"}  # the reserve is a share of the budget
     assert small.hit_rate < large.hit_rate
@@ -84,21 +94,25 @@ def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
     assert plan(vram=12 * GIB).vram["reserve"] == 256 << 20
 
 
-def test_a_model_that_fits_needs_no_arena() -> None:
-    few = replace(MODEL, mixers=MODEL.mixers[:4])
+def test_a_model_that_fits_needs_no_host_experts() -> None:
+    few = replace(MODEL, layer_types=MODEL.layer_types[:4])
     made = plan(model=few)
-    assert made.slots == few.experts
+    assert made.expert_slots == few.num_experts
     assert made.hit_rate == 1
-    assert "expert arena" not in made.ram
-    assert plan().ram["expert arena"] == MODEL.layers * MODEL.experts * RECORD.nbytes
+    assert "host experts" not in made.ram
+    assert plan().ram["host experts"] == MODEL.num_layers * MODEL.num_experts * RECORD.nbytes
 
 
 def test_pages_hold_a_context_and_more_where_asked() -> None:
-    made = plan(context=10_000, page=64)
-    assert (made.pages, made.table_pages) == (157, 157)
-    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
-    more = plan(context=10_000, page=64, kv_cache_mb=2048)
-    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
+    made = plan(context=10_000, page_size=64)
+    assert (made.num_pages, made.table_pages) == (157, 157)
+    assert made.vram["KV cache"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
+    more = plan(context=10_000, page_size=64, kv_cache_mb=2048)
+    assert (
+        more.vram["KV cache"]
+        <= 2 << 30
+        < more.vram["KV cache"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
+    )
     assert more.table_pages == 157
 
 
@@ -108,12 +122,12 @@ def test_the_context_is_the_models_up_to_a_sane_length() -> None:
 
 
 def test_short_steps_hold_fewer_sequences_unless_told_otherwise() -> None:
-    assert [plan(chunk=n).sequences for n in (1, 3, 512)] == [1, 3, 4]
-    assert plan(chunk=8, sequences=8).sequences == 8
+    assert [plan(prefill_chunk=n).max_num_seqs for n in (1, 3, 512)] == [1, 3, 4]
+    assert plan(prefill_chunk=8, max_num_seqs=8).max_num_seqs == 8
 
 
 def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
-    assert plan(hcs=False).slots == MODEL.top_k
+    assert plan(enable_expert_cache=False).expert_slots == MODEL.top_k
 
 
 def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
@@ -123,10 +137,10 @@ def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
 
 
 def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
-    sizes = {kind: plan(kv_dtype=kind).vram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    sizes = {kind: plan(kv_dtype=kind).vram["KV cache"] for kind in ("fp8_e4m3", "bf16")}
     dim = MODEL.head_dim
     assert sizes["bf16"] * (dim + 2) == sizes["fp8_e4m3"] * 2 * dim
-    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV cache"] for kind in ("fp8_e4m3", "bf16")}
     assert laptop == sizes
 
 
@@ -137,13 +151,13 @@ def test_a_plan_can_be_read_by_people_and_by_programs() -> None:
         assert name in text
     assert "estimate" in text
     read = json.loads(json.dumps(made.as_dict()))
-    assert read["slots"] == made.slots
-    assert read["vram"] == made.vram
+    assert read["expert_slots"] == made.expert_slots
+    assert read["vram_bytes"] == made.vram
     assert 0 < read["expected_hit_rate"] < 1
 
 
 def test_the_expected_hit_rate_rises_with_the_slots() -> None:
-    rates = [replace(plan(), slots=slots).hit_rate for slots in range(MODEL.experts + 1)]
+    rates = [replace(plan(), expert_slots=slots).hit_rate for slots in range(MODEL.num_experts + 1)]
     assert rates == sorted(rates)
     assert (rates[0], rates[-1]) == (0, 1)
 
@@ -153,51 +167,76 @@ MEASURED = replace(CARD, link_gb_s=50.0, memory_gb_s=1500.0)
 
 def test_more_slots_buy_more_and_the_plan_is_one_of_the_rows() -> None:
     made = plan(MEASURED)
-    rows = made.buys()
+    rows = made.slot_estimates()
     assert [row.gib for row in rows] == [-4, -2, 0, 2, 4, 8]
     (own,) = [row for row in rows if row.gib == 0]
-    assert (own.slots, own.hit_rate) == (made.slots, made.hit_rate)
+    assert (own.expert_slots, own.hit_rate) == (made.expert_slots, made.hit_rate)
     for less, more in pairwise(rows):
-        assert less.slots < more.slots
+        assert less.expert_slots < more.expert_slots
         assert less.missed_mb_per_token > more.missed_mb_per_token
         assert less.tokens_per_s is not None and more.tokens_per_s is not None
         assert less.tokens_per_s < more.tokens_per_s
-    gained = (rows[-1].slots - own.slots) * MODEL.layers * (RECORD.nbytes + 4)
-    assert abs(gained - 8 * GIB) <= MODEL.layers * (RECORD.nbytes + 4)
+    gained = (rows[-1].expert_slots - own.expert_slots) * MODEL.num_layers * (RECORD.nbytes + 4)
+    assert abs(gained - 8 * GIB) <= MODEL.num_layers * (RECORD.nbytes + 4)
 
 
 def test_the_estimate_is_its_formula() -> None:
     made = plan(MEASURED)
-    used = MODEL.layers * MODEL.top_k * RECORD.nbytes
+    used = MODEL.num_layers * MODEL.top_k * RECORD.nbytes
     weights = sum(size for name, size in WEIGHTS if name != "embed")
     states = 2 * state_bytes(MODEL, 0, 64, 1, "bf16")
-    seconds = (1 - made.hit_rate) * used / 50e9 + (weights + used + states) / 1500e9 * OVERHEAD
-    (own,) = [row for row in made.buys() if row.gib == 0]
-    assert own.tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
+    context = 1024 * state_bytes(MODEL, 1, 64, 0, "fp8_e4m3") // 64
+    vram = (weights + used + states + context) / (VRAM_SHARE * 1500e9)
+    gpu = vram + MODEL.num_layers * LAYER_US / 1e6
+    link = (1 - made.hit_rate) * used / (LINK_SHARE * 50e9)
+    seconds = gpu + MODEL.num_layers * MISS_LAYER_US / 1e6 + link - HIDDEN * min(gpu, link)
+    assert made.expected_tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
+    (own,) = [row for row in made.slot_estimates() if row.gib == 0]
+    assert own.tokens_per_s == made.expected_tokens_per_s
     assert own.missed_mb_per_token == pytest.approx((1 - made.hit_rate) * used / 1e6)
+    longer = made.tokens_per_s_at(32768)
+    assert longer is not None and longer < 1 / seconds
+
+
+def test_prefetch_is_planned_where_kernels_copy_in_bulk_and_experts_are_missed() -> None:
+    hopper = replace(MEASURED, capability=(9, 0))
+    assert plan(hopper).prefetch
+    fast, slow = plan(hopper).expected_tokens_per_s, plan(MEASURED).expected_tokens_per_s
+    assert fast is not None and slow is not None and fast > slow
+    few = replace(MODEL, layer_types=MODEL.layer_types[:4])
+    for made in (
+        plan(replace(MEASURED, capability=(8, 9))),
+        plan(hopper, prefetch=False),
+        plan(hopper, enable_expert_cache=False),
+        plan(hopper, few),
+        plan(LAPTOP),
+    ):
+        assert not made.prefetch
 
 
 def test_what_was_not_measured_is_not_estimated() -> None:
     made = plan()
-    assert all(row.tokens_per_s is None for row in made.buys())
+    assert made.expected_tokens_per_s is None
+    assert all(row.tokens_per_s is None for row in made.slot_estimates())
     assert "GB/s" not in made.table()
     assert "GB/s" in plan(MEASURED).table()
-    assert plan(LAPTOP).buys() == []
+    assert plan(LAPTOP).slot_estimates() == []
+    assert plan(LAPTOP).expected_tokens_per_s is None
 
 
 def test_a_table_ends_where_all_is_resident_or_nothing_is_left() -> None:
-    few = replace(MODEL, mixers=MODEL.mixers[:4])
-    assert {row.gib for row in plan(MEASURED, few).buys()} == {-4, -2, 0}
-    tight = plan(MEASURED, slots=8)
-    assert [row.gib for row in tight.buys()] == [0, 2, 4, 8]
+    few = replace(MODEL, layer_types=MODEL.layer_types[:4])
+    assert {row.gib for row in plan(MEASURED, few).slot_estimates()} == {-4, -2, 0}
+    tight = plan(MEASURED, expert_slots=8)
+    assert [row.gib for row in tight.slot_estimates()] == [0, 2, 4, 8]
 
 
 def test_slots_make_room_for_what_was_spilled() -> None:
     made = plan()
-    each = MODEL.layers * (RECORD.nbytes + 4)
-    assert made.fewer_slots(1) == made.slots - 1
-    assert made.fewer_slots(3 * each) == made.slots - 3
-    assert made.fewer_slots(3 * each + 1) == made.slots - 4
+    each = MODEL.num_layers * (RECORD.nbytes + 4)
+    assert made.fewer_slots(1) == made.expert_slots - 1
+    assert made.fewer_slots(3 * each) == made.expert_slots - 3
+    assert made.fewer_slots(3 * each + 1) == made.expert_slots - 4
     with pytest.raises(ConfigError, match=r"30\.00 GiB"):
         made.fewer_slots(30 * GIB)
 
@@ -207,12 +246,13 @@ def test_a_card_that_lacks_a_little_is_told_how_little() -> None:
     least = next(
         size for size in range(8 * GIB, 31 * GIB, 1 << 20) if _fits(vram=size)
     )  # the reserve is a share of the budget: no formula
-    assert plan(vram=least).slots == MODEL.top_k
-    with pytest.raises(ConfigError) as caught:
+    assert plan(vram=least).expert_slots == MODEL.top_k
+    with pytest.raises(DoesNotFit) as caught:
         plan(vram=least - (1 << 20))
     need, left = re.findall(r"(\d+\.\d+) GiB", str(caught.value))[:2]
     assert 0 <= float(need) - float(left) <= 0.01
-    for word in ("weights", "KV", "--kv-cache-mb", "--context"):
+    assert 0 < caught.value.need - caught.value.limit <= 2 << 20
+    for word in ("weights", "KV cache", "recurrent state"):
         assert word in str(caught.value)
 
 
@@ -230,23 +270,23 @@ def _fits(**options: Any) -> bool:
 @pytest.mark.parametrize(
     ("machine", "options", "named"),
     [
-        (CARD, {"vram": 9 * GIB}, ["--kv-cache-mb", "--context"]),
+        (CARD, {"vram": 9 * GIB}, ["of VRAM", "of 9.00 GiB", "weights 7.00 GiB"]),
         (CARD, {"vram": 40 * GIB}, ["--vram", "40.00 GiB"]),
-        (replace(CARD, vram_free=4 * GIB), {}, ["Hot experts need"]),
-        (CARD, {"kv_cache_mb": 26 << 10}, ["Hot experts need", "--kv-cache-mb"]),
+        (replace(CARD, vram_free=4 * GIB), {}, ["smallest expert cache", "0.00 GiB are left"]),
+        (CARD, {"kv_cache_mb": 26 << 10}, ["smallest expert cache", "KV cache 26.00 GiB"]),
         (CARD, {"kv_cache_mb": 1}, ["--kv-cache-mb 1", "32768"]),
         (CARD, {"context": 262145}, ["--context is 262145", "262144"]),
-        (CARD, {"slots": 7}, ["--slots is 7", "8"]),
+        (CARD, {"expert_slots": 7}, ["--expert-slots is 7", "8"]),
         (CARD, {"kv_dtype": "f32"}, ["--kv-dtype", "f32"]),
         (CARD, {"ram": 10 * GIB}, ["10.00 GiB", "host memory"]),
-        (replace(CARD, ram_available=50 * GIB), {}, ["host memory", "arena"]),
-        (CARD, {"chunk": 4, "sequences": 5}, ["--sequences is 5", "4"]),
+        (replace(CARD, ram_available=50 * GIB), {}, ["host memory", "host experts 55.69 GiB"]),
+        (CARD, {"prefill_chunk": 4, "max_num_seqs": 5}, ["--max-num-seqs is 5", "4"]),
         (replace(LAPTOP, ram_available=8 * GIB), {}, ["host memory"]),
-        (LAPTOP, {"ram": 1}, ["host memory"]),
+        (LAPTOP, {"ram": 1 << 20}, ["host memory"]),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
-    machine: Machine, options: dict[str, Any], named: list[str]
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    machine: HardwareInfo, options: dict[str, Any], named: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(machine, **options)
@@ -254,28 +294,28 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
         assert word in str(caught.value)
 
 
-def test_the_flag_that_is_asked_for_helps() -> None:
+def test_the_kv_cache_that_is_asked_for_is_enough() -> None:
     with pytest.raises(ConfigError, match=r"Raise it to (\d+)") as caught:
         plan(kv_cache_mb=100, context=32768)
     raised = int(str(caught.value).split("Raise it to ")[1].split(",")[0])
-    assert plan(kv_cache_mb=raised, context=32768).pages * 64 >= 32768
+    assert plan(kv_cache_mb=raised, context=32768).num_pages * 64 >= 32768
     with pytest.raises(ConfigError):
         plan(kv_cache_mb=raised - 1, context=32768)
 
 
 def test_a_context_that_nobody_says_is_what_the_keys_and_values_hold() -> None:
     made = plan(kv_cache_mb=100)
-    assert made.context == made.pages * 64 < 32768
-    assert plan(kv_cache_mb=4096).context == 32768 < plan(kv_cache_mb=4096).pages * 64
+    assert made.context == made.num_pages * 64 < 32768
+    assert plan(kv_cache_mb=4096).context == 32768 < plan(kv_cache_mb=4096).num_pages * 64
 
 
 def test_a_part_of_the_ram_is_kept_unless_told_otherwise() -> None:
     free = 64 * GIB
     big = replace(LAPTOP, ram_available=free, ram_total=128 * GIB)
     small = replace(LAPTOP, ram_available=7 * GIB, ram_total=8 * GIB)
-    few = replace(MODEL, mixers=MODEL.mixers[:4], experts=16)
+    few = replace(MODEL, layer_types=MODEL.layer_types[:4], num_experts=16)
     weights = [("embed", 1 << 20)]
-    options = EngineConfig(context=512, chunk=16)
+    options = EngineConfig(context=512, prefill_chunk=16)
     assert make_plan(few, RECORD, weights, options, big).ram_limit == free - 128 * GIB // 10
     assert make_plan(few, RECORD, weights, options, small).ram_limit == 5 * GIB
     told = replace(options, ram=63 * GIB)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from osmium import loader
-from osmium.config import EngineConfig
 from osmium.engine import engine as crank
 from osmium.engine import sharing
 from osmium.engine.engine import Engine
@@ -19,25 +18,15 @@ from osmium.engine.runner import Runner
 from osmium.errors import CudaError, EngineStopped
 from osmium.experts.cache import resident, verify
 from osmium.experts.heat import heat_of, quotas
-from osmium.weights import Packed, open_model
+from osmium.weights import Packed
+from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
 from tests.engine.fakes import PATIENCE_S, Bench
-from tests.models.build import CASES, write_checkpoint
-
-CASE = CASES[3]
-"""Six layers of sixteen experts."""
 
 SLOTS = 8
 
 TOKENS = 20 + 12
 """Of a prompt, and of what is said to it."""
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
-    folder = tmp_path_factory.mktemp("packed")
-    write_checkpoint(CASE, folder / "model")
-    return open_model(folder / "model", EngineConfig(cache_dir=str(folder), gpu_expert_bits=16))
 
 
 @pytest.fixture
@@ -47,7 +36,7 @@ def start(packed: Packed, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
 
     def load(device: str = "cpu", **more: Any) -> Engine:
         where: dict[str, Any] = {"cache_dir": str(tmp_path), "vram": 2 << 30, "ram": 1 << 30}
-        shape = {"slots": SLOTS, "context": 64, "chunk": 16, "page": 16}
+        shape = {"expert_slots": SLOTS, "context": 64, "prefill_chunk": 16, "page_size": 16}
         made.append(loader.load(packed.path, device, **{**where, **shape, **more}))
         return made[-1]
 
@@ -75,9 +64,11 @@ def test_a_reply_is_the_same_before_and_after(start: Callable[..., Engine], prep
     left, shared = start(), start()
     for engine in (left, shared):
         if prepared:
-            engine.call(engine.runner.prepare)
+            engine.run_on_engine_thread(engine.runner.prepare)
         assert talk(engine) == talk(engine)
-    assert shared.call(shared.runner.share) == SLOTS * len(CASE.kinds), "every slot is filled"
+    assert shared.run_on_engine_thread(shared.runner.share) == SLOTS * len(CASE.kinds), (
+        "every slot is filled"
+    )
     assert own(left.runner) == [SLOTS] * len(CASE.kinds) != own(shared.runner)
     for seed in (1, 2, 3):
         assert talk(left, seed) == talk(shared, seed)
@@ -92,10 +83,13 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
     engine = start()
     ops, store = engine.runner.ops, engine.runner.store
     talk(engine)
-    before, counted = engine.call(lambda: heat_of(ops, store.cache)), store.counters()
+    before, counted = (
+        engine.run_on_engine_thread(lambda: heat_of(ops, store.cache)),
+        store.counters(),
+    )
     arrays = {name: getattr(store.cache, name) for name in ("slot_of", "heat", "stamp", "step")}
     memory = store.cache.whole
-    engine.call(engine.runner.share)
+    engine.run_on_engine_thread(engine.runner.share)
 
     each = quotas(before, SLOTS, engine.config.top_k)
     assert each is not None and own(engine.runner) == each and sum(each) == SLOTS * len(CASE.kinds)
@@ -118,16 +112,16 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
 def test_where_nothing_would_move_nothing_is_done(start: Callable[..., Engine]) -> None:
     engine = start()
     store = engine.runner.store
-    assert engine.call(engine.runner.share) == 0, "nobody has asked anything"
+    assert engine.run_on_engine_thread(engine.runner.share) == 0, "nobody has asked anything"
     talk(engine)
-    assert engine.call(engine.runner.share) > 0
+    assert engine.run_on_engine_thread(engine.runner.share) > 0
     cache, who = store.cache, [one.copy() for one in store.cache.expert_in]
-    assert engine.call(engine.runner.share) == 0
+    assert engine.run_on_engine_thread(engine.runner.share) == 0
     assert store.cache is cache
     assert all(np.array_equal(a, b) for a, b in zip(who, cache.expert_in, strict=True))
-    all_there = start(slots=16)
+    all_there = start(expert_slots=16)
     talk(all_there)
-    assert all_there.call(all_there.runner.share) == 0
+    assert all_there.run_on_engine_thread(all_there.runner.share) == 0
 
 
 def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
@@ -160,22 +154,24 @@ def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
         ops.copy_in(cache.step, np.array([heat.steps], np.int32))
         ops.copy_in(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
 
-    engine.call(use)
+    engine.run_on_engine_thread(use)
     old, asked, held = runner._replays[("reply", 1)], gpu.asked, dict(gpu.held)
     runner._replays[("logits", 1)] = old
-    assert engine.call(runner.share) == SLOTS * len(CASE.kinds)
+    assert engine.run_on_engine_thread(runner.share) == SLOTS * len(CASE.kinds)
     assert prepared == [[SLOTS] * len(CASE.kinds), own(runner)] and prepared[0] != prepared[1]
     assert list(runner._replays) == [("reply", 1)] and runner._replays[("reply", 1)] is not old
     assert gpu.asked == asked and gpu.held.keys() == held.keys()
     assert engine.status()["experts"]["routed"] == 9
-    count = engine.call(lambda: verify(ops, store.cache, packed.all_records(), 10**6, 0))
+    count = engine.run_on_engine_thread(
+        lambda: verify(ops, store.cache, packed.all_records(), 10**6, 0)
+    )
     assert count == SLOTS * len(CASE.kinds)
 
 
 def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., Engine]) -> None:
     first = start()
     talk(first)
-    first.call(first.runner.share)
+    first.run_on_engine_thread(first.runner.share)
     each, there = own(first.runner), resident(first.runner.ops, first.runner.store.cache)
     first.close()
     second = start()
@@ -204,17 +200,17 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def idle(engine: Engine) -> None:
     """Wait until nobody has asked for a while."""
-    there, hook = threading.Event(), engine.when_idle
+    there, hook = threading.Event(), engine.on_idle
     assert hook is not None
 
     def told() -> None:
         hook()
         there.set()
 
-    engine.when_idle = told
-    engine.call(lambda: None)
+    engine.on_idle = told
+    engine.run_on_engine_thread(lambda: None)
     assert there.wait(PATIENCE_S), "the engine is never idle"
-    engine.when_idle = hook
+    engine.on_idle = hook
 
 
 def test_slots_are_shared_out_after_so_many_tokens_and_then_twice_as_many(
@@ -234,7 +230,7 @@ def test_slots_are_shared_out_after_so_many_tokens_and_then_twice_as_many(
     assert shares == [(TOKENS - 1) * number * layers * top_k for number in seen]
     assert seen == [2, 4, 8], "64 tokens of at least 50, then 128 and 256"
     (said, *_) = [one.getMessage() for one in caplog.records]
-    assert "expert slots a layer" in said and f"{SLOTS * layers} experts" in said
+    assert "expert slots between layers" in said and f"{SLOTS * layers} experts" in said
 
 
 def test_who_asks_again_after_a_while_is_told_the_same(
@@ -258,20 +254,22 @@ def test_while_routing_is_recorded_slots_stay(
     assert not shares and own(engine.runner) == [SLOTS] * len(CASE.kinds)
 
 
-@pytest.mark.parametrize("more", [{"hcs": False}, {"slots": None}, {"slots": 16}])
+@pytest.mark.parametrize(
+    "more", [{"enable_expert_cache": False}, {"expert_slots": None}, {"expert_slots": 16}]
+)
 def test_where_no_heat_is_kept_slots_stay(
     start: Callable[..., Engine], more: dict[str, Any]
 ) -> None:
-    assert start(**more).when_idle is None
+    assert start(**more).on_idle is None
 
 
 def test_of_made_up_models_and_of_benchmarks_slots_stay(packed: Packed, tmp_path: Path) -> None:
-    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "slots": 4}
+    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
     made_up = loader.load("synthetic:tiny", "cpu", **where)
     made = loader.Loader(packed.path, "cpu", **where)
     measured, demo = made.engine(), loader.load(None, "cpu", **where)
     for engine in (made_up, measured, demo):
-        assert engine.when_idle is None
+        assert engine.on_idle is None
         engine.close()
     made.close()
 
@@ -284,7 +282,7 @@ def test_an_engine_is_idle_once_until_somebody_asks_again(
 ) -> None:
     monkeypatch.setattr(crank, "QUIET", 0.01)
     made, calls = bench(), threading.Semaphore(0)
-    made.engine.when_idle = calls.release
+    made.engine.on_idle = calls.release
     for _ in range(3):
         made.ask([1, 2, 3]).wait()
         assert calls.acquire(timeout=PATIENCE_S)
@@ -293,7 +291,7 @@ def test_an_engine_is_idle_once_until_somebody_asks_again(
 
 def test_an_engine_is_not_idle_while_somebody_asks_again_soon(bench: Callable[..., Bench]) -> None:
     made, calls = bench(), threading.Semaphore(0)
-    made.engine.when_idle = calls.release
+    made.engine.on_idle = calls.release
     for _ in range(5):
         made.ask([1, 2, 3]).wait()
     made.engine.close()
@@ -309,7 +307,7 @@ def test_an_error_of_the_device_ends_the_engine(
     def fail() -> None:
         raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, lost=True)
 
-    made.engine.when_idle, made.engine.when_stopped = fail, stopped.set
+    made.engine.on_idle, made.engine.on_stopped = fail, stopped.set
     made.ask([1, 2, 3]).wait()
     assert stopped.wait(PATIENCE_S)
     with pytest.raises(EngineStopped, match="gone"):

@@ -125,9 +125,9 @@ def test_every_routed_expert_is_computed_whatever_the_slots(
         for layer in range(LAYERS):
             run(store, rng, arena, tokens, layer)
     counted = store.counters()
-    assert counted.routed == counted.hit + counted.fetched > 0
-    assert (counted.fetched == 0) == (capacity == EXPERTS)
-    assert counted.copied <= counted.fetched
+    assert counted.routed == counted.hit + counted.missed > 0
+    assert (counted.missed == 0) == (capacity == EXPERTS)
+    assert counted.experts_copied <= counted.missed
     assert resident(OPS, cache).sum(axis=1).max() <= capacity
     assert verify(OPS, cache, arena, samples=1000, seed=0) == resident(OPS, cache).sum()
 
@@ -138,7 +138,7 @@ def test_a_used_expert_is_a_hit_the_next_time(rng: np.random.Generator) -> None:
     use(store, 1, 4, 1, 9)
     use(store, 1, 9, 4, 2)
     counted = store.counters()
-    assert (counted.routed, counted.hit, counted.fetched, counted.copied) == (6, 2, 4, 4)
+    assert (counted.routed, counted.hit, counted.missed, counted.experts_copied) == (6, 2, 4, 4)
 
 
 def use(store: Store, layer: int, *experts: int) -> None:
@@ -200,7 +200,7 @@ def test_fewer_slots_than_a_token_needs_are_refused(
     capacity: int, rng: np.random.Generator
 ) -> None:
     arena = share_arena(RECORD, records(rng))
-    with pytest.raises(ConfigError, match=rf"--slots is {capacity}\b"):
+    with pytest.raises(ConfigError, match=rf"--expert-slots is {capacity}\b"):
         make_cache(OPS, arena, capacity, TOP_K)
 
 
@@ -276,7 +276,7 @@ def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
                 run(store, rng, arena, int(rng.integers(1, 9)), layer)  # held to the records
         assert verify(OPS, again, arena, 1000, 0) == resident(OPS, again).sum() <= 18
     counted = store.counters()
-    assert counted.routed == counted.hit + counted.fetched
+    assert counted.routed == counted.hit + counted.missed
     with pytest.raises(AssertionError, match="slots"):
         store.take(cut(cache, [TOP_K - 1, 8, 8]))
 

@@ -22,7 +22,7 @@ def test_predicted_is_the_next_router_on_the_rows_before_it(
         layers[layer] = w, [*layers[layer][1], h.f32.copy()]
         router(self, *args, **more)
 
-    engine = osmium.load("synthetic:tiny", "cpu", context=128, chunk=8, slots=4)
+    engine = osmium.load("synthetic:tiny", "cpu", context=128, prefill_chunk=8, expert_slots=4)
     monkeypatch.setattr(ReferenceOps, "router", spy)
     recorder = engine.record_routing()
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -36,7 +36,7 @@ def test_predicted_is_the_next_router_on_the_rows_before_it(
     assert (weights[:, 0] == np.float32(1 / engine.config.top_k)).all()
     for layer in range(3):
         rows, w = np.concatenate(layers[layer][1]), layers[layer + 1][0]
-        scores = rows @ matrix(w.format, w.data, w.scale)[: engine.config.experts].T
+        scores = rows @ matrix(w.format, w.data, w.scale)[: engine.config.num_experts].T
         wanted = np.argsort(-scores, axis=1)[:, : engine.config.top_k]
         assert np.array_equal(predicted[:, layer + 1], wanted)
         odds = np.exp(np.take_along_axis(scores, wanted, axis=1))

@@ -296,7 +296,7 @@ for again in range(2):
         kernel("add_f32")(machine.stream, out, nowhere, 1024)
         machine.synchronize()
     except CudaError as error:
-        print(error.lost, error.code, "add_f32" in str(error), "restart" in str(error))
+        print(error.context_lost, error.code, "add_f32" in str(error), "restart" in str(error))
 machine.close()
 """
 
@@ -306,7 +306,7 @@ def test_a_lost_context_says_so_and_with_sync_names_the_kernel(gpu: GpuOps, sync
     """In a process of its own, as nothing can be done with a context after that."""
     done = subprocess.run(
         [sys.executable, "-c", LOSE],
-        env={**os.environ, "OSMIUM_SYNC": sync},
+        env={**os.environ, "OSMIUM_LAUNCH_BLOCKING": sync},
         capture_output=True,
         text=True,
     )

@@ -77,7 +77,7 @@ def test_loaded_it_is_made_in_place(gpu: GpuOps, tmp_path: Path, slots: int | No
     wanted = open_synthetic("synthetic:tiny", EngineConfig()).all_records()
     replies = []
     for model in ("synthetic:tiny", path):
-        loader = Loader(model, "gpu", slots=slots, context=256, chunk=16)
+        loader = Loader(model, "gpu", expert_slots=slots, context=256, prefill_chunk=16)
         try:
             engine = loader.engine()
             replies.append(np.asarray(engine.logits([1, 2, 3, 4])))

@@ -233,9 +233,9 @@ def our_weights(
         "embed": tensors[f"{root}embed_tokens.weight"],
         "norm": _wide(tensors[f"{root}norm.weight"]),
     }
-    if not config.tied_head:
+    if not config.tie_word_embeddings:
         ours["head"] = _linear(tensors["lm_head.weight"])
-    for i, mixer in enumerate(config.mixers):
+    for i, mixer in enumerate(config.layer_types):
         at, to = f"{root}layers.{i}.", f"layers.{i}."
 
         def take(*names: str, at: str = at) -> Tensor:
@@ -271,11 +271,11 @@ def our_records(
     config: ModelConfig, tensors: dict[str, Tensor], bits: int
 ) -> tuple[Record, npt.NDArray[np.uint8]]:
     """Every routed expert, packed: u8 [L, E, record.nbytes]."""
-    record = Record(bits, config.hidden, config.expert_size)
-    records = np.zeros((config.layers, config.experts, record.nbytes), np.uint8)
-    for i in range(config.layers):
+    record = Record(bits, config.hidden_size, config.moe_intermediate_size)
+    records = np.zeros((config.num_layers, config.num_experts, record.nbytes), np.uint8)
+    for i in range(config.num_layers):
         at = f"model.language_model.layers.{i}.mlp.experts."
-        for e in range(config.experts):
+        for e in range(config.num_experts):
             up, down = tensors[f"{at}gate_up_proj"][e], tensors[f"{at}down_proj"][e]
             _put(records[i, e], up, 0, record.up_scale, bits, record.up_group)
             _put(records[i, e], down, record.down, record.down_scale, bits, record.down_group)

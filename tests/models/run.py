@@ -47,8 +47,8 @@ class Runner:
     def __post_init__(self) -> None:
         ops, config = self.ops, self.config
         host = isinstance(ops, ReferenceOps)
-        shape = (config.layers, config.experts)
-        if self.capacity is None or self.capacity == config.experts:
+        shape = (config.num_layers, config.num_experts)
+        if self.capacity is None or self.capacity == config.num_experts:
             arena = None
             slots = self.records if host else fill_slots(ops, self.record, *shape, self.begin, None)
             cache = resident_cache(ops, self.record, slots)
@@ -71,7 +71,7 @@ class Runner:
                 for array in arrays:
                     if name not in ("arrived", "parts") and hasattr(array, "dtype"):
                         ops.fill(array, POISON)
-        self.out = ops.empty((self.rows, config.vocab), np.float32)
+        self.out = ops.empty((self.rows, config.vocab_size), np.float32)
         # Pages lie scattered, as they do after a while.
         shuffled = np.random.default_rng(each).permutation(pages).astype(np.int32)
         self.tables = shuffled.reshape(self.sequences, each)

@@ -126,9 +126,9 @@ def test_a_cold_expert_equals_a_hot_one(case: Case, bits: int) -> None:
     routed = len(ids) * case.experts[1] * len(case.kinds)
     assert hot.store.counters().hit == routed
     counted = cold.store.counters()
-    assert counted.routed == routed == counted.hit + counted.fetched
+    assert counted.routed == routed == counted.hit + counted.missed
     if case.experts[0] > case.experts[1]:
-        assert counted.copied > case.experts[1] * len(case.kinds)
+        assert counted.experts_copied > case.experts[1] * len(case.kinds)
 
 
 def test_the_head_computes_only_the_rows_asked_for() -> None:

@@ -33,7 +33,7 @@ def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logit
     assert isinstance(model.store, Watched)
     model.store.seen = []
     logits = model.logits(ids, chunk)
-    layers = model.config.layers
+    layers = model.config.num_layers
     steps = [model.store.seen[at : at + layers] for at in range(0, len(model.store.seen), layers)]
     return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
 

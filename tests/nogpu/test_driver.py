@@ -180,7 +180,7 @@ def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPa
     ("code", "name", "lost", "says"),
     [
         (2, "CUDA_ERROR_OUT_OF_MEMORY", False, "--vram"),
-        (700, "CUDA_ERROR_ILLEGAL_ADDRESS", True, "OSMIUM_SYNC"),
+        (700, "CUDA_ERROR_ILLEGAL_ADDRESS", True, "OSMIUM_LAUNCH_BLOCKING"),
         (719, "CUDA_ERROR_LAUNCH_FAILED", True, "restart"),
         (222, "CUDA_ERROR_UNSUPPORTED_PTX_VERSION", False, "driver"),
         (1, "CUDA_ERROR_INVALID_VALUE", False, "cuSomething"),
@@ -188,7 +188,12 @@ def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPa
 )
 def test_an_error_names_its_call_and_a_way_out(code: int, name: str, lost: bool, says: str) -> None:
     error = Driver(None).error("cuSomething", Result(code, name))
-    assert (error.call, error.name, error.code, error.lost) == ("cuSomething", name, code, lost)
+    assert (error.call, error.name, error.code, error.context_lost) == (
+        "cuSomething",
+        name,
+        code,
+        lost,
+    )
     assert "cuSomething" in str(error) and name in str(error) and says in str(error)
 
 

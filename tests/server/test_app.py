@@ -303,8 +303,8 @@ def test_models_are_listed_with_their_context() -> None:
     assert "org/other" in missing.json()["error"]["message"]
 
 
-def test_the_served_name_goes_before_the_models() -> None:
-    with client_of(Scripted(), served_name="org/mine") as client:
+def test_the_served_model_name_goes_before_the_models() -> None:
+    with client_of(Scripted(), served_model_name="org/mine") as client:
         assert ask(client, model="gpt-4o").json()["model"] == "org/mine"
         assert client.get("/v1/models/org/mine").status_code == 200
         assert client.get("/health").json() == {"status": "ok", "model": "org/mine"}

@@ -40,12 +40,49 @@ def test_the_readmes_question_is_answered(client: TestClient) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
-def test_a_stream_says_what_a_whole_answer_says(client: TestClient) -> None:
-    message = ask(client).json()["choices"][0]["message"]
-    deltas = [one["choices"][0]["delta"] for one in chunks(ask(client, stream=True).text)]
+@pytest.mark.parametrize("fields", [{}, {"enable_thinking": True}])
+def test_a_stream_says_what_a_whole_answer_says(client: TestClient, fields: dict[str, Any]) -> None:
+    message = ask(client, **fields).json()["choices"][0]["message"]
+    deltas = [one["choices"][0]["delta"] for one in chunks(ask(client, stream=True, **fields).text)]
     for name in ("content", "reasoning_content"):
         assert "".join(one.get(name, "") for one in deltas) == message.get(name, "")
-    assert message["reasoning_content"], "the demo thinks unless told not to"
+    assert ("reasoning_content" in message) == bool(fields), "the demo thinks if it is told to"
+
+
+QUESTIONS = (
+    "What is the capital of France?", "Hello!", "Who are you?", "What is 2 + 2?",
+    "Why is the sky blue?", "Write a haiku about the sea.", "What is the largest planet?",
+    "Tell me a joke.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_a_request_without_any_settings_is_answered(
+    client: TestClient, question: str, stream: bool
+) -> None:
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
+    answer = client.post(
+        "/v1/chat/completions", json={**body, **({"stream": True} if stream else {})}
+    )
+    assert answer.status_code == 200, answer.text
+    if stream:
+        choices = [one["choices"][0] for one in chunks(answer.text)]
+        text = "".join(one["delta"].get("content", "") for one in choices)
+        finish = choices[-1]["finish_reason"]
+    else:
+        (choice,) = answer.json()["choices"]
+        text, finish = choice["message"]["content"], choice["finish_reason"]
+    assert text.strip() and "think>" not in text
+    assert finish in ("stop", "length")
+
+
+@pytest.mark.parametrize(
+    "switch", [{"enable_thinking": True}, {"chat_template_kwargs": {"enable_thinking": True}}]
+)
+def test_a_client_can_turn_thinking_on(client: TestClient, switch: dict[str, Any]) -> None:
+    message = ask(client, **switch).json()["choices"][0]["message"]
+    assert message["reasoning_content"]
 
 
 def test_logprobs_name_the_tokens_of_the_text(client: TestClient) -> None:

@@ -28,7 +28,9 @@ def read(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
 
 
 def test_what_was_done_is_counted() -> None:
-    engine = osmium.load("synthetic:tiny", device="cpu", slots=4, context=256, chunk=64)
+    engine = osmium.load(
+        "synthetic:tiny", device="cpu", expert_slots=4, context=256, prefill_chunk=64
+    )
 
     def load(progress: Progress) -> Engine:
         return engine
@@ -43,25 +45,26 @@ def test_what_was_done_is_counted() -> None:
         list(engine.generate(list(range(40)), params))
         engine.status()
         after = read(client)
-    layers, top_k = engine.config.layers, engine.config.top_k
+    layers, top_k = engine.config.num_layers, engine.config.top_k
     wanted = {
         "osmium_ready": 1, "osmium_requests_running": 0, "osmium_requests_waiting": 0,
         "osmium_prompt_tokens_total": 40, "osmium_generated_tokens_total": 9,
-        "osmium_token_seconds_count": 8, "osmium_first_token_seconds_count": 1,
+        "osmium_inter_token_latency_seconds_count": 8,
+        "osmium_time_to_first_token_seconds_count": 1,
         "osmium_experts_routed_total": 48 * layers * top_k,
     }  # fmt: skip
     for name, value in wanted.items():
         assert after[name, ()] == value, name
     assert after["osmium_requests_finished_total", ("length",)] == 1
-    hit, fetched = (after[f"osmium_experts_{n}_total", ()] for n in ("hit", "fetched"))
+    hit, fetched = (after[f"osmium_experts_{n}_total", ()] for n in ("hit", "missed"))
     assert hit + fetched == after["osmium_experts_routed_total", ()]
     assert after["osmium_expert_hit_rate", ()] == hit / (hit + fetched)
-    copied = after["osmium_experts_copied_total", ()]
+    copied = after["osmium_experts_copies_total", ()]
     record = engine.runner.store.cache.record.nbytes
     assert after["osmium_experts_fetched_bytes_total", ()] == copied * record
-    assert after["osmium_token_seconds_bucket", ("+Inf",)] == 8
-    assert after["osmium_planned_ram_bytes", ("KV",)] > 0
-    assert after["osmium_ram_bytes", ()] > 1 << 20
+    assert after["osmium_inter_token_latency_seconds_bucket", ("+Inf",)] == 8
+    assert after["osmium_planned_ram_bytes", ("KV cache",)] > 0
+    assert after["process_resident_memory_bytes", ()] > 1 << 20
 
 
 def test_without_an_engine_there_is_little_to_say() -> None:

@@ -237,6 +237,13 @@ def test_one_stop_may_be_a_text() -> None:
     assert sampling_params(chat(stop="END"), {}).stop == ("END",)
 
 
+def test_a_models_own_length_holds_until_one_is_given() -> None:
+    own = {"max_tokens": 256}
+    assert sampling_params(chat(), own).max_tokens == 256
+    assert sampling_params(chat(max_tokens=5), own).max_tokens == 5
+    assert sampling_params(chat(max_completion_tokens=7), own).max_tokens == 7
+
+
 def test_max_completion_tokens_goes_before_max_tokens() -> None:
     assert sampling_params(chat(max_tokens=5, max_completion_tokens=7), {}).max_tokens == 7
 

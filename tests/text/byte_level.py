@@ -5,14 +5,19 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from osmium.text.tokenizer import Tokenizer
 
-__all__ = ["SPECIALS", "byte_level"]
+__all__ = ["SPECIALS", "byte_level", "byte_level_json"]
 
 SPECIALS = ("<|im_start|>", "<|im_end|>")
 MERGES = ("th", "the", "in", "en", "er", "ab")
 """Letters that come as one token where they stand together."""
 
 
-def byte_level() -> Tokenizer:
+def byte_level(*, unknown_ids_as_text: bool = False) -> Tokenizer:
+    """The tokenizer of `byte_level_json`."""
+    return Tokenizer(byte_level_json(), unknown_ids_as_text)
+
+
+def byte_level_json() -> bytes:
     """Ids 0 .. 255 are bytes in their letters' order, then merges, specials, and think's marks."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(letters)}
@@ -27,4 +32,4 @@ def byte_level() -> Tokenizer:
     made.add_tokens(
         [AddedToken(one, special=False, normalized=False) for one in ("<think>", "</think>")]
     )
-    return Tokenizer(made.to_str().encode())
+    return bytes(made.to_str().encode())

@@ -93,6 +93,13 @@ def test_a_file_that_is_not_utf8_is_refused() -> None:
         ChatTemplate.find(b"\xff\xfe", None)
 
 
+def test_a_switch_has_the_models_default_until_it_is_given() -> None:
+    found = ChatTemplate.find(b"{{ enable_thinking }}", None, {"enable_thinking": False})
+    assert found is not None
+    assert found.render([USER]) == "False"
+    assert found.render([USER], enable_thinking=True) == "True"
+
+
 # -- what a template may do ------------------------------------------------------------------------
 
 

@@ -131,6 +131,33 @@ def test_an_id_beyond_the_vocabulary_is_no_text() -> None:
     assert tokenizer.piece(tokenizer.vocab + 7) == b""
 
 
+def test_ids_beyond_the_vocabulary_can_be_shown_as_ids(rng: np.random.Generator) -> None:
+    tokenizer = byte_level(unknown_ids_as_text=True)
+    (a,) = tokenizer.encode("a")
+    beyond = tokenizer.vocab + 7
+    decoder = tokenizer.decoder()
+    assert [decoder.push(one) for one in (a, beyond, beyond, a)] == [
+        "a", f"⟨{beyond}⟩", f"⟨{beyond}⟩", "a",
+    ]  # fmt: skip
+    assert tokenizer.piece(beyond) == f"⟨{beyond}⟩".encode()
+    for _ in range(100):
+        ids = rng.integers(0, 2 * tokenizer.vocab, int(rng.integers(1, 30))).tolist()
+        decoder = tokenizer.decoder()
+        text = "".join(decoder.push(one) for one in ids) + decoder.flush()
+        assert text == tokenizer.decode(ids)
+        text.encode("utf-8")
+        assert text.count("⟨") == sum(one >= tokenizer.vocab for one in ids)
+
+
+def test_a_character_that_an_unknown_id_cuts_is_replaced_before_it() -> None:
+    tokenizer = byte_level(unknown_ids_as_text=True)
+    smile, beyond = tokenizer.encode("🙂"), tokenizer.vocab
+    decoder = tokenizer.decoder()
+    pushed = [decoder.push(one) for one in (*smile[:2], beyond, *smile)]
+    assert pushed[:2] == ["", ""] and set(pushed[2].removesuffix(f"⟨{beyond}⟩")) == {"\ufffd"}
+    assert "".join(pushed[3:]) + decoder.flush() == "🙂"
+
+
 def test_the_pieces_of_tokens_are_the_bytes_of_their_text(
     tokenizer: Tokenizer, rng: np.random.Generator
 ) -> None:

@@ -84,7 +84,7 @@ def test_the_packed_file_alone_is_enough(packed: Packed, model: Path, tmp_path: 
     alone = open_model(moved, EngineConfig())
     assert {name: alone.file(name) for name in texts} == texts
     assert alone.file("tokenizer.json") is None and alone.json("tokenizer_config.json") is None
-    assert alone.config == packed.config and 3 in alone.config.eos
+    assert alone.config == packed.config and 3 in alone.config.eos_token_ids
     assert np.array_equal(alone.all_records(), packed.all_records())
 
 
@@ -105,7 +105,7 @@ def test_an_edited_config_is_packed_again(
 ) -> None:
     text = (model / "generation_config.json").read_text()
     (model / "generation_config.json").write_text(text.replace("3", "5"))
-    assert 5 in open_model(model, config).config.eos
+    assert 5 in open_model(model, config).config.eos_token_ids
 
 
 def test_each_choice_of_formats_has_its_own_file(packed: Packed, model: Path) -> None:
@@ -146,7 +146,7 @@ def test_a_packed_file_takes_flags_that_ask_for_what_it_has(model: Path, tmp_pat
 
 
 def test_records_are_read_into_the_callers_memory(packed: Packed) -> None:
-    for layer in range(packed.config.layers):
+    for layer in range(packed.config.num_layers):
         mapped = packed.records(layer)
         out = np.full(mapped.shape, 0xAA, np.uint8)
         packed.read_records(layer, out)

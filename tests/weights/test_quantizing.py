@@ -59,12 +59,12 @@ def test_any_number_of_experts_a_turn_gives_the_same(tmp_path: Path, backend: st
     model = open_model(folder, EngineConfig(cache_dir=str(tmp_path))).config
     checkpoint = Checkpoint(shards, model, Formats.of(config))
     plain = OnCpu(checkpoint)
-    wanted = [records.copy() for records in plain.layers(range(model.layers))]
+    wanted = [records.copy() for records in plain.layers(range(model.num_layers))]
     one = 2 * 3 * checkpoint.record.inner * checkpoint.record.hidden
     for room in (1, 3 * one, 1 << 30):
         ops = BACKENDS[backend]()
         with contextlib.closing(Quantizer(ops, checkpoint, room)) as made:
-            assert made.count == min(max(1, room // one), model.experts)
+            assert made.count == min(max(1, room // one), model.num_experts)
             order = [1, 0]
             for layer, records in zip(order, made.layers(order), strict=True):
                 assert np.array_equal(records, wanted[layer])

@@ -35,11 +35,17 @@ def tiny(**options: object) -> Synthetic:
 def test_shapes_have_the_published_sizes(name: str) -> None:
     model = open_synthetic(f"synthetic:qwen3.5-{name}", EngineConfig())
     config = model.config
-    experts = 3 * config.hidden * config.expert_size * config.experts * config.layers
+    experts = (
+        3
+        * config.hidden_size
+        * config.moe_intermediate_size
+        * config.num_experts
+        * config.num_layers
+    )
     count = sum(math.prod(part.shape) for part in model.parts.values()) + experts
     wanted, record_bytes = PUBLISHED[name]
     assert count == pytest.approx(wanted, rel=1e-4)
-    assert config.layers * config.experts * model.record.nbytes == record_bytes
+    assert config.num_layers * config.num_experts * model.record.nbytes == record_bytes
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -60,7 +66,7 @@ def test_every_part_is_finite_and_keeps_the_size_of_what_it_multiplies(bits: int
 
 def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
     one, other = tiny(), tiny()
-    out = np.empty((one.config.experts, one.record.nbytes), np.uint8)
+    out = np.empty((one.config.num_experts, one.record.nbytes), np.uint8)
     one.read_records(2, out)
     assert np.array_equal(out[5], other.one_record(2, 5))
     assert len({row.tobytes() for row in out}) == len(out)
@@ -81,7 +87,7 @@ def test_kernels_make_the_same_bytes(bits: int) -> None:
         assert replace(found, data=None, scale=None) == replace(wanted, data=None, scale=None)
         assert np.array_equal(found.data.numpy(), wanted.data), name
         assert wanted.scale is None or np.array_equal(found.scale.numpy(), wanted.scale), name
-    out = machine.host((model.config.experts, model.record.nbytes), np.uint8)
+    out = machine.host((model.config.num_experts, model.record.nbytes), np.uint8)
     model.fill_records(GpuOps(machine), 3, out)
     assert np.array_equal(out.numpy(), np.stack([model.one_record(3, e) for e in range(8)]))
 
@@ -125,7 +131,12 @@ def test_packed_it_runs_and_replays_a_trace_of_more_layers(
     replies = []
     for model in (path, "synthetic:tiny:3"):
         engine = osmium.load(
-            model, "cpu", routing=str(tmp_path / "trace.npz"), context=128, chunk=8, slots=3
+            model,
+            "cpu",
+            replay_routing=str(tmp_path / "trace.npz"),
+            context=128,
+            prefill_chunk=8,
+            expert_slots=3,
         )
         replies.append([token.id for token in engine.generate([1, 2, 3], greedy)])
         engine.close()
@@ -140,11 +151,11 @@ def test_it_runs_with_its_own_routing_and_with_a_trace(
     ids = np.stack([np.stack([rng.permutation(8)[:2] for _ in range(4)]) for _ in range(30)])
     path = tmp_path / "trace.npz"
     np.savez(path, ids=ids.astype(np.uint8))
-    more: dict[str, Any] = {"context": 128, "chunk": 8, "slots": slots}
+    more: dict[str, Any] = {"context": 128, "prefill_chunk": 8, "expert_slots": slots}
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     replies = []
     for routing in (None, str(path)):
-        engine = osmium.load("synthetic:tiny", "cpu", routing=routing, **more)
+        engine = osmium.load("synthetic:tiny", "cpu", replay_routing=routing, **more)
         assert engine.name == "synthetic:tiny"
         recorder = engine.record_routing()
         replies.append([token.id for token in engine.generate([1, 2, 3], greedy)])
@@ -161,8 +172,8 @@ def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
     for layers in ("0", "99", "x"):
         with pytest.raises(ConfigError, match=layers):
             open_synthetic(f"synthetic:qwen3.5-35b-a3b:{layers}", EngineConfig())
-    assert open_synthetic("synthetic:qwen3.5-35b-a3b:8", EngineConfig()).config.layers == 8
+    assert open_synthetic("synthetic:qwen3.5-35b-a3b:8", EngineConfig()).config.num_layers == 8
     path = tmp_path / "other.npz"
     np.savez(path, ids=np.zeros((4, 3, 2), np.uint8))
     with pytest.raises(ConfigError, match="3 layers"):
-        osmium.load("synthetic:tiny", "cpu", routing=str(path), context=64)
+        osmium.load("synthetic:tiny", "cpu", replay_routing=str(path), context=64)

@@ -1,0 +1,126 @@
+"""`bench --profile` on a model whose experts stream, without a GPU: launches are listed and timed
+on a device whose kernels do nothing."""
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from osmium import loader
+from osmium.bench.profile import (
+    SerialStreams,
+    bytes_depend_on_hits,
+    list_launches,
+    profile,
+    profile_table,
+)
+from osmium.cuda.stream import Machine
+from osmium.engine.engine import Engine
+from osmium.kernels.ptx import kernel
+from osmium.ops import machine as protocol
+from osmium.ops.gpu import GpuOps
+from tests.engine.fake_gpu import FakeGpu
+from tests.ptx.interpreter import InterpretedMachine
+
+SMALL: dict[str, Any] = {
+    "context": 256, "prefill_chunk": 16, "vram": 2 << 30, "ram": 1 << 30,
+}  # fmt: skip
+
+
+@pytest.fixture
+def start(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., tuple[FakeGpu, Engine]]]:
+    """A tiny synthetic model on a fake GPU."""
+    engines: list[Engine] = []
+
+    def make(**options: Any) -> tuple[FakeGpu, Engine]:
+        gpu = FakeGpu(4 << 30)
+        gpu.install(monkeypatch)
+        engines.append(loader.load("synthetic:tiny", "gpu", **SMALL, **options))
+        return gpu, engines[-1]
+
+    yield make
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("expert_slots", [8, 4, 2])
+def test_every_launch_of_a_token_is_in_the_profile(
+    start: Callable[..., tuple[FakeGpu, Engine]], expert_slots: int
+) -> None:
+    gpu, engine = start(expert_slots=expert_slots)
+    runner = engine.runner
+    gpu.launched.clear()
+    engine.run_on_engine_thread(lambda: runner.one_token(1))
+    launched = Counter(gpu.launched)
+    found = profile(engine, 64)
+    listed: Counter[str] = Counter()
+    for row in found["rows"]:
+        listed[row["kernel"]] += row["launches"]
+    assert listed == launched and found["nodes"] == launched.total()
+    streams = expert_slots < engine.config.num_experts
+    layers = engine.config.num_layers
+    assert listed["fetch_records"] == (layers if streams else 0)
+    assert listed["fetch_early"] == (1 if streams else 0)
+    untimed = {row["kernel"] for row in found["rows"] if "us" not in row}
+    assert untimed == ({"fetch_early"} if streams else set()), "alone, it waits for others"
+    table = profile_table(found).splitlines()
+    assert len(table) == 2 + len(found["rows"])
+    assert not any("gb_s" in row for row in found["rows"] if row["kernel"].startswith("fetch"))
+    assert any("gb_s" in row for row in found["rows"])
+
+
+@pytest.mark.parametrize(("which", "depends"), [(0, False), (1, True), (2, True)])
+def test_bytes_of_a_part_of_the_experts_depend_on_which_are_resident(
+    which: int, depends: bool
+) -> None:
+    up = kernel("int4_experts_up_f32")
+    values = tuple(which if p.name == "which" else 1 for p in up.contract.params)
+    assert bytes_depend_on_hits((up, (1,), values)) is depends
+
+
+def test_a_reply_can_follow_a_profile(start: Callable[..., tuple[FakeGpu, Engine]]) -> None:
+    """Streams are what they were before, and what is launched runs."""
+    gpu, engine = start(expert_slots=4)
+    ops = engine.runner.ops
+    assert isinstance(ops, GpuOps)
+    before = ops.stream, ops.machine.stream, ops.machine.fork(True), ops.machine.join
+    profile(engine, 64)
+    assert (ops.stream, ops.machine.stream, ops.machine.fork(True), ops.machine.join) == before
+    gpu.launched.clear()
+    engine.run_on_engine_thread(lambda: engine.runner.one_token(1))
+    assert gpu.launched.count("fetch_records") == engine.config.num_layers
+
+
+def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]) -> None:
+    gpu, engine = start(expert_slots=4)
+    ops: Any = engine.runner.ops
+    gpu.launched.clear()
+    with list_launches(ops) as launches:
+        engine.runner.one_token(1)
+    assert launches and not gpu.launched
+    with pytest.raises(ZeroDivisionError), list_launches(ops):
+        raise ZeroDivisionError
+    ops.copy_in(engine.runner.replies.turn, np.zeros(1, np.int32))
+    assert isinstance(ops.machine, Machine) and ops.stream is ops.machine.stream
+
+
+def parameters(method: Any) -> list[tuple[str, Any]]:
+    """Names and kinds of a method's parameters, without self."""
+    found = list(inspect.signature(method).parameters.values())[1:]
+    return [(one.name, one.kind) for one in found]
+
+
+@pytest.mark.parametrize("stand_in", [Machine, InterpretedMachine, SerialStreams])
+def test_whatever_stands_in_for_a_machine_takes_its_arguments(stand_in: type) -> None:
+    wanted = {
+        name: parameters(method)
+        for name, method in vars(protocol.Machine).items()
+        if inspect.isfunction(method) and not name.startswith("_")
+    }
+    assert {"fork", "join", "record"} <= set(wanted)
+    names = ["fork", "join"] if stand_in is SerialStreams else list(wanted)
+    for name in names:
+        assert parameters(getattr(stand_in, name)) == wanted[name], name
