@@ -272,6 +272,7 @@ def resolve(model: str | os.PathLike[str] | None) -> Path:
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
+    path = _existing(model)
     if path is not None:
         return path
     text = str(model)
