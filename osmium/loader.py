@@ -7,24 +7,23 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Collection
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from osmium.config import EngineConfig, Progress
-from osmium.cuda.driver import Device, cuda_version
-from osmium.cuda.memory import HostKind
+from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rates, memory_rate, spilled
+from osmium.cuda.stream import spilled
 from osmium.engine.engine import Engine
-from osmium.engine.plan import Machine, MemoryPlan, available_ram, kv_capacity_tokens, make_plan
+from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
 from osmium.engine.runner import Runner
 from osmium.engine.sharing import Sharing
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from osmium.errors import ConfigError, DeviceError, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.guess import make_guess
@@ -37,17 +36,21 @@ from osmium.models.weights import upload
 from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
+from osmium.planning import config_of, hardware_of, memory_plan, plan_for
 from osmium.text.files import Need, read_text_files
 from osmium.weights import (
     DEMO,
+    CheckpointFiles,
+    HubFiles,
     Model,
+    ModelInfo,
     Packed,
     Reading,
     cache_folder,
     open_model,
     open_weights,
-    planned_config,
 )
+from osmium.weights.info import packed_info, synthetic_info
 from osmium.weights.lazy import LazyTensors
 from osmium.weights.local import display_name, mark_used, usage_file
 from osmium.weights.placing import place
@@ -60,9 +63,6 @@ __all__ = ["Loader", "load", "pack", "plan_for"]
 ROOM = 256 << 20
 """Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
 them is more than a disk reads while the other half is uploaded."""
-
-BULK = (9, 0)
-"""Compute capability from which kernels copy in bulk, as fetch_early does."""
 
 SPILL_TRIES = 3
 """How often memory is allocated with fewer and fewer slots before it is given up."""
@@ -82,26 +82,12 @@ def load(
     that lacks one of `needs` is refused before weights are packed or loaded.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    loader = Loader(path, device, progress=progress, needs=needs, **options)
+    loader = Loader(path, device, progress=progress, final=True, needs=needs, **options)
     try:
         return loader.engine(owns_loader=True)
     except BaseException:
         loader.close()
         raise
-
-
-def plan_for(path: str | Path | None = None, device: str = "auto", **options: Any) -> MemoryPlan:
-    """The memory plan of what `load` would do, without loading.  Packs a checkpoint if need be.
-
-    Raises: ConfigError, CheckpointError, DeviceError.
-    """
-    config = _config(device, options)
-    gpu = _gpu(config)
-    try:
-        return _plan(open_weights(path, config, None, _packing(gpu)), config, gpu, 0, None)
-    finally:
-        if gpu is not None:
-            gpu.close()
 
 
 def pack(
@@ -115,8 +101,8 @@ def pack(
 
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    config = _config(device, options)
-    gpu = _gpu(config)
+    config = config_of(device, options)
+    gpu = open_gpu(config)
     try:
         return open_model(path, config, progress, _packing(gpu)).path
     finally:
@@ -129,55 +115,6 @@ def _packing(gpu: Gpu | None) -> Ops | None:
     return None if gpu is None else GpuOps(gpu)
 
 
-def _config(device: str, options: dict[str, Any]) -> EngineConfig:
-    known = {field.name for field in fields(EngineConfig)}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"There is no option {name!r}; known are {', '.join(sorted(known))}.")
-    return EngineConfig(**{"device": device, **options})
-
-
-def _gpu(config: EngineConfig) -> Gpu | None:
-    """The GPU, or None where there is none and none was asked for.
-
-    Raises: DeviceError where there is a GPU that cannot be used as it is, unless it is too old.
-    """
-    if config.device == "cpu":
-        return None
-    try:
-        device = Device()
-    except NoDevice as error:
-        if config.device == "gpu":
-            raise
-        level = logging.INFO if cuda_version() is None else logging.WARNING
-        LOG.log(level, "Running on the CPU. %s", error)
-        return None
-    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
-    if config.write_combined is not None:
-        kinds = ["write-combined"] if config.write_combined else kinds[:2]
-    rates = copy_rates(device, kinds)
-    # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
-    best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
-    LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    gpu = Gpu(device, best)
-    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
-    return gpu
-
-
-def _plan(
-    packed: Model, config: EngineConfig, gpu: Gpu | None, held: int, arena: ExpertArena | None
-) -> MemoryPlan:
-    """`held` bytes of VRAM and the arena are there already, and are planned for again."""
-    free, total = gpu.device.memory() if gpu is not None else (0, 0)
-    available, ram = available_ram()
-    available += 0 if gpu is None or arena is None else arena.records.nbytes
-    rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
-    machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
-    weights = [(name, part.nbytes) for name, part in packed.parts.items()]
-    model = planned_config(packed, config)
-    return make_plan(model, packed.record, weights, config, machine)
-
-
 class Loader:
     """A model, and engines on it, one at a time.  Its weights and its experts in host memory are
     loaded once, for all of them."""
@@ -188,18 +125,26 @@ class Loader:
         device: str = "auto",
         *,
         progress: Progress | None = None,
+        final: bool = False,
         needs: Collection[Need] = (),
         **options: Any,
     ) -> None:
-        """As `load`.  Raises: ConfigError, CheckpointError, DeviceError."""
-        self.options = _config(device, options)
+        """As `load`.  A model that cannot fit is refused before it is downloaded or packed: by its
+        options where these are `final`, else where it would not fit with any context.
+
+        Raises: ConfigError, CheckpointError, DeviceError.
+        """
+        self.options = config_of(device, options)
         self.progress = progress
-        self.gpu = _gpu(self.options)
+        self.gpu = open_gpu(self.options)
         try:
             self.packed = open_weights(
-                path, self.options, progress, _packing(self.gpu),
-                check=lambda folder: read_text_files(folder, needs),
-            )  # fmt: skip
+                path,
+                self.options,
+                progress,
+                _packing(self.gpu),
+                lambda info, files: self._check(info, files, final, needs),
+            )
             self.text = read_text_files(
                 self.packed, needs, demo=self.packed.path == DEMO,
                 synthetic=_is_synthetic(self.packed),
@@ -207,13 +152,34 @@ class Loader:
         except BaseException:
             self.close()
             raise
+        self._info = _info(path, self.packed)
         self.ops: Ops = ReferenceOps() if self.gpu is None else GpuOps(self.gpu)
         self._weights: dict[str, Any] | None = None
         self._arena: ExpertArena | None = None
 
+    def _check(
+        self,
+        info: ModelInfo,
+        files: CheckpointFiles | HubFiles,
+        final: bool,
+        needs: Collection[Need],
+    ) -> None:
+        """Of a model that is not packed yet.  Raises: ConfigError where memory does not suffice,
+        CheckpointError where it lacks one of `needs`."""
+        read_text_files(files, needs)
+        options = self.options
+        if not final:  # engines may be made with less
+            options = replace(options, context=2, kv_cache_mb=None, max_num_seqs=1)
+        memory_plan(info, options, hardware_of(self.gpu))
+
     def memory_rate(self) -> float:
         """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
         return 0.0 if self.gpu is None else self.gpu.memory_gb_s
+
+    @property
+    def _arena_bytes(self) -> int:
+        """Host memory that the experts take already, and that is planned for again."""
+        return 0 if self.gpu is None or self._arena is None else int(self._arena.records.nbytes)
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -229,7 +195,7 @@ class Loader:
         if gpu is not None:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
-        plan = _plan(self.packed, options, gpu, held, self._arena)
+        plan = memory_plan(self._info, options, hardware_of(gpu, held, self._arena_bytes))
         heat = self._heat(options) if owns_loader else None  # who measures starts cold
         plan, runner = self._allocate(plan, options, heat)
         if gpu is not None:
@@ -296,7 +262,7 @@ class Loader:
             gc.collect()  # its VRAM, before some is asked for again
             held = self.gpu.pool.used
             fewer = replace(options, expert_slots=slots)
-            plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
+            plan = memory_plan(self._info, fewer, hardware_of(self.gpu, held, self._arena_bytes))
         raise OutOfMemory(
             f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
             "slots per layer. Close other programs that use the GPU, or lower --vram."
@@ -311,13 +277,7 @@ class Loader:
             None if options.replay_routing is None else _routing(options.replay_routing, packed)
         )
         guess = None
-        bulk = self.gpu is not None and self.gpu.device.capability >= BULK
-        if (
-            bulk
-            and options.prefetch
-            and options.enable_expert_cache
-            and plan.expert_slots < plan.num_experts
-        ):
+        if plan.prefetch:
             guess = make_guess(ops, config.num_layers, config.num_experts, config.top_k)
         store = Store(ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess)
         if routing is not None:
@@ -441,6 +401,14 @@ class Loader:
         """Give everything back.  More than once is harmless."""
         if self.gpu is not None:
             self.gpu.close()
+
+
+def _info(path: str | Path | None, packed: Model) -> ModelInfo:
+    """What a plan is made from.  A packed file that was named itself keeps its formats."""
+    if isinstance(packed, Synthetic):
+        return synthetic_info(packed)
+    named = path is None or Path(path).expanduser().is_file()
+    return packed_info(str(path), packed, "packed" if named else "folder")
 
 
 def _in_order(engine: Engine) -> bool:

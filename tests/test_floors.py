@@ -19,8 +19,8 @@ FLOOR = {
     "weights": 4, "experts": 4,
     "models": 5,
     "engine": 6, "text": 6,
-    "server": 7, "loader": 7,
-    "bench": 8, "cli": 9, "__init__": 10, "__main__": 10,
+    "server": 7, "planning": 7, "loader": 8,
+    "bench": 9, "cli": 10, "__init__": 11, "__main__": 11,
 }  # fmt: skip
 
 HEAVY = ("torch", "transformers", "jax", "numba")

@@ -15,6 +15,7 @@ from osmium.cli.flags import (
     add_server_flags,
     add_timing_flag,
 )
+from osmium.cli.planning import add_plan_flags
 from osmium.cli.values import choice, integer
 
 __all__ = ["COMMANDS", "Command", "Word"]
@@ -96,7 +97,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="as one JSON line")
+    add_plan_flags(parser)
     _engine(parser)
 
 
@@ -175,9 +176,12 @@ COMMANDS: dict[str, Command] = {
         (MODEL,),
     ),
     "plan": Command(
-        "Print the memory plan without loading.",
-        ("osmium plan demo", "osmium plan Qwen/Qwen3.5-35B-A3B --vram 12G --ram 64G"),
-        "commands:plan",
+        "Print what a model needs and how fast it will run.",
+        (
+            "osmium plan Qwen/Qwen3.5-35B-A3B",
+            "osmium plan Qwen/Qwen3.5-122B-A10B --gpu 'RTX 4090' --ram 64G",
+        ),
+        "planning:plan",
         _plan,
         (MODEL,),
     ),

@@ -25,11 +25,11 @@ from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
-from osmium.loader import load, plan_for
+from osmium.loader import load
 from osmium.loader import pack as pack_model
 from osmium.text.files import Need
 
-__all__ = ["chat", "doctor", "logits", "pack", "perplexity", "plan", "pull", "run", "serve"]
+__all__ = ["chat", "doctor", "logits", "pack", "perplexity", "pull", "run", "serve"]
 
 
 def _say(text: str) -> None:
@@ -192,13 +192,6 @@ def serve(args: argparse.Namespace) -> None:
 
 
 # -- looking and measuring ------------------------------------------------------------------------
-
-
-def plan(args: argparse.Namespace) -> None:
-    """The memory plan, before anything is loaded."""
-    model, options = engine_options(args)
-    made = plan_for(model, **options)
-    print(json.dumps(made.as_dict()) if args.json else made.table())
 
 
 def pack(args: argparse.Namespace) -> None:

@@ -61,6 +61,8 @@ class Packed:
         self.fingerprint: str = header["fingerprint"]
         self.sources: dict[str, list[int]] = header["sources"]
         """Size and time of change of each shard that it was made from."""
+        self.hub: dict[str, Any] | None = header.get("hub")
+        """Of a model from the hub: its id, commit, and the etag of each file."""
         self.formats = Formats(**header["formats"])
         self._entries = {e["name"]: _entry(e) for e in header["parts"]}
         self._crcs = {e["name"]: int(e["crc"], 16) for e in header["parts"]}

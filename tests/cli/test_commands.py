@@ -140,7 +140,7 @@ def test_logits_are_written_in_float32(capsys: pytest.CaptureFixture[str], tmp_p
 def test_plan_loads_nothing_and_says_where_memory_goes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *CPU, "--json"]) == 0
     found = last_json(capsys)
-    assert found["context"] == 4096 and found["device"] == "cpu"
+    assert found["context_tokens"] == 4096 and found["device"] == "cpu"
 
 
 def test_bench_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -236,7 +236,8 @@ def test_doctor_says_what_it_finds() -> None:
         (["plan", *CPU, "--expert-slots", "1"], "1"),
         (["plan", *CPU, "--kv-cache-mb", "1", "--context", "4k"], "4096"),
         (["plan", *CPU, "--context", "1g"], str(1 << 30)),
-        (["plan", *CPU, "--ram", "1M"], "0.00 GiB"),
+        (["plan", *CPU, "--link", "-1"], "--link"),
+        (["plan", "--gpu", "RTX 9090"], "RTX 5090"),
         (["bench", *CPU, "--tokens", "9000"], "9000"),
         (["perplexity", *CPU, "--text", __file__, "--window", "9000"], "9000"),
         (["run", "--raw", "demo", ""], "prompt"),

@@ -188,7 +188,9 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
     write = packing._write_parts
     starts: list[int] = []
 
-    def watched(file: Any, notes: Any, plan: Any, crcs: Any, progress: Progress) -> None:
+    def watched(
+        file: Any, notes: Any, plan: Any, source: Any, crcs: Any, progress: Progress
+    ) -> None:
         reports: list[int] = []
 
         def report(stage: str, done: int, total: int) -> None:
@@ -199,7 +201,7 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
 
         starts.append(-1)
         try:
-            write(file, notes, plan, crcs, report)
+            write(file, notes, plan, source, crcs, report)
         finally:
             starts[-1] = reports[0]
 

@@ -16,7 +16,7 @@ from osmium import loader
 from osmium.config import EngineConfig
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
-from osmium.engine.plan import Machine, MemoryPlan, make_plan
+from osmium.engine.plan import HardwareInfo, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, NoDevice, OutOfMemory
 from osmium.ops import Fill
@@ -198,7 +198,7 @@ def test_what_is_allocated_is_what_was_planned(
     made = load(case, folder, **options)
     parts = made.plan.ram
     made.close()
-    planned = sum(parts[name] for name in ("KV", "recurrent states", "workspace"))
+    planned = sum(parts[name] for name in ("KV cache", "recurrent state", "workspace"))
     planned += parts.get("expert slots", 0)
     assert 0.9 * planned <= counted.allocated <= 1.01 * planned + 8192  # a resident cache's tables
 
@@ -259,7 +259,7 @@ def allocate(
 
     def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
         planned.append(options.expert_slots)
-        card_machine = Machine(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
+        card_machine = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
         return make_plan(packed.config, packed.record, weights, options, card_machine)
 
@@ -267,7 +267,8 @@ def allocate(
         made.append(plan.expert_slots)
         return SimpleNamespace()
 
-    monkeypatch.setattr(loader, "_plan", plan)
+    monkeypatch.setattr(loader, "memory_plan", plan)
+    monkeypatch.setattr(loader, "hardware_of", lambda *what: None)
     monkeypatch.setattr(loader.Loader, "_runner", runner)
     first = plan(one.packed, one.options)
     planned.clear()
