@@ -6,7 +6,7 @@ The one place where the floors meet; what each step does is in its own module.
 import contextlib
 import gc
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ from osmium.weights import (
     open_weights,
 )
 from osmium.weights.info import packed_info, synthetic_info
+from osmium.weights.lazy import LazyTensors
 from osmium.weights.local import display_name, mark_used, usage_file
 from osmium.weights.placing import place
 from osmium.weights.synthetic import PREFIX, Synthetic
@@ -212,9 +213,8 @@ class Loader:
                 self.close()
 
         packed = self.packed
-        if owns_loader and isinstance(packed, Packed):
-            if packed.path.resolve().parent == cache_folder(options).resolve():
-                mark_used(packed.path)
+        if owns_loader:
+            mark_used(packed.path, cache_folder(options))
         engine = Engine(
             runner,
             Seats(plan.num_pages, plan.page_size, plan.max_num_seqs),
@@ -334,7 +334,7 @@ class Loader:
         """Everything but the experts, to where kernels reach it fast."""
         ops, packed = self.ops, self.packed
         if self.gpu is None:
-            tensors = _Tensors(packed, self.progress)
+            tensors = LazyTensors(packed, self.progress)
             return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.place(ops)
@@ -414,31 +414,6 @@ def _info(path: str | Path | None, packed: Model) -> ModelInfo:
 def _in_order(engine: Engine) -> bool:
     """Whether it was closed, or stopped with a reason, and did not fail."""
     return engine.failure is None or engine.failure.__cause__ is None
-
-
-class _Tensors(Mapping[str, Any]):
-    """A model's tensors by name, each made or mapped when it is asked for."""
-
-    def __init__(self, packed: Model, progress: Progress | None) -> None:
-        self._packed, self._progress = packed, progress
-        self._read = 0
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._packed.parts:
-            raise KeyError(name)
-        if self._progress:
-            self._progress("weights", self._read, len(self))
-        self._read += 1
-        return self._packed.tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed.names())
-
-    def __len__(self) -> int:
-        return len(self._packed.names())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._packed.parts  # Mapping's own would read it
 
 
 def _is_synthetic(packed: Model) -> bool:

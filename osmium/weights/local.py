@@ -116,11 +116,12 @@ def usage_file(folder: Path, fingerprint: str) -> Path:
     return folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.usage"
 
 
-def mark_used(path: Path) -> None:
-    """Note that a packed file was loaded now.  Where the folder cannot be written, nothing is
-    noted."""
+def mark_used(path: Path, folder: Path) -> None:
+    """Note that a packed file was loaded now, if it is in the cache folder.  Where that cannot be
+    written, nothing is noted."""
     with contextlib.suppress(OSError):
-        path.with_name(path.name + ".used").touch()
+        if path.is_file() and path.resolve().parent == folder.resolve():
+            path.with_name(path.name + ".used").touch()
 
 
 def _last_used(path: Path) -> float | None:
