@@ -205,5 +205,7 @@ def simulated(threads: int) -> Any:
 
 
 if __name__ == "__main__":
+    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
+    sys.setswitchinterval(5e-5)
     sequence = SEQUENCES[sys.argv[2]]
     compare(simulated(sequence.threads), np.random.default_rng(int(sys.argv[1])), sequence)
