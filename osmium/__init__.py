@@ -8,7 +8,11 @@ Names are loaded when they are first used, so that importing this is quick.
 """
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
+
+from osmium.distribution import conflict as _conflict
+from osmium.distribution import version as _version
 
 if TYPE_CHECKING:
     from osmium.config import EngineConfig
@@ -29,8 +33,14 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return _version() or "0+unknown"
     if name not in _WHERE:
         raise AttributeError(f"module 'osmium' has no attribute {name!r}")
     value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
+
+
+if _found := _conflict():
+    warnings.warn(_found, stacklevel=2)

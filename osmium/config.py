@@ -282,6 +282,14 @@ class EngineConfig:
             if value not in known:
                 names = ", ".join(str(one) for one in known)
                 raise ConfigError(f"{_flag(name)} is {value!r}; it must be one of {names}.")
+        for name in ("vram", "ram", "min_free_ram"):
+            size = getattr(self, name)
+            if isinstance(size, int) and 0 < size < MIN_BYTES:
+                hint = f" For {size} GiB say {_flag(name)} {size}G, in Python {size} << 30."
+                raise ConfigError(
+                    f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
+                    + hint * (size <= 4096)
+                )
         least = {"prefill_chunk": 1, "page_size": 1}
         optional = {
             "kv_cache_mb": 1,
@@ -313,25 +321,47 @@ def user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
 
 
-_UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+MIN_BYTES = 1 << 20
+"""The least that a size in bytes may be: 32 in place of 32 GiB is a mistake, not a budget."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "18G", "512M", "1.5T" or "4096": units are binary.  Raises: ConfigError."""
-    word = text.strip().lower().removesuffix("ib").removesuffix("b")
-    number, unit = (word[:-1], word[-1]) if word[-1:] in ("k", "m", "g", "t") else (word, "")
-    try:
-        value = float(number) * _UNITS[unit]
-    except ValueError:
-        value = -1.0
-    if not math.isfinite(value) or value <= 0:
+    """Bytes of "18G", "512M", "1.5T" or "4096B": units are binary, and one has to be given.
+
+    Raises: ConfigError.
+    """
+    number = _number_of(text.strip().lower())
+    if number is not None:
+        hint = f"say {number:g}G" if number <= 4096 else "write one, as in 32G or 512M"
+        raise ConfigError(f"{text!r} has no unit: {hint} ({text.strip()}B would be bytes).")
+    word = text.strip().lower().removesuffix("b").removesuffix("i")
+    value = _number_of(word)
+    if value is None and word[-1:] in _UNITS:
+        value = _number_of(word[:-1])
+        value = None if value is None else value * _UNITS[word[-1]]
+    if value is None:
         raise ConfigError(f"{text!r} is not a size; write a number and K, M, G or T, as in 18G.")
     return int(value)
 
 
 def parse_count(text: str) -> int:
     """Tokens of "32k" (32 * 1024) or "32768".  Raises: ConfigError."""
+    word = text.strip().lower()
+    value = _number_of(word)
+    if value is None and word[-1:] in _UNITS:
+        value = _number_of(word[:-1])
+        value = None if value is None else value * _UNITS[word[-1]]
+    if value is None:
+        raise ConfigError(f"{text!r} is not a number of tokens; write 32768 or 32k.")
+    return int(value)
+
+
+def _number_of(word: str) -> float | None:
+    """A positive number that is all of the word; None for anything else."""
     try:
-        return parse_size(text)
-    except ConfigError:
-        raise ConfigError(f"{text!r} is not a number of tokens; write 32768 or 32k.") from None
+        value = float(word)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) and value > 0 else None

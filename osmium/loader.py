@@ -5,27 +5,25 @@ The one place where the floors meet; what each step does is in its own module.
 
 import contextlib
 import gc
-import hashlib
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import fields, replace
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from osmium.config import EngineConfig, Progress
-from osmium.cuda.driver import Device
-from osmium.cuda.memory import HostKind
+from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import copy_rates, memory_rate, spilled
+from osmium.cuda.stream import spilled
 from osmium.engine.engine import Engine
-from osmium.engine.plan import Machine, MemoryPlan, available_ram, kv_capacity_tokens, make_plan
+from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
 from osmium.engine.runner import Runner
 from osmium.engine.sharing import Sharing
 from osmium.engine.state import Seats
 from osmium.engine.watchdog import Watchdog, default_floor
-from osmium.errors import ConfigError, DeviceError, NoDevice, OutOfMemory
+from osmium.errors import ConfigError, DeviceError, OutOfMemory
 from osmium.experts.arena import fill_arena, fill_slots, share_arena
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.guess import make_guess
@@ -38,17 +36,23 @@ from osmium.models.weights import upload
 from osmium.ops import Array, ExpertArena, ExpertCache, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
+from osmium.planning import config_of, hardware_of, memory_plan, plan_for
 from osmium.text.files import Need, read_text_files
 from osmium.weights import (
     DEMO,
+    CheckpointFiles,
+    HubFiles,
     Model,
+    ModelInfo,
     Packed,
     Reading,
     cache_folder,
     open_model,
     open_weights,
-    planned_config,
 )
+from osmium.weights.info import packed_info, synthetic_info
+from osmium.weights.lazy import LazyTensors
+from osmium.weights.local import display_name, mark_used, usage_file
 from osmium.weights.placing import place
 from osmium.weights.synthetic import PREFIX, Synthetic
 
@@ -59,9 +63,6 @@ __all__ = ["Loader", "load", "pack", "plan_for"]
 ROOM = 256 << 20
 """Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
 them is more than a disk reads while the other half is uploaded."""
-
-BULK = (9, 0)
-"""Compute capability from which kernels copy in bulk, as fetch_early does."""
 
 SPILL_TRIES = 3
 """How often memory is allocated with fewer and fewer slots before it is given up."""
@@ -81,26 +82,12 @@ def load(
     that lacks one of `needs` is refused before weights are packed or loaded.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    loader = Loader(path, device, progress=progress, needs=needs, **options)
+    loader = Loader(path, device, progress=progress, final=True, needs=needs, **options)
     try:
         return loader.engine(owns_loader=True)
     except BaseException:
         loader.close()
         raise
-
-
-def plan_for(path: str | Path | None = None, device: str = "auto", **options: Any) -> MemoryPlan:
-    """The memory plan of what `load` would do, without loading.  Packs a checkpoint if need be.
-
-    Raises: ConfigError, CheckpointError, DeviceError.
-    """
-    config = _config(device, options)
-    gpu = _gpu(config)
-    try:
-        return _plan(open_weights(path, config, None, _packing(gpu)), config, gpu, 0, None)
-    finally:
-        if gpu is not None:
-            gpu.close()
 
 
 def pack(
@@ -114,8 +101,8 @@ def pack(
 
     Raises: ConfigError, CheckpointError, DeviceError.
     """
-    config = _config(device, options)
-    gpu = _gpu(config)
+    config = config_of(device, options)
+    gpu = open_gpu(config)
     try:
         return open_model(path, config, progress, _packing(gpu)).path
     finally:
@@ -128,50 +115,6 @@ def _packing(gpu: Gpu | None) -> Ops | None:
     return None if gpu is None else GpuOps(gpu)
 
 
-def _config(device: str, options: dict[str, Any]) -> EngineConfig:
-    known = {field.name for field in fields(EngineConfig)}
-    for name in options:
-        if name not in known:
-            raise ConfigError(f"There is no option {name!r}; known are {', '.join(sorted(known))}.")
-    return EngineConfig(**{"device": device, **options})
-
-
-def _gpu(config: EngineConfig) -> Gpu | None:
-    """The GPU, or None where there is none and none was asked for."""
-    if config.device == "cpu":
-        return None
-    try:
-        device = Device()
-    except NoDevice:
-        if config.device == "gpu":
-            raise
-        return None
-    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
-    if config.write_combined is not None:
-        kinds = ["write-combined"] if config.write_combined else kinds[:2]
-    rates = copy_rates(device, kinds)
-    # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
-    best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
-    LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    gpu = Gpu(device, best)
-    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
-    return gpu
-
-
-def _plan(
-    packed: Model, config: EngineConfig, gpu: Gpu | None, held: int, arena: ExpertArena | None
-) -> MemoryPlan:
-    """`held` bytes of VRAM and the arena are there already, and are planned for again."""
-    free, total = gpu.device.memory() if gpu is not None else (0, 0)
-    available, ram = available_ram()
-    available += 0 if gpu is None or arena is None else arena.records.nbytes
-    rates = (0.0, 0.0) if gpu is None else (gpu.link_gb_s, gpu.memory_gb_s)
-    machine = Machine(gpu is not None, free + held, total, available, ram, *rates)
-    weights = [(name, part.nbytes) for name, part in packed.parts.items()]
-    model = planned_config(packed, config)
-    return make_plan(model, packed.record, weights, config, machine)
-
-
 class Loader:
     """A model, and engines on it, one at a time.  Its weights and its experts in host memory are
     loaded once, for all of them."""
@@ -182,18 +125,26 @@ class Loader:
         device: str = "auto",
         *,
         progress: Progress | None = None,
+        final: bool = False,
         needs: Collection[Need] = (),
         **options: Any,
     ) -> None:
-        """As `load`.  Raises: ConfigError, CheckpointError, DeviceError."""
-        self.options = _config(device, options)
+        """As `load`.  A model that cannot fit is refused before it is downloaded or packed: by its
+        options where these are `final`, else where it would not fit with any context.
+
+        Raises: ConfigError, CheckpointError, DeviceError.
+        """
+        self.options = config_of(device, options)
         self.progress = progress
-        self.gpu = _gpu(self.options)
+        self.gpu = open_gpu(self.options)
         try:
             self.packed = open_weights(
-                path, self.options, progress, _packing(self.gpu),
-                check=lambda folder: read_text_files(folder, needs),
-            )  # fmt: skip
+                path,
+                self.options,
+                progress,
+                _packing(self.gpu),
+                lambda info, files: self._check(info, files, final, needs),
+            )
             self.text = read_text_files(
                 self.packed, needs, demo=self.packed.path == DEMO,
                 synthetic=_is_synthetic(self.packed),
@@ -201,13 +152,34 @@ class Loader:
         except BaseException:
             self.close()
             raise
+        self._info = _info(path, self.packed)
         self.ops: Ops = ReferenceOps() if self.gpu is None else GpuOps(self.gpu)
         self._weights: dict[str, Any] | None = None
         self._arena: ExpertArena | None = None
 
+    def _check(
+        self,
+        info: ModelInfo,
+        files: CheckpointFiles | HubFiles,
+        final: bool,
+        needs: Collection[Need],
+    ) -> None:
+        """Of a model that is not packed yet.  Raises: ConfigError where memory does not suffice,
+        CheckpointError where it lacks one of `needs`."""
+        read_text_files(files, needs)
+        options = self.options
+        if not final:  # engines may be made with less
+            options = replace(options, context=2, kv_cache_mb=None, max_num_seqs=1)
+        memory_plan(info, options, hardware_of(self.gpu))
+
     def memory_rate(self) -> float:
         """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
         return 0.0 if self.gpu is None else self.gpu.memory_gb_s
+
+    @property
+    def _arena_bytes(self) -> int:
+        """Host memory that the experts take already, and that is planned for again."""
+        return 0 if self.gpu is None or self._arena is None else int(self._arena.records.nbytes)
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -223,7 +195,7 @@ class Loader:
         if gpu is not None:
             gpu.pool.frozen = False
         held = 0 if gpu is None else gpu.pool.used
-        plan = _plan(self.packed, options, gpu, held, self._arena)
+        plan = memory_plan(self._info, options, hardware_of(gpu, held, self._arena_bytes))
         heat = self._heat(options) if owns_loader else None  # who measures starts cold
         plan, runner = self._allocate(plan, options, heat)
         if gpu is not None:
@@ -241,6 +213,8 @@ class Loader:
                 self.close()
 
         packed = self.packed
+        if owns_loader:
+            mark_used(packed.path, cache_folder(options))
         engine = Engine(
             runner,
             Seats(plan.num_pages, plan.page_size, plan.max_num_seqs),
@@ -279,19 +253,19 @@ class Loader:
                 return plan, runner
             slots = plan.fewer_slots(there)
             LOG.warning(
-                "%.2f GiB of what was allocated in VRAM are copied at less than a quarter of its "
-                "rate (%.0f GB/s): the driver keeps them in host memory. Taking %d expert slots a "
-                "layer instead of %d; close what else uses the GPU, or lower --vram.",
+                "The driver keeps %.2f GiB of the VRAM allocation in host memory: copies there run "
+                "at less than a quarter of %.0f GB/s. Using %d expert slots per layer, not %d. "
+                "Close other programs that use the GPU, or lower --vram.",
                 there / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
             )  # fmt: skip
             del runner
             gc.collect()  # its VRAM, before some is asked for again
             held = self.gpu.pool.used
             fewer = replace(options, expert_slots=slots)
-            plan = _plan(self.packed, fewer, self.gpu, held, self._arena)
+            plan = memory_plan(self._info, fewer, hardware_of(self.gpu, held, self._arena_bytes))
         raise OutOfMemory(
             f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
-            "slots per layer. Close what else uses the GPU, or lower --vram."
+            "slots per layer. Close other programs that use the GPU, or lower --vram."
         )
 
     def _runner(self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None) -> Runner:
@@ -303,13 +277,7 @@ class Loader:
             None if options.replay_routing is None else _routing(options.replay_routing, packed)
         )
         guess = None
-        bulk = self.gpu is not None and self.gpu.device.capability >= BULK
-        if (
-            bulk
-            and options.prefetch
-            and options.enable_expert_cache
-            and plan.expert_slots < plan.num_experts
-        ):
+        if plan.prefetch:
             guess = make_guess(ops, config.num_layers, config.num_experts, config.top_k)
         store = Store(ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess)
         if routing is not None:
@@ -336,8 +304,7 @@ class Loader:
             return None
         if not options.enable_expert_cache or packed.path == DEMO:
             return None
-        short = hashlib.sha256(packed.fingerprint.encode()).hexdigest()[:16]
-        return cache_folder(options) / f"{short}.usage"
+        return usage_file(cache_folder(options), packed.fingerprint)
 
     def _heat(self, options: EngineConfig) -> Heat | None:
         """What was hot when this model was last closed."""
@@ -358,7 +325,7 @@ class Loader:
             return None
         if heat is not None:
             count = restore(self.ops, store.cache, store.arena, heat)
-            LOG.info("%d experts that were hot before are in their slots", count)
+            LOG.info("%d frequently used experts are in the cache", count)
         fingerprint = self.packed.fingerprint
         # The store's cache as of then: slots may have been shared out anew.
         return lambda: keep_heat(path, fingerprint, self.ops, store.cache)
@@ -367,14 +334,15 @@ class Loader:
         """Everything but the experts, to where kernels reach it fast."""
         ops, packed = self.ops, self.packed
         if self.gpu is None:
-            return upload(ops, _Tensors(packed), embed_on_host=False)
+            tensors = LazyTensors(packed, self.progress)
+            return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.place(ops)
         layer = packed.config.num_experts * packed.record.nbytes
         room = ops.host((min(layer, ROOM),), np.uint8)
         try:
             with self._reading() as reading:
-                return place(ops, packed, reading, room)
+                return place(ops, packed, reading, room, self.progress)
         finally:
             with contextlib.suppress(DeviceError):
                 ops.synchronize()
@@ -390,7 +358,7 @@ class Loader:
         progress = self.progress
         if self.gpu is None:
             if self._arena is None:
-                self._arena = share_arena(record, packed.all_records())
+                self._arena = share_arena(record, packed.all_records(progress))
             if plan.expert_slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.expert_slots == experts and self._arena is None:
@@ -409,7 +377,7 @@ class Loader:
         if heat is not None and plan.expert_slots < experts:
             each = quotas(heat, plan.expert_slots, config.top_k)
         if each is not None:
-            LOG.info("%d to %d expert slots a layer, by what was hot", min(each), max(each))
+            LOG.info("%d to %d expert slots per layer, by recorded usage", min(each), max(each))
         return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
 
     def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
@@ -435,30 +403,17 @@ class Loader:
             self.gpu.close()
 
 
+def _info(path: str | Path | None, packed: Model) -> ModelInfo:
+    """What a plan is made from.  A packed file that was named itself keeps its formats."""
+    if isinstance(packed, Synthetic):
+        return synthetic_info(packed)
+    named = path is None or Path(path).expanduser().is_file()
+    return packed_info(str(path), packed, "packed" if named else "folder")
+
+
 def _in_order(engine: Engine) -> bool:
     """Whether it was closed, or stopped with a reason, and did not fail."""
     return engine.failure is None or engine.failure.__cause__ is None
-
-
-class _Tensors(Mapping[str, Any]):
-    """A model's tensors by name, each made or mapped when it is asked for."""
-
-    def __init__(self, packed: Model) -> None:
-        self._packed = packed
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._packed.parts:
-            raise KeyError(name)
-        return self._packed.tensor(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._packed.names())
-
-    def __len__(self) -> int:
-        return len(self._packed.names())
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._packed.parts  # Mapping's own would read it
 
 
 def _is_synthetic(packed: Model) -> bool:
@@ -476,7 +431,7 @@ def _routing(path: str, packed: Model) -> Trace:
         predicted = None if predicted is None else predicted[:, : config.num_layers]
     if ids.shape[1:] != (config.num_layers, config.top_k):
         raise ConfigError(
-            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts a token; the model "
+            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
             f"has {config.num_layers} of {config.top_k}."
         )
     return Trace(ids, found.starts, found.experts, predicted)
@@ -488,6 +443,4 @@ def _name(path: Path) -> str:
         return "demo"
     if str(path).startswith(PREFIX):
         return str(path)
-    parts = path.stem.split("-")
-    folder = [i for i, part in enumerate(parts) if part.startswith("experts")]
-    return "-".join(parts[: folder[-1] - 1]) if folder and folder[-1] > 1 else path.stem
+    return display_name(path)

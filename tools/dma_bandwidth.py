@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which kind of host memory does this machine move fastest to and from its GPU?
 
-Stands on its own: needs the NVIDIA driver, cuda-python (cuda-bindings) and NumPy, not Osmium.
+Stands on its own: needs the NVIDIA driver, cuda-bindings and NumPy, not Osmium.
 
 Method.  For each kind of host memory, each block size, each engine and each direction, enough
 blocks to make up to 256 MiB are queued on a stream between two events; the rate is bytes over that
@@ -32,7 +32,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
+try:
+    import numpy as np
+except ImportError as error:
+    print(f"dma_bandwidth.py: NumPy is missing ({error}): pip install numpy", file=sys.stderr)
+    sys.exit(2)
 
 EXPERT = 4_866_048  # bytes: one INT4 expert of Qwen3.5-122B-A10B
 SIZES = (64 << 10, 256 << 10, 1 << 20, EXPERT, 16 << 20, 64 << 20, 512 << 20)
@@ -122,8 +126,8 @@ class Driver:
     def __init__(self, ordinal: int) -> None:
         try:
             from cuda.bindings import driver
-        except ImportError:
-            raise Failed("cuda-python is not installed: pip install cuda-bindings") from None
+        except ImportError as error:
+            raise Failed(f"cuda-bindings is missing ({error}): pip install cuda-bindings") from None
         self.cu = driver
         try:
             self("cuInit", 0)
@@ -398,9 +402,9 @@ def main() -> int:
     try:
         report = probe(args)
     except Failed as error:
-        say(f"{error}\nThis probe measures copies to and from an NVIDIA GPU; there is none to use.")
+        say(f"dma_bandwidth.py: {error}")
         print(json.dumps({"error": str(error)}))
-        return 1
+        return 2
     table(report)
     best = report["recommended"]
     say(f"\nRecommended: {best['kind']} ({'sure' if best['sure'] else 'a tie'}): {best['why']}")

@@ -1,34 +1,38 @@
 #!/usr/bin/env python3
-"""Make the bundled demo model out of the lab model's checkpoint: osmium/demo/demo.osmium.
+"""Make the bundled demo model, osmium/demo/demo.osmium, from a trained checkpoint.
 
 INT4 experts, INT8 head and shared expert, the rest in BF16; tokenizer and chat template inside.
-The notices that have to go along are in osmium/demo/NOTICE.md.
+The notices that belong to it are in osmium/demo/NOTICE.md.
 """
 
 import argparse
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from checkout import run_tool, use_environment
 
-from osmium.config import EngineConfig  # noqa: E402
-from osmium.weights import DEMO, open_model  # noqa: E402
+use_environment()
+
+from osmium.config import EngineConfig
+from osmium.weights import DEMO, open_model
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="the lab model's folder")
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoint", type=Path, help="the trained model's folder")
+    parser.add_argument("--out", type=Path, default=DEMO, help="the file to write (%(default)s)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         packed = open_model(args.checkpoint, EngineConfig(cache_dir=folder))
         packed.verify()
-        DEMO.parent.mkdir(exist_ok=True)
-        shutil.copyfile(packed.path, DEMO)
-    print(f"{DEMO.relative_to(ROOT)}: {DEMO.stat().st_size / 1e6:.1f} MB")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(packed.path, args.out)
+    print(f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

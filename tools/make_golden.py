@@ -1,24 +1,31 @@
 #!/usr/bin/env python3
 """Make the golden logits anew: seeded checkpoints through transformers, in float32 on the CPU.
 
-Needs the `oracle` extra (torch, transformers).  Writes tests/golden/logits_{case}.npz with the
-logits after some of the prompt's positions, and a fingerprint of the weights they are of.
+usage: tools/make_golden.py
 
-    python tools/make_golden.py
+Needs the `oracle` extra (torch, transformers).  Writes tests/golden/logits_{case}.npz with the
+logits after some of the prompt's positions, and a fingerprint of the weights that they are of.
 """
 
-import sys
+from __future__ import annotations
+
+import argparse
 import tempfile
 from pathlib import Path
+
+from checkout import ROOT, run_tool, use_environment
+
+if __name__ == "__main__":
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()  # first: the environment takes gigabytes
+use_environment("oracle", needs=("torch", "transformers"))
 
 import numpy as np
 import torch
 import transformers
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-from tests.models.build import (  # noqa: E402
+from tests.models.build import (
     CASES,
     Case,
     fingerprint,
@@ -28,7 +35,7 @@ from tests.models.build import (  # noqa: E402
 )
 
 
-def main() -> None:
+def main() -> int:
     """One file a case."""
     torch.set_num_threads(1)
     for case in CASES:
@@ -55,6 +62,7 @@ def main() -> None:
         print(
             f"{out.relative_to(ROOT)}  {out.stat().st_size} bytes  |logits| {abs(logits).max():.2f}"
         )
+    return 0
 
 
 def positions(case: Case) -> np.ndarray:
@@ -64,4 +72,4 @@ def positions(case: Case) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Expert-routing traces for benchmarks on random weights.
+"""Generate an expert-routing trace for benchmarks on random weights.
 
-A random router picks experts uniformly, so a cache looks worthless and a benchmark on random
-weights says nothing about a real model.  These traces stand in for the router: for each token and
-layer, the ids of the experts it activates.  Routing recorded from a real model (--record-routing)
-is better wherever there is one.
+A random router picks experts uniformly, so a cache looks worthless, and a benchmark on random
+weights predicts nothing about a real model.  A generated trace replaces the router: for each token
+and layer it holds the ids of the experts in use.  A trace recorded from a real model
+(--record-routing) is better wherever there is one.
 
-The generator is a sum of four normal variables per layer and expert: a static popularity, a slow
-drift (the prompt's subject), a fast drift (the last few tokens) and noise; the top k are activated.
-Deeper layers are more skewed than early ones.  Fitted to what is published about
-Qwen3.5-122B-A10B (256 experts, top 8):
+The generator sums four normal variables per layer and expert: a static popularity, a slow drift
+(the prompt's subject), a fast drift (the last few tokens) and noise.  The top k are used.  Deeper
+layers are more skewed than early ones.  Fitted to what is published about Qwen3.5-122B-A10B (256
+experts, top 8):
 
     statistic                                  published                  this generator
     overlap with the previous token            .33                        .31
@@ -18,16 +18,20 @@ Qwen3.5-122B-A10B (256 experts, top 8):
     LRU, 36 / 40 / 44 / 50 %                   .80 at 36 %                .79 / .81 / .83 / .86
 
 Above 36 % resident nothing is published for that model: those figures are an extrapolation.  The
-drift's half-lives are the generator's, not a model's: a policy tuned to them must also be tried on
-recorded routing, and on traces whose drift is another: --slow-kept (of 12 tokens' half-life; rc in
-other notes), --slow (sc) and --fast (sf) change it.
+drift's half-lives are the generator's, not a model's.  A policy tuned to them must also be tried on
+recorded routing, and on traces with another drift (--slow-kept, --slow, --fast).
 
-Written: ids [T, L, K]; predicted, the same shape, what a next-layer predictor would have guessed,
-sharing `--recall` of its ids with the truth; prompt_starts int64 [P].
+The file holds ids [T, L, K]; predicted, of the same shape, what a next-layer predictor would have
+chosen, sharing `--recall` of its ids with the truth; prompt_starts int64 [P].
 """
 
 import argparse
+import sys
 from dataclasses import dataclass
+
+from checkout import run_tool, use_environment
+
+use_environment()
 
 import numpy as np
 import numpy.typing as npt
@@ -84,37 +88,57 @@ def trace(
     return ids, predicted, np.arange(prompts) * per_prompt
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("out", help="the .npz to write")
-    for flag, default in (
-        ("--tokens", 3072), ("--prompts", 6), ("--layers", 48), ("--experts", 256), ("--top-k", 8),
-        ("--seed", 1), ("--base-seed", 12345),
-    ):  # fmt: skip
-        parser.add_argument(flag, type=int, default=default, help=f"({default})")
-    for flag, share, what in (
-        ("--recall", 0.78, "of the predictor"),
-        ("--slow-kept", SLOW_KEPT, "share of the slow drift that a token keeps"),
-        ("--slow", SLOW, "size of the slow drift"),
-        ("--fast", FAST, "size of the fast drift"),
+    add = parser.add_argument
+    add("out", metavar="OUT.npz", help="the file to write")
+    for flag, default, what in (
+        ("--tokens", 3072, "tokens, of all prompts together"),
+        ("--prompts", 6, "prompts, each with a drift of its own"),
+        ("--layers", 48, "layers of the model"),
+        ("--experts", 256, "experts per layer"),
+        ("--top-k", 8, "experts per token and layer"),
+        ("--seed", 1, "seed of the drifts"),
+        ("--base-seed", 12345, "seed of the popularity"),
     ):
-        parser.add_argument(flag, type=float, default=share, help=f"{what} ({share})")
+        add(flag, type=int, default=default, metavar="N", help=f"{what} ({default})")
+    for flag, value, what in (
+        ("--recall", 0.78, "fraction of the predicted experts that are used"),
+        ("--slow-kept", SLOW_KEPT, "fraction of the slow drift kept from token to token"),
+        ("--slow", SLOW, "standard deviation of the slow drift"),
+        ("--fast", FAST, "standard deviation of the fast drift"),
+    ):
+        add(flag, type=float, default=value, metavar="X", help=f"{what} ({value})")
     args = parser.parse_args()
     if not 0 <= args.slow_kept < 1:
         parser.error(f"--slow-kept is {args.slow_kept}; it must be from 0 to below 1")
-    shape = (args.layers, args.experts)
-    ids, predicted, starts = trace(
-        args.tokens, shape, args.top_k, args.prompts, args.seed, args.base_seed, args.recall,
-        Drift(args.slow_kept, args.slow, args.fast),
-    )  # fmt: skip
-    small = np.uint8 if args.experts <= 256 else np.uint16
-    with open(args.out, "wb") as file:
-        np.savez_compressed(
-            file, ids=ids.astype(small), predicted=predicted.astype(small), prompt_starts=starts
+    if not 1 <= args.prompts <= args.tokens:
+        parser.error(f"--prompts is {args.prompts}; it must be from 1 to --tokens ({args.tokens})")
+    if not 1 <= args.top_k < args.experts <= 1 << 16:
+        parser.error(
+            f"--top-k is {args.top_k} of --experts {args.experts}; it must be at least 1 and below "
+            "them, and they at most 65536"
         )
+    if args.layers < 1:
+        parser.error(f"--layers is {args.layers}; it must be at least 1")
+    shape = (args.layers, args.experts)
+    drift = Drift(args.slow_kept, args.slow, args.fast)
+    ids, predicted, starts = trace(
+        args.tokens, shape, args.top_k, args.prompts, args.seed, args.base_seed, args.recall, drift
+    )
+    small = np.uint8 if args.experts <= 256 else np.uint16
+    try:
+        with open(args.out, "wb") as file:
+            np.savez_compressed(
+                file, ids=ids.astype(small), predicted=predicted.astype(small), prompt_starts=starts
+            )
+    except OSError as error:
+        print(f"make_trace.py: {args.out} cannot be written: {error.strerror}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

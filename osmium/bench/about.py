@@ -1,12 +1,13 @@
 """Where a measurement was made and of what: what every result says of its machine and code."""
 
 import datetime
-import importlib.metadata
 import os
 import platform
 import subprocess
 from pathlib import Path
 from typing import Any
+
+from osmium.distribution import version
 
 __all__ = ["about"]
 
@@ -22,16 +23,9 @@ def about(device: str, gpu: Any = None) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
-        "version": _version(),
+        "version": version(),
         "commit": _commit(),
     }
-
-
-def _version() -> str | None:
-    try:
-        return importlib.metadata.version("osmium")
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:

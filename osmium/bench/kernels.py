@@ -64,7 +64,7 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
     try:
         device = Device()
     except NoDevice as error:
-        raise ConfigError(f"osmium bench kernels times a GPU's kernels. {error}") from None
+        raise ConfigError(f"`osmium bench kernels` needs a GPU. {error}") from None
     rates = {"VRAM": memory_rate(device), "link": copy_rates(device, ["pinned"])["pinned"]}
     machine, rows = Machine(device, "pinned"), []
     say(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
@@ -124,7 +124,7 @@ class Cases:
         """Of all operations, or those that hold `only`.  Raises: ConfigError where none does."""
         if found := [name for name in MAKERS if only is None or only in name]:
             return found
-        raise ConfigError(f"--filter is {only!r}; operations are {', '.join(MAKERS)}.")
+        raise ConfigError(f"--filter is {only!r}; the operations are {', '.join(MAKERS)}.")
 
     def make(self, name: str) -> Calls:
         """A call on each set of inputs."""

@@ -2,40 +2,43 @@
 
 from typing import Any
 
-__all__ = ["compare", "table"]
+__all__ = ["COLUMNS", "compare", "row_line", "summary"]
+
+COLUMNS = (
+    f"{'':8}{'depth':>8}{'seqs':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'cold':>7}{'warm':>7}"
+    f"{'MB/token':>10}{'prefetched':>12}{'link':>7}{'roofline':>10}"
+)
+"""The head of the rows that row_line makes."""
 
 
-def table(found: dict[str, Any]) -> str:
-    """The rows of one document."""
-    rates, rows = found["rates"], found["rows"]
-    slots, experts = found["expert_slots"]
+def row_line(row: dict[str, Any]) -> str:
+    """One row of a document."""
+    if row["what"] == "prefill":
+        return f"prefill {row['tokens']:8}{'':9}{row['tokens_per_s']:10.1f}"
+    return (
+        f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
+        f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}"
+        f"{row['hit_rate_cold_64']:7.3f}{row['hit_rate_warm_64']:7.3f}"
+        f"{row['mb_fetched_per_token']:10.1f}{row['mb_prefetched_per_token']:12.1f}"
+        f"{row['link_utilization']:7.2f}"
+        f"{row['roofline_fraction']:10.2f}"
+    )
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What was measured, on what, by what rates."""
+    rates, (slots, experts) = found["rates"], found["expert_slots"]
     lines = [
         f"{found['model']} on {found['device']} (driver {found['driver']}, CUDA {found['cuda']}), "
         f"commit {found['commit']}, {found['date']}",
-        f"{slots} of {experts} slots a layer, KV {found['kv_dtype']}"
-        + (f", {found['kv_cache_mb']} MiB" * bool(found["kv_cache_mb"])),
+        f"{slots} of {experts} experts per layer cached, KV {found['kv_dtype']}"
+        + (f", {found['kv_cache_mb']} MiB" if found.get("kv_cache_mb") else ""),
     ]
     if rates["memory_gb_s"]:
         lines.append(
             f"link {rates['link_gb_s']:.1f} GB/s ({found['host_memory']}), VRAM "
-            f"{rates['memory_gb_s']:.0f} GB/s; {found['slots_verified']} slots equal their "
-            "records"
-        )
-    lines.append(
-        f"{'':8}{'depth':>8}{'at once':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'cold':>7}{'warm':>7}"
-        f"{'MB/token':>10}{'early':>7}{'link':>7}{'floor/time':>12}"
-    )
-    for row in rows:
-        if row["what"] == "prefill":
-            lines.append(f"prefill {row['tokens']:8}{'':9}{row['tokens_per_s']:10.1f}")
-            continue
-        lines.append(
-            f"decode  {row['depth']:8}{row['sequences']:9}{row['tokens_per_s']:10.1f}"
-            f"{row['ms_per_token']:9.3f}{row['hit_rate']:7.3f}"
-            f"{row['hit_rate_cold_64']:7.3f}{row['hit_rate_warm_64']:7.3f}"
-            f"{row['mb_fetched_per_token']:10.1f}{row['mb_prefetched_per_token']:7.1f}"
-            f"{row['link_utilization']:7.2f}"
-            f"{row['roofline_fraction']:12.2f}"
+            f"{rates['memory_gb_s']:.0f} GB/s; "
+            f"{found['slots_verified']} slots verified"
         )
     return "\n".join(lines)
 

@@ -21,7 +21,7 @@ import math
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -38,7 +38,7 @@ from osmium.experts.cache import empty, verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
+__all__ = ["OnRow", "Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
 
 
 SAMPLED_SLOTS = 8
@@ -60,6 +60,11 @@ class Settings:
     temperature: float = 0.0
     """Of decoded tokens; above 0 with top-k 20 and top-p .95, as models of today ask for."""
 
+    @property
+    def short_run(self) -> int:
+        """Tokens of the cold start, and of the warm one."""
+        return min(64, self.warm_up, self.tokens)
+
     def sampling(self, tokens: int) -> SamplingParams:
         """How so many tokens are drawn."""
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
@@ -68,7 +73,17 @@ class Settings:
         return replace(greedy, temperature=self.temperature, top_k=20, top_p=0.95, seed=1)
 
 
-def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dict[str, Any]:
+OnRow = Callable[[dict[str, Any], int, float | None], None]
+"""Called with each row once it is measured, the number of rows left, and the seconds that these
+will take: None while a kind of row has not been timed yet."""
+
+
+def measure(
+    engine: Engine,
+    settings: Settings,
+    memory_gb_s: float = 0.0,
+    on_row: OnRow | None = None,
+) -> dict[str, Any]:
     """A document for JSON; `memory_gb_s` is the rate of VRAM.
 
     Raises: ConfigError where the sizes do not fit the engine.
@@ -79,14 +94,19 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
     ):  # fmt: skip
         if not value >= least:
             raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+    for tokens in settings.prompts:
+        if tokens < 1 or tokens + 1 > engine.context:
+            raise ConfigError(
+                f"--prompt-tokens {tokens} does not fit the context of {engine.context} tokens."
+            )
+    for count in settings.parallel:
+        for depth in settings.depths:
+            _depth(engine, depth, count, settings)  # refused before the first row is measured
     rates = {
         "link_gb_s": engine.run_on_engine_thread(lambda: link_rate(engine)),
         "memory_gb_s": memory_gb_s,
     }
-    rows = [_prefill(engine, tokens, settings, rates) for tokens in settings.prompts]
-    for count in settings.parallel:
-        for depth in settings.depths:
-            rows.append(_decode(engine, depth, count, settings, rates))
+    rows = _rows(engine, settings, rates, on_row)
     checked = engine.run_on_engine_thread(lambda: _verify(engine))
     experts = engine.status()["experts"]
     plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
@@ -108,6 +128,32 @@ def measure(engine: Engine, settings: Settings, memory_gb_s: float = 0.0) -> dic
         "swap_used": psutil.swap_memory().used,
         "host_memory": engine.host_memory,
     }
+
+
+def _rows(
+    engine: Engine, settings: Settings, rates: dict[str, float], on_row: OnRow | None
+) -> list[dict[str, Any]]:
+    """Every row; `on_row` is told each."""
+    prompts = [("prefill", tokens, 1, "") for tokens in settings.prompts]
+    decodes = [
+        ("decode", 1, count, depth) for count in settings.parallel for depth in settings.depths
+    ]
+    asked = [*prompts, *decodes]
+    rows: list[dict[str, Any]] = []
+    cost: dict[str, float] = {}  # seconds of a kind's last row, a token of its prompt for prefill
+    for number, (what, tokens, count, depth) in enumerate(asked, 1):
+        start = time.perf_counter()
+        if what == "prefill":
+            rows.append(_prefill(engine, tokens, settings, rates))
+        else:
+            rows.append(_decode(engine, depth, count, settings, rates))
+        cost[what] = (time.perf_counter() - start) / tokens
+        if on_row is not None:
+            left = asked[number:]
+            known = all(kind in cost for kind, *_ in left)
+            seconds = sum(cost.get(kind, 0) * size for kind, size, *_ in left)
+            on_row(rows[-1], len(left), seconds if known else None)
+    return rows
 
 
 def seed_state(engine: Engine) -> None:
@@ -153,8 +199,6 @@ def arrays(value: Any) -> Iterator[Any]:
 def _prefill(
     engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    if tokens < 1 or tokens + 1 > engine.context:
-        raise ConfigError(f"A prompt of {tokens} tokens does not fit {engine.context} of context.")
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
     for turn in range(settings.repeats + 1):
@@ -185,9 +229,8 @@ def _prefill(
 def _decode(
     engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
 ) -> dict[str, Any]:
-    few = min(64, settings.warm_up, settings.tokens)
-    runs = settings.warm_up + settings.repeats * settings.tokens + few
-    context = _depth(engine, depth, count, runs, settings)
+    few = settings.short_run
+    context = _depth(engine, depth, count, settings)
     engine.run_on_engine_thread(lambda: _empty(engine))
     engine.run_on_engine_thread(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
@@ -250,9 +293,10 @@ def _empty(engine: Engine) -> None:
         empty(engine.runner.ops, engine.runner.store.cache)
 
 
-def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings) -> int:
+def _depth(engine: Engine, depth: str, count: int, settings: Settings) -> int:
     """Tokens of context to stand at.  Raises: ConfigError."""
     plan = engine.plan
+    more = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
     room = min(engine.context, plan.num_pages * plan.page_size // count)
     text = depth.lower()
     try:
@@ -261,15 +305,16 @@ def _depth(engine: Engine, depth: str, count: int, more: int, settings: Settings
         else:
             tokens = int(float(text.rstrip("k")) * (1024 if text.endswith("k") else 1))
     except ValueError:
-        raise ConfigError(f"A depth is {depth!r}; say 1k, 4096 or 90%.") from None
+        raise ConfigError(f"--depth is {depth!r}; write 1k, 4096 or 90%.") from None
     most = room - more - count * SPACING
     if text.endswith("%"):
         tokens = max(1, min(tokens, most))
     if not 0 < tokens <= most or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences at a depth of {tokens} tokens, {more} more of each by --tokens "
-            f"{settings.tokens}: there is room for {plan.max_num_seqs} sequences of {room} tokens. "
-            "Raise --context, --kv-cache-mb or --max-num-seqs."
+            f"{count} sequences of {tokens} tokens, and {more} generated tokens each (--tokens "
+            f"{settings.tokens}, --repeats {settings.repeats}), do not fit: there is room for "
+            f"{plan.max_num_seqs} sequences of {room} tokens. "
+            "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens
 
@@ -307,7 +352,7 @@ def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -
 def _experts(engine: Engine) -> dict[str, int]:
     found: dict[str, int] = engine.status()["experts"]
     if found["routed"] != found["hit"] + found["missed"]:
-        raise AssertionError(f"the counters of routed experts do not add up: {found}")
+        raise AssertionError(f"the expert counters do not add up: {found}")
     return found
 
 
@@ -319,7 +364,9 @@ def _need(engine: Engine, experts: dict[str, int], tokens: int) -> None:
     """Raises: AssertionError where fewer experts were asked for than so many tokens have."""
     asked = tokens * engine.config.num_layers * engine.config.top_k
     if experts["routed"] < asked:
-        raise AssertionError(f"{tokens} tokens ask for {asked} experts; counted were {experts}")
+        raise AssertionError(
+            f"{tokens} tokens route to {asked} experts; the counters have {experts}"
+        )
 
 
 def _hits(experts: dict[str, int]) -> float:

@@ -1,67 +1,79 @@
-"""What each command does, with the arguments that cli/__init__.py has parsed."""
+"""What each command does, with the arguments that parser.py has read."""
 
 import argparse
-import gc
 import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from rich.console import Console
+from rich.text import Text
 
-from osmium.bench.kernels import bench_kernels
-from osmium.bench.profile import profile, profile_table
-from osmium.bench.report import compare, table
-from osmium.bench.speed import Settings, measure
-from osmium.cli.doctor import examine
-from osmium.cli.flags import BENCH, engine_options
-from osmium.cli.progress import progress_bar
-from osmium.cli.timing import tell_timing
-from osmium.config import EngineConfig, Progress
+from osmium.cli.answer import Rendered, render, respond, tokenizer_of
+from osmium.cli.chat import COMMANDS, Chat, banner, talk
+from osmium.cli.editor import reader_for
+from osmium.cli.flags import engine_options
+from osmium.cli.local import named_model
+from osmium.cli.progress import amount, progress_bar, stopped_stage
+from osmium.cli.render import Display, display_for
+from osmium.cli.timing import ResponseTimes
+from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity as measure_perplexity
 from osmium.engine.request import SamplingParams
-from osmium.errors import CheckpointError, ConfigError
-from osmium.loader import Loader, load, plan_for
+from osmium.errors import ConfigError
+from osmium.loader import load
 from osmium.loader import pack as pack_model
-from osmium.server.app import ModelHost
-from osmium.server.app import serve as serve_host
 from osmium.text.files import Need
-from osmium.text.tokenizer import Tokenizer
 
-__all__ = ["bench", "chat", "doctor", "logits", "pack", "perplexity", "plan", "run", "serve"]
+__all__ = ["chat", "doctor", "logits", "pack", "perplexity", "pull", "run", "serve"]
 
 
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def _note(text: str) -> None:
+    """For the person at the terminal, wrapped between words."""
+    console = Console(stderr=True, highlight=False)
+    console.print(Text(text), soft_wrap=not console.is_terminal)
+
+
+@contextmanager
+def resumable() -> Iterator[Progress]:
+    """Progress of loading; a Ctrl-C that stops a download or packing says what is kept."""
+    try:
+        with progress_bar() as progress:
+            yield progress
+    except KeyboardInterrupt:
+        say_what_is_kept(stopped_stage())
+        raise
+
+
+def say_what_is_kept(stage: tuple[str, int, int] | None) -> None:
+    """After a stop in a stage that goes on where it was."""
+    name, done, total = stage or ("", 0, 0)
+    if name.startswith(("packing", "download")):
+        _say(
+            f"osmium: stopped while {name.replace('download ', 'downloading ')}, at "
+            f"{amount(name, done, total)}. What is done is kept; the same command goes on from "
+            "there."
+        )
+
+
 def _engine(args: argparse.Namespace, *needs: Need) -> Engine:
     model, options = engine_options(args)
-    with progress_bar() as progress:
-        engine = load(model, progress=progress, needs=needs, **options)
-    if getattr(args, "timing", False):
-        tell_timing(engine)
-    return engine
-
-
-def _need_tokenizer(engine: Engine) -> Tokenizer:
-    """The model's tokenizer.  Raises: CheckpointError where it came without one."""
-    if engine.tokenizer is None:
-        raise CheckpointError(
-            f"{engine.name} has no tokenizer.json, so text has no ids; put the file beside the "
-            "model's config.json."
-        )
-    found: Tokenizer = engine.tokenizer
-    return found
+    model = named_model(model, args.cache_dir)
+    with resumable() as progress:
+        return load(model, progress=progress, needs=needs, **options)
 
 
 @contextmanager
 def _recorded(engine: Engine, path: str | None) -> Iterator[None]:
-    """What is routed inside goes into a file, if one is named.  Raises: ConfigError."""
+    """Routing inside goes to a file, if one is named.  Raises: ConfigError."""
     if path is None:
         yield
         return
@@ -90,111 +102,120 @@ def _params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
     return SamplingParams(**{**engine.defaults, **given})
 
 
-def _prompt(engine: Engine, messages: list[dict[str, Any]], think: bool | None) -> list[int]:
-    tokenizer = _need_tokenizer(engine)
-    if engine.template is None:
-        raise ConfigError(f"{engine.name} has no chat template; use `osmium run --raw`.")
-    more = {} if think is None else {"enable_thinking": think}
-    return tokenizer.encode(engine.template.render(messages, **more))
+def _stdin() -> str:
+    """All of stdin.  Raises: ConfigError where it is not UTF-8."""
+    if sys.stdin is None:
+        return ""
+    try:
+        raw = sys.stdin.buffer.read()
+        return raw.decode()
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"stdin is not UTF-8 text: {error.reason} at {error.start}.") from None
 
 
-def _answer(engine: Engine, ids: list[int], params: SamplingParams) -> str:
-    text = ""
-    for token in engine.generate(ids, params):
-        text += token.text
-        print(token.text, end="", flush=True)
-    print()
+def _prompt_of(args: argparse.Namespace) -> str | None:
+    """The prompt, from the command line or stdin; None where the user wants to talk.
+
+    Raises: ConfigError where it is empty.
+    """
+    text: str | None = args.prompt
+    if text == "-" or (text is None and (sys.stdin is None or not sys.stdin.isatty())):
+        text = _stdin()
+        text = text if args.raw else text.removesuffix("\n")
+    if text is not None and not text.strip():
+        raise ConfigError(
+            'The prompt is empty; say osmium run MODEL "PROMPT", or pipe the prompt in.'
+        )
+    if text is None and args.raw:
+        raise ConfigError('--raw needs a prompt: osmium run MODEL --raw "PROMPT".')
     return text
 
 
 def run(args: argparse.Namespace) -> None:
-    """One prompt, its answer on stdout."""
-    text = sys.stdin.read() if args.prompt == "-" else args.prompt
+    """One prompt, its answer on stdout; a conversation where there is no prompt."""
+    named_model(engine_options(args)[0], args.cache_dir)  # a prompt that was taken for a model
+    text = _prompt_of(args)
+    if text is None:
+        if args.record_routing:
+            raise ConfigError("--record-routing needs a prompt.")
+        chat(args)
+        return
     needs: list[Need] = ["tokenizer"] if args.raw else ["tokenizer", "chat_template"]
     engine = _engine(args, *needs)
     try:
+        timing = ResponseTimes(engine) if args.timing else None
         if args.raw:
-            ids = _need_tokenizer(engine).encode(text)
+            prompt = Rendered(tokenizer_of(engine).encode(text), thinking=False, raw=True)
         else:
-            ids = _prompt(engine, [{"role": "user", "content": text}], args.think)
+            system = [{"role": "system", "content": args.system}] if args.system else []
+            prompt = render(engine, [*system, {"role": "user", "content": text}], args.think)
+        params = _params(args, engine)
         with _recorded(engine, args.record_routing):
-            _answer(engine, ids, _params(args, engine))
+            display = display_for(markdown=False, thinking=not args.hide_thinking)
+            response = respond(engine, prompt, params, display)
+        if timing is not None:
+            timing.print_next()
+        if response.thought and not response.answer:
+            _say(
+                f"osmium: the response ended within its thinking, after "
+                f"{response.finish.completion_tokens} tokens; --no-think answers at once."
+            )
     finally:
         engine.close()
 
 
 def chat(args: argparse.Namespace) -> None:
-    """A conversation; an empty line or Ctrl-D ends it."""
+    """A conversation, until Ctrl-D or /exit."""
     engine = _engine(args, "tokenizer", "chat_template")
-    system = [{"role": "system", "content": args.system}] if args.system else []
-    messages: list[dict[str, Any]] = list(system)
     try:
-        while text := input("> ").strip():
-            messages.append({"role": "user", "content": text})
-            reply = _answer(engine, _prompt(engine, messages, args.think), _params(args, engine))
-            messages.append({"role": "assistant", "content": reply})
-    except EOFError:
-        pass
+
+        def display() -> Display:
+            return display_for(markdown=not args.plain, thinking=not args.hide_thinking)
+
+        timing = ResponseTimes(engine) if args.timing else None
+        talking = Chat(
+            engine, _params(args, engine), display, _note, system=args.system, think=args.think,
+            timing=timing,
+        )  # fmt: skip
+        if sys.stdin is not None and sys.stdin.isatty():
+            _note(banner(engine))
+        talk(talking, reader_for([*COMMANDS]), _note)
     finally:
         engine.close()
 
 
 def serve(args: argparse.Namespace) -> None:
     """The HTTP server."""
-    if args.benchmark:
-        for name, value in BENCH.items():
-            setattr(args, name, value)
-        args.kv_cache_mb = None if args.kv_cache_mb is None else [args.kv_cache_mb]
-        bench(args)
-        return
-    model, options = engine_options(args)
-    EngineConfig(**options)  # a flag that cannot be is said before the port opens
+    from osmium.cli.serving import serve_model  # a third of a second, for this command alone
 
-    def loading(progress: Progress) -> Engine:
-        """Shown on the terminal as well as by /health."""
-        with progress_bar() as bar:
-
-            def both(stage: str, done: int, total: int) -> None:
-                progress(stage, done, total)
-                bar(stage, done, total)
-
-            engine = load(model, progress=both, needs=["tokenizer"], **options)
-        _say(engine.plan.table())
-        if args.timing:
-            tell_timing(engine, while_serving=True)
-        return engine
-
-    host = ModelHost(loading)
-    serve_host(
-        host,
-        address=args.host,
-        port=args.port,
-        api_key=args.api_key or os.environ.get("OSMIUM_API_KEY"),
-        cors_origin=args.cors_origin,
-        served_model_name=args.served_model_name,
-    )
+    serve_model(args)
 
 
 # -- looking and measuring ------------------------------------------------------------------------
 
 
-def plan(args: argparse.Namespace) -> None:
-    """The memory plan, before anything is loaded."""
-    model, options = engine_options(args)
-    made = plan_for(model, **options)
-    print(json.dumps(made.as_dict()) if args.json else made.table())
-
-
 def pack(args: argparse.Namespace) -> None:
     """Quantise once; prints the packed file's path."""
     model, options = engine_options(args)
-    with progress_bar() as progress:
+    with resumable() as progress:
         path = pack_model(model, progress=progress, **options)
     print(path)
 
 
+def pull(args: argparse.Namespace) -> None:
+    """Download and pack a hub model; prints the packed file's path."""
+    model, _ = engine_options(args)
+    if model is None or model.count("/") != 1 or os.path.exists(model):
+        raise ConfigError(
+            f"pull takes a hub id, as owner/name, not {model!r}; `osmium pack` packs a folder."
+        )
+    pack(args)
+
+
 def doctor(args: argparse.Namespace) -> None:
     """Findings, with advice under those that need it."""
+    from osmium.cli.doctor import examine
+
     for finding in examine():
         print(f"{finding.name:16}{finding.found}")
         if finding.advice:
@@ -206,7 +227,7 @@ def perplexity(args: argparse.Namespace) -> None:
     text = _read(args.text)
     engine = _engine(args, "tokenizer")
     try:
-        ids = _need_tokenizer(engine).encode(text, specials=False)
+        ids = tokenizer_of(engine).encode(text, specials=False)
         with progress_bar() as progress, _recorded(engine, args.record_routing):
             found = measure_perplexity(
                 engine, ids, window=args.window, path=args.path, progress=progress
@@ -234,63 +255,3 @@ def logits(args: argparse.Namespace) -> None:
         raise ConfigError(f"{args.out} cannot be written: {error}") from None
     finally:
         engine.close()
-
-
-def bench(args: argparse.Namespace) -> None:
-    """Decode and prefill, medians; the table on stderr, one JSON line on stdout."""
-    if args.compare:
-        print(compare(*(_json_file(path) for path in args.compare)))
-        return
-    if args.model == "kernels":  # a folder of that name is ./kernels
-        print(json.dumps(bench_kernels(args.filter, _say)))
-        return
-    model, options = engine_options(args)
-    budgets = options.pop("kv_cache_mb", None) or [None]
-    settings = Settings(
-        tuple(args.depth.split(",")) if args.depth else (),
-        args.tokens, args.repeats, args.warm_up, args.parallel, args.prompt_tokens,
-        args.temperature,
-    )  # fmt: skip
-    device = options.pop("device", "auto")
-    found = []
-    with progress_bar() as show:
-        loader = Loader(model, device, progress=show, **options)
-    try:
-        rate = loader.memory_rate()
-        for budget in budgets:
-            with progress_bar() as show:
-                loader.progress = show
-                engine = loader.engine(**_context(loader, budget, args.depth))
-            try:
-                if args.timing:
-                    tell_timing(engine, while_serving=True)
-                found.append({"kv_cache_mb": budget, **measure(engine, settings, rate)})
-                _say(table(found[-1]))
-                if args.profile:
-                    depth = found[-1]["rows"][-1].get("depth", 1024)
-                    found[-1]["profile"] = profile(engine, depth)
-                    _say(profile_table(found[-1]["profile"]))
-            finally:
-                engine.close()
-                del engine
-                gc.collect()  # its VRAM, before the next one asks for some
-    finally:
-        loader.close()
-    print(json.dumps(found if len(found) > 1 else found[0]))
-
-
-def _context(loader: Loader, budget: int | None, depth: str) -> dict[str, Any]:
-    """Options of one KV budget; a depth in percent is of all that the KV holds."""
-    if budget is None:
-        return {}
-    if "%" not in depth:
-        return {"kv_cache_mb": budget}
-    return {"kv_cache_mb": budget, "context": loader.kv_tokens(budget)}
-
-
-def _json_file(path: str) -> Any:
-    """The last line of a file as JSON.  Raises: ConfigError."""
-    try:
-        return json.loads(Path(path).read_text().strip().splitlines()[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{path} holds no result of osmium bench: {error}") from None

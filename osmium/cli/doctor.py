@@ -14,10 +14,13 @@ from typing import Any
 
 import psutil
 
+import osmium
 from osmium.config import user_cache
-from osmium.cuda.driver import Device
+from osmium.cuda.driver import BINDING, Device, cuda_version
+from osmium.distribution import NAME, REINSTALL, conflict, gpu_extra, how_to_install, version
 from osmium.engine.plan import available_ram
-from osmium.errors import DeviceError, NoDevice
+from osmium.errors import DeviceError, KernelError, NoDevice
+from osmium.ops.gpu import check_kernels
 
 __all__ = ["Finding", "examine"]
 
@@ -37,7 +40,7 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: list[Callable[[], list[Finding]]] = [
-        _python, _bindings, _gpus, _memory, _swap, _limits, _huge_pages, _disk,
+        _python, _package, _bindings, _gpus, _memory, _swap, _limits, _huge_pages, _disk,
     ]  # fmt: skip
     return [finding for check in checks for finding in check()]
 
@@ -49,24 +52,40 @@ def _python() -> list[Finding]:
     return [Finding("system", name, advice)]
 
 
-def _version(package: str) -> str | None:
+def _package() -> list[Finding]:
+    """This package, what shares its folder, and whether its kernels are all there."""
+    folder = Path(__file__).parents[1]
+    found = [Finding(NAME, f"{version() or 'not installed'}, {folder}")]
+    clash = conflict()
+    if clash:
+        found.append(Finding("another osmium", "in the same folder", clash))
+    if not hasattr(osmium, "load"):  # overwritten by it, or uninstalled with it
+        found.append(Finding("import osmium", "another package", REINSTALL))
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        found.append(Finding("kernels", f"{check_kernels()}, all there"))
+    except KernelError as error:
+        found.append(Finding("kernels", "not usable", str(error)))
+    return found
 
 
 def _bindings() -> list[Finding]:
-    version = _version("cuda-bindings")
-    if version is None:
-        return [
-            Finding(
-                "CUDA bindings",
-                "not installed",
-                "For a GPU: pip install 'osmium[cu13]' (driver 580 or newer) or 'osmium[cu12]'.",
-            )
-        ]
-    return [Finding("CUDA bindings", version)]
+    """What Python calls the driver by, and whether it suits the driver."""
+    cuda = cuda_version()
+    try:
+        installed = importlib.metadata.version(BINDING)
+    except importlib.metadata.PackageNotFoundError:
+        if cuda is None:
+            advice = f"With a GPU: {how_to_install('cu13')} (cu12 for drivers before 580)."
+        else:
+            advice = f"This machine has a GPU: {how_to_install(gpu_extra(cuda))}."
+        return [Finding("CUDA bindings", "not installed", advice)]
+    advice = ""
+    if cuda is not None and int(installed.partition(".")[0]) > cuda // 1000:
+        advice = (
+            f"They are for a newer driver than this one (CUDA {cuda // 1000}); if the GPU cannot "
+            f"be used: {how_to_install(gpu_extra(cuda))}."
+        )
+    return [Finding("CUDA bindings", installed, advice)]
 
 
 def _gpus() -> list[Finding]:

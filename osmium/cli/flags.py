@@ -1,156 +1,253 @@
 """The command line's flags: one list, from which EngineConfig's options are read.
 
-Knows argparse and the options; knows nothing of what the commands do with them.
+No command is run here, and NumPy is not imported.
 """
 
 import argparse
 from typing import Any
 
+from osmium.cli.legacy import VALUES
+from osmium.cli.values import choice, depths, integer, integers, number, parsed
 from osmium.config import parse_count, parse_size
 from osmium.errors import ConfigError
 
-__all__ = ["BENCH", "add_bench_flags", "add_engine_flags", "add_server_flags", "engine_options"]
+__all__ = [
+    "BENCH", "add_bench_flags", "add_engine_flags", "add_sampling_flags", "add_server_flags",
+    "add_timing_flag", "engine_options",
+]  # fmt: skip
 
 BENCH: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
     "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "filter": None,
 }  # fmt: skip
-"""What `osmium bench` measures if it is not told otherwise, and `--benchmark` of the server."""
+"""What `osmium bench` measures by default, and --benchmark of `osmium serve`."""
+
+MODEL_HELP = (
+    "a checkpoint folder, a packed file, a hub id (owner/name), a NAME of `osmium list`, demo (the "
+    "bundled model, the default), or synthetic:NAME[:LAYERS]: random weights in the shape of "
+    "qwen3.5-35b-a3b, -122b-a10b or -397b-a17b"
+)
 
 
-def _parsed(parse: Any) -> Any:
-    """A parser of ours as argparse wants it: its complaint becomes argparse's."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ConfigError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _integers(text: str) -> tuple[int, ...]:
-    """ "1,4" as (1, 4); "0" as ()."""
-    return tuple(int(one) for one in text.split(",") if int(one))
-
-
-def add_engine_flags(parser: argparse.ArgumentParser, many: bool = False) -> None:
-    """Every option of EngineConfig, and the model to load; with `many` some take lists."""
-    parser.add_argument(
-        "model",
-        nargs="?",
-        metavar="MODEL",
-        help="a checkpoint folder, a packed file, a hub id, or synthetic:NAME[:LAYERS]: random "
-        "weights in the shape of qwen3.5-35b-a3b, -122b-a10b or -397b-a17b (the bundled demo)",
-    )
-    parser.add_argument("--model-path", metavar="MODEL", help="the same, as a flag")
+def add_engine_flags(
+    parser: argparse.ArgumentParser, many: bool = False, *, model: bool = True
+) -> None:
+    """Every option of EngineConfig, and with `model` the model to load as a positional argument;
+    with `many` --kv-cache-mb takes a list."""
+    if model:
+        parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     flags = parser.add_argument_group("engine")
-    matrix = ("bf16", "int8", "int4")
     add = flags.add_argument
-    add("--device", choices=("auto", "cpu", "gpu"), help="compute on this device (a GPU if any)")
+    add("--model-path", metavar="MODEL", help="the model, as a flag")
     add(
-        "--gpu-expert-bits",
-        type=int,
-        choices=(16, 8, 4),
-        help="bits of a routed expert's weights (4)",
-    )
-    add("--attention-quant", choices=matrix, help="format of attention and delta net (bf16)")
-    add("--shared-expert-quant", choices=("auto", *matrix), help="of the shared expert (int8)")
-    add("--lm-head-quant", choices=("auto", *matrix), help="format of the LM head (int8)")
-    kept = ("auto", "fp8_e4m3", "bf16", "f32")
-    add("--kv-dtype", choices=kept, help="format of the KV cache (GPU: fp8_e4m3, CPU: f32)")
-    add(
-        "--kv-cache-mb",
-        type=_integers if many else int,
-        metavar="MIB",
-        help="size of the KV cache in MiB (follows --context)"
-        + ("; with a list, one run each" * many),
+        "--device",
+        metavar="NAME",
+        type=choice("auto", "cpu", "gpu", otherwise=VALUES["--device"]),
+        help="auto, cpu or gpu (auto: a GPU where there is one)",
     )
     add(
         "--context",
-        type=_parsed(parse_count),
+        type=parsed(parse_count),
         metavar="TOKENS",
         help="longest sequence in tokens, as 32k (the model's, at most 32k and what the KV cache "
         "holds)",
     )
     add(
         "--vram",
-        type=_parsed(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="use this much VRAM, as 32G, CUDA context included (all that is free)",
     )
     add(
         "--ram",
-        type=_parsed(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="use this much host memory, as 64G (what the system reports as available)",
     )
+    _format_flags(add)
+    add(
+        "--kv-cache-mb",
+        type=integers(1) if many else integer(1),
+        metavar="MIB",
+        help="size of the KV cache in MiB (follows --context)"
+        + ("; with a list, one run each" * many),
+    )
+    add("--max-num-seqs", type=integer(1), metavar="N", help="most sequences at once (4)")
+    add(
+        "--expert-slots",
+        type=integer(1),
+        metavar="N",
+        help="most expert slots per layer (what fits)",
+    )
+    _switch(add, "--hcs", "enable_expert_cache", "cache frequently used experts in VRAM (on)")
+    _switch(
+        add,
+        "--prefetch",
+        "prefetch",
+        "copy an expert that the next layer is predicted to "
+        "need while the link is idle (on, from compute capability 9.0)",
+    )
+    _switch(
+        add,
+        "--wc-alloc",
+        "write_combined",
+        "allow write-combined host memory for experts (on; tools/dma_bandwidth.py measures)",
+    )
+    add(
+        "--prefill-chunk",
+        type=integer(1),
+        metavar="TOKENS",
+        help="most tokens per prefill step (512)",
+    )
+    add("--page-size", type=integer(1), metavar="TOKENS", help="tokens per KV page (64)")
     add(
         "--min-free-ram",
-        type=_parsed(parse_size),
+        type=parsed(parse_size),
         metavar="SIZE",
         help="stop when less host memory than this is available (0.5 %%, at least 512M)",
     )
-    add("--expert-slots", type=int, metavar="N", help="most expert slots per layer (what fits)")
-    add(
-        "--hcs",
-        dest="enable_expert_cache",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="cache frequently used experts in VRAM (on)",
-    )
-    add(
-        "--prefetch",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="copy an expert that the next layer is predicted to need while the link is idle (on, "
-        "from compute capability 9.0)",
-    )
-    add(
-        "--wc-alloc",
-        dest="write_combined",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="allow write-combined host memory for experts (on; tools/dma_bandwidth.py measures)",
-    )
-    add("--prefill-chunk", type=int, metavar="TOKENS", help="most tokens per prefill step (512)")
-    add("--page-size", type=int, metavar="TOKENS", help="tokens per KV page (64)")
-    add("--max-num-seqs", type=int, metavar="N", help="most sequences at once (4)")
     add("--replay-routing", metavar="FILE", help="replay this routing trace, for benchmarks (off)")
     add("--cache-dir", metavar="DIR", help="folder of packed models ($XDG_CACHE_HOME/osmium)")
 
 
-def add_bench_flags(parser: argparse.ArgumentParser) -> None:
-    """What to measure."""
+def _format_flags(add: Any) -> None:
+    """Number formats of weights and of the KV cache."""
+    matrix = ("bf16", "int8", "int4")
+
+    def format_of(name: str, *known: str) -> dict[str, Any]:
+        return {"type": choice(*known, otherwise=VALUES[name]), "metavar": "FORMAT"}
+
+    bits = choice("16", "8", "4", otherwise=VALUES["--gpu-expert-bits"])
+    add(
+        "--gpu-expert-bits",
+        type=lambda text: int(bits(text)),
+        metavar="BITS",
+        help="bits of a routed expert's weights: 16, 8 or 4 (4)",
+    )
+    add(
+        "--attention-quant",
+        **format_of("--attention-quant", *matrix),
+        help="format of attention and delta net: bf16, int8 or int4 (bf16)",
+    )
+    add(
+        "--shared-expert-quant",
+        **format_of("--shared-expert-quant", "auto", *matrix),
+        help="format of the shared expert: auto, bf16, int8 or int4 (auto: int8, bf16 beside "
+        "16-bit experts)",
+    )
+    add(
+        "--lm-head-quant",
+        **format_of("--lm-head-quant", "auto", *matrix),
+        help="format of the LM head, as for the shared expert (auto)",
+    )
+    add(
+        "--kv-dtype",
+        **format_of("--kv-dtype", "auto", "fp8_e4m3", "bf16", "f32"),
+        help="format of the KV cache: auto, fp8_e4m3, bf16 or f32 (auto: fp8_e4m3 on a GPU, f32 on "
+        "a CPU)",
+    )
+
+
+def _switch(add: Any, flag: str, dest: str, text: str) -> None:
+    add(flag, dest=dest, action=argparse.BooleanOptionalAction, default=None, help=text)
+
+
+def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """What to measure.  Returns the group."""
     flags = parser.add_argument_group("bench")
     add = flags.add_argument
-    add("--depth", help="context length of decode rows, as 1k,16k, or 90%% of the KV cache (1k)")
-    add("--tokens", type=int, help="generated tokens per measurement (256)")
-    add("--repeats", type=int, help="measurements per row, of which the median counts (3)")
-    add("--warm-up", type=int, help="untimed warm-up tokens (256)")
-    add("--parallel", type=_integers, help="numbers of concurrent sequences, as 1,4 (1)")
-    add("--temperature", type=float, help="above 0: sample with top-k 20, top-p .95 (0: greedy)")
-    add("--prompt-tokens", type=_integers, help="prompt lengths of prefill rows; 0: none (512)")
+    add(
+        "--depth",
+        type=depths,
+        metavar="TOKENS",
+        help="context length of decode rows, as 1k,16k, or 90%% of the KV cache (1k)",
+    )
+    add(
+        "--prompt-tokens",
+        type=integers(1, zero_is_none=True),
+        metavar="TOKENS",
+        help="prompt lengths of prefill rows; 0: none (512)",
+    )
+    add(
+        "--parallel",
+        type=integers(1),
+        metavar="N",
+        help="numbers of concurrent sequences, as 1,4 (1)",
+    )
+    add("--tokens", type=integer(2), metavar="N", help="generated tokens per measurement (256)")
+    add(
+        "--repeats",
+        type=integer(1),
+        metavar="N",
+        help="measurements per row, of which the median counts (3)",
+    )
+    add("--warm-up", type=integer(1), metavar="N", help="untimed warm-up tokens (256)")
+    add(
+        "--temperature",
+        type=number(0, 100),
+        metavar="T",
+        help="above 0: sample with top-k 20, top-p .95 (0: greedy)",
+    )
     add("--profile", action="store_true", help="then time one decoded token kernel by kernel")
     add("--filter", metavar="NAME", help="of `bench kernels`: operations whose name contains this")
     add("--compare", nargs=2, metavar="FILE", help="compare two result files instead")
     parser.set_defaults(**BENCH)
+    return flags
 
 
-def add_server_flags(parser: argparse.ArgumentParser) -> None:
-    """Where and how the server listens."""
+def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Where and how the server listens.  Returns the group."""
     flags = parser.add_argument_group("server")
     add = flags.add_argument
-    add("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    add("--port", type=int, default=8012, help="port to listen on (8012)")
+    add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
+    add(
+        "--port",
+        type=integer(0, 65535),
+        default=8012,
+        metavar="PORT",
+        help="port to listen on (8012; 0: any that is free)",
+    )
     add("--api-key", metavar="KEY", help="require this key from clients ($OSMIUM_API_KEY; none)")
     add("--cors-origin", default="*", metavar="ORIGIN", help="origin allowed in browsers (*)")
     add("--served-model-name", metavar="NAME", help="model id in responses (the model's name)")
+    add("--benchmark", action="store_true", help="run `osmium bench` after loading, then serve")
+    add("--benchmark-only", action="store_true", help="run `osmium bench` after loading, then exit")
+    return flags
+
+
+def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
+    """How the next token is chosen."""
+    flags = parser.add_argument_group("sampling (defaults: the model's own)")
+    add = flags.add_argument
     add(
-        "--benchmark",
+        "--temperature",
+        type=number(0, 100),
+        metavar="T",
+        help="0 always takes the most likely token",
+    )
+    add(
+        "--top-p",
+        type=number(0, 1, above=True),
+        metavar="P",
+        help="keep the most likely tokens up to this probability",
+    )
+    add("--top-k", type=integer(0), metavar="N", help="keep this many most likely tokens (0: all)")
+    add("--seed", type=integer(0), metavar="N", help="the same seed gives the same text")
+    add(
+        "--max-tokens",
+        type=integer(1),
+        metavar="N",
+        help="stop after this many tokens (the context)",
+    )
+    _switch(add, "--think", "think", "enable or disable thinking (the template's default)")
+
+
+def add_timing_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
+    """--timing."""
+    parser.add_argument(
+        "--timing",
         action="store_true",
-        help="print `osmium bench` for this model, then exit",
+        help="print tok/s, hit rate, MB per token and times of each response on stderr (off)",
     )
 
 

@@ -1,46 +1,195 @@
-"""A progress bar on stderr for whatever reports (stage, done, total)."""
+"""Progress on stderr for what takes over a second: bars on a terminal, else a line per tenth."""
 
+import contextlib
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
 
 from osmium.config import Progress as Report
 
-__all__ = ["progress_bar"]
+__all__ = ["DELAY_S", "amount", "byte_amount", "is_plain", "progress_bar", "stopped_stage"]
+
+DELAY_S = 1.0
+"""Seconds before a stage is shown: what is over by then needs no line."""
+
+_UNITS = {
+    "packing": "bytes", "download": "bytes", "downloading": "bytes", "uploading": "bytes",
+    "weights": "parts", "experts": "layers", "prompt": "tokens", "scoring": "tokens",
+    "thinking": "tokens",
+}  # fmt: skip
+"""What a stage counts, by the first word of its name."""
+
+_last_stage: list[tuple[str, int, int]] = []
+"""The last report of the progress_bar that is open, for a message after Ctrl-C."""
+
+
+def amount(stage: str, done: int, total: int) -> str:
+    """ "1.2 of 63.0 GB", "1,024 of 6,000 tokens", "12 of 48 layers"."""
+    unit = _UNITS.get(stage.split()[0] if stage else "", "")
+    if unit == "bytes":
+        return byte_amount(done, total)
+    return f"{done:,}" + (f" of {total:,}" if total else "") + (f" {unit}" if unit else "")
+
+
+def byte_amount(done: int, total: int = 0) -> str:
+    """ "63.0 GB", "1.2 of 63.0 GB"."""
+    units = (("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
+    name, size = next(((n, s) for n, s in units if max(done, total) >= s), units[-1])
+    return f"{done / size:.1f}" + (f" of {total / size:.1f}" if total else "") + f" {name}"
+
+
+def stopped_stage() -> tuple[str, int, int] | None:
+    """(stage, done, total) that was last reported, after a progress_bar was left by Ctrl-C."""
+    return _last_stage[-1] if _last_stage else None
+
+
+def is_plain(console: Console) -> bool:
+    """Whether lines have to stay as they were written: no terminal, or one that cannot go back."""
+    return not console.is_terminal or console.is_dumb_terminal
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """Shows one bar a stage; on something that is not a terminal, one line a stage."""
+    """Reports (stage, done, total), from any thread, become one bar per stage."""
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield _Lines()
-        return
-    columns = (
-        TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=console, transient=True) as bars:
-        tasks = {}
+    _last_stage.clear()
+    shown: contextlib.AbstractContextManager[Report] = (
+        _Lines() if is_plain(console) else _Bars(console)
+    )
+    with shown as show:
 
         def report(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total or None)
-            bars.update(tasks[stage], completed=done, total=total or None)
+            _last_stage[:] = [(stage, done, total)]
+            show(stage, done, total)
 
         yield report
 
 
+class _Amount(ProgressColumn):
+    """How much of it is done, in the stage's own unit."""
+
+    def render(self, task: Task) -> Text:
+        total = int(task.total or 0)
+        text = amount(task.description, int(task.completed), total)
+        return Text(text if total or task.completed else "")
+
+
+class _Bars:
+    """Bars that are gone afterwards, drawn from DELAY_S after the first report on."""
+
+    def __init__(self, console: Console) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:>12}"), BarColumn(), _Amount(), TimeRemainingColumn(),
+            console=console, transient=True,
+        )  # fmt: skip
+        self._lock = threading.Lock()
+        self._tasks: dict[str, TaskID] = {}
+        self._timer = _later(self._draw)
+        self._drawn = self._closed = False
+
+    def __enter__(self) -> Report:
+        return self._report
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            if not self._tasks:
+                _start(self._timer)
+            if stage not in self._tasks:
+                self._tasks[stage] = self._bars.add_task(stage, total=total or None)
+            self._bars.update(self._tasks[stage], completed=done, total=total or None)
+
+    def _draw(self) -> None:
+        with self._lock:
+            if not self._closed:
+                self._bars.start()
+                self._drawn = True
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+        with self._lock:
+            self._closed = True
+            if self._drawn:
+                self._bars.stop()
+
+
 class _Lines:
-    """Says each stage once, and each tenth of it."""
+    """A line for each tenth of a stage, from DELAY_S after its start on."""
 
     def __init__(self) -> None:
-        self.said: dict[str, int] = {}
+        self._lock = threading.Lock()
+        self._stage = ""
+        self._begun = 0.0
+        self._now = (0, 0)
+        self._printed: tuple[str, int] | None = None
+        """Stage and tenth of the last line."""
+        self._timer: threading.Timer | None = None
 
-    def __call__(self, stage: str, done: int, total: int) -> None:
+    def __enter__(self) -> Report:
+        return self._report
+
+    def _report(self, stage: str, done: int, total: int) -> None:
+        with self._lock:
+            if stage != self._stage:
+                self._stage, self._begun = stage, time.monotonic()
+                self._wait(stage)
+            self._now = (done, total)
+            if time.monotonic() - self._begun >= DELAY_S:
+                self._print()
+
+    def _wait(self, stage: str) -> None:
+        """Print where the stage is after DELAY_S, also if nothing is reported until then."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+        def due() -> None:
+            with self._lock:
+                if self._stage == stage:
+                    self._print()
+
+        self._timer = _later(due)
+        _start(self._timer)
+
+    def _print(self) -> None:
+        done, total = self._now
         tenth = done * 10 // total if total else 0
-        if self.said.get(stage) != tenth:
-            self.said[stage] = tenth
-            print(f"{stage}: {tenth * 10} %", file=sys.stderr, flush=True)
+        if self._printed == (self._stage, tenth):
+            return
+        self._printed = (self._stage, tenth)
+        if total:
+            text = f"{self._stage}: {tenth * 10} % ({amount(self._stage, done, total)})"
+        else:
+            text = self._stage
+        with contextlib.suppress(OSError, ValueError):  # stderr is gone; the work is not
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        with self._lock:
+            self._stage = ""
+
+
+def _later(action: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(DELAY_S, action)
+    timer.daemon = True
+    return timer
+
+
+def _start(timer: threading.Timer) -> None:
+    """Where no thread can be started, progress is shown with later reports, or not at all."""
+    with contextlib.suppress(RuntimeError):
+        timer.start()

@@ -1,27 +1,42 @@
-"""`--timing`: one line on stderr for each reply, and every few seconds while somebody is served."""
+"""`--timing`: a line on stderr for each response, and every few seconds while serving."""
 
+import contextlib
+import queue
 import sys
 import time
 
 from osmium.engine.engine import Engine
 from osmium.engine.meter import Took
 
-__all__ = ["EVERY_S", "tell_timing"]
+__all__ = ["EVERY_S", "ResponseTimes", "enable_timing"]
 
 EVERY_S = 5.0
-"""Seconds between lines while replies run."""
+"""Seconds between lines while responses run."""
 
 
-def tell_timing(engine: Engine, while_serving: bool = False) -> None:
-    """From now on, until the engine is closed."""
-    engine.meter.on_request_stats = lambda took: _print("reply", took)
-    if while_serving:
-        engine.meter.poll_interval_s = EVERY_S
-        engine.meter.on_interval_stats = _Paced()
+def enable_timing(engine: Engine) -> None:
+    """Print on the engine's thread, until the engine is closed."""
+    engine.meter.on_request_stats = lambda took: _print("response", took)
+    engine.meter.poll_interval_s = EVERY_S
+    engine.meter.on_interval_stats = _Paced()
+
+
+class ResponseTimes:
+    """The same for one response after the other, printed by the thread that shows the text, so that
+    the line never lands inside of it."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._took: queue.SimpleQueue[Took] = queue.SimpleQueue()
+        engine.meter.on_request_stats = self._took.put
+
+    def print_next(self) -> None:
+        """Print the line of the response that has just ended."""
+        with contextlib.suppress(queue.Empty):
+            _print("response", self._took.get(timeout=2))
 
 
 class _Paced:
-    """Says no more than one line in EVERY_S, though others may look more often."""
+    """At most one line per EVERY_S, though the counters may be read more often."""
 
     def __init__(self) -> None:
         self._last = 0.0

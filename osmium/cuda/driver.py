@@ -4,17 +4,22 @@ Importing this imports no binding; a machine without a GPU never loads one.  Eve
 through `Driver`, which raises what the result says.
 """
 
+import ctypes
 import functools
 import os
 import threading
-from typing import Any
+from typing import Any, NoReturn
 
-from osmium.errors import CudaError, KernelError, NoDevice
+from osmium.distribution import gpu_extra, how_to_install
+from osmium.errors import CudaError, DeviceError, KernelError, NoDevice
 
-__all__ = ["LEAST_DRIVER", "Device", "Driver", "load_driver"]
+__all__ = ["LEAST_DRIVER", "Device", "Driver", "cuda_version", "load_driver"]
 
 LEAST_DRIVER = 12080
 """CUDA 12.8, as cuDriverGetVersion says it."""
+
+BINDING = "cuda-bindings"
+"""The package by which Python calls the driver."""
 
 _LOST = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
@@ -57,14 +62,15 @@ class Driver:
 
 @functools.cache
 def load_driver() -> Driver:
-    """The binding, initialised.  Raises: NoDevice where there is no binding, driver or GPU."""
+    """The binding, initialised.
+
+    Raises: NoDevice where there is no driver or no GPU; DeviceError where there is a GPU and the
+    binding is missing or the driver is too old.
+    """
     try:
         from cuda.bindings import driver as binding  # late: a laptop never loads it
-    except ImportError:
-        raise NoDevice(
-            "The CUDA bindings are not installed; for a GPU: pip install 'osmium[cu13]', or "
-            "'osmium[cu12]' for a driver before 580."
-        ) from None
+    except ImportError as error:
+        _explain_missing_binding(error, cuda_version())
     try:
         (result,) = binding.cuInit(0)
     except Exception as error:  # the binding raises types of its own where libcuda is absent
@@ -72,13 +78,47 @@ def load_driver() -> Driver:
     driver = Driver(binding)
     if result.value:
         raise NoDevice(f"The NVIDIA driver finds no GPU: {driver.error('cuInit', result)}")
-    version = driver("cuDriverGetVersion")
-    if version < LEAST_DRIVER:
-        raise NoDevice(
-            f"The NVIDIA driver is for CUDA {_dotted(version)}; Osmium needs 12.8 (driver 570) "
-            "or newer. Update the driver."
-        )
+    _check_version(driver("cuDriverGetVersion"))
     return driver
+
+
+def cuda_version() -> int | None:
+    """The CUDA version of the driver, as cuDriverGetVersion gives it, found without the binding;
+    None where there is no driver or no visible GPU."""
+    try:
+        cuda = ctypes.CDLL("libcuda.so.1")
+        version, count = ctypes.c_int(), ctypes.c_int()
+        failed = cuda.cuInit(0) or cuda.cuDeviceGetCount(ctypes.byref(count))
+        failed = failed or cuda.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return None
+    return None if failed or not count.value else version.value
+
+
+def _explain_missing_binding(error: ImportError, version: int | None) -> NoReturn:
+    """Raises: NoDevice without a GPU, DeviceError with one."""
+    if version is None:
+        raise NoDevice(
+            f"There is no NVIDIA driver here that sees a GPU, and {BINDING} is not installed. "
+            f"With a GPU: {how_to_install('cu13')} (driver 580 or newer; cu12 for driver 570)."
+        ) from None
+    _check_version(version)
+    if isinstance(error, ModuleNotFoundError):
+        found = f"{BINDING}, which Osmium needs to use it, is not installed"
+    else:
+        found = f"{BINDING}, which Osmium needs to use it, cannot be imported ({error})"
+    raise DeviceError(
+        f"This machine has an NVIDIA GPU (driver for CUDA {_dotted(version)}), but {found}. "
+        f"Install it: {how_to_install(gpu_extra(version))}. Without the GPU: --device cpu."
+    ) from None
+
+
+def _check_version(version: int) -> None:
+    if version < LEAST_DRIVER:
+        raise DeviceError(
+            f"The NVIDIA driver is for CUDA {_dotted(version)}; Osmium needs 12.8 (driver 570) "
+            "or newer. Update the driver; without the GPU: --device cpu."
+        )
 
 
 def _dotted(version: int) -> str:
@@ -89,11 +129,11 @@ class Device:
     """One GPU and its primary context, current on the thread that made it."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises: NoDevice."""
+        """Raises: NoDevice where there is none, DeviceError where it cannot be used as it is."""
         self.driver = load_driver()
         count = self.driver("cuDeviceGetCount")
         if ordinal >= count:
-            raise NoDevice(f"GPU {ordinal} was asked for; the driver sees {count}.")
+            raise NoDevice(f"GPU {ordinal} does not exist; the driver reports {count}.")
         self.handle = self.driver("cuDeviceGet", ordinal)
         self.driver_version = int(self.driver("cuDriverGetVersion"))
         self.name = self.driver("cuDeviceGetName", 96, self.handle).split(b"\0")[0].decode()

@@ -29,6 +29,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     check_ids,
+    step_error,
 )
 from osmium.engine.runner import Reply, Runner
 from osmium.engine.sampler import no_token, plain, sample
@@ -391,8 +392,7 @@ class Engine:
         except Exception as error:  # whatever a step met, it fails its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
-            told = OsmiumError(f"A step failed: {error!r}")
-            failed = error if isinstance(error, OsmiumError) else told
+            failed = step_error(error)
             for request, _ in batch.parts:
                 self._finish(request, FinishReason.ERROR, failed)
             return
@@ -495,5 +495,5 @@ class Engine:
 
 
 def _not_given_out(error: Exception) -> OsmiumError:
-    LOG.warning("A reply could not be given out: %r", error)
-    return OsmiumError(f"The reply could not be given out: {error!r}")
+    LOG.warning("Could not deliver the response: %r", error)
+    return OsmiumError(f"Could not deliver the response: {error!r}")

@@ -68,10 +68,10 @@ class Took:
         link = ""
         if self.link_utilization:
             least = 1e3 * self.link_utilization * self.decode_s / max(1, self.generated_tokens)
-            link = f", link {self.link_utilization:.2f} (fetching {least:.1f} ms a token at least)"
+            link = f", link {self.link_utilization:.2f} (at least {least:.1f} ms per token)"
         return (
             f"{self.tokens_per_s:.1f} tok/s, hit {self.hit_rate:.3f}, {self.mb_per_token:.1f} "
-            f"MB/token{link}; waited {1e3 * self.queue_s:.0f} ms, prefill "
+            f"MB/token{link}; queue {1e3 * self.queue_s:.0f} ms, prefill "
             f"{1e3 * self.prefill_s:.0f} ms ({self.prompt_tokens} tokens), decode "
             f"{1e3 * self.decode_s:.0f} ms ({self.generated_tokens} tokens)"
         )
@@ -188,7 +188,7 @@ class Meter:
             self.experts = self._store.counters()
         except AssertionError as error:
             if not self._told_wrong:
-                LOG.error("The counters of experts do not add up: %s", error)
+                LOG.error("The expert counters do not add up: %s", error)
             self._told_wrong = True
         return self.experts
 
@@ -202,7 +202,7 @@ class Meter:
         try:
             getattr(self, name)(took)
         except Exception as error:  # a terminal that is gone, say; replies go on
-            LOG.warning("Timing could not be told: %r", error)
+            LOG.warning("Could not report timing: %r", error)
             setattr(self, name, None)
 
     def _reply(self, request: Request, mark: _Mark, now: _Mark) -> Took:

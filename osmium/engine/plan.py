@@ -1,7 +1,8 @@
 """The memory plan: where every byte goes, before anything is allocated.
 
-Pure arithmetic over a model's shapes, the user's options and what the machine has.  What does not
-fit is said here, before loading, with the flag that helps.
+Pure arithmetic over a model's shapes, the user's options and the hardware.  A model that does not
+fit is an error here, before loading, with the numbers that do not add up; what would fit instead is
+planning.py's to find.
 """
 
 from collections.abc import Sequence
@@ -12,24 +13,21 @@ from typing import Any
 import psutil
 
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.forecast import (
-    NO_COST,
-    SlotEstimate,
-    TokenCost,
-    estimate_slots,
-    hit_rate,
-    slot_estimate_table,
-)
 from osmium.engine.runner import runner_bytes
+from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
+from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.guess import guess_bytes
+from osmium.experts.guess import MIN_BULK_COPY_CC, guess_bytes
 from osmium.experts.store import store_bytes
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
 from osmium.quant.record import Record
 
-__all__ = ["Machine", "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan"]
+__all__ = [
+    "CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
+    "kv_capacity_tokens", "make_plan",
+]  # fmt: skip
 
 GIB = 1 << 30
 
@@ -41,7 +39,7 @@ CPU_COPIES = 4 << 30
 
 
 @dataclass(frozen=True)
-class Machine:
+class HardwareInfo:
     """What there is to plan with."""
 
     gpu: bool
@@ -51,9 +49,21 @@ class Machine:
     ram_available: int = 0
     ram_total: int = 0
     link_gb_s: float = 0.0
-    """What the link was measured to carry from host memory; 0: not measured."""
+    """Rate of large copies from host memory; 0: not known."""
     memory_gb_s: float = 0.0
-    """What VRAM was measured to read and write."""
+    """Rate of a copy inside VRAM, read and written; 0: not known."""
+    capability: tuple[int, int] = (0, 0)
+    """Compute capability; (0, 0): not known."""
+    name: str = ""
+
+
+class DoesNotFit(ConfigError):
+    """A plan that needs more memory than there is."""
+
+    def __init__(self, message: str, memory: str, need: int, limit: int) -> None:
+        """`memory` is "VRAM" or "host memory"; `need` and `limit` are bytes of it."""
+        super().__init__(message)
+        self.memory, self.need, self.limit = memory, need, limit
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,9 @@ class MemoryPlan:
     ram: dict[str, int]
     ram_limit: int
     traffic: TokenCost = NO_COST
-    """What a token moves, and how fast that goes."""
+    """What a decoded token moves, and how fast that goes."""
+    prefetch: bool = False
+    """Whether experts are copied before the router has picked them."""
 
     @property
     def table_pages(self) -> int:
@@ -87,13 +99,34 @@ class MemoryPlan:
 
     @property
     def link_gb_s(self) -> float:
-        """What the link was measured to carry; 0: not measured."""
+        """Rate of large copies from host memory; 0: not known."""
         return self.traffic.link_gb_s
+
+    @property
+    def resident(self) -> bool:
+        """Whether VRAM holds every expert, so that none is ever fetched."""
+        return self.expert_slots == self.num_experts
 
     @property
     def hit_rate(self) -> float:
         """What the slots may be expected to hit, an estimate from published routing statistics."""
         return hit_rate(self.expert_slots / self.num_experts)
+
+    @property
+    def expected_tokens_per_s(self) -> float | None:
+        """Decoding speed of one sequence at 1k of context, an estimate: engine/speed_estimate.py.
+
+        None on the CPU, and where rates of the GPU are not known.
+        """
+        return self.tokens_per_s_at(STANDARD_CONTEXT)
+
+    def tokens_per_s_at(self, context: int) -> float | None:
+        """The same with so many tokens of context."""
+        return self.traffic.tokens_per_s(self.hit_rate, context) if self.vram else None
+
+    def token_time(self, context: int = STANDARD_CONTEXT) -> TokenTime | None:
+        """Where the time of a decoded token is expected to go; None where that is not known."""
+        return self.traffic.time(self.hit_rate, context) if self.vram else None
 
     def fewer_slots(self, nbytes: int) -> int:
         """Slots a layer that leave at least so many bytes more free.  Raises: ConfigError."""
@@ -113,11 +146,27 @@ class MemoryPlan:
         )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """For JSON: names are stable and end in their units."""
+        speed = self.expected_tokens_per_s
         return {
-            **vars(self),
-            "traffic": asdict(self.traffic),
+            "device": self.device,
+            "context_tokens": self.context,
+            "kv_capacity_tokens": self.num_pages * self.page_size,
+            "page_size_tokens": self.page_size,
+            "num_pages": self.num_pages,
+            "max_num_seqs": self.max_num_seqs,
+            "prefill_chunk_tokens": self.prefill_chunk,
+            "kv_dtype": self.kv_dtype,
+            "num_experts": self.num_experts,
+            "expert_slots": self.expert_slots,
+            "prefetch": self.prefetch,
+            "vram_bytes": self.vram,
+            "vram_limit_bytes": self.vram_limit,
+            "ram_bytes": self.ram,
+            "ram_limit_bytes": self.ram_limit,
             "expected_hit_rate": round(self.hit_rate, 3),
+            "expected_tokens_per_s": None if speed is None else round(speed, 1),
+            "token_cost": asdict(self.traffic),
             "slot_estimates": [asdict(one) for one in self.slot_estimates()],
         }
 
@@ -125,16 +174,22 @@ class MemoryPlan:
         """For people."""
         lines = [
             f"device     {self.device}",
-            f"context    {self.context:,} tokens a sequence, "
-            f"{self.num_pages * self.page_size:,} in all, KV in {self.kv_dtype}",
+            f"context    {self.context:,} tokens per sequence, "
+            f"{self.num_pages * self.page_size:,} in all, KV cache in {self.kv_dtype}",
             f"sequences  {self.max_num_seqs} at once, steps of up to {self.prefill_chunk} tokens",
         ]
         if self.vram:
             lines.append(
-                f"experts    {self.expert_slots} of {self.num_experts} slots a layer; expected hit "
-                f"rate {self.hit_rate:.2f} (estimate)"
+                f"experts    {self.expert_slots} of {self.num_experts} have slots per layer; "
+                f"expected hit rate {self.hit_rate:.2f} (estimate)"
             )
-            lines += ["", slot_estimate_table(self.slot_estimates(), self.traffic)]
+            speed = self.expected_tokens_per_s
+            if speed is not None:
+                lines.append(
+                    f"speed      about {speed:.0f} tok/s (estimate; link {self.link_gb_s:.1f} "
+                    f"GB/s, VRAM {self.traffic.memory_gb_s:.0f} GB/s)"
+                )
+            lines += ["", slot_estimate_table(self.slot_estimates())]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -151,11 +206,11 @@ def make_plan(
     record: Record,
     weights: Sequence[tuple[str, int]],
     options: EngineConfig,
-    machine: Machine,
+    machine: HardwareInfo,
 ) -> MemoryPlan:
     """Share out the memory.  `weights` are (name, bytes) of everything but the routed experts.
 
-    Raises: ConfigError where it does not fit.
+    Raises: ConfigError for options that cannot be, DoesNotFit where memory does not suffice.
     """
     context = options.context or _context(config, options, machine.gpu)
     if context > config.max_context:
@@ -175,8 +230,8 @@ def make_plan(
     layers, experts = config.num_layers, config.num_experts
     fixed = {
         # a page and a slot more than are given out: rows of a step that have ended write there
-        "KV": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
-        "recurrent states": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
+        "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
+        "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, machine.gpu)
         + store_bytes(
             rows, experts, experts, config.top_k, config.moe_intermediate_size, machine.gpu
@@ -191,7 +246,7 @@ def make_plan(
         rest += embed  # the head reads a copy of its own
     if not machine.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * arena)
-        ram = {"model, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
+        ram = {"weights, mapped": arena + embed + rest, "f32 copies": copies, **fixed}
         slots, vram, vram_limit = experts, {}, 0
         if options.expert_slots is not None:
             slots = _capped(options.expert_slots, config)
@@ -201,7 +256,8 @@ def make_plan(
         if vram_limit > machine.vram_free + CONTEXT_BYTES:
             raise ConfigError(
                 f"--vram is {_gib(vram_limit)}, {_gib(machine.vram_free + CONTEXT_BYTES)} are free "
-                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU."
+                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU; "
+                "`osmium plan --gpu NAME` plans for another one."
             )
         # of a share that the user has given, other programs' has been taken out already
         reserve = max(256 << 20, vram_limit // (50 if options.vram is None else 100))
@@ -209,27 +265,35 @@ def make_plan(
         slots = _slots(config, record, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(record, layers, experts, slots)
         resident = slots == experts
-        ram = {"embedding": embed, "one layer, loading": experts * record.nbytes}
+        ram = {"embedding": embed, "loading buffer": experts * record.nbytes}
         if not resident:
-            ram = {"expert arena": arena, "embedding": embed}
+            ram = {"host experts": arena, "embedding": embed}
     ram_limit = _ram_limit(options, machine)
     need = sum(ram.values())
     if need > ram_limit:
-        most = max(ram, key=lambda name: ram[name])
-        raise ConfigError(
-            f"The model needs {_gib(need)} of host memory ({most} {_gib(ram[most])}), "
-            f"{_gib(ram_limit)} can be used. Lower --context or --gpu-expert-bits, use a smaller "
-            "model, or say --ram SIZE if the system reports too little."
-        )
+        parts = ", ".join(f"{name} {_gib(size)}" for name, size in ram.items() if size > GIB // 8)
+        raise DoesNotFit(
+            f"The model needs {_gib(need)} of host memory{f' ({parts})' * bool(parts)}, "
+            f"{_gib(ram_limit)} can be used of {_gib(options.ram or machine.ram_total)}.",
+            "host memory", need, ram_limit,
+        )  # fmt: skip
     each = layers * config.top_k * record.nbytes
-    states = 2 * fixed["recurrent states"] // (sequences + 1)  # read and written
+    states = 2 * fixed["recurrent state"] // (sequences + 1)  # read and written
+    prefetch = (
+        machine.gpu and machine.capability >= MIN_BULK_COPY_CC
+        and options.prefetch and options.enable_expert_cache and slots < experts
+    )  # fmt: skip
+    # On sm_120 it is not known yet whether prefetch finds room beside other kernels: not counted.
+    counted = prefetch and machine.capability < (12, 0)
+    kv = state_bytes(config, 1, options.page_size, 0, kv_dtype) // options.page_size
     traffic = TokenCost(
         slot_bytes=layers * (record.nbytes + 4), expert_bytes=each, vram_bytes=rest + each + states,
         min_slots=config.top_k, link_gb_s=machine.link_gb_s, memory_gb_s=machine.memory_gb_s,
+        kv_token_bytes=kv, num_layers=layers, prefetch=counted,
     )  # fmt: skip
     return MemoryPlan(
         "gpu" if machine.gpu else "cpu", context, options.page_size, pages, sequences, rows,
-        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic,
+        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, traffic, prefetch,
     )  # fmt: skip
 
 
@@ -294,14 +358,16 @@ def _slots(
     if slots < config.top_k:
         need = cache_bytes(record, config.num_layers, config.num_experts, config.top_k)
         held = ", ".join(f"{name} {_gib(size)}" for name, size in vram.items() if size > GIB // 8)
-        raise ConfigError(
-            f"Hot experts need {_gib(need)} at least, {_gib(max(0, room))} are left of the VRAM "
-            f"({held}). Lower --kv-cache-mb or --context, or use a smaller model."
-        )
+        total = sum(vram.values())
+        raise DoesNotFit(
+            f"The smallest expert cache needs {_gib(need)} of VRAM, {_gib(max(0, room))} are left "
+            f"of {_gib(total + room)} ({held}).",
+            "VRAM", total + need, total + room,
+        )  # fmt: skip
     return slots
 
 
-def _ram_limit(options: EngineConfig, machine: Machine) -> int:
+def _ram_limit(options: EngineConfig, machine: HardwareInfo) -> int:
     """What may be used: all of --ram; else what is available, with a part kept for the desktop:
     6 GiB or a tenth, but not more than a quarter of a small machine."""
     if options.ram is not None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
-from osmium.errors import OsmiumError, RequestError
+from osmium.errors import OsmiumError, OutOfMemory, RequestError
 
 __all__ = [
     "Decoder",
@@ -24,6 +24,7 @@ __all__ = [
     "SamplingParams",
     "Token",
     "check_ids",
+    "step_error",
 ]  # fmt: skip
 
 
@@ -195,6 +196,11 @@ class Request:
         self.times = RequestTimes()
 
     @property
+    def prompt_progress(self) -> tuple[int, int]:
+        """(tokens computed, tokens in all) of the prompt; may be read on any thread."""
+        return min(self.computed, self.prompt_tokens), self.prompt_tokens
+
+    @property
     def pending(self) -> int:
         """Tokens that must be computed before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.computed
@@ -215,6 +221,15 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+
+def step_error(error: Exception) -> OsmiumError:
+    """What the requests of a step get that failed by `error`."""
+    if isinstance(error, OsmiumError):
+        return error
+    if isinstance(error, MemoryError):
+        return OutOfMemory(f"out of memory: a step could not allocate host memory ({error}).")
+    return OsmiumError(f"A step failed: {error!r}")
 
 
 def check_ids(ids: list[int], vocab: int) -> None:

@@ -38,6 +38,7 @@ class Sharing:
         if count:
             each = [layer.shape[0] for layer in store.cache.slots]
             LOG.info(
-                "%d to %d expert slots a layer from here on, by what was hot; %d experts copied in "
-                "%.2f s", min(each), max(each), count, time.perf_counter() - start,
+                "Moved expert slots between layers by usage: %d to %d per layer, "
+                "%d experts copied in %.2f s",
+                min(each), max(each), count, time.perf_counter() - start,
             )  # fmt: skip

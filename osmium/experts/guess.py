@@ -7,7 +7,10 @@ import numpy as np
 from osmium.ops import ExpertGuess, Ops
 from osmium.ops.values import ARRIVED, FETCH_BLOCKS, FETCH_WARPS
 
-__all__ = ["guess_bytes", "make_guess"]
+__all__ = ["MIN_BULK_COPY_CC", "guess_bytes", "make_guess"]
+
+MIN_BULK_COPY_CC = (9, 0)
+"""Compute capability from which kernels copy in bulk, as fetch_early does."""
 
 ROWS = ARRIVED[0]
 """Rows of a step up to which there are guesses: those of few sequences, decoded."""

@@ -123,7 +123,7 @@ def keep_heat(path: Path, fingerprint: str, ops: Ops, cache: ExpertCache) -> Non
         if heat.long_heat.any():
             save_heat(path, fingerprint, heat)
     except (OSError, DeviceError) as error:
-        LOG.warning("The experts' heat is not kept in %s: %s", path, error)
+        LOG.warning("Expert usage cannot be saved to %s: %s", path, error)
 
 
 def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat | None:
@@ -132,35 +132,35 @@ def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat |
         if not path.exists():
             return None
         if path.stat().st_size > 4096 + 13 * layers * experts:
-            raise ValueError("it is too long")
+            raise ValueError("it is too large")
         return _parsed(path.read_bytes(), fingerprint, (layers, experts))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        LOG.warning("%s is left aside: %s.", path, error)
+        LOG.warning("Ignoring %s: %s.", path, error)
         return None
 
 
 def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
     """Raises: ValueError, KeyError, TypeError for what no such heat can be."""
     if raw[:7] != MAGIC[:7] or len(raw) < 16:
-        raise ValueError("it holds no heat")
+        raise ValueError("it is not a usage file")
     if raw[7] != MAGIC[7]:
-        raise ValueError(f"it is of version {raw[7]}, this is {MAGIC[7]}")
+        raise ValueError(f"its version is {raw[7]}, this engine reads {MAGIC[7]}")
     if zlib.crc32(raw[12:]) != int.from_bytes(raw[8:12], "little"):
         raise ValueError("it is damaged")
     start = 16 + int.from_bytes(raw[12:16], "little")
     head, size = json.loads(raw[16:start]), shape[0] * shape[1]
     if head["fingerprint"] != fingerprint:
-        raise ValueError("it is another model's")
+        raise ValueError("it belongs to another model")
     if tuple(head["shape"]) != shape or len(raw) != start + 13 * size:
-        raise ValueError(f"its shape is {head['shape']}, the model's {list(shape)}")
+        raise ValueError(f"its shape is {head['shape']}, the model has {list(shape)}")
     steps = head["steps"]
     heats = np.frombuffer(raw, "<f4", 2 * size, start).reshape(2, *shape).astype(np.float32)
     age = np.frombuffer(raw, "<i4", size, start + 8 * size).reshape(shape)
     there = np.frombuffer(raw, np.uint8, size, start + 12 * size).reshape(shape) != 0
     if not (np.isfinite(heats).all() and (heats >= 0).all()):
-        raise ValueError("a heat in it is no number from 0 on")
+        raise ValueError("a count in it is negative or not finite")
     if not (isinstance(steps, int) and 0 < steps <= ENDLESS):
-        raise ValueError(f"it says {steps} steps")
+        raise ValueError(f"its number of steps is {steps}")
     return Heat(heats[0], heats[1], steps, age.astype(np.int32), there)
 
 

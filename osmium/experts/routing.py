@@ -8,9 +8,11 @@ predicted_weights, float [T, L, A]: the softmax of that router over the A that i
 in the first layer 1 / A each.
 """
 
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -102,11 +104,11 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
     try:
         with np.load(path) as file:
             data: dict[str, Any] = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path} cannot be read as a trace: {error}") from None
     ids = data.get("ids")
     if ids is None or ids.ndim != 3 or ids.dtype.kind != "u" or not ids.size:
-        raise ConfigError(f"{path} holds no ids [tokens, layers, experts a token], unsigned.")
+        raise ConfigError(f"{path} has no unsigned array ids [tokens, layers, experts per token].")
     predicted = data.get("predicted")
     if predicted is not None and (predicted.shape != ids.shape or predicted.dtype.kind != "u"):
         raise ConfigError(
@@ -119,7 +121,9 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
         weights = weights.astype(np.float32)
     most = int(ids.max() if predicted is None else max(ids.max(), predicted.max())) + 1
     if experts is not None and most > experts:
-        raise ConfigError(f"{path} names expert {most - 1}; the model has {experts} a layer.")
+        raise ConfigError(
+            f"{path} has expert id {most - 1}; the model has {experts} experts per layer."
+        )
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
     if predicted is not None:
         predicted = predicted.astype(np.uint16)
@@ -129,7 +133,7 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
 def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids | None) -> None:
     """Raises: ConfigError where these are no weights of the predicted."""
     if predicted is None:
-        raise ConfigError(f"{path} has predicted_weights, but not predicted, whose they would be.")
+        raise ConfigError(f"{path} has predicted_weights without predicted ids.")
     if weights.shape != predicted.shape or weights.dtype.kind != "f":
         raise ConfigError(
             f"{path}: predicted_weights is {weights.dtype} {list(weights.shape)}; it must be float "

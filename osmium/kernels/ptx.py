@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from osmium.distribution import REINSTALL
 from osmium.errors import KernelError
 
 __all__ = ["Contract", "Expression", "Kernel", "Parameter", "early", "kernel", "opening", "parse"]
@@ -411,7 +412,6 @@ class Kernel:
 
 WAIT = "griddepcontrol.wait;"
 """Where a kernel waits for the one before it, which it may overlap from sm_90 on."""
-
 LEAVE = "griddepcontrol.launch_dependents;"
 """Where a block has asked for all that it reads; the next kernel starts when all blocks came here.
 Always behind the wait: before its own a kernel may read what was written two kernels ago."""
@@ -495,6 +495,6 @@ def kernel(name: str) -> Kernel:
                 if made.entry != name:
                     raise KernelError(f"{path.name}: its entry is {made.entry}; it must be {name}.")
                 return made
-        raise KernelError(f"There is no kernel {name}.ptx in {' or '.join(map(str, _FOLDERS))}.")
+        raise KernelError(f"No {name}.ptx in {' or '.join(map(str, _FOLDERS))}. {REINSTALL}")
 
     return Kernel(name, load)

@@ -8,6 +8,7 @@ caller sees in host memory comes through `copy_out` alone, which counts its byte
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW
 from osmium.kernels.weigh import PEAKS, WEIGH
+from osmium.ops import gpu_experts, gpu_rows
 from osmium.ops.fit import (
     KEPT,
     SPLIT_ROWS,
@@ -31,7 +32,7 @@ from osmium.ops.values import (
     Step,
 )
 
-__all__ = ["GpuOps", "Machine"]
+__all__ = ["GpuOps", "Machine", "check_kernels"]
 
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KEPT}
 ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KEPT}
@@ -45,8 +46,30 @@ DELTA_CHUNK = kernel("delta_chunk_f32")
 GATED_NORM = kernel("gated_norm_f32")
 
 
+def check_kernels() -> int:
+    """Read and parse the text of every kernel that GpuOps launches; their number.
+
+    60 ms the first time, and then nothing: contracts are kept.
+    Raises: KernelError where a text is missing, broken or stale.
+    """
+    found: dict[str, Kernel] = {}
+    for names in (vars(gpu_rows), vars(gpu_experts), globals()):
+        for value in names.values():
+            for one in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(one, Kernel):
+                    found[one.name] = one
+    for one in found.values():
+        _ = one.contract
+    return len(found)
+
+
 class GpuOps(GpuExperts):
     """See ops.Ops for every method's formula, shapes and source."""
+
+    def __init__(self, machine: Machine) -> None:
+        """Raises: KernelError where a kernel's text is missing: before anything is loaded."""
+        check_kernels()
+        super().__init__(machine)
 
     # -- attention -------------------------------------------------------------------------------
 

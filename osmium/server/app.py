@@ -461,5 +461,5 @@ def _listen(address: str, port: int) -> socket.socket:
                 f"Port {port} on {address} is in use; stop what uses it, or choose another "
                 "with --port."
             ) from None
-        raise ConfigError(f"{address}:{port} cannot be listened on: {error}") from None
+        raise ConfigError(f"Cannot listen on {address}:{port}: {error}") from None
     return listening

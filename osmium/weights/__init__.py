@@ -2,7 +2,8 @@
 
 A checkpoint folder is packed once into the cache folder, by NumPy, or by the kernels of the `ops`
 that are passed along; a later start opens the packed file and reads nothing of the checkpoint but
-the sizes and times of its shards.
+the sizes and times of its shards.  A hub model is downloaded and packed; a later start compares
+etags with the hub, if that can be reached, and needs nothing of the hub's cache.
 """
 
 import contextlib
@@ -11,7 +12,6 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,21 +19,34 @@ from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
 from osmium.weights.checkpoint import Checkpoint, Formats
+from osmium.weights.disk import check_disk, free_text, gb
+from osmium.weights.hub import HubModel, download, hub_id, hub_shards, look_up, small_file
+from osmium.weights.info import (
+    ModelInfo,
+    folder_info,
+    hub_info,
+    packed_info,
+    shapes_info,
+    synthetic_info,
+)
+from osmium.weights.local import folder_name
 from osmium.weights.packed import FILES, Packed, Reading, open_packed
 from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
 from osmium.weights.quantizing import Quantizer
-from osmium.weights.shards import INDEX, Shards, open_shards, read_json
+from osmium.weights.shards import Shards, open_shards, read_json
 from osmium.weights.synthetic import Synthetic, open_synthetic, synthetic_name
 from osmium.weights.unsupported import (
     refuse_checkpoint,
+    refuse_config,
     refuse_file,
     refuse_folder,
     refuse_name,
 )
 
 __all__ = [
-    "DEMO", "CheckFolder", "CheckpointFiles", "Model", "Packed", "Reading", "cache_folder",
-    "open_model", "open_packed", "open_weights", "planned_config", "resolve",
+    "DEMO", "CheckpointFiles", "HubFiles", "Model", "ModelInfo", "Packed", "Reading",
+    "cache_folder", "inspect_model", "locate", "open_model", "open_packed", "open_weights",
+    "resolve", "shapes_info",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.weights")
@@ -41,11 +54,9 @@ LOG = logging.getLogger("osmium.weights")
 Model = Packed | Synthetic
 """What a model is loaded from."""
 
+
 DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 """The bundled model."""
-
-DEMO_MAX_CONTEXT = 262144
-"""Most tokens that --context takes of it; it was trained for 4,096."""
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 """What a synthetic model takes from it."""
@@ -71,8 +82,26 @@ class CheckpointFiles:
         return read_json(self.path / name) if (self.path / name).is_file() else None
 
 
-CheckFolder = Callable[[CheckpointFiles], object]
-"""Called before a folder is packed; what it raises ends the start."""
+class HubFiles:
+    """The small files of a hub model, downloaded when they are read."""
+
+    def __init__(self, model: HubModel) -> None:
+        self._model = model
+        self.path = Path(model.name)
+
+    def file(self, name: str) -> bytes | None:
+        """None where the hub has no such file.  Raises: ConfigError."""
+        path = small_file(self._model, name)
+        return None if path is None else path.read_bytes()
+
+    def json(self, name: str) -> dict[str, Any] | None:
+        """The same, parsed: an object.  Raises: ConfigError, CheckpointError."""
+        path = small_file(self._model, name)
+        return None if path is None else read_json(path)
+
+
+Check = Callable[[ModelInfo, CheckpointFiles | HubFiles], None]
+"""Called before weights are downloaded or packed; what it raises stops that."""
 
 
 def open_weights(
@@ -80,12 +109,11 @@ def open_weights(
     config: EngineConfig,
     progress: Progress | None = None,
     ops: Ops | None = None,
-    check: CheckFolder | None = None,
+    check: Check | None = None,
 ) -> Model:
     """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
-    A folder that has not been packed is checked first.
 
-    Raises: ConfigError, CheckpointError, what `check` raises.
+    Raises: ConfigError, CheckpointError.
     """
     synthetic = synthetic_name(model)
     if synthetic is not None:
@@ -98,12 +126,12 @@ def open_model(
     config: EngineConfig,
     progress: Progress | None = None,
     ops: Ops | None = None,
-    check: CheckFolder | None = None,
+    check: Check | None = None,
 ) -> Packed:
-    """The packed file of a model; packs a checkpoint, or `synthetic:NAME`, where that has not been
-    done: with `ops` by its kernels.
+    """The packed file of a model; downloads a hub model, and packs a checkpoint, or
+    `synthetic:NAME`, where that has not been done: with `ops` by its kernels.
 
-    Raises: ConfigError, CheckpointError, what `check` raises.
+    Raises: ConfigError, CheckpointError.
     """
     synthetic = synthetic_name(model)
     if synthetic is not None:
@@ -111,20 +139,24 @@ def open_model(
         target = _target(config, synthetic.replace(":", "-"), synthetic)
         with _writing(target, progress):
             return _packed_synthetic(target, made_up, progress)
-    path = resolve(model)
+    path = locate(model)
+    if isinstance(path, str):
+        return _open_hub(path, config, progress, ops, check)
     if path.is_file():
         packed = open_packed(path)
         _same_formats(packed, config)
         return packed
-    target = _target(config, path.resolve().name, str(path.resolve()))
+    target = _target(config, folder_name(path), str(path.resolve()))
     with _writing(target, progress):
-        found = _reusable(target, path)
-        if found is not None:
+        if found := _reusable(target, path):
             return found
         refuse_checkpoint(path)
-        if check is not None:
-            check(CheckpointFiles(path))
-        return _packed_checkpoint(target, path, config, progress, ops)
+        checkpoint = _checkpoint(path, config)
+        if check:
+            shards, shapes = checkpoint.shards, (checkpoint.config, checkpoint.formats)
+            info = folder_info(path, str(model), *shapes, shards, target)
+            check(info, CheckpointFiles(path))
+        return _packed_checkpoint(target, checkpoint, progress, ops)
 
 
 def _made_up(name: str, config: EngineConfig) -> Synthetic:
@@ -138,17 +170,35 @@ def _made_up(name: str, config: EngineConfig) -> Synthetic:
     return found
 
 
-def planned_config(packed: Model, options: EngineConfig) -> ModelConfig:
-    """The model's config to plan memory by.  The demo takes a --context beyond its training, with a
-    warning, so that clients with long prompts can be tried on it; other models refuse that."""
-    config, asked = packed.config, options.context
-    if packed.path != DEMO or asked is None or not config.max_context < asked <= DEMO_MAX_CONTEXT:
-        return config
-    LOG.warning(
-        "--context is %d; the demo was trained for %d tokens, and what it writes after longer "
-        "prompts makes no sense.", asked, config.max_context,
-    )  # fmt: skip
-    return replace(config, max_context=DEMO_MAX_CONTEXT)
+def inspect_model(
+    model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
+) -> ModelInfo:
+    """What is known of a model without its weights.  Downloads no weights, packs and writes
+    nothing but the hub's cache of small files.
+
+    Raises: ConfigError, CheckpointError.
+    """
+    synthetic = synthetic_name(model)
+    if synthetic is not None:
+        return synthetic_info(open_synthetic(synthetic, config))
+    path = locate(model)
+    if isinstance(path, str):
+        target = _hub_target(config, path)
+        found = _look_up(path, target)
+        if isinstance(found, Packed):
+            return packed_info(path, found, "hub")
+        _hub_checkpoint(found, config, progress)
+        return hub_info(found, _hub_config(found), Formats.of(config), target)
+    if path.is_file():
+        packed = open_packed(path)
+        _same_formats(packed, config)
+        return packed_info("demo" if model is None else str(model), packed)
+    target = _target(config, path.resolve().name, str(path.resolve()))
+    if reusable := _reusable(target, path):
+        return packed_info(str(model), reusable, "folder")
+    refuse_checkpoint(path)
+    made = _checkpoint(path, config)
+    return folder_info(path, str(model), made.config, made.formats, made.shards, target)
 
 
 @contextlib.contextmanager
@@ -164,21 +214,116 @@ def _writing(target: Path, progress: Progress | None) -> Iterator[None]:
         yield
 
 
-def _packed_checkpoint(
-    target: Path, folder: Path, config: EngineConfig, progress: Progress | None, ops: Ops | None
-) -> Packed:
+def _checkpoint(folder: Path, config: EngineConfig) -> Checkpoint:
+    """A checkpoint folder, its headers read."""
     shards = open_shards(folder)
     generation = folder / "generation_config.json"
     read = read_json(generation) if generation.is_file() else None
     model_config = ModelConfig.from_hf(read_json(folder / "config.json"), read)
-    checkpoint = Checkpoint(shards, model_config, Formats.of(config))
-    origin = Origin.of(checkpoint, _fingerprint(folder, shards))
+    return Checkpoint(shards, model_config, Formats.of(config))
+
+
+def _packed_checkpoint(
+    target: Path,
+    checkpoint: Checkpoint,
+    progress: Progress | None,
+    ops: Ops | None,
+    hub: dict[str, Any] | None = None,
+) -> Packed:
+    shards = checkpoint.shards
+    origin = Origin.of(checkpoint, _fingerprint(shards.folder, shards), hub)
     with contextlib.ExitStack() as stack:
         source: Source = OnCpu(checkpoint)
         if ops is not None and checkpoint.record.bits != 16 and checkpoint.narrow:
             source = stack.enter_context(contextlib.closing(Quantizer(ops, checkpoint)))
         write_packed(target, source, origin, progress)
     return open_packed(target)
+
+
+# -- from the hub ----------------------------------------------------------------------------------
+
+
+def _open_hub(
+    name: str,
+    config: EngineConfig,
+    progress: Progress | None,
+    ops: Ops | None,
+    check: Check | None,
+) -> Packed:
+    """A hub model's packed file.  Logs what will be downloaded, and raises before the first byte of
+    a weight where names, formats, memory (by `check`) or disk do not suit."""
+    target = _hub_target(config, name)
+    with _writing(target, progress):
+        found = _look_up(name, target)
+        if isinstance(found, Packed):
+            return found
+        info = hub_info(found, _hub_config(found), Formats.of(config), target)
+        if check:
+            check(info, HubFiles(found))
+        _hub_checkpoint(found, config, progress)
+        _announce(found, info)
+        checkpoint = _checkpoint(download(found, progress), config)
+        hub = {"id": name, "revision": found.revision, "etags": found.etags}
+        return _packed_checkpoint(target, checkpoint, progress, ops, hub)
+
+
+def _look_up(name: str, target: Path) -> HubModel | Packed:
+    """The packed file of a hub model if it was made from the hub's current files, or if the hub
+    cannot be reached; else what the hub has."""
+    packed = None
+    if target.is_file():
+        with contextlib.suppress(CheckpointError):  # damaged or of another version: packed again
+            packed = open_packed(target)
+    try:
+        found = look_up(name)
+    except ConfigError:
+        if packed is None:
+            raise
+        return packed
+    if packed is None or packed.hub is None:
+        return found
+    then, now = packed.hub["etags"], found.etags
+    if not found.online or then == now:
+        return packed
+    if any(then.get(shard) != now[shard] for shard in found.shards):
+        return found
+    if set(found.missing).isdisjoint(found.shards):
+        return found  # packing again costs no download
+    changed = sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
+    LOG.warning(
+        "%s: %s changed on the hub since it was packed; its weights did not. Using %s as it is; "
+        "delete it to download and pack it again.", name, ", ".join(changed), target,
+    )  # fmt: skip
+    return packed
+
+
+def _hub_config(model: HubModel) -> ModelConfig:
+    refuse_config(model.texts[FILES[0]], model.name, model.files)
+    return ModelConfig.from_hf(model.texts[FILES[0]], model.texts.get(FILES[1]))
+
+
+def _hub_checkpoint(model: HubModel, config: EngineConfig, progress: Progress | None) -> None:
+    """Hold names, shapes and dtypes to the config, as far as headers can be had.
+
+    Raises: CheckpointError.
+    """
+    model_config = _hub_config(model)  # before 14 to 94 headers are asked for
+    shards = hub_shards(model, progress)
+    if shards is not None:
+        Checkpoint(shards, model_config, Formats.of(config))
+
+
+def _announce(model: HubModel, info: ModelInfo) -> None:
+    """Log what will be downloaded and written, and where.  Raises: ConfigError where a disk has too
+    little room."""
+    needs, count = info.disk_needs, len(model.missing)
+    fetch = f"downloading {gb(info.download_bytes or 0)} ({count} files) to {model.cache}, then "
+    LOG.warning(
+        "%s: %spacking %s into %s; %s of disk in all, %s free.", model.name, fetch if count else "",
+        gb(needs[-1].nbytes), needs[-1].folder, gb(sum(need.nbytes for need in needs)),
+        free_text(needs),
+    )  # fmt: skip
+    check_disk(needs)
 
 
 def _packed_synthetic(target: Path, made_up: Synthetic, progress: Progress | None) -> Packed:
@@ -255,6 +400,11 @@ def _target(config: EngineConfig, name: str, where: str) -> Path:
     return cache_folder(config) / f"{name}-{short}-{Formats.of(config)}.osmium"
 
 
+def _hub_target(config: EngineConfig, name: str) -> Path:
+    """The packed file of a hub model: one for its id, whatever its commit."""
+    return _target(config, name.split("/")[1], f"hub:{name}")
+
+
 def cache_folder(config: EngineConfig) -> Path:
     """--cache-dir, or osmium in $XDG_CACHE_HOME."""
     if config.cache_dir:
@@ -262,25 +412,25 @@ def cache_folder(config: EngineConfig) -> Path:
     return user_cache()
 
 
-def resolve(model: str | os.PathLike[str] | None) -> Path:
-    """A packed file or a checkpoint folder on this machine; a hub id is downloaded.
+def locate(model: str | os.PathLike[str] | None) -> Path | str:
+    """A packed file or a checkpoint folder on this machine, or a hub id, as a string.
 
     Raises: ConfigError.
     """
-    path = _existing(model)
-    if path is None and model in (None, "demo"):
+    if model in (None, "demo"):  # a folder of that name is ./demo
         if not DEMO.is_file():
             raise ConfigError(f"The bundled model {DEMO} is missing; name a model.")
         return DEMO
+    path = _existing(model)
     if path is not None:
         return path
-    text = str(model)
-    refuse_name(text)
-    if text.count("/") == 1 and not text.startswith((".", "/", "~")):
-        return _download(text)
-    raise ConfigError(
-        f"{text} is neither a folder, nor a packed file, nor a hub id like owner/name."
-    )
+    refuse_name(str(model))
+    name = hub_id(model)
+    if name is None:
+        raise ConfigError(
+            f"{model} is neither a folder, nor a packed file, nor a hub id like owner/name."
+        )
+    return name
 
 
 def _existing(model: str | os.PathLike[str] | None) -> Path | None:
@@ -309,22 +459,10 @@ def _existing(model: str | os.PathLike[str] | None) -> Path | None:
     return path if is_file or is_dir else None
 
 
-def _download(name: str) -> Path:
-    """A hub model's files, in the hub's own cache."""
-    from huggingface_hub import snapshot_download  # half a second, and only a hub id needs it
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def resolve(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
+    """A packed file or a checkpoint folder on this machine; a hub id is downloaded.
 
-    # HTTPError of httpx or httpx2, whichever this hub is built on: a line that breaks midway.
-    transport: type[Exception] = HfHubHTTPError.__mro__[1]
-    try:
-        return Path(
-            snapshot_download(name, allow_patterns=["*.safetensors", INDEX, "*.json", "*.jinja"])
-        )
-    except LocalEntryNotFoundError:
-        raise ConfigError(
-            f"{name} is not in the hub's cache and the hub cannot be reached; download it where "
-            "there is a network, or give a folder."
-        ) from None
-    except (transport, HFValidationError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(f"{name} could not be downloaded: {first}") from None
+    Raises: ConfigError, CheckpointError.
+    """
+    path = locate(model)
+    return download(look_up(path), progress) if isinstance(path, str) else path

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.config import ModelConfig
+from osmium.config import ModelConfig, Progress
 from osmium.errors import CheckpointError
 from osmium.ops import Linear
 from osmium.quant.record import Record
@@ -61,6 +61,8 @@ class Packed:
         self.fingerprint: str = header["fingerprint"]
         self.sources: dict[str, list[int]] = header["sources"]
         """Size and time of change of each shard that it was made from."""
+        self.hub: dict[str, Any] | None = header.get("hub")
+        """Of a model from the hub: its id, commit, and the etag of each file."""
         self.formats = Formats(**header["formats"])
         self._entries = {e["name"]: _entry(e) for e in header["parts"]}
         self._crcs = {e["name"]: int(e["crc"], 16) for e in header["parts"]}
@@ -123,9 +125,11 @@ class Packed:
         """The experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
         return self._array(f"experts.{layer}")
 
-    def all_records(self) -> npt.NDArray[np.uint8]:
+    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
         for layer in range(self.config.num_layers):
+            if progress:
+                progress("experts", layer, self.config.num_layers)
             self.records(layer)
         first = self._entries["experts.0"]
         shape = (self.config.num_layers, *first.shape)

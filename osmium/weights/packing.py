@@ -11,7 +11,7 @@ import fcntl
 import json
 import os
 import zlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,17 +26,26 @@ from osmium.quant.record import PAGE, Record
 from osmium.weights.checkpoint import Checkpoint, Formats, Part, inventory
 from osmium.weights.packed import FILES, FIXED, MAGIC, VERSION, Entry
 
-__all__ = ["OnCpu", "Origin", "Source", "locked", "write_packed"]
+__all__ = ["OnCpu", "Origin", "Shapes", "Source", "locked", "packed_size", "write_packed"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class Source(Protocol):
-    """What a packed file is made from."""
+class Shapes(Protocol):
+    """What the size of a packed file follows from."""
 
-    config: ModelConfig
-    formats: Formats
-    record: Record
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def formats(self) -> Formats: ...
+
+    @property
+    def record(self) -> Record: ...
+
+
+class Source(Shapes, Protocol):
+    """What a packed file is made from."""
 
     def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
@@ -54,13 +63,17 @@ class Origin:
     """Small files that travel along."""
     stamps: dict[str, list[int]] = field(default_factory=dict)
     """Size and time of change of each shard."""
+    hub: dict[str, Any] | None = None
+    """Of a model from the hub: its id, commit, and the etag of each file."""
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, fingerprint: str) -> "Origin":
+    def of(
+        cls, checkpoint: Checkpoint, fingerprint: str, hub: dict[str, Any] | None = None
+    ) -> "Origin":
         """A checkpoint's."""
         folder = checkpoint.shards.folder
         files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
-        return cls(fingerprint, files, _stamps(checkpoint.shards.files))
+        return cls(fingerprint, files, _stamps(checkpoint.shards.files), hub)
 
 
 class OnCpu:
@@ -90,8 +103,8 @@ class OnCpu:
 class _Plan:
     """Where everything will lie, before a byte is written."""
 
-    def __init__(self, source: Source, origin: Origin) -> None:
-        self.source, self.files = source, origin.files
+    def __init__(self, source: Shapes, origin: Origin) -> None:
+        self.files = origin.files
         config, record = source.config, source.record
         self.parts = inventory(config, source.formats)
         wanted: list[tuple[str, str, tuple[int, ...], int]] = [
@@ -108,6 +121,7 @@ class _Plan:
             "fingerprint": origin.fingerprint,
             "formats": vars(source.formats),
             "sources": origin.stamps,
+            **({} if origin.hub is None else {"hub": origin.hub}),
         }
         # Offsets need the header's length and the header holds the offsets: once round is enough
         # unless a number gains a digit.
@@ -134,6 +148,14 @@ class _Plan:
     def key(self) -> str:
         """What a journal must be of, to be gone on with."""
         return f"{zlib.crc32(self.header({})):08x}-{self.head['fingerprint']}"
+
+
+def packed_size(shapes: Shapes, files: Mapping[str, int]) -> int:
+    """Bytes of a model's packed file, to within its header's few hundred kB.
+
+    `files` are the bytes of the small files that travel along.
+    """
+    return _Plan(shapes, Origin("", {name: bytes(size) for name, size in files.items()})).size
 
 
 def _lay_out(wanted: list[tuple[str, str, tuple[int, ...], int]], start: int) -> list[Entry]:
@@ -168,8 +190,10 @@ def write_packed(path: Path, source: Source, origin: Origin, progress: Progress 
                 os.posix_fallocate(file.fileno(), 0, plan.size)
             with open(journal, "ab") as notes:
                 if not crcs:
-                    _note(notes, {"key": plan.key})
-                _write_parts(file, notes, plan, crcs, progress)
+                    _note(
+                        notes, {"key": plan.key, "nbytes": {e.name: e.nbytes for e in plan.entries}}
+                    )
+                _write_parts(file, notes, plan, source, crcs, progress)
             text = plan.header(crcs)
             fixed = MAGIC + VERSION.to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
             file.seek(0)
@@ -225,13 +249,18 @@ Unit = list[tuple[str, npt.NDArray[Any]]]
 
 
 def _write_parts(
-    file: BinaryIO, notes: BinaryIO, plan: _Plan, crcs: dict[str, int], progress: Progress | None
+    file: BinaryIO,
+    notes: BinaryIO,
+    plan: _Plan,
+    source: Source,
+    crcs: dict[str, int],
+    progress: Progress | None,
 ) -> None:
     """Every part that `crcs` lacks, each written while the next is made."""
     total = sum(e.nbytes for e in plan.entries)
     entries = {e.name: e for e in plan.entries}
     done = sum(entry.nbytes for name, entry in entries.items() if name in crcs)
-    made = _units(plan, set(crcs))
+    made = _units(plan, source, set(crcs))
     with (
         ThreadPoolExecutor(2, thread_name_prefix="osmium-pack") as pool,  # one writes, one sums
         contextlib.closing(made),
@@ -267,17 +296,17 @@ def _write(
     return fresh
 
 
-def _units(plan: _Plan, done: set[str]) -> Generator[Unit]:
+def _units(plan: _Plan, source: Source, done: set[str]) -> Generator[Unit]:
     """What is not done: the small files, each part, each layer's experts."""
     files = [(f"file.{name}", np.frombuffer(raw, np.uint8)) for name, raw in plan.files.items()]
     if not done.issuperset(name for name, _ in files):
         yield files
     for part in plan.parts:
         if not done.issuperset(f"{part.name}.{kind}" for kind in part.arrays):
-            arrays = plan.source.arrays(part)
+            arrays = source.arrays(part)
             yield [(f"{part.name}.{kind}", array) for kind, array in arrays.items()]
-    left = [i for i in range(plan.source.config.num_layers) if f"experts.{i}" not in done]
-    for layer, records in zip(left, plan.source.layers(left), strict=True):
+    left = [i for i in range(source.config.num_layers) if f"experts.{i}" not in done]
+    for layer, records in zip(left, source.layers(left), strict=True):
         yield [(f"experts.{layer}", records)]
 
 

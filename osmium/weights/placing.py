@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osmium.config import Progress
 from osmium.cuda.memory import waited_for
 from osmium.ops import Array, Linear, Ops
 from osmium.quant.record import PAGE
@@ -32,7 +33,9 @@ class _Piece:
     """Of the half that it is read into, in whole pages."""
 
 
-def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, Linear | Array]:
+def place(
+    ops: Ops, packed: Packed, reading: Reading, room: Array, progress: Progress | None = None
+) -> dict[str, Linear | Array]:
     """Every part by its name, as models/weights.upload would place it.
 
     room u8 [n], page-locked; nobody must read into it any more when it is given back, so leave
@@ -56,12 +59,18 @@ def place(ops: Ops, packed: Packed, reading: Reading, room: Array) -> dict[str, 
     begun: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
     embed = packed.entry("embed.data")
 
+    uploaded, total = 0, sum(entry.nbytes for entry, _ in entries)
+
     def upload() -> None:
+        nonlocal uploaded
         pieces, side, waits = begun.popleft()
         for wait in waits:
             wait()
         for piece in pieces:
             ops.copy_in(piece.out, side[piece.room][: piece.out.nbytes])
+        if progress:
+            uploaded += sum(piece.out.nbytes for piece in pieces)
+            progress("uploading", uploaded, total)
 
     def fill(there: npt.NDArray[np.uint8]) -> None:
         """The embedding, and all others meanwhile."""

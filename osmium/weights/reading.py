@@ -8,7 +8,7 @@ cached    through the page cache, which forgets each block behind it: where the 
 
 Every block is summed by the thread that has read it, while the others wait for the disk, and the
 sums are joined: a checksum costs no time as long as the threads together sum faster than the disk
-reads.  zlib sums 1 to 4 GB/s a thread, `tools/load_speed` compares.
+reads.  zlib sums 1 to 4 GB/s a thread, `tools/bench_load` compares.
 """
 
 import concurrent.futures
@@ -44,7 +44,7 @@ HUGE = 2 << 20
 
 THREADS = 16
 """Reads at once.  Each waits for the disk, then sums what it gave: 4, 8 and 16 bring 78, 84 and
-87 % of a disk's 4.6 GB/s on two cores (`tools/load_speed`, a virtual disk, 2026-11)."""
+87 % of a disk's 4.6 GB/s on two cores (`tools/bench_load`, a virtual disk, 2026-11)."""
 
 _NO_DIRECT = (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS)
 _NOT_INTO = (errno.EFAULT, errno.EINVAL)

@@ -6,6 +6,7 @@ nothing of models.  Format: github.com/huggingface/safetensors.
 """
 
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,7 +19,10 @@ from safetensors import SafetensorError, safe_open
 
 from osmium.errors import CheckpointError
 
-__all__ = ["Shards", "Tensor", "open_shards", "read_json"]
+__all__ = [
+    "INDEX", "MAX_HEADER", "Shards", "Tensor", "listed_shards", "open_shards", "parse_header",
+    "read_json", "shards_of",
+]  # fmt: skip
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
@@ -26,6 +30,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 """What can be read; bf16 is kept as u16."""
 
 INDEX = "model.safetensors.index.json"
+
+MAX_HEADER = 100_000_000
+"""Bytes of a header at most, by the safetensors package."""
 
 
 @dataclass(frozen=True)
@@ -86,52 +93,98 @@ def open_shards(folder: Path) -> Shards:
     index = folder / INDEX
     listed: Mapping[str, Any] = {}
     if index.is_file():
-        listed = read_json(index).get("weight_map", {})
-        if not isinstance(listed, Mapping) or not listed:
-            raise CheckpointError(f"{INDEX} in {folder} has no weight_map.")
-        names = sorted({_plain(name, folder) for name in listed.values()})
-        files = [folder / name for name in names]
+        listed = listed_shards(read_json(index), str(folder))
+        files = [folder / name for name in sorted(set(listed.values()))]
     else:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise CheckpointError(f"{folder} has neither {INDEX} nor a .safetensors file.")
-    tensors: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
             raise CheckpointError(f"{INDEX} names {file.name}, which is not in {folder}.")
-        for name, tensor in _header(file).items():
+    return shards_of(folder, {file: _header(file) for file in files}, listed)
+
+
+def shards_of(
+    folder: Path, headers: Mapping[Path, Mapping[str, Tensor]], listed: Mapping[str, str]
+) -> Shards:
+    """A checkpoint of files whose headers have been read, held to its index if it has one.
+
+    Raises: CheckpointError.
+    """
+    tensors: dict[str, Tensor] = {}
+    for file, header in headers.items():
+        for name, tensor in header.items():
             if name in tensors:
                 raise CheckpointError(f"{name} is in {tensors[name].file.name} and {file.name}.")
             tensors[name] = tensor
     for name, where in listed.items():
         if name not in tensors or tensors[name].file.name != where:
             raise CheckpointError(f"{INDEX} says that {name} is in {where}; it is not there.")
-    return Shards(folder, files, tensors)
+    return Shards(folder, list(headers), tensors)
 
 
-def _plain(name: object, folder: Path) -> str:
-    """A file name without a path in it: an index must not lead out of its folder."""
-    if not isinstance(name, str) or not name or Path(name).name != name:
-        raise CheckpointError(f"{INDEX} in {folder} names the file {name!r}.")
-    return name
+def listed_shards(index: Mapping[str, Any], where: str) -> dict[str, str]:
+    """The file of each tensor, by an index.  Raises: CheckpointError.
+
+    A file is a name without a path in it: an index must not lead out of its folder.
+    """
+    listed = index.get("weight_map", {})
+    if not isinstance(listed, Mapping) or not listed:
+        raise CheckpointError(f"{INDEX} in {where} has no weight_map.")
+    for name in listed.values():
+        if not isinstance(name, str) or not name or Path(name).name != name:
+            raise CheckpointError(f"{INDEX} in {where} names the file {name!r}.")
+    return dict(listed)
 
 
 def _header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, after the safetensors package has accepted it."""
     try:
-        with safe_open(str(file), framework="numpy") as opened:
-            names = set(opened.keys())
+        with safe_open(str(file), framework="numpy"):
+            pass
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} is not a whole safetensors file: {error}") from None
     with open(file, "rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
-        header = json.loads(raw.read(size))
-    found = {}
-    for name in names:
-        entry = header[name]
-        start, end = entry["data_offsets"]
-        shape = tuple(entry["shape"])
-        found[name] = Tensor(name, entry["dtype"], shape, file, 8 + size + start, end - start)
+        return parse_header(raw.read(size), file, file.stat().st_size)
+
+
+def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
+    """The tensors of a file of `nbytes` bytes whose header is `text`.
+
+    Raises: CheckpointError where the header does not describe such a file.
+    """
+    found: dict[str, Tensor] = {}
+    try:
+        for name, entry in json.loads(text).items():
+            if name == "__metadata__":
+                continue
+            start, end = entry["data_offsets"]
+            shape, at = tuple(int(n) for n in entry["shape"]), 8 + len(text)
+            found[name] = Tensor(name, str(entry["dtype"]), shape, file, at + start, end - start)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} has no header of safetensors: {error!r}") from None
+    for tensor in found.values():
+        dtype = _DTYPES.get(tensor.dtype)
+        if dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
+            raise CheckpointError(
+                f"{file.name} is not a whole safetensors file: {tensor.name} is {tensor.dtype} "
+                f"{list(tensor.shape)} in {tensor.nbytes} bytes."
+            )
+    end = 8 + len(text)
+    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
+        if tensor.offset != end or tensor.nbytes < 0:
+            raise CheckpointError(
+                f"{file.name} is not a whole safetensors file: {tensor.name} begins at byte "
+                f"{tensor.offset}, the tensor before it ends at byte {end}."
+            )
+        end += tensor.nbytes
+    if end != nbytes:
+        raise CheckpointError(
+            f"{file.name} is not a whole safetensors file: it has {nbytes} bytes, its header "
+            f"describes {end}."
+        )
     return found
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.config import EngineConfig, ModelConfig
+from osmium.config import EngineConfig, ModelConfig, Progress
 from osmium.errors import ConfigError
 from osmium.ops import Array, Linear, Ops
 from osmium.ops.reference import ReferenceOps
@@ -218,11 +218,13 @@ class Synthetic:
         self.fill_records(self._ops, layer, out[None], expert)
         return out
 
-    def all_records(self) -> npt.NDArray[np.uint8]:
+    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The experts of all layers, u8 [L, E, nbytes], in memory."""
         shape = (self.config.num_layers, self.config.num_experts, self.record.nbytes)
         out = np.empty(shape, np.uint8)
         for layer in range(self.config.num_layers):
+            if progress:
+                progress("experts", layer, self.config.num_layers)
             self.read_records(layer, out[layer])
         return out
 

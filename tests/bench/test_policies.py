@@ -274,7 +274,7 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=wanted):
             read_trace(path)
     np.savez(path, ids=ids, predicted_weights=even)
-    with pytest.raises(ConfigError, match="not predicted"):
+    with pytest.raises(ConfigError, match="without predicted"):
         read_trace(path)
     with pytest.raises(ConfigError):
         RoutingRecorder(1).save(tmp_path / "no" / "where.npz")

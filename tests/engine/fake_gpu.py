@@ -17,6 +17,7 @@ from osmium.cuda.driver import Driver
 from osmium.cuda.memory import HostKind
 from osmium.cuda.stream import Machine as Gpu
 from osmium.engine.runner import Runner
+from osmium.planning import hardware
 
 __all__ = ["FakeGpu"]
 
@@ -55,7 +56,8 @@ class FakeGpu:
         """Entries of kernels, as they were launched; those of a graph once, when it is captured."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch, kind: HostKind = "registered-huge") -> None:
-        monkeypatch.setattr(loader, "_gpu", lambda config: Gpu(self.device(), kind))
+        for module in (loader, hardware):
+            monkeypatch.setattr(module, "open_gpu", lambda config: Gpu(self.device(), kind))
         monkeypatch.setattr(Runner, "prepare", lambda self: None)  # it waits for mail of kernels
 
     def device(self) -> Any:

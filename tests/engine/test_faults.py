@@ -127,7 +127,7 @@ def test_a_server_short_of_memory_ends_its_streams_with_an_error_and_leaves() ->
             rest = answer.read()
         assert b'"error"' in rest and b"Available host memory is 0.25 GiB" in rest
         assert b"[DONE]" not in rest
-        assert child.wait(PATIENCE_S) == 2
+        assert child.wait(PATIENCE_S) == 1
         last = child.stderr.read().splitlines()[-1]
         assert last.startswith("osmium: ") and "0.25 GiB" in last
     finally:

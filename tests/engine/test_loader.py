@@ -14,11 +14,12 @@ import pytest
 import osmium
 from osmium import loader
 from osmium.config import EngineConfig
+from osmium.cuda import select
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
-from osmium.engine.plan import Machine, MemoryPlan, make_plan
+from osmium.engine.plan import HardwareInfo, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
-from osmium.errors import CheckpointError, ConfigError, NoDevice, OutOfMemory
+from osmium.errors import CheckpointError, ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import DEMO, Packed, open_model
@@ -198,7 +199,7 @@ def test_what_is_allocated_is_what_was_planned(
     made = load(case, folder, **options)
     parts = made.plan.ram
     made.close()
-    planned = sum(parts[name] for name in ("KV", "recurrent states", "workspace"))
+    planned = sum(parts[name] for name in ("KV cache", "recurrent state", "workspace"))
     planned += parts.get("expert slots", 0)
     assert 0.9 * planned <= counted.allocated <= 1.01 * planned + 8192  # a resident cache's tables
 
@@ -259,7 +260,7 @@ def allocate(
 
     def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
         planned.append(options.expert_slots)
-        card_machine = Machine(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
+        card_machine = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
         return make_plan(packed.config, packed.record, weights, options, card_machine)
 
@@ -267,7 +268,8 @@ def allocate(
         made.append(plan.expert_slots)
         return SimpleNamespace()
 
-    monkeypatch.setattr(loader, "_plan", plan)
+    monkeypatch.setattr(loader, "memory_plan", plan)
+    monkeypatch.setattr(loader, "hardware_of", lambda *what: None)
     monkeypatch.setattr(loader.Loader, "_runner", runner)
     first = plan(one.packed, one.options)
     planned.clear()
@@ -316,6 +318,37 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_said_to_be_missing(folder: Pat
         pytest.skip("there is a GPU here")
     with pytest.raises(NoDevice):
         loader.load(folder / MIXED.name, device="gpu")
+
+
+def test_a_gpu_that_cannot_be_used_does_not_lead_to_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise DeviceError("cuda-bindings is not installed")
+
+    monkeypatch.setattr(select, "Device", fails)
+    with pytest.raises(DeviceError, match="cuda-bindings"):
+        loader.load(folder / MIXED.name, device="auto")
+
+
+@pytest.mark.parametrize(("version", "level"), [(None, "INFO"), (13000, "WARNING")])
+def test_running_on_the_cpu_beside_a_gpu_that_is_too_old_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: int | None,
+    level: str,
+) -> None:
+    def fails() -> None:
+        raise NoDevice("GTX 1650 is sm_75; Osmium needs sm_80 (RTX 30 series) or newer.")
+
+    monkeypatch.setattr(select, "Device", fails)
+    monkeypatch.setattr(select, "cuda_version", lambda: version)
+    caplog.set_level("INFO", logger="osmium.cuda")
+    assert select.open_gpu(EngineConfig()) is None
+    (record,) = caplog.records
+    assert record.levelname == level and "GTX 1650" in record.message
+    with pytest.raises(NoDevice):
+        select.open_gpu(EngineConfig(device="gpu"))
 
 
 def test_the_public_names_are_there() -> None:

@@ -11,8 +11,15 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.forecast import OVERHEAD
-from osmium.engine.plan import CONTEXT_BYTES, Machine, MemoryPlan, available_ram, make_plan
+from osmium.engine.plan import (
+    CONTEXT_BYTES,
+    DoesNotFit,
+    HardwareInfo,
+    MemoryPlan,
+    available_ram,
+    make_plan,
+)
+from osmium.engine.speed_estimate import HIDDEN, LAYER_US, LINK_SHARE, MISS_LAYER_US, VRAM_SHARE
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
@@ -34,12 +41,12 @@ RECORD = Record(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
 
 WEIGHTS = [("embed", 2 * MODEL.vocab_size * MODEL.hidden_size), ("head", GIB), ("layers", 6 * GIB)]
 
-CARD = Machine(True, 31 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
+CARD = HardwareInfo(True, 31 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
 
-LAPTOP = Machine(False, ram_available=100 * GIB, ram_total=128 * GIB)
+LAPTOP = HardwareInfo(False, ram_available=100 * GIB, ram_total=128 * GIB)
 
 
-def plan(machine: Machine = CARD, model: ModelConfig = MODEL, **options: Any) -> MemoryPlan:
+def plan(machine: HardwareInfo = CARD, model: ModelConfig = MODEL, **options: Any) -> MemoryPlan:
     return make_plan(model, RECORD, WEIGHTS, EngineConfig(**options), machine)
 
 
@@ -87,21 +94,25 @@ def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
     assert plan(vram=12 * GIB).vram["reserve"] == 256 << 20
 
 
-def test_a_model_that_fits_needs_no_arena() -> None:
+def test_a_model_that_fits_needs_no_host_experts() -> None:
     few = replace(MODEL, layer_types=MODEL.layer_types[:4])
     made = plan(model=few)
     assert made.expert_slots == few.num_experts
     assert made.hit_rate == 1
-    assert "expert arena" not in made.ram
-    assert plan().ram["expert arena"] == MODEL.num_layers * MODEL.num_experts * RECORD.nbytes
+    assert "host experts" not in made.ram
+    assert plan().ram["host experts"] == MODEL.num_layers * MODEL.num_experts * RECORD.nbytes
 
 
 def test_pages_hold_a_context_and_more_where_asked() -> None:
     made = plan(context=10_000, page_size=64)
     assert (made.num_pages, made.table_pages) == (157, 157)
-    assert made.vram["KV"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
+    assert made.vram["KV cache"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
     more = plan(context=10_000, page_size=64, kv_cache_mb=2048)
-    assert more.vram["KV"] <= 2 << 30 < more.vram["KV"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
+    assert (
+        more.vram["KV cache"]
+        <= 2 << 30
+        < more.vram["KV cache"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
+    )
     assert more.table_pages == 157
 
 
@@ -126,10 +137,10 @@ def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
 
 
 def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
-    sizes = {kind: plan(kv_dtype=kind).vram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    sizes = {kind: plan(kv_dtype=kind).vram["KV cache"] for kind in ("fp8_e4m3", "bf16")}
     dim = MODEL.head_dim
     assert sizes["bf16"] * (dim + 2) == sizes["fp8_e4m3"] * 2 * dim
-    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV"] for kind in ("fp8_e4m3", "bf16")}
+    laptop = {kind: plan(LAPTOP, kv_dtype=kind).ram["KV cache"] for kind in ("fp8_e4m3", "bf16")}
     assert laptop == sizes
 
 
@@ -141,7 +152,7 @@ def test_a_plan_can_be_read_by_people_and_by_programs() -> None:
     assert "estimate" in text
     read = json.loads(json.dumps(made.as_dict()))
     assert read["expert_slots"] == made.expert_slots
-    assert read["vram"] == made.vram
+    assert read["vram_bytes"] == made.vram
     assert 0 < read["expected_hit_rate"] < 1
 
 
@@ -174,18 +185,43 @@ def test_the_estimate_is_its_formula() -> None:
     used = MODEL.num_layers * MODEL.top_k * RECORD.nbytes
     weights = sum(size for name, size in WEIGHTS if name != "embed")
     states = 2 * state_bytes(MODEL, 0, 64, 1, "bf16")
-    seconds = (1 - made.hit_rate) * used / 50e9 + (weights + used + states) / 1500e9 * OVERHEAD
+    context = 1024 * state_bytes(MODEL, 1, 64, 0, "fp8_e4m3") // 64
+    vram = (weights + used + states + context) / (VRAM_SHARE * 1500e9)
+    gpu = vram + MODEL.num_layers * LAYER_US / 1e6
+    link = (1 - made.hit_rate) * used / (LINK_SHARE * 50e9)
+    seconds = gpu + MODEL.num_layers * MISS_LAYER_US / 1e6 + link - HIDDEN * min(gpu, link)
+    assert made.expected_tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
     (own,) = [row for row in made.slot_estimates() if row.gib == 0]
-    assert own.tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
+    assert own.tokens_per_s == made.expected_tokens_per_s
     assert own.missed_mb_per_token == pytest.approx((1 - made.hit_rate) * used / 1e6)
+    longer = made.tokens_per_s_at(32768)
+    assert longer is not None and longer < 1 / seconds
+
+
+def test_prefetch_is_planned_where_kernels_copy_in_bulk_and_experts_are_missed() -> None:
+    hopper = replace(MEASURED, capability=(9, 0))
+    assert plan(hopper).prefetch
+    fast, slow = plan(hopper).expected_tokens_per_s, plan(MEASURED).expected_tokens_per_s
+    assert fast is not None and slow is not None and fast > slow
+    few = replace(MODEL, layer_types=MODEL.layer_types[:4])
+    for made in (
+        plan(replace(MEASURED, capability=(8, 9))),
+        plan(hopper, prefetch=False),
+        plan(hopper, enable_expert_cache=False),
+        plan(hopper, few),
+        plan(LAPTOP),
+    ):
+        assert not made.prefetch
 
 
 def test_what_was_not_measured_is_not_estimated() -> None:
     made = plan()
+    assert made.expected_tokens_per_s is None
     assert all(row.tokens_per_s is None for row in made.slot_estimates())
     assert "GB/s" not in made.table()
     assert "GB/s" in plan(MEASURED).table()
     assert plan(LAPTOP).slot_estimates() == []
+    assert plan(LAPTOP).expected_tokens_per_s is None
 
 
 def test_a_table_ends_where_all_is_resident_or_nothing_is_left() -> None:
@@ -211,11 +247,12 @@ def test_a_card_that_lacks_a_little_is_told_how_little() -> None:
         size for size in range(8 * GIB, 31 * GIB, 1 << 20) if _fits(vram=size)
     )  # the reserve is a share of the budget: no formula
     assert plan(vram=least).expert_slots == MODEL.top_k
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(DoesNotFit) as caught:
         plan(vram=least - (1 << 20))
     need, left = re.findall(r"(\d+\.\d+) GiB", str(caught.value))[:2]
     assert 0 <= float(need) - float(left) <= 0.01
-    for word in ("weights", "KV", "--kv-cache-mb", "--context"):
+    assert 0 < caught.value.need - caught.value.limit <= 2 << 20
+    for word in ("weights", "KV cache", "recurrent state"):
         assert word in str(caught.value)
 
 
@@ -233,23 +270,23 @@ def _fits(**options: Any) -> bool:
 @pytest.mark.parametrize(
     ("machine", "options", "named"),
     [
-        (CARD, {"vram": 9 * GIB}, ["--kv-cache-mb", "--context"]),
+        (CARD, {"vram": 9 * GIB}, ["of VRAM", "of 9.00 GiB", "weights 7.00 GiB"]),
         (CARD, {"vram": 40 * GIB}, ["--vram", "40.00 GiB"]),
-        (replace(CARD, vram_free=4 * GIB), {}, ["Hot experts need"]),
-        (CARD, {"kv_cache_mb": 26 << 10}, ["Hot experts need", "--kv-cache-mb"]),
+        (replace(CARD, vram_free=4 * GIB), {}, ["smallest expert cache", "0.00 GiB are left"]),
+        (CARD, {"kv_cache_mb": 26 << 10}, ["smallest expert cache", "KV cache 26.00 GiB"]),
         (CARD, {"kv_cache_mb": 1}, ["--kv-cache-mb 1", "32768"]),
         (CARD, {"context": 262145}, ["--context is 262145", "262144"]),
         (CARD, {"expert_slots": 7}, ["--expert-slots is 7", "8"]),
         (CARD, {"kv_dtype": "f32"}, ["--kv-dtype", "f32"]),
         (CARD, {"ram": 10 * GIB}, ["10.00 GiB", "host memory"]),
-        (replace(CARD, ram_available=50 * GIB), {}, ["host memory", "arena"]),
+        (replace(CARD, ram_available=50 * GIB), {}, ["host memory", "host experts 55.69 GiB"]),
         (CARD, {"prefill_chunk": 4, "max_num_seqs": 5}, ["--max-num-seqs is 5", "4"]),
         (replace(LAPTOP, ram_available=8 * GIB), {}, ["host memory"]),
-        (LAPTOP, {"ram": 1}, ["host memory"]),
+        (LAPTOP, {"ram": 1 << 20}, ["host memory"]),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
-    machine: Machine, options: dict[str, Any], named: list[str]
+def test_what_does_not_fit_is_refused_with_the_numbers(
+    machine: HardwareInfo, options: dict[str, Any], named: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         plan(machine, **options)
@@ -257,7 +294,7 @@ def test_what_does_not_fit_is_refused_with_the_flag_that_helps(
         assert word in str(caught.value)
 
 
-def test_the_flag_that_is_asked_for_helps() -> None:
+def test_the_kv_cache_that_is_asked_for_is_enough() -> None:
     with pytest.raises(ConfigError, match=r"Raise it to (\d+)") as caught:
         plan(kv_cache_mb=100, context=32768)
     raised = int(str(caught.value).split("Raise it to ")[1].split(",")[0])

@@ -230,7 +230,7 @@ def test_slots_are_shared_out_after_so_many_tokens_and_then_twice_as_many(
     assert shares == [(TOKENS - 1) * number * layers * top_k for number in seen]
     assert seen == [2, 4, 8], "64 tokens of at least 50, then 128 and 256"
     (said, *_) = [one.getMessage() for one in caplog.records]
-    assert "expert slots a layer" in said and f"{SLOTS * layers} experts" in said
+    assert "expert slots between layers" in said and f"{SLOTS * layers} experts" in said
 
 
 def test_who_asks_again_after_a_while_is_told_the_same(

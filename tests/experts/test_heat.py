@@ -274,7 +274,7 @@ def test_an_earlier_versions_heat_is_left_aside_and_its_version_said(
     raw = path.read_bytes()
     path.write_bytes(raw[:7] + b"\1" + raw[8:])
     is_left_aside(path, caplog)
-    assert "version 1" in caplog.text
+    assert "version is 1" in caplog.text
 
 
 def test_any_damage_is_left_aside(

@@ -296,7 +296,7 @@ for again in range(2):
         kernel("add_f32")(machine.stream, out, nowhere, 1024)
         machine.synchronize()
     except CudaError as error:
-        print(error.lost, error.code, "add_f32" in str(error), "restart" in str(error))
+        print(error.context_lost, error.code, "add_f32" in str(error), "restart" in str(error))
 machine.close()
 """
 

@@ -1,15 +1,20 @@
 """The driver layer where there is no GPU, and what it says of results."""
 
+import ctypes
 import functools
+import re
 import sys
+from collections.abc import Callable
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from osmium.cuda import driver
 from osmium.cuda.driver import Device, Driver, load_driver
 from osmium.cuda.memory import DeviceArray
-from osmium.errors import NoDevice
+from osmium.distribution import how_to_install
+from osmium.errors import DeviceError, NoDevice
 
 
 class Result:
@@ -58,10 +63,75 @@ def hide(monkeypatch: pytest.MonkeyPatch, binding: object) -> None:
     monkeypatch.setattr(driver, "load_driver", functools.cache(load_driver.__wrapped__))
 
 
-def test_without_the_binding_the_error_says_which_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_gpu_and_binding_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, None)
-    with pytest.raises(NoDevice, match=r"osmium\[cu13\]"):
+    monkeypatch.setattr(driver, "cuda_version", lambda: None)
+    with pytest.raises(NoDevice, match=re.escape(how_to_install("cu13"))):
         Device()
+
+
+@pytest.mark.parametrize(
+    ("version", "named"),
+    [
+        (12080, re.escape(how_to_install("cu12"))),
+        (13000, re.escape(how_to_install("cu13"))),
+        (12040, r"12\.4.*12\.8"),
+    ],
+)
+def test_a_gpu_without_the_binding_is_an_error_with_the_command(
+    monkeypatch: pytest.MonkeyPatch, version: int, named: str
+) -> None:
+    hide(monkeypatch, None)
+    monkeypatch.setattr(driver, "cuda_version", lambda: version)
+    with pytest.raises(DeviceError, match=rf"{named}.*--device cpu") as caught:
+        Device()
+    assert not isinstance(caught.value, NoDevice), "there is one: nothing may go on without it"
+
+
+def test_a_binding_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match="some symbol"):
+        driver._explain_missing_binding(ImportError("some symbol"), 13000)
+
+
+class Libcuda:
+    """The driver's library as ctypes sees it."""
+
+    def __init__(self, init: int, count: int, version: int) -> None:
+        self.init, self.count, self.version = init, count, version
+
+    def cuInit(self, flags: int) -> int:
+        return self.init
+
+    def cuDeviceGetCount(self, out: Any) -> int:
+        out._obj.value = self.count
+        return 0
+
+    def cuDriverGetVersion(self, out: Any) -> int:
+        out._obj.value = self.version
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("library", "found"),
+    [
+        (lambda: Libcuda(0, 1, 12080), 12080),
+        (lambda: Libcuda(0, 0, 12080), None),
+        (lambda: Libcuda(100, 1, 12080), None),
+        (object, None),
+    ],
+    ids=["a GPU", "none visible", "no device", "another library"],
+)
+def test_the_drivers_version_is_found_without_the_binding(
+    monkeypatch: pytest.MonkeyPatch, library: Callable[[], Any], found: int | None
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: library())
+    assert driver.cuda_version() == found
+
+    def none(name: str) -> Any:
+        raise OSError("libcuda.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", none)
+    assert driver.cuda_version() is None
 
 
 class Binding:
@@ -80,15 +150,20 @@ class Binding:
 
 
 @pytest.mark.parametrize(
-    ("init", "version", "named"),
-    [(-1, 0, "libcuda"), (100, 0, "CUDA_ERROR_NO_DEVICE"), (0, 12040, r"12\.4")],
+    ("init", "version", "kind", "named"),
+    [
+        (-1, 0, NoDevice, "libcuda"),
+        (100, 0, NoDevice, "CUDA_ERROR_NO_DEVICE"),
+        (0, 12040, DeviceError, r"12\.4"),
+    ],
 )
 def test_no_driver_no_gpu_and_an_old_driver_are_told_apart(
-    monkeypatch: pytest.MonkeyPatch, init: int, version: int, named: str
+    monkeypatch: pytest.MonkeyPatch, init: int, version: int, kind: type[DeviceError], named: str
 ) -> None:
     hide(monkeypatch, Binding(init, version))
-    with pytest.raises(NoDevice, match=named):
+    with pytest.raises(kind, match=named) as caught:
         Device()
+    assert type(caught.value) is kind
 
 
 def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

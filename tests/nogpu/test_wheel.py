@@ -1,50 +1,57 @@
-"""What a wheel carries, and what an editable install does without."""
+"""What a wheel and an sdist carry: everything that runs, without a build step of our own."""
 
-import importlib.util
 import subprocess
 import sys
+import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 
+from osmium.distribution import NAME
+from osmium.kernels.python import KERNELS
+from osmium.ops.gpu import check_kernels
 from tests.ptx.kernels import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytest.importorskip("hatchling", reason="hatchling is in the dev extra")
 
-
-def hook() -> Any:
-    """The build hook, as hatchling makes it."""
-    spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.CompileKernels(str(ROOT), {}, None, None, "", "wheel")
+def built(what: str, folder: Path) -> Path:
+    """A wheel or an sdist, made by hatchling alone."""
+    pytest.importorskip("hatchling", reason="hatchling is in the dev extra")
+    code = f"import hatchling.build; hatchling.build.build_{what}({str(folder)!r})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = folder.iterdir()
+    return path
 
 
 def test_a_wheel_carries_every_kernel_as_text(tmp_path: Path) -> None:
-    pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
-    code = f"import hatchling.build; hatchling.build.build_wheel({str(tmp_path)!r})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.whl")
+    path = built("wheel", tmp_path)
+    assert path.name.startswith("osmium_serve-") and path.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
         assert {f"osmium/ptx/{name}.ptx" for name in NAMES} <= names
+        assert {f"osmium/kernels/compiled/{name}.ptx" for name in KERNELS} <= names
         assert "osmium/demo/demo.osmium" in names
-        text = wheel.read("osmium/kernels/compiled/place.ptx").decode()
-    assert ".visible .entry place(" in text
+        scripts = next(wheel.read(name) for name in names if name.endswith("entry_points.txt"))
+    assert b"osmium-serve = osmium.cli:serve" in scripts and b"osmium = osmium.cli:main" in scripts
     assert not [name for name in names if name.startswith(("tests/", "tools/"))]
+    assert len(KERNELS) + len(NAMES) == check_kernels()
 
 
-def test_only_an_editable_install_compiles_nothing() -> None:
-    pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
-    build_data: dict[str, dict[str, str]] = {"force_include": {}}
-    hook().initialize("editable", build_data)
-    assert build_data == {"force_include": {}}
-    hook().initialize("standard", build_data)
-    assert "osmium/kernels/compiled/place.ptx" in build_data["force_include"].values()
-    assert all(Path(path).is_file() for path in build_data["force_include"])
+def test_an_sdist_carries_what_a_wheel_is_made_of(tmp_path: Path) -> None:
+    with tarfile.open(built("sdist", tmp_path)) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    kernels = {f"ptx/{name}.ptx" for name in NAMES}
+    kernels |= {f"osmium/kernels/compiled/{name}.ptx" for name in KERNELS}
+    more = {"osmium/demo/demo.osmium", "osmium/demo/NOTICE.md", "tools/serve", "tests/conftest.py"}
+    assert kernels | more <= names
+
+
+def test_the_project_needs_hatchling_alone_to_build() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert project["project"]["name"] == NAME
+    assert [one.partition(">")[0] for one in project["build-system"]["requires"]] == ["hatchling"]
+    assert "hooks" not in project["tool"]["hatch"]["build"]["targets"]["wheel"]

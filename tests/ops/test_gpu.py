@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from osmium.experts.cache import make_cache, resident, verify
-from osmium.loader import BULK
+from osmium.experts.guess import MIN_BULK_COPY_CC
 from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
@@ -33,7 +33,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
 def copies_in_bulk(gpu: GpuOps) -> None:
     """What is fetched early is copied in bulk."""
     machine: Any = gpu.machine
-    if machine.device.capability < BULK:
+    if machine.device.capability < MIN_BULK_COPY_CC:
         pytest.skip("bulk copies are for compute capability 9.0 and up")
 
 

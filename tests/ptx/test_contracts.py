@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import Contract, kernel
+from osmium.kernels.sample import ADVANCE, DRAW
+from osmium.kernels.weigh import PEAKS, WEIGH
 from tests.ptx.kernels import FOLDER, NAMES
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -36,7 +39,7 @@ def assemble(path: Path, target: str) -> tuple[int, int, int]:
     """Registers, bytes spilled and bytes of static shared memory, by ptxas."""
     ptxas = find_ptxas()
     if ptxas is None:
-        pytest.skip("there is no ptxas: pip install nvidia-cuda-nvcc-cu12==12.8.*")
+        pytest.skip("ptxas is not installed; it is of the dev extra (nvidia-cuda-nvcc-cu12)")
     done = subprocess.run(
         [ptxas, "-v", f"-arch={target}", str(path), "-o", "/dev/null"],
         capture_output=True,
@@ -107,11 +110,6 @@ def _declared(code: str) -> str:
 
 
 def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
-    pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
-    from osmium.kernels.place import PLACE
-    from osmium.kernels.sample import ADVANCE, DRAW
-    from osmium.kernels.weigh import PEAKS, WEIGH
-
     for made in (PLACE, ADVANCE, DRAW, PEAKS, WEIGH):
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:

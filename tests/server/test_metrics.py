@@ -63,7 +63,7 @@ def test_what_was_done_is_counted() -> None:
     record = engine.runner.store.cache.record.nbytes
     assert after["osmium_experts_fetched_bytes_total", ()] == copied * record
     assert after["osmium_inter_token_latency_seconds_bucket", ("+Inf",)] == 8
-    assert after["osmium_planned_ram_bytes", ("KV",)] > 0
+    assert after["osmium_planned_ram_bytes", ("KV cache",)] > 0
     assert after["process_resident_memory_bytes", ()] > 1 << 20
 
 

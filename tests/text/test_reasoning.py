@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from osmium.text.defaults import sampling_defaults
-from osmium.text.reasoning import Thought, starts_in_thought
+from osmium.text.reasoning import ShownReply, Thought, starts_in_thought
 
 
 def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
@@ -59,3 +59,37 @@ def test_sampling_defaults_are_what_generation_config_says() -> None:
     assert sampling_defaults({"do_sample": False, "temperature": 0.6}) == {"temperature": 0.0}
     assert sampling_defaults(None) == {}
     assert sampling_defaults({"temperature": None, "top_k": True, "top_p": "0.9"}) == {}
+
+
+def shown(pieces: list[str], thinking: bool) -> tuple[str, str]:
+    reply = ShownReply(thinking)
+    parts = [reply.push(piece) for piece in pieces]
+    parts.append(reply.flush())
+    return "".join(a for a, _ in parts), "".join(b for _, b in parts)
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "wanted"),
+    [
+        ("so it is\n</think>\n\nParis.", True, ("so it is", "Paris.")),
+        ("<think>\nhm\n</think>\n\nParis.", False, ("hm", "Paris.")),
+        ("\n<think>hm</think>Paris.", False, ("hm", "Paris.")),
+        ("a</think>b</think>c", True, ("a", "bc")),
+        ("Paris.</think>", False, ("", "Paris.")),
+        ("write <think>x</think> so", False, ("", "write <think>x</think> so")),
+        ("write <think>x</think></think> so", False, ("", "write <think>x</think> so")),
+        ("  a < b <th", False, ("", "  a < b <th")),
+        ("<thi", False, ("", "<thi")),
+        ("", False, ("", "")),
+        ("never ends", True, ("never ends", "")),
+    ],
+)
+def test_no_unpaired_tag_is_shown_however_a_reply_is_cut(
+    text: str, thinking: bool, wanted: tuple[str, str], rng: np.random.Generator
+) -> None:
+    assert shown([text], thinking) == wanted
+    assert shown(list(text), thinking) == wanted
+    for _ in range(30):
+        cuts = sorted(rng.integers(0, len(text) + 1, 4).tolist())
+        pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+        assert shown(pieces, thinking) == wanted

@@ -344,7 +344,7 @@ def test_a_folder_of_the_name_goes_before_what_the_name_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("owner/model-GGUF", "demo", "qwen3:8b"):
+    for name in ("owner/model-GGUF", "./demo", "qwen3:8b"):
         write_checkpoint(CASES[0], tmp_path / name)
         assert resolve(name) == Path(name)
 

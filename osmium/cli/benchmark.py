@@ -1,0 +1,116 @@
+"""`osmium bench`: rows on stderr as they are measured, one JSON line on stdout."""
+
+import argparse
+import gc
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from osmium.bench.kernels import bench_kernels
+from osmium.bench.profile import profile, profile_table
+from osmium.bench.report import COLUMNS, compare, row_line, summary
+from osmium.bench.speed import Settings, measure
+from osmium.cli.flags import BENCH, engine_options
+from osmium.cli.local import named_model
+from osmium.cli.progress import progress_bar
+from osmium.cli.timing import enable_timing
+from osmium.engine.engine import Engine
+from osmium.errors import ConfigError
+from osmium.loader import Loader
+
+__all__ = ["DEFAULTS", "bench", "measure_and_show"]
+
+DEFAULTS = Settings(
+    depths=(BENCH["depth"],), tokens=BENCH["tokens"], repeats=BENCH["repeats"],
+    warm_up=BENCH["warm_up"], parallel=BENCH["parallel"], prompts=BENCH["prompt_tokens"],
+)  # fmt: skip
+"""What `serve --benchmark` measures."""
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Decode and prefill, medians."""
+    if args.compare:
+        print(compare(*(_json_file(path) for path in args.compare)))
+        return
+    if args.model == "kernels":  # a folder of that name is ./kernels
+        print(json.dumps(bench_kernels(args.filter, _say)))
+        return
+    model, options = engine_options(args)
+    budgets = options.pop("kv_cache_mb", None) or (None,)
+    settings = Settings(
+        tuple(args.depth.split(",")), args.tokens, args.repeats, args.warm_up, args.parallel,
+        args.prompt_tokens, args.temperature,
+    )  # fmt: skip
+    device = options.pop("device", "auto")
+    found = []
+    with progress_bar() as show:
+        loader = Loader(named_model(model, args.cache_dir), device, progress=show, **options)
+    try:
+        for budget in budgets:
+            with progress_bar() as show:
+                loader.progress = show
+                engine = loader.engine(**_context(loader, budget, args.depth))
+            try:
+                if args.timing:
+                    enable_timing(engine)
+                about = {"kv_cache_mb": budget}
+                found.append(measure_and_show(engine, settings, loader.memory_rate(), about))
+                if args.profile:
+                    depth = found[-1]["rows"][-1].get("depth", 1024)
+                    found[-1]["profile"] = profile(engine, depth)
+                    _say(profile_table(found[-1]["profile"]))
+            finally:
+                engine.close()
+                del engine
+                gc.collect()  # its VRAM, before the next one allocates
+    finally:
+        loader.close()
+    print(json.dumps(found if len(found) > 1 else found[0]))
+
+
+def measure_and_show(
+    engine: Engine, settings: Settings, memory_gb_s: float, about: dict[str, Any]
+) -> dict[str, Any]:
+    """`about` and what was measured; each row is printed on stderr with the time that is left.
+
+    Raises: ConfigError where the sizes do not fit the engine.
+    """
+    rows = len(settings.prompts) + len(settings.parallel) * len(settings.depths)
+    _say(f"{engine.name}: measuring {rows} row{'s' * (rows != 1)}")
+    _say(COLUMNS)
+
+    def on_row(row: dict[str, Any], left: int, seconds: float | None) -> None:
+        _say(row_line(row))
+        if left:
+            about_s = "" if seconds is None else f", about {_duration(seconds)}"
+            _say(f"  ({left} row{'s' * (left != 1)} left{about_s})")
+
+    found = {**about, **measure(engine, settings, memory_gb_s, on_row)}
+    _say(summary(found))
+    return found
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+def _context(loader: Loader, budget: int | None, depth: str) -> dict[str, Any]:
+    """Options of one KV budget; a depth in percent is of all that the KV cache holds."""
+    if budget is None:
+        return {}
+    if "%" not in depth:
+        return {"kv_cache_mb": budget}
+    return {"kv_cache_mb": budget, "context": loader.kv_tokens(budget)}
+
+
+def _json_file(path: str) -> Any:
+    """The last line of a file as JSON.  Raises: ConfigError."""
+    try:
+        return json.loads(Path(path).read_text().strip().splitlines()[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(f"{path} holds no result of osmium bench: {error}") from None

@@ -1,0 +1,157 @@
+"""`osmium list` and `osmium rm`: packed models in the cache folder, and finding one by its name."""
+
+import argparse
+import datetime
+import difflib
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from osmium.cli.progress import byte_amount
+from osmium.config import EngineConfig
+from osmium.errors import ConfigError
+from osmium.weights import cache_folder
+from osmium.weights.local import LocalModel, local_models, remove
+from osmium.weights.synthetic import PREFIX
+
+__all__ = ["list_models", "named_model", "remove_models"]
+
+
+def list_models(args: argparse.Namespace) -> None:
+    """A table, or with --json one line."""
+    folder = _folder(args.cache_dir)
+    models = local_models(folder)
+    if args.json:
+        print(json.dumps([_as_dict(one) for one in models]))
+        return
+    if not models:
+        print(f"No packed models in {folder}. `osmium pull OWNER/NAME` makes one.")
+        return
+    rows = [("NAME", "SIZE", "EXPERTS", "ATTENTION", "SHARED", "HEAD", "LAST USED")]
+    for one in models:
+        formats = one.formats
+        columns = (
+            (f"{formats.expert_bits} bits", formats.attention, formats.shared, formats.head)
+            if formats is not None
+            else ("-", "-", "-", "-")
+        )
+        rows.append((one.name, _size(one), *columns, one.problem or _ago(one.last_used)))
+    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[6]]))
+    total = sum(one.nbytes for one in models)
+    print(f"{byte_amount(total)} in {folder}")
+
+
+def remove_models(args: argparse.Namespace) -> None:
+    """Delete packed models; on a terminal asks first.
+
+    Raises: ConfigError where a name is unknown, a model is being packed, or there is no terminal
+    to ask on.
+    """
+    folder = _folder(args.cache_dir)
+    models = local_models(folder)
+    chosen = list(dict.fromkeys(_find(name, models, folder) for name in args.names))
+    if not args.yes:
+        if sys.stdin is None or not sys.stdin.isatty():
+            raise ConfigError("rm asks before it deletes, and stdin is no terminal; add -y.")
+        names = ", ".join(f"{one.name} ({_size(one)})" for one in chosen)
+        print(f"Delete {names} from {folder}? [y/N] ", end="", file=sys.stderr, flush=True)
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            print("Nothing was deleted.", file=sys.stderr)
+            return
+    for one in chosen:
+        models.remove(one)
+        freed = remove(one, models)
+        print(f"{one.name} deleted, {byte_amount(freed)} free again")
+
+
+def named_model(model: str | None, cache_dir: str | None) -> str | None:
+    """What the loader takes for MODEL: the packed file where it is a NAME of `osmium list`.
+
+    Raises: ConfigError for a word that can be no model, with what was perhaps meant.
+    """
+    if model is None or model == "demo" or "/" in model or model.lower().startswith(PREFIX):
+        return model
+    if model.startswith(("~", ".")) or _exists(model):
+        return model
+    models = local_models(_folder(cache_dir))
+    found = [one for one in models if model in _names(one)]
+    if len(found) == 1 and found[0].formats is not None:
+        return str(found[0].path)
+    if len(found) == 1:
+        raise ConfigError(f"{model}: {found[0].problem}.")
+    near = difflib.get_close_matches(model, ["demo", *(one.name for one in models)], 1)
+    if near:
+        raise ConfigError(f"There is no model {model!r} here; did you mean {near[0]}?")
+    raise ConfigError(
+        f"{model!r} is no model: there is no such folder or packed file, `osmium list` does not "
+        f'name it, and hub ids are owner/name. As a prompt: osmium run demo "{model}"'
+    )
+
+
+def _folder(cache_dir: str | None) -> Path:
+    return cache_folder(replace(EngineConfig(), cache_dir=cache_dir))
+
+
+def _exists(name: str) -> bool:
+    try:
+        return Path(name).exists()
+    except (OSError, ValueError):  # a prompt, say: too long, or with a null byte
+        return False
+
+
+def _names(model: LocalModel) -> Iterable[str]:
+    return model.name, model.path.name, model.path.name.removesuffix(".osmium")
+
+
+def _find(name: str, models: list[LocalModel], folder: Path) -> LocalModel:
+    path = Path(name).expanduser()
+    if "/" in name:
+        if path.resolve().parent != folder.resolve():
+            raise ConfigError(
+                f"{name} is not in the cache folder {folder}; osmium rm deletes nothing elsewhere."
+            )
+        name = path.name
+    found = [one for one in models if name in _names(one)]
+    if found:
+        return found[0]
+    near = difflib.get_close_matches(name, [one.name for one in models], 1)
+    hint = f"did you mean {near[0]}?" if near else "`osmium list` prints the names."
+    raise ConfigError(f"There is no packed model {name!r} in {folder}; {hint}")
+
+
+def _size(model: LocalModel) -> str:
+    if model.nbytes == model.total:
+        return byte_amount(model.total)
+    return byte_amount(model.nbytes, model.total)
+
+
+def _ago(when: float | None) -> str:
+    """ "never", "today 14:02", "3 days ago", "2026-01-31"."""
+    if when is None:
+        return "never"
+    then, now = datetime.datetime.fromtimestamp(when), datetime.datetime.now()
+    days = (now.date() - then.date()).days
+    if days <= 0:
+        return f"today {then:%H:%M}"
+    if days < 15:
+        return f"{days} day{'s' * (days > 1)} ago"
+    return f"{then:%Y-%m-%d}"
+
+
+def _as_dict(model: LocalModel) -> dict[str, Any]:
+    used = model.last_used
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "bytes": model.nbytes,
+        "total_bytes": model.total,
+        "formats": None if model.formats is None else vars(model.formats),
+        "last_used": None if used is None else datetime.datetime.fromtimestamp(used).isoformat(),
+        "problem": model.problem or None,
+    }

@@ -1,0 +1,110 @@
+"""Flag values: text to a value, or one line that names the value and the rule.
+
+Each function returns a parser for argparse's `type`.  A parser raises ArgumentTypeError with the
+rest of a sentence that begins with the flag: "is 'x'; it must be ...".
+"""
+
+import argparse
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from osmium.errors import ConfigError
+
+__all__ = ["choice", "depths", "integer", "integers", "number", "parsed"]
+
+
+def integer(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An integer from `low` to `high`, both included."""
+
+    def convert(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if value < low or (high is not None and value > high):
+            raise _wrong(text, "an integer " + _span(low, high))
+        return value
+
+    return convert
+
+
+def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
+    """A number from `low` to `high`; with `above`, `low` itself is refused."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or (above and value == low):
+            rule = f"above {low:g} and at most {high:g}" if above else _span(low, high)
+            raise _wrong(text, "a number " + rule)
+        return value
+
+    return convert
+
+
+def integers(low: int, *, zero_is_none: bool = False) -> Callable[[str], tuple[int, ...]]:
+    """ "1,4" as (1, 4); with `zero_is_none`, "0" as ()."""
+
+    def convert(text: str) -> tuple[int, ...]:
+        try:
+            values = tuple(int(one) for one in text.split(","))
+        except ValueError:
+            values = (low - 1,)
+        if zero_is_none and values == (0,):
+            return ()
+        if min(values) < low:
+            rule = f"integers of at least {low}, as in {low} or 512,4096"
+            raise _wrong(text, rule + ("; 0 for none" if zero_is_none else ""))
+        return values
+
+    return convert
+
+
+def choice(*known: str, otherwise: Mapping[str, str] | None = None) -> Callable[[str], str]:
+    """One of some words.  `otherwise` says of values that are not supported what to use instead."""
+
+    def convert(text: str) -> str:
+        if text in known:
+            return text
+        instead = (otherwise or {}).get(text.lower())
+        if instead is not None:
+            raise argparse.ArgumentTypeError(f"{text} {instead}")
+        raise _wrong(text, f"one of {', '.join(known)}")
+
+    return convert
+
+
+def depths(text: str) -> str:
+    """Context lengths of a benchmark: "1k,16k", "4096" or "90%"; returned as written."""
+    for one in text.lower().split(","):
+        digits = one[:-1] if one.endswith(("k", "%")) else one
+        try:
+            value = float(digits)
+        except ValueError:
+            value = -1.0
+        if not math.isfinite(value) or value <= 0 or (one.endswith("%") and value > 100):
+            raise _wrong(text, "one or more lengths such as 1k, 4096 or 90%, separated by commas")
+    return text
+
+
+def parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """One of the parsers of osmium/config.py; its ConfigError becomes argparse's."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(f"cannot be read: {error}") from None
+
+    return convert
+
+
+def _span(low: float, high: float | None) -> str:
+    return f"of at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+
+
+def _wrong(text: str, rule: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"is {text!r}; it must be {rule}.")

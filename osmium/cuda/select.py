@@ -1,0 +1,41 @@
+"""The GPU that an engine uses, with the kind of host memory that suits it, chosen by measuring."""
+
+import logging
+
+from osmium.config import EngineConfig
+from osmium.cuda.driver import Device, cuda_version
+from osmium.cuda.memory import HostKind
+from osmium.cuda.stream import Machine, copy_rates, memory_rate
+from osmium.errors import NoDevice
+
+__all__ = ["open_gpu"]
+
+LOG = logging.getLogger("osmium.cuda")
+
+
+def open_gpu(config: EngineConfig) -> Machine | None:
+    """The GPU, its link and its VRAM measured; None on the CPU, or where there is no GPU and none
+    is required.
+
+    Raises: DeviceError where there is a GPU that cannot be used as it is, unless it is too old.
+    """
+    if config.device == "cpu":
+        return None
+    try:
+        device = Device()
+    except NoDevice as error:
+        if config.device == "gpu":
+            raise
+        level = logging.INFO if cuda_version() is None else logging.WARNING
+        LOG.log(level, "Running on the CPU. %s", error)
+        return None
+    kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
+    if config.write_combined is not None:
+        kinds = ["write-combined"] if config.write_combined else kinds[:2]
+    rates = copy_rates(device, kinds)
+    # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
+    best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
+    LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
+    gpu = Machine(device, best)
+    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
+    return gpu

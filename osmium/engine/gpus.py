@@ -1,0 +1,202 @@
+"""GPUs by name, to plan for one that is not in this machine.
+
+Values are those of the makers' specifications: memory, its rate, PCIe lanes, compute capability,
+multiprocessors.  What a card really gives is less, by shares that were measured on others: see
+VRAM_VISIBLE, VRAM_COPY and LINK_GB_S.
+"""
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from osmium.errors import ConfigError
+
+__all__ = ["GPUS", "GpuSpec", "find_gpu", "generic_gpu"]
+
+GIB = 1 << 30
+
+VRAM_VISIBLE = 0.98
+"""Share of the memory on the box that a driver gives out: 23.65 of a 4090's 24 GiB, 31.36 of a
+5090's 32, 11.76 of a 3060's 12."""
+
+VRAM_COPY = 0.87
+"""What a copy inside VRAM reads and writes, of the specified rate: H100 2,980 of 3,352 GB/s, H200
+4,160 of 4,800 (2026-11)."""
+
+LINK_GB_S = {
+    (3, 8): 6.2, (3, 16): 12.4, (4, 8): 12.6, (4, 16): 25.0, (5, 8): 26.5, (5, 16): 53.0,
+}  # fmt: skip
+"""GB/s of large copies from page-locked host memory, by PCIe generation and lanes.  Generation 5
+x16 is measured (H100, H200: 52 to 55, 2026-11); the others are the same share of their signalling
+rate, which agrees with a published 25.2 for generation 4 x16 (RTX 4090)."""
+
+
+@dataclass(frozen=True)
+class GpuSpec:
+    """One GPU, as specified."""
+
+    name: str
+    vram_gib: int
+    """On the box."""
+    memory_gb_s: float
+    """Specified rate of VRAM."""
+    pcie: tuple[int, int]
+    """Generation and lanes; of laptops the eight lanes that most are wired with."""
+    capability: tuple[int, int]
+    multiprocessors: int
+
+    @property
+    def vram_bytes(self) -> int:
+        """What the driver gives out where nothing else runs."""
+        return int(self.vram_gib * GIB * VRAM_VISIBLE)
+
+    @property
+    def vram_copy_gb_s(self) -> float:
+        """What a copy inside VRAM may be expected to read and write."""
+        return self.memory_gb_s * VRAM_COPY
+
+    @property
+    def link_gb_s(self) -> float:
+        """What large copies from host memory may be expected to carry."""
+        return LINK_GB_S[self.pcie]
+
+
+_AMPERE, _ADA, _HOPPER, _BLACKWELL = (8, 6), (8, 9), (9, 0), (12, 0)
+
+GPUS = tuple(
+    GpuSpec(*row)
+    for row in (
+        ("RTX 3050 8GB", 8, 224, (4, 8), _AMPERE, 20),
+        ("RTX 3060 8GB", 8, 240, (4, 16), _AMPERE, 28),
+        ("RTX 3060 12GB", 12, 360, (4, 16), _AMPERE, 28),
+        ("RTX 3060 Ti", 8, 448, (4, 16), _AMPERE, 38),
+        ("RTX 3070", 8, 448, (4, 16), _AMPERE, 46),
+        ("RTX 3070 Ti", 8, 608, (4, 16), _AMPERE, 48),
+        ("RTX 3080 10GB", 10, 760, (4, 16), _AMPERE, 68),
+        ("RTX 3080 12GB", 12, 912, (4, 16), _AMPERE, 70),
+        ("RTX 3080 Ti", 12, 912, (4, 16), _AMPERE, 80),
+        ("RTX 3090", 24, 936, (4, 16), _AMPERE, 82),
+        ("RTX 3090 Ti", 24, 1008, (4, 16), _AMPERE, 84),
+        ("RTX 4060", 8, 272, (4, 8), _ADA, 24),
+        ("RTX 4060 Ti 8GB", 8, 288, (4, 8), _ADA, 34),
+        ("RTX 4060 Ti 16GB", 16, 288, (4, 8), _ADA, 34),
+        ("RTX 4070", 12, 504, (4, 16), _ADA, 46),
+        ("RTX 4070 Super", 12, 504, (4, 16), _ADA, 56),
+        ("RTX 4070 Ti", 12, 504, (4, 16), _ADA, 60),
+        ("RTX 4070 Ti Super", 16, 672, (4, 16), _ADA, 66),
+        ("RTX 4080", 16, 717, (4, 16), _ADA, 76),
+        ("RTX 4080 Super", 16, 736, (4, 16), _ADA, 80),
+        ("RTX 4090", 24, 1008, (4, 16), _ADA, 128),
+        ("RTX 5060", 8, 448, (5, 8), _BLACKWELL, 30),
+        ("RTX 5060 Ti 8GB", 8, 448, (5, 8), _BLACKWELL, 36),
+        ("RTX 5060 Ti 16GB", 16, 448, (5, 8), _BLACKWELL, 36),
+        ("RTX 5070", 12, 672, (5, 16), _BLACKWELL, 48),
+        ("RTX 5070 Ti", 16, 896, (5, 16), _BLACKWELL, 70),
+        ("RTX 5080", 16, 960, (5, 16), _BLACKWELL, 84),
+        ("RTX 5090", 32, 1792, (5, 16), _BLACKWELL, 170),
+        ("RTX 3060 Laptop", 6, 336, (4, 8), _AMPERE, 30),
+        ("RTX 3070 Laptop", 8, 448, (4, 8), _AMPERE, 40),
+        ("RTX 3070 Ti Laptop", 8, 448, (4, 8), _AMPERE, 46),
+        ("RTX 3080 Laptop 8GB", 8, 448, (4, 8), _AMPERE, 48),
+        ("RTX 3080 Laptop 16GB", 16, 448, (4, 8), _AMPERE, 48),
+        ("RTX 3080 Ti Laptop", 16, 512, (4, 8), _AMPERE, 58),
+        ("RTX 4060 Laptop", 8, 256, (4, 8), _ADA, 24),
+        ("RTX 4070 Laptop", 8, 256, (4, 8), _ADA, 36),
+        ("RTX 4080 Laptop", 12, 432, (4, 8), _ADA, 58),
+        ("RTX 4090 Laptop", 16, 576, (4, 8), _ADA, 76),
+        ("RTX 5070 Laptop", 8, 384, (5, 8), _BLACKWELL, 36),
+        ("RTX 5070 Ti Laptop", 12, 672, (5, 8), _BLACKWELL, 46),
+        ("RTX 5080 Laptop", 16, 896, (5, 8), _BLACKWELL, 60),
+        ("RTX 5090 Laptop", 24, 896, (5, 8), _BLACKWELL, 82),
+        ("RTX A2000 12GB", 12, 288, (4, 16), _AMPERE, 26),
+        ("RTX A4000", 16, 448, (4, 16), _AMPERE, 48),
+        ("RTX A4500", 20, 640, (4, 16), _AMPERE, 56),
+        ("RTX A5000", 24, 768, (4, 16), _AMPERE, 64),
+        ("RTX A6000", 48, 768, (4, 16), _AMPERE, 84),
+        ("RTX 2000 Ada", 16, 224, (4, 8), _ADA, 22),
+        ("RTX 4000 Ada", 20, 360, (4, 16), _ADA, 48),
+        ("RTX 4500 Ada", 24, 432, (4, 16), _ADA, 60),
+        ("RTX 5000 Ada", 32, 576, (4, 16), _ADA, 100),
+        ("RTX 6000 Ada", 48, 960, (4, 16), _ADA, 142),
+        ("RTX PRO 2000", 16, 288, (5, 8), _BLACKWELL, 34),
+        ("RTX PRO 4000", 24, 672, (5, 16), _BLACKWELL, 70),
+        ("RTX PRO 4500", 32, 896, (5, 16), _BLACKWELL, 82),
+        ("RTX PRO 5000 48GB", 48, 1344, (5, 16), _BLACKWELL, 110),
+        ("RTX PRO 5000 72GB", 72, 1344, (5, 16), _BLACKWELL, 110),
+        ("RTX PRO 6000", 96, 1792, (5, 16), _BLACKWELL, 188),
+        ("A10", 24, 600, (4, 16), _AMPERE, 72),
+        ("A40", 48, 696, (4, 16), _AMPERE, 84),
+        ("A100 40GB", 40, 1555, (4, 16), (8, 0), 108),
+        ("A100 80GB", 80, 1935, (4, 16), (8, 0), 108),
+        ("L4", 24, 300, (4, 16), _ADA, 58),
+        ("L40", 48, 864, (4, 16), _ADA, 142),
+        ("L40S", 48, 864, (4, 16), _ADA, 142),
+        ("H100", 80, 3352, (5, 16), _HOPPER, 132),
+        ("H100 PCIe", 80, 2039, (5, 16), _HOPPER, 114),
+        ("H100 NVL", 94, 3938, (5, 16), _HOPPER, 132),
+        ("H200", 141, 4800, (5, 16), _HOPPER, 132),
+    )
+)
+
+GENERIC_GB_S = 500
+"""VRAM rate of a GPU of which nothing but its size is known, GB/s: between an RTX 3060's and a
+4070 Ti Super's."""
+
+_NOISE = {
+    "nvidia", "geforce", "rtx", "gpu", "graphics", "card", "generation", "blackwell", "workstation",
+    "server", "edition", "max", "q", "sxm", "hbm", "quadro", "desktop",
+}  # fmt: skip
+"""Words of a name that distinguish no GPU from another."""
+
+_WORDS = re.compile(r"ti|super|laptop|ada|pro|pcie|nvl|nvidia|geforce|rtx|sxm\d*|hbm\d*|[a-z]+|\d+")
+_SIZE = re.compile(r"(\d+)\s*g(?:i?b)?\b")
+
+
+def generic_gpu(vram: int) -> GpuSpec:
+    """A GPU of so many bytes of VRAM, the CUDA context included, and else of what is usual."""
+    gib = max(1, round(vram / GIB))
+    return GpuSpec(f"a GPU with {gib} GiB", gib, GENERIC_GB_S, (4, 16), (8, 6), 0)
+
+
+def find_gpu(text: str) -> GpuSpec:
+    """The GPU that a name means: "4090", "rtx4090", "NVIDIA GeForce RTX 4090", "3060 12GB".
+
+    Raises: ConfigError naming those that it may be, or is near to.
+    """
+    words, size = _words(text)
+    alike = [gpu for gpu in GPUS if _words(gpu.name)[0] == words] or [
+        gpu for gpu in GPUS if _words(gpu.name)[0] == words - {"pcie"}
+    ]
+    found = [gpu for gpu in alike if size in (None, gpu.vram_gib)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(
+            f"--gpu {text!r} may be {' or '.join(gpu.name for gpu in found)}; say which."
+        )
+    near = ", ".join(f"{gpu.name} ({gpu.vram_gib} GiB)" for gpu in alike or _near(text, words))
+    raise ConfigError(
+        f"--gpu {text!r} is not in the table"
+        + (f"; near matches: {near}." if near else ".")
+        + " For another card say --vram SIZE and --link GB/S."
+    )
+
+
+def _words(text: str) -> tuple[frozenset[str], int | None]:
+    """What distinguishes a GPU: the words of its name, and its GiB if the name has them."""
+    lower = text.lower()
+    size = _SIZE.search(lower)
+    parts = _WORDS.findall(_SIZE.sub(" ", lower))
+    words = frozenset(part for part in parts if part.rstrip("0123456789") not in _NOISE or not part)
+    return words, None if size is None else int(size.group(1))
+
+
+def _near(text: str, words: frozenset[str]) -> list[GpuSpec]:
+    """GPUs that share the number, else those whose names are written alike."""
+    numbers = {word for word in words if word.isdigit()}
+    found = [gpu for gpu in GPUS if numbers & _words(gpu.name)[0]]
+    if not found:
+        names = {gpu.name.lower(): gpu for gpu in GPUS}
+        close = difflib.get_close_matches(text.lower(), names, n=4, cutoff=0.5)
+        found = [names[name] for name in close]
+    return found[:6]

@@ -1,0 +1,175 @@
+"""Compiles the kernels written in Python to PTX, for the repository: `tools/compile_kernels`.
+
+Needs the `build` extra, which pins Numba and CUDA 12.8's compiler exactly; their PTX 8.7 is what
+every driver from 12.8 on takes.  The same source gives the same bytes with the same versions, in
+any process.  Numba reads Python's bytecode: under 3.12.1 the text of `place` is another one than
+under 3.11 and 3.13.  So PYTHON is the version of the committed texts, and the only one under which
+tests/nogpu/test_compiled_kernels.py compares bytes; elsewhere it checks the hash of the source.
+
+Nothing else imports this, and nothing of it is needed at run time.
+"""
+
+import importlib
+import importlib.metadata
+import re
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+from osmium.distribution import NAME
+from osmium.errors import KernelError
+from osmium.kernels.python import COMPILED, FUNCTIONS, KERNELS, Source
+
+__all__ = ["PACKAGES", "PYTHON", "compile_all", "compile_kernel", "versions"]
+
+PYTHON = "3.11"
+
+PACKAGES = (
+    "numba-cuda", "numba", "llvmlite", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvrtc-cu12",
+)  # fmt: skip
+"""What the compiled text depends on: Numba, and the wheels that libnvvm and libnvrtc are of."""
+
+LATEST_PTX = (8, 7)
+"""What a 12.8 driver takes."""
+
+MODULES = ("place", "sample", "weigh")
+
+
+def versions() -> str:
+    """The compiler's, as they follow on a text's first line.  Raises: KernelError."""
+    found = []
+    for package in PACKAGES:
+        try:
+            found.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            raise KernelError(_missing(f"{package} is not installed")) from None
+    return ", ".join([*found, f"Python {sys.version_info[0]}.{sys.version_info[1]}"])
+
+
+def compile_all(folder: Path = COMPILED) -> list[Path]:
+    """Write every kernel's text to `folder`, remove other texts; the files that changed.
+
+    Raises: KernelError.
+    """
+    for name in MODULES:
+        importlib.import_module(f"osmium.kernels.{name}")
+    texts = {f"{name}.ptx": compile_kernel(source) for name, source in sorted(KERNELS.items())}
+    folder.mkdir(parents=True, exist_ok=True)
+    changed = []
+    for path in sorted(folder.glob("*.ptx")):
+        if path.name not in texts:
+            path.unlink()
+            changed.append(path)
+    for name, text in texts.items():
+        path = folder / name
+        if not path.is_file() or path.read_bytes() != text.encode():
+            path.write_bytes(text.encode())
+            changed.append(path)
+    return changed
+
+
+def compile_kernel(source: Source) -> str:
+    """The whole text of one kernel.  Raises: KernelError."""
+    header = source.header()
+    return f"{source.first_line}; {versions()}\n{header}{_compile(source)}"
+
+
+def _compile(source: Source) -> str:
+    """PTX by Numba, with our names for entry and parameters."""
+    try:
+        import numba  # here: a test asks what is said where there is none
+        import numba.cuda
+        from numba.cuda import dispatcher, libdevice
+    except ImportError as error:
+        raise KernelError(_missing(f"Numba cannot be imported ({error})")) from None
+    plain = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
+    known = source.function.__globals__
+    found = {**known} | {name: getattr(numba, name) for name in plain}
+    found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "add_to": _add_to()}
+    found["bits_of"] = libdevice.float_as_int
+    for name, called in FUNCTIONS.items():
+        if known.get(name) is called:
+            found[name] = numba.cuda.jit(device=True, forceinline=True)(
+                types.FunctionType(called.__code__, found, name)
+            )
+    function = types.FunctionType(source.function.__code__, found, source.name)
+    asked = dispatcher.get_current_device  # for what it calls, Numba asks a device's age
+    dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=(8, 0))
+    try:
+        text, _ = numba.cuda.compile(
+            function, source.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
+        )
+    except (OSError, RuntimeError, ImportError) as error:  # a toolkit wheel is missing
+        said = " ".join(str(error).split())
+        raise KernelError(
+            f"{source.name}: {_missing(f'Numba finds no CUDA compiler ({said})')}"
+        ) from error
+    finally:
+        dispatcher.get_current_device = asked
+    return _renamed(source, text)
+
+
+def _renamed(source: Source, text: str) -> str:
+    version = re.search(r"^\.version (\d+)\.(\d+)", text, re.M)
+    if not version or (int(version[1]), int(version[2])) > LATEST_PTX:
+        wrote = version[0].split()[1] if version else "?"
+        raise KernelError(
+            _missing(f"Numba's toolkit wrote PTX {wrote}, which a 12.8 driver refuses")
+        )
+    # Numba declares a variable for each function, in the order of a set; no code refers to them.
+    text = re.sub(r"^\.common \.global [^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.M)
+    if "NumbaEnv" in text:
+        raise KernelError(f"Numba compiled {source.name} to code that needs its environment.")
+    mangled = re.findall(r"\.visible \.entry (\w+)\(", text)
+    if len(mangled) != 1:
+        raise KernelError(f"Numba compiled {source.name} to {len(mangled)} entries, not one.")
+    for index, (name, _, _) in reversed(list(enumerate(source.parameters()))):
+        text = text.replace(f"{mangled[0]}_param_{index}", name)
+    text = text.replace(mangled[0], source.name)
+    head, body = re.split(rf"(?<=\.entry {source.name}\()", text, maxsplit=1)
+    return head + body.replace(")", f")\n.maxntid {source.block}\n.minnctapersm 1", 1)
+
+
+def _add_to() -> Any:
+    """Numba's own atomics take arrays, and kernels have pointers."""
+    from numba import void
+    from numba.cuda.extending import intrinsic
+
+    def add_to(_: Any, pointer: Any, index: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = context.cast(builder, arguments[2], signature.args[2], pointer.dtype)
+            builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), value, "monotonic")
+            return context.get_dummy_value()
+
+        return void(pointer, index, value), code
+
+    return intrinsic(add_to)
+
+
+def _missing(what: str) -> str:
+    return f"{what}; the versions that compile are pinned: pip install '{NAME}[build]'."
+
+
+def main() -> int:
+    """Write the texts; exit code 2 where that is not possible here."""
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if here != PYTHON:
+        print(
+            f"compile_kernels: this is Python {here}, and committed texts are of {PYTHON}: "
+            f"set PYTHON to one and remove .venv.",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        changed = compile_all()
+    except KernelError as error:
+        print(f"compile_kernels: {error}", file=sys.stderr)
+        return 2
+    print(*map(str, changed), sep="\n")
+    print(f"{len(changed)} of {len(KERNELS)} compiled texts changed.", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

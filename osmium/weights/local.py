@@ -1,0 +1,172 @@
+"""Packed models in the cache folder: what is there, when it was last used, and removing it.
+
+Beside NAME.osmium lie NAME.osmium.lock, held while it is packed, NAME.osmium.used, whose time of
+change is the last load, and FINGERPRINT.usage, the expert counts.  All but the model may be lost.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from osmium.errors import CheckpointError, ConfigError
+from osmium.weights.checkpoint import Formats
+from osmium.weights.packed import open_packed
+
+__all__ = [
+    "LocalModel", "display_name", "folder_name", "local_models", "mark_used", "remove",
+    "usage_file",
+]  # fmt: skip
+
+SUFFIX = ".osmium"
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """One packed file, or what an interrupted packing has left of one."""
+
+    name: str
+    """What the commands call it; unique in its folder."""
+    path: Path
+    """The packed file, or where it will be."""
+    nbytes: int
+    """On disk, or written so far."""
+    total: int
+    """Bytes when it is whole."""
+    formats: Formats | None
+    """None where the file cannot be read."""
+    fingerprint: str | None
+    last_used: float | None
+    """Seconds since 1970; None where it was not loaded yet."""
+    problem: str = ""
+    """Why it cannot be loaded as it is."""
+
+
+def local_models(folder: Path) -> list[LocalModel]:
+    """The packed models of a folder, the latest used first.  Raises: ConfigError."""
+    try:
+        files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
+        partial = sorted(folder.glob(f"*{SUFFIX}.partial")) if folder.is_dir() else []
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read ({error.strerror}).") from None
+    paths = [path for path in files if path.is_file()]
+    stopped = [path.with_name(path.name.removesuffix(".partial")) for path in partial]
+    stopped = [path for path in stopped if path not in paths]
+    shown = [display_name(path) for path in (*paths, *stopped)]
+    found = []
+    for path in (*paths, *stopped):
+        name = display_name(path)
+        if shown.count(name) > 1:  # the same model in several formats
+            name = path.name.removesuffix(SUFFIX)
+        found.append(_stopped(name, path) if path in stopped else _whole(name, path))
+    return sorted(found, key=lambda one: (-(one.last_used or 0), one.name))
+
+
+def _whole(name: str, path: Path) -> LocalModel:
+    size = path.stat().st_size
+    try:
+        packed = open_packed(path)
+    except CheckpointError as error:
+        return LocalModel(name, path, size, size, None, None, _last_used(path), str(error))
+    return LocalModel(name, path, size, size, packed.formats, packed.fingerprint, _last_used(path))
+
+
+def _stopped(name: str, path: Path) -> LocalModel:
+    partial = path.with_name(path.name + ".partial")
+    total = partial.stat().st_size  # allocated in one piece when packing begins
+    done = _journaled(path.with_name(path.name + ".journal"), total)
+    busy = _is_locked(path)
+    problem = "being packed now" if busy else "packing was interrupted; pack it again to go on"
+    return LocalModel(name, path, done, total, None, None, None, problem)
+
+
+def _journaled(journal: Path, total: int) -> int:
+    """Bytes of the parts that a journal lists."""
+    try:
+        first, *lines = (json.loads(line) for line in journal.read_bytes().split(b"\n")[:-1])
+        sizes: dict[str, int] = first["nbytes"]
+        return min(total, sum(sizes[name] for line in lines for name in line))
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def display_name(path: Path) -> str:
+    """What a packed file's model is called: the checkpoint's name, without hash and formats."""
+    stem = path.name.removesuffix(SUFFIX)
+    parts = stem.split("-")
+    formats = [i for i, part in enumerate(parts) if part.startswith("experts")]
+    return "-".join(parts[: formats[-1] - 1]) if formats and formats[-1] > 1 else stem
+
+
+def folder_name(folder: Path) -> str:
+    """What a checkpoint folder's model is called: the folder's name, or of a snapshot in the hub's
+    cache, models--OWNER--NAME/snapshots/REVISION, NAME."""
+    folder = folder.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
+
+
+def usage_file(folder: Path, fingerprint: str) -> Path:
+    """Where the expert counts of a model are kept."""
+    return folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.usage"
+
+
+def mark_used(path: Path, folder: Path) -> None:
+    """Note that a packed file was loaded now, if it is in the cache folder.  Where that cannot be
+    written, nothing is noted."""
+    with contextlib.suppress(OSError):
+        if path.is_file() and path.resolve().parent == folder.resolve():
+            path.with_name(path.name + ".used").touch()
+
+
+def _last_used(path: Path) -> float | None:
+    try:
+        return path.with_name(path.name + ".used").stat().st_mtime
+    except OSError:
+        return None
+
+
+def remove(model: LocalModel, others: list[LocalModel]) -> int:
+    """Delete a model's files; returns the bytes of disk that are free again.
+
+    The expert counts go where none of `others` is of the same checkpoint.
+    Raises: ConfigError where the model is being packed, or a file cannot be deleted.
+    """
+    path = model.path
+    if _is_locked(path):
+        raise ConfigError(f"{model.name} is being packed by another process; stop that first.")
+    names = [path.name + more for more in ("", ".partial", ".journal", ".used", ".lock")]
+    files = [path.with_name(name) for name in names]
+    if model.fingerprint and model.fingerprint not in [one.fingerprint for one in others]:
+        files.append(usage_file(path.parent, model.fingerprint))
+    freed = 0
+    for file in files:
+        try:
+            size = file.stat().st_blocks * 512
+            file.unlink()
+            freed += size
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be deleted ({error.strerror}).") from None
+    return freed
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a process holds the right to write a packed file (packing.locked)."""
+    try:
+        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False

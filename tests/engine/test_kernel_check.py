@@ -1,0 +1,105 @@
+"""Kernels are looked at before a model is: a GPU that lacks one is refused at once."""
+
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from osmium import loader
+from osmium.cli import doctor
+from osmium.errors import KernelError
+from osmium.kernels import ptx, python
+from osmium.kernels.place import PLACE
+from osmium.kernels.ptx import Kernel
+from osmium.ops import gpu, gpu_experts
+from osmium.ops.gpu import check_kernels
+from osmium.weights import DEMO
+from tests.engine.fake_gpu import FakeGpu
+from tests.ptx.kernels import FOLDER
+
+
+def _unread(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
+    """As in a process that has not read it."""
+    monkeypatch.delitem(vars(kernel), "contract", raising=False)
+
+
+def without_a_written_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+    (folder / "conv_silu_f32.ptx").unlink()
+    monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
+    _unread(monkeypatch, gpu.CONV)
+
+
+def with_a_broken_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
+    path = folder / "conv_silu_f32.ptx"
+    path.write_text(path.read_text().replace(".maxntid", ".maxnreg"))
+    monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
+    _unread(monkeypatch, gpu.CONV)
+
+
+def without_a_compiled_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
+    (folder / "place.ptx").unlink()
+    monkeypatch.setattr(python, "COMPILED", folder)
+    _unread(monkeypatch, PLACE)
+
+
+def with_a_stale_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
+    path = folder / "place.ptx"
+    path.write_text(path.read_text().replace("from source ", "from source 0"))
+    monkeypatch.setattr(python, "COMPILED", folder)
+    _unread(monkeypatch, PLACE)
+
+
+Damage = Callable[[pytest.MonkeyPatch, Path], None]
+
+DAMAGE: dict[str, tuple[Damage, ...]] = {
+    "conv_silu_f32": (without_a_written_one, with_a_broken_one),
+    "place": (without_a_compiled_one, with_a_stale_one),
+}
+
+each_damage = pytest.mark.parametrize(
+    ("name", "damage"), [(name, damage) for name, many in DAMAGE.items() for damage in many]
+)
+
+
+@each_damage
+def test_a_kernel_that_is_missing_is_found_before_a_weight_is_read(
+    name: str, damage: Damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = FakeGpu()
+    fake.install(monkeypatch)
+    monkeypatch.setattr(loader, "open_weights", lambda *_: pytest.fail("the model was opened"))
+    damage(monkeypatch, tmp_path)
+    with pytest.raises(KernelError, match=name):
+        loader.load(DEMO, "gpu")
+    assert not fake.held, "nothing was allocated, or all was given back"
+
+
+@each_damage
+def test_doctor_says_which_kernel_is_missing(
+    name: str, damage: Damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (found,) = (finding for finding in doctor.examine() if finding.name == "kernels")
+    assert found.found == f"{check_kernels()}, all there" and not found.advice
+    damage(monkeypatch, tmp_path)
+    (found,) = (finding for finding in doctor.examine() if finding.name == "kernels")
+    assert name in found.advice
+
+
+def test_looking_at_all_of_them_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """40 ms on two cores that did nothing else (2026-11)."""
+    kernels = [one for one in vars(gpu).values() if isinstance(one, Kernel)]
+    kernels += [one for one in vars(gpu_experts).values() if isinstance(one, Kernel)]
+    times = []
+    for _ in range(3):
+        for kernel in kernels:
+            _unread(monkeypatch, kernel)
+        start = time.perf_counter()
+        check_kernels()
+        times.append(time.perf_counter() - start)
+    assert len(kernels) > 20 and min(times) < 0.5

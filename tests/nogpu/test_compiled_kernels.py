@@ -1,0 +1,197 @@
+"""The compiled kernels of the repository: there, of the present source, and what Numba compiles."""
+
+import re
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from osmium.errors import KernelError
+from osmium.kernels import numba_compiler, python
+from osmium.kernels.numba_compiler import PACKAGES, PYTHON, compile_all, compile_kernel
+from osmium.kernels.ptx import Kernel, parse
+from osmium.kernels.python import COMPILED, KERNELS, Source, cuda, python_kernel
+from osmium.ops.gpu import check_kernels
+from tests import needs
+from tests.ptx.kernels import NAMES
+
+ROOT = Path(__file__).resolve().parents[2]
+
+OURS = ("advance", "draw", "peaks", "place", "weigh")
+
+
+def double(out, n):  # type: ignore[no-untyped-def]
+    """What is compiled here."""
+    i = cuda.grid(1)
+    if i < n:
+        out[i] *= 2
+
+
+def source(regs: int = 32, grid: str = "ceil(n / 128)") -> Source:
+    return Source(double, "void(CPointer(float32), uint32)", 128, grid, regs)
+
+
+def pinned() -> dict[str, str]:
+    """The versions that pyproject.toml's build extra pins, by package."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["optional-dependencies"]["build"]
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The folder of compiled texts is the test's own, and empty."""
+    monkeypatch.setattr(python, "COMPILED", tmp_path / "compiled")
+    (tmp_path / "compiled").mkdir()
+    return tmp_path / "compiled"
+
+
+# -- what is committed ---------------------------------------------------------------------------
+
+
+def test_every_compiled_kernel_is_committed_and_of_the_present_source() -> None:
+    assert tuple(KERNELS) and {path.stem for path in COMPILED.iterdir()} == set(OURS)
+    for name in OURS:
+        contract = KERNELS[name].contract()
+        assert contract.entry == name
+        version = re.search(r"^\.version (\d+)\.(\d+)$", contract.text, re.M)
+        assert version and (int(version[1]), int(version[2])) <= (8, 7)
+        assert re.search(r"^\.target sm_80$", contract.text, re.M)
+
+
+def test_a_committed_text_names_the_versions_that_are_pinned() -> None:
+    wanted = ", ".join(f"{package} {pinned()[package]}" for package in PACKAGES)
+    for name in OURS:
+        first = (COMPILED / f"{name}.ptx").read_text().partition("\n")[0]
+        assert first == f"{KERNELS[name].first_line}; {wanted}, Python {PYTHON}"
+
+
+def test_a_committed_text_is_what_numba_compiles() -> None:
+    """Byte for byte, in the pinned environment; it takes five seconds."""
+    needs.numba_compiler()
+    if sys.version_info[:2] != tuple(map(int, PYTHON.split("."))):
+        pytest.skip(f"the committed texts are of Python {PYTHON}, whose bytecode is another")
+    for name in OURS:
+        made = compile_kernel(KERNELS[name])
+        assert made == (COMPILED / f"{name}.ptx").read_text(), (
+            f"{name} compiles to another text: run tools/compile_kernels, and commit what changes"
+        )
+
+
+def test_the_check_covers_every_kernel_that_there_is() -> None:
+    assert check_kernels() == len(NAMES) + len(OURS)
+
+
+# -- reading -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("checkout", [True, False])
+def test_a_missing_and_a_stale_text_say_what_to_run(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
+) -> None:
+    if not checkout:
+        monkeypatch.setattr(python, "__file__", str(elsewhere / "osmium" / "kernels" / "python.py"))
+    way_out = "tools/compile_kernels" if checkout else "Install osmium-serve again"
+    with pytest.raises(KernelError, match=rf"double\.ptx cannot be read.*{way_out}"):
+        source().text()
+    text = f"{source().first_line}; numba-cuda 0\nrest"
+    (elsewhere / "double.ptx").write_text(text)
+    assert source().text() == text
+    with pytest.raises(KernelError, match=rf"its source .*{source(grid='n').key}.*{way_out}"):
+        source(grid="n").text()
+
+
+def test_the_hash_covers_what_a_kernel_calls_and_its_modules_numbers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    weigh = KERNELS["weigh"]
+    known, before = weigh.function.__globals__, weigh.key
+    assert before == weigh.key
+    monkeypatch.setitem(known, "WINDOW", known["WINDOW"] + 1)
+    assert weigh.key != before
+    monkeypatch.undo()
+    monkeypatch.setitem(known, "running", double)
+    monkeypatch.setitem(python.FUNCTIONS, "running", double)
+    assert weigh.key != before
+
+
+def test_a_signature_must_fit_its_function() -> None:
+    wrong = Source(double, "void(CPointer(float32))", 128, "1", 32)
+    with pytest.raises(KernelError, match="2"):
+        wrong.header()
+
+
+def test_a_type_that_no_contract_has_is_refused_by_name() -> None:
+    for signature, named in (
+        ("void(CPointer(complex64), uint32)", r"out is CPointer\(complex64\)"),
+        ("void(CPointer(float32), float64)", "n is float64"),
+    ):
+        with pytest.raises(KernelError, match=named):
+            Source(double, signature, 128, "1", 32).header()
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    before = dict(KERNELS)
+    yield
+    KERNELS.clear()
+    KERNELS.update(before)
+
+
+def test_the_decorator_registers_and_reads_nothing(registry: None) -> None:
+    made = python_kernel("void(CPointer(float32), uint32)", block=64, grid="1")(double)
+    assert isinstance(made, Kernel)
+    assert KERNELS["double"].block == 64 and made.name == "double"
+
+
+# -- compiling -----------------------------------------------------------------------------------
+
+
+def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:
+    needs.numba_compiler()
+    contract = parse(compile_kernel(source()), "double.ptx")
+    assert contract.entry == "double" and contract.block == 128
+    assert [(p.name, p.type) for p in contract.params] == [("out", "u64"), ("n", "u32")]
+    assert ".target sm_80" in contract.text and ".maxntid 128" in contract.text
+    assert "NumbaEnv" not in contract.text, "their order is another in every process"
+
+
+def test_all_are_written_and_what_is_none_of_them_goes(elsewhere: Path, registry: None) -> None:
+    needs.numba_compiler()
+    KERNELS.clear()
+    KERNELS["double"] = source()
+    (elsewhere / "double.ptx").write_text("stale")
+    (elsewhere / "gone.ptx").write_text("of a kernel that is no more")
+    assert [path.name for path in compile_all(elsewhere)] == ["gone.ptx", "double.ptx"]
+    assert source().contract().entry == "double"
+    assert [path.name for path in elsewhere.iterdir()] == ["double.ptx"]
+    assert compile_all(elsewhere) == []
+
+
+def test_a_newer_toolkit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    needs.numba_compiler()
+    monkeypatch.setattr(numba_compiler, "LATEST_PTX", (6, 0))
+    with pytest.raises(KernelError, match=r"8\.\d.*osmium-serve\[build\]"):
+        compile_kernel(source())
+
+
+def test_without_numba_compiling_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "numba", None)
+    monkeypatch.setattr(numba_compiler, "versions", lambda: "none")
+    with pytest.raises(KernelError, match=r"osmium-serve\[build\]"):
+        compile_kernel(source())
+    monkeypatch.undo()
+    monkeypatch.setattr(numba_compiler, "PACKAGES", ("osmium-not-there",))
+    with pytest.raises(KernelError, match=r"osmium-not-there.*osmium-serve\[build\]"):
+        compile_kernel(source())
+
+
+def test_another_python_compiles_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(numba_compiler, "PYTHON", "3.0")
+    monkeypatch.setattr(numba_compiler, "compile_all", lambda: pytest.fail("it compiles"))
+    assert numba_compiler.main() == 2
+    assert "3.0" in capsys.readouterr().err
