@@ -87,12 +87,15 @@ def steps(
     return outputs, [np.array(ops.copy_out(table)) for table in tables]
 
 
-@pytest.mark.parametrize("record", [Record(16, 32, 16), Record(4, 128, 128)], ids=lambda r: r.bits)
-@pytest.mark.parametrize("guessed", [False, True])
+@pytest.mark.parametrize(
+    ("record", "guessed"),
+    [(Record(16, 32, 16), True), (Record(4, 128, 128), True), (Record(4, 128, 128), False)],
+    ids=["bf16, prefetch", "int4, prefetch", "int4"],
+)
 def test_layers_with_slots_of_their_own(
     rng: np.random.Generator, record: Record, guessed: bool
 ) -> None:
-    seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 6)
+    seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
     how = (record, each, counts, seed)
     wanted, tables = steps(ReferenceOps(keep=0), *how, guessed)
     found, own = steps(GpuOps(InterpretedMachine(seed)), *how, guessed)

@@ -1,6 +1,7 @@
 """Damages copies of the bundled packed file and loads them, in a process of its own, as what it
 looks for may end it: `python -m tests.long.damage KIND SEED` prints what came of it as JSON."""
 
+import itertools
 import json
 import random
 import sys
@@ -65,7 +66,7 @@ def padding(rng: random.Random, raw: bytes) -> bytes:
     """Bytes between parts, which mean nothing."""
     ends = sorted((one["offset"], one["offset"] + one["nbytes"]) for one in parts(raw))
     gaps = [(header_end(raw), ends[0][0])]
-    gaps += [(end, start) for (_, end), (start, _) in zip(ends, ends[1:], strict=False)]
+    gaps += [(end, start) for (_, end), (start, _) in itertools.pairwise(ends)]
     low, high = rng.choice([(low, high) for low, high in gaps if high > low])
     return flip(raw, rng.randrange(low, high), rng.randrange(8))
 

@@ -1,4 +1,4 @@
-"""Fuzz of the API: thousands of mutated requests.  Never a 5xx, never a hang; the server lives on."""
+"""Thousands of mutated requests to the API: never a 5xx, never a hang, and the server lives on."""
 
 import json
 import random

@@ -119,24 +119,3 @@ def test_narrow_kv_moves_perplexity_by_less_than_half_a_percent(
 def test_int4_experts_raise_perplexity_by_less_than_two_percent() -> None:
     mean = prefill_nll(lab_model(4, rows=512, context=512), windows("heldout_small.txt", 9018))
     assert 1 < np.exp(mean) / 16.7784 < 1.02
-
-
-@pytest.mark.slow
-def test_prefill_reaches_the_cards_perplexity_on_all_of_the_text(model: Runner) -> None:
-    mean = prefill_nll(model, windows("heldout.txt", 58_008))
-    assert abs(np.exp(mean) / 19.5215 - 1) < 5e-3
-    assert abs(mean - 2.971517) < FLIPS
-
-
-@pytest.mark.slow
-def test_decode_reaches_the_cards_perplexity(oracle: dict[str, Any]) -> None:
-    """All windows at once, a token each a step: decode, and in a batch."""
-    rows = windows("heldout_small.txt", 9018)
-    model = lab_model(rows=len(rows), context=512, sequences=len(rows))
-    total = 0.0
-    for at in range(rows.shape[1] - 1):
-        out = model.step({s: rows[s, at : at + 1] for s in range(len(rows))})
-        total += nll(np.concatenate([out[s] for s in range(len(rows))]), rows[:, at + 1])
-    mean = total / rows[:, 1:].size
-    assert abs(np.exp(mean) / 16.7784 - 1) < 5e-3
-    assert abs(mean - oracle["heldout_small"]["nll"]) < FLIPS
