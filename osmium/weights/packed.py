@@ -11,20 +11,22 @@ that the packed file stands alone.
 """
 
 import json
+import math
 import mmap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig, Progress
 from osmium.errors import CheckpointError
 from osmium.ops import Linear
-from osmium.quant.record import Record
+from osmium.quant.record import PAGE, Record
 from osmium.weights.checkpoint import Formats, Part, inventory
 from osmium.weights.reading import Reader, joined_crc
 
@@ -42,6 +44,10 @@ FILES = (
 """Small files of a checkpoint that travel along."""
 
 
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+_Matrix = Literal["bf16", "int8", "int4"]
+
+
 @dataclass(frozen=True)
 class Entry:
     """One part of the file."""
@@ -53,19 +59,53 @@ class Entry:
     nbytes: int
 
 
+class _Row(msgspec.Struct, frozen=True):
+    """A part as the header's JSON has it."""
+
+    name: str
+    dtype: Literal["|u1", "|i1", "<u2", "<f2", "<f4"]
+    shape: Annotated[list[_Count], msgspec.Meta(max_length=8)]
+    offset: _Count
+    nbytes: _Count
+    crc: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{8}$")]
+
+    @property
+    def entry(self) -> Entry:
+        return Entry(self.name, self.dtype, tuple(self.shape), self.offset, self.nbytes)
+
+
+class _Formats(msgspec.Struct, frozen=True):
+    expert_bits: Literal[16, 8, 4]
+    attention: _Matrix
+    shared: _Matrix
+    head: _Matrix
+
+
+class _Header(msgspec.Struct, frozen=True):
+    """The header's JSON."""
+
+    fingerprint: str
+    formats: _Formats
+    sources: dict[str, list[int]]
+    size: int
+    parts: list[_Row]
+    hub: dict[str, Any] | None = None
+
+
 class Packed:
     """An open packed file, mapped; `reading` reads it into memory of its own."""
 
-    def __init__(self, path: Path, header: dict[str, Any]) -> None:
+    def __init__(self, path: Path, header: _Header) -> None:
         self.path = path
-        self.fingerprint: str = header["fingerprint"]
-        self.sources: dict[str, list[int]] = header["sources"]
+        self.fingerprint = header.fingerprint
+        self.sources = header.sources
         """Size and time of change of each shard that it was made from."""
-        self.hub: dict[str, Any] | None = header.get("hub")
+        self.hub = header.hub
         """Of a model from the hub: its id, commit, and the etag of each file."""
-        self.formats = Formats(**header["formats"])
-        self._entries = {e["name"]: _entry(e) for e in header["parts"]}
-        self._crcs = {e["name"]: int(e["crc"], 16) for e in header["parts"]}
+        formats = header.formats
+        self.formats = Formats(formats.expert_bits, formats.attention, formats.shared, formats.head)
+        self._entries = {row.name: row.entry for row in header.parts}
+        self._crcs = {row.name: int(row.crc, 16) for row in header.parts}
         with open(path, "rb") as file:
             self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._map = np.frombuffer(self._pages, np.uint8)
@@ -242,8 +282,29 @@ class Reading:
         return wait
 
 
-def _entry(e: dict[str, Any]) -> Entry:
-    return Entry(e["name"], e["dtype"], tuple(e["shape"]), e["offset"], e["nbytes"])
+def _header(path: Path, text: bytes, size: int) -> _Header:
+    """The header's JSON, and whether its parts lie inside of the file.  Raises: CheckpointError."""
+    try:
+        header = msgspec.json.decode(text, type=_Header)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{path}: the header is not that of a packed file ({error}); pack it again."
+        ) from None
+    if header.size != size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, {header.size} were written; delete it and pack again."
+        )
+    for row in header.parts:
+        nbytes = math.prod(row.shape) * np.dtype(row.dtype).itemsize
+        inside = FIXED + len(text) <= row.offset and row.offset + row.nbytes <= size
+        if nbytes != row.nbytes or not inside or row.offset % PAGE:
+            raise CheckpointError(
+                f"{path}: {row.name} is {row.dtype} {row.shape} in {row.nbytes} bytes from "
+                f"{row.offset} on, which does not add up in a file of {size}. Pack it again."
+            )
+    if len({row.name for row in header.parts}) != len(header.parts):
+        raise CheckpointError(f"{path}: the header names a part twice. Pack it again.")
+    return header
 
 
 def open_packed(path: Path) -> Packed:
@@ -270,9 +331,4 @@ def open_packed(path: Path) -> Packed:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if zlib.crc32(text) != crc:
         raise CheckpointError(f"{path}: the header is damaged; delete it and pack again.")
-    header = json.loads(text)
-    if header["size"] != size:
-        raise CheckpointError(
-            f"{path} has {size} bytes, {header['size']} were written; delete it and pack again."
-        )
-    return Packed(path, header)
+    return Packed(path, _header(path, text, size))

@@ -245,8 +245,45 @@ def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
         other = text.replace(old, new, 1)
         head = raw[:12] + zlib.crc32(other).to_bytes(4, "little") + raw[16:24]
         path = broken(packed, tmp_path, head + other + raw[24 + length :])
-        with pytest.raises(CheckpointError, match=r"layers\.0|\[64\]"):
+        with pytest.raises(CheckpointError, match=r"layers\.0|norm\.data"):
             open_packed(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("parts", None), ("parts", [7]), ("parts", []), ("formats", {"expert_bits": 3}),
+        ("formats", None), ("sources", 5), ("size", "x"), ("fingerprint", 1),
+        ("part.crc", 5), ("part.crc", "xyz"), ("part.dtype", "|O"), ("part.dtype", 1),
+        ("part.shape", 4), ("part.shape", [-1]), ("part.shape", [1 << 40, 1 << 40]),
+        ("part.offset", -4096), ("part.offset", 0), ("part.offset", 1 << 70),
+        ("part.offset", 1.5), ("part.nbytes", 1), ("part.name", []), ("part.name", "experts.0"),
+        ("part.name", None), ("part.nbytes", None), ("part", None),
+    ],
+)  # fmt: skip
+def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_holds(
+    packed: Packed, tmp_path: Path, key: str, value: object
+) -> None:
+    raw = packed.path.read_bytes()
+    length = int.from_bytes(raw[16:24], "little")
+    header = json.loads(raw[24 : 24 + length])
+    whole, _, inside = key.partition(".")
+    if whole == "part":
+        if inside and value is not None:
+            header["parts"][3][inside] = value
+        elif inside:
+            del header["parts"][3][inside]
+        else:
+            del header["parts"][3]
+    elif value is None:
+        del header[key]
+    else:
+        header[key] = value
+    text = json.dumps(header).encode()
+    head = raw[:12] + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(8, "little")
+    path = broken(packed, tmp_path, (head + text).ljust(24 + length) + raw[24 + length :])
+    with pytest.raises(CheckpointError, match=r"broken\.osmium"):
+        open_packed(path)
 
 
 @pytest.mark.parametrize("part", ["file.config.json", "file.generation_config.json", ""])
