@@ -3,6 +3,8 @@
 import contextlib
 import queue
 import signal
+import sys
+import termios
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -16,6 +18,9 @@ from osmium.text.reasoning import ShownReply, starts_in_thought
 from osmium.text.tokenizer import Tokenizer
 
 __all__ = ["Interrupt", "Rendered", "Response", "render", "respond", "tokenizer_of"]
+
+_NO_TERMINAL = (termios.error, OSError, ValueError, TypeError, AttributeError)
+"""What setting a terminal raises where stdin is none, closed or replaced."""
 
 POLL_S = 0.1
 """Seconds between two looks at a request of which nothing comes."""
@@ -42,15 +47,24 @@ class Response:
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C sets `requested`; another one is KeyboardInterrupt."""
+    """While entered, the first Ctrl-C sets `requested`; another one is KeyboardInterrupt.
+
+    Keys that are pressed meanwhile are not echoed into the response: the next prompt reads them.
+    """
 
     def __init__(self) -> None:
         self.requested = False
         self._before: Any = None
+        self._terminal: list[Any] | None = None
 
     def __enter__(self) -> "Interrupt":
         with contextlib.suppress(ValueError):  # not the main thread: no signal comes here
             self._before = signal.signal(signal.SIGINT, self._on_signal)
+        with contextlib.suppress(*_NO_TERMINAL):
+            before = termios.tcgetattr(sys.stdin)
+            quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+            self._terminal = before
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -59,6 +73,9 @@ class Interrupt:
         self.requested = True
 
     def __exit__(self, *_: object) -> None:
+        if self._terminal is not None:
+            with contextlib.suppress(*_NO_TERMINAL):
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal)
         if self._before is not None:
             signal.signal(signal.SIGINT, self._before)
 

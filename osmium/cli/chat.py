@@ -25,7 +25,7 @@ COMMANDS = {
     "/new": "start another conversation (the system message stays)",
     "/system": "TEXT  set the system message; without TEXT, show it",
     "/regenerate": "generate the last response again",
-    "/save": "FILE  write the conversation, as JSON messages where FILE ends in .json",
+    "/save": "FILE  write the conversation; as JSON where FILE ends in .json",
     "/exit": "leave; so do /bye and Ctrl-D",
     "/bye": "leave",
 }

@@ -30,19 +30,16 @@ def list_models(args: argparse.Namespace) -> None:
     if not models:
         print(f"No packed models in {folder}. `osmium pull OWNER/NAME` makes one.")
         return
-    rows = [("NAME", "SIZE", "EXPERTS", "ATTENTION", "SHARED", "HEAD", "LAST USED")]
+    rows = [("NAME", "SIZE", "EXPERTS", "ATTENTION", "LAST USED")]
     for one in models:
         formats = one.formats
-        columns = (
-            (f"{formats.expert_bits} bits", formats.attention, formats.shared, formats.head)
-            if formats is not None
-            else ("-", "-", "-", "-")
-        )
-        rows.append((one.name, _size(one), *columns, one.problem or _ago(one.last_used)))
-    widths = [max(len(row[i]) for row in rows) for i in range(6)]
+        experts = "-" if formats is None else f"{formats.expert_bits} bits"
+        attention = "-" if formats is None else formats.attention
+        rows.append((one.name, _size(one), experts, attention, one.problem or _ago(one.last_used)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[6]]))
+        print("  ".join([*cells, row[4]]))
     total = sum(one.nbytes for one in models)
     print(f"{byte_amount(total)} in {folder}")
 
@@ -84,7 +81,7 @@ def named_model(model: str | None, cache_dir: str | None) -> str | None:
     if len(found) == 1 and found[0].formats is not None:
         return str(found[0].path)
     if len(found) == 1:
-        raise ConfigError(f"{model}: {found[0].problem}.")
+        raise ConfigError(f"{model} cannot be loaded: {found[0].problem}. Pack it again.")
     near = difflib.get_close_matches(model, ["demo", *(one.name for one in models)], 1)
     if near:
         raise ConfigError(f"There is no model {model!r} here; did you mean {near[0]}?")

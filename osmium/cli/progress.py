@@ -28,8 +28,8 @@ DELAY_S = 1.0
 
 _UNITS = {
     "packing": "bytes", "download": "bytes", "downloading": "bytes", "uploading": "bytes",
-    "weights": "parts", "experts": "layers", "prompt": "tokens", "scoring": "tokens",
-    "thinking": "tokens",
+    "headers": "files", "weights": "parts", "experts": "layers", "prompt": "tokens",
+    "scoring": "tokens", "thinking": "tokens",
 }  # fmt: skip
 """What a stage counts, by the first word of its name."""
 

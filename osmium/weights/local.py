@@ -79,7 +79,7 @@ def _stopped(name: str, path: Path) -> LocalModel:
     total = partial.stat().st_size  # allocated in one piece when packing begins
     done = _journaled(path.with_name(path.name + ".journal"), total)
     busy = _is_locked(path)
-    problem = "being packed now" if busy else "packing was interrupted; pack it again to go on"
+    problem = "being packed" if busy else "packing interrupted"
     return LocalModel(name, path, done, total, None, None, None, problem)
 
 

@@ -268,15 +268,17 @@ def _write_parts(
         going = None
         if progress:
             progress("packing", done, total)
-        for unit in made:
+        try:
+            for unit in made:
+                if going is not None:
+                    crcs.update(going.result())
+                going = pool.submit(_write, file, notes, entries, unit, pool)
+                done += sum(entries[name].nbytes for name, _ in unit)
+                if progress:
+                    progress("packing", done, total)
+        finally:  # after Ctrl-C, too: a pool that is shut down takes no more work from `_write`
             if going is not None:
                 crcs.update(going.result())
-            going = pool.submit(_write, file, notes, entries, unit, pool)
-            done += sum(entries[name].nbytes for name, _ in unit)
-            if progress:
-                progress("packing", done, total)
-        if going is not None:
-            crcs.update(going.result())
 
 
 def _write(

@@ -52,7 +52,7 @@ def test_list_shows_size_and_formats_and_tells_formats_of_one_model_apart(
     assert eight["bytes"] == Path(str(eight["path"])).stat().st_size
     stopped = found["synthetic-tiny-4"]
     assert (stopped["bytes"], stopped["total_bytes"]) == (1000, 3000)
-    assert "interrupted" in str(stopped["problem"])
+    assert stopped["problem"] == "packing interrupted"
     assert main(["list", "--cache-dir", str(cache)]) == 0
     table = capsys.readouterr().out
     assert "8 bits" in table and "never" in table and "1.0 of 3.0 kB" in table
@@ -187,6 +187,7 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
 ) -> None:
     write = packing._write_parts
     starts: list[int] = []
+    stopped_at: list[int] = []
 
     def watched(
         file: Any, notes: Any, plan: Any, source: Any, crcs: Any, progress: Progress
@@ -197,6 +198,7 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
             reports.append(done)
             progress(stage, done, total)
             if len(reports) == 40 and len(starts) == 1:
+                stopped_at.append(done)
                 raise KeyboardInterrupt
 
         starts.append(-1)
@@ -214,7 +216,7 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
             (line,) = capsys.readouterr().err.splitlines()
             assert "stopped while packing" in line and "goes on from there" in line
             (left,) = local_models(tmp_path / folder)
-            assert 0 < left.nbytes < left.total
+            assert stopped_at == [left.nbytes] and left.nbytes < left.total
         assert main(words) == 0
         packed.append(Path(capsys.readouterr().out.strip()).read_bytes())
     assert starts[0] == starts[2] == 0 and starts[1] == left.nbytes

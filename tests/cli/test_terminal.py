@@ -156,8 +156,10 @@ def test_ctrl_c_stops_a_response_and_the_chat_goes_on() -> None:
         chat.wait(READY)
         chat.press("Tell me about the Congress and all its powers, at length.\r")
         chat.wait(r"\x1b\[\?2004l.*?[a-z]{3}")  # the editor is off, the first words are there
+        chat.press("xyz")  # not echoed into the response, and dropped by Ctrl-C
         chat.press("\x03")
-        assert "Stopped" in plain(chat.wait(READY))
+        seen = plain(chat.wait(READY))
+        assert "Stopped" in seen and "xyz" not in seen and "^C" not in seen
         chat.press("/bye\r")
         text = chat.end()
     assert chat.process.returncode == 0 and "Traceback" not in text
