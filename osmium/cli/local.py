@@ -16,6 +16,7 @@ from osmium.errors import ConfigError
 from osmium.weights import cache_folder
 from osmium.weights.local import LocalModel, local_models, remove
 from osmium.weights.synthetic import PREFIX
+from osmium.weights.unsupported import refuse_name
 
 __all__ = ["list_models", "named_model", "remove_models"]
 
@@ -82,6 +83,7 @@ def named_model(model: str | None, cache_dir: str | None) -> str | None:
         return str(found[0].path)
     if len(found) == 1:
         raise ConfigError(f"{model} cannot be loaded: {found[0].problem}. Pack it again.")
+    refuse_name(model)
     near = difflib.get_close_matches(model, ["demo", *(one.name for one in models)], 1)
     if near:
         raise ConfigError(f"There is no model {model!r} here; did you mean {near[0]}?")

@@ -52,6 +52,8 @@ def refuse_name(name: str) -> None:
     Raises: ConfigError.
     """
     _refuse_windows_path(name)
+    if any(map(str.isspace, name)):
+        return  # a sentence, or a path
     if found := _HUB.match(name):
         hub_id, rest = found[1] or found[3], found[2] or found[4]
         _refuse_format(name, f"{hub_id.partition('/')[2]} {rest}".replace("/", " "))
@@ -67,7 +69,8 @@ def refuse_name(name: str) -> None:
     _refuse_format(name, rest)
     if name.startswith((".", "/", "~")) or "/" in owner:
         return  # a path, and nothing is there
-    base, mark, tag = rest.partition(":") if ":" in rest else rest.partition("@")
+    version = re.fullmatch(r"([\w.-]+)([:@])([\w.:-]+)", rest)
+    base, mark, tag = version.groups() if version else (rest, "", "")
     if mark and slash:
         what = "tag" if mark == ":" else "revision"
         raise ConfigError(
@@ -99,7 +102,7 @@ def _refuse_windows_path(name: str) -> None:
             f"{name} is a Windows path on the network; copy the model to a local disk and give "
             "that path."
         )
-    elif "\\" in name:
+    elif "\\" in name and not any(map(str.isspace, name)):
         raise ConfigError(f"{name} has backslashes; write {name.replace(chr(92), '/')}")
     else:
         return

@@ -334,9 +334,11 @@ def test_a_name_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: s
 
 
 @pytest.mark.parametrize(
-    "name", ["Qwen/Qwen3.5-35B-A3B", "owner/gguffy-model", "a-b/c.d", "x/exl20", "./x", "/a/b/c"]
-)
-def test_a_hub_id_and_a_path_are_refused_by_no_name(name: str) -> None:
+    "name",
+    ["Qwen/Qwen3.5-35B-A3B", "owner/gguffy-model", "a-b/c.d", "x/exl20", "./x", "/a/b/c",
+     "Tell me: why?", "What is gguf", "Why: because", "A \\ B", "mail me @home", "hi", "a:"],
+)  # fmt: skip
+def test_a_hub_id_a_path_and_a_sentence_are_refused_by_no_name(name: str) -> None:
     refuse_name(name)
 
 
@@ -369,8 +371,10 @@ def test_a_refusal_is_one_line_and_exit_code_two(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = write(tmp_path / "model", {"x.gguf": b"GGUF"})
-    for model in (str(folder), "qwen3:8b"):
-        assert main(["plan", "--device", "cpu", model]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("osmium: ") and "GGUF" in line
+    for command in (["plan"], ["run", "--device", "cpu"], ["serve", "--device", "cpu"]):
+        for model in (str(folder), "qwen3:8b", "unsloth/x-GGUF"):
+            asked = ["hi"] if command[0] == "run" else []
+            assert main([*command, model, *asked]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert line.startswith("osmium: ") and "GGUF" in line
     assert issubclass(ConfigError, OsmiumError)
