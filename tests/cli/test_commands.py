@@ -14,6 +14,8 @@ from osmium.bench.speed import Settings
 from osmium.cli import main
 from osmium.cli.doctor import examine
 from osmium.cli.flags import BENCH
+from osmium.cli.timing import _Paced
+from osmium.engine.meter import Took
 from osmium.engine.request import SamplingParams
 from osmium.server.app import ModelHost
 from osmium.weights import DEMO
@@ -81,6 +83,13 @@ def test_timing_is_one_line_on_stderr_for_each_response(
     for word in ("tok/s", "hit 0.", "MB/token", "prefill", "decode", "(5 tokens)"):
         assert word in line
     assert "osmium" not in said.out
+
+
+def test_a_long_prompt_is_seen_in_the_servers_timing(capsys: pytest.CaptureFixture[str]) -> None:
+    took = Took(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
+    _Paced()(took)
+    line = capsys.readouterr().err
+    assert line.startswith("osmium: last 5.0 s: prompts 840 tokens (168 tok/s), generated 0 tokens")
 
 
 def test_a_chat_in_a_pipe_answers_line_by_line(
@@ -198,6 +207,18 @@ def test_benchmark_of_the_server_measures_and_then_serves(
     with_benchmark = served[0]
     assert main(["serve", "demo", *CPU]) == 0
     assert served == [with_benchmark, with_benchmark], "the measured engine leaves nothing behind"
+
+
+def test_ctrl_c_while_the_server_packs_says_what_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(host: ModelHost, **_: Any) -> None:
+        host.progress = ("packing", 3_000_000, 9_000_000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("osmium.cli.serving.serve_host", serve)
+    assert main(["serve", "demo", *CPU]) == 130
+    assert "at 3.0 of 9.0 MB. What is done is kept" in capsys.readouterr().err
 
 
 def test_benchmark_only_does_not_serve(
