@@ -1,4 +1,4 @@
-"""The distribution that brings this package: its name, how to install it, and what gets in its way.
+"""The distribution of this package: its name, how to install it, and what conflicts with it.
 
 The distribution is called osmium-serve, the import package osmium.  On PyPI `osmium` is another
 project, the OpenStreetMap library, and both own the folder osmium/ in site-packages.  Imports

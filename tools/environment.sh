@@ -25,7 +25,7 @@ environment() {
             echo "Making $folder with $("$python" --version) (a minute or two, once)" >&2
             local was=$([ -e "$folder" ] && echo there)
             "$python" -m venv "$folder" || {
-                [ -n "$was" ] || rm -rf "$folder"  # half of one would pass for a whole one
+                [ -n "$was" ] || rm -rf "$folder"  # an incomplete one would be taken for a complete one
                 echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2
                 return 1
             }

@@ -60,7 +60,7 @@ def _package() -> list[Finding]:
     if clash:
         found.append(Finding("another osmium", "in the same folder", clash))
     if not hasattr(osmium, "load"):  # overwritten by it, or uninstalled with it
-        found.append(Finding("import osmium", "is not ours", REINSTALL))
+        found.append(Finding("import osmium", "another package", REINSTALL))
     try:
         found.append(Finding("kernels", f"{check_kernels()}, all there"))
     except KernelError as error:

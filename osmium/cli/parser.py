@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from osmium.cli import legacy
 from osmium.cli.catalog import COMMANDS, Command
+from osmium.distribution import version
 from osmium.errors import ConfigError
 
 __all__ = ["Help", "Usage", "main_help", "parse"]
@@ -34,9 +35,7 @@ def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
             raise Help(_help(argv[1]))
         raise Help(main_help())
     if argv[0] in ("-V", "--version"):
-        from osmium import __version__
-
-        raise Help(f"osmium {__version__}")
+        raise Help(f"osmium {version() or '0+unknown'}")
     name = argv[0]
     if name not in COMMANDS:
         raise Usage(_no_command(name, argv[1:]))

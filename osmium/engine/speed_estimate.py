@@ -7,9 +7,10 @@
 
 A layer costs its kernels' starts and ends, whatever it reads.  Fetches overlap the hits' kernels,
 and with prefetch the link also works while nothing is missed: `hidden` is the share of the shorter
-of both that this saves.  The five constants are fitted to 25 rows of `osmium bench` on an H100 and
+of both that this saves.  The five constants are fitted to 27 rows of `osmium bench` on an H100 and
 an H200 (LOG.md, 2026-11-25 to 2026-11-30), INT4 experts and attention, 1k to 236k of context; they
-are within 7 % of each (tests/engine/test_speed_estimate.py).  Other cards have not been measured.
+are within 7.5 % of each.  Ten more of 2026-11-30, BF16 attention included, are within 10 %
+(tests/engine/test_speed_estimate.py).  Other cards have not been measured.
 
 The hit rate is itself an estimate: a curve of published routing statistics.
 """

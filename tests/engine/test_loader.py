@@ -14,11 +14,12 @@ import pytest
 import osmium
 from osmium import loader
 from osmium.config import EngineConfig
+from osmium.cuda import select
 from osmium.engine.engine import Engine
 from osmium.engine.perplexity import perplexity
 from osmium.engine.plan import HardwareInfo, MemoryPlan, make_plan
 from osmium.engine.request import SamplingParams
-from osmium.errors import CheckpointError, ConfigError, NoDevice, OutOfMemory
+from osmium.errors import CheckpointError, ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import DEMO, Packed, open_model
@@ -317,6 +318,37 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_said_to_be_missing(folder: Pat
         pytest.skip("there is a GPU here")
     with pytest.raises(NoDevice):
         loader.load(folder / MIXED.name, device="gpu")
+
+
+def test_a_gpu_that_cannot_be_used_does_not_lead_to_the_cpu(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise DeviceError("cuda-bindings is not installed")
+
+    monkeypatch.setattr(select, "Device", fails)
+    with pytest.raises(DeviceError, match="cuda-bindings"):
+        loader.load(folder / MIXED.name, device="auto")
+
+
+@pytest.mark.parametrize(("version", "level"), [(None, "INFO"), (13000, "WARNING")])
+def test_running_on_the_cpu_beside_a_gpu_that_is_too_old_is_logged(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    version: int | None,
+    level: str,
+) -> None:
+    def fails() -> None:
+        raise NoDevice("GTX 1650 is sm_75; Osmium needs sm_80 (RTX 30 series) or newer.")
+
+    monkeypatch.setattr(select, "Device", fails)
+    monkeypatch.setattr(select, "cuda_version", lambda: version)
+    caplog.set_level("INFO", logger="osmium.cuda")
+    assert select.open_gpu(EngineConfig()) is None
+    (record,) = caplog.records
+    assert record.levelname == level and "GTX 1650" in record.message
+    with pytest.raises(NoDevice):
+        select.open_gpu(EngineConfig(device="gpu"))
 
 
 def test_the_public_names_are_there() -> None:

@@ -14,6 +14,7 @@ from osmium.kernels.numba_compiler import PACKAGES, PYTHON, compile_all, compile
 from osmium.kernels.ptx import Kernel, parse
 from osmium.kernels.python import COMPILED, KERNELS, Source, cuda, python_kernel
 from osmium.ops.gpu import check_kernels
+from tests import needs
 from tests.ptx.kernels import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,19 +37,7 @@ def pinned() -> dict[str, str]:
     """The versions that pyproject.toml's build extra pins, by package."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     lines = project["optional-dependencies"]["build"]
-    return dict(line.partition(";")[0].split("==") for line in lines if "==" in line)
-
-
-def test_the_build_extra_is_for_the_python_of_the_committed_texts() -> None:
-    """hatchling drops a marker on osmium-serve[build], so that each line has its own."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    newer = f"{PYTHON[:2]}{int(PYTHON[2:]) + 1}"
-    for line in project["optional-dependencies"]["build"]:
-        assert line.endswith(f"; python_version < '{newer}'"), line
-
-
-def need_numba() -> None:
-    pytest.importorskip("numba.cuda", reason="Numba is in the build extra")
+    return dict(line.split("==") for line in lines if "==" in line)
 
 
 @pytest.fixture
@@ -81,7 +70,7 @@ def test_a_committed_text_names_the_versions_that_are_pinned() -> None:
 
 def test_a_committed_text_is_what_numba_compiles() -> None:
     """Byte for byte, in the pinned environment; it takes five seconds."""
-    need_numba()
+    needs.numba_compiler()
     if sys.version_info[:2] != tuple(map(int, PYTHON.split("."))):
         pytest.skip(f"the committed texts are of Python {PYTHON}, whose bytecode is another")
     for name in OURS:
@@ -161,7 +150,7 @@ def test_the_decorator_registers_and_reads_nothing(registry: None) -> None:
 
 
 def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:
-    need_numba()
+    needs.numba_compiler()
     contract = parse(compile_kernel(source()), "double.ptx")
     assert contract.entry == "double" and contract.block == 128
     assert [(p.name, p.type) for p in contract.params] == [("out", "u64"), ("n", "u32")]
@@ -170,7 +159,7 @@ def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:
 
 
 def test_all_are_written_and_what_is_none_of_them_goes(elsewhere: Path, registry: None) -> None:
-    need_numba()
+    needs.numba_compiler()
     KERNELS.clear()
     KERNELS["double"] = source()
     (elsewhere / "double.ptx").write_text("stale")
@@ -182,7 +171,7 @@ def test_all_are_written_and_what_is_none_of_them_goes(elsewhere: Path, registry
 
 
 def test_a_newer_toolkit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    need_numba()
+    needs.numba_compiler()
     monkeypatch.setattr(numba_compiler, "LATEST_PTX", (6, 0))
     with pytest.raises(KernelError, match=r"8\.\d.*osmium-serve\[build\]"):
         compile_kernel(source())

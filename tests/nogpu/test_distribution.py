@@ -1,4 +1,4 @@
-"""The distribution: its name where it is named, its install commands, and who shares its folder."""
+"""The distribution: where it is named, its install commands, and what shares its folder."""
 
 import os
 import re
@@ -144,6 +144,7 @@ def test_the_commands_run_where_the_others_init_has_won(site: Path) -> None:
     """Installed after ours, the library overwrites osmium/__init__.py; the commands go on."""
     (site / OTHER).mkdir()
     (site / "osmium" / "__init__.py").write_text("SimpleHandler = None\n")
+    assert re.match(r"osmium \d", run(site, "from osmium.cli import main; main(['--version'])"))
     said = run(site, "from osmium.cli import main; main(['doctor'])")
     assert "another osmium" in said and "osmium-4.3.2" in said
     assert "import osmium" in said and distribution.REINSTALL in said

@@ -23,6 +23,7 @@ from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS
 from osmium.quant.record import Record
+from tests import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,7 +165,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
 def test_the_kernel_places_experts_as_the_reference_does(
     name: str, rng: np.random.Generator
 ) -> None:
-    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    needs.numba_simulator()
     run = subprocess.run(
         [sys.executable, "-m", "tests.nogpu.test_place", str(rng.integers(1 << 32)), name],
         cwd=ROOT,
@@ -176,7 +177,7 @@ def test_the_kernel_places_experts_as_the_reference_does(
 
 
 def test_the_compiled_kernel_keeps_to_its_contract() -> None:
-    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    needs.numba_simulator()
     contract = PLACE.contract
     assert contract.entry == "place"
     assert contract.block == 256
@@ -204,5 +205,7 @@ def simulated(threads: int) -> Any:
 
 
 if __name__ == "__main__":
+    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
+    sys.setswitchinterval(5e-5)
     sequence = SEQUENCES[sys.argv[2]]
     compare(simulated(sequence.threads), np.random.default_rng(int(sys.argv[1])), sequence)

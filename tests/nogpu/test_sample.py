@@ -19,6 +19,7 @@ from osmium.kernels.python import cuda
 from osmium.kernels.sample import ADVANCE, DRAW
 from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops.reference import ReferenceOps
+from tests import needs
 from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -142,7 +143,7 @@ def compare_odd(rng: np.random.Generator) -> None:
 def test_the_kernels_draw_and_advance_as_the_reference_does(
     name: str, rng: np.random.Generator
 ) -> None:
-    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    needs.numba_simulator()
     run = subprocess.run(
         [sys.executable, "-m", "tests.nogpu.test_sample", str(rng.integers(1 << 32)), name],
         cwd=ROOT,
@@ -154,7 +155,7 @@ def test_the_kernels_draw_and_advance_as_the_reference_does(
 
 
 def test_the_compiled_kernels_keep_to_their_contracts() -> None:
-    pytest.importorskip("numba.cuda", reason="the Numba kernels need the build extra")
+    needs.numba_simulator()
     assert [kernel.contract.entry for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
         "peaks", "weigh", "draw", "advance",
     ]  # fmt: skip
@@ -164,6 +165,8 @@ def test_the_compiled_kernels_keep_to_their_contracts() -> None:
 
 
 if __name__ == "__main__":
+    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
+    sys.setswitchinterval(5e-5)
     first, size = int(sys.argv[1]), CASES.get(sys.argv[2])
     if size is None:
         for turn in range(3):

@@ -101,6 +101,11 @@ def test_the_demo_and_made_up_models_are_planned_without_a_file(
     assert found.plan is not None and not list(tmp_path.iterdir())
 
 
+def test_the_demo_is_planned_with_more_context_than_it_was_trained_for() -> None:
+    found = plan_report("demo", device="cpu", context=32768)
+    assert found.plan is not None and found.plan.context == 32768
+
+
 @pytest.mark.parametrize("where", ["folder", "hub"])
 def test_a_model_that_cannot_fit_is_not_packed_and_not_downloaded(
     where: str, folder: Path, hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -16,6 +16,7 @@ shuffle or a barrier, a warp that leaves while others wait, and loops that do no
 `InterpretedMachine` stands in for cuda.stream.Machine: the product's own ops.GpuOps runs on it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ from tests.ptx.stand_ins import STAND_INS
 __all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
 
 LANES = 32
+FULL = np.ones(LANES, np.bool_)
+"""All lanes.  Masks are compared as bytes, which takes a tenth of the time of any() or all()."""
+ALL, NONE = FULL.tobytes(), bytes(LANES)
 STEPS = 2_000_000
 """Instructions of one warp after which it is said to loop for ever."""
 
@@ -60,23 +64,56 @@ class PtxFault(AssertionError):
 # -- memory ----------------------------------------------------------------------------------------
 
 
-@dataclass
+WORDS: dict[int, np.dtype[Any]] = {
+    1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64),
+    16: np.dtype(np.complex128),
+}  # fmt: skip
+"""By bytes: what is moved as one, whatever it is."""
+
+TRUE = b"\1" * 4 * LANES
+"""Of what is written, 4 bytes a lane."""
+
+
 class Block:
     """Some bytes, and which of them anybody has written."""
 
-    data: npt.NDArray[np.uint8]
-    written: npt.NDArray[np.bool_]
-    name: str
-    launch: npt.NDArray[np.int32]
-    """Which launch wrote a byte last; 0 if none did."""
+    def __init__(self, nbytes: int, name: str, early: bool = False) -> None:
+        """With `early` it is kept which launch wrote a byte last."""
+        self.nbytes, self.name = nbytes, name
+        room = -(-nbytes // 16) * 16
+        self.data, self.written = np.full(room, 0xA5, np.uint8), np.zeros(room, np.bool_)
+        self.launch = np.zeros(room, np.int32) if early else None
+        """Which launch wrote a byte last; 0 if none did."""
+        self._data = {size: self.data.view(kind) for size, kind in WORDS.items()}
+        self._written = {size: self.written.view(kind) for size, kind in WORDS.items()}
 
     def put(self, at: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], launch: int) -> None:
-        self.data[at], self.written[at], self.launch[at] = data, True, launch
+        """Bytes `data` at the offsets `at`, of one shape."""
+        self.data[at], self.written[at] = data, True
+        if self.launch is not None:
+            self.launch[at] = launch
+
+    def take(self, at: npt.NDArray[np.int64], size: int) -> npt.NDArray[Any]:
+        """What is at multiples of `size`, `size` bytes each."""
+        found: npt.NDArray[Any] = self._data[size][at // size]
+        return found
+
+    def set(self, at: npt.NDArray[np.int64], data: npt.NDArray[Any], launch: int) -> None:
+        """Words `data` at multiples of their size."""
+        size = data.itemsize
+        index = at // size
+        self._data[size][index] = data.view(WORDS[size])
+        self._written[size][index] = _TRUE_WORD[size]
+        if self.launch is not None:
+            self.launch.reshape(-1, size)[index] = launch
+
+    def known(self, at: npt.NDArray[np.int64], size: int) -> bool:
+        """Whether all of those bytes were written."""
+        there = self._written[size][at // size].tobytes()
+        return bool(there == (TRUE if len(there) == len(TRUE) else b"\1" * len(there)))
 
 
-def _block(nbytes: int, name: str) -> Block:
-    data, nobody = np.full(nbytes, 0xA5, np.uint8), np.zeros(nbytes, np.bool_)
-    return Block(data, nobody, name, np.zeros(nbytes, np.int32))
+_TRUE_WORD = {size: np.frombuffer(b"\1" * size, kind)[0] for size, kind in WORDS.items()}
 
 
 @dataclass(eq=False)
@@ -109,15 +146,14 @@ class Barrier:
             self.phase, self.pending = 1 - self.phase, self.count
 
 
-@dataclass
 class Shared(Block):
     """A block's shared memory, with the barriers in it and the bulk copies on their way there."""
 
-    barriers: dict[int, Barrier] = field(default_factory=dict)
-    """By offset."""
-    loads: list[tuple[Barrier, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = field(
-        default_factory=list
-    )
+    def __init__(self, nbytes: int, name: str) -> None:
+        super().__init__(nbytes, name)
+        self.barriers: dict[int, Barrier] = {}
+        """By offset."""
+        self.loads: list[tuple[Barrier, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
 
     def land(self, rng: np.random.Generator, where: str) -> None:
         """Let each bulk copy arrive, by chance, in any order."""
@@ -201,7 +237,9 @@ class InterpretedArray:
     def touch(self) -> None:
         """From now on these bytes count as written."""
         part = slice(self.offset, self.offset + self.nbytes)
-        self.block.written[part], self.block.launch[part] = True, 0
+        self.block.written[part] = True
+        if self.block.launch is not None:
+            self.block.launch[part] = 0
 
 
 class InterpretedMachine:
@@ -224,7 +262,8 @@ class InterpretedMachine:
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self.blocks.append(_block(nbytes, f"array {len(self.blocks)}, {np.dtype(dtype)} {shape}"))
+        name = f"array {len(self.blocks)}, {np.dtype(dtype)} {shape}"
+        self.blocks.append(Block(nbytes, name, self.stream.early))
         return InterpretedArray(self.blocks[-1], len(self.blocks) << SPAN, 0, shape, dtype)
 
     def host(
@@ -276,24 +315,30 @@ class InterpretedMachine:
             self.stream.wake(1)
 
 
-def _reach(
-    block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool
-) -> npt.NDArray[np.int64]:
-    """Offsets of `size` bytes each in a block, checked; one row of byte offsets a lane."""
-    where = w.where
-    if at.min() < 0 or at.max() + size > len(block.data):
-        raise PtxFault(f"{where}: bytes {at.min()} to {at.max() + size} of {block.name}")
-    if (at % size).any():
-        raise PtxFault(f"{where}: {size} bytes at offset {at[at % size > 0][0]} of {block.name}")
+def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool) -> None:
+    """Whether `size` bytes at each of these offsets may be read, or written."""
+    low, high = int(at.min()), int(at.max()) + size
+    if low < 0 or high > block.nbytes:
+        raise PtxFault(f"{w.where}: bytes {low} to {high} of {block.name}")
+    if size > 1 and (at & (size - 1)).tobytes().strip(b"\0"):
+        raise PtxFault(f"{w.where}: {size} bytes at offset {at[at % size > 0][0]} of {block.name}")
+    if read and not block.known(at, size):
+        raise PtxFault(f"{w.where}: reads bytes of {block.name} that nobody wrote")
+    if block is w.shared:
+        if w.shared.barriers:
+            rows = at[:, None] + np.arange(size)
+            if np.isin(rows // 8, [at // 8 for at in w.shared.barriers]).any():
+                raise PtxFault(f"{w.where}: a barrier is there")
+    elif not w.waited:
+        last = w.machine.stream.launches - 1
+        if last and block.launch is not None:
+            if not read or (block.launch.reshape(-1, size)[at // size] == last).any():
+                raise PtxFault(f"{w.where}: {block.name} is the last kernel's; it has not waited")
+
+
+def _rows(at: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """Offsets of bytes, one row a lane."""
     rows: npt.NDArray[np.int64] = at[:, None] + np.arange(size)
-    if read and not block.written[rows].all():
-        raise PtxFault(f"{where}: reads bytes of {block.name} that nobody wrote")
-    if block is w.shared and np.isin(rows // 8, [at // 8 for at in w.shared.barriers]).any():
-        raise PtxFault(f"{where}: a barrier is there")
-    last = w.machine.stream.launches - 1
-    if not w.waited and last and block is not w.shared:
-        if not read or (block.launch[rows] == last).any():
-            raise PtxFault(f"{where}: {block.name} is the last kernel's; it has not waited")
     return rows
 
 
@@ -334,8 +379,12 @@ KINDS = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret",
 _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.S)
 
 
+@functools.cache
 def parse_program(text: str, without: int | None = None) -> Program:
-    """A module's one entry.  `without` leaves out one barrier, counted from 0."""
+    """A module's one entry.  `without` leaves out one barrier, counted from 0.
+
+    Nothing changes a program once it is parsed: machines share them.
+    """
     code = re.sub(r"//[^\n]*", "", text)
     entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", code, re.S)
     if not entry:
@@ -406,6 +455,7 @@ class Warp:
         block: tuple[int, int, int], grid: tuple[int, int, int], threads: int, index: int,
     ) -> None:  # fmt: skip
         self.program, self.values, self.machine, self.shared = program, values, machine, shared
+        self.types = program.registers
         lane = np.arange(LANES, dtype=np.uint32)
         self.special: dict[str, Values] = {
             "%tid.x": lane + np.uint32(LANES * index),
@@ -418,20 +468,25 @@ class Warp:
         self.registers: dict[str, Values] = {}
         self.known: dict[str, npt.NDArray[np.bool_]] = {}
         """Lanes that have a value, for registers that not every lane has written."""
-        self.groups: dict[int, npt.NDArray[np.bool_]] = {0: np.ones(LANES, np.bool_)}
+        self.groups: dict[int, npt.NDArray[np.bool_]] = {0: FULL}
         """Where the living lanes are."""
-        self.copies: list[list[tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]]] = [[]]
+        self.copies: list[list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]] = [[]]
         """Groups of copies on their way to shared memory, the open one last."""
         self.stores: dict[int, list[list[BulkStore]]] = {}
         """Groups of bulk copies that a lane has not waited for, the open one last."""
         self.steps = 0
-        self.where = ""
+        self.at: Instruction | None = None
         self.waited = not machine.stream.early
         """Whether what the kernel before wrote may be read, and anything be written."""
         self.acquired = False
         """Whether it has read, acquiring, what the kernel before wrote last of all."""
         self.looks = False
         """Whether it has just read, acquiring, and lets others go on."""
+
+    @property
+    def where(self) -> str:
+        """The instruction that runs, for who complains."""
+        return f"{self.program.name}: {self.at.text if self.at else ''}"
 
     @property
     def alive(self) -> bool:
@@ -450,87 +505,117 @@ class Warp:
 
     def read(self, name: str, mask: Mask) -> Values:
         """A register's 32 values, all of them known where the mask is set."""
+        value = self.registers.get(name)
+        if value is None:
+            return self._special(name)
+        if name in self.known:
+            known = self.known[name]
+            # what is known nowhere where the mask is set, or everywhere
+            here = known if mask is None else known | ~mask
+            if here.tobytes() != ALL:
+                raise PtxFault(f"{self.where}: {name} was not written by every lane that reads it")
+        return value
+
+    def _special(self, name: str) -> Values:
         if name in self.special:
             return self.special[name]
         if name == "%globaltimer":
             self.machine.stream.clock += self.machine.stream.tick
             return np.full(LANES, self.machine.stream.clock, np.uint64)
-        value = self.registers.get(name)
-        if value is None:
-            raise PtxFault(f"{self.where}: {name} was never written")
-        known = self.known.get(name)
-        if known is not None and not (known.all() if mask is None else known[mask].all()):
-            raise PtxFault(f"{self.where}: {name} was not written by every lane that reads it")
-        return value
+        raise PtxFault(f"{self.where}: {name} was never written")
 
     def write(self, name: str, value: Values, mask: Mask) -> None:
         """Set a register where the mask is set."""
-        dtype = self.program.registers.get(name)
-        if dtype is None:
-            raise PtxFault(f"{self.where}: {name} is not declared")
-        if value.dtype != dtype:
-            if value.dtype.itemsize != dtype.itemsize:
-                raise PtxFault(f"{self.where}: {value.dtype} into {name}, which is {dtype}")
-            value = value.view(dtype)
+        dtype = self.types.get(name)
+        if value.dtype is not dtype:
+            if dtype is None:
+                raise PtxFault(f"{self.where}: {name} is not declared")
+            if value.dtype != dtype:
+                if value.dtype.itemsize != dtype.itemsize:
+                    raise PtxFault(f"{self.where}: {value.dtype} into {name}, which is {dtype}")
+                value = value.view(dtype)
         if mask is None:
             self.registers[name] = value
-            self.known.pop(name, None)
+            if name in self.known:
+                del self.known[name]
             return
         old = self.registers.get(name)
         if old is None:
-            self.registers[name], self.known[name] = np.where(mask, value, value), mask.copy()
+            self.registers[name], self.known[name] = value, mask
             return
-        self.registers[name] = np.where(mask, value, old)
-        known = self.known.get(name)
-        if known is not None:
-            self.known[name] = known | mask
+        new = old.copy()
+        np.copyto(new, value, where=mask)
+        self.registers[name] = new
+        if name in self.known:
+            known = self.known[name] | mask
+            if known.tobytes() == ALL:
+                del self.known[name]
+            else:
+                self.known[name] = known
 
     def go(self) -> None:
         """Run until all lanes have left, or all living ones wait at a barrier, or some look for
         what others say."""
-        code, self.looks = self.program.code, False
-        while self.groups:
-            pc = min(self.groups)
-            lanes = self.groups.pop(pc)
-            while True:
-                if pc in self.groups:  # others have waited here
-                    lanes = lanes | self.groups.pop(pc)
-                if pc >= len(code):
-                    break  # the end of the text is a ret
-                if self.groups and pc > min(self.groups):
-                    self._join(pc, lanes)
-                    break
+        code, groups, end, self.looks = (
+            self.program.code,
+            self.groups,
+            len(self.program.code),
+            False,
+        )
+        while groups:
+            pc = min(groups)
+            lanes = groups.pop(pc)
+            every = lanes.tobytes()
+            mask = None if every == ALL else lanes
+            next_group = min(groups, default=end)
+            while pc < end:  # the end of the text is a ret
+                if pc >= next_group:
+                    if pc > next_group:
+                        self._join(pc, lanes)
+                        break
+                    lanes = lanes | groups.pop(pc)  # others have waited here
+                    every = lanes.tobytes()
+                    mask = None if every == ALL else lanes
+                    next_group = min(groups, default=end)
                 self.steps += 1
-                instruction = code[pc]
-                self.where = f"{self.program.name}: {instruction.text}"
+                self.at = instruction = code[pc]
                 if self.steps > STEPS:
                     raise PtxFault(f"{self.where}: {STEPS} instructions and no end")
-                taking = lanes
+                taking, who = lanes, every
                 if instruction.guard:
-                    wanted = self.read(instruction.guard, lanes)
-                    taking = lanes & (~wanted if instruction.negated else wanted)
-                if instruction.kind == "plain":
-                    if taking.any():
-                        assert instruction.run is not None, "plain instructions are compiled"
-                        instruction.run(self, None if taking.all() else taking)
+                    taking = self.read(instruction.guard, mask)
+                    if instruction.negated:
+                        taking = ~taking
+                    if mask is not None:
+                        taking = taking & lanes
+                    who = taking.tobytes()
+                kind = instruction.kind
+                if kind == "plain":
                     pc += 1
-                    if self.looks:
-                        self._join(pc, lanes)
-                        return
-                elif instruction.kind in ("bar", "sleep"):
-                    if instruction.kind == "bar" and not taking.all():
+                    if who != NONE:
+                        instruction.run(self, None if who == ALL else taking)  # type: ignore[misc]
+                        if self.looks:
+                            self._join(pc, lanes)
+                            return
+                elif kind in ("bar", "sleep"):
+                    if kind == "bar" and who != ALL:
                         raise PtxFault(f"{self.where}: lanes are missing at a barrier")
-                    self.groups[pc + 1] = lanes
+                    groups[pc + 1] = lanes
                     return
                 else:
-                    left = lanes & ~taking
-                    if instruction.kind == "uni" and taking.any() and left.any():
-                        raise PtxFault(f"{self.where}: lanes part at a branch of all or none")
-                    if instruction.kind != "ret" and taking.any():
-                        self._join(instruction.target, taking)
-                    if not left.any():
+                    if who == every:  # all go, and none is left
+                        if kind != "ret":
+                            self._join(instruction.target, lanes)
                         break
-                    lanes, pc = left, pc + 1
+                    if who != NONE:
+                        if kind == "uni":
+                            raise PtxFault(f"{self.where}: lanes part at a branch of all or none")
+                        if kind != "ret":
+                            self._join(instruction.target, taking)
+                            next_group = min(groups)
+                        lanes = lanes & ~taking
+                        every, mask = lanes.tobytes(), lanes
+                    pc += 1
 
     def _join(self, pc: int, lanes: npt.NDArray[np.bool_]) -> None:
         there = self.groups.get(pc)
@@ -542,22 +627,32 @@ class Warp:
         if space == "shared":
             return self.shared, taking.astype(np.int64)
         index = int(taking[0]) >> SPAN
-        if not 0 < index <= len(self.machine.blocks) or (taking >> np.uint64(SPAN) != index).any():
-            raise PtxFault(f"{self.where}: address {int(taking[0]):#x} is in no array, or in two")
-        return self.machine.blocks[index - 1], (taking & np.uint64((1 << SPAN) - 1)).astype(
-            np.int64
-        )
+        if 0 < index <= len(self.machine.blocks):
+            offsets = (taking - _base(index)).view(np.int64)
+            if int(offsets.min()) >= 0 and int(offsets.max()) < 1 << SPAN:
+                return self.machine.blocks[index - 1], offsets
+        raise PtxFault(f"{self.where}: address {int(taking[0]):#x} is in no array, or in two")
 
 
 def _by_array(space: str, address: Values, mask: Mask) -> list[Mask]:
     """The taking lanes, by the array that they reach: one load may reach several."""
     if space == "shared":
         return [mask]
-    index = address >> np.uint64(SPAN)
-    there = np.unique(index if mask is None else index[mask])
-    if len(there) == 1:
+    index = address >> _SPANS
+    taking = index if mask is None else index[mask]
+    if (taking == taking[:1]).tobytes() == ALL[: len(taking)]:
         return [mask]
+    there = np.unique(taking)
     return [index == one if mask is None else (index == one) & mask for one in there]
+
+
+_SPANS = np.full(LANES, SPAN, np.uint64)
+
+
+@functools.cache
+def _base(index: int) -> npt.NDArray[np.uint64]:
+    """The address of an array."""
+    return np.array([index << SPAN], np.uint64)
 
 
 class InterpretedStream:
@@ -649,7 +744,10 @@ class InterpretedStream:
             text = contract.early if self.early else contract.text
             program = parse_program(text, which if entry == contract.entry else None)
             self.programs[contract.entry] = program
-        named = dict(zip(program.params, values, strict=True))
+        named = {
+            name: np.full(LANES, getattr(value, "ptr", value), kind)
+            for (name, kind), value in zip(program.params.items(), values, strict=True)
+        }
         whole: tuple[int, int, int] = (*grid, 1, 1)[:3]  # type: ignore[assignment]
         blocks = [
             (x, y, z) for x in range(whole[0]) for y in range(whole[1]) for z in range(whole[2])
@@ -688,8 +786,7 @@ class InterpretedStream:
     ) -> Iterator[bool]:  # fmt: skip
         """Run a block, at a time one warp to its next barrier, or to where it looks for what others
         say.  Yields whether it does that, until it has left."""
-        made = _block(program.shared + dynamic, f"{program.name}'s shared memory")
-        shared = Shared(made.data, made.written, made.name, made.launch)
+        shared = Shared(program.shared + dynamic, f"{program.name}'s shared memory")
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
             for i in range(threads // LANES)
@@ -735,8 +832,10 @@ def _operand(program: Program, text: str, dtype: np.dtype[Any]) -> Operand:
     if text.startswith("%"):
 
         def register(w: Warp, m: Mask) -> Values:
-            value = w.read(text, m)
-            if value.dtype == dtype:
+            value = w.registers.get(text)
+            if value is None or text in w.known:
+                value = w.read(text, m)
+            if value.dtype is dtype or value.dtype == dtype:
                 return value
             if value.dtype.itemsize != dtype.itemsize:
                 raise PtxFault(f"{w.where}: {text} is {value.dtype}, {dtype} is wanted")
@@ -760,6 +859,8 @@ def _arguments(text: str) -> list[str]:
 
 def _shift(left: bool) -> Callable[[Values, Values], Values]:
     def run(a: Values, b: Values) -> Values:
+        if b.itemsize == 4 and b.tobytes() == b.item(0).to_bytes(4, "little") * LANES:
+            return constant(a, b.item(0))
         by = b.astype(np.uint64)
         bits = 8 * a.dtype.itemsize
         kept = np.minimum(by, bits - 1).astype(a.dtype)
@@ -768,7 +869,20 @@ def _shift(left: bool) -> Callable[[Values, Values], Values]:
             return out
         return np.asarray(np.where(by >= bits, a.dtype.type(0), out))
 
+    def constant(a: Values, by: int) -> Values:
+        """All lanes by the same, as almost always."""
+        bits = 8 * a.itemsize
+        if by >= bits and a.dtype.kind != "i":
+            return np.zeros(LANES, a.dtype)
+        kept = _shift_by(min(by, bits - 1), a.dtype)
+        return np.asarray(a << kept if left else a >> kept)
+
     return run
+
+
+@functools.cache
+def _shift_by(by: int, dtype: np.dtype[Any]) -> Values:
+    return np.full(LANES, by, dtype)
 
 
 def _divide(a: Values, b: Values) -> Values:
@@ -778,9 +892,12 @@ def _divide(a: Values, b: Values) -> Values:
     return np.asarray(down + ((down < 0) & (down * b != a)))  # toward zero, as PTX rounds
 
 
+_F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
+
+
 def _fma(a: Values, b: Values, c: Values) -> Values:
     # The product is exact in float64; rounding twice differs from once in one case of 2^29.
-    return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+    return (a.astype(_F64) * b + c).astype(_F32)
 
 
 def _approx(f: Callable[[Values], Values]) -> Callable[[Values], Values]:
@@ -932,25 +1049,43 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
         raise ValueError("registers of a fragment")
     a, b = ([_operand(program, n, TYPES["u32"]) for n in group] for group in names[1:3])
     c = [_operand(program, name, TYPES[sums]) for name in names[3]]
-    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+    (first, second), out = _fragments(each), TYPES[sums]
 
     def run(w: Warp, m: Mask) -> None:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at an mma")
-        first, second = np.zeros((16, 8 * each)), np.zeros((8 * each, 8))
-        for i, operand in enumerate(a):
-            for j, value in enumerate(read(operand(w, m)).reshape(LANES, each).T):
-                first[g + 8 * (i % 2), each * (q + 4 * (i // 2)) + j] = value
-        for i, operand in enumerate(b):
-            for j, value in enumerate(read(operand(w, m)).reshape(LANES, each).T):
-                second[each * (q + 4 * i) + j, g] = value
-        product = first @ second  # whole numbers are exact, too
-        for i, (name, operand) in enumerate(zip(names[0], c, strict=True)):
-            found = product[g + 8 * (i // 2), 2 * q + i % 2] + operand(w, m)
-            whole = found.astype(np.int64) if sums == "u32" else found
-            w.write(name, whole.astype(TYPES[sums]), m)
+        x = read(np.concatenate([operand(w, m) for operand in a])).astype(np.float64)
+        y = read(np.concatenate([operand(w, m) for operand in b])).astype(np.float64)
+        product = (x[first] @ y[second]).reshape(-1)[_OF_C]  # whole numbers are exact, too
+        for name, operand, part in zip(names[0], c, product, strict=True):
+            found = part + operand(w, m)
+            w.write(name, (found.astype(np.int64) if sums == "u32" else found).astype(out), m)
 
     return run
+
+
+def _fragments(each: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where each value of the matrices a [16, 8 n] and b [8 n, 8] is among the registers', joined:
+    i32 of (register, lane, value)."""
+    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+    first, second = np.zeros((16, 8 * each), np.int64), np.zeros((8 * each, 8), np.int64)
+    for j in range(each):
+        for i in range(4):
+            place = (i * LANES + np.arange(LANES)) * each + j
+            first[g + 8 * (i % 2), each * (q + 4 * (i // 2)) + j] = place
+        for i in range(2):
+            place = (i * LANES + np.arange(LANES)) * each + j
+            second[each * (q + 4 * i) + j, g] = place
+    return first, second
+
+
+def _sums() -> npt.NDArray[np.int64]:
+    """Where the values of each register of c are in [16, 8]."""
+    g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
+    return np.stack([8 * (g + 8 * (i // 2)) + 2 * q + i % 2 for i in range(4)])
+
+
+_OF_C = _sums()
 
 
 def _vote(program: Program, parts: list[str], args: list[str]) -> Run:
@@ -1076,7 +1211,10 @@ def _address(program: Program, text: str, space: str) -> Operand:
         raise ValueError(f"address {text}")
     base = _operand(program, found[1], TYPES["u32" if space == "shared" else "u64"])
     more = int(found[2] or 0)
-    return lambda w, m: base(w, m) + base(w, m).dtype.type(more)
+    if not more:
+        return base
+    by = np.full(LANES, more, TYPES["u32" if space == "shared" else "u64"])
+    return lambda w, m: base(w, m) + by
 
 
 def _vector(parts: list[str]) -> int:
@@ -1089,11 +1227,9 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     space, dtype = parts[0], TYPES[parts[-1]]
     if space == "param":
         name = args[1].strip("[] ")
-        kind = program.params[name]
 
         def parameter(w: Warp, m: Mask) -> None:
-            value = w.values[name]
-            w.write(args[0], np.full(LANES, getattr(value, "ptr", value), kind), m)
+            w.write(args[0], w.values[name], m)
 
         return parameter
     _known(space, parts[1:-1])
@@ -1101,6 +1237,7 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     names = [name.strip() for name in args[0].strip("{}").split(",")]
     if len(names) != count:
         raise ValueError(f"{len(names)} registers for v{count}")
+    size = dtype.itemsize * count
 
     def load(w: Warp, m: Mask) -> None:
         if relaxed:
@@ -1115,15 +1252,16 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
     def acquire(w: Warp, m: Mask) -> None:
         stream = w.machine.stream
         block, at = w.memory(space, address(w, m), m)
-        if stream.early and (block.launch[at] % (stream.launches - 1) == 0).all():
+        last = stream.launches - 1
+        if block.launch is not None and (block.launch[at] % last == 0).all():
             w.waited = w.acquired = True
 
     def load_one(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
-        rows = _reach(block, at, dtype.itemsize * count, w, read=True)
-        found = block.data[rows].view(dtype)  # [lanes, count]
+        _check(block, at, size, w, read=True)
+        found = block.take(at, size).view(dtype)  # [lanes * count]
         for i, name in enumerate(names):
-            value = np.ascontiguousarray(found[:, i])
+            value = found if count == 1 else np.ascontiguousarray(found[i::count])
             if m is not None:
                 wide = np.zeros(LANES, dtype)
                 wide[m] = value
@@ -1150,8 +1288,9 @@ def _matrices(program: Program, parts: list[str], args: list[str]) -> Run:
         if m is not None:
             raise PtxFault(f"{w.where}: lanes are missing at an ldmatrix")
         block, at = w.memory("shared", address(w, m), m)
-        rows = block.data[_reach(block, at, 16, w, read=True)]
-        for name, matrix in zip(names, rows.view(np.uint16).reshape(4, 8, 8), strict=True):
+        _check(block, at, 16, w, read=True)
+        rows = block.take(at, 16).view(np.uint16)
+        for name, matrix in zip(names, rows.reshape(4, 8, 8), strict=True):
             found = np.ascontiguousarray(matrix.T if trans else matrix)
             w.write(name, found.reshape(-1).view(np.uint32), m)
 
@@ -1183,16 +1322,18 @@ def _store(program: Program, parts: list[str], args: list[str]) -> Run:
     values = [source(program, n.strip(), dtype) for n in args[1].strip("{}").split(",")]
     if len(values) != count:
         raise ValueError(f"{len(values)} registers for v{count}")
+    size = dtype.itemsize * count
 
     def store(w: Warp, m: Mask) -> None:
         block, at = w.memory(space, address(w, m), m)
-        rows = _reach(block, at, dtype.itemsize * count, w, read=False)
+        _check(block, at, size, w, read=False)
         columns = [value(w, m) if m is None else value(w, m)[m] for value in values]
-        data = np.stack(columns, axis=1).view(np.uint8)
+        data = np.ascontiguousarray(columns[0]) if count == 1 else np.stack(columns, axis=1)
         if relaxed:
-            w.machine.stream.late += [(block, *one) for one in zip(rows, data, strict=True)]
+            rows, raw = _rows(at, size), data.reshape(-1, count).view(np.uint8)
+            w.machine.stream.late += [(block, *one) for one in zip(rows, raw, strict=True)]
             return
-        block.put(rows, data, w.machine.stream.launches)
+        block.set(at, data.reshape(-1).view(WORDS[size]), w.machine.stream.launches)
 
     return store
 
@@ -1220,8 +1361,9 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
         if releases:
             w.settled()
         block, at = w.memory("global", address(w, m), m)
-        rows = _reach(block, at, dtype.itemsize, w, read=True)
-        block.launch[rows] = w.machine.stream.launches
+        _check(block, at, dtype.itemsize, w, read=True)
+        if block.launch is not None:
+            block.launch[_rows(at, dtype.itemsize)] = w.machine.stream.launches
         mine, words = value(w, m) if m is None else value(w, m)[m], block.data.view(dtype)
         if not turns_over:
             np.add.at(words, at // dtype.itemsize, mine)
@@ -1241,7 +1383,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def add(w: Warp, m: Mask) -> None:
         block, at = w.memory("global", address(w, m), m)
-        _reach(block, at, 4, w, read=True)
+        _check(block, at, 4, w, read=True)
         if len(at) != 1:
             raise PtxFault(f"{w.where}: {len(at)} lanes, whose order nobody knows")
         w.machine.stream.meanwhile()
@@ -1266,8 +1408,8 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
             if m is not None:
                 raise PtxFault(f"{w.where}: lanes are missing at a wait")
             while len(w.copies) > left + 1:
-                for rows, data in w.copies.pop(0):
-                    w.shared.data[rows], w.shared.written[rows] = data, True
+                for there, data in w.copies.pop(0):
+                    w.shared.set(there, data, 0)
 
         return wait
     size = int(args[2])
@@ -1281,7 +1423,8 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
 
     def copy(w: Warp, m: Mask) -> None:
         lanes = np.ones(LANES, np.bool_) if m is None else m
-        there = _reach(w.shared, w.memory("shared", to(w, m), m)[1], size, w, read=False)
+        there = w.memory("shared", to(w, m), m)[1]
+        _check(w.shared, there, size, w, read=False)
         data = np.zeros((len(there), size), np.uint8)
         counts = np.full(LANES, size) if taken is None else taken(w, m)
         for count in set(counts[lanes].tolist()) - {0}:
@@ -1290,10 +1433,14 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
                 block, at = w.memory("global", source(w, m), some)
                 if count > size or (at % size).any():
                     raise PtxFault(f"{w.where}: {count} bytes of {size} at {at[0]} of {block.name}")
-                each: npt.NDArray[np.int64] = at[:, None] + np.arange(count)
-                _reach(block, each.reshape(-1), 1, w, read=True)
+                if count == size:
+                    _check(block, at, size, w, read=True)
+                    data[some[lanes]] = block.take(at, size).view(np.uint8).reshape(-1, size)
+                    continue
+                each = _rows(at, count)
+                _check(block, each.reshape(-1), 1, w, read=True)
                 data[some[lanes], :count] = block.data[each]
-        w.copies[-1].append((there, data))
+        w.copies[-1].append((there, data.reshape(-1).view(WORDS[size])))
 
     return copy
 
@@ -1330,7 +1477,8 @@ def _barrier(program: Program, parts: list[str], args: list[str]) -> Run:
         def make(w: Warp, m: Mask) -> None:
             lane = _one(w, m)
             at, number = w.memory("shared", address(w, m), m)[1], int(count(w, m)[lane])
-            w.shared.written[_reach(w.shared, at, 8, w, read=False)] = False
+            _check(w.shared, at, 8, w, read=False)
+            w.shared.written[_rows(at, 8)] = False
             if not 0 < number < 1 << 20:
                 raise PtxFault(f"{w.where}: {number} arrivals")
             w.shared.barriers[int(at[0])] = Barrier(number, (w, lane), number)
@@ -1413,8 +1561,9 @@ def _bulk(program: Program, parts: list[str], args: list[str]) -> Run:
             w.memory(space, end(w, m), m) for space, end in zip(spaces, ends, strict=True)
         )
         steps = np.arange(0, size, 16)
-        to = _reach(out, to + steps, 16, w, read=False).reshape(-1)
-        rows = _reach(source, at + steps, 16, w, read=True).reshape(-1)
+        _check(out, to + steps, 16, w, read=False)
+        _check(source, at + steps, 16, w, read=True)
+        to, rows = _rows(to + steps, 16).reshape(-1), _rows(at + steps, 16).reshape(-1)
         if bar is None:
             store = BulkStore(w.shared, rows, out, to)
             if w.machine.stream.rng.random() < 0.5:
@@ -1507,24 +1656,46 @@ def _select(program: Program, parts: list[str], args: list[str]) -> Run:
 def _lop3(program: Program, parts: list[str], args: list[str]) -> Run:
     if parts != ["b32"]:
         raise KeyError(".".join(parts))
-    a, b, c = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
-    table = int(args[4], 0)
+    inputs = [_operand(program, arg, TYPES["u32"]) for arg in args[1:4]]
+    terms = _products(int(args[4], 0))
 
     def run(w: Warp, m: Mask) -> None:
-        x, y, z = a(w, m), b(w, m), c(w, m)
+        values = [one(w, m) for one in inputs]
         out = np.zeros(LANES, np.uint32)
-        for row in range(8):
-            if table >> row & 1:
-                out |= (x if row & 4 else ~x) & (y if row & 2 else ~y) & (z if row & 1 else ~z)
-        w.write(args[0], out, m)
+        for first, *others in terms:
+            product = values[first]
+            for other in others:
+                product = product & values[other]
+            out ^= product
+        w.write(args[0], ~out if int(args[4], 0) & 1 else out, m)
 
     return run
+
+
+def _products(table: int) -> list[list[int]]:
+    """A function of three bits as products whose sum it is, modulo 2: the inputs of each but the
+    constant one.  Bit 4 a + 2 b + c of the table is its value."""
+    found = []
+    for term in range(1, 8):  # Moebius' inversion: a term is there if an odd number below it is
+        below = sum(table >> row & 1 for row in range(8) if row & term == row)
+        if below % 2:
+            found.append([i for i, bit in enumerate((4, 2, 1)) if term & bit])
+    return found
 
 
 def _permute(program: Program, parts: list[str], args: list[str]) -> Run:
     if parts != ["b32"]:
         raise KeyError(".".join(parts))
     a, b, how = (_operand(program, arg, TYPES["u32"]) for arg in args[1:4])
+    digits = 0 if args[3].startswith("%") else int(args[3].rstrip("U"), 0)
+    if digits and not digits & 0x8888:
+        picks = np.array([digits >> 4 * i & 7 for i in range(4)])
+
+        def pick(w: Warp, m: Mask) -> None:
+            both = np.stack([a(w, m), b(w, m)], axis=1).view(np.uint8)
+            w.write(args[0], both[:, picks].reshape(-1).view(np.uint32), m)
+
+        return pick
 
     def run(w: Warp, m: Mask) -> None:
         both = a(w, m).astype(np.uint64) | b(w, m).astype(np.uint64) << np.uint64(32)

@@ -108,7 +108,7 @@ def test_without_python_or_its_venv_it_says_what_to_install(clone: Path, tmp_pat
     assert done.returncode == 1 and "Python 3.11 or newer" in done.stderr
     done = run(clone, path(tmp_path, python3_12=NO_VENV), 'environment ""')
     assert done.returncode == 1 and "apt install python3-venv" in done.stderr
-    assert not (clone / ".venv").exists(), "half of one would pass for a whole one"
+    assert not (clone / ".venv").exists(), "an incomplete one would be taken for a complete one"
 
 
 @pytest.mark.parametrize(

@@ -369,7 +369,13 @@ def test_an_index_without_its_shards_is_refused(hub: StandInHub) -> None:
         look_up(NAME)
 
 
-def test_a_model_without_safetensors_is_refused(hub: StandInHub) -> None:
-    hub.models[NAME] = {"config.json": HubFile.whole(b"{}"), "model.gguf": HubFile.whole(b"x")}
-    with pytest.raises(CheckpointError, match=r"no|neither"):
+def test_a_model_without_safetensors_is_refused_as_what_it_is(hub: StandInHub) -> None:
+    files = hub.models[NAME]
+    for other, said in (("model.gguf", "GGUF"), ("adapter_model.safetensors", "adapter")):
+        hub.models[NAME] = {"README.md": HubFile.whole(b""), other: HubFile.whole(b"x")}
+        with pytest.raises(ConfigError, match=said):
+            look_up(NAME)
+    hub.models[NAME] = {"config.json": files["config.json"]}
+    with pytest.raises(CheckpointError, match=r"neither .* nor a \.safetensors file"):
         look_up(NAME)
+    assert hub.tensor_bytes == 0
