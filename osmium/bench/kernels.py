@@ -10,6 +10,7 @@ context's keys and values; the share is of VRAM's rate as a copy has it, read an
 """
 
 import gc
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -70,7 +71,9 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
     say(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
     try:
         ops = GpuOps(machine)
-        for model, tokens, name in product(MODELS, BATCHES, names):
+        start = time.perf_counter()
+        cases = list(product(MODELS, BATCHES, names))
+        for number, (model, tokens, name) in enumerate(cases, 1):
             row = _time(ops, name, Cases(ops, model, tokens), rates)
             rows.append({"model": model, "sequences": tokens, **row})
             say(
@@ -78,6 +81,9 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
                 f"{row['gb_s']:9.1f}{row['share']:7.2f}  {' '.join(row['kernels'])}"
             )
             gc.collect()  # its VRAM, before the next one asks for some
+            if number % len(names) == 0 and number < len(cases):
+                left = (time.perf_counter() - start) / number * (len(cases) - number)
+                say(f"  ({len(cases) - number} of {len(cases)} rows left, about {left:.0f} s)")
         return {**about(device.name, device), "depth": DEPTH, "rates": rates, "rows": rows}
     finally:
         machine.close()

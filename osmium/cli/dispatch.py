@@ -38,10 +38,13 @@ MIB = 1 << 20
 
 def prepare(argv: Sequence[str]) -> Action:
     """Read the arguments and import the command's module."""
+    replaced = (AttributeError, ValueError, OSError)  # closed, or another object
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError, OSError):  # closed, or replaced
+        with contextlib.suppress(*replaced):
             # An ASCII terminal shows "?" for what it lacks; the default raises.
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    with contextlib.suppress(*replaced):
+        sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
         command, args = parse(argv)
         _check_address_space()

@@ -44,6 +44,9 @@ class _Lines:
             print(PROMPT, end="", file=sys.stderr, flush=True)
         try:
             line = sys.stdin.readline()
+        except KeyboardInterrupt:
+            print(file=sys.stderr)  # behind ^C
+            raise
         except UnicodeDecodeError as error:
             raise ConfigError(f"stdin is not {error.encoding} text: {error.reason}.") from None
         if not line:
@@ -93,7 +96,9 @@ class _Editor:
 
     def read(self) -> str:
         print()  # between a response and the next message
-        return self._session.prompt(PROMPT)
+        text = self._session.prompt(PROMPT)
+        # An ASCII locale makes each byte of a letter half a surrogate pair.
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _history() -> "History":

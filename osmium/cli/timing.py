@@ -45,7 +45,18 @@ class _Paced:
         now = time.monotonic()
         if now - self._last >= EVERY_S - 1:
             self._last = now
-            _print(f"last {took.decode_s:.1f} s", took)
+            print(f"osmium: {_interval(took)}", file=sys.stderr, flush=True)
+
+
+def _interval(took: Took) -> str:
+    """What was read and generated since the last line: a long prompt is seen to go on."""
+    seconds = took.decode_s
+    return (
+        f"last {seconds:.1f} s: prompts {took.prompt_tokens:,} tokens "
+        f"({took.prompt_tokens / seconds:.0f} tok/s), generated {took.generated_tokens:,} tokens "
+        f"({took.tokens_per_s:.1f} tok/s), hit {took.hit_rate:.3f}, {took.mb_per_token:.1f} "
+        "MB/token"
+    )
 
 
 def _print(what: str, took: Took) -> None:

@@ -79,7 +79,7 @@ def _stopped(name: str, path: Path) -> LocalModel:
     total = partial.stat().st_size  # allocated in one piece when packing begins
     done = _journaled(path.with_name(path.name + ".journal"), total)
     busy = _is_locked(path)
-    problem = "being packed" if busy else "packing interrupted"
+    problem = "being packed" if busy else "not finished"
     return LocalModel(name, path, done, total, None, None, None, problem)
 
 

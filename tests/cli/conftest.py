@@ -15,7 +15,7 @@ def demo() -> Iterator[Engine]:
     """The bundled model on the CPU."""
     if not DEMO.is_file():
         pytest.skip("the demo model is not here")
-    engine = osmium.load("demo", device="cpu", context=512, prefill_chunk=64)
+    engine = osmium.load("demo", device="cpu", context=256, prefill_chunk=32)
     yield engine
     engine.close()
 

@@ -232,7 +232,7 @@ def test_save_writes_what_was_said_and_overwrites_only_its_own_file(
 
 
 def test_the_banner_names_model_device_context_and_expected_speed(demo: Engine) -> None:
-    assert banner(demo).startswith("demo on cpu, context 512 tokens")
+    assert banner(demo).startswith("demo on cpu, context 256 tokens")
     plan = type("Plan", (), {"expected_tokens_per_s": 41.6})()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "plan", plan)
@@ -259,11 +259,11 @@ def test_a_prompt_reports_tokens_done_of_all(demo: Engine, monkeypatch: pytest.M
 
     monkeypatch.setattr("osmium.cli.answer.progress_bar", Recorded)
     monkeypatch.setattr("osmium.cli.answer.POLL_S", 0.001)
-    ids = [7] * 400
+    ids = [7] * 200
     short = SamplingParams(temperature=0, max_tokens=1)
     respond(demo, Rendered(ids, thinking=False, raw=True), short, Collected())
-    done = [done for stage, done, total in reports if stage == "prompt" and total == 400]
-    assert done == sorted(done) and any(0 < one < 400 for one in done)
+    done = [done for stage, done, total in reports if stage == "prompt" and total == 200]
+    assert done == sorted(done) and any(0 < one < 200 for one in done)
 
 
 def test_a_prompt_that_does_not_fit_is_refused_before_anything_is_shown(demo: Engine) -> None:

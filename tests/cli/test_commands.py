@@ -14,6 +14,8 @@ from osmium.bench.speed import Settings
 from osmium.cli import main
 from osmium.cli.doctor import examine
 from osmium.cli.flags import BENCH
+from osmium.cli.timing import _Paced
+from osmium.engine.meter import Took
 from osmium.engine.request import SamplingParams
 from osmium.server.app import ModelHost
 from osmium.weights import DEMO
@@ -83,6 +85,13 @@ def test_timing_is_one_line_on_stderr_for_each_response(
     assert "osmium" not in said.out
 
 
+def test_a_long_prompt_is_seen_in_the_servers_timing(capsys: pytest.CaptureFixture[str]) -> None:
+    took = Took(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
+    _Paced()(took)
+    line = capsys.readouterr().err
+    assert line.startswith("osmium: last 5.0 s: prompts 840 tokens (168 tok/s), generated 0 tokens")
+
+
 def test_a_chat_in_a_pipe_answers_line_by_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -116,7 +125,7 @@ def test_perplexity_is_the_same_by_both_paths(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("The Congress shall have power to lay and collect taxes. " * 12)
+    text.write_text("The Congress shall have power to lay and collect taxes. " * 8)
     found = []
     for path in ("prefill", "decode"):
         assert (
@@ -144,7 +153,7 @@ def test_plan_loads_nothing_and_says_where_memory_goes(capsys: pytest.CaptureFix
 
 
 def test_bench_ends_with_one_json_line(capsys: pytest.CaptureFixture[str]) -> None:
-    short = ["--prompt-tokens", "8", "--tokens", "4", "--repeats", "1"]
+    short = "--prompt-tokens 8 --tokens 4 --repeats 1 --warm-up 8 --depth 64".split()
     assert main(["bench", *CPU, *short]) == 0
     found = last_json(capsys)
     rows, experts = found["rows"], found["experts"]
@@ -200,6 +209,18 @@ def test_benchmark_of_the_server_measures_and_then_serves(
     assert served == [with_benchmark, with_benchmark], "the measured engine leaves nothing behind"
 
 
+def test_ctrl_c_while_the_server_packs_says_what_is_kept(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(host: ModelHost, **_: Any) -> None:
+        host.progress = ("packing", 3_000_000, 9_000_000)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("osmium.cli.serving.serve_host", serve)
+    assert main(["serve", "demo", *CPU]) == 130
+    assert "at 3.0 of 9.0 MB. What is done is kept" in capsys.readouterr().err
+
+
 def test_benchmark_only_does_not_serve(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +270,7 @@ def test_what_cannot_be_is_one_line_and_exit_code_two(
     assert main(arguments) == 2
     said = capsys.readouterr()
     line = said.err.splitlines()[-1]
-    assert line.startswith("osmium: ") and named in line
+    assert line.startswith(("osmium: ", f"osmium {arguments[0]}: ")) and named in line
     assert said.out == ""
 
 

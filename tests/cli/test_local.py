@@ -52,7 +52,7 @@ def test_list_shows_size_and_formats_and_tells_formats_of_one_model_apart(
     assert eight["bytes"] == Path(str(eight["path"])).stat().st_size
     stopped = found["synthetic-tiny-4"]
     assert (stopped["bytes"], stopped["total_bytes"]) == (1000, 3000)
-    assert stopped["problem"] == "packing interrupted"
+    assert stopped["problem"] == "not finished"
     assert main(["list", "--cache-dir", str(cache)]) == 0
     table = capsys.readouterr().out
     assert "8 bits" in table and "never" in table and "1.0 of 3.0 kB" in table
@@ -92,7 +92,7 @@ def test_a_model_is_found_by_the_name_that_list_prints(cache: Path) -> None:
         assert named_model(same, str(cache)) == same
     with pytest.raises(ConfigError, match="did you mean synthetic-tiny-2"):
         named_model("syntetic-tiny-2", str(cache))
-    with pytest.raises(ConfigError, match="interrupted"):
+    with pytest.raises(ConfigError, match="not finished"):
         named_model("synthetic-tiny-4", str(cache))
     with pytest.raises(ConfigError, match='osmium run demo "why is it so"'):
         named_model("why is it so", str(cache))

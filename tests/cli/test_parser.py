@@ -201,3 +201,10 @@ def test_help_needs_no_numpy() -> None:
     code = "import sys; from osmium.cli import main\nassert main(['serve', '--help']) == 0\n"
     code += "assert 'numpy' not in sys.modules and 'rich' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_osmium_serve_is_osmium_serve() -> None:
+    code = "import sys; from osmium.cli import serve; sys.exit(serve())"
+    command = [sys.executable, "-c", code, "--port", "x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("osmium serve: --port is 'x'")
