@@ -15,25 +15,31 @@ import numpy as np
 
 from osmium.config import EngineConfig, Progress
 from osmium.cuda.select import open_gpu
-from osmium.cuda.stream import Machine as Gpu
-from osmium.cuda.stream import spilled
+from osmium.cuda.stream import CudaRuntime as Gpu
+from osmium.cuda.stream import spilled_bytes
 from osmium.engine.engine import Engine
 from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
-from osmium.engine.runner import Runner
-from osmium.engine.sharing import Sharing
-from osmium.engine.state import Seats
+from osmium.engine.runner import ModelRunner
+from osmium.engine.sharing import SlotRebalancer
+from osmium.engine.state import KVCacheManager
 from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, OutOfMemory
-from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import make_cache, resident_cache
-from osmium.experts.guess import make_guess
-from osmium.experts.heat import Heat, keep_heat, quotas, read_heat, restore
-from osmium.experts.routing import Trace, read_trace
-from osmium.experts.store import Store
+from osmium.experts.guess import make_prefetch_state
+from osmium.experts.heat import (
+    UsageSnapshot,
+    read_heat,
+    slots_per_layer,
+    try_save_usage,
+    warm_cache,
+)
+from osmium.experts.routing import RoutingTrace, read_trace
+from osmium.experts.store import ExpertRunner
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import Array, ExpertArena, ExpertCache, Ops
+from osmium.ops import Array, ExpertCache, HostExperts, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.planning import config_of, hardware_of, memory_plan, plan_for
@@ -42,10 +48,10 @@ from osmium.weights import (
     DEMO,
     CheckpointFiles,
     HubFiles,
-    Model,
     ModelInfo,
-    Packed,
-    Reading,
+    ModelSource,
+    PackedModel,
+    PackedReader,
     cache_folder,
     open_model,
     open_weights,
@@ -53,14 +59,14 @@ from osmium.weights import (
 from osmium.weights.info import packed_info, synthetic_info
 from osmium.weights.lazy import LazyTensors
 from osmium.weights.local import display_name, mark_used, usage_file
-from osmium.weights.placing import place
+from osmium.weights.placing import upload_packed
 from osmium.weights.synthetic import PREFIX, Synthetic
 
 LOG = logging.getLogger("osmium.loader")
 
 __all__ = ["Loader", "load", "pack", "plan_for"]
 
-ROOM = 256 << 20
+STAGING_BYTES = 256 << 20
 """Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
 them is more than a disk reads while the other half is uploaded."""
 
@@ -104,13 +110,13 @@ def pack(
     config = config_of(device, options)
     gpu = open_gpu(config)
     try:
-        return open_model(path, config, progress, _packing(gpu)).path
+        return open_model(path, config, progress, _quantizer_ops(gpu)).path
     finally:
         if gpu is not None:
             gpu.close()
 
 
-def _packing(gpu: Gpu | None) -> Ops | None:
+def _quantizer_ops(gpu: Gpu | None) -> Ops | None:
     """What quantises a checkpoint, where there is more to it than NumPy."""
     return None if gpu is None else GpuOps(gpu)
 
@@ -142,7 +148,7 @@ class Loader:
                 path,
                 self.options,
                 progress,
-                _packing(self.gpu),
+                _quantizer_ops(self.gpu),
                 lambda info, files: self._check(info, files, final, needs),
             )
             self.text = read_text_files(
@@ -155,7 +161,7 @@ class Loader:
         self._info = _info(path, self.packed)
         self.ops: Ops = ReferenceOps() if self.gpu is None else GpuOps(self.gpu)
         self._weights: dict[str, Any] | None = None
-        self._arena: ExpertArena | None = None
+        self._arena: HostExperts | None = None
 
     def _check(
         self,
@@ -202,12 +208,12 @@ class Loader:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
         engines: list[Engine] = []
-        keep = self._warm(runner, options, heat) if owns_loader else None
+        keep = self._warm_start(runner, options, heat) if owns_loader else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
-            if keep is not None and any(_in_order(engine) for engine in engines):
+            if keep is not None and any(_stopped_cleanly(engine) for engine in engines):
                 keep()
             if owns_loader:
                 self.close()
@@ -217,7 +223,7 @@ class Loader:
             mark_used(packed.path, cache_folder(options))
         engine = Engine(
             runner,
-            Seats(plan.num_pages, plan.page_size, plan.max_num_seqs),
+            KVCacheManager(plan.num_pages, plan.page_size, plan.max_num_seqs),
             name=_name(packed.path),
             context=plan.context,
             device="cpu" if gpu is None else gpu.device.name,
@@ -231,7 +237,7 @@ class Loader:
         )
         engines.append(engine)
         if keep is not None:
-            engine.on_idle = Sharing(runner, engine.meter).idle
+            engine.on_idle = SlotRebalancer(runner, engine.meter).idle
         if gpu is not None:
             engine.meter.vram_of = gpu.device.memory
         floor = options.min_free_ram or default_floor(available_ram()[1])
@@ -239,8 +245,8 @@ class Loader:
         return engine
 
     def _allocate(
-        self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None
-    ) -> tuple[MemoryPlan, Runner]:
+        self, plan: MemoryPlan, options: EngineConfig, heat: UsageSnapshot | None
+    ) -> tuple[MemoryPlan, ModelRunner]:
         """By the plan; again with fewer slots, and another plan, while the driver keeps some of
         it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
         for _ in range(SPILL_TRIES):
@@ -248,7 +254,7 @@ class Loader:
             self.ops.synchronize()
             if self.gpu is None:
                 return plan, runner
-            there = spilled(self.gpu)
+            there = spilled_bytes(self.gpu)
             if not there:
                 return plan, runner
             slots = plan.fewer_slots(there)
@@ -268,7 +274,9 @@ class Loader:
             "slots per layer. Close other programs that use the GPU, or lower --vram."
         )
 
-    def _runner(self, plan: MemoryPlan, options: EngineConfig, heat: Heat | None) -> Runner:
+    def _runner(
+        self, plan: MemoryPlan, options: EngineConfig, heat: UsageSnapshot | None
+    ) -> ModelRunner:
         """Allocate by the plan, in its order, and fill."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
@@ -278,12 +286,14 @@ class Loader:
         )
         guess = None
         if plan.prefetch:
-            guess = make_guess(ops, config.num_layers, config.num_experts, config.top_k)
-        store = Store(ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess)
+            guess = make_prefetch_state(ops, config.num_layers, config.num_experts, config.top_k)
+        store = ExpertRunner(
+            ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess
+        )
         if routing is not None:
             ids, likely = routing.ids, routing.predicted
-            told = None if likely is None else ops.put(np.ascontiguousarray(likely))
-            store.replay(ops.put(np.ascontiguousarray(ids)), told)
+            told = None if likely is None else ops.to_device(np.ascontiguousarray(likely))
+            store.replay(ops.to_device(np.ascontiguousarray(ids)), told)
         model = model_class(config.model_type)(
             ops, config, self._weights, store, plan.prefill_chunk
         )
@@ -291,9 +301,9 @@ class Loader:
         pages, slots = plan.num_pages + 1, plan.max_num_seqs + 1
         state = make_state(ops, config, pages, plan.page_size, slots, plan.kv_dtype)
         ahead = 0 if self.gpu is None else 1
-        runner = Runner(ops, model, store, state, plan.max_num_seqs, plan.table_pages, ahead)
+        runner = ModelRunner(ops, model, store, state, plan.max_num_seqs, plan.table_pages, ahead)
         if self.gpu is not None:
-            runner.prepare()
+            runner.capture_graphs()
         return runner
 
     def _heat_file(self, options: EngineConfig) -> Path | None:
@@ -306,7 +316,7 @@ class Loader:
             return None
         return usage_file(cache_folder(options), packed.fingerprint)
 
-    def _heat(self, options: EngineConfig) -> Heat | None:
+    def _heat(self, options: EngineConfig) -> UsageSnapshot | None:
         """What was hot when this model was last closed."""
         path, packed = self._heat_file(options), self.packed
         if path is None:
@@ -315,8 +325,8 @@ class Loader:
             path, packed.fingerprint, packed.config.num_layers, packed.config.num_experts
         )
 
-    def _warm(
-        self, runner: Runner, options: EngineConfig, heat: Heat | None
+    def _warm_start(
+        self, runner: ModelRunner, options: EngineConfig, heat: UsageSnapshot | None
     ) -> Callable[[], None] | None:
         """Fill the slots with what was hot; what comes back keeps what is hot then.  None where
         nothing is kept."""
@@ -324,11 +334,11 @@ class Loader:
         if path is None or store.arena is None:
             return None
         if heat is not None:
-            count = restore(self.ops, store.cache, store.arena, heat)
+            count = warm_cache(self.ops, store.cache, store.arena, heat)
             LOG.info("%d frequently used experts are in the cache", count)
         fingerprint = self.packed.fingerprint
         # The store's cache as of then: slots may have been shared out anew.
-        return lambda: keep_heat(path, fingerprint, self.ops, store.cache)
+        return lambda: try_save_usage(path, fingerprint, self.ops, store.cache)
 
     def _upload(self) -> dict[str, Any]:
         """Everything but the experts, to where kernels reach it fast."""
@@ -337,20 +347,20 @@ class Loader:
             tensors = LazyTensors(packed, self.progress)
             return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
-            return packed.place(ops)
+            return packed.upload(ops)
         layer = packed.config.num_experts * packed.record.nbytes
-        room = ops.host((min(layer, ROOM),), np.uint8)
+        room = ops.empty_mapped((min(layer, STAGING_BYTES),), np.uint8)
         try:
             with self._reading() as reading:
-                return place(ops, packed, reading, room, self.progress)
+                return upload_packed(ops, packed, reading, room, self.progress)
         finally:
             with contextlib.suppress(DeviceError):
                 ops.synchronize()
             ops.release(room)
 
     def _experts(
-        self, plan: MemoryPlan, heat: Heat | None
-    ) -> tuple[ExpertArena | None, ExpertCache]:
+        self, plan: MemoryPlan, heat: UsageSnapshot | None
+    ) -> tuple[HostExperts | None, ExpertCache]:
         """The experts in host memory, unless VRAM holds them all, and the cache of them: with as
         many slots a layer as its heat asks for, where some was kept."""
         ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
@@ -358,42 +368,46 @@ class Loader:
         progress = self.progress
         if self.gpu is None:
             if self._arena is None:
-                self._arena = share_arena(record, packed.all_records(progress))
+                self._arena = wrap_host_experts(record, packed.all_records(progress))
             if plan.expert_slots == experts:
                 return self._arena, resident_cache(ops, record, self._arena.records)
         elif plan.expert_slots == experts and self._arena is None:
             if isinstance(packed, Synthetic):
-                slots = self._made(packed, ops.empty)
+                slots = self._generate_experts(packed, ops.empty)
             else:
                 with self._reading() as reading:
-                    slots = fill_slots(ops, record, layers, experts, reading.records, progress)
+                    slots = load_resident_experts(
+                        ops, record, layers, experts, reading.records, progress
+                    )
             return None, resident_cache(ops, record, slots)
         elif self._arena is None and isinstance(packed, Synthetic):
-            self._arena = ExpertArena(record, self._made(packed, ops.host))
+            self._arena = HostExperts(record, self._generate_experts(packed, ops.empty_mapped))
         elif self._arena is None:
             with self._reading() as reading:
-                self._arena = fill_arena(ops, record, layers, experts, reading.records, progress)
+                self._arena = load_host_experts(
+                    ops, record, layers, experts, reading.records, progress
+                )
         each = None
         if heat is not None and plan.expert_slots < experts:
-            each = quotas(heat, plan.expert_slots, config.top_k)
+            each = slots_per_layer(heat, plan.expert_slots, config.top_k)
         if each is not None:
             LOG.info("%d to %d expert slots per layer, by recorded usage", min(each), max(each))
         return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
 
-    def _made(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
+    def _generate_experts(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
         """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
         layers, experts = made_up.config.num_layers, made_up.config.num_experts
         records = room((layers, experts, made_up.record.nbytes), np.uint8)
         for layer in range(layers):
-            made_up.fill_records(self.ops, layer, records[layer])
+            made_up.generate_experts(self.ops, layer, records[layer])
             self.ops.synchronize()
             if self.progress:
                 self.progress("experts", layer + 1, layers)
         return records
 
-    def _reading(self) -> Reading:
+    def _reading(self) -> PackedReader:
         """How parts of a packed file get into host memory.  Raises: CheckpointError."""
-        assert isinstance(self.packed, Packed), "what is made up is not read"
+        assert isinstance(self.packed, PackedModel), "what is made up is not read"
         slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
         return self.packed.reading(write_only=slow)
 
@@ -403,7 +417,7 @@ class Loader:
             self.gpu.close()
 
 
-def _info(path: str | Path | None, packed: Model) -> ModelInfo:
+def _info(path: str | Path | None, packed: ModelSource) -> ModelInfo:
     """What a plan is made from.  A packed file that was named itself keeps its formats."""
     if isinstance(packed, Synthetic):
         return synthetic_info(packed)
@@ -411,17 +425,17 @@ def _info(path: str | Path | None, packed: Model) -> ModelInfo:
     return packed_info(str(path), packed, "packed" if named else "folder")
 
 
-def _in_order(engine: Engine) -> bool:
+def _stopped_cleanly(engine: Engine) -> bool:
     """Whether it was closed, or stopped with a reason, and did not fail."""
     return engine.failure is None or engine.failure.__cause__ is None
 
 
-def _is_synthetic(packed: Model) -> bool:
+def _is_synthetic(packed: ModelSource) -> bool:
     """Whether its weights are random: made up, or packed."""
     return packed.fingerprint.startswith(PREFIX)
 
 
-def _routing(path: str, packed: Model) -> Trace:
+def _routing(path: str, packed: ModelSource) -> RoutingTrace:
     """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
     config = packed.config
     found = read_trace(path, config.num_experts)
@@ -434,7 +448,7 @@ def _routing(path: str, packed: Model) -> Trace:
             f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
             f"has {config.num_layers} of {config.top_k}."
         )
-    return Trace(ids, found.starts, found.experts, predicted)
+    return RoutingTrace(ids, found.starts, found.experts, predicted)
 
 
 def _name(path: Path) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from osmium.cuda.driver import Device
-from osmium.cuda.stream import Machine
+from osmium.cuda.stream import CudaRuntime
 from osmium.errors import NoDevice
 from osmium.ops.gpu import GpuOps
 
@@ -25,7 +25,7 @@ def rng() -> np.random.Generator:
 def gpu() -> Iterator[GpuOps]:
     """The operations on this machine's GPU.  Skips where there is none; OSMIUM_NEED_GPU=1 fails."""
     try:
-        machine = Machine(Device())
+        machine = CudaRuntime(Device())
     except NoDevice as error:
         if os.environ.get("OSMIUM_NEED_GPU") == "1":
             raise

@@ -9,10 +9,10 @@ from typing import Any
 
 from osmium.distribution import version
 
-__all__ = ["about"]
+__all__ = ["environment"]
 
 
-def about(device: str, gpu: Any = None) -> dict[str, Any]:
+def environment(device: str, gpu: Any = None) -> dict[str, Any]:
     """`device` is its name, `gpu` the cuda.Device where there is one."""
     cuda = 0 if gpu is None else gpu.driver_version
     return {

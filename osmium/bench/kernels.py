@@ -19,33 +19,33 @@ from typing import Any
 
 import numpy as np
 
-from osmium.bench.about import about
-from osmium.bench.profile import moved, timed
+from osmium.bench.about import environment
+from osmium.bench.profile import launch_bytes, time_calls
 from osmium.bench.speed import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
-from osmium.cuda.stream import Machine, copy_rates, memory_rate
+from osmium.cuda.stream import CudaRuntime, measure_h2d_rates, measure_vram_rate
 from osmium.errors import ConfigError, NoDevice
-from osmium.experts.cache import FADING
-from osmium.experts.guess import make_guess
+from osmium.experts.cache import DECAY
+from osmium.experts.guess import make_prefetch_state
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
 from osmium.ops import (
-    AttentionRoom,
     AttentionWeights,
-    DeltaRoom,
+    AttentionWorkspace,
+    DeltaNetWorkspace,
     DeltaWeights,
-    Linear,
+    LinearWeight,
+    MatmulInput,
     Ops,
-    Rows,
-    Step,
+    StepInputs,
     values,
 )
 from osmium.ops.gpu import GpuOps
 from osmium.weights.synthetic import open_synthetic
 
-__all__ = ["Cases", "bench_kernels"]
+__all__ = ["OpCases", "bench_kernels"]
 
 MODELS, BATCHES = ("qwen3.5-122b-a10b", "qwen3.5-35b-a3b"), (1, 4)
 
@@ -61,20 +61,23 @@ Calls = list[Callable[[], None]]
 def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """A document for JSON; `say` is told each row.  Raises: ConfigError without a GPU, or where
     no operation's name holds `only`."""
-    names = Cases.names(only)
+    names = OpCases.names(only)
     try:
         device = Device()
     except NoDevice as error:
         raise ConfigError(f"`osmium bench kernels` needs a GPU. {error}") from None
-    rates = {"VRAM": memory_rate(device), "link": copy_rates(device, ["pinned"])["pinned"]}
-    machine, rows = Machine(device, "pinned"), []
+    rates = {
+        "VRAM": measure_vram_rate(device),
+        "link": measure_h2d_rates(device, ["pinned"])["pinned"],
+    }
+    machine, rows = CudaRuntime(device, "pinned"), []
     say(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
     try:
         ops = GpuOps(machine)
         start = time.perf_counter()
         cases = list(product(MODELS, BATCHES, names))
         for number, (model, tokens, name) in enumerate(cases, 1):
-            row = _time(ops, name, Cases(ops, model, tokens), rates)
+            row = _time(ops, name, OpCases(ops, model, tokens), rates)
             rows.append({"model": model, "sequences": tokens, **row})
             say(
                 f"{model:18}{tokens:4}  {name:26}{row['us']:9.2f}{row['bytes'] / 1e6:10.3f}"
@@ -84,16 +87,16 @@ def bench_kernels(only: str | None, say: Callable[[str], None]) -> dict[str, Any
             if number % len(names) == 0 and number < len(cases):
                 left = (time.perf_counter() - start) / number * (len(cases) - number)
                 say(f"  ({len(cases) - number} of {len(cases)} rows left, about {left:.0f} s)")
-        return {**about(device.name, device), "depth": DEPTH, "rates": rates, "rows": rows}
+        return {**environment(device.name, device), "depth": DEPTH, "rates": rates, "rows": rows}
     finally:
         machine.close()
 
 
-def _time(ops: GpuOps, name: str, cases: "Cases", rates: dict[str, float]) -> dict[str, Any]:
+def _time(ops: GpuOps, name: str, cases: "OpCases", rates: dict[str, float]) -> dict[str, Any]:
     calls = cases.make(name)
-    us, listing = timed(ops, calls)
+    us, listing = time_calls(ops, calls)
     fetched = name.startswith("fetch")
-    nbytes = sum(map(moved, listing)) / len(calls) + cases.uncounted(name)
+    nbytes = sum(map(launch_bytes, listing)) / len(calls) + cases.uncounted(name)
     nbytes /= 2 if fetched else 1  # the contract counts both ends
     rate, most = nbytes / us / 1e3, rates["link" if fetched else "VRAM"]
     return {
@@ -103,7 +106,7 @@ def _time(ops: GpuOps, name: str, cases: "Cases", rates: dict[str, float]) -> di
     }  # fmt: skip
 
 
-class Cases:
+class OpCases:
     """The operations of a decoded token of a model of a published shape, one token a sequence."""
 
     def __init__(
@@ -118,11 +121,11 @@ class Cases:
         """Pairs of a token and an expert."""
         self.work = w = make_workspace(ops, self.config, tokens)
         self.norm = self._noise((self.config.hidden_size,), np.float32)
-        for array in (w.x, w.y, w.qgkv, w.q, w.qkvz, w.qkv, w.ab, w.decay, w.beta, w.scores,
+        for array in (w.x, w.y, w.qgkv, w.q, w.qkvz, w.qkv, w.ab, w.decay, w.beta, w.router_logits,
                       w.weights):  # fmt: skip
             fill_noise(ops, array)
-        ops.norm(w.h, w.x, self.norm)
-        for rows in (w.attended, w.read, w.shared_inner):
+        ops.rms_norm(w.h, w.x, self.norm)
+        for rows in (w.attn_out, w.delta_out, w.shared_inner):
             self._settle(rows)
 
     @staticmethod
@@ -154,49 +157,50 @@ class Cases:
         fill_noise(self.ops, array)
         return array
 
-    def _settle(self, rows: Rows) -> Rows:
+    def _settle(self, rows: MatmulInput) -> MatmulInput:
         fill_noise(self.ops, rows.f32)
-        self.ops.settle(rows)
+        self.ops.prepare_input(rows)
         return rows
 
     def _i32(self, values: Any, dtype: Any = np.int32) -> Any:
-        return self.ops.put(np.array(values, dtype))
+        return self.ops.to_device(np.array(values, dtype))
 
     def _sets(self, nbytes: int) -> range:
         return range(min(512, max(4, -(-self.room // nbytes))))
 
-    def _matrix(self, name: str) -> Linear:
+    def _matrix(self, name: str) -> LinearWeight:
         part = self.parts[name]
         assert part.format != "f32", "matrices are bf16, int8 or int4"
         made = {key: self._noise(*one) for key, one in part.arrays.items()}
         scale, (rows, columns) = made.get("scale"), part.shape
         group = 0 if scale is None or part.format == "int8" else columns // scale.shape[1]
-        return Linear(part.format, rows, columns, made["data"], scale, group)
+        return LinearWeight(part.format, rows, columns, made["data"], scale, group)
 
-    def _matrices(self, name: str) -> list[Linear]:
+    def _matrices(self, name: str) -> list[LinearWeight]:
         """`name` is of the first layer that has it."""
         full = next(one for one in self.parts if one.split(".")[-1] == name)
         return [self._matrix(full) for _ in self._sets(self.parts[full].nbytes)]
 
-    def _step(self, slots: Any, pages: Any) -> Step:
+    def _step(self, slots: Any, pages: Any) -> StepInputs:
         """One token a sequence, the last of the context."""
         t, at = np.arange(self.tokens), np.full(self.tokens, self.depth - 1)
         i32 = self._i32
-        return Step(
+        return StepInputs(
             tokens=self.tokens, sequences=self.tokens, page=PAGE, ids=i32(t), positions=i32(at),
-            sequence=i32(t), starts=i32(np.arange(self.tokens + 1)), past=i32(at), slots=i32(slots),
-            pages=i32(pages),
+            sequence_ids=i32(t), query_start_loc=i32(np.arange(self.tokens + 1)),
+            context_lens=i32(at), state_slots=i32(slots),
+            page_table=i32(pages),
         )  # fmt: skip
 
     def _linear(self, name: str) -> Calls:
         """Of h."""
         sets, ops = self._matrices(name), self.ops
-        out = ops.empty((self.tokens, sets[0].rows), np.float32)
+        out = ops.empty((self.tokens, sets[0].out_features), np.float32)
         return [partial(ops.linear, out, self.work.h, m) for m in sets]
 
     def _router(self) -> Calls:
         w, counters = self.work, self._i32([0] * 7, np.int64)
-        at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.scores, w.h)
+        at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.router_logits, w.h)
         more = (self.config.num_experts, counters, w.arrived, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
 
@@ -209,7 +213,7 @@ class Cases:
         inputs = f32((len(sets) * self.tokens, config.channels, 4))
         ab, small = self._matrices("ab")[0], f32((config.value_heads,))
         conv, norm = f32((config.channels, 4)), f32((config.value_dim,))
-        room = DeltaRoom(w.qkv, w.ab, w.decay, w.beta, w.read)
+        room = DeltaNetWorkspace(w.qkv, w.ab, w.decay, w.beta, w.delta_out)
         pages, found = np.zeros((self.tokens, 1)), self._matrices("delta_out")
         calls: Calls = []
         for i in sets:
@@ -231,8 +235,8 @@ class Cases:
             fill_noise(ops, array)
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, each)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
-        norms, frequencies = f32((2, config.head_dim)), ops.put(rotary_frequencies(config))
-        room = AttentionRoom(w.q, w.attended, w.partial, w.parts)
+        norms, frequencies = f32((2, config.head_dim)), ops.to_device(rotary_frequencies(config))
+        room = AttentionWorkspace(w.q, w.attn_out, w.partial, w.parts)
         weights = [
             AttentionWeights(norms, frequencies, out, config.eps, config.head_dim**-0.5)
             for out in self._matrices("attention_out")
@@ -247,20 +251,21 @@ class Cases:
         """Nobody is in it; its slots are noise."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
         return values.ExpertCache(
-            record=self.record, experts=experts, fading=FADING,
+            record=self.record, experts=experts, fading=DECAY,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
-            slot_of=i32(np.full(shape, -1)), expert_in=i32(np.full((layers, capacity), -1)),
-            heat=ops.put(np.zeros(shape, np.float32)),
-            long_heat=ops.put(np.zeros(shape, np.float32)), stamp=i32(np.zeros(shape)),
+            expert_to_slot=i32(np.full(shape, -1)), slot_to_expert=i32(np.full((layers, capacity),
+            -1)),
+            short_count=ops.to_device(np.zeros(shape, np.float32)),
+            long_count=ops.to_device(np.zeros(shape, np.float32)), last_used=i32(np.zeros(shape)),
             step=i32([0]), counters=i32([0] * 7, np.int64),
         )  # fmt: skip
 
-    def _plan(self, experts: Any, slots: Any, fetch: int) -> values.ExpertPlan:
+    def _plan(self, experts: Any, slots: Any, fetch: int) -> values.SlotAssignment:
         i32, ones = self._i32, np.ones(len(experts))
-        return values.ExpertPlan(
+        return values.SlotAssignment(
             count=i32([len(experts)]), expert=i32(experts), slot=i32(slots),
-            fetch=i32(fetch * ones), uses=i32(ones),
-            pairs=i32(np.zeros((self.tokens, self.config.top_k))), arrived=i32([0, 0]),
+            fetch_flags=i32(fetch * ones), uses=i32(ones),
+            pair_slots=i32(np.zeros((self.tokens, self.config.top_k))), fetch_progress=i32([0, 0]),
         )  # fmt: skip
 
     def _chosen(self, sets: int) -> list[Any]:
@@ -273,10 +278,10 @@ class Cases:
         layers, experts = self.config.num_layers, self.config.num_experts
         cache = self._cache(layers, max(self.each, experts // 2), experts, 16)
         plan = self._plan([-1] * self.each, [0] * self.each, 0)
-        guess = make_guess(self.ops, layers, experts, self.config.top_k)
+        guess = make_prefetch_state(self.ops, layers, experts, self.config.top_k)
         (likely,) = self._chosen(1)
         self.ops.copy(guess.ids[: self.tokens], likely)
-        place = partial(self.ops.place, plan, cache, guess=guess)
+        place = partial(self.ops.assign_slots, plan, cache, guess=guess)
         for _ in range(experts // self.each):  # full by then, or nearly
             for layer, ids in enumerate(self._chosen(layers)):
                 place(layer, ids)
@@ -287,43 +292,45 @@ class Cases:
         sets = self._sets(count * nbytes)
         held = len(sets) * count
         cache = self._cache(1, held, held, nbytes)
-        records = self.ops.host((1, held, nbytes), np.uint8)
+        records = self.ops.empty_mapped((1, held, nbytes), np.uint8)
         self.ops.host_view(records)[...] = 1
-        arena = values.ExpertArena(self.record, records)
+        arena = values.HostExperts(self.record, records)
         plans = [self._plan(part, part, 1) for part in np.arange(held).reshape(-1, count)]
-        return [partial(self.ops.fetch, cache, plan, arena, 0) for plan in plans]
+        return [partial(self.ops.fetch_experts, cache, plan, arena, 0) for plan in plans]
 
     def _experts(self, up: bool) -> Calls:
         """All of them hit; the shared one beside."""
         w, ops, every = self.work, self.ops, self.config.num_experts
         cache = self._cache(1, every, every, self.record.nbytes)
-        ops.copy_in(cache.slot_of, np.arange(every, dtype=np.int32).reshape(1, -1))
-        pairs = self._settle(ops.rows(self.each, self.config.moe_intermediate_size))
+        ops.copy_h2d(cache.expert_to_slot, np.arange(every, dtype=np.int32).reshape(1, -1))
+        pairs = self._settle(ops.empty_input(self.each, self.config.moe_intermediate_size))
         own = values.SharedExpert(
             self._matrix("layers.0.shared_up"), self._matrix("layers.0.shared_down"), every
         )
         return [
             partial(
                 ops.expert_up, pairs, w.shared_inner, w.h, ids, None, cache, 0, "all", own,
-                w.shared_both,
+                w.shared_gate_up,
             ) if up else partial(
                 ops.expert_down, w.x, pairs, w.shared_inner, ids, w.weights, None, cache, 0, "all",
-                own, w.scores, w.shared, w.y, w.h, self.norm,
+                own, w.router_logits, w.shared_out, w.y, w.h, self.norm,
             )
             for ids in self._chosen(max(4, every // self.each))
         ]  # fmt: skip
 
     def _sample(self) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
-        replies = values.Replies(
-            ring=ring, nobody=0, nowhere=0,
-            settings=ops.put(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows, 1))),
-            chance=ops.mailbox((ring, rows), np.float64), token=i32([0] * rows),
-            left=i32([0] * rows), heed=i32([0] * rows), eos=i32([-9]), turn=i32([0]),
-            mail=ops.mailbox((1 + ring * rows,), np.int32),
+        replies = values.DecodeState(
+            ring=ring, null_slot=0, null_page=0,
+            sampler_params=ops.to_device(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows,
+            1))),
+            uniforms=ops.zeros_mapped((ring, rows), np.float64), token=i32([0] * rows),
+            tokens_left=i32([0] * rows), stop_on_eos=i32([0] * rows), eos=i32([-9]),
+            decode_step=i32([0]),
+            token_ring=ops.zeros_mapped((1 + ring * rows,), np.int32),
             **{
                 name: ops.empty(shape, dtype)
-                for name, (shape, dtype) in values.Replies.scratch(rows, vocab).items()
+                for name, (shape, dtype) in values.DecodeState.scratch(rows, vocab).items()
             },
         )  # fmt: skip
         sets = self._sets(4 * rows * vocab)

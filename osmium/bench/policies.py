@@ -1,21 +1,21 @@
 """Cache policies on routing traces: what share of uses each would hit.
 
 A simulator of the expert cache, all layers side by side.  Every miss is fetched and admitted, and
-an expert of the present token never leaves, as in ops.place.  Policies differ in who leaves:
+an expert of the present token never leaves, as in ops.assign_slots.  Policies differ in who leaves:
 
     static     nobody: the experts used most in the trace's first half stay, misses pass through
     lru        who was used longest ago
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
     mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long
-               (values.Fading); what ships, until the engine has an idle moment
+               (values.DecayConfig); what ships, until the engine has an idle moment
     shared     mixed, slots shared out among layers by the heat after 1,024 tokens, 2,048, 4,096 and
                so on: as shipped, on a first start, if the engine idles at each of these
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
     both       mixed, slots shared out as by quotas
     belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
 
-Where a trace says what was predicted, one expert a layer can be guessed, as ops.place does it.
+Where a trace has predicted experts, one per layer can be prefetched, as ops.assign_slots does.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,19 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from osmium.experts.cache import FADING
-from osmium.experts.heat import FIRST, Heat, new_quotas, quotas
-from osmium.experts.routing import Trace
-from osmium.ops.values import COLD
+from osmium.experts.cache import DECAY
+from osmium.experts.heat import (
+    FIRST_REBALANCE_TOKENS,
+    UsageSnapshot,
+    rebalanced_slots,
+    slots_per_layer,
+)
+from osmium.experts.routing import RoutingTrace
+from osmium.ops.values import PREFETCH_SCORE_BIAS
 
 __all__ = [
-    "GUESSED", "POLICIES", "RULES", "SHIPPED", "Guesses", "guess", "hit_rate", "kept", "recall",
-    "simulate",
+    "POLICIES", "RULES", "SHIPPED", "SHIPPED_RULE", "Guesses", "guess", "hit_rate", "recall",
+    "simulate", "warm_start_hit_rate",
 ]  # fmt: skip
 
 F64 = npt.NDArray[np.float64]
@@ -40,7 +45,7 @@ HALF_LIVES = (4, 8, 16, 24, 32, 64, 128)
 
 
 @dataclass
-class Cache:
+class PolicyState:
     """What a policy sees: all arrays [L, E]."""
 
     count: F64
@@ -56,36 +61,36 @@ class Cache:
     now: int = 0
 
 
-Worth = Callable[[Cache], F64]
+ScoreFn = Callable[[PolicyState], F64]
 """How much each expert is worth keeping, [L, E]; the least leaves first."""
 
 
-def _lru(cache: Cache) -> F64:
+def _lru(cache: PolicyState) -> F64:
     return cache.last.astype(np.float64)
 
 
-def _belady(cache: Cache) -> F64:
+def _belady(cache: PolicyState) -> F64:
     return -cache.after.astype(np.float64)
 
 
-def _decayed(half_life: float) -> Worth:
-    def worth(cache: Cache) -> F64:
+def _decayed(half_life: float) -> ScoreFn:
+    def worth(cache: PolicyState) -> F64:
         faded = cache.count * np.exp2((cache.last - cache.now) / half_life)
         return faded + 1e-9 * cache.last  # ties by recency
 
     return worth
 
 
-def _popular(cache: Cache) -> F64:
+def _popular(cache: PolicyState) -> F64:
     recent = cache.count * np.exp2((cache.last - cache.now) / 16) * (1 - 2 ** (-1 / 16))
     return recent + cache.uses / (cache.now + 20) + 1e-9 * cache.last
 
 
-def _mixed(cache: Cache) -> F64:
-    recent = cache.count * np.exp2((cache.last - cache.now) / FADING.half_life)
+def _mixed(cache: PolicyState) -> F64:
+    recent = cache.count * np.exp2((cache.last - cache.now) / DECAY.half_life)
     step = cache.now + 1  # the operation counts from 1
-    grown = 1 - 2 ** (-(step + FADING.earlier) / FADING.long_half_life)
-    warmth = grown * recent + FADING.share * cache.slow  # values.Fading's
+    grown = 1 - 2 ** (-(step + DECAY.prior_steps) / DECAY.long_half_life)
+    warmth = grown * recent + DECAY.long_scale * cache.slow  # values.DecayConfig's
     return np.asarray(warmth + 1e-9 * cache.last)
 
 
@@ -95,14 +100,14 @@ POLICIES = (
 )  # fmt: skip
 
 SHIPPED = "shared"
-"""The one of them that the engine does: ops.place decides who leaves, Sharing who owns a slot."""
+"""What the engine does: ops.assign_slots evicts, SlotRebalancer moves slots between layers."""
 
 RULES = ("shipped", "first", "warmest")
 """Who of the predicted that are in no slot is guessed: by the square of the router's weight times
 warmth + COLD (by warmth where a trace has no weights), in the router's order, or by warmth."""
 
-GUESSED = "shipped"
-"""The one of them by which ops.place decides whom to guess."""
+SHIPPED_RULE = "shipped"
+"""The one of them by which ops.assign_slots decides whom to guess."""
 
 
 @dataclass
@@ -118,7 +123,7 @@ class Guesses:
     right: npt.NDArray[np.int64]
 
 
-def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
+def hit_rate(trace: RoutingTrace, slots: int, policy: str, skip: int = 256) -> float:
     """The share of uses hit after the first `skip` tokens, by a policy of POLICIES."""
     if policy == "static":
         return _static(trace, slots, skip)
@@ -126,7 +131,7 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
     if policy in ("quotas", "both"):
         each = _quotas(trace, slots)
     if policy in ("mixed", "shared", "both"):
-        worth, half_life = _mixed, FADING.half_life
+        worth, half_life = _mixed, DECAY.half_life
     elif policy == "popular":
         worth, half_life = _popular, 16
     elif policy in ("lru", "belady"):
@@ -139,9 +144,9 @@ def hit_rate(trace: Trace, slots: int, policy: str, skip: int = 256) -> float:
 
 
 def simulate(
-    trace: Trace,
+    trace: RoutingTrace,
     slots: npt.NDArray[np.int64],
-    worth: Worth,
+    worth: ScoreFn,
     half_life: float,
     skip: int,
     guesses: Guesses | None = None,
@@ -157,10 +162,10 @@ def simulate(
     after = _next_uses(ids, trace.experts)
     shape = (layers, trace.experts)
     count, uses, slow = (np.zeros(shape) for _ in range(3))
-    cache = Cache(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
-    slower = 2 ** (-1 / FADING.long_half_life)
+    cache = PolicyState(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
+    slower = 2 ** (-1 / DECAY.long_half_life)
     inside = np.zeros(shape, bool)
-    hits, due = np.zeros(layers), FIRST
+    hits, due = np.zeros(layers), FIRST_REBALANCE_TOKENS
     for t in range(tokens):
         mine = ids[t]
         if shared and t == due:
@@ -198,26 +203,28 @@ def simulate(
     return np.asarray(hits / ((tokens - skip) * top_k))
 
 
-def _heat_now(cache: Cache, inside: npt.NDArray[np.bool_]) -> Heat:
+def _heat_now(cache: PolicyState, inside: npt.NDArray[np.bool_]) -> UsageSnapshot:
     """As experts.heat has it, once the token `now` is done."""
     used = cache.last >= 0
     age = np.where(used, cache.now - cache.last, -1)
-    heat = np.where(used, cache.count * np.exp2(-age / FADING.half_life), 0)
+    heat = np.where(used, cache.count * np.exp2(-age / DECAY.half_life), 0)
     long_heat = cache.slow.astype(np.float32)
-    return Heat(heat.astype(np.float32), long_heat, cache.now + 1, age.astype(np.int32), inside)
+    return UsageSnapshot(
+        heat.astype(np.float32), long_heat, cache.now + 1, age.astype(np.int32), inside
+    )
 
 
 def _share(
-    heat: Heat, slots: npt.NDArray[np.int64], top_k: int
+    heat: UsageSnapshot, slots: npt.NDArray[np.int64], top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
     """How many slots each layer has from now on, and who is in them: the warmest of all that were
     ever used, if anything changes."""
-    each = new_quotas(heat, slots.tolist(), top_k)
+    each = rebalanced_slots(heat, slots.tolist(), top_k)
     if each is None:
         return slots, heat.resident
     inside = np.zeros_like(heat.resident)
     for layer, own in enumerate(each):
-        inside[layer, heat.hottest(layer, own)] = True
+        inside[layer, heat.top_experts(layer, own)] = True
     return np.array(each), inside
 
 
@@ -241,7 +248,7 @@ def _guess(
     able = np.asarray(likely.any(axis=1))
     able[0] = False
     gain = {
-        "shipped": weights**2 * (value[rows, named] + COLD),
+        "shipped": weights**2 * (value[rows, named] + PREFETCH_SCORE_BIAS),
         "first": np.zeros(named.shape),
         "warmest": value[rows, named],
     }[rule]
@@ -253,7 +260,7 @@ def _guess(
 
 
 def guess(
-    trace: Trace, slots: int, skip: int = 256, rule: str = GUESSED
+    trace: RoutingTrace, slots: int, skip: int = 256, rule: str = SHIPPED_RULE
 ) -> tuple[float, float, float]:
     """With mixed and a guess a token in each layer but the first: the share of uses hit after
     `skip` tokens, guesses a layer and token, and the share of these that are right."""
@@ -264,12 +271,12 @@ def guess(
         weights = np.full(trace.ids.shape, 1 / top_k, np.float32)
     guesses = Guesses(trace.predicted.astype(np.int64), weights, rule, none, none.copy())
     each = np.full(layers, slots)
-    hits = simulate(trace, each, _mixed, FADING.half_life, skip, guesses)
+    hits = simulate(trace, each, _mixed, DECAY.half_life, skip, guesses)
     made, right = int(guesses.made.sum()), int(guesses.right.sum())
     return float(hits.mean()), made / ((tokens - skip) * (layers - 1)), right / max(made, 1)
 
 
-def recall(trace: Trace) -> F64:
+def recall(trace: RoutingTrace) -> F64:
     """Of each layer, the share of the predicted experts that were asked for; the first has no
     prediction."""
     assert trace.predicted is not None, "a recall is of what was predicted"
@@ -295,7 +302,7 @@ def _counts(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
     return np.stack(layers)
 
 
-def _static(trace: Trace, slots: int, skip: int) -> float:
+def _static(trace: RoutingTrace, slots: int, skip: int) -> float:
     ids = trace.ids.astype(np.int64)
     half = len(ids) // 2
     order = np.argsort(-_counts(ids[:half], trace.experts), axis=1)[:, :slots]
@@ -305,36 +312,38 @@ def _static(trace: Trace, slots: int, skip: int) -> float:
     return float(inside[np.arange(ids.shape[1])[:, None], rest].mean())
 
 
-def kept(trace: Trace, slots: int, tokens: int, skip: int = 256) -> tuple[float, float]:
+def warm_start_hit_rate(
+    trace: RoutingTrace, slots: int, tokens: int, skip: int = 256
+) -> tuple[float, float]:
     """The share of uses hit after `tokens` + `skip` tokens by an engine that starts anew after
     `tokens`, by mixed: slots the same in all layers, and by the heat of the first tokens."""
     layers = trace.ids.shape[1]
-    rest, same = Trace(trace.ids[tokens:], np.array([0]), trace.experts), [slots] * layers
-    each = quotas(_heat(trace.ids[:tokens], trace.experts), slots, trace.ids.shape[2])
+    rest, same = RoutingTrace(trace.ids[tokens:], np.array([0]), trace.experts), [slots] * layers
+    each = slots_per_layer(_heat(trace.ids[:tokens], trace.experts), slots, trace.ids.shape[2])
     alike, shared = (
-        simulate(rest, np.array(one), _mixed, FADING.half_life, skip).mean()
+        simulate(rest, np.array(one), _mixed, DECAY.half_life, skip).mean()
         for one in (same, each or same)
     )
     return float(alike), float(shared)
 
 
-def _heat(ids: npt.NDArray[np.uint16], experts: int) -> Heat:
+def _heat(ids: npt.NDArray[np.uint16], experts: int) -> UsageSnapshot:
     """What is kept after these tokens [T, L, A], but for ages and places, which quotas ignore."""
     tokens, layers, _ = ids.shape
     rows, none = np.arange(layers)[:, None], np.zeros((layers, experts), np.int32)
     counts = np.zeros((2, layers, experts))
-    fade = 2 ** (-1 / np.array([FADING.half_life, FADING.long_half_life]))
+    fade = 2 ** (-1 / np.array([DECAY.half_life, DECAY.long_half_life]))
     for mine in ids.astype(np.int64):
         counts *= fade[:, None, None]
         counts[:, rows, mine] += 1
     short, long = counts.astype(np.float32)
-    return Heat(short, long, tokens, none, none > 0)
+    return UsageSnapshot(short, long, tokens, none, none > 0)
 
 
-def _quotas(trace: Trace, slots: int) -> npt.NDArray[np.int64]:
+def _quotas(trace: RoutingTrace, slots: int) -> npt.NDArray[np.int64]:
     """Slots a layer, the same in all: by steps of 1/16 of a layer's, from the layer that loses
     least to the one that gains most, on the first half of the trace."""
-    half = Trace(trace.ids[: len(trace.ids) // 2], trace.starts, trace.experts)
+    half = RoutingTrace(trace.ids[: len(trace.ids) // 2], trace.starts, trace.experts)
     layers, top_k = trace.ids.shape[1:]
     step = max(1, slots // 16)
     sizes = [slots + i * step for i in range(-4, 5)]

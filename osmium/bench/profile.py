@@ -21,15 +21,16 @@ import numpy as np
 from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Request, SamplingParams
-from osmium.engine.runner import Reply, Runner
+from osmium.engine.runner import DecodeSession, ModelRunner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 
 __all__ = [
-    "Launch", "Listing", "SerialStreams", "alone", "bytes_depend_on_hits", "list_launches",
-    "milliseconds", "moved", "profile", "profile_table", "timed",
+    "Launch", "LaunchRecorder", "SerialStreams", "bytes_depend_on_hits", "launch_bytes",
+    "list_launches", "milliseconds", "profile", "profile_table", "start_single_decode",
+    "time_calls",
 ]  # fmt: skip
 
 ROUNDS = 7
@@ -38,7 +39,7 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...]]
 
 
 @dataclass
-class Listing:
+class LaunchRecorder:
     """A stream that writes down what it is asked to launch."""
 
     launches: list[Launch]
@@ -51,12 +52,12 @@ class Listing:
 class SerialStreams:
     """A machine's fork and join with one stream: side streams are the main one."""
 
-    stream: Listing
+    stream: LaunchRecorder
 
-    def fork(self, early: bool = False) -> Listing:
+    def fork_side_stream(self, early: bool = False) -> LaunchRecorder:
         return self.stream
 
-    def join(self, early: bool = False) -> None:
+    def join_side_stream(self, early: bool = False) -> None:
         pass
 
 
@@ -65,14 +66,17 @@ def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
     """Launches inside are listed, in order and of all streams, and do not run."""
     machine: Any = ops.machine
     launches: list[Launch] = []
-    streams = SerialStreams(Listing(launches))
-    before = ops.stream, machine.stream, machine.fork, machine.join
+    streams = SerialStreams(LaunchRecorder(launches))
+    before = ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream
     ops.stream = machine.stream = streams.stream
-    machine.fork, machine.join = streams.fork, streams.join
+    machine.fork_side_stream, machine.join_side_stream = (
+        streams.fork_side_stream,
+        streams.join_side_stream,
+    )
     try:
         yield launches
     finally:
-        ops.stream, machine.stream, machine.fork, machine.join = before
+        ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream = before
 
 
 def profile(engine: Engine, depth: int) -> dict[str, Any]:
@@ -87,9 +91,9 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     if not isinstance(ops, GpuOps):
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
     machine: Any = ops.machine
-    replay = alone(runner, depth).replay
+    replay = start_single_decode(runner, depth).replay
     with list_launches(ops) as noted:
-        runner.one_token(1)
+        runner.launch_decode_step(1)
     main = machine.stream
     kinds: dict[tuple[Any, ...], list[Launch]] = {}
     for kernel, grid, values in noted:
@@ -97,16 +101,18 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
             (kernel, grid, values)
         )
     rows = []
-    empty = 1e3 * milliseconds(machine, machine.record(lambda: _launch(main, [_smallest(noted)])))
+    empty = 1e3 * milliseconds(
+        machine, machine.capture_graph(lambda: _launch(main, [_smallest(noted)]))
+    )
     for (name, grid, _), launches in kinds.items():
         row: dict[str, Any] = {"kernel": name, "grid": list(grid), "launches": len(launches)}
         rows.append(row)
         if name == FETCH_EARLY.name:
             continue
-        again = machine.record(lambda launches=launches: _launch(main, launches))
+        again = machine.capture_graph(lambda launches=launches: _launch(main, launches))
         us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
         row |= {"us": round(us, 2), "share_us": round(us * len(launches), 1)}
-        nbytes = 0 if bytes_depend_on_hits(launches[0]) else moved(launches[0])
+        nbytes = 0 if bytes_depend_on_hits(launches[0]) else launch_bytes(launches[0])
         if nbytes:
             row["gb_s"] = round(nbytes / us / 1e3, 1)
     rows.sort(key=lambda row: -row.get("share_us", 0.0))
@@ -119,12 +125,12 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     }
 
 
-def alone(runner: Runner, depth: int) -> Reply:
+def start_single_decode(runner: ModelRunner, depth: int) -> DecodeSession:
     """One sequence's decoding, from a depth on."""
     request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
-    request.computed, request.slot = depth, 0
+    request.num_computed_tokens, request.state_slot = depth, 0
     request.pages = list(range(-(-(depth + 1) // runner.state.page)))
-    return runner.begin(Batch([(request, 1)]))
+    return runner.start_decode(Batch([(request, 1)]))
 
 
 def profile_table(found: dict[str, Any]) -> str:
@@ -178,7 +184,7 @@ def milliseconds(machine: Any, run: Any) -> float:
     return statistics.median(times[1:])
 
 
-def timed(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
+def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
     """Microseconds of each of some calls of operations, as one graph, and what they launch."""
 
     def run() -> None:
@@ -189,14 +195,14 @@ def timed(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list
         run()
     run()  # launched before it is recorded: modules are loaded at first use
     ops.synchronize()
-    return 1e3 * milliseconds(ops.machine, ops.record(run)) / len(calls), listing
+    return 1e3 * milliseconds(ops.machine, ops.capture_graph(run)) / len(calls), listing
 
 
-def moved(launch: Launch) -> int:
+def launch_bytes(launch: Launch) -> int:
     """Bytes that a launch moves, by its contract; 0 where the contract does not say."""
     kernel, grid, values = launch
     contract = kernel.contract
-    if contract.moves is None:
+    if contract.traffic_bytes is None:
         return 0  # tables, not data
     named = {p.name: v for p, v in zip(contract.params, values, strict=True)}
     sizes = [_size(name, contract, grid, named) for name in contract.sizes]

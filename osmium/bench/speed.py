@@ -29,23 +29,23 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from osmium.bench.about import about
+from osmium.bench.about import environment
 from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import ConfigError
-from osmium.experts.cache import empty, verify
+from osmium.experts.cache import reset_cache, verify
 from osmium.ops import Ops
 from osmium.quant.floats import bf16_from_f32
 
-__all__ = ["OnRow", "Settings", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
+__all__ = ["BenchConfig", "OnRow", "arrays", "fill_noise", "link_rate", "measure", "seed_state"]
 
 
 SAMPLED_SLOTS = 8
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchConfig:
     """What to measure."""
 
     depths: tuple[str, ...] = ("1k",)
@@ -80,7 +80,7 @@ will take: None while a kind of row has not been timed yet."""
 
 def measure(
     engine: Engine,
-    settings: Settings,
+    settings: BenchConfig,
     memory_gb_s: float = 0.0,
     on_row: OnRow | None = None,
 ) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def measure(
     free, total = (0, 0) if gpu is None else engine.run_on_engine_thread(gpu.memory)
     return {
         "model": engine.name,
-        **about(engine.device, gpu),
+        **environment(engine.device, gpu),
         "repeats": settings.repeats,
         "rates": rates,
         "rows": rows,
@@ -131,7 +131,7 @@ def measure(
 
 
 def _rows(
-    engine: Engine, settings: Settings, rates: dict[str, float], on_row: OnRow | None
+    engine: Engine, settings: BenchConfig, rates: dict[str, float], on_row: OnRow | None
 ) -> list[dict[str, Any]]:
     """Every row; `on_row` is told each."""
     prompts = [("prefill", tokens, 1, "") for tokens in settings.prompts]
@@ -168,7 +168,7 @@ def fill_noise(ops: Ops, array: Any) -> None:
     some, whole = _noise(np.dtype(array.dtype)), array.reshape(size)
     for start in range(0, size, len(some)):
         part = whole[start : min(start + len(some), size)]
-        ops.copy_in(part, some[: part.shape[0]])
+        ops.copy_h2d(part, some[: part.shape[0]])
 
 
 @functools.cache
@@ -197,7 +197,7 @@ def arrays(value: Any) -> Iterator[Any]:
 
 
 def _prefill(
-    engine: Engine, tokens: int, settings: Settings, rates: dict[str, float]
+    engine: Engine, tokens: int, settings: BenchConfig, rates: dict[str, float]
 ) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
@@ -227,26 +227,26 @@ def _prefill(
 
 
 def _decode(
-    engine: Engine, depth: str, count: int, settings: Settings, rates: dict[str, float]
+    engine: Engine, depth: str, count: int, settings: BenchConfig, rates: dict[str, float]
 ) -> dict[str, Any]:
     few = settings.short_run
     context = _depth(engine, depth, count, settings)
     engine.run_on_engine_thread(lambda: _empty(engine))
     engine.run_on_engine_thread(lambda: seed_state(engine))  # the row before has changed it
     before, at, found = _experts(engine), context, []
-    slow = _say(engine, at, count, few, settings)
+    slow = _run_decode(engine, at, count, few, settings)
     cold = _difference(before, _experts(engine))
     if settings.warm_up > few:
-        _say(engine, at + few, count, settings.warm_up - few, settings)
+        _run_decode(engine, at + few, count, settings.warm_up - few, settings)
     at += settings.warm_up
     for _ in range(settings.repeats):
         before = _experts(engine)
-        seconds = _say(engine, at, count, settings.tokens, settings)
+        seconds = _run_decode(engine, at, count, settings.tokens, settings)
         after = _difference(before, _experts(engine))
         found.append((seconds / (settings.tokens - 1), after))
         at += settings.tokens
     before = _experts(engine)
-    _say(engine, at, count, few, settings)
+    _run_decode(engine, at, count, few, settings)
     warm = _difference(before, _experts(engine))
     spent = statistics.median(one for one, _ in found)
     total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
@@ -290,10 +290,10 @@ def _decode(
 def _empty(engine: Engine) -> None:
     """The cache as after a start."""
     if engine.runner.store.arena is not None:
-        empty(engine.runner.ops, engine.runner.store.cache)
+        reset_cache(engine.runner.ops, engine.runner.store.cache)
 
 
-def _depth(engine: Engine, depth: str, count: int, settings: Settings) -> int:
+def _depth(engine: Engine, depth: str, count: int, settings: BenchConfig) -> int:
     """Tokens of context to stand at.  Raises: ConfigError."""
     plan = engine.plan
     more = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
@@ -323,7 +323,7 @@ SPACING = 768
 """Tokens that sequences side by side stand apart: other prompts of a trace, at most four times."""
 
 
-def _say(engine: Engine, at: int, count: int, tokens: int, settings: Settings) -> float:
+def _run_decode(engine: Engine, at: int, count: int, tokens: int, settings: BenchConfig) -> float:
     """Seconds from the first token to the last, of `count` sequences side by side."""
     params = settings.sampling(tokens)
     done = threading.Semaphore(0)
@@ -405,25 +405,27 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
     machine = getattr(ops, "machine", None)
     if store.arena is None or machine is None:
         return 0.0
-    counters = ops.copy_out(cache.counters)
-    held: npt.NDArray[Any] = ops.copy_out(cache.expert_in[0])
+    counters = ops.copy_d2h(cache.counters)
+    held: npt.NDArray[Any] = ops.copy_d2h(cache.slot_to_expert[0])
     slots = np.arange(min(len(held), plan.expert.shape[0], records or len(held)), dtype=np.int32)
     expert = np.where(held[slots] < 0, slots, held[slots])  # a free slot may hold anything
     entries = np.zeros((4, plan.expert.shape[0]), np.int32)
     entries[0, : len(slots)], entries[1, : len(slots)], entries[2:, : len(slots)] = (
         expert, slots, 1,
     )  # fmt: skip
-    ops.copy_in(plan.count, np.array([len(slots)], np.int32))
-    for array, values in zip((plan.expert, plan.slot, plan.fetch, plan.uses), entries, strict=True):
-        ops.copy_in(array, values)
+    ops.copy_h2d(plan.count, np.array([len(slots)], np.int32))
+    for array, values in zip(
+        (plan.expert, plan.slot, plan.fetch_flags, plan.uses), entries, strict=True
+    ):
+        ops.copy_h2d(array, values)
     times = []
     for _ in range(9):
         start = Event(machine.device).record(machine.stream)
         for _ in range(4):
-            ops.fetch(cache, plan, store.arena, 0)
+            ops.fetch_experts(cache, plan, store.arena, 0)
         end = Event(machine.device).record(machine.stream)
         times.append((end - start) / 4)
-    ops.copy_in(cache.counters, counters)
+    ops.copy_h2d(cache.counters, counters)
     return float(len(slots) * cache.record.nbytes / statistics.median(times) / 1e6)
 
 

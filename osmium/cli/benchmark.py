@@ -10,8 +10,8 @@ from typing import Any
 from osmium.bench.kernels import bench_kernels
 from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import COLUMNS, compare, row_line, summary
-from osmium.bench.speed import Settings, measure
-from osmium.cli.flags import BENCH, engine_options
+from osmium.bench.speed import BenchConfig, measure
+from osmium.cli.flags import BENCH_DEFAULTS, engine_options
 from osmium.cli.local import named_model
 from osmium.cli.progress import progress_bar
 from osmium.cli.timing import enable_timing
@@ -21,9 +21,11 @@ from osmium.loader import Loader
 
 __all__ = ["DEFAULTS", "bench", "measure_and_show"]
 
-DEFAULTS = Settings(
-    depths=(BENCH["depth"],), tokens=BENCH["tokens"], repeats=BENCH["repeats"],
-    warm_up=BENCH["warm_up"], parallel=BENCH["parallel"], prompts=BENCH["prompt_tokens"],
+DEFAULTS = BenchConfig(
+    depths=(BENCH_DEFAULTS["depth"],), tokens=BENCH_DEFAULTS["tokens"],
+    repeats=BENCH_DEFAULTS["repeats"],
+    warm_up=BENCH_DEFAULTS["warm_up"], parallel=BENCH_DEFAULTS["parallel"],
+    prompts=BENCH_DEFAULTS["prompt_tokens"],
 )  # fmt: skip
 """What `serve --benchmark` measures."""
 
@@ -42,7 +44,7 @@ def bench(args: argparse.Namespace) -> None:
         return
     model, options = engine_options(args)
     budgets = options.pop("kv_cache_mb", None) or (None,)
-    settings = Settings(
+    settings = BenchConfig(
         tuple(args.depth.split(",")), args.tokens, args.repeats, args.warm_up, args.parallel,
         args.prompt_tokens, args.temperature,
     )  # fmt: skip
@@ -74,7 +76,7 @@ def bench(args: argparse.Namespace) -> None:
 
 
 def measure_and_show(
-    engine: Engine, settings: Settings, memory_gb_s: float, about: dict[str, Any]
+    engine: Engine, settings: BenchConfig, memory_gb_s: float, about: dict[str, Any]
 ) -> dict[str, Any]:
     """`about` and what was measured; each row is printed on stderr with the time that is left.
 

@@ -214,10 +214,10 @@ def pull(args: argparse.Namespace) -> None:
 
 def doctor(args: argparse.Namespace) -> None:
     """Findings, with advice under those that need it."""
-    from osmium.cli.doctor import examine
+    from osmium.cli.doctor import run_checks
 
-    for finding in examine():
-        print(f"{finding.name:16}{finding.found}")
+    for finding in run_checks():
+        print(f"{finding.name:16}{finding.value}")
         if finding.advice:
             print(f"{'':16}-> {finding.advice}")
 

@@ -22,7 +22,7 @@ from osmium.engine.plan import available_ram
 from osmium.errors import DeviceError, KernelError, NoDevice
 from osmium.ops.gpu import check_kernels
 
-__all__ = ["Finding", "examine"]
+__all__ = ["Finding", "run_checks"]
 
 GIB = 1 << 30
 
@@ -32,12 +32,12 @@ class Finding:
     """One line of the report."""
 
     name: str
-    found: str
+    value: str
     advice: str = ""
     """What to change; empty where all is well."""
 
 
-def examine() -> list[Finding]:
+def run_checks() -> list[Finding]:
     """Look at everything; never raises for what it finds."""
     checks: list[Callable[[], list[Finding]]] = [
         _python, _package, _bindings, _gpus, _memory, _swap, _limits, _huge_pages, _disk,

@@ -12,11 +12,12 @@ from osmium.config import parse_count, parse_size
 from osmium.errors import ConfigError
 
 __all__ = [
-    "BENCH", "add_bench_flags", "add_engine_flags", "add_sampling_flags", "add_server_flags",
+    "BENCH_DEFAULTS", "add_bench_flags", "add_engine_flags", "add_sampling_flags",
+    "add_server_flags",
     "add_timing_flag", "engine_options",
 ]  # fmt: skip
 
-BENCH: dict[str, Any] = {
+BENCH_DEFAULTS: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
     "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "filter": None,
 }  # fmt: skip
@@ -191,7 +192,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     add("--profile", action="store_true", help="then time one decoded token kernel by kernel")
     add("--filter", metavar="NAME", help="of `bench kernels`: operations whose name contains this")
     add("--compare", nargs=2, metavar="FILE", help="compare two result files instead")
-    parser.set_defaults(**BENCH)
+    parser.set_defaults(**BENCH_DEFAULTS)
     return flags
 
 

@@ -9,14 +9,14 @@ from typing import Any
 
 from osmium.cli.benchmark import DEFAULTS, bench, measure_and_show
 from osmium.cli.commands import say_what_is_kept
-from osmium.cli.flags import BENCH, engine_options
+from osmium.cli.flags import BENCH_DEFAULTS, engine_options
 from osmium.cli.local import named_model
 from osmium.cli.progress import progress_bar
 from osmium.cli.timing import enable_timing
 from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.loader import Loader
-from osmium.server.app import ModelHost
+from osmium.server.app import BackgroundLoader
 from osmium.server.app import serve as serve_host
 
 __all__ = ["serve_model"]
@@ -25,7 +25,7 @@ __all__ = ["serve_model"]
 def serve_model(args: argparse.Namespace) -> None:
     """Serve until Ctrl-C.  Raises: ConfigError, CheckpointError, DeviceError, EngineStopped."""
     if args.benchmark_only:
-        for name, value in BENCH.items():
+        for name, value in BENCH_DEFAULTS.items():
             setattr(args, name, value)
         args.kv_cache_mb = None if args.kv_cache_mb is None else (args.kv_cache_mb,)
         bench(args)
@@ -48,7 +48,7 @@ def serve_model(args: argparse.Namespace) -> None:
             enable_timing(engine)
         return engine
 
-    host = ModelHost(loading)
+    host = BackgroundLoader(loading)
     try:
         serve_host(
             host,

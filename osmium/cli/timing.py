@@ -6,7 +6,7 @@ import sys
 import time
 
 from osmium.engine.engine import Engine
-from osmium.engine.meter import Took
+from osmium.engine.meter import IntervalStats
 
 __all__ = ["EVERY_S", "ResponseTimes", "enable_timing"]
 
@@ -18,7 +18,7 @@ def enable_timing(engine: Engine) -> None:
     """Print on the engine's thread, until the engine is closed."""
     engine.meter.on_request_stats = lambda took: _print("response", took)
     engine.meter.poll_interval_s = EVERY_S
-    engine.meter.on_interval_stats = _Paced()
+    engine.meter.on_interval_stats = _RateLimited()
 
 
 class ResponseTimes:
@@ -26,7 +26,7 @@ class ResponseTimes:
     the line never lands inside of it."""
 
     def __init__(self, engine: Engine) -> None:
-        self._took: queue.SimpleQueue[Took] = queue.SimpleQueue()
+        self._took: queue.SimpleQueue[IntervalStats] = queue.SimpleQueue()
         engine.meter.on_request_stats = self._took.put
 
     def print_next(self) -> None:
@@ -35,20 +35,20 @@ class ResponseTimes:
             _print("response", self._took.get(timeout=2))
 
 
-class _Paced:
+class _RateLimited:
     """At most one line per EVERY_S, though the counters may be read more often."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
-    def __call__(self, took: Took) -> None:
+    def __call__(self, took: IntervalStats) -> None:
         now = time.monotonic()
         if now - self._last >= EVERY_S - 1:
             self._last = now
             print(f"osmium: {_interval(took)}", file=sys.stderr, flush=True)
 
 
-def _interval(took: Took) -> str:
+def _interval(took: IntervalStats) -> str:
     """What was read and generated since the last line: a long prompt is seen to go on."""
     seconds = took.decode_s
     return (
@@ -59,5 +59,5 @@ def _interval(took: Took) -> str:
     )
 
 
-def _print(what: str, took: Took) -> None:
+def _print(what: str, took: IntervalStats) -> None:
     print(f"osmium: {what}: {took.line()}", file=sys.stderr, flush=True)

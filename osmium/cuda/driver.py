@@ -13,9 +13,9 @@ from typing import Any, NoReturn
 from osmium.distribution import gpu_extra, how_to_install
 from osmium.errors import CudaError, DeviceError, KernelError, NoDevice
 
-__all__ = ["LEAST_DRIVER", "Device", "Driver", "cuda_version", "load_driver"]
+__all__ = ["MIN_DRIVER_VERSION", "Device", "Driver", "cuda_version", "load_driver"]
 
-LEAST_DRIVER = 12080
+MIN_DRIVER_VERSION = 12080
 """CUDA 12.8, as cuDriverGetVersion says it."""
 
 BINDING = "cuda-bindings"
@@ -24,7 +24,7 @@ BINDING = "cuda-bindings"
 _LOST = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
 """Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
 
-_GUESS = {
+_HINTS = {
     2: "Lower --vram, --expert-slots, --context or --kv-cache-mb, or close what else uses the GPU.",
     100: "No GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES.",
     209: "The GPU is older than sm_80; RTX 30 series is the floor.",
@@ -53,7 +53,7 @@ class Driver:
         code = int(result)
         name = str(getattr(result, "name", result))
         lost = code in _LOST
-        way_out = _GUESS.get(code, "")
+        way_out = _HINTS.get(code, "")
         if lost:
             way_out = "The context is lost; restart. OSMIUM_LAUNCH_BLOCKING=1 names the kernel."
         text = f"{call}: {name} ({code}). {more or way_out}".rstrip()
@@ -114,7 +114,7 @@ def _explain_missing_binding(error: ImportError, version: int | None) -> NoRetur
 
 
 def _check_version(version: int) -> None:
-    if version < LEAST_DRIVER:
+    if version < MIN_DRIVER_VERSION:
         raise DeviceError(
             f"The NVIDIA driver is for CUDA {_dotted(version)}; Osmium needs 12.8 (driver 570) "
             "or newer. Update the driver; without the GPU: --device cpu."
@@ -143,9 +143,9 @@ class Device:
                 f"{self.name} is sm_{self.capability[0]}{self.capability[1]}; Osmium needs sm_80 "
                 "(RTX 30 series) or newer."
             )
-        self.multiprocessors = self._attribute(16)
+        self.sm_count = self._attribute(16)
         self.l2 = self._attribute(38)
-        self.shared = self._attribute(97)
+        self.max_shared_per_block = self._attribute(97)
         """Bytes of shared memory that a block may ask for."""
         self._shared_in_all, self._shared_kept = self._attribute(81), self._attribute(111)
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
@@ -154,8 +154,8 @@ class Device:
         self._dynamic: dict[tuple[str, str], int] = {}
         self._modules: list[Any] = []
         self._lock = threading.Lock()
-        self.early = self.capability >= (9, 0) and os.environ.get("OSMIUM_PDL") != "0"
-        """Whether recorded kernels begin while those before them end (kernels.ptx.early)."""
+        self.pdl_enabled = self.capability >= (9, 0) and os.environ.get("OSMIUM_PDL") != "0"
+        """Whether recorded kernels begin while those before them end (kernels.ptx.pdl_text)."""
         self.make_current()
 
     def _attribute(self, number: int) -> int:
@@ -175,23 +175,23 @@ class Device:
         """Wait for everything on this device."""
         self.driver("cuCtxSynchronize")
 
-    def dynamic(self, contract: Any, nbytes: int, rows: int) -> int:
+    def dynamic_shared_bytes(self, contract: Any, nbytes: int, rows: int) -> int:
         """Bytes of dynamic shared memory to launch a kernel with that needs so many.
 
         A kernel whose blocks are to be apart, with `rows` in its grid, asks for so much that no
         more of them fit on a multiprocessor.  Where it starts before the last has ended, they would
         else crowd where that one leaves room first, and other multiprocessors would stand idle.
         """
-        if not contract.apart:
+        if not contract.max_blocks_per_sm:
             return nbytes
         shared: int = contract.shared
-        each = self._shared_in_all // (contract.apart * rows + 1)
+        each = self._shared_in_all // (contract.max_blocks_per_sm * rows + 1)
         least: int = each + 1 - self._shared_kept - shared
-        return max(nbytes, min(-(least // -128) * 128, self.shared - shared))
+        return max(nbytes, min(-(least // -128) * 128, self.max_shared_per_block - shared))
 
     def text(self, contract: Any) -> str:
         """A kernel's text, as this device runs it best."""
-        found: str = contract.early if self.early else contract.text
+        found: str = contract.early if self.pdl_enabled else contract.text
         return found
 
     def function(self, entry: str, text: str, dynamic: int = 0) -> Any:

@@ -1,7 +1,7 @@
 """Memory on both sides of the link: VRAM, and host memory that kernels can read.
 
-`Pool` hands out VRAM and remembers for whom, so that running out can say who holds what; once it is
-frozen it hands out nothing more.  `HostBuffer` is page-locked memory of a measured kind.
+`DevicePool` allocates VRAM with labels, so that an out-of-memory error lists the holders.  Once
+frozen it allocates no more.  `HostBuffer` is page-locked memory of a measured kind.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from osmium.cuda.driver import Device
 from osmium.errors import CudaError, OutOfMemory
 
-__all__ = ["DeviceArray", "Fill", "HostBuffer", "HostKind", "Pool", "Waits", "waited_for"]
+__all__ = ["DeviceArray", "DevicePool", "Fill", "HostBuffer", "HostKind", "Waits", "waited_for"]
 
 HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
 
@@ -105,10 +105,10 @@ class DeviceArray:
         return f"DeviceArray({self.dtype} {list(self.shape)} at {self.ptr:#x})"
 
 
-class Block:
+class Allocation:
     """One allocation; freed when the last array over it goes, or by `Pool.close`."""
 
-    def __init__(self, pool: "Pool", ptr: int, nbytes: int, what: str) -> None:
+    def __init__(self, pool: "DevicePool", ptr: int, nbytes: int, what: str) -> None:
         self.pool, self.ptr, self.nbytes, self.what = pool, ptr, nbytes, what
 
     def free(self) -> None:
@@ -124,7 +124,7 @@ class Block:
             self.free()
 
 
-class Pool:
+class DevicePool:
     """VRAM of one device."""
 
     def __init__(self, device: Device) -> None:
@@ -165,7 +165,7 @@ class Pool:
             if error.code != _OUT_OF_MEMORY:
                 raise
             raise self._refused(nbytes) from None
-        block = Block(self, ptr, nbytes, self._label)
+        block = Allocation(self, ptr, nbytes, self._label)
         self._held[ptr] = (nbytes, self._label)
         return DeviceArray(ptr, shape, dtype, block)
 
@@ -210,7 +210,7 @@ class HostBuffer:
         if fill is not None:
             fill(view)
         elif self._map is not None:
-            _touch(view)
+            _prefault(view)
         if self._map is not None:
             with self._refusals():
                 address = int(view.ctypes.data)
@@ -266,7 +266,7 @@ class HostBuffer:
                 self.close()
 
 
-def _touch(memory: npt.NDArray[np.uint8]) -> None:
+def _prefault(memory: npt.NDArray[np.uint8]) -> None:
     """Have the system make all pages, by several threads: one alone clears them at a fraction of
     memory's rate, and locking them makes them by one."""
     starts = range(0, memory.nbytes, _TOUCHED)

@@ -5,7 +5,7 @@ import logging
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device, cuda_version
 from osmium.cuda.memory import HostKind
-from osmium.cuda.stream import Machine, copy_rates, memory_rate
+from osmium.cuda.stream import CudaRuntime, measure_h2d_rates, measure_vram_rate
 from osmium.errors import NoDevice
 
 __all__ = ["open_gpu"]
@@ -13,7 +13,7 @@ __all__ = ["open_gpu"]
 LOG = logging.getLogger("osmium.cuda")
 
 
-def open_gpu(config: EngineConfig) -> Machine | None:
+def open_gpu(config: EngineConfig) -> CudaRuntime | None:
     """The GPU, its link and its VRAM measured; None on the CPU, or where there is no GPU and none
     is required.
 
@@ -32,10 +32,10 @@ def open_gpu(config: EngineConfig) -> Machine | None:
     kinds: list[HostKind] = ["registered-huge", "pinned", "write-combined"]
     if config.write_combined is not None:
         kinds = ["write-combined"] if config.write_combined else kinds[:2]
-    rates = copy_rates(device, kinds)
+    rates = measure_h2d_rates(device, kinds)
     # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
-    gpu = Machine(device, best)
-    gpu.link_gb_s, gpu.memory_gb_s = rates[best], memory_rate(device)
+    gpu = CudaRuntime(device, best)
+    gpu.link_gb_s, gpu.memory_gb_s = rates[best], measure_vram_rate(device)
     return gpu

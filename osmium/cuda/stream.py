@@ -13,10 +13,18 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.cuda.driver import Device
-from osmium.cuda.memory import DeviceArray, Fill, HostBuffer, HostKind, Pool
+from osmium.cuda.memory import DeviceArray, DevicePool, Fill, HostBuffer, HostKind
 from osmium.errors import CudaError, KernelError, OutOfMemory
 
-__all__ = ["Event", "Graph", "Machine", "Stream", "copy_rates", "memory_rate", "spilled"]
+__all__ = [
+    "CudaRuntime",
+    "Event",
+    "Graph",
+    "Stream",
+    "measure_h2d_rates",
+    "measure_vram_rate",
+    "spilled_bytes",
+]
 
 SYNC = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
 """Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
@@ -102,7 +110,7 @@ class Stream:
         entry = contract.entry
         found = self._packed.get(kernel)
         x, y, z = (*grid, 1, 1)[:3]
-        dynamic = self.device.dynamic(contract, dynamic, y)
+        dynamic = self.device.dynamic_shared_bytes(contract, dynamic, y)
         try:
             if found is None or dynamic > found[2]:
                 found = (
@@ -110,7 +118,7 @@ class Stream:
                     _addresses(buffer, contract.offsets), dynamic,
                 )  # fmt: skip
                 self._packed[kernel] = found
-            if self._capturing and self._follows and self.device.early:
+            if self._capturing and self._follows and self.device.pdl_enabled:
                 config = self._overlapping((x, y, z), contract.block, dynamic)
                 at = ctypes.addressof(found[1])
                 self.device.driver("cuLaunchKernelEx", config, found[0], at, 0)
@@ -130,7 +138,7 @@ class Stream:
             raise
 
     def _overlapping(self, grid: tuple[int, int, int], block: int, dynamic: int) -> Any:
-        """A launch that may begin while the kernel before it ends (kernels.ptx.early)."""
+        """A launch that may begin while the kernel before it ends (kernels.ptx.pdl_text)."""
         binding = self.device.driver.binding
         attribute = binding.CUlaunchAttribute()
         attribute.id = binding.CUlaunchAttributeID(6)  # programmatic stream serialization
@@ -144,7 +152,7 @@ class Stream:
 
     # -- copies ------------------------------------------------------------------------------------
 
-    def copy_in(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
+    def copy_h2d(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
         """Host to device.  `source` may be used again at once unless it is page-locked."""
         plain = np.ascontiguousarray(source)
         assert plain.nbytes == out.nbytes, f"{plain.nbytes} bytes into {out.nbytes}"
@@ -153,7 +161,7 @@ class Stream:
                 "cuMemcpyHtoDAsync", out.ptr, plain.ctypes.data, plain.nbytes, self.handle
             )
 
-    def copy_out(self, out: npt.NDArray[Any], source: DeviceArray) -> None:
+    def copy_d2h(self, out: npt.NDArray[Any], source: DeviceArray) -> None:
         """Device to host; done when the stream has been waited for."""
         assert out.nbytes == source.nbytes, f"{source.nbytes} bytes into {out.nbytes}"
         if out.nbytes:
@@ -167,7 +175,7 @@ class Stream:
         if out.nbytes:
             self.device.driver("cuMemcpyAsync", out.ptr, source.ptr, out.nbytes, self.handle)
 
-    def fill(self, out: DeviceArray, byte: int) -> None:
+    def memset(self, out: DeviceArray, byte: int) -> None:
         """Every byte of `out` = byte."""
         self._follows = False
         if out.nbytes:
@@ -216,30 +224,30 @@ def _sizes(contract: Any, values: tuple[Any, ...]) -> dict[str, int]:
     return {p.name: int(value) for p, value in pairs if not p.is_array and p.type != "f32"}
 
 
-class Machine:
+class CudaRuntime:
     """A device with its pool and its stream: what ops.GpuOps runs on."""
 
     def __init__(self, device: Device, host_kind: HostKind = "pinned") -> None:
         self.device = device
         self.link_gb_s = self.memory_gb_s = 0.0
         """What host memory of that kind and VRAM were measured to give; 0: not measured."""
-        self.pool = Pool(device)
+        self.pool = DevicePool(device)
         self.stream = Stream(device)
-        self.sides = Stream(device, first=False), Stream(device)
+        self.side_streams = Stream(device, first=False), Stream(device)
         """What is done beside: the second early, by blocks that come before others."""
         self._forked, self._joined = Event(device), Event(device)
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
     @property
-    def multiprocessors(self) -> int:
+    def sm_count(self) -> int:
         """How many of them the device has."""
-        return self.device.multiprocessors
+        return self.device.sm_count
 
     @property
-    def shared(self) -> int:
+    def max_shared_per_block(self) -> int:
         """Bytes of shared memory that a block may ask for."""
-        return self.device.shared
+        return self.device.max_shared_per_block
 
     @property
     def l2(self) -> int:
@@ -250,7 +258,7 @@ class Machine:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)
 
-    def host(
+    def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
     ) -> DeviceArray:
         """A new array in page-locked host memory, as kernels see it; with `fill`, that has written
@@ -263,7 +271,7 @@ class Machine:
         self._buffers[array.ptr] = buffer
         return array
 
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
+    def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """Zeros in page-locked memory that the host also reads fast.  Raises: OutOfMemory."""
         assert not self.pool.frozen, "host memory was asked for while serving"
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -281,52 +289,52 @@ class Machine:
         """The host's view of what `host` gave."""
         return self._buffers[array.ptr].array(array.shape, array.dtype)
 
-    def copy_in(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
+    def copy_h2d(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
         """out = source, ordered before what is launched next."""
-        self.stream.copy_in(out, source)
+        self.stream.copy_h2d(out, source)
 
-    def copy_out(self, source: DeviceArray) -> npt.NDArray[Any]:
+    def copy_d2h(self, source: DeviceArray) -> npt.NDArray[Any]:
         """A NumPy copy, after everything launched."""
         out = np.empty(source.shape, source.dtype)
-        self.stream.copy_out(out, source)
+        self.stream.copy_d2h(out, source)
         self.stream.synchronize()
         return out
 
     def copy(self, out: DeviceArray, source: DeviceArray) -> None:
         self.stream.copy(out, source)
 
-    def fill(self, out: DeviceArray, byte: int) -> None:
-        self.stream.fill(out, byte)
+    def memset(self, out: DeviceArray, byte: int) -> None:
+        self.stream.memset(out, byte)
 
     def synchronize(self) -> None:
         self.stream.synchronize()
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         """The launches of `run` as one graph; calling what comes back replays it."""
         if SYNC:
             return run
-        for side in self.sides:
+        for side in self.side_streams:
             side._capturing = True
         try:
             with self.stream.capture() as made:
                 run()
         finally:
-            for side in self.sides:
+            for side in self.side_streams:
                 side._capturing = False
         (graph,) = made
         return lambda: graph.replay(self.stream)
 
-    def fork(self, early: bool = False) -> Stream:
+    def fork_side_stream(self, early: bool = False) -> Stream:
         """A side stream, which goes on from where the main one is."""
         self._forked.record(self.stream)
-        self.sides[early].wait(self._forked)
-        return self.sides[early]
+        self.side_streams[early].wait(self._forked)
+        return self.side_streams[early]
 
-    def join(self, early: bool = False) -> None:
+    def join_side_stream(self, early: bool = False) -> None:
         """The main stream goes on when the side stream is done; its next kernel may still begin
         while its last one ends."""
         follows = self.stream._follows
-        self._joined.record(self.sides[early])
+        self._joined.record(self.side_streams[early])
         self.stream.wait(self._joined)
         self.stream._follows = follows
 
@@ -339,13 +347,13 @@ class Machine:
             self.stream.synchronize()
             for buffer in self._buffers.values():
                 buffer.close()
-            for stream in (self.stream, *self.sides):
+            for stream in (self.stream, *self.side_streams):
                 stream.close()
         with contextlib.suppress(CudaError):
             self.device.close()
 
 
-def copy_rates(
+def measure_h2d_rates(
     device: Device, kinds: Sequence[HostKind], nbytes: int = 64 << 20
 ) -> dict[HostKind, float]:
     """GB/s at which the copy engine takes host memory of each kind; 0 where there is none of it.
@@ -353,7 +361,7 @@ def copy_rates(
     The kinds are copied in turns, and the best round of each counts: a link that is only waking up,
     or that somebody else uses, is slow for all of them.
     """
-    pool, sources = Pool(device), dict[HostKind, HostBuffer]()
+    pool, sources = DevicePool(device), dict[HostKind, HostBuffer]()
     out = pool.empty((nbytes,), np.uint8)
     for kind in kinds:
         with contextlib.suppress(OutOfMemory, CudaError):
@@ -365,15 +373,15 @@ def copy_rates(
     return {kind: rates.get(kind, 0.0) for kind in kinds}
 
 
-def memory_rate(device: Device, nbytes: int = 1 << 30) -> float:
+def measure_vram_rate(device: Device, nbytes: int = 1 << 30) -> float:
     """GB/s of a copy inside VRAM, bytes read and bytes written; of less where less is free."""
     nbytes = min(nbytes, device.memory()[0] // 8)
-    pool = Pool(device)
+    pool = DevicePool(device)
     out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
     return 2 * statistics.median(_rates(device, out, [source], 9)[0])
 
 
-PIECE = 64 << 20
+SPILL_PROBE_BYTES = 64 << 20
 """Bytes that are looked at together for where they are: 0.1 ms of VRAM, 3 ms of a link."""
 
 SLOW = 0.25
@@ -386,7 +394,7 @@ TIMES = 3
 """How often a piece must be slow."""
 
 
-def spilled(machine: Machine) -> int:
+def spilled_bytes(machine: CudaRuntime) -> int:
     """Bytes of the pool that the driver keeps in host memory, by timing a copy of each piece of it.
 
     Some drivers (Windows and WSL2) give more than the card has rather than refuse.  Contents stay;
@@ -394,18 +402,18 @@ def spilled(machine: Machine) -> int:
     """
     device, stream = machine.device, machine.stream
     pieces = [
-        DeviceArray(ptr + at, (min(PIECE, nbytes - at),), np.uint8, None)
+        DeviceArray(ptr + at, (min(SPILL_PROBE_BYTES, nbytes - at),), np.uint8, None)
         for ptr, nbytes in machine.pool.blocks()
-        for at in range(0, nbytes, PIECE)
-        if nbytes - at >= PIECE // 4  # what is shorter is lost in the time of a launch
+        for at in range(0, nbytes, SPILL_PROBE_BYTES)
+        if nbytes - at >= SPILL_PROBE_BYTES // 4  # what is shorter is lost in the time of a launch
     ]
     if not pieces or not machine.memory_gb_s:
         return 0
     try:
-        scratch = Pool(device).empty((PIECE,), np.uint8)
+        scratch = DevicePool(device).empty((SPILL_PROBE_BYTES,), np.uint8)
     except OutOfMemory:
         return 0
-    stream.fill(scratch, 0)  # wake it up
+    stream.memset(scratch, 0)  # wake it up
     suspects = pieces
     for _ in range(TIMES):  # whoever was slow is asked again: it may have been the host that was
         marks = [Event(device).record(stream)]

@@ -1,8 +1,6 @@
-"""The engine: a crank on a thread of its own, that many callers may submit to.
+"""The engine: one thread that serves many callers.
 
-    schedule who is next -> compute their tokens -> sample -> give out
-
-Knows token ids; a tokenizer, where there is one, is only passed on to those who have text.
+schedule a batch -> compute its tokens -> sample -> deliver
 """
 
 import contextlib
@@ -18,8 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.engine.forced import forced_logits
-from osmium.engine.meter import Meter
+from osmium.engine.forced import teacher_forced_logits
+from osmium.engine.meter import EngineStats
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -31,11 +29,11 @@ from osmium.engine.request import (
     check_ids,
     step_error,
 )
-from osmium.engine.runner import Reply, Runner
-from osmium.engine.sampler import no_token, plain, sample
+from osmium.engine.runner import DecodeSession, ModelRunner
+from osmium.engine.sampler import can_sample_on_device, non_finite_error, sample
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.engine.state import Seats
-from osmium.engine.stops import Stops
+from osmium.engine.state import KVCacheManager
+from osmium.engine.stops import StopMatcher
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
 from osmium.experts.routing import RoutingRecorder
 
@@ -45,7 +43,7 @@ T = TypeVar("T")
 
 LOG = logging.getLogger("osmium.engine")
 
-QUIET = 1.0
+IDLE_SECONDS = 1.0
 """Seconds in which most who have read a reply and go on have asked again (not measured)."""
 
 
@@ -54,8 +52,8 @@ class Engine:
 
     def __init__(
         self,
-        runner: Runner,
-        seats: Seats,
+        runner: ModelRunner,
+        seats: KVCacheManager,
         *,
         name: str,
         context: int,
@@ -92,7 +90,7 @@ class Engine:
         self.on_idle: Callable[[], None] | None = None
         """Called there whenever nobody has run, waited or asked for QUIET seconds."""
         self._lock = threading.Lock()
-        self.meter = Meter(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
+        self.meter = EngineStats(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
         self._thread.start()
 
@@ -130,8 +128,9 @@ class Engine:
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(
-            ids, params, on_event, Stops(decoder, params.stop), seed, self.context, skip_prefill
-        )
+            ids, params, on_event, StopMatcher(decoder, params.stop), seed, self.context,
+            skip_prefill,
+        )  # fmt: skip
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -220,13 +219,11 @@ class Engine:
     def _forced(
         self, sequences: list[list[int]], chunk: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        return forced_logits(self._runner, self._scheduler, sequences, chunk)
+        return teacher_forced_logits(self._runner, self._scheduler, sequences, chunk)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.
-
-        Raises: EngineStopped, and whatever the job raises.
-        """
+        Raises: EngineStopped, and whatever the job raises."""
         answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def run() -> None:
@@ -274,7 +271,7 @@ class Engine:
         return self.run_on_engine_thread(look)
 
     @property
-    def runner(self) -> Runner:
+    def runner(self) -> ModelRunner:
         """What computes, for who measures it; to be used within `call`."""
         return self._runner
 
@@ -327,7 +324,7 @@ class Engine:
             while not self._closing:
                 self._read_inbox()
                 self._drop_cancelled()
-                batch = self._scheduler.next()
+                batch = self._scheduler.schedule()
                 if batch is not None:
                     self._step(batch)
                 self.meter.poll()
@@ -338,11 +335,11 @@ class Engine:
             reason = self.failure = EngineStopped(self._why)
         with self._lock:
             self._stopped = reason
-        for request in self._scheduler.everyone():
+        for request in self._scheduler.all_requests():
             self._finish(request, FinishReason.ERROR, reason)
         while not self._inbox.empty():  # submitted too late to be seen
             self._inbox.get()()
-        for request in self._scheduler.everyone():
+        for request in self._scheduler.all_requests():
             self._finish(request, FinishReason.ERROR, reason)
         if self._on_close is not None:
             self._on_close()
@@ -360,12 +357,12 @@ class Engine:
         """The next command, while there is nothing else to do."""
         if self.on_idle is not None:
             with contextlib.suppress(queue.Empty):
-                return self._inbox.get(timeout=QUIET)
+                return self._inbox.get(timeout=IDLE_SECONDS)
             self.on_idle()
         return self._inbox.get()
 
     def _drop_cancelled(self) -> None:
-        for request in self._scheduler.everyone():
+        for request in self._scheduler.all_requests():
             if request.cancelled.is_set():
                 self._finish(request, FinishReason.CANCELLED)
 
@@ -373,15 +370,16 @@ class Engine:
         self.meter.begin(batch)
         try:
             if self._runner.store.recorder is None and all(
-                request.pending == 1 and plain(request) for request, _ in batch.parts
+                request.num_pending_tokens == 1 and can_sample_on_device(request)
+                for request, _ in batch.scheduled
             ):
-                self._reply(batch)
+                self._decode_on_device(batch)
                 return
             self._runner.forward(batch)
             rows, ready, row = [], [], 0
-            for request, count in batch.parts:
+            for request, count in batch.scheduled:
                 row += count
-                if request.pending == count:
+                if request.num_pending_tokens == count:
                     rows.append(row - 1)
                     ready.append(request)
             chosen: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
@@ -393,35 +391,35 @@ class Engine:
             if isinstance(error, CudaError) and error.context_lost:
                 raise
             failed = step_error(error)
-            for request, _ in batch.parts:
+            for request, _ in batch.scheduled:
                 self._finish(request, FinishReason.ERROR, failed)
             return
-        for request, count in batch.parts:
+        for request, count in batch.scheduled:
             self._computed(request, count)
         for request, (token, logprob, top) in zip(ready, chosen, strict=True):
-            self._give(request, token, logprob, top)
+            self._deliver_token(request, token, logprob, top)
 
-    def _reply(self, batch: Batch) -> None:
+    def _decode_on_device(self, batch: Batch) -> None:
         """Let the device go from token to token, until something else is to be done."""
-        reply = self._runner.begin(batch)
+        reply = self._runner.start_decode(batch)
         reply.launch()
-        while reply.outstanding:
-            while reply.outstanding <= self._runner.ahead and self._may_go_on(reply):
+        while reply.in_flight:
+            while reply.in_flight <= self._runner.ahead and self._can_continue_decode(reply):
                 reply.launch()
-            for request, token in zip(reply.requests, reply.take(), strict=True):
+            for request, token in zip(reply.requests, reply.wait_tokens(), strict=True):
                 if request.done or token == -2:
                     continue
                 self._computed(request, 1)
                 if token == -1:
-                    self._finish(request, FinishReason.ERROR, no_token())
+                    self._finish(request, FinishReason.ERROR, non_finite_error())
                 else:
-                    self._give(request, token, None, ())
-            if not reply.outstanding and self._may_go_on(reply):
+                    self._deliver_token(request, token, None, ())
+            if not reply.in_flight and self._can_continue_decode(reply):
                 reply.launch()
 
-    def _may_go_on(self, reply: Reply) -> bool:
+    def _can_continue_decode(self, reply: DecodeSession) -> bool:
         """Whether another step of the same rows is wanted, and has pages to write to."""
-        more = reply.outstanding + 1
+        more = reply.in_flight + 1
         return (
             not self._closing
             and not self.meter.due
@@ -429,16 +427,19 @@ class Engine:
             and not (self._scheduler.waiting and self._seats.free_slots)
             and len(self._scheduler.running) == len(reply.requests)
             and not any(one.done or one.cancelled.is_set() for one in reply.requests)
-            and all(one.left >= more for one in reply.requests)
-            and all(self._seats.grow(one, one.computed + more) for one in reply.requests)
+            and all(one.tokens_left >= more for one in reply.requests)
+            and all(
+                self._seats.allocate_pages(one, one.num_computed_tokens + more)
+                for one in reply.requests
+            )
         )
 
     def _computed(self, request: Request, count: int) -> None:
         """So many more of its tokens are in the model's state."""
         self.meter.add_computed(request, count)
-        request.computed += count
+        request.num_computed_tokens += count
 
-    def _give(
+    def _deliver_token(
         self,
         request: Request,
         token: int,
@@ -446,11 +447,11 @@ class Engine:
         top: tuple[tuple[int, float], ...],
     ) -> None:
         try:
-            self._take(request, token, logprob, top)
+            self._append_token(request, token, logprob, top)
         except Exception as error:  # a decoder or `on_event`: nobody else may suffer from it
             self._finish(request, FinishReason.ERROR, _not_given_out(error))
 
-    def _take(
+    def _append_token(
         self,
         request: Request,
         token: int,
@@ -464,11 +465,11 @@ class Engine:
         if token in self.config.eos_token_ids and not params.ignore_eos:
             self._finish(request, FinishReason.STOP)
             return
-        text = request.stops.push(token)
+        text = request.stop_matcher.push(token)
         request.emit(Token(token, text, logprob, top))
-        if request.stops.hit:
+        if request.stop_matcher.matched:
             self._finish(request, FinishReason.STOP)
-        elif request.left <= 0:
+        elif request.tokens_left <= 0:
             self._finish(request, FinishReason.LENGTH)
 
     def _finish(
@@ -482,10 +483,10 @@ class Engine:
         text = ""
         if error is None:
             try:
-                text = request.stops.flush()
+                text = request.stop_matcher.flush()
             except Exception as problem:  # the decoder's, when all that is left is to say the end
                 reason, error = FinishReason.ERROR, _not_given_out(problem)
-        if request.stops.hit and reason is FinishReason.LENGTH:
+        if request.stop_matcher.matched and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP  # the stop text ended in what the decoder still held
         counts = request.prompt_tokens, request.completion_tokens
         try:

@@ -17,7 +17,7 @@ from osmium.engine.request import FinishReason, Request
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.experts.store import ExpertCounters
 
-__all__ = ["Histogram", "Meter", "Took"]
+__all__ = ["EngineStats", "Histogram", "IntervalStats"]
 
 LOG = logging.getLogger("osmium.meter")
 
@@ -43,7 +43,7 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Took:
+class IntervalStats:
     """One reply, or a while of serving."""
 
     queue_s: float
@@ -86,7 +86,7 @@ class _Mark:
     tokens: tuple[int, int]
 
 
-class Meter:
+class EngineStats:
     """The counts of one engine."""
 
     def __init__(self, scheduler: Scheduler, store: Any, link_gb_s: float = 0.0) -> None:
@@ -105,9 +105,9 @@ class Meter:
         """Asks for it."""
         self.poll_interval_s: float | None = None
         """Seconds between looks while replies run; None looks at their beginnings and ends."""
-        self.on_request_stats: Callable[[Took], None] | None = None
+        self.on_request_stats: Callable[[IntervalStats], None] | None = None
         """Called on the engine's thread after each reply; must return at once."""
-        self.on_interval_stats: Callable[[Took], None] | None = None
+        self.on_interval_stats: Callable[[IntervalStats], None] | None = None
         """Called there after each look of `every`, with what happened since the one before."""
         self._looked = self._mark()
         self._marks: dict[Request, _Mark] = {}
@@ -122,14 +122,16 @@ class Meter:
         """A step of these requests is about to be computed."""
         if not self._marks:
             self._looked = self._mark()  # nothing has happened since
-        for request, _ in batch.parts:
+        for request, _ in batch.scheduled:
             if request not in self._marks and not request.done:
                 request.times.started = request.times.started or time.perf_counter()
                 self._marks[request] = self._mark()
 
     def add_computed(self, request: Request, count: int) -> None:
         """So many more of a request's tokens are about to count as computed."""
-        self.tokens["prompt"] += min(count, max(0, request.prompt_tokens - request.computed))
+        self.tokens["prompt"] += min(
+            count, max(0, request.prompt_tokens - request.num_computed_tokens)
+        )
 
     def token(self, request: Request) -> None:
         """A request has its next token."""
@@ -198,27 +200,27 @@ class Meter:
         tokens = self.tokens["prompt"], self.tokens["completion"]
         return _Mark(time.perf_counter(), self.experts, tokens)
 
-    def _tell(self, name: str, took: Took) -> None:
+    def _tell(self, name: str, took: IntervalStats) -> None:
         try:
             getattr(self, name)(took)
         except Exception as error:  # a terminal that is gone, say; replies go on
             LOG.warning("Could not report timing: %r", error)
             setattr(self, name, None)
 
-    def _reply(self, request: Request, mark: _Mark, now: _Mark) -> Took:
+    def _reply(self, request: Request, mark: _Mark, now: _Mark) -> IntervalStats:
         times = request.times
         started = times.started or times.first_token
-        return Took(
+        return IntervalStats(
             started - times.submitted, times.first_token - started,
             times.last_token - times.first_token,
             request.prompt_tokens, request.completion_tokens - 1,
             *self._experts(mark, now, times.last_token - mark.at),
         )  # fmt: skip
 
-    def _while(self, before: _Mark, now: _Mark) -> Took:
+    def _while(self, before: _Mark, now: _Mark) -> IntervalStats:
         seconds = now.at - before.at
         read, said = (a - b for a, b in zip(now.tokens, before.tokens, strict=True))
-        return Took(0.0, 0.0, seconds, read, said, *self._experts(before, now, seconds))
+        return IntervalStats(0.0, 0.0, seconds, read, said, *self._experts(before, now, seconds))
 
     def _experts(self, before: _Mark, now: _Mark, seconds: float) -> tuple[float, float, float]:
         """Hit rate, MB a token, share of the link."""

@@ -22,16 +22,16 @@ from osmium.experts.guess import MIN_BULK_COPY_CC, guess_bytes
 from osmium.experts.store import store_bytes
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 __all__ = [
-    "CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
+    "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
     "kv_capacity_tokens", "make_plan",
 ]  # fmt: skip
 
 GIB = 1 << 30
 
-CONTEXT_BYTES = 600 << 20
+CUDA_CONTEXT_BYTES = 600 << 20
 """A CUDA context with this engine's kernels loaded, to be refined by measuring."""
 
 CPU_COPIES = 4 << 30
@@ -203,7 +203,7 @@ class MemoryPlan:
 
 def make_plan(
     config: ModelConfig,
-    record: Record,
+    record: ExpertLayout,
     weights: Sequence[tuple[str, int]],
     options: EngineConfig,
     machine: HardwareInfo,
@@ -252,16 +252,19 @@ def make_plan(
             slots = _capped(options.expert_slots, config)
             ram["expert slots"] = cache_bytes(record, layers, experts, slots)
     else:
-        vram_limit = options.vram if options.vram is not None else machine.vram_free + CONTEXT_BYTES
-        if vram_limit > machine.vram_free + CONTEXT_BYTES:
+        vram_limit = (
+            options.vram if options.vram is not None else machine.vram_free + CUDA_CONTEXT_BYTES
+        )
+        if vram_limit > machine.vram_free + CUDA_CONTEXT_BYTES:
             raise ConfigError(
-                f"--vram is {_gib(vram_limit)}, {_gib(machine.vram_free + CONTEXT_BYTES)} are free "
-                f"of {_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU; "
+                f"--vram is {_gib(vram_limit)}, "
+                f"{_gib(machine.vram_free + CUDA_CONTEXT_BYTES)} are free of "
+                f"{_gib(machine.vram_total)}. Lower --vram, or close what else uses the GPU; "
                 "`osmium plan --gpu NAME` plans for another one."
             )
         # of a share that the user has given, other programs' has been taken out already
         reserve = max(256 << 20, vram_limit // (50 if options.vram is None else 100))
-        vram = {"CUDA context": CONTEXT_BYTES, "weights": rest, **fixed, "reserve": reserve}
+        vram = {"CUDA context": CUDA_CONTEXT_BYTES, "weights": rest, **fixed, "reserve": reserve}
         slots = _slots(config, record, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(record, layers, experts, slots)
         resident = slots == experts
@@ -343,7 +346,11 @@ def _capped(slots: int, config: ModelConfig) -> int:
 
 
 def _slots(
-    config: ModelConfig, record: Record, options: EngineConfig, room: int, vram: dict[str, int]
+    config: ModelConfig,
+    record: ExpertLayout,
+    options: EngineConfig,
+    room: int,
+    vram: dict[str, int],
 ) -> int:
     """Expert slots a layer that `room` bytes of VRAM hold.  Raises: ConfigError."""
     most = (

@@ -1,7 +1,7 @@
 """What is asked and what comes back: requests, how to sample, tokens, endings.
 
 Values with arithmetic on them.  The engine knows token ids and nothing of how text becomes them; a
-`Decoder` turns ids back into text, piece by piece.
+`IncrementalDetokenizer` turns ids back into text, piece by piece.
 """
 
 import math
@@ -15,16 +15,8 @@ from typing import Any, Protocol
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
 
 __all__ = [
-    "Decoder",
-    "Event",
-    "Finish",
-    "FinishReason",
-    "Request",
-    "RequestTimes",
-    "SamplingParams",
-    "Token",
-    "check_ids",
-    "step_error",
+    "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
+    "Token", "check_ids", "step_error",
 ]  # fmt: skip
 
 
@@ -178,18 +170,18 @@ class Request:
     ) -> None:
         self.params = params
         self.emit = emit
-        self.stops = stops
+        self.stop_matcher = stops
         self.seed = seed
-        self.room = room
+        self.max_total_tokens = room
         """Most tokens, prompt and reply."""
         self.skip_prefill = skip_prefill
         """The state is taken to hold the prompt already, but for its last token (benchmarks)."""
         self.tokens = list(prompt)
         """Prompt and reply."""
         self.prompt_tokens = len(prompt)
-        self.computed = 0
+        self.num_computed_tokens = 0
         """Tokens whose keys, values and states the model has."""
-        self.slot = -1
+        self.state_slot = -1
         self.pages: list[int] = []
         self.cancelled = threading.Event()
         self.done = False
@@ -198,17 +190,17 @@ class Request:
     @property
     def prompt_progress(self) -> tuple[int, int]:
         """(tokens computed, tokens in all) of the prompt; may be read on any thread."""
-        return min(self.computed, self.prompt_tokens), self.prompt_tokens
+        return min(self.num_computed_tokens, self.prompt_tokens), self.prompt_tokens
 
     @property
-    def pending(self) -> int:
+    def num_pending_tokens(self) -> int:
         """Tokens that must be computed before the next one can be sampled; 1 while decoding."""
-        return len(self.tokens) - self.computed
+        return len(self.tokens) - self.num_computed_tokens
 
     @property
-    def left(self) -> int:
+    def tokens_left(self) -> int:
         """Tokens that may still be said: by max_tokens, and by the context."""
-        most = self.room - len(self.tokens)
+        most = self.max_total_tokens - len(self.tokens)
         if self.params.max_tokens is None:
             return most
         return min(most, self.params.max_tokens - self.completion_tokens)

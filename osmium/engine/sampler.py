@@ -13,9 +13,9 @@ import numpy.typing as npt
 
 from osmium.engine.request import Request
 from osmium.errors import OsmiumError
-from osmium.ops.sampling import draw
+from osmium.ops.sampling import sample_from_logits
 
-__all__ = ["chance", "log_softmax", "no_token", "plain", "sample"]
+__all__ = ["can_sample_on_device", "log_softmax", "non_finite_error", "sample", "uniform"]
 
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
@@ -30,10 +30,12 @@ def sample(
     """
     params = request.params
     if not np.isfinite(logits.max()):
-        raise no_token()
+        raise non_finite_error()
     scores = _adjusted(logits, request)
-    lot = chance(request, request.completion_tokens)
-    token = draw(scores, params.temperature, params.top_k, params.top_p, params.min_p, lot)
+    lot = uniform(request, request.completion_tokens)
+    token = sample_from_logits(
+        scores, params.temperature, params.top_k, params.top_p, params.min_p, lot
+    )
     if params.logprobs is None:
         return token, None, ()
     logprobs = log_softmax(logits)
@@ -68,7 +70,7 @@ def _adjusted(logits: F32, request: Request) -> F64:
     return scores
 
 
-def no_token() -> OsmiumError:
+def non_finite_error() -> OsmiumError:
     """What to say where a row's largest logit is not finite."""
     return OsmiumError(
         "The largest logit is not finite, so no token can be chosen: the weights are damaged, or a "
@@ -76,7 +78,7 @@ def no_token() -> OsmiumError:
     )
 
 
-def plain(request: Request) -> bool:
+def can_sample_on_device(request: Request) -> bool:
     """Whether Ops.sample draws this request's tokens: no penalty, no bias, no log-probabilities."""
     params = request.params
     return (
@@ -88,7 +90,7 @@ def plain(request: Request) -> bool:
     )
 
 
-def chance(request: Request, index: int) -> float:
+def uniform(request: Request, index: int) -> float:
     """What decides the draw of a reply's token `index`: a number in [0, 1) that depends on nothing
     but the seed and the index."""
     if request.params.temperature == 0:

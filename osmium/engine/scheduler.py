@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from osmium.engine.request import Request
-from osmium.engine.state import Seats
+from osmium.engine.state import KVCacheManager
 
 __all__ = ["Batch", "Scheduler"]
 
@@ -20,13 +20,13 @@ __all__ = ["Batch", "Scheduler"]
 class Batch:
     """One step: so many pending tokens of each of these requests."""
 
-    parts: list[tuple[Request, int]]
+    scheduled: list[tuple[Request, int]]
 
 
 class Scheduler:
     """Waiting and running requests."""
 
-    def __init__(self, seats: Seats, chunk: int) -> None:
+    def __init__(self, seats: KVCacheManager, chunk: int) -> None:
         self.seats, self.chunk = seats, chunk
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -36,7 +36,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         self.waiting.append(request)
 
-    def everyone(self) -> Iterator[Request]:
+    def all_requests(self) -> Iterator[Request]:
         yield from list(self.running)
         yield from list(self.waiting)
 
@@ -44,23 +44,23 @@ class Scheduler:
         """A request is over, or is asked to go."""
         if request in self.running:
             self.running.remove(request)
-            self.seats.leave(request)
+            self.seats.free(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
-    def next(self) -> Batch | None:
+    def schedule(self) -> Batch | None:
         """The next step, or None if there is nothing to do."""
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             if request.skip_prefill:
-                request.computed = len(request.tokens) - 1
+                request.num_computed_tokens = len(request.tokens) - 1
             self.running.append(request)
-        reading = [r for r in self.running if r.pending > 1]
-        decoding = [r for r in self.running if r.pending == 1]
+        reading = [r for r in self.running if r.num_pending_tokens > 1]
+        decoding = [r for r in self.running if r.num_pending_tokens == 1]
         if reading and (self._decoded_last or not decoding):
             self._decoded_last = False
             request = reading[0]
-            return self._batch([(request, min(request.pending, self.chunk))])
+            return self._batch([(request, min(request.num_pending_tokens, self.chunk))])
         self._decoded_last = True
         return self._batch([(r, 1) for r in decoding[: self.chunk]])
 
@@ -68,7 +68,9 @@ class Scheduler:
         """Whether a waiting request may run: alone always, since a whole context fits; beside
         others if there are pages for what it and they have to say so far."""
         wanted = sum(self._missing(one) for one in (*self.running, request))
-        return (wanted <= self.seats.free_pages or not self.running) and self.seats.sit(request)
+        return (wanted <= self.seats.free_pages or not self.running) and self.seats.allocate_slot(
+            request
+        )
 
     def _missing(self, request: Request) -> int:
         """Pages that a request will need for the tokens it has and the next one."""
@@ -80,7 +82,7 @@ class Scheduler:
         for request, count in parts:
             if request not in self.running:
                 continue  # made room for somebody before it in this very list
-            while not self.seats.grow(request, request.computed + count):
+            while not self.seats.allocate_pages(request, request.num_computed_tokens + count):
                 last = self.running[-1]
                 self.preempt(last)
                 if last is request:
@@ -89,10 +91,10 @@ class Scheduler:
                 kept.append((request, count))
         if kept or not self.running:
             return Batch(kept) if kept else None
-        return self.next()
+        return self.schedule()
 
     def preempt(self, request: Request) -> None:
         """Take a running request's seat; it waits again, first in line."""
         self.running.remove(request)
-        self.seats.leave(request)
+        self.seats.free(request)
         self.waiting.appendleft(request)

@@ -1,30 +1,30 @@
 """When layers get other numbers of expert slots: while nobody asks, after so many tokens.
 
-Knows when; by what heat, and how, is Runner.share's.
+Knows when; by what heat, and how, is ModelRunner.rebalance_slots's.
 """
 
 import logging
 import time
 
-from osmium.engine.meter import Meter
-from osmium.engine.runner import Runner
-from osmium.experts.heat import FIRST
+from osmium.engine.meter import EngineStats
+from osmium.engine.runner import ModelRunner
+from osmium.experts.heat import FIRST_REBALANCE_TOKENS
 
-__all__ = ["Sharing"]
+__all__ = ["SlotRebalancer"]
 
 LOG = logging.getLogger("osmium.sharing")
 
 
-class Sharing:
+class SlotRebalancer:
     """Of one engine, on its thread.
 
     Layers are alike at a model's first start, and their heat says little at first: it is asked
     after FIRST tokens, and then whenever there are twice as many as the last time.
     """
 
-    def __init__(self, runner: Runner, meter: Meter) -> None:
+    def __init__(self, runner: ModelRunner, meter: EngineStats) -> None:
         self._runner, self._meter = runner, meter
-        self.due = FIRST
+        self.due = FIRST_REBALANCE_TOKENS
         """Tokens, of prompts and replies, that are waited for."""
 
     def idle(self) -> None:
@@ -34,7 +34,7 @@ class Sharing:
         if tokens < self.due or store.recorder is not None:
             return
         self.due, start = 2 * tokens, time.perf_counter()
-        count = self._runner.share()
+        count = self._runner.rebalance_slots()
         if count:
             each = [layer.shape[0] for layer in store.cache.slots]
             LOG.info(

@@ -5,10 +5,10 @@ Knows numbers; the arrays they number are models.state's.
 
 from osmium.engine.request import Request
 
-__all__ = ["Seats"]
+__all__ = ["KVCacheManager"]
 
 
-class Seats:
+class KVCacheManager:
     """Pages and slots, given out and taken back."""
 
     def __init__(self, pages: int, page: int, slots: int) -> None:
@@ -25,14 +25,14 @@ class Seats:
     def free_slots(self) -> int:
         return len(self._slots)
 
-    def sit(self, request: Request) -> bool:
+    def allocate_slot(self, request: Request) -> bool:
         """Give a request a slot; False if there is none."""
         if not self._slots:
             return False
-        request.slot = self._slots.pop()
+        request.state_slot = self._slots.pop()
         return True
 
-    def grow(self, request: Request, tokens: int) -> bool:
+    def allocate_pages(self, request: Request, tokens: int) -> bool:
         """Give a request pages for its first `tokens` tokens; False if too few are free."""
         missing = -(-tokens // self.page) - len(request.pages)
         if missing > len(self._pages):
@@ -40,11 +40,11 @@ class Seats:
         request.pages.extend(self._pages.pop() for _ in range(missing))
         return True
 
-    def leave(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Take back everything; what the model knew of the request is gone."""
         self._pages.extend(reversed(request.pages))
         request.pages = []
-        if request.slot >= 0:
-            self._slots.append(request.slot)
-        request.slot = -1
-        request.computed = 0
+        if request.state_slot >= 0:
+            self._slots.append(request.state_slot)
+        request.state_slot = -1
+        request.num_computed_tokens = 0

@@ -6,17 +6,17 @@ out.
 
 from osmium.engine.request import Decoder
 
-__all__ = ["Stops"]
+__all__ = ["StopMatcher"]
 
 
-class Stops:
+class StopMatcher:
     """One reply's text on its way out."""
 
     def __init__(self, decoder: Decoder | None, stop: tuple[str, ...]) -> None:
         self.decoder = decoder
         self.stop = stop
         self._held = ""
-        self.hit = False
+        self.matched = False
         """Whether a stop text has come; nothing follows it."""
 
     def push(self, token: int) -> str:
@@ -25,10 +25,10 @@ class Stops:
 
     def flush(self) -> str:
         """What is left at the end of a reply."""
-        if self.hit:
+        if self.matched:
             return ""
         text = self._release(self.decoder.flush() if self.decoder else "")
-        if not self.hit:
+        if not self.matched:
             text, self._held = text + self._held, ""
         return text
 
@@ -36,7 +36,7 @@ class Stops:
         text = self._held + more
         found = [at for at in (text.find(one) for one in self.stop) if at >= 0]
         if found:
-            self.hit, self._held = True, ""
+            self.matched, self._held = True, ""
             return text[: min(found)]
         keep = max((_overlap(text, one) for one in self.stop), default=0)
         self._held = text[len(text) - keep :]

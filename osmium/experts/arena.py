@@ -14,21 +14,26 @@ import numpy.typing as npt
 from osmium.config import Progress
 from osmium.cuda.memory import Waits, waited_for
 from osmium.errors import CheckpointError, DeviceError
-from osmium.ops import Array, ExpertArena, Ops
-from osmium.quant.record import Record
+from osmium.ops import Array, HostExperts, Ops
+from osmium.quant.record import ExpertLayout
 
-__all__ = ["Begin", "fill_arena", "fill_slots", "share_arena"]
+__all__ = ["StartRead", "load_host_experts", "load_resident_experts", "wrap_host_experts"]
 
-Begin = Callable[[int, int, npt.NDArray[np.uint8]], Callable[[], None]]
+StartRead = Callable[[int, int, npt.NDArray[np.uint8]], Callable[[], None]]
 """begin(layer, first, out) begins to write the records of a layer from expert `first` on into
 u8 [n, nbytes]; what it returns waits until they are there, and raises what went wrong."""
 
 
-def fill_arena(
-    ops: Ops, record: Record, layers: int, experts: int, begin: Begin, progress: Progress | None
-) -> ExpertArena:
-    """A new arena in `ops.host` memory.  Raises: OutOfMemory, and what reading raises; then nothing
-    is kept."""
+def load_host_experts(
+    ops: Ops,
+    record: ExpertLayout,
+    layers: int,
+    experts: int,
+    begin: StartRead,
+    progress: Progress | None,
+) -> HostExperts:
+    """All experts in mapped host memory.  Raises: OutOfMemory, and what reading raises; then
+    nothing is kept."""
     shape = (layers, experts, record.nbytes)
 
     def fill(memory: npt.NDArray[np.uint8]) -> None:
@@ -43,21 +48,26 @@ def fill_arena(
                     if progress:
                         progress("experts", layer, layers)
 
-    return ExpertArena(record, ops.host(shape, np.uint8, fill))
+    return HostExperts(record, ops.empty_mapped(shape, np.uint8, fill))
 
 
-def fill_slots(
-    ops: Ops, record: Record, layers: int, experts: int, begin: Begin, progress: Progress | None
+def load_resident_experts(
+    ops: Ops,
+    record: ExpertLayout,
+    layers: int,
+    experts: int,
+    begin: StartRead,
+    progress: Progress | None,
 ) -> Array:
     """A slot for every expert, u8 [L, E, nbytes] on the device, for a model that needs no arena.
 
-    Read through one layer's worth of `ops.host` memory, in two halves: while one is copied to the
-    device the other is read.  Raises: OutOfMemory, and what reading raises; then nothing is kept.
+    Read through one layer's worth of mapped memory, in two halves: one is copied to the device
+    while the other is read.  Raises: OutOfMemory, and what reading raises; then nothing is kept.
     """
     slots = ops.empty((layers, experts, record.nbytes), np.uint8)
     flat = slots.reshape(layers * experts, record.nbytes)
     half = -(-experts // 2)
-    staging = ops.host((2, half, record.nbytes), np.uint8)
+    staging = ops.empty_mapped((2, half, record.nbytes), np.uint8)
     waits: Waits = []
     with _given_back_if_it_fails(ops, staging), waited_for(waits):
         rooms = np.asarray(ops.host_view(staging), np.uint8)
@@ -72,7 +82,7 @@ def fill_slots(
                 waits[0]()
                 waits.pop(0)
                 at = layer * experts + first
-                ops.copy_in(flat[at : at + len(room)], room)
+                ops.copy_h2d(flat[at : at + len(room)], room)
                 ops.synchronize()  # the part after the next is read into it
                 if progress and first + half >= experts:
                     progress("experts", layer + 1, layers)
@@ -92,7 +102,7 @@ def _given_back_if_it_fails(ops: Ops, memory: Array) -> Iterator[None]:
         raise
 
 
-def share_arena(record: Record, records: npt.NDArray[Any]) -> ExpertArena:
+def wrap_host_experts(record: ExpertLayout, records: npt.NDArray[Any]) -> HostExperts:
     """An arena over records that are already in memory, or mapped from a file; nothing is copied.
 
     Raises: CheckpointError where they are not u8 [L, E, record.nbytes].
@@ -102,4 +112,4 @@ def share_arena(record: Record, records: npt.NDArray[Any]) -> ExpertArena:
             f"The expert records are {records.dtype} {list(records.shape)}; they must be uint8 "
             f"[layers, experts, {record.nbytes}]."
         )
-    return ExpertArena(record, records)
+    return HostExperts(record, records)

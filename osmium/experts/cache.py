@@ -1,6 +1,6 @@
 """The hot cache: slots of each layer, which experts are in them, and how much each is used.
 
-Makes the arrays and looks into them; who enters and who leaves is decided by `ops.place`.
+Makes the arrays and looks into them; who enters and who leaves is decided by `ops.assign_slots`.
 """
 
 from collections.abc import Sequence
@@ -11,20 +11,21 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import ConfigError
-from osmium.ops import Array, ExpertArena, ExpertCache, Fading, Ops
-from osmium.quant.record import Record
+from osmium.ops import Array, DecayConfig, ExpertCache, HostExperts, Ops
+from osmium.quant.record import ExpertLayout
 
 __all__ = [
-    "FADING", "cache_bytes", "cut", "empty", "make_cache", "resident", "resident_cache", "verify",
+    "DECAY", "cache_bytes", "make_cache", "reset_cache", "resident", "resident_cache",
+    "resize_layers", "verify",
 ]  # fmt: skip
 
-FADING = Fading(half_life=8.0, long_half_life=512.0, weight=1.0, earlier=19)
+DECAY = DecayConfig(half_life=8.0, long_half_life=512.0, long_weight=1.0, prior_steps=19)
 """In the middle of those that are nowhere far from the best policy, on made routing of other drifts
 and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(
-    ops: Ops, arena: ExpertArena, capacity: int, top_k: int, each: Sequence[int] | None = None
+    ops: Ops, arena: HostExperts, capacity: int, top_k: int, each: Sequence[int] | None = None
 ) -> ExpertCache:
     """A cache of `capacity` slots a layer, or of `each` layer's own, as many in all: empty, or
     wholly resident and filled from the arena where there is a slot for every expert.
@@ -48,7 +49,7 @@ def make_cache(
     return resident_cache(ops, arena.record, slots)
 
 
-def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
+def resident_cache(ops: Ops, record: ExpertLayout, slots: Array) -> ExpertCache:
     """A cache in which expert e of every layer is in slot e for good.
 
     slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
@@ -57,19 +58,19 @@ def resident_cache(ops: Ops, record: Record, slots: Array) -> ExpertCache:
     whole = slots.reshape(layers * experts, nbytes)
     cache = _cache(ops, record, whole, [experts] * layers, experts)
     everyone = np.arange(experts, dtype=np.int32)
-    ops.copy_in(cache.slot_of, np.tile(everyone, (layers, 1)))
-    for layer in cache.expert_in:
-        ops.copy_in(layer, everyone)
+    ops.copy_h2d(cache.expert_to_slot, np.tile(everyone, (layers, 1)))
+    for layer in cache.slot_to_expert:
+        ops.copy_h2d(layer, everyone)
     return cache
 
 
-def cut(cache: ExpertCache, each: Sequence[int]) -> ExpertCache:
+def resize_layers(cache: ExpertCache, each: Sequence[int]) -> ExpertCache:
     """The same memory, with `each` layer's number of slots, as many in all.  Who is in which is to
     be said anew: tables keep what they held."""
-    assert cache.whole is not None, "a cache that is not made here is cut once for all"
-    slots, expert_in = cache.whole
+    assert cache.storage is not None, "a cache that is not made here is cut once for all"
+    slots, expert_in = cache.storage
     assert sum(each) == slots.shape[0] and max(each) <= cache.experts, f"{each} slots"
-    return replace(cache, slots=_parts(slots, each), expert_in=_parts(expert_in, each))
+    return replace(cache, slots=_parts(slots, each), slot_to_expert=_parts(expert_in, each))
 
 
 def _parts(whole: Array, each: Sequence[int]) -> tuple[Array, ...]:
@@ -79,38 +80,38 @@ def _parts(whole: Array, each: Sequence[int]) -> tuple[Array, ...]:
 
 
 def _cache(
-    ops: Ops, record: Record, slots: Array, each: Sequence[int], experts: int
+    ops: Ops, record: ExpertLayout, slots: Array, each: Sequence[int], experts: int
 ) -> ExpertCache:
     """An empty cache over all layers' `slots`.  Raises: OutOfMemory."""
     layers, expert_in = len(each), ops.empty((slots.shape[0],), np.int32)
     made = ExpertCache(
         record=record,
         experts=experts,
-        fading=FADING,
+        fading=DECAY,
         slots=_parts(slots, each),
-        slot_of=ops.empty((layers, experts), np.int32),
-        expert_in=_parts(expert_in, each),
-        heat=ops.empty((layers, experts), np.float32),
-        long_heat=ops.empty((layers, experts), np.float32),
-        stamp=ops.empty((layers, experts), np.int32),
+        expert_to_slot=ops.empty((layers, experts), np.int32),
+        slot_to_expert=_parts(expert_in, each),
+        short_count=ops.empty((layers, experts), np.float32),
+        long_count=ops.empty((layers, experts), np.float32),
+        last_used=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((7,), np.int64),
-        whole=(slots, expert_in),
+        storage=(slots, expert_in),
     )
-    empty(ops, made)
-    ops.fill(made.counters, 0)
+    reset_cache(ops, made)
+    ops.memset(made.counters, 0)
     return made
 
 
-def empty(ops: Ops, cache: ExpertCache) -> None:
+def reset_cache(ops: Ops, cache: ExpertCache) -> None:
     """As after a start: nobody is in it, nobody was used."""
-    for nobody in (cache.slot_of, *cache.expert_in):
-        ops.fill(nobody, 0xFF)  # -1
-    for zero in (cache.heat, cache.long_heat, cache.stamp, cache.step):
-        ops.fill(zero, 0)
+    for nobody in (cache.expert_to_slot, *cache.slot_to_expert):
+        ops.memset(nobody, 0xFF)  # -1
+    for zero in (cache.short_count, cache.long_count, cache.last_used, cache.step):
+        ops.memset(zero, 0)
 
 
-def cache_bytes(record: Record, layers: int, experts: int, capacity: int) -> int:
+def cache_bytes(record: ExpertLayout, layers: int, experts: int, capacity: int) -> int:
     """Bytes of the cache's arrays."""
     return layers * (capacity * (record.nbytes + 4) + experts * 16) + 60
 
@@ -120,9 +121,9 @@ def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:
 
     Asserts that the two tables say the same: expert e is in slot s if and only if s holds e.
     """
-    slot_of: npt.NDArray[Any] = ops.copy_out(cache.slot_of)
-    for there, in_slots in zip(slot_of, cache.expert_in, strict=True):
-        expert_in: npt.NDArray[Any] = ops.copy_out(in_slots)
+    slot_of: npt.NDArray[Any] = ops.copy_d2h(cache.expert_to_slot)
+    for there, in_slots in zip(slot_of, cache.slot_to_expert, strict=True):
+        expert_in: npt.NDArray[Any] = ops.copy_d2h(in_slots)
         (experts,) = np.nonzero(there >= 0)
         assert (expert_in[there[experts]] == experts).all(), "an expert left its slot"
         assert len(experts) == (expert_in >= 0).sum(), (
@@ -136,13 +137,13 @@ def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int
 
     records u8 [L, E, nbytes] in the host's memory: the arena's, or the packed file's.
     """
-    expert_in: list[npt.NDArray[Any]] = [ops.copy_out(layer) for layer in cache.expert_in]
+    expert_in: list[npt.NDArray[Any]] = [ops.copy_d2h(layer) for layer in cache.slot_to_expert]
     held = [
         (at, slot) for at, who in enumerate(expert_in) for slot in np.flatnonzero(who >= 0).tolist()
     ]
     chosen = np.random.default_rng(seed).permutation(len(held))[:samples]
     for layer, slot in (held[one] for one in chosen):
-        mine = ops.copy_out(cache.slots[layer][slot : slot + 1])[0]
+        mine = ops.copy_d2h(cache.slots[layer][slot : slot + 1])[0]
         expert = int(expert_in[layer][slot])
         assert np.array_equal(mine, records[layer, expert]), (
             f"slot {slot} of layer {layer} differs from the record of expert {expert}"

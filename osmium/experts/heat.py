@@ -23,32 +23,33 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import DeviceError
-from osmium.experts.cache import FADING
-from osmium.ops import ExpertArena, ExpertCache, Ops
+from osmium.experts.cache import DECAY
+from osmium.ops import ExpertCache, HostExperts, Ops
 
 __all__ = [
-    "Heat", "heat_of", "keep_heat", "new_quotas", "quotas", "read_heat", "restore", "save_heat",
+    "UsageSnapshot", "read_heat", "rebalanced_slots", "save_heat", "slots_per_layer",
+    "snapshot_usage", "try_save_usage", "warm_cache",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.experts")
 
 MAGIC = b"OSMHEAT\3"
 
-ENDLESS = 32 * int(FADING.long_half_life)
+MAX_STEPS = 32 * int(DECAY.long_half_life)
 """Steps from which on one more changes no warmth: the rest of the long heat's weights is below
 f32's last bit.  No more are said to have been counted, however long an engine has run."""
 
-FIRST = 1024
+FIRST_REBALANCE_TOKENS = 1024
 """Tokens after which heat first says how many slots each layer needs; it is asked anew at twice as
 many each time."""
 
-WORTH = 32
+MIN_MOVED_FRACTION = 32
 """Of so many slots one must change its layer, or they are not shared out anew: all of them are
 filled again for it, and heat that has not settled moves some each time."""
 
 
 @dataclass(frozen=True)
-class Heat:
+class UsageSnapshot:
     """Of every expert, as of one moment."""
 
     heat: npt.NDArray[np.float32]
@@ -63,25 +64,31 @@ class Heat:
     """bool [L, E]."""
 
     @property
-    def warmth(self) -> npt.NDArray[np.float32]:
-        """f32 [L, E], as of now (values.Fading)."""
-        grown = np.float32(1 - 2 ** (-(self.steps + FADING.earlier) / FADING.long_half_life))
-        return grown * self.heat + np.float32(FADING.share) * self.long_heat
+    def eviction_scores(self) -> npt.NDArray[np.float32]:
+        """f32 [L, E], as of now (values.DecayConfig)."""
+        grown = np.float32(1 - 2 ** (-(self.steps + DECAY.prior_steps) / DECAY.long_half_life))
+        return grown * self.heat + np.float32(DECAY.long_scale) * self.long_heat
 
-    def hottest(self, layer: int, most: int) -> npt.NDArray[np.intp]:
-        """Up to `most` experts that were used or resident, the warmest first (values.Fading);
+    def top_experts(self, layer: int, most: int) -> npt.NDArray[np.intp]:
+        """Up to `most` experts that were used or resident, the warmest first (values.DecayConfig);
         equals by the later use, then those that were resident, then by number."""
         known = (self.long_heat[layer] > 0) | self.resident[layer]
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
-        order = np.lexsort((~self.resident[layer], age, -self.warmth[layer]))
+        order = np.lexsort((~self.resident[layer], age, -self.eviction_scores[layer]))
         return cast(npt.NDArray[np.intp], order[known[order]][:most])
 
 
-def heat_of(ops: Ops, cache: ExpertCache) -> Heat:
+def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
     """A cache's heat as of now; see values.ExpertCache for how it is kept."""
     arrays: list[npt.NDArray[Any]] = [
-        ops.copy_out(one)
-        for one in (cache.heat, cache.long_heat, cache.stamp, cache.step, cache.slot_of)
+        ops.copy_d2h(one)
+        for one in (
+            cache.short_count,
+            cache.long_count,
+            cache.last_used,
+            cache.step,
+            cache.expert_to_slot,
+        )
     ]
     heat, long_heat, stamp, step, slot_of = arrays
     used = stamp > 0
@@ -93,10 +100,10 @@ def heat_of(ops: Ops, cache: ExpertCache) -> Heat:
 
     short = faded(heat, cache.fading.half_life)
     long = faded(long_heat, cache.fading.long_half_life)
-    return Heat(short, long, min(int(step[0]), ENDLESS), ages, slot_of >= 0)
+    return UsageSnapshot(short, long, min(int(step[0]), MAX_STEPS), ages, slot_of >= 0)
 
 
-def save_heat(path: Path, fingerprint: str, heat: Heat) -> None:
+def save_heat(path: Path, fingerprint: str, heat: UsageSnapshot) -> None:
     """Under a temporary name, then renamed.  Raises: OSError."""
     about = {"fingerprint": fingerprint, "shape": heat.heat.shape, "steps": heat.steps}
     head = json.dumps(about).encode()
@@ -116,17 +123,17 @@ def save_heat(path: Path, fingerprint: str, heat: Heat) -> None:
             partial.unlink(missing_ok=True)
 
 
-def keep_heat(path: Path, fingerprint: str, ops: Ops, cache: ExpertCache) -> None:
+def try_save_usage(path: Path, fingerprint: str, ops: Ops, cache: ExpertCache) -> None:
     """`save_heat` of a cache, or a warning: an engine that closes does not fail of it."""
     try:
-        heat = heat_of(ops, cache)
+        heat = snapshot_usage(ops, cache)
         if heat.long_heat.any():
             save_heat(path, fingerprint, heat)
     except (OSError, DeviceError) as error:
         LOG.warning("Expert usage cannot be saved to %s: %s", path, error)
 
 
-def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat | None:
+def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> UsageSnapshot | None:
     """What was saved; None, and a warning where there is a file, if it is not of this model."""
     try:
         if not path.exists():
@@ -139,7 +146,7 @@ def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> Heat |
         return None
 
 
-def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
+def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> UsageSnapshot:
     """Raises: ValueError, KeyError, TypeError for what no such heat can be."""
     if raw[:7] != MAGIC[:7] or len(raw) < 16:
         raise ValueError("it is not a usage file")
@@ -159,12 +166,12 @@ def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> Heat:
     there = np.frombuffer(raw, np.uint8, size, start + 12 * size).reshape(shape) != 0
     if not (np.isfinite(heats).all() and (heats >= 0).all()):
         raise ValueError("a count in it is negative or not finite")
-    if not (isinstance(steps, int) and 0 < steps <= ENDLESS):
+    if not (isinstance(steps, int) and 0 < steps <= MAX_STEPS):
         raise ValueError(f"its number of steps is {steps}")
-    return Heat(heats[0], heats[1], steps, age.astype(np.int32), there)
+    return UsageSnapshot(heats[0], heats[1], steps, age.astype(np.int32), there)
 
 
-def quotas(heat: Heat, slots: int, top_k: int) -> list[int] | None:
+def slots_per_layer(heat: UsageSnapshot, slots: int, top_k: int) -> list[int] | None:
     """Slots of each layer, `slots` in the mean, by what each had hot: the least for every layer,
     the others one by one where the next expert has the largest share of its layer's uses.
 
@@ -172,7 +179,7 @@ def quotas(heat: Heat, slots: int, top_k: int) -> list[int] | None:
     keeps hardly anyone from one token to the next, and its every use is a miss.  None, for layers
     alike, if there is no more than that least to share out, or a layer was not used.
     """
-    warmth = heat.warmth.astype(np.float64)
+    warmth = heat.eviction_scores.astype(np.float64)
     layers = len(warmth)
     uses, least = warmth.sum(axis=1, keepdims=True), max(top_k + top_k // 2, slots // 2)
     if slots <= least or not uses.all():
@@ -184,17 +191,17 @@ def quotas(heat: Heat, slots: int, top_k: int) -> list[int] | None:
     return [least + int(count) for count in more]
 
 
-def new_quotas(heat: Heat, now: Sequence[int], top_k: int) -> list[int] | None:
+def rebalanced_slots(heat: UsageSnapshot, now: Sequence[int], top_k: int) -> list[int] | None:
     """`quotas` where layers own `now` slots each; None, too, if that would move fewer than one slot
     in WORTH."""
-    each = quotas(heat, sum(now) // len(now), top_k)
+    each = slots_per_layer(heat, sum(now) // len(now), top_k)
     if each is None:
         return None
     moved = sum(max(0, new - old) for new, old in zip(each, now, strict=True))
-    return each if WORTH * moved >= sum(now) else None
+    return each if MIN_MOVED_FRACTION * moved >= sum(now) else None
 
 
-def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int:
+def warm_cache(ops: Ops, cache: ExpertCache, arena: HostExperts, heat: UsageSnapshot) -> int:
     """Put the heat into a cache that nobody has used, and the hottest experts into its slots;
     how many.  What was in the slots is out.
 
@@ -202,17 +209,17 @@ def restore(ops: Ops, cache: ExpertCache, arena: ExpertArena, heat: Heat) -> int
     their order is as it was, and from now on they cool alike.  Of equal warmth the lower slot
     leaves first, so that slots are given from the coldest up.
     """
-    slot_of = np.full(cache.slot_of.shape, -1, np.int32)
+    slot_of = np.full(cache.expert_to_slot.shape, -1, np.int32)
     for layer, slots in enumerate(cache.slots):
         expert_in, records = np.full(slots.shape[0], -1, np.int32), arena.records[layer]
-        for slot, expert in enumerate(heat.hottest(layer, slots.shape[0])[::-1]):
+        for slot, expert in enumerate(heat.top_experts(layer, slots.shape[0])[::-1]):
             slot_of[layer, expert], expert_in[slot] = slot, expert
             ops.copy(slots[slot : slot + 1], records[int(expert) : int(expert) + 1])
-        ops.copy_in(cache.expert_in[layer], expert_in)
-    ops.copy_in(cache.slot_of, slot_of)
-    ops.copy_in(cache.heat, np.ascontiguousarray(heat.heat, np.float32))
-    ops.copy_in(cache.long_heat, np.ascontiguousarray(heat.long_heat, np.float32))
-    ops.copy_in(cache.stamp, np.where(heat.long_heat > 0, heat.steps, 0).astype(np.int32))
-    ops.copy_in(cache.step, np.array([heat.steps], np.int32))
+        ops.copy_h2d(cache.slot_to_expert[layer], expert_in)
+    ops.copy_h2d(cache.expert_to_slot, slot_of)
+    ops.copy_h2d(cache.short_count, np.ascontiguousarray(heat.heat, np.float32))
+    ops.copy_h2d(cache.long_count, np.ascontiguousarray(heat.long_heat, np.float32))
+    ops.copy_h2d(cache.last_used, np.where(heat.long_heat > 0, heat.steps, 0).astype(np.int32))
+    ops.copy_h2d(cache.step, np.array([heat.steps], np.int32))
     ops.synchronize()
     return int((slot_of >= 0).sum())

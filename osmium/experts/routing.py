@@ -18,9 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import ConfigError
-from osmium.ops import Linear, Ops, Rows
+from osmium.ops import LinearWeight, MatmulInput, Ops
 
-__all__ = ["RoutingRecorder", "Trace", "predict", "read_trace"]
+__all__ = ["RoutingRecorder", "RoutingTrace", "predict_experts", "read_trace"]
 
 Ids = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
@@ -42,7 +42,7 @@ class RoutingRecorder:
         if layer == 0:
             self._tokens += len(ids)
 
-    def expect(self, layer: int, predicted: Ids, weights: F32) -> None:
+    def add_predicted(self, layer: int, predicted: Ids, weights: F32) -> None:
         """predicted u16, weights f32 [T, A] of a layer but the first, in every step or in none."""
         self._expected[layer].append(np.array(predicted, np.uint16))
         self._weights[layer].append(np.array(weights, np.float32))
@@ -81,7 +81,7 @@ class RoutingRecorder:
             raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
-class Trace:
+class RoutingTrace:
     """Routing to replay or to simulate with."""
 
     def __init__(
@@ -96,7 +96,7 @@ class Trace:
         self.predicted, self.predicted_weights = predicted, predicted_weights
 
 
-def read_trace(path: str | Path, experts: int | None = None) -> Trace:
+def read_trace(path: str | Path, experts: int | None = None) -> RoutingTrace:
     """A trace from its file; `experts` a layer, or one more than the largest that it names.
 
     Raises: ConfigError where the file is no trace, or of another model.
@@ -127,7 +127,7 @@ def read_trace(path: str | Path, experts: int | None = None) -> Trace:
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
     if predicted is not None:
         predicted = predicted.astype(np.uint16)
-    return Trace(ids.astype(np.uint16), starts, experts or most, predicted, weights)
+    return RoutingTrace(ids.astype(np.uint16), starts, experts or most, predicted, weights)
 
 
 def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids | None) -> None:
@@ -143,15 +143,20 @@ def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids |
         raise ConfigError(f"{path}: predicted_weights has values that are not finite or below 0.")
 
 
-def predict(ops: Ops, h: Rows, router: Linear, experts: int, top_k: int) -> tuple[Ids, F32]:
+def predict_experts(
+    ops: Ops, h: MatmulInput, router: LinearWeight, experts: int, top_k: int
+) -> tuple[Ids, F32]:
     """Whom a router would choose for rows h [T, D], u16 [T, A], and their weights, f32 [T, A], on
     the host.  Allocates and waits, as recording does."""
     tokens = h.f32.shape[0]
     ids, weights = ops.empty((tokens, top_k), np.uint16), ops.empty((tokens, top_k), np.float32)
-    scores, counters = ops.empty((tokens, router.rows), np.float32), ops.put(np.zeros(4, np.int64))
+    scores, counters = (
+        ops.empty((tokens, router.out_features), np.float32),
+        ops.to_device(np.zeros(4, np.int64)),
+    )
     ops.linear(scores, h, router)
-    ops.route(ids, weights, scores, experts, counters)
-    chosen, by = ops.copy_out(ids), ops.copy_out(weights)
+    ops.topk_softmax(ids, weights, scores, experts, counters)
+    chosen, by = ops.copy_d2h(ids), ops.copy_d2h(weights)
     return chosen.astype(np.uint16, copy=False), by.astype(np.float32, copy=False)
 
 

@@ -13,17 +13,17 @@ import numpy as np
 from osmium.experts.routing import RoutingRecorder
 from osmium.ops import (
     Array,
-    ExpertArena,
     ExpertCache,
-    ExpertGuess,
-    ExpertPlan,
+    HostExperts,
+    MatmulInput,
     Ops,
-    Rows,
+    PrefetchState,
     SharedExpert,
+    SlotAssignment,
 )
-from osmium.ops.values import PIECE, rows_bytes
+from osmium.ops.values import FETCH_SEGMENT_BYTES, rows_bytes
 
-__all__ = ["ExpertCounters", "Store", "store_bytes"]
+__all__ = ["ExpertCounters", "ExpertRunner", "store_bytes"]
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class ExpertCounters:
     """Bytes of right ones that had come before they were asked for."""
 
 
-class Store:
+class ExpertRunner:
     """The routed experts of a model."""
 
     def __init__(
         self,
         ops: Ops,
-        arena: ExpertArena | None,
+        arena: HostExperts | None,
         cache: ExpertCache,
         rows: int,
         top_k: int,
-        guess: ExpertGuess | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
         """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
         at most `rows` at once.  With room for a guess an expert of the next layer is fetched while
@@ -68,21 +68,21 @@ class Store:
         """Collects which experts are asked for, where somebody wants to know."""
         self.block = _block(rows, cache.capacity, cache.experts, top_k)
         self.top_k = top_k
-        self.take(cache)
+        self.set_cache(cache)
         self._guess = self._asked = None if resident else guess
         most = min(cache.experts, self.block * top_k)
-        self.inner = ops.rows(self.block * top_k, cache.record.inner)
-        self.plan = ExpertPlan(
+        self.inner = ops.empty_input(self.block * top_k, cache.record.inner)
+        self.plan = SlotAssignment(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
             slot=ops.empty((most,), np.int32),
-            fetch=ops.empty((most,), np.int32),
+            fetch_flags=ops.empty((most,), np.int32),
             uses=ops.empty((most,), np.int32),
-            pairs=ops.empty((self.block, top_k), np.int32),
-            arrived=ops.empty((2,), np.int32),
+            pair_slots=ops.empty((self.block, top_k), np.int32),
+            fetch_progress=ops.empty((2,), np.int32),
         )
 
-    def take(self, cache: ExpertCache) -> None:
+    def set_cache(self, cache: ExpertCache) -> None:
         """From now on use the slots of this cache: as many in all as there are room and plans for.
         No guess lasts from one step to the next, so none is of other slots."""
         each = [layer.shape[0] for layer in cache.slots]
@@ -99,18 +99,18 @@ class Store:
             self._guess = self._asked = None
         elif self._guess is not None:
             alike = self._guess.weights
-            self.ops.copy_in(alike, np.full(alike.shape, 1 / alike.shape[1], np.float32))
+            self.ops.copy_h2d(alike, np.full(alike.shape, 1 / alike.shape[1], np.float32))
             room = self.ops.empty(alike.shape, np.float32)
             self._asked = replace(self._guess, weights=room)
 
-    def guess(self, tokens: int) -> ExpertGuess | None:
+    def guess(self, tokens: int) -> PrefetchState | None:
         """Room for guesses, if a step of so many rows has them."""
         guess = self._guess
         if guess is None or tokens > min(guess.ids.shape[0], *self.blocks):
             return None
         return guess
 
-    def asked(self, tokens: int) -> ExpertGuess | None:
+    def router_prefetch_buffers(self, tokens: int) -> PrefetchState | None:
         """The same for the next layer's router to write."""
         return None if self.guess(tokens) is None else self._asked
 
@@ -121,21 +121,21 @@ class Store:
         if guess is None or self.arena is None:
             yield
             return
-        with self.ops.beside(early=True):
-            self.ops.fetch_early(self.cache, guess, self.arena)
+        with self.ops.on_side_stream(early=True):
+            self.ops.prefetch_experts(self.cache, guess, self.arena)
         yield
-        self.ops.join(early=True)
+        self.ops.join_side_stream(early=True)
 
-    def mlp(
+    def forward(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         ids: Array,
         weights: Array,
         layer: int,
         shared: SharedExpert,
         scores: Array,
-        shared_inner: Rows,
+        shared_inner: MatmulInput,
         both: Array,
         said: Array,
         y: Array,
@@ -147,11 +147,11 @@ class Store:
 
         x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]    norm f32 [D]
         scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
-        said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch
+        said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch_experts
         """
         ops, cache, guess = self.ops, self.cache, self.guess(x.shape[0])
         if self.recorder is not None:
-            self.recorder.add(layer, ops.copy_out(ids).astype(np.uint16, copy=False))
+            self.recorder.add(layer, ops.copy_d2h(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
         plan = None if self.arena is None else self.plan
         block = self.blocks[layer]
@@ -168,13 +168,13 @@ class Store:
                 ops.expert_down(*down, "all", *with_down)
                 continue
             assert self.arena is not None, "what is placed is fetched from somewhere"
-            ops.place(plan, cache, layer, some, guess)
-            with ops.beside():  # what was there, while the others are fetched
+            ops.assign_slots(plan, cache, layer, some, guess)
+            with ops.on_side_stream():  # what was there, while the others are fetched
                 ops.expert_up(*up, "there", *with_up)
                 ops.expert_down(*down, "there", *with_down)
-            ops.fetch(cache, plan, self.arena, layer, ahead, guess)
+            ops.fetch_experts(cache, plan, self.arena, layer, ahead, guess)
             ops.expert_up(*up, "rest", *with_up)
-            ops.join()
+            ops.join_side_stream()
             ops.expert_down(*down, "rest", *with_down)
 
     def counters(self) -> ExpertCounters:
@@ -182,12 +182,14 @@ class Store:
 
         Asserts that every routed pair was either hit or fetched.
         """
-        found = (int(n) for n in self.ops.copy_out(self.cache.counters))
+        found = (int(n) for n in self.ops.copy_d2h(self.cache.counters))
         routed, hit, fetched, copied, guessed, right, pieces = found
         if self.arena is None:
             hit = routed  # nothing is placed, so nobody counts
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
-        return ExpertCounters(routed, hit, fetched, copied, guessed, right, pieces * (PIECE // 8))
+        return ExpertCounters(
+            routed, hit, fetched, copied, guessed, right, pieces * (FETCH_SEGMENT_BYTES // 8)
+        )
 
 
 def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool) -> int:

@@ -34,7 +34,10 @@ import numpy as np
 from osmium.distribution import REINSTALL
 from osmium.errors import KernelError
 
-__all__ = ["Contract", "Expression", "Kernel", "Parameter", "early", "kernel", "opening", "parse"]
+__all__ = [
+    "Contract", "Expression", "Kernel", "Parameter", "entry_body_offset", "kernel", "parse",
+    "pdl_text",
+]  # fmt: skip
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -147,12 +150,12 @@ class Contract:
     params: tuple[Parameter, ...]
     shared: int = 0
     dynamic: Expression | None = None
-    apart: int = 0
+    max_blocks_per_sm: int = 0
     """Blocks of a row of the grid that a multiprocessor has, at most; 0: as many as find room."""
     regs: int = 255
     targets: tuple[str, ...] = ()
-    moves: Expression | None = None
-    order: str = "fixed"
+    traffic_bytes: Expression | None = None
+    determinism: str = "fixed"
     where: str = field(default="", compare=False)
     """The file, for errors."""
 
@@ -164,9 +167,9 @@ class Contract:
         return tuple(name for name in names if name not in mine)
 
     @cached_property
-    def early(self) -> str:
+    def pdl_text(self) -> str:
         """The text for devices on which a kernel may start while the one before it ends."""
-        return early(self.text)
+        return pdl_text(self.text)
 
     @cached_property
     def layout(self) -> struct.Struct:
@@ -215,11 +218,11 @@ def parse(text: str, where: str) -> Contract:
         params=tuple(_parameter(line, at) for at, line in lines["param"]),
         shared=number("shared", "0"),
         dynamic=formula("dynamic"),
-        apart=number("apart", "0"),
+        max_blocks_per_sm=number("apart", "0"),
         regs=number("regs", "255"),
         targets=tuple(word("target", "").split()),
-        moves=formula("moves"),
-        order=word("order", "fixed"),
+        traffic_bytes=formula("moves"),
+        determinism=word("order", "fixed"),
         where=where,
     )
     _check_names(made)
@@ -286,8 +289,8 @@ def _check_names(contract: Contract) -> None:
     formulas = [("grid", axis, set(axis.names) - others) for axis in contract.grid]
     if contract.dynamic is not None:
         formulas.append(("dynamic", contract.dynamic, whole))
-    if contract.moves is not None:
-        formulas.append(("moves", contract.moves, whole | set(contract.sizes)))
+    if contract.traffic_bytes is not None:
+        formulas.append(("moves", contract.traffic_bytes, whole | set(contract.sizes)))
     for p in contract.params:
         if p.rule is not None:
             formulas.append((p.name, p.rule, whole | set(contract.sizes)))
@@ -373,7 +376,7 @@ class Kernel:
                     raise KernelError(
                         f"{self.name}: {size} is {value!r}; it must be whole."
                     ) from None
-            self._complain([getattr(value, "ptr", value) for value in values[first:]])
+            self._raise_bad_argument([getattr(value, "ptr", value) for value in values[first:]])
             raise KernelError(f"{self.name}: the grid of {values} is none: {error}.") from None
         if min(grid) < 1:
             raise KernelError(f"{self.name}: the grid is {grid}; every axis must be at least 1.")
@@ -388,11 +391,11 @@ class Kernel:
         try:
             layout.pack_into(self.buffer, 0, *plain)
         except (struct.error, TypeError, OverflowError):
-            self._complain(plain)
+            self._raise_bad_argument(plain)
             raise
         return self.buffer
 
-    def _complain(self, values: list[Any]) -> None:
+    def _raise_bad_argument(self, values: list[Any]) -> None:
         for p, value in zip(self.contract.params, values, strict=True):
             try:
                 struct.pack(_CODES[p.type], value)
@@ -405,19 +408,19 @@ class Kernel:
     def bytes_moved(self, values: tuple[Any, ...]) -> int:
         """What a launch with these values moves through memory, by the contract."""
         contract = self.contract
-        if contract.moves is None:
+        if contract.traffic_bytes is None:
             raise KernelError(f"{contract.where}: the contract has no moves line.")
-        return contract.moves(_known(contract, values))
+        return contract.traffic_bytes(_known(contract, values))
 
 
 WAIT = "griddepcontrol.wait;"
 """Where a kernel waits for the one before it, which it may overlap from sm_90 on."""
-LEAVE = "griddepcontrol.launch_dependents;"
+LAUNCH_DEPENDENTS = "griddepcontrol.launch_dependents;"
 """Where a block has asked for all that it reads; the next kernel starts when all blocks came here.
 Always behind the wait: before its own a kernel may read what was written two kernels ago."""
 
 
-def opening(text: str) -> int:
+def entry_body_offset(text: str) -> int:
     """Where the code of a module's entry begins: behind declarations, and comments between them."""
     body = text.index("{", text.index(".entry"))
     start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
@@ -425,23 +428,19 @@ def opening(text: str) -> int:
     return start.end()
 
 
-def early(text: str) -> str:
-    """A module's text for sm_90 and up, waiting for the kernel before it as late as it says itself,
-    by a line `// -- early` on each of its ways, or at once; and leaving where it says so, by lines
-    `// -- leaving` or `// -- leaving, if %predicate`, or right after it has waited.
-    Programmatic dependent launch; PTX ISA 7.8, griddepcontrol.
-    """
+def pdl_text(text: str) -> str:
+    """A module's text for sm_90 and up with programmatic dependent launch (PTX ISA 7.8,
+    griddepcontrol).  It waits for the previous kernel at lines `// -- early`, or at its start, and
+    releases the next at `// -- leaving` or `// -- leaving, if %predicate`, or after the wait."""
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
-    wait = WAIT if "// -- leaving" in text else f"{WAIT} {LEAVE}"
-    text = re.sub(
-        r"^( *)// -- leaving(?:, if (%\w+))?.*$",
-        lambda found: f"{found[1]}{f'@{found[2]} ' if found[2] else ''}{LEAVE}",
-        text,
-        flags=re.M,
+    wait = WAIT if "// -- leaving" in text else f"{WAIT} {LAUNCH_DEPENDENTS}"
+    leaving = re.compile(r"^( *)// -- leaving(?:, if (%\w+))?.*$", re.M)
+    text = leaving.sub(
+        lambda at: f"{at[1]}{f'@{at[2]} ' if at[2] else ''}{LAUNCH_DEPENDENTS}", text
     )
     if "// -- early" in text:
         return re.sub(r"^( *)// -- early.*$", rf"\1{wait}", text, flags=re.M)
-    start = opening(text)
+    start = entry_body_offset(text)
     return f"{text[:start]}\n    {wait}{text[start:]}"
 
 

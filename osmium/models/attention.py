@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.models.weights import Weights
+from osmium.models.weights import WeightView
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, AttentionRoom, AttentionWeights, KeysValues, Ops, Step
+from osmium.ops import Array, AttentionWeights, AttentionWorkspace, Ops, PagedKV, StepInputs
 
 __all__ = ["Attention", "rotary_frequencies"]
 
@@ -20,7 +20,9 @@ __all__ = ["Attention", "rotary_frequencies"]
 class Attention:
     """The mixer of one attention layer."""
 
-    def __init__(self, ops: Ops, config: ModelConfig, weights: Weights, frequencies: Array) -> None:
+    def __init__(
+        self, ops: Ops, config: ModelConfig, weights: WeightView, frequencies: Array
+    ) -> None:
         """frequencies f32 [R / 2], radians a position."""
         heads, groups, size, hidden = (
             config.num_heads,
@@ -30,7 +32,7 @@ class Attention:
         )
         self.ops = ops
         self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
-        self.first = self.qgkv
+        self.first_weight = self.qgkv
         """The matrix that is read first."""
         self.weights = AttentionWeights(
             norms=weights.array("attention_norms", 2, size),
@@ -40,12 +42,14 @@ class Attention:
             scale=size**-0.5,
         )
 
-    def mix(self, x: Array, step: Step, state: KeysValues, work: Workspace, norm: Array) -> None:
+    def forward(
+        self, x: Array, step: StepInputs, state: PagedKV, work: Workspace, norm: Array
+    ) -> None:
         """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         Keys and values of the step are kept before any is read."""
         ops, h = self.ops, work.h
         ops.linear(work.qgkv, h, self.qgkv)
-        room = AttentionRoom(work.q, work.attended, work.partial, work.parts)
+        room = AttentionWorkspace(work.q, work.attn_out, work.partial, work.parts)
         ops.gated_attention(x, h, norm, work.qgkv, self.weights, state, room, step)
 
 

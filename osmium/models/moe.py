@@ -7,20 +7,20 @@ Every routed expert is computed, always.
 """
 
 from osmium.config import ModelConfig
-from osmium.experts.routing import predict
-from osmium.experts.store import Store
-from osmium.models.weights import Weights
+from osmium.experts.routing import predict_experts
+from osmium.experts.store import ExpertRunner
+from osmium.models.weights import WeightView
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, Linear, Ops, SharedExpert, Step
+from osmium.ops import Array, LinearWeight, Ops, SharedExpert, StepInputs
 
-__all__ = ["Moe"]
+__all__ = ["MoeBlock"]
 
 
-class Moe:
+class MoeBlock:
     """The experts of one layer."""
 
     def __init__(
-        self, ops: Ops, config: ModelConfig, weights: Weights, store: Store, layer: int
+        self, ops: Ops, config: ModelConfig, weights: WeightView, store: ExpertRunner, layer: int
     ) -> None:
         hidden, inner = config.hidden_size, config.shared_intermediate_size
         self.ops, self.store, self.layer, self.experts = ops, store, layer, config.num_experts
@@ -30,24 +30,28 @@ class Moe:
             down=weights.linear("shared_down", hidden, inner),
             column=config.num_experts,
         )
-        self.after: Linear | None = None
+        self.next_router: LinearWeight | None = None
         """The next layer's router."""
 
-    def forward(self, x: Array, step: Step, work: Workspace, norm: Array, ahead: Array) -> None:
+    def forward(
+        self, x: Array, step: StepInputs, work: Workspace, norm: Array, ahead: Array
+    ) -> None:
         """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         ahead: the weights that are read next"""
         store = self.store
-        guess = None if self.after is None else store.asked(step.tokens)
+        guess = None if self.next_router is None else store.router_prefetch_buffers(step.tokens)
         self.ops.router(
-            work.ids, work.weights, work.scores, work.h, self.router, self.experts,
+            work.ids, work.weights, work.router_logits, work.h, self.router, self.experts,
             store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
-            guess, self.after, store.predicted,
+            guess, self.next_router, store.predicted,
         )  # fmt: skip
-        if store.recorder is not None and store.trace is None and self.after is not None:
+        if store.recorder is not None and store.trace is None and self.next_router is not None:
             top_k = work.ids.shape[1]
-            predicted, weights = predict(self.ops, work.h, self.after, self.experts, top_k)
-            store.recorder.expect(self.layer + 1, predicted, weights)
-        store.mlp(
-            x, work.h, work.ids, work.weights, self.layer, self.shared, work.scores,
-            work.shared_inner, work.shared_both, work.shared, work.y, norm, ahead,
+            predicted, weights = predict_experts(
+                self.ops, work.h, self.next_router, self.experts, top_k
+            )
+            store.recorder.add_predicted(self.layer + 1, predicted, weights)
+        store.forward(
+            x, work.h, work.ids, work.weights, self.layer, self.shared, work.router_logits,
+            work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, ahead,
         )  # fmt: skip

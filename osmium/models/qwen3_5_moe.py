@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from osmium.config import ModelConfig
-from osmium.experts.store import Store
+from osmium.experts.store import ExpertRunner
 from osmium.models.attention import Attention, rotary_frequencies
 from osmium.models.delta_net import DeltaNet
-from osmium.models.moe import Moe
-from osmium.models.state import State
-from osmium.models.weights import Weights
+from osmium.models.moe import MoeBlock
+from osmium.models.state import ModelState
+from osmium.models.weights import WeightView
 from osmium.models.workspace import make_workspace
-from osmium.ops import Array, Linear, Ops, Step
+from osmium.ops import Array, LinearWeight, Ops, StepInputs
 
 __all__ = ["Model"]
 
@@ -33,8 +33,8 @@ class _Layer:
         self,
         ops: Ops,
         config: ModelConfig,
-        weights: Weights,
-        store: Store,
+        weights: WeightView,
+        store: ExpertRunner,
         index: int,
         frequencies: Array,
     ) -> None:
@@ -46,7 +46,7 @@ class _Layer:
             if config.layer_types[index] == "attention"
             else DeltaNet(ops, config, weights)
         )
-        self.moe = Moe(ops, config, weights, store, index)
+        self.moe = MoeBlock(ops, config, weights, store, index)
 
 
 class Model:
@@ -56,42 +56,42 @@ class Model:
         self,
         ops: Ops,
         config: ModelConfig,
-        weights: Mapping[str, Linear | Array],
-        store: Store,
+        weights: Mapping[str, LinearWeight | Array],
+        store: ExpertRunner,
         rows: int,
     ) -> None:
         """`weights` by the names of models/weights.py, where `ops` reaches them; steps have at
         most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
-        taken = Weights(weights)
+        taken = WeightView(weights)
         self.ops, self.config, self.rows, self.store = ops, config, rows, store
         self.embed = taken.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
         self.norm = taken.array("norm", config.hidden_size)
         self.head_matrix = (
             taken.linear("head", config.vocab_size, config.hidden_size)
             if taken.has("head")
-            else Linear("bf16", config.vocab_size, config.hidden_size, self.embed)
+            else LinearWeight("bf16", config.vocab_size, config.hidden_size, self.embed)
         )
-        frequencies = ops.put(rotary_frequencies(config))
+        frequencies = ops.to_device(rotary_frequencies(config))
         self.layers = [
             _Layer(ops, config, taken.layer(i), store, i, frequencies)
             for i in range(config.num_layers)
         ]
         for layer, after in pairwise(self.layers):
-            layer.moe.after = after.moe.router
+            layer.moe.next_router = after.moe.router
         self.work = make_workspace(ops, config, rows)
 
-    def forward(self, step: Step, state: State) -> None:
+    def forward(self, step: StepInputs, state: ModelState) -> None:
         """Compute a step: `head` then knows its rows, until the next.  Allocates nothing."""
         assert step.tokens <= self.rows, f"a step of {step.tokens} rows, room for {self.rows}"
-        work = self.work.first(step.tokens)
+        work = self.work.first_rows(step.tokens)
         x = work.x
         self.ops.embed(x, step.ids, self.embed)
-        self.ops.norm(work.h, x, self.layers[0].mixer_norm)
-        after = [(layer.mixer_norm, layer.mixer.first.data) for layer in self.layers[1:]]
+        self.ops.rms_norm(work.h, x, self.layers[0].mixer_norm)
+        after = [(layer.mixer_norm, layer.mixer.first_weight.data) for layer in self.layers[1:]]
         after.append((self.norm, self.head_matrix.data))
         with self.store.step(step.tokens):
             for layer, own, (norm, ahead) in zip(self.layers, state.layers, after, strict=True):
-                layer.mixer.mix(x, step, own, work, layer.moe_norm)
+                layer.mixer.forward(x, step, own, work, layer.moe_norm)
                 layer.moe.forward(x, step, work, norm, ahead)
 
     def head(self, out: Array, rows: Array | None = None) -> None:
@@ -101,6 +101,6 @@ class Model:
         """
         ops, h = self.ops, self.work.h[: out.shape[0]]
         if rows is not None:
-            ops.take(h.f32, self.work.x, rows)
-            ops.norm(h, h.f32, self.norm)
+            ops.gather_rows(h.f32, self.work.x, rows)
+            ops.rms_norm(h, h.f32, self.norm)
         ops.linear(out, h, self.head_matrix)

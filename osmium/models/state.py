@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from osmium.config import ModelConfig
-from osmium.ops import Array, KeysValues, Ops
+from osmium.ops import Array, Ops, PagedKV
 
-__all__ = ["DeltaState", "State", "make_state", "state_bytes"]
+__all__ = ["DeltaState", "ModelState", "make_state", "state_bytes"]
 
 _KV: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32), "bf16": np.dtype(np.uint16), "fp8_e4m3": np.dtype(np.uint8),
@@ -31,7 +31,7 @@ class DeltaState:
 
 
 @dataclass(frozen=True)
-class State:
+class ModelState:
     """All of it; contents are unspecified until a step writes them."""
 
     page: int
@@ -40,21 +40,21 @@ class State:
     """Pages that sequences may share out among themselves."""
     slots: int
     """Recurrent-state slots: the most sequences that can be held."""
-    layers: tuple[KeysValues | DeltaState, ...]
+    layers: tuple[PagedKV | DeltaState, ...]
 
 
 def make_state(
     ops: Ops, config: ModelConfig, pages: int, page: int, slots: int, kv_dtype: str
-) -> State:
+) -> ModelState:
     """A state with `pages` pages of `page` tokens in "f32", "bf16" or "fp8_e4m3".
 
     Raises: OutOfMemory.
     """
-    layers: list[KeysValues | DeltaState] = []
+    layers: list[PagedKV | DeltaState] = []
     for mixer in config.layer_types:
         arrays = [ops.empty(*one) for one in _arrays(config, mixer, pages, page, slots, kv_dtype)]
-        layers.append(KeysValues(*arrays) if mixer == "attention" else DeltaState(*arrays))
-    return State(page, pages, slots, tuple(layers))
+        layers.append(PagedKV(*arrays) if mixer == "attention" else DeltaState(*arrays))
+    return ModelState(page, pages, slots, tuple(layers))
 
 
 def state_bytes(config: ModelConfig, pages: int, page: int, slots: int, kv_dtype: str) -> int:

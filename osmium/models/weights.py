@@ -30,30 +30,32 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import CheckpointError
-from osmium.ops import Array, Linear, Ops
+from osmium.ops import Array, LinearWeight, Ops
 
-__all__ = ["Weights", "upload"]
+__all__ = ["WeightView", "upload"]
 
 
-class Weights:
+class WeightView:
     """A view of the mapping that says which name is missing or has the wrong shape."""
 
-    def __init__(self, values: Mapping[str, Linear | Array], prefix: str = "") -> None:
+    def __init__(self, values: Mapping[str, LinearWeight | Array], prefix: str = "") -> None:
         self._values, self._prefix = values, prefix
 
-    def layer(self, index: int) -> "Weights":
+    def layer(self, index: int) -> "WeightView":
         """The weights of one layer."""
-        return Weights(self._values, f"layers.{index}.")
+        return WeightView(self._values, f"layers.{index}.")
 
     def has(self, name: str) -> bool:
         return self._prefix + name in self._values
 
-    def linear(self, name: str, rows: int, columns: int) -> Linear:
+    def linear(self, name: str, rows: int, columns: int) -> LinearWeight:
         """A matrix [rows, columns].  Raises: CheckpointError."""
         w = self._take(name)
-        if not isinstance(w, Linear) or (w.rows, w.columns) != (rows, columns):
+        if not isinstance(w, LinearWeight) or (w.out_features, w.in_features) != (rows, columns):
             found = (
-                f"[{w.rows}, {w.columns}]" if isinstance(w, Linear) else f"an array {list(w.shape)}"
+                f"[{w.out_features}, {w.in_features}]"
+                if isinstance(w, LinearWeight)
+                else f"an array {list(w.shape)}"
             )
             raise CheckpointError(
                 f"{self._prefix}{name} is {found}; the model's config makes it a matrix "
@@ -64,15 +66,15 @@ class Weights:
     def array(self, name: str, *shape: int, dtype: npt.DTypeLike = np.float32) -> Array:
         """An array, f32 unless told otherwise.  Raises: CheckpointError."""
         w = self._take(name)
-        if isinstance(w, Linear) or tuple(w.shape) != shape or w.dtype != dtype:
-            found = "a matrix" if isinstance(w, Linear) else f"{w.dtype} {list(w.shape)}"
+        if isinstance(w, LinearWeight) or tuple(w.shape) != shape or w.dtype != dtype:
+            found = "a matrix" if isinstance(w, LinearWeight) else f"{w.dtype} {list(w.shape)}"
             raise CheckpointError(
                 f"{self._prefix}{name} is {found}; the model's config makes it "
                 f"{np.dtype(dtype)} {list(shape)}."
             )
         return w
 
-    def _take(self, name: str) -> Linear | Array:
+    def _take(self, name: str) -> LinearWeight | Array:
         try:
             return self._values[self._prefix + name]
         except KeyError:
@@ -80,25 +82,25 @@ class Weights:
 
 
 def upload(
-    ops: Ops, values: Mapping[str, Linear | Array], *, embed_on_host: bool
-) -> dict[str, Linear | Array]:
+    ops: Ops, values: Mapping[str, LinearWeight | Array], *, embed_on_host: bool
+) -> dict[str, LinearWeight | Array]:
     """Weights from the host's memory to where kernels reach them fast.
 
-    With `embed_on_host` the embedding goes to `ops.host` memory, as its table is large and a step
+    With `embed_on_host` the embedding goes to mapped host memory, as its table is large and a step
     reads one row a token; a head that is the embedding then gets a copy of its own, as it is read
     whole.  Raises: OutOfMemory.
     """
-    placed: dict[str, Linear | Array] = {}
+    placed: dict[str, LinearWeight | Array] = {}
     for name, value in values.items():
-        if isinstance(value, Linear):
-            scale = None if value.scale is None else ops.put(value.scale)
-            placed[name] = replace(value, data=ops.put(value.data), scale=scale)
+        if isinstance(value, LinearWeight):
+            scale = None if value.scale is None else ops.to_device(value.scale)
+            placed[name] = replace(value, data=ops.to_device(value.data), scale=scale)
         elif name == "embed" and embed_on_host:
-            placed[name] = ops.host(value.shape, value.dtype)
+            placed[name] = ops.empty_mapped(value.shape, value.dtype)
             ops.host_view(placed[name])[...] = value
             if "head" not in values:
                 rows, columns = value.shape
-                placed["head"] = Linear("bf16", rows, columns, ops.put(value))
+                placed["head"] = LinearWeight("bf16", rows, columns, ops.to_device(value))
         else:
-            placed[name] = ops.put(value)
+            placed[name] = ops.to_device(value)
     return placed

@@ -7,9 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.ops import Array, Ops, Rows
-from osmium.ops.fit import SPLIT_ROWS
-from osmium.ops.values import ARRIVED, rows_bytes
+from osmium.ops import Array, MatmulInput, Ops
+from osmium.ops.fit import SPLIT_KV_MAX_SEQS
+from osmium.ops.values import ROUTER_BARRIER_SHAPE, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
@@ -24,7 +24,7 @@ class Workspace:
 
     x: Array
     """f32 [T, D], the residual stream."""
-    h: Rows
+    h: MatmulInput
     """[T, D], what a block reads: x, normed."""
     y: Array
     """f32 [T, D], scratch of the experts."""
@@ -32,7 +32,7 @@ class Workspace:
     """f32 [T, (2H + 2G) d]."""
     q: Array
     """f32 [T, H, d], of steps whose attention does not turn its own."""
-    attended: Rows
+    attn_out: MatmulInput
     """[T, H d]."""
     qkvz: Array
     """f32 [T, C + V dv]."""
@@ -44,19 +44,19 @@ class Workspace:
     """f32 [T, V]."""
     beta: Array
     """f32 [T, V]."""
-    read: Rows
+    delta_out: MatmulInput
     """[T, V dv], what the delta rule reads from its state, normed and gated."""
-    scores: Array
+    router_logits: Array
     """f32 [T, E + 1], router logits, then the shared expert's gate."""
     ids: Array
     """u16 [T, A], the experts of a token."""
     weights: Array
     """f32 [T, A], their weights."""
-    shared_both: Array
+    shared_gate_up: Array
     """f32 [T, 2 Is], the shared expert's gate and up."""
-    shared_inner: Rows
+    shared_inner: MatmulInput
     """[T, Is]."""
-    shared: Array
+    shared_out: Array
     """f32 [T, D], what the shared expert says."""
 
     partial: Array
@@ -66,7 +66,7 @@ class Workspace:
     arrived: Array
     """i32 [ARRIVED], 0: what of the router's scores has arrived."""
 
-    def first(self, tokens: int) -> "Workspace":
+    def first_rows(self, tokens: int) -> "Workspace":
         """The same, cut to a step's rows."""
         whole = {name: getattr(self, name) for name in ("partial", "parts", "arrived")}
         cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in whole}
@@ -75,13 +75,13 @@ class Workspace:
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    parts, arrived = ops.empty(_parts(config), np.int32), ops.empty(ARRIVED, np.int32)
+    parts, arrived = ops.empty(_parts(config), np.int32), ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
     for words in (parts, arrived):
-        ops.fill(words, 0)
+        ops.memset(words, 0)
     arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
         **arrays,
-        **{name: ops.rows(rows, width, eps) for name, (width, eps) in _rows(config).items()},
+        **{name: ops.empty_input(rows, width, eps) for name, (width, eps) in _rows(config).items()},
         partial=ops.empty(_partial(config), np.float32),
         parts=parts,
         arrived=arrived,
@@ -92,7 +92,7 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
     """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
     read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    whole = (_partial(config), _parts(config), ARRIVED)
+    whole = (_partial(config), _parts(config), ROUTER_BARRIER_SHAPE)
     return rows * (wide + read) + 4 * sum(map(math.prod, whole))
 
 
@@ -101,7 +101,7 @@ def _partial(config: ModelConfig) -> tuple[int, ...]:
 
 
 def _parts(config: ModelConfig) -> tuple[int, ...]:
-    return (SPLIT_ROWS, config.num_heads, 8)
+    return (SPLIT_KV_MAX_SEQS, config.num_heads, 8)
 
 
 def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
@@ -119,10 +119,10 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLi
         "ab": (2 * config.value_heads,),
         "decay": (config.value_heads,),
         "beta": (config.value_heads,),
-        "scores": (config.num_experts + 1,),
+        "router_logits": (config.num_experts + 1,),
         "weights": (config.top_k,),
-        "shared_both": (2 * config.shared_intermediate_size,),
-        "shared": (hidden,),
+        "shared_gate_up": (2 * config.shared_intermediate_size,),
+        "shared_out": (hidden,),
     }
     return {"ids": ((config.top_k,), np.uint16), **{n: (s, np.float32) for n, s in f32.items()}}
 
@@ -131,7 +131,7 @@ def _rows(config: ModelConfig) -> dict[str, tuple[int, float | None]]:
     """Width of each of the rows that matrices read, and the eps of those that are normed."""
     return {
         "h": (config.hidden_size, config.eps),
-        "attended": (config.num_heads * config.head_dim, None),
-        "read": (config.value_heads * config.value_dim, None),
+        "attn_out": (config.num_heads * config.head_dim, None),
+        "delta_out": (config.value_heads * config.value_dim, None),
         "shared_inner": (config.shared_intermediate_size, None),
     }

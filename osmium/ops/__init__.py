@@ -3,8 +3,8 @@
 Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the
 specification in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs
 come first; nothing is allocated inside an operation; sums are in f32 and every activation is f32 on
-both backends.  Weights are bf16, int8 or int4 (values.Linear), KV pages f32, bf16 or e4m3
-(values.KeysValues).
+both backends.  Weights are bf16, int8 or int4 (values.LinearWeight), KV pages f32, bf16 or e4m3
+(values.PagedKV).
 
 Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip
 experts when the residual stream is rounded.
@@ -22,29 +22,30 @@ import numpy.typing as npt
 
 from osmium.ops.values import (
     Array,
-    AttentionRoom,
     AttentionWeights,
-    DeltaRoom,
+    AttentionWorkspace,
+    DecayConfig,
+    DecodeState,
+    DeltaNetWorkspace,
     DeltaWeights,
-    ExpertArena,
     ExpertCache,
-    ExpertGuess,
-    ExpertPlan,
-    Fading,
     Fill,
-    KeysValues,
-    Linear,
-    Replies,
-    Rows,
+    HostExperts,
+    LinearWeight,
+    MatmulInput,
+    PagedKV,
+    PrefetchState,
     SharedExpert,
-    Step,
+    SlotAssignment,
+    StepInputs,
 )
-from osmium.quant.noise import Pattern
+from osmium.quant.noise import BitPattern
 
 __all__ = [
-    "Array", "AttentionRoom", "AttentionWeights", "DeltaRoom", "DeltaWeights", "ExpertArena",
-    "ExpertCache", "ExpertGuess", "ExpertPlan", "Fading", "Fill", "KeysValues", "Linear", "Ops",
-    "Replies", "Rows", "SharedExpert", "Step",
+    "Array", "AttentionWeights", "AttentionWorkspace", "DecayConfig", "DecodeState",
+    "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill", "HostExperts", "LinearWeight",
+    "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SharedExpert", "SlotAssignment",
+    "StepInputs",
 ]  # fmt: skip
 
 
@@ -57,10 +58,12 @@ class Ops(Protocol):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new array with unspecified contents, in VRAM on the GPU.  Raises: OutOfMemory."""
 
-    def put(self, array: npt.NDArray[np.generic]) -> Array:
+    def to_device(self, array: npt.NDArray[np.generic]) -> Array:
         """A copy of a host array where kernels reach it fast (VRAM).  Raises: OutOfMemory."""
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
+    def empty_mapped(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> Array:
         """A new array in host memory that kernels can read: NumPy, or mapped page-locked memory.
         `fill` writes its bytes, u8 [n], first.  Raises: OutOfMemory, and what `fill` raises."""
 
@@ -68,44 +71,44 @@ class Ops(Protocol):
         """The host's NumPy view of what `host` or `mailbox` gave.  Memory of `host` may be
         write-combined and slow to read: only write there."""
 
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new array of zeros in host memory that both sides read and write.  Raises:
         OutOfMemory."""
 
     def release(self, array: Array) -> None:
         """Give back what `host` or `mailbox` gave, once all that uses it is done."""
 
-    def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
         """New rows; with `eps` they are normed.  width % 8 == 0.  Raises: OutOfMemory."""
 
-    def copy_in(self, out: Array, source: npt.NDArray[np.generic]) -> None:
+    def copy_h2d(self, out: Array, source: npt.NDArray[np.generic]) -> None:
         """out = source, same shape and dtype, ordered before what is launched next."""
 
-    def copy_out(self, source: Array) -> npt.NDArray[np.generic]:
+    def copy_d2h(self, source: Array) -> npt.NDArray[np.generic]:
         """A NumPy copy of `source`; waits for what was launched.  Its bytes are added to
         `bytes_to_host`."""
 
     def copy(self, out: Array, source: Array) -> None:
         """out = source, both on the device, or `source` in `host` memory.  Same bytes."""
 
-    def fill(self, out: Array, byte: int) -> None:
+    def memset(self, out: Array, byte: int) -> None:
         """Every byte of `out` = byte."""
 
     def synchronize(self) -> None:
         """Wait for everything launched, and raise what failed."""
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         """Something that does what `run` does, on the same arrays, as often as it is called.
 
         On the GPU `run` is only recorded now, its launches as one graph; it must neither allocate
         nor wait, and everything in it must have been launched once before.
         """
 
-    def beside(self, early: bool = False) -> AbstractContextManager[None]:
+    def on_side_stream(self, early: bool = False) -> AbstractContextManager[None]:
         """What is launched inside follows all that was launched before, but what is launched
         outside, until `join`, does not wait for it.  Two such ways do not wait for each other."""
 
-    def join(self, early: bool = False) -> None:
+    def join_side_stream(self, early: bool = False) -> None:
         """What is launched from here on waits for all that was launched beside, that way."""
 
     bytes_to_host: int
@@ -119,7 +122,7 @@ class Ops(Protocol):
         out f32 [T, D]    ids i32 [T]    table bf16 [V, D] in VRAM or host memory    D % 8 == 0
         """
 
-    def take(self, out: Array, x: Array, rows: Array) -> None:
+    def gather_rows(self, out: Array, x: Array, rows: Array) -> None:
         """out[i] = x[rows[i]].
 
         out f32 [R, D]    x f32 [T, D]    rows i32 [R]    D % 4 == 0
@@ -131,23 +134,25 @@ class Ops(Protocol):
         out, x f32, same shape, size % 4 == 0
         """
 
-    def settle(self, a: Rows) -> None:
+    def prepare_input(self, a: MatmulInput) -> None:
         """a.f32 has been written: make of it what matrices read.  `a` is not normed."""
 
-    def norm(self, h: Rows, x: Array, w: Array) -> None:
+    def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         """h = x * rsqrt(mean(x^2 over K) + h.eps) * (1 + w).
 
         x f32 [T, K]    w f32 [K]    K % 8 == 0
         Zhang & Sennrich 2019, arXiv:1910.07467; zero-centred weight as in Qwen3-Next.
         """
 
-    def linear(self, out: Array, a: Rows, w: Linear) -> None:
+    def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
         """out = a @ W.T.
 
-        out f32 [T, N]    a [T, K]    w [N, K], see values.Linear
+        out f32 [T, N]    a [T, K]    w [N, K], see values.LinearWeight
         """
 
-    def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
+    def linear_add_rms_norm(
+        self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
+    ) -> None:
         """x += a @ W.T; h = norm(x).
 
         x f32 [T, N]    a [T, K]    w [N, K]    h [T, N]    norm f32 [N]
@@ -158,11 +163,11 @@ class Ops(Protocol):
     def rope_append(
         self,
         q: Array,
-        kv: KeysValues,
+        kv: PagedKV,
         qgkv: Array,
         norms: Array,
         frequencies: Array,
-        step: Step,
+        step: StepInputs,
         eps: float,
     ) -> None:
         """Norm and rotate q and k; keep k and v.
@@ -173,14 +178,14 @@ class Ops(Protocol):
         norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2),
         j < R/2: a' = a cos - b sin, b' = b cos + a sin, the angle being
         positions[t] * frequencies[j] in f32; values from R on pass through.  k and v are rounded
-        to what `kv` keeps, once, by rows of d: bf16 to nearest, e4m3 as quant.floats.e4m3_rows.
+        to what `kv` keeps, once, by rows of d: bf16 to nearest, e4m3 by floats.quantize_e4m3_rows.
 
         q f32 [T, H, d]    norms f32 [2, d]    frequencies f32 [R / 2]
         d % 32 == 0, d <= 256    R % 2 == 0
         Su et al. 2021, arXiv:2104.09864; partial rotary and q/k norms as in Qwen3-Next.
         """
 
-    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
+    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         """out[t, h] = sum of v[p] * softmax over p <= positions[t] of q[t, h] . k[p] * scale,
         k and v of head h // (H / G).
 
@@ -192,13 +197,13 @@ class Ops(Protocol):
     def gated_attention(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
         qgkv: Array,
         weights: AttentionWeights,
-        kv: KeysValues,
-        room: AttentionRoom,
-        step: Step,
+        kv: PagedKV,
+        room: AttentionWorkspace,
+        step: StepInputs,
     ) -> None:
         """q = rope_append(qgkv);  read = sigmoid_gate(attention(q));
         x += read @ weights.out.T;  h = norm(x)
@@ -215,7 +220,7 @@ class Ops(Protocol):
 
     # -- gated delta net ---------------------------------------------------------------------------
 
-    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+    def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), each sequence by itself.
 
         The three rows before a sequence's first come from state[slot] (zeros where past is 0); at
@@ -234,8 +239,8 @@ class Ops(Protocol):
         softplus(x) = x for x > 20.  Dao & Gu 2024, arXiv:2405.21060 (the gate).
         """
 
-    def delta_step(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_recurrent(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         """The gated delta rule, token by token; V value heads, U key heads, value head j uses key
         head j // (V / U).
@@ -252,14 +257,14 @@ class Ops(Protocol):
     def delta_net(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
         u: Array,
         weights: DeltaWeights,
         inputs: Array,
         state: Array,
-        room: DeltaRoom,
-        step: Step,
+        room: DeltaNetWorkspace,
+        step: StepInputs,
         chunks: bool,
     ) -> None:
         """A delta net behind its first matrix:
@@ -272,8 +277,8 @@ class Ops(Protocol):
         state f32 [slots, V, dk, dv]    dv % 32 == 0    What each does is said there.
         """
 
-    def delta_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         """The same function as delta_step, in chunks of tokens, for prefill.
 
@@ -285,7 +290,9 @@ class Ops(Protocol):
         Same arguments as delta_step.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
 
-    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+    def gated_rms_norm(
+        self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float
+    ) -> None:
         """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.
 
         out, x f32 [T, V, dv], may be one array    z f32 [T, Z], columns column .. column + V*dv
@@ -299,16 +306,16 @@ class Ops(Protocol):
         ids: Array,
         weights: Array,
         scores: Array,
-        h: Rows,
-        w: Linear,
+        h: MatmulInput,
+        w: LinearWeight,
         experts: int,
         counters: Array,
         arrived: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: ExpertGuess | None = None,
-        after: Linear | None = None,
+        guess: PrefetchState | None = None,
+        after: LinearWeight | None = None,
         predicted: Array | None = None,
     ) -> None:
         """scores = h @ W.T; route; and where there is a trace, replay.  With a guess the same once
@@ -318,7 +325,7 @@ class Ops(Protocol):
         after    predicted u16 [N, L, A], of whose next layer
         """
 
-    def route(
+    def topk_softmax(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
     ) -> None:
         """p = softmax(logits[:, :experts]); ids the A largest, descending, ties to the lower id;
@@ -327,72 +334,61 @@ class Ops(Protocol):
         ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= experts]    counters[0] += T * A
         """
 
-    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+    def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
         """ids[t] = trace[positions[t] % N, layer]: routing that is told, not computed.
 
         ids u16 [T, A]    trace u16 [N, L, A]    positions i32 [T]    A <= 32
         """
 
-    def place(
+    def assign_slots(
         self,
-        plan: ExpertPlan,
+        plan: SlotAssignment,
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: ExpertGuess | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
-        """Find every expert of `ids` a slot of `layer`, and say which must be fetched: as experts,
-        and pair by pair in plan.pairs.
+        """Assign a slot of `layer` to every expert of `ids`; updates plan, cache and counters.
 
-        Now is the cache's step plus one; at the last layer the step becomes it.  The unique ids,
-        ascending, become plan.expert.  An expert of this call that is in a slot is a hit.  Missing
-        experts, ascending, take the free slots from the lowest up, then the victims: slots whose
-        expert is not of this call, coldest first, by warmth as of now (values.Fading), ties by the
-        older stamp, then by the lower slot.  Then every expert of this call has both its heats
-        brought to now and raised by its uses, and its stamp set.  counters[1] += pairs that hit.
+        plan.expert: unique ids, ascending; plan.fetch_flags: 1 for misses.  Misses take free slots,
+        lowest first, then the slots with the lowest eviction scores.  counters[1] += pairs that
+        hit.  With `guess`, also resolve this layer's prefetch and pick the next layer's.
+        docs/expert-cache.md has both algorithms.
 
-        With a guess: if guess.expert[layer] is somebody, it becomes -1, and guess.state[layer] has
-        STOP, and DROP unless it is missing; then it is the first of the missing and of the plan,
-        its fetch 2, and counters[5] is raised by one.  guess.go[layer] becomes 16 * step + 15.  Of
-        the next layer, if there is one, state and done become 0, go 16 * step, guess.expert the one
-        of guess.ids in no slot there whose weight^2 * (warmth + COLD) is most, ties to the lower
-        id, guess.slot the lowest free slot, else that of the coldest expert not in guess.ids, ties
-        to the lower slot, which leaves; counters[4] is raised by one.  Where nobody or no slot is
-        left guess.expert is -1, and nobody leaves.
-
-        ids u16 [T, A], guess.ids too; the unique ids must not exceed the capacity.
+        ids u16 [T, A], guess.ids too; unique ids at most the capacity
         """
 
-    def fetch(
+    def fetch_experts(
         self,
         cache: ExpertCache,
-        plan: ExpertPlan,
-        arena: ExpertArena,
+        plan: SlotAssignment,
+        arena: HostExperts,
         layer: int,
-        ahead: Array | None = None,
-        guess: ExpertGuess | None = None,
+        l2_prefetch: Array | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
-        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch is set; where
-        it is 2, of the pieces that guess.done does not count.
+        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch_flags is set;
+        where it is 2, without the segments that guess.segments_done counts.
 
-        counters[2] += uses of the records copied, counters[3] += records copied.  `ahead` is what
-        is read when the layer is done; it changes nothing, but may be near when it is asked for.
-        With a guess its blocks wait until those of fetch_early have left that have begun, and add
-        to counters[6] what they brought, where it is asked for; and guess.go[layer + 1] rises by 8.
+        counters[2] += uses of the copied experts, counters[3] += experts copied.  `l2_prefetch` is
+        read into L2 at the end; it changes nothing.  With `guess`, wait for the prefetch blocks of
+        this layer, add their bytes to counters[6], and raise guess.start_signal[layer + 1] by 8.
         """
 
-    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
-        """A step long: slots[guess.slot[layer]] = records[layer, guess.expert[layer]], but for -1,
-        of each layer behind the first, from when guess.go says so until guess.state has STOP; done
-        and state say how far.  It is over where a layer's turn does not come within 20 ms."""
+    def prefetch_experts(
+        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+    ) -> None:
+        """slots[guess.slot[layer]] = records[layer, guess.expert[layer]] for each layer but the
+        first whose expert is not -1, from its guess.start_signal until guess.state has STOP.  Ends
+        where no signal comes within 20 ms."""
 
     def expert_up(
         self,
-        inner: Rows,
-        shared_inner: Rows,
-        h: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
+        h: MatmulInput,
         ids: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -413,11 +409,11 @@ class Ops(Protocol):
     def expert_down(
         self,
         x: Array,
-        inner: Rows,
-        shared_inner: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
         ids: Array,
         weights: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -425,7 +421,7 @@ class Ops(Protocol):
         scores: Array,
         said: Array,
         y: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
     ) -> None:
         """x[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
@@ -439,19 +435,21 @@ class Ops(Protocol):
         h [T, D]    norm f32 [D]
         """
 
-    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+    def gate_up_silu(
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+    ) -> None:
         """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of w's rows, up the second.
 
         inner [T, I]    a [T, K]    w [2I, K]    both f32 [T, 2I], scratch
         """
 
-    def silu_mul(self, out: Array, x: Array) -> None:
+    def silu_and_mul(self, out: Array, x: Array) -> None:
         """out[t, i] = silu(x[t, i]) * x[t, I + i].
 
         out f32 [T, I]    x f32 [T, 2I]    I % 4 == 0
         """
 
-    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         """out[t] += sigmoid(gate[t, column]) * x[t].
 
         out, x f32 [T, D]    gate f32 [T, >= column + 1]    D % 4 == 0
@@ -459,7 +457,7 @@ class Ops(Protocol):
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: Replies) -> None:
+    def sample(self, logits: Array, replies: DecodeState) -> None:
         """replies.token[r] = a token drawn from row r: the likeliest (the lower id of equals) at
         temperature 0; else with p = softmax(logits / temperature), in order of p, ties to the lower
         id: the top-k likeliest; of these as few as reach top-p of their sum; of these what has at
@@ -469,7 +467,7 @@ class Ops(Protocol):
         logits f32 [R, vocab]
         """
 
-    def advance(self, step: Step, replies: Replies) -> None:
+    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
         """Write each row's token where the next step reads it, one position on, and mail it.
 
         A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2
@@ -489,7 +487,9 @@ class Ops(Protocol):
     def quantize_int8(self, out: Array, data: int, scale: int, w: Array) -> None:
         """The same with bytes and f32 scales; see quant/int8.py.  K % 8 == 0"""
 
-    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+    def random_fill(
+        self, out: Array, start: int, nbytes: int, seed: int, pattern: BitPattern
+    ) -> None:
         """Bytes start .. start + nbytes of each row of `out`: words of the stream of `seed`, each
         by its place in `out`; see quant/noise.py.
 

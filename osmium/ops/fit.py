@@ -6,34 +6,35 @@ from typing import Any, cast
 import numpy as np
 
 from osmium.errors import ConfigError
-from osmium.ops.machine import Machine
-from osmium.ops.values import KeysValues, Linear, SharedExpert, Step
-from osmium.quant.record import Record
+from osmium.ops.machine import DeviceRuntime
+from osmium.ops.values import LinearWeight, PagedKV, SharedExpert, StepInputs
+from osmium.quant.record import ExpertLayout
 
 __all__ = [
-    "EXPERT_TILES", "KEPT", "MATVEC_ROWS", "SPLIT_ROWS", "Share", "fits_experts", "fits_matvec",
-    "fits_shared", "kept", "one_each", "share", "share_context", "share_down",
+    "EXPERT_TILES", "KV_DTYPES", "MATVEC_MAX_TOKENS", "SPLIT_KV_MAX_SEQS", "Tiling",
+    "fits_shared", "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts",
+    "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
 """What the inputs of a matrix must be a multiple of for MATVEC; LINEAR takes the others."""
 
-MATVEC_ROWS = 8
+MATVEC_MAX_TOKENS = 8
 """Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
 
 EXPERT_TILES = 32
 """Tiles of experts that a block does at most: a lane knows where one of them is."""
 
-DIGIT_ROWS = 5
+INT4_MAX_TOKENS = 5
 """Tokens that a block of INT4 multiplies at once: three digits each, of a tile's 16 rows."""
 
 MATVEC_NORM = 4096
 """Inputs up to which the kernels for few tokens take rows that are normed."""
 
-RING = 32 << 10
+WEIGHT_STAGE_BYTES = 32 << 10
 """Bytes of shared memory for the pieces of weights that a block has on their way."""
 
-SUMS = 2 << 10
+REDUCTION_BYTES = 2 << 10
 """Bytes of it, a token, for what the warps of a block add up."""
 
 SUMS_DOWN = 4608
@@ -42,21 +43,21 @@ SUMS_DOWN = 4608
 SCALES = 16 << 10
 """Bytes of it for a block's scales, at most."""
 
-KEPT = {"bf16": np.uint16, "fp8": np.uint8}
+KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """What kernels keep keys and values in, by what their names end with."""
 
-SPLIT_ROWS = 8
+SPLIT_KV_MAX_SEQS = 8
 """Sequences up to which a step shares out each context over blocks; more fill a GPU as they are."""
 
 SPLIT_SHARED = 96 << 10
 """Bytes of shared memory of a block that does a part of a context, at most."""
 
-SPLITS_LEAST = 4
+MIN_KV_SPLITS = 4
 """Blocks that a context is shared out over, however small the GPU."""
 
 
 @dataclass(frozen=True)
-class Share:
+class Tiling:
     """A matrix, shared out over blocks."""
 
     blocks: int
@@ -70,85 +71,91 @@ class Share:
         return min(tokens, self.most)
 
 
-def share(
-    machine: Machine,
+def tile_matrix(
+    machine: DeviceRuntime,
     rows: int,
     columns: int,
     high: int,
     scaled: bool,
     part: float = 1.0,
     tiles: int | None = None,
-) -> Share:
+) -> Tiling:
     """Tiles of `high` rows of a matrix [rows, columns] over two blocks a multiprocessor, or one
     where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
     block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs,
     so in digits.  No block does more than `tiles`, if that is said."""
     total = -(-rows // high)
-    fixed, row, most = RING, SUMS + 4 * columns, MATVEC_ROWS
+    fixed, row, most = WEIGHT_STAGE_BYTES, REDUCTION_BYTES + 4 * columns, MATVEC_MAX_TOKENS
     if scaled:
-        fixed, row, most = fixed + SCALES, row + 2 * SUMS, DIGIT_ROWS
-    each = 2 if machine.shared >= 2 * (fixed + row) else 1
-    blocks = min(total, max(1, round(part * each * machine.multiprocessors)))
+        fixed, row, most = fixed + SCALES, row + 2 * REDUCTION_BYTES, INT4_MAX_TOKENS
+    each = 2 if machine.max_shared_per_block >= 2 * (fixed + row) else 1
+    blocks = min(total, max(1, round(part * each * machine.sm_count)))
     if scaled:
         blocks = max(blocks, -(-total * columns // (8 * SCALES)))
     if tiles is not None:
         blocks = max(blocks, -(-total // tiles))
-    return Share(blocks, -(-total // blocks), max(1, min(most, (machine.shared - fixed) // row)))
+    return Tiling(
+        blocks,
+        -(-total // blocks),
+        max(1, min(most, (machine.max_shared_per_block - fixed) // row)),
+    )
 
 
-def share_down(
-    machine: Machine, record: Record, tokens: int, top_k: int, own: int
-) -> tuple[Share, int]:
+def tile_expert_down(
+    machine: DeviceRuntime, record: ExpertLayout, tokens: int, top_k: int, own: int
+) -> tuple[Tiling, int]:
     """The experts' second half and that of a shared expert of `own` values: a block a
     multiprocessor for each token, whose warps make the digits of every input once.  And bytes of
     shared memory for the pieces on their way: two rings, as it has twice the warps, or one where a
     multiprocessor has no room for that, with two tokens twice."""
     total = record.hidden // 8
-    blocks = min(total, machine.multiprocessors)
+    blocks = min(total, machine.sm_count)
     tiles = -(-total // blocks)
     routed = top_k * (record.inner // 128)
     others = SUMS_DOWN + 544 * (routed + own // 64) + tiles * (16 * routed + 32)
-    roomy = machine.shared >= min(tokens, 2) * (2 * RING + others)
-    return Share(blocks, tiles, 1), 2 * RING if roomy else RING
+    roomy = machine.max_shared_per_block >= min(tokens, 2) * (2 * WEIGHT_STAGE_BYTES + others)
+    return Tiling(blocks, tiles, 1), 2 * WEIGHT_STAGE_BYTES if roomy else WEIGHT_STAGE_BYTES
 
 
-def one_each(step: Step) -> bool:
+def is_decode(step: StepInputs) -> bool:
     """Whether row s is the one row of sequence s."""
     return step.tokens == step.sequences
 
 
-def fits_matvec(w: Linear) -> bool:
-    whole = w.format != "int4" or w.rows % 8 == 0
-    return whole and w.columns % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+def supports_matvec(w: LinearWeight) -> bool:
+    whole = w.format != "int4" or w.out_features % 8 == 0
+    return whole and w.in_features % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
 
 
-def fits_experts(record: Record, tokens: int) -> bool:
+def supports_fused_experts(record: ExpertLayout, tokens: int) -> bool:
     """Whether the experts' kernels for few tokens do it."""
     groups = record.up_group == record.down_group == 128
-    return record.bits == 4 and tokens <= MATVEC_ROWS and groups and record.hidden <= MATVEC_NORM
+    return (
+        record.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and record.hidden <= MATVEC_NORM
+    )
 
 
 def fits_shared(shared: SharedExpert) -> bool:
     """Whether they do the shared expert, too."""
-    return shared.up.format == shared.down.format == "int8" and shared.down.columns % 64 == 0
+    return shared.up.format == shared.down.format == "int8" and shared.down.in_features % 64 == 0
 
 
-def kept(kv: KeysValues) -> str:
+def kv_format(kv: PagedKV) -> str:
     """What keys and values are kept in, as kernels name it.  Raises: ConfigError."""
     dtype = cast(np.dtype[Any], kv.k.dtype)
-    for name, kind in KEPT.items():
+    for name, kind in KV_DTYPES.items():
         if dtype == kind:
             return name
     raise ConfigError(f"KV is {dtype}; the GPU keeps fp8_e4m3 or bf16, --kv-dtype f32 is for CPUs.")
 
 
-def share_context(machine: Machine, most: int, blocks: int, beside: int) -> int:
+def num_kv_splits(machine: DeviceRuntime, most: int, blocks: int, beside: int) -> int:
     """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
     without: all of them at once, so that none runs alone at the end, nor waits in vain for those
     it adds up; on the smallest GPUs at least those of one context.  `beside`: blocks that copy
     meanwhile; on a multiprocessor that has room for one of these they leave none."""
-    if machine.shared >= 2 * SPLIT_SHARED:
-        room = 2 * machine.multiprocessors
+    if machine.max_shared_per_block >= 2 * SPLIT_SHARED:
+        room = 2 * machine.sm_count
     else:
-        room = machine.multiprocessors - beside
-    return min(most, max(SPLITS_LEAST, room // blocks))
+        room = machine.sm_count - beside
+    return min(most, max(MIN_KV_SPLITS, room // blocks))

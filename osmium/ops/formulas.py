@@ -5,14 +5,14 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import Array, ExpertPlan, Step
+from osmium.ops.values import Array, SlotAssignment, StepInputs
 from osmium.quant import int4, int8
-from osmium.quant.floats import bf16_from_f32, e4m3_rows, f32_from_bf16, f32_from_e4m3
-from osmium.quant.record import Record
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3, quantize_e4m3_rows
+from osmium.quant.record import ExpertLayout
 
 __all__ = [
-    "CHUNK", "F32", "context", "delta_chunk", "expert_matrices", "heads_of", "keep", "matrix",
-    "normed", "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit",
+    "CHUNK", "F32", "delta_chunk", "expert_matrices", "gather_kv", "heads_of", "matrix",
+    "normed", "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit", "write_kv",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -48,7 +48,7 @@ def matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
     return int8.dequantize(data, scale) if format == "int8" else int4.dequantize(data, scale)
 
 
-def expert_matrices(record: Record, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
+def expert_matrices(record: ExpertLayout, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
     """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
     up, down = (2 * record.inner, record.hidden), (record.hidden, record.inner)
     parts = []
@@ -68,11 +68,11 @@ def expert_matrices(record: Record, data: npt.NDArray[np.uint8]) -> tuple[F32, F
     return parts[0], parts[1]
 
 
-def slots_of(ids: Array, plan: ExpertPlan | None) -> Array:
+def slots_of(ids: Array, plan: SlotAssignment | None) -> Array:
     """The slot of every pair, ~slot where its expert is being fetched; [T * A]."""
     if plan is None:
         return ids.reshape(-1).astype(np.int32)
-    return plan.pairs.reshape(-1)[: ids.size]
+    return plan.pair_slots.reshape(-1)[: ids.size]
 
 
 def rope(x: F32, cos: F32, sin: F32) -> F32:
@@ -82,15 +82,15 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
 
-def keep(pages: Array, scales: Array | None, page: Array, row: Array, x: F32) -> None:
+def write_kv(pages: Array, scales: Array | None, page: Array, row: Array, x: F32) -> None:
     """Round rows x [T, G, d] to what pages [P, page, G, d] hold, and put each where it belongs."""
     if scales is not None:
-        pages[page, row], scales[page, row] = e4m3_rows(x)
+        pages[page, row], scales[page, row] = quantize_e4m3_rows(x)
     else:
         pages[page, row] = bf16_from_f32(x) if pages.dtype == np.uint16 else x
 
 
-def context(pages: Array, scales: Array | None, table: Array, length: int) -> F32:
+def gather_kv(pages: Array, scales: Array | None, table: Array, length: int) -> F32:
     """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
     rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
     if scales is not None:
@@ -99,11 +99,11 @@ def context(pages: Array, scales: Array | None, table: Array, length: int) -> F3
     return f32_from_bf16(rows) if pages.dtype == np.uint16 else cast(F32, rows)
 
 
-def sequences_of(step: Step) -> list[tuple[int, slice, int]]:
+def sequences_of(step: StepInputs) -> list[tuple[int, slice, int]]:
     """(state slot, rows, past) of each sequence of a step."""
-    edges = [int(x) for x in step.starts[: step.sequences + 1]]
+    edges = [int(x) for x in step.query_start_loc[: step.sequences + 1]]
     return [
-        (int(step.slots[s]), slice(edges[s], edges[s + 1]), int(step.past[s]))
+        (int(step.state_slots[s]), slice(edges[s], edges[s + 1]), int(step.context_lens[s]))
         for s in range(step.sequences)
     ]
 

@@ -10,33 +10,33 @@ from osmium.kernels.sample import ADVANCE, DRAW
 from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops import gpu_experts, gpu_rows
 from osmium.ops.fit import (
-    KEPT,
-    SPLIT_ROWS,
-    fits_matvec,
-    kept,
-    one_each,
-    share_context,
+    KV_DTYPES,
+    SPLIT_KV_MAX_SEQS,
+    is_decode,
+    kv_format,
+    num_kv_splits,
+    supports_matvec,
 )
 from osmium.ops.gpu_experts import GpuExperts
-from osmium.ops.machine import Machine
+from osmium.ops.machine import DeviceRuntime
 from osmium.ops.values import (
     FETCH_BLOCKS,
     Array,
-    AttentionRoom,
     AttentionWeights,
-    DeltaRoom,
+    AttentionWorkspace,
+    DecodeState,
+    DeltaNetWorkspace,
     DeltaWeights,
-    KeysValues,
-    Replies,
-    Rows,
-    Step,
+    MatmulInput,
+    PagedKV,
+    StepInputs,
 )
 
-__all__ = ["GpuOps", "Machine", "check_kernels"]
+__all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 
-ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KEPT}
-ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KEPT}
-SPLIT = {name: kernel(f"gqa_split_{name}") for name in KEPT}
+ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
+ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
+SPLIT = {name: kernel(f"gqa_split_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CONV = kernel("conv_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
@@ -66,7 +66,7 @@ def check_kernels() -> int:
 class GpuOps(GpuExperts):
     """See ops.Ops for every method's formula, shapes and source."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: DeviceRuntime) -> None:
         """Raises: KernelError where a kernel's text is missing: before anything is loaded."""
         check_kernels()
         super().__init__(machine)
@@ -76,65 +76,68 @@ class GpuOps(GpuExperts):
     def rope_append(
         self,
         q: Array,
-        kv: KeysValues,
+        kv: PagedKV,
         qgkv: Array,
         norms: Array,
         frequencies: Array,
-        step: Step,
+        step: StepInputs,
         eps: float,
     ) -> None:
         tokens, heads, dim = q.shape
-        ROPE_APPEND[kept(kv)](
+        ROPE_APPEND[kv_format(kv)](
             self.stream, tokens, q, *_arrays(kv), qgkv, norms, frequencies,
-            step.positions, step.sequence, step.pages,
+            step.positions, step.sequence_ids, step.page_table,
             heads, kv.k.shape[2], dim, 2 * frequencies.shape[0],
-            step.page, step.pages.shape[1], eps,
+            step.page, step.page_table.shape[1], eps,
         )  # fmt: skip
 
-    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
+    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
-        ATTENTION[kept(kv)](
-            self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence, step.pages,
-            heads, kv.k.shape[2], dim, step.page, step.pages.shape[1], scale,
+        ATTENTION[kv_format(kv)](
+            self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence_ids,
+            step.page_table,
+            heads, kv.k.shape[2], dim, step.page, step.page_table.shape[1], scale,
         )  # fmt: skip
 
     def gated_attention(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
         qgkv: Array,
         weights: AttentionWeights,
-        kv: KeysValues,
-        room: AttentionRoom,
-        step: Step,
+        kv: PagedKV,
+        room: AttentionWorkspace,
+        step: StepInputs,
     ) -> None:
-        w, read, (tokens, heads, dim), groups = weights, room.read, room.q.shape, kv.k.shape[2]
-        if not one_each(step) or tokens > min(SPLIT_ROWS, room.partial.shape[0]):
+        w, read, (tokens, heads, dim), groups = weights, room.attn_out, room.q.shape, kv.k.shape[2]
+        if not is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, room.partial.shape[0]):
             seen = read.f32.reshape(tokens, heads, dim)
             self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
             self.attention(seen, room.q, kv, step, w.scale)
             self.sigmoid_gate(seen, qgkv)
-            self.settle(read)
-            self.linear_norm(x, read, w.out, h, norm)
+            self.prepare_input(read)
+            self.linear_add_rms_norm(x, read, w.out, h, norm)
             return
         rows = groups * -(-heads // (16 * groups))
-        splits = share_context(
+        splits = num_kv_splits(
             self.machine, room.partial.shape[0] // tokens, tokens * rows,
             FETCH_BLOCKS if self.fetches_early else 0,
         )  # fmt: skip
         # 128 values of a head are a group of digits, which their block can make for all
-        digits = dim % 128 == 0 and w.out.format == "int4" and fits_matvec(w.out)
-        SPLIT[kept(kv)](
-            self.stream, tokens, read.split, room.partial, room.parts, *_arrays(kv), qgkv, w.norms,
-            w.frequencies, step.positions, step.sequence, step.pages, heads, groups, dim,
-            2 * w.frequencies.shape[0], step.page, step.pages.shape[1], splits, int(digits), w.eps,
+        digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
+        SPLIT[kv_format(kv)](
+            self.stream, tokens, read.hi_lo, room.partial, room.split_counters, *_arrays(kv),
+            qgkv, w.norms,
+            w.frequencies, step.positions, step.sequence_ids, step.page_table, heads, groups, dim,
+            2 * w.frequencies.shape[0], step.page, step.page_table.shape[1], splits, int(digits),
+            w.eps,
             w.scale,
         )  # fmt: skip
         if digits:
             self.matvec(x, read, w.out, h, norm, made=True)
         else:
-            self.linear_norm(x, read, w.out, h, norm)
+            self.linear_add_rms_norm(x, read, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, dim = out.shape
@@ -142,11 +145,11 @@ class GpuOps(GpuExperts):
 
     # -- gated delta net ---------------------------------------------------------------------------
 
-    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+    def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         channels, stride = out.shape[1], u.shape[1]
         CONV(
             self.stream, step.sequences, out, u, w, state,
-            step.starts, step.past, step.slots, channels, stride,
+            step.query_start_loc, step.context_lens, step.state_slots, channels, stride,
         )  # fmt: skip
 
     def delta_gates(
@@ -155,93 +158,111 @@ class GpuOps(GpuExperts):
         tokens, heads = decay.shape
         DELTA_GATES(self.stream, tokens, decay, beta, ab, a_log, dt_bias, heads)
 
-    def delta_step(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_recurrent(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
 
     def delta_net(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
         u: Array,
         weights: DeltaWeights,
         inputs: Array,
         state: Array,
-        room: DeltaRoom,
-        step: Step,
+        room: DeltaNetWorkspace,
+        step: StepInputs,
         chunks: bool,
     ) -> None:
         w, qkv, read, (_, value_heads, dk, dv) = weights, room.qkv, room.read, state.shape
-        if not one_each(step) or w.ab.format != "bf16":
+        if not is_decode(step) or w.ab.format != "bf16":
             heads = read.f32.reshape(read.f32.shape[0], value_heads, dv)
-            self.plain_linear(room.ab, self.joined(h), w.ab, 0)
-            self.conv(qkv, u, w.conv, inputs, step)
+            self.plain_linear(room.ab, self.merge_hi_lo(h), w.ab, 0)
+            self.causal_conv1d(qkv, u, w.conv, inputs, step)
             self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
-            rule = self.delta_chunk if chunks else self.delta_step
+            rule = self.delta_rule_chunk if chunks else self.delta_rule_recurrent
             rule(heads, qkv, room.decay, room.beta, state, step)
-            self.gated_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
-            self.settle(read)
-            self.linear_norm(x, read, w.out, h, norm)
+            self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
+            self.prepare_input(read)
+            self.linear_add_rms_norm(x, read, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         # a head of 128 values is a group of digits, which its block can make for all
-        digits = dv == 128 and w.out.format == "int4" and fits_matvec(w.out)
+        digits = dv == 128 and w.out.format == "int4" and supports_matvec(w.out)
         DELTA_TOKEN(
-            self.stream, step.sequences, read.split, u, h.split, h.squares or 0, w.conv, inputs,
-            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.past, step.slots, key_heads,
-            value_heads, dk, dv, u.shape[1], w.ab.columns, int(digits), h.eps, w.eps,
+            self.stream, step.sequences, read.hi_lo, u, h.hi_lo, h.square_sums or 0, w.conv, inputs,
+            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.context_lens, step.state_slots,
+            key_heads,
+            value_heads, dk, dv, u.shape[1], w.ab.in_features, int(digits), h.eps, w.eps,
         )  # fmt: skip
         if digits:
             self.matvec(x, read, w.out, h, norm, made=True)
         else:
-            self.linear_norm(x, read, w.out, h, norm)
+            self.linear_add_rms_norm(x, read, w.out, h, norm)
 
-    def delta_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         self._delta(DELTA_CHUNK, out, qkv, decay, beta, state, step)
 
     def _delta(
         self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
-        step: Step,
+        step: StepInputs,
     ) -> None:  # fmt: skip
         _, value_heads, dk, dv = state.shape
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         kernel(
             self.stream, step.sequences, out, qkv, decay, beta, state,
-            step.starts, step.past, step.slots, key_heads, value_heads, dk, dv,
+            step.query_start_loc, step.context_lens, step.state_slots, key_heads, value_heads, dk,
+            dv,
         )  # fmt: skip
 
-    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+    def gated_rms_norm(
+        self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float
+    ) -> None:
         tokens, heads, dim = x.shape
         GATED_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: Replies) -> None:
+    def sample(self, logits: Array, replies: DecodeState) -> None:
         r, (rows, vocab) = replies, logits.shape
-        slices = r.best.shape[1]
-        PEAKS(self.stream, rows, r.best, r.where, r.counts, r.masses, logits, vocab, slices)
+        slices = r.slice_max.shape[1]
+        PEAKS(
+            self.stream,
+            rows,
+            r.slice_max,
+            r.slice_argmax,
+            r.bin_counts,
+            r.bin_weights,
+            logits,
+            vocab,
+            slices,
+        )
         WEIGH(
-            self.stream, rows, r.token, r.counts, r.masses, r.ends, r.order, logits, r.best,
-            r.where, r.settings, vocab, slices,
+            self.stream, rows, r.token, r.bin_counts, r.bin_weights, r.slice_bin_ends,
+            r.bin_order, logits, r.slice_max,
+            r.slice_argmax, r.sampler_params, vocab, slices,
         )  # fmt: skip
         DRAW(
-            self.stream, rows, r.token, logits, r.best, r.settings, r.chance, r.turn, r.counts,
-            r.masses, r.ends, r.order, vocab, slices, r.ring,
+            self.stream, rows, r.token, logits, r.slice_max, r.sampler_params, r.uniforms,
+            r.decode_step, r.bin_counts,
+            r.bin_weights, r.slice_bin_ends, r.bin_order, vocab, slices, r.ring,
         )  # fmt: skip
 
-    def advance(self, step: Step, replies: Replies) -> None:
+    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
         ADVANCE(
-            self.stream, step.ids, step.positions, step.past, step.slots, step.pages,
-            replies.token, replies.left, replies.heed, replies.eos, replies.turn, replies.mail,
-            step.tokens, step.pages.shape[1], replies.eos.shape[0], replies.ring,
-            replies.nobody, replies.nowhere,
+            self.stream, step.ids, step.positions, step.context_lens, step.state_slots,
+            step.page_table,
+            replies.token, replies.tokens_left, replies.stop_on_eos, replies.eos,
+            replies.decode_step, replies.token_ring,
+            step.tokens, step.page_table.shape[1], replies.eos.shape[0], replies.ring,
+            replies.null_slot, replies.null_page,
         )  # fmt: skip
 
 
-def _arrays(kv: KeysValues) -> tuple[Array, ...]:
+def _arrays(kv: PagedKV) -> tuple[Array, ...]:
     """As kernels take them."""
     return (kv.k, kv.v) if kv.k_scales is None else (kv.k, kv.v, kv.k_scales, kv.v_scales)

@@ -6,25 +6,25 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import kernel
 from osmium.ops.fit import (
     EXPERT_TILES,
-    MATVEC_ROWS,
-    fits_experts,
-    fits_matvec,
+    MATVEC_MAX_TOKENS,
     fits_shared,
-    share,
-    share_down,
+    supports_fused_experts,
+    supports_matvec,
+    tile_expert_down,
+    tile_matrix,
 )
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.values import (
     FETCH_BLOCKS,
     FETCH_WARPS,
     Array,
-    ExpertArena,
     ExpertCache,
-    ExpertGuess,
-    ExpertPlan,
-    Linear,
-    Rows,
+    HostExperts,
+    LinearWeight,
+    MatmulInput,
+    PrefetchState,
     SharedExpert,
+    SlotAssignment,
 )
 
 __all__ = ["GpuExperts"]
@@ -53,7 +53,7 @@ ADD_GATED = kernel("add_gated_f32")
 ROUTER_EXPERTS = 256
 """Experts up to which the router picks, too: eight a lane."""
 
-PARTS = ("all", "there", "rest")
+EXPERT_SUBSETS = ("all", "there", "rest")
 """Of the experts, by the number that kernels know them by."""
 
 
@@ -67,22 +67,22 @@ class GpuExperts(GpuRows):
         ids: Array,
         weights: Array,
         scores: Array,
-        h: Rows,
-        w: Linear,
+        h: MatmulInput,
+        w: LinearWeight,
         experts: int,
         counters: Array,
         arrived: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: ExpertGuess | None = None,
-        after: Linear | None = None,
+        guess: PrefetchState | None = None,
+        after: LinearWeight | None = None,
         predicted: Array | None = None,
     ) -> None:
-        (tokens, top_k), form = ids.shape, (w.format, w.rows, w.columns)
-        few = tokens <= MATVEC_ROWS and experts <= ROUTER_EXPERTS
-        alike = after is None or (after.format, after.rows, after.columns) == form
-        if not (few and alike and w.format == "bf16" and fits_matvec(w) and self.fits(h)):
+        (tokens, top_k), form = ids.shape, (w.format, w.out_features, w.in_features)
+        few = tokens <= MATVEC_MAX_TOKENS and experts <= ROUTER_EXPERTS
+        alike = after is None or (after.format, after.out_features, after.in_features) == form
+        if not (few and alike and w.format == "bf16" and supports_matvec(w) and self.fits(h)):
             self._plain_router(
                 ids, weights, scores, h, w, experts, counters, trace, layer, positions
             )
@@ -102,9 +102,10 @@ class GpuExperts(GpuRows):
         some = self.share(w)
         ROUTER(
             self.stream, some.blocks, sets, ids, weights, scores, counters, arrived, *second,
-            h.split, h.squares or 0, w.data, matrix, 0 if trace is None else trace,
-            0 if predicted is None else predicted, positions, tokens, some.rows(tokens), w.rows,
-            w.columns, experts, top_k, count, layers, layer, h.eps,
+            h.hi_lo, h.square_sums or 0, w.data, matrix, 0 if trace is None else trace,
+            0 if predicted is None else predicted, positions, tokens, some.rows(tokens),
+            w.out_features,
+            w.in_features, experts, top_k, count, layers, layer, h.eps,
         )  # fmt: skip
 
     def _plain_router(
@@ -112,8 +113,8 @@ class GpuExperts(GpuRows):
         ids: Array,
         weights: Array,
         scores: Array,
-        h: Rows,
-        w: Linear,
+        h: MatmulInput,
+        w: LinearWeight,
         experts: int,
         counters: Array,
         trace: Array | None,
@@ -122,87 +123,97 @@ class GpuExperts(GpuRows):
     ) -> None:
         """What `router` does with one matrix, of any form, and for any number of tokens."""
         self.linear(scores, h, w)
-        self.route(ids, weights, scores, experts, counters)
+        self.topk_softmax(ids, weights, scores, experts, counters)
         if trace is not None:
-            self.replay(ids, trace, layer, positions)
+            self.replay_routing(ids, trace, layer, positions)
 
-    def route(
+    def topk_softmax(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
     ) -> None:
         tokens, top_k = ids.shape
         ROUTE(self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1])
 
-    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+    def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
         tokens, top_k = ids.shape
         count, layers, _ = trace.shape
         REPLAY(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
 
-    def place(
+    def assign_slots(
         self,
-        plan: ExpertPlan,
+        plan: SlotAssignment,
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: ExpertGuess | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
         fading, on = cache.fading, layer + 1
-        last = on == cache.slot_of.shape[0]
+        last = on == cache.expert_to_slot.shape[0]
         after: tuple[Array | int, ...] = (0,) * 5
         guessed: tuple[Array | int, ...] = (0,) * 7
         blocks, capacity, first = 1, 0, 0
         if guess is not None:
-            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state, guess.done,
-                       guess.go)  # fmt: skip
+            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state,
+            guess.segments_done,
+                       guess.start_signal)  # fmt: skip
             if not last:
                 blocks, capacity = 2, cache.slots[on].shape[0]
                 first = sum(cache.slots[i].shape[0] for i in range(on))
-                after = (cache.slot_of[on], cache.expert_in[on], cache.heat[on],
-                         cache.long_heat[on], cache.stamp[on])  # fmt: skip
+                after = (cache.expert_to_slot[on], cache.slot_to_expert[on], cache.short_count[on],
+                         cache.long_count[on], cache.last_used[on])  # fmt: skip
         PLACE(
-            self.stream, blocks, plan.count, plan.expert, plan.slot, plan.fetch, plan.uses,
-            plan.pairs, plan.arrived, cache.slot_of[layer], cache.expert_in[layer],
-            cache.heat[layer], cache.long_heat[layer], cache.stamp[layer], cache.step,
+            self.stream, blocks, plan.count, plan.expert, plan.slot, plan.fetch_flags, plan.uses,
+            plan.pair_slots, plan.fetch_progress, cache.expert_to_slot[layer],
+            cache.slot_to_expert[layer],
+            cache.short_count[layer], cache.long_count[layer], cache.last_used[layer], cache.step,
             cache.counters, ids, *after, *guessed, ids.nbytes // 2, cache.experts,
             cache.slots[layer].shape[0], capacity, first, plan.expert.shape[0], layer, int(last),
-            int(guess is not None), FETCH_WARPS, fading.earlier, 1 / fading.half_life,
-            1 / fading.long_half_life, fading.share,
+            int(guess is not None), FETCH_WARPS, fading.prior_steps, 1 / fading.half_life,
+            1 / fading.long_half_life, fading.long_scale,
         )  # fmt: skip
 
-    def fetch(
+    def fetch_experts(
         self,
         cache: ExpertCache,
-        plan: ExpertPlan,
-        arena: ExpertArena,
+        plan: SlotAssignment,
+        arena: HostExperts,
         layer: int,
-        ahead: Array | None = None,
-        guess: ExpertGuess | None = None,
+        l2_prefetch: Array | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
-        near = 0 if ahead is None else min(ahead.nbytes, self.machine.l2 // 2)
+        near = 0 if l2_prefetch is None else min(l2_prefetch.nbytes, self.machine.l2 // 2)
         guessed: tuple[Array | int, ...] = (0, 0, 0)
         if guess is not None:
-            last = layer + 1 == cache.slot_of.shape[0]
-            guessed = guess.state[layer], guess.done[layer], 0 if last else guess.go[layer + 1]
+            last = layer + 1 == cache.expert_to_slot.shape[0]
+            guessed = (
+                guess.state[layer],
+                guess.segments_done[layer],
+                0 if last else guess.start_signal[layer + 1],
+            )
         FETCH(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
-            plan.expert, plan.slot, plan.fetch, plan.uses, plan.count, cache.counters,
-            plan.arrived, *guessed, 0 if ahead is None else ahead, plan.expert.shape[0],
+            plan.expert, plan.slot, plan.fetch_flags, plan.uses, plan.count, cache.counters,
+            plan.fetch_progress, *guessed, 0 if l2_prefetch is None else l2_prefetch,
+            plan.expert.shape[0],
             cache.record.nbytes, cache.record.down, near,
         )  # fmt: skip
 
-    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
+    def prefetch_experts(
+        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+    ) -> None:
         layers, experts, _ = arena.records.shape
         FETCH_EARLY(
             self.stream, FETCH_BLOCKS, cache.slots[0], arena.records, guess.expert, guess.slot,
-            guess.state, guess.done, guess.go, cache.step, cache.record.nbytes, layers, experts,
+            guess.state, guess.segments_done, guess.start_signal, cache.step, cache.record.nbytes,
+            layers, experts,
         )  # fmt: skip
 
     def expert_up(
         self,
-        inner: Rows,
-        shared_inner: Rows,
-        h: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
+        h: MatmulInput,
         ids: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -210,49 +221,51 @@ class GpuExperts(GpuRows):
         both: Array,
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
-        if not fits_experts(record, tokens):
+        if not supports_fused_experts(record, tokens):
             if part != "there":
                 self._plain_up(inner, h, ids, cache, layer)
             if part != "rest":
-                self.gated_up(shared_inner, h, shared.up, both)
+                self.gate_up_silu(shared_inner, h, shared.up, both)
             return
-        wide, size, part_of = 0, shared.up.rows // 2, 0.0
+        wide, size, part_of = 0, shared.up.out_features // 2, 0.0
         if part != "rest":
             if fits_shared(shared):
                 # a tile of INT8 is twice the bytes of one of INT4
                 part_of = 2 * size / (2 * size + top_k * record.inner)
-                wide = share(self.machine, size, record.hidden, 4, False, part_of).blocks
+                wide = tile_matrix(self.machine, size, record.hidden, 4, False, part_of).blocks
             else:
-                self.gated_up(shared_inner, h, shared.up, both)
-        some = share(
+                self.gate_up_silu(shared_inner, h, shared.up, both)
+        some = tile_matrix(
             self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of, EXPERT_TILES
         )
         EXPERTS_UP(
-            self.stream, some.blocks + wide, tokens, inner.split, shared_inner.split, h.split,
-            h.squares or 0, ids, *_placed(plan, part), cache.slots[layer],
+            self.stream, some.blocks + wide, tokens, inner.hi_lo, shared_inner.hi_lo, h.hi_lo,
+            h.square_sums or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
             record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            PARTS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
+            EXPERT_SUBSETS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
         )  # fmt: skip
 
-    def _plain_up(self, inner: Rows, h: Rows, ids: Array, cache: ExpertCache, layer: int) -> None:
+    def _plain_up(
+        self, inner: MatmulInput, h: MatmulInput, ids: Array, cache: ExpertCache, layer: int
+    ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
         more: tuple[int, ...] = ()
         if record.bits != 16:
             more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
         EXPERT_UP[record.bits](
-            self.stream, tokens, inner.f32, self.joined(h), ids, cache.slots[layer],
-            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+            self.stream, tokens, inner.f32, self.merge_hi_lo(h), ids, cache.slots[layer],
+            cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
 
     def expert_down(
         self,
         x: Array,
-        inner: Rows,
-        shared_inner: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
         ids: Array,
         weights: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -260,35 +273,41 @@ class GpuExperts(GpuRows):
         scores: Array,
         said: Array,
         y: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
-        if not fits_experts(record, tokens):
+        if not supports_fused_experts(record, tokens):
             if part == "there":
                 return
             self._plain_down(y, inner, ids, weights, cache, layer)
             self.linear(said, shared_inner, shared.down)
-            self.add_gated(y, said, scores, shared.column)
+            self.add_sigmoid_gated(y, said, scores, shared.column)
             self.add(x, y)
-            self.norm(h, x, norm)
+            self.rms_norm(h, x, norm)
             return
         wide = fits_shared(shared)
         if not wide and part != "rest":
             self.linear(said, shared_inner, shared.down)
-        own = shared.down.columns if wide else 0
-        some, ring = share_down(self.machine, record, tokens, top_k, own)
+        own = shared.down.in_features if wide else 0
+        some, ring = tile_expert_down(self.machine, record, tokens, top_k, own)
         EXPERTS_DOWN(
-            self.stream, some.blocks, tokens, x, inner.split, ids,
-            *_placed(plan, part), weights, cache.slots[layer], shared_inner.split,
+            self.stream, some.blocks, tokens, x, inner.hi_lo, ids,
+            *_placed(plan, part), weights, cache.slots[layer], shared_inner.hi_lo,
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
-            scores, y, h.split, norm, h.squares, record.hidden, record.inner, own, top_k,
+            scores, y, h.hi_lo, norm, h.square_sums, record.hidden, record.inner, own, top_k,
             record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, PARTS.index(part), FETCH_WARPS, ring,
+            some.tiles, EXPERT_SUBSETS.index(part), FETCH_WARPS, ring,
         )  # fmt: skip
 
     def _plain_down(
-        self, y: Array, inner: Rows, ids: Array, weights: Array, cache: ExpertCache, layer: int
+        self,
+        y: Array,
+        inner: MatmulInput,
+        ids: Array,
+        weights: Array,
+        cache: ExpertCache,
+        layer: int,
     ) -> None:
         record, (tokens, top_k) = cache.record, ids.shape
         more: tuple[int, ...] = (record.down,)
@@ -298,33 +317,36 @@ class GpuExperts(GpuRows):
             more += (record.down_scale, record.down_group)
         EXPERT_DOWN[record.bits](
             self.stream, tokens, y, inner.f32, ids, weights, cache.slots[layer],
-            cache.slot_of[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+            cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
 
-    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+    def gate_up_silu(
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+    ) -> None:
         tokens, size = inner.f32.shape
-        if w.format != "int8" or w.columns % 64 or size % 4 or not self.fits(a):
+        if w.format != "int8" or w.in_features % 64 or size % 4 or not self.fits(a):
             self.linear(both, a, w)
-            self.silu_mul(inner.f32, both)
-            self.settle(inner)
+            self.silu_and_mul(inner.f32, both)
+            self.prepare_input(inner)
             return
-        some = share(self.machine, size, w.columns, 4, False)
+        some = tile_matrix(self.machine, size, w.in_features, 4, False)
         GATED_UP(
-            self.stream, some.blocks, inner.split, a.split, a.squares or 0, w.data, w.scale, tokens,
-            some.rows(tokens), size, w.columns, some.tiles, a.eps,
+            self.stream, some.blocks, inner.hi_lo, a.hi_lo, a.square_sums or 0, w.data, w.scale,
+            tokens,
+            some.rows(tokens), size, w.in_features, some.tiles, a.eps,
         )  # fmt: skip
 
-    def silu_mul(self, out: Array, x: Array) -> None:
+    def silu_and_mul(self, out: Array, x: Array) -> None:
         tokens, inner = out.shape
         SILU_MUL(self.stream, tokens, out, x, inner)
 
-    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         tokens, dim = out.shape
         ADD_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
 
 
-def _placed(plan: ExpertPlan | None, part: str) -> tuple[Array | int, Array | int]:
+def _placed(plan: SlotAssignment | None, part: str) -> tuple[Array | int, Array | int]:
     """Where experts are, and of those that are being fetched what says that they have arrived."""
     if plan is None:
         return 0, 0
-    return plan.pairs, plan.arrived if part == "rest" else 0
+    return plan.pair_slots, plan.fetch_progress if part == "rest" else 0

@@ -1,7 +1,7 @@
 """Memory, rows and matrices of GpuOps, and the making of weights.
 
-Matrices for few tokens read rows as hi + lo (values.Rows), which whoever makes rows leaves behind;
-the kernels for odd shapes read f32, which join_f32 makes again.
+Matrices for few tokens read hi + lo halves (values.MatmulInput), which the producer of the rows
+stores; the kernels for odd shapes read f32, which join_f32 restores.
 """
 
 import contextlib
@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import kernel
-from osmium.ops.fit import MATVEC_NORM, Share, fits_matvec, share
-from osmium.ops.machine import Machine
-from osmium.ops.values import Array, Fill, Linear, Rows
-from osmium.quant.noise import Pattern
+from osmium.ops.fit import MATVEC_NORM, Tiling, supports_matvec, tile_matrix
+from osmium.ops.machine import DeviceRuntime
+from osmium.ops.values import Array, Fill, LinearWeight, MatmulInput
+from osmium.quant.noise import BitPattern
 from osmium.quant.record import group_of
 
 __all__ = ["GpuRows"]
@@ -35,7 +35,7 @@ MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4"
 class GpuRows:
     """See ops.Ops for every method's formula, shapes and source."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: DeviceRuntime) -> None:
         self.machine = machine
         self.stream = machine.stream
         self.bytes_to_host = 0
@@ -47,16 +47,18 @@ class GpuRows:
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return self.machine.empty(shape, dtype)
 
-    def put(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         made = self.machine.empty(array.shape, array.dtype)
-        self.machine.copy_in(made, np.ascontiguousarray(array))
+        self.machine.copy_h2d(made, np.ascontiguousarray(array))
         return made
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
-        return self.machine.host(shape, dtype, fill)
+    def empty_mapped(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> Array:
+        return self.machine.empty_mapped(shape, dtype, fill)
 
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.mailbox(shape, dtype)
+    def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+        return self.machine.zeros_mapped(shape, dtype)
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
         return self.machine.host_view(array)
@@ -64,45 +66,45 @@ class GpuRows:
     def release(self, array: Array) -> None:
         self.machine.release(array)
 
-    def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
-        return Rows(
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
+        return MatmulInput(
             self.empty((tokens, width), np.float32),
             self.empty((tokens, 2, width), np.uint16),
             None if eps is None else self.empty((tokens, width // 8), np.float32),
             eps or 0.0,
         )
 
-    def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
-        self.machine.copy_in(out, source)
+    def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
+        self.machine.copy_h2d(out, source)
 
-    def copy_out(self, source: Array) -> npt.NDArray[Any]:
+    def copy_d2h(self, source: Array) -> npt.NDArray[Any]:
         self.bytes_to_host += source.nbytes
-        return self.machine.copy_out(source)
+        return self.machine.copy_d2h(source)
 
     def copy(self, out: Array, source: Array) -> None:
         self.machine.copy(out, source)
 
-    def fill(self, out: Array, byte: int) -> None:
-        self.machine.fill(out, byte)
+    def memset(self, out: Array, byte: int) -> None:
+        self.machine.memset(out, byte)
 
     def synchronize(self) -> None:
         self.machine.synchronize()
 
     @contextlib.contextmanager
-    def beside(self, early: bool = False) -> Iterator[None]:
-        self.stream = self.machine.fork(early)
+    def on_side_stream(self, early: bool = False) -> Iterator[None]:
+        self.stream = self.machine.fork_side_stream(early)
         self.fetches_early |= early
         try:
             yield
         finally:
             self.stream = self.machine.stream
 
-    def join(self, early: bool = False) -> None:
-        self.machine.join(early)
+    def join_side_stream(self, early: bool = False) -> None:
+        self.machine.join_side_stream(early)
         self.fetches_early &= not early
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
-        return self.machine.record(run)
+    def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
+        return self.machine.capture_graph(run)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -110,45 +112,47 @@ class GpuRows:
         tokens, dim = out.shape
         EMBED(self.stream, tokens, out, ids, table, dim)
 
-    def take(self, out: Array, x: Array, rows: Array) -> None:
+    def gather_rows(self, out: Array, x: Array, rows: Array) -> None:
         count, dim = out.shape
         TAKE(self.stream, count, out, x, rows, dim)
 
     def add(self, out: Array, x: Array) -> None:
         ADD(self.stream, out, x, out.nbytes // 4)
 
-    def settle(self, a: Rows) -> None:
+    def prepare_input(self, a: MatmulInput) -> None:
         tokens, width = a.f32.shape
-        SPLIT(self.stream, tokens, a.split, 0, a.f32, 0, width)
+        SPLIT(self.stream, tokens, a.hi_lo, 0, a.f32, 0, width)
 
-    def norm(self, h: Rows, x: Array, w: Array) -> None:
+    def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         tokens, width = x.shape
-        SPLIT(self.stream, tokens, h.split, h.squares, x, w, width)
+        SPLIT(self.stream, tokens, h.hi_lo, h.square_sums, x, w, width)
 
-    def joined(self, a: Rows) -> Array:
+    def merge_hi_lo(self, a: MatmulInput) -> Array:
         """The rows in f32, for kernels that read that."""
         tokens, width = a.f32.shape
-        JOIN(self.stream, tokens, a.f32, a.split, a.squares or 0, width, a.eps)
+        JOIN(self.stream, tokens, a.f32, a.hi_lo, a.square_sums or 0, width, a.eps)
         return a.f32
 
     # -- matrices --------------------------------------------------------------------------------
 
-    def linear(self, out: Array, a: Rows, w: Linear) -> None:
-        if fits_matvec(w) and self.fits(a):
+    def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
+        if supports_matvec(w) and self.fits(a):
             self.matvec(out, a, w, None, None)
         else:
-            self.plain_linear(out, self.joined(a), w, 0)
+            self.plain_linear(out, self.merge_hi_lo(a), w, 0)
 
-    def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
-        if fits_matvec(w) and w.rows % 8 == 0 and self.fits(a):
+    def linear_add_rms_norm(
+        self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
+    ) -> None:
+        if supports_matvec(w) and w.out_features % 8 == 0 and self.fits(a):
             self.matvec(x, a, w, h, norm)
         else:
-            self.plain_linear(x, self.joined(a), w, 1)
-            self.norm(h, x, norm)
+            self.plain_linear(x, self.merge_hi_lo(a), w, 1)
+            self.rms_norm(h, x, norm)
 
-    def plain_linear(self, out: Array, x: Array, w: Linear, add: int) -> None:
+    def plain_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
         """Any shape, f32 rows."""
-        sizes = (x.shape[0], w.rows, w.columns)
+        sizes = (x.shape[0], w.out_features, w.in_features)
         if w.format == "bf16":
             LINEAR["bf16"](self.stream, out, x, w.data, *sizes, add)
         elif w.format == "int8":
@@ -157,26 +161,33 @@ class GpuRows:
             LINEAR["int4"](self.stream, out, x, w.data, w.scale, *sizes, w.group, add)
 
     def matvec(
-        self, out: Array, a: Rows, w: Linear, h: Rows | None, norm: Array | None, made: bool = False
+        self,
+        out: Array,
+        a: MatmulInput,
+        w: LinearWeight,
+        h: MatmulInput | None,
+        norm: Array | None,
+        made: bool = False,
     ) -> None:
         """`made`: a.split holds digits, as ptx/int4_matvec_f32.ptx has them."""
-        to = (0, 0, 0) if h is None else (h.split, norm, h.squares)
+        to = (0, 0, 0) if h is None else (h.hi_lo, norm, h.square_sums)
         tokens, some = a.f32.shape[0], self.share(w)
         MATVEC[w.format](
-            self.stream, some.blocks, out, a.split, a.squares or 0, w.data,
+            self.stream, some.blocks, out, a.hi_lo, a.square_sums or 0, w.data,
             *([] if w.scale is None else [w.scale]), *to,
-            tokens, some.rows(tokens), w.rows, w.columns, some.tiles, int(h is not None),
+            tokens, some.rows(tokens), w.out_features, w.in_features, some.tiles,
+            int(h is not None),
             *([int(made)] if w.format == "int4" else []), a.eps,
         )  # fmt: skip
 
     @staticmethod
-    def fits(a: Rows) -> bool:
+    def fits(a: MatmulInput) -> bool:
         """Whether the matrices for few tokens can divide by its norm."""
-        return a.squares is None or a.f32.shape[1] <= MATVEC_NORM
+        return a.square_sums is None or a.f32.shape[1] <= MATVEC_NORM
 
-    def share(self, w: Linear) -> Share:
+    def share(self, w: LinearWeight) -> Tiling:
         """How blocks share out a matrix in tiles of eight rows."""
-        return share(self.machine, w.rows, w.columns, 8, w.format == "int4")
+        return tile_matrix(self.machine, w.out_features, w.in_features, 8, w.format == "int4")
 
     # -- making weights --------------------------------------------------------------------------
 
@@ -192,7 +203,9 @@ class GpuRows:
         count, rows, columns = w.shape
         QUANTIZE_INT8(self.stream, count, out, w, out.shape[1], data, scale, rows, columns)
 
-    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+    def random_fill(
+        self, out: Array, start: int, nbytes: int, seed: int, pattern: BitPattern
+    ) -> None:
         count, stride = out.shape
         halves = [
             half

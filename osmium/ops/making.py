@@ -5,13 +5,13 @@ import numpy as np
 from osmium.ops.values import Array
 from osmium.quant import int4, int8, noise
 from osmium.quant.floats import f32_from_bf16
-from osmium.quant.noise import Pattern
+from osmium.quant.noise import BitPattern
 from osmium.quant.record import group_of
 
-__all__ = ["ReferenceMaking"]
+__all__ = ["ReferenceQuantOps"]
 
 
-class ReferenceMaking:
+class ReferenceQuantOps:
     """See ops.Ops for every method's formula, shapes and source."""
 
     def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
@@ -26,7 +26,9 @@ class ReferenceMaking:
             row[data : data + values.nbytes] = values.reshape(-1).view(np.uint8)
             row[scale : scale + scales.nbytes] = scales.view(np.uint8)
 
-    def noise(self, out: Array, start: int, nbytes: int, seed: int, pattern: Pattern) -> None:
+    def random_fill(
+        self, out: Array, start: int, nbytes: int, seed: int, pattern: BitPattern
+    ) -> None:
         words = out.shape[1] // 8
         for i, row in enumerate(out):
             part = row[start : start + nbytes].view(np.uint64)

@@ -11,15 +11,14 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import placing
+from osmium.ops import placing, sampling
 from osmium.ops.formulas import (
     CHUNK,
     F32,
-    context,
     delta_chunk,
     expert_matrices,
+    gather_kv,
     heads_of,
-    keep,
     matrix,
     normed,
     rope,
@@ -27,43 +26,43 @@ from osmium.ops.formulas import (
     sigmoid,
     silu,
     slots_of,
+    write_kv,
 )
-from osmium.ops.making import ReferenceMaking
-from osmium.ops.sampling import draw
+from osmium.ops.making import ReferenceQuantOps
 from osmium.ops.values import (
     FETCH_BLOCKS,
-    PIECE,
+    FETCH_SEGMENT_BYTES,
     STOP,
     Array,
-    AttentionRoom,
     AttentionWeights,
-    DeltaRoom,
+    AttentionWorkspace,
+    DecodeState,
+    DeltaNetWorkspace,
     DeltaWeights,
-    ExpertArena,
     ExpertCache,
-    ExpertGuess,
-    ExpertPlan,
     Fill,
-    KeysValues,
-    Linear,
-    Replies,
-    Rows,
+    HostExperts,
+    LinearWeight,
+    MatmulInput,
+    PagedKV,
+    PrefetchState,
     SharedExpert,
-    Step,
+    SlotAssignment,
+    StepInputs,
 )
 from osmium.quant.floats import f32_from_bf16
 
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps(ReferenceMaking):
+class ReferenceOps(ReferenceQuantOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, keep: int = 4 << 30) -> None:
         """`keep` bytes may hold f32 copies of matrices; past that they are made at each use."""
         self.bytes_to_host = 0
         self._room = keep
-        self._kept: dict[int, tuple[Linear, F32]] = {}
+        self._kept: dict[int, tuple[LinearWeight, F32]] = {}
         self._experts: dict[int, tuple[Array, F32, F32]] = {}
         """By the address of a slot, which it keeps from being used again."""
 
@@ -72,16 +71,18 @@ class ReferenceOps(ReferenceMaking):
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.empty(shape, dtype)
 
-    def put(self, array: npt.NDArray[Any]) -> Array:
+    def to_device(self, array: npt.NDArray[Any]) -> Array:
         return array  # kernels are NumPy: a mapped file serves as it is
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Array:
+    def empty_mapped(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> Array:
         made = np.empty(shape, dtype)
         if fill is not None:
             fill(made.reshape(-1).view(np.uint8))
         return made
 
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
+    def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         return np.zeros(shape, dtype)
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
@@ -90,14 +91,14 @@ class ReferenceOps(ReferenceMaking):
     def release(self, array: Array) -> None:
         pass
 
-    def rows(self, tokens: int, width: int, eps: float | None = None) -> Rows:
-        return Rows(self.empty((tokens, width), np.float32), eps=eps or 0.0)
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
+        return MatmulInput(self.empty((tokens, width), np.float32), eps=eps or 0.0)
 
-    def copy_in(self, out: Array, source: npt.NDArray[Any]) -> None:
+    def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
         assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"
         out[...] = source
 
-    def copy_out(self, source: Array) -> npt.NDArray[Any]:
+    def copy_d2h(self, source: Array) -> npt.NDArray[Any]:
         self.bytes_to_host += source.nbytes
         return np.array(source)
 
@@ -105,20 +106,20 @@ class ReferenceOps(ReferenceMaking):
         out[...] = source
         self._forget(out)
 
-    def fill(self, out: Array, byte: int) -> None:
+    def memset(self, out: Array, byte: int) -> None:
         out.view(np.uint8)[...] = byte
 
     def synchronize(self) -> None:
         pass
 
     @contextlib.contextmanager
-    def beside(self, early: bool = False) -> Iterator[None]:
+    def on_side_stream(self, early: bool = False) -> Iterator[None]:
         yield
 
-    def join(self, early: bool = False) -> None:
+    def join_side_stream(self, early: bool = False) -> None:
         pass
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
     # -- rows ------------------------------------------------------------------------------------
@@ -126,26 +127,28 @@ class ReferenceOps(ReferenceMaking):
     def embed(self, out: Array, ids: Array, table: Array) -> None:
         out[...] = f32_from_bf16(table[ids])
 
-    def take(self, out: Array, x: Array, rows: Array) -> None:
+    def gather_rows(self, out: Array, x: Array, rows: Array) -> None:
         out[...] = x[rows]
 
     def add(self, out: Array, x: Array) -> None:
         out += x
 
-    def settle(self, a: Rows) -> None:
+    def prepare_input(self, a: MatmulInput) -> None:
         pass
 
-    def norm(self, h: Rows, x: Array, w: Array) -> None:
+    def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         np.multiply(normed(x, h.eps), 1 + w, out=h.f32)
 
-    def linear(self, out: Array, a: Rows, w: Linear) -> None:
+    def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
         np.matmul(a.f32, self._f32(w).T, out=out)
 
-    def linear_norm(self, x: Array, a: Rows, w: Linear, h: Rows, norm: Array) -> None:
+    def linear_add_rms_norm(
+        self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
+    ) -> None:
         x += np.matmul(a.f32, self._f32(w).T)
-        self.norm(h, x, norm)
+        self.rms_norm(h, x, norm)
 
-    def _f32(self, w: Linear) -> F32:
+    def _f32(self, w: LinearWeight) -> F32:
         kept = self._kept.get(id(w))
         if kept is not None:
             return kept[1]
@@ -159,7 +162,7 @@ class ReferenceOps(ReferenceMaking):
 
     def rope_append(
         self,
-        q: Array, kv: KeysValues, qgkv: Array, norms: Array, frequencies: Array, step: Step,
+        q: Array, kv: PagedKV, qgkv: Array, norms: Array, frequencies: Array, step: StepInputs,
         eps: float,
     ) -> None:  # fmt: skip
         tokens, heads, size = q.shape
@@ -169,21 +172,21 @@ class ReferenceOps(ReferenceMaking):
         cos, sin = np.cos(angle), np.sin(angle)
         q[...] = rope(normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
         k = rope(normed(new[:, 0], eps) * (1 + norms[1]), cos, sin)
-        page = step.pages[step.sequence, step.positions // step.page]
+        page = step.page_table[step.sequence_ids, step.positions // step.page]
         row = step.positions % step.page
-        keep(kv.k, kv.k_scales, page, row, k)
-        keep(kv.v, kv.v_scales, page, row, new[:, 1])
+        write_kv(kv.k, kv.k_scales, page, row, k)
+        write_kv(kv.v, kv.v_scales, page, row, new[:, 1])
 
-    def attention(self, out: Array, q: Array, kv: KeysValues, step: Step, scale: float) -> None:
+    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         _, heads, size = q.shape
         groups = kv.k.shape[2]
         for s in range(step.sequences):
-            rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
+            rows = slice(int(step.query_start_loc[s]), int(step.query_start_loc[s + 1]))
             positions = step.positions[rows]
             length = int(positions[-1]) + 1
-            pages = step.pages[s, : -(-length // step.page)]
-            k = context(kv.k, kv.k_scales, pages, length)  # [G, n, d]
-            v = context(kv.v, kv.v_scales, pages, length)
+            pages = step.page_table[s, : -(-length // step.page)]
+            k = gather_kv(kv.k, kv.k_scales, pages, length)  # [G, n, d]
+            v = gather_kv(kv.v, kv.v_scales, pages, length)
             mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
             keys = k[:, None].swapaxes(-1, -2)
             scores = np.matmul(mine, keys) * np.float32(scale)  # [G, r, t, n]
@@ -198,19 +201,19 @@ class ReferenceOps(ReferenceMaking):
     def gated_attention(
         self,
         x: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
         qgkv: Array,
         weights: AttentionWeights,
-        kv: KeysValues,
-        room: AttentionRoom,
-        step: Step,
+        kv: PagedKV,
+        room: AttentionWorkspace,
+        step: StepInputs,
     ) -> None:
-        w, heads = weights, room.read.f32.reshape(room.q.shape)
+        w, heads = weights, room.attn_out.f32.reshape(room.q.shape)
         self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
         self.attention(heads, room.q, kv, step, w.scale)
         self.sigmoid_gate(heads, qgkv)
-        self.linear_norm(x, room.read, w.out, h, norm)
+        self.linear_add_rms_norm(x, room.attn_out, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
@@ -218,12 +221,12 @@ class ReferenceOps(ReferenceMaking):
 
     # -- gated delta net ---------------------------------------------------------------------------
 
-    def conv(self, out: Array, u: Array, w: Array, state: Array, step: Step) -> None:
+    def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         channels = out.shape[1]
         for s in range(step.sequences):
-            rows = slice(int(step.starts[s]), int(step.starts[s + 1]))
-            slot = int(step.slots[s])
-            past = int(step.past[s])
+            rows = slice(int(step.query_start_loc[s]), int(step.query_start_loc[s + 1]))
+            slot = int(step.state_slots[s])
+            past = int(step.context_lens[s])
             recent = (past + np.arange(4)) % 4  # where positions past - 4 and on are
             before = state[slot].T[recent] if past else np.zeros((4, channels), np.float32)
             window = np.concatenate([before, u[rows, :channels]])  # [4 + t, C]
@@ -240,8 +243,8 @@ class ReferenceOps(ReferenceMaking):
         decay[...] = -np.exp(a_log) * softplus
         beta[...] = sigmoid(b)
 
-    def delta_step(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_recurrent(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         for s, rows, past in sequences_of(step):
             q, k, v = heads_of(qkv[rows], state.shape)
@@ -256,21 +259,21 @@ class ReferenceOps(ReferenceMaking):
             state[s] = carried
 
     def delta_net(
-        self, x: Array, h: Rows, norm: Array, u: Array, weights: DeltaWeights, inputs: Array,
-        state: Array, room: DeltaRoom, step: Step, chunks: bool,
+        self, x: Array, h: MatmulInput, norm: Array, u: Array, weights: DeltaWeights, inputs: Array,
+        state: Array, room: DeltaNetWorkspace, step: StepInputs, chunks: bool,
     ) -> None:  # fmt: skip
         w, qkv = weights, room.qkv
         read = room.read.f32.reshape(-1, state.shape[1], state.shape[3])
         self.linear(room.ab, h, w.ab)
-        self.conv(qkv, u, w.conv, inputs, step)
+        self.causal_conv1d(qkv, u, w.conv, inputs, step)
         self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
-        rule = self.delta_chunk if chunks else self.delta_step
+        rule = self.delta_rule_chunk if chunks else self.delta_rule_recurrent
         rule(read, qkv, room.decay, room.beta, state, step)
-        self.gated_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
-        self.linear_norm(x, room.read, w.out, h, norm)
+        self.gated_rms_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
+        self.linear_add_rms_norm(x, room.read, w.out, h, norm)
 
-    def delta_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: Step
+    def delta_rule_chunk(
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         for s, rows, past in sequences_of(step):
             q, k, v = (x.swapaxes(0, 1) for x in heads_of(qkv[rows], state.shape))  # [V, t, d]
@@ -282,7 +285,9 @@ class ReferenceOps(ReferenceMaking):
                 out[rows][c] = o.swapaxes(0, 1)
             state[s] = carried
 
-    def gated_norm(self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float) -> None:
+    def gated_rms_norm(
+        self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float
+    ) -> None:
         gate = z[:, column : column + x.shape[1] * x.shape[2]].reshape(x.shape)
         np.multiply(normed(x, eps) * w, silu(gate), out=out)
 
@@ -293,30 +298,30 @@ class ReferenceOps(ReferenceMaking):
         ids: Array,
         weights: Array,
         scores: Array,
-        h: Rows,
-        w: Linear,
+        h: MatmulInput,
+        w: LinearWeight,
         experts: int,
         counters: Array,
         arrived: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: ExpertGuess | None = None,
-        after: Linear | None = None,
+        guess: PrefetchState | None = None,
+        after: LinearWeight | None = None,
         predicted: Array | None = None,
     ) -> None:
         self.linear(scores, h, w)
-        self.route(ids, weights, scores, experts, counters)
+        self.topk_softmax(ids, weights, scores, experts, counters)
         if trace is not None:
-            self.replay(ids, trace, layer, positions)
+            self.replay_routing(ids, trace, layer, positions)
         if guess is not None and after is not None:
             of, likely = ids.shape[0], guess.scores[: ids.shape[0]]
             self.linear(likely, h, after)
-            self.route(guess.ids[:of], guess.weights[:of], likely, experts, guess.counters)
+            self.topk_softmax(guess.ids[:of], guess.weights[:of], likely, experts, guess.counters)
             if predicted is not None:
-                self.replay(guess.ids[:of], predicted, layer + 1, positions)
+                self.replay_routing(guess.ids[:of], predicted, layer + 1, positions)
 
-    def route(
+    def topk_softmax(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
     ) -> None:
         top_k = ids.shape[1]
@@ -328,46 +333,48 @@ class ReferenceOps(ReferenceMaking):
         weights[...] = p / p.sum(axis=1, keepdims=True)
         counters[0] += ids.size
 
-    def replay(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
+    def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
         ids[...] = trace[positions % len(trace), layer]
 
-    def place(
+    def assign_slots(
         self,
-        plan: ExpertPlan,
+        plan: SlotAssignment,
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: ExpertGuess | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
-        placing.place(plan, cache, layer, ids, guess)
+        placing.assign_slots(plan, cache, layer, ids, guess)
 
-    def fetch(
+    def fetch_experts(
         self,
         cache: ExpertCache,
-        plan: ExpertPlan,
-        arena: ExpertArena,
+        plan: SlotAssignment,
+        arena: HostExperts,
         layer: int,
-        ahead: Array | None = None,
-        guess: ExpertGuess | None = None,
+        l2_prefetch: Array | None = None,
+        guess: PrefetchState | None = None,
     ) -> None:
-        for u in np.flatnonzero(plan.fetch[: int(plan.count[0])]):
+        for u in np.flatnonzero(plan.fetch_flags[: int(plan.count[0])]):
             slot = int(plan.slot[u])
             cache.slots[layer][slot] = arena.records[layer, plan.expert[u]]
             self._forget(cache.slots[layer][slot])
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
-            if guess is not None and plan.fetch[u] == 2:
-                cache.counters[6] += int(guess.done[layer].sum())
-        if guess is not None and layer + 1 < cache.slot_of.shape[0]:
-            guess.go[layer + 1] |= 8 * (guess.go[layer + 1] % 16 < 8)
+            if guess is not None and plan.fetch_flags[u] == 2:
+                cache.counters[6] += int(guess.segments_done[layer].sum())
+        if guess is not None and layer + 1 < cache.expert_to_slot.shape[0]:
+            guess.start_signal[layer + 1] |= 8 * (guess.start_signal[layer + 1] % 16 < 8)
 
-    def fetch_early(self, cache: ExpertCache, guess: ExpertGuess, arena: ExpertArena) -> None:
-        pieces, blocks = -(-cache.record.nbytes // PIECE), np.arange(FETCH_BLOCKS)
+    def prefetch_experts(
+        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+    ) -> None:
+        pieces, blocks = -(-cache.record.nbytes // FETCH_SEGMENT_BYTES), np.arange(FETCH_BLOCKS)
         first = 0
         for layer, slots in enumerate(cache.slots):
             expert, slot = int(guess.expert[layer]), int(guess.slot[layer]) - first
             first += len(slots)
-            said = int(guess.go[layer][0]) - 16 * (int(cache.step[0]) + 1)
+            said = int(guess.start_signal[layer][0]) - 16 * (int(cache.step[0]) + 1)
             if not layer or said == 15:
                 continue
             if said != 8:
@@ -377,15 +384,17 @@ class ReferenceOps(ReferenceMaking):
             if not stopped and expert >= 0:
                 slots[slot] = arena.records[layer, expert]
                 self._forget(slots[slot])
-                guess.done[layer] = np.repeat((pieces - blocks + len(blocks) - 1) // len(blocks), 8)
+                guess.segments_done[layer] = np.repeat(
+                    (pieces - blocks + len(blocks) - 1) // len(blocks), 8
+                )
 
     def expert_up(
         self,
-        inner: Rows,
-        shared_inner: Rows,
-        h: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
+        h: MatmulInput,
         ids: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -402,16 +411,16 @@ class ReferenceOps(ReferenceMaking):
             gates = h.f32[mine // top_k] @ up.T
             inner.f32[mine] = silu(gates[:, :size]) * gates[:, size:]
         if part != "rest":
-            self.gated_up(shared_inner, h, shared.up, both)
+            self.gate_up_silu(shared_inner, h, shared.up, both)
 
     def expert_down(
         self,
         x: Array,
-        inner: Rows,
-        shared_inner: Rows,
+        inner: MatmulInput,
+        shared_inner: MatmulInput,
         ids: Array,
         weights: Array,
-        plan: ExpertPlan | None,
+        plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
         part: Literal["all", "there", "rest"],
@@ -419,7 +428,7 @@ class ReferenceOps(ReferenceMaking):
         scores: Array,
         said: Array,
         y: Array,
-        h: Rows,
+        h: MatmulInput,
         norm: Array,
     ) -> None:
         if part == "there":
@@ -436,13 +445,15 @@ class ReferenceOps(ReferenceMaking):
         for a in range(1, ids.shape[1]):
             y += by_token[:, a]
         self.linear(said, shared_inner, shared.down)
-        self.add_gated(y, said, scores, shared.column)
+        self.add_sigmoid_gated(y, said, scores, shared.column)
         x += y
-        self.norm(h, x, norm)
+        self.rms_norm(h, x, norm)
 
-    def gated_up(self, inner: Rows, a: Rows, w: Linear, both: Array) -> None:
+    def gate_up_silu(
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+    ) -> None:
         self.linear(both, a, w)
-        self.silu_mul(inner.f32, both)
+        self.silu_and_mul(inner.f32, both)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
         there = cache.slots[layer][slot]
@@ -461,38 +472,25 @@ class ReferenceOps(ReferenceMaking):
         if kept is not None:
             self._room += kept[1].nbytes + kept[2].nbytes
 
-    def silu_mul(self, out: Array, x: Array) -> None:
+    def silu_and_mul(self, out: Array, x: Array) -> None:
         size = out.shape[1]
         np.multiply(silu(x[:, :size]), x[:, size:], out=out)
 
-    def add_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         out += sigmoid(gate[:, column : column + 1]) * x
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: Replies) -> None:
-        chances = replies.chance[int(replies.turn[0]) % replies.ring]
+    def sample(self, logits: Array, replies: DecodeState) -> None:
+        chances = replies.uniforms[int(replies.decode_step[0]) % replies.ring]
         for row, scores in enumerate(logits):
             if not np.isfinite(scores.max()):
                 replies.token[row] = -1
                 continue
-            temperature, top_k, top_p, min_p = (float(x) for x in replies.settings[row])
+            temperature, top_k, top_p, min_p = (float(x) for x in replies.sampler_params[row])
             wide, lot = scores.astype(np.float64), float(chances[row])
-            replies.token[row] = draw(wide, temperature, top_k, top_p, min_p, lot)
+            token = sampling.sample_from_logits(wide, temperature, top_k, top_p, min_p, lot)
+            replies.token[row] = token
 
-    def advance(self, step: Step, replies: Replies) -> None:
-        said = np.where(replies.left > 0, replies.token, -2)
-        over = (said == -1) | (replies.left == 1)
-        over |= (replies.heed != 0) & np.isin(said, replies.eos)
-        gone, on = over & (said != -2), ~over & (said != -2)
-        for array in (step.ids, step.positions, step.past, replies.left):
-            array[gone] = 0
-        step.slots[gone], step.pages[gone, 0] = replies.nobody, replies.nowhere
-        step.ids[on] = said[on]
-        step.positions[on] += 1
-        step.past[on] += 1
-        replies.left[on] -= 1
-        rows, turn = len(said), int(replies.turn[0])
-        at = 1 + turn % replies.ring * rows
-        replies.mail[at : at + rows] = said
-        replies.turn[0] = replies.mail[0] = turn + 1
+    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
+        sampling.advance_step(step, replies)

@@ -3,12 +3,14 @@
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["draw"]
+from osmium.ops.values import DecodeState, StepInputs
+
+__all__ = ["advance_step", "sample_from_logits"]
 
 F64 = npt.NDArray[np.float64]
 
 
-def draw(
+def sample_from_logits(
     scores: F64, temperature: float, top_k: float, top_p: float, min_p: float, chance: float
 ) -> int:
     """A token by Ops.sample's rule; scores f64 [vocab], chance in [0, 1)."""
@@ -40,3 +42,22 @@ def _filtered(
     if min_p > 0:
         p = p[p >= min_p * p[0]]
     return ids[: len(p)], p / p.sum()
+
+
+def advance_step(step: StepInputs, replies: DecodeState) -> None:
+    """See ops.Ops.advance_step."""
+    said = np.where(replies.tokens_left > 0, replies.token, -2)
+    over = (said == -1) | (replies.tokens_left == 1)
+    over |= (replies.stop_on_eos != 0) & np.isin(said, replies.eos)
+    gone, on = over & (said != -2), ~over & (said != -2)
+    for array in (step.ids, step.positions, step.context_lens, replies.tokens_left):
+        array[gone] = 0
+    step.state_slots[gone], step.page_table[gone, 0] = replies.null_slot, replies.null_page
+    step.ids[on] = said[on]
+    step.positions[on] += 1
+    step.context_lens[on] += 1
+    replies.tokens_left[on] -= 1
+    rows, turn = len(said), int(replies.decode_step[0])
+    at = 1 + turn % replies.ring * rows
+    replies.token_ring[at : at + rows] = said
+    replies.decode_step[0] = replies.token_ring[0] = turn + 1

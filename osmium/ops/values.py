@@ -16,40 +16,20 @@ import numpy as np
 
 from osmium.cuda.memory import Fill
 from osmium.kernels.weigh import BINS, SLICE
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 __all__ = [
-    "ARRIVED",
-    "COLD",
-    "DROP",
-    "FETCH_BLOCKS",
-    "FETCH_WARPS",
-    "PIECE",
-    "STOP",
-    "Array",
-    "AttentionRoom",
-    "AttentionWeights",
-    "DeltaRoom",
-    "DeltaWeights",
-    "ExpertArena",
-    "ExpertCache",
-    "ExpertGuess",
-    "ExpertPlan",
-    "Fading",
-    "Fill",
-    "KeysValues",
-    "Linear",
-    "Replies",
-    "Rows",
-    "SharedExpert",
-    "Step",
-    "rows_bytes",
+    "DROP", "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_SCORE_BIAS",
+    "ROUTER_BARRIER_SHAPE", "STOP", "Array", "AttentionWeights", "AttentionWorkspace",
+    "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
+    "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
+    "SlotAssignment", "StepInputs", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
 """np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
 
-ARRIVED = (8, 288)
+ROUTER_BARRIER_SHAPE = (8, 288)
 """Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
 work, and of each a key an expert, up to 256, and who has sent them."""
 
@@ -60,21 +40,21 @@ multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 FETCH_WARPS = 8 * FETCH_BLOCKS
 """Warps of them."""
 
-PIECE = 16 << 10
+FETCH_SEGMENT_BYTES = 16 << 10
 """Bytes of a record that a block copies at once, an eighth of them a warp."""
 
-COLD = 0.02
+PREFETCH_SCORE_BIAS = 0.02
 """Added to the warmth of an expert, to weigh a guess: about what a use of long ago is worth."""
 
 STOP, DROP = 1 << 30, 1 << 29
-"""In ExpertGuess.state: the layer is placed; and nobody asked for the guess."""
+"""In PrefetchState.state: the layer is placed; and nobody asked for the guess."""
 
-PEAK_SLICES = 128
+MIN_LOGIT_SLICES = 128
 """Slices of a row of logits that are searched side by side, at least."""
 
 
 @dataclass(frozen=True)
-class Linear:
+class LinearWeight:
     """A matrix [N, K] in one of the stored formats; y = x @ W.T.
 
     bf16  data u16 [N, K]                                               K % 8 == 0
@@ -83,9 +63,9 @@ class Linear:
     """
 
     format: Literal["bf16", "int8", "int4"]
-    rows: int
+    out_features: int
     """N, outputs."""
-    columns: int
+    in_features: int
     """K, inputs."""
     data: Array
     scale: Array | None = None
@@ -94,27 +74,27 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Rows:
+class MatmulInput:
     """Rows [T, K] on their way into matrices, in the form in which a backend's matrices read them.
 
     On the CPU that is `f32`.  On the GPU it is `split`, and where the rows are normed `squares`:
     the matrices divide their sums by the root of the mean square.  `f32` is then room for kernels
-    that read f32, and for those that write it before `Ops.settle`.
+    that read f32, and for those that write it before `Ops.prepare_input`.
     """
 
     f32: Array
     """f32 [T, K]."""
-    split: Array | None = None
+    hi_lo: Array | None = None
     """bf16 [T, 2, K]: hi, then lo; hi + lo is the value to 2^-17, without the division."""
-    squares: Array | None = None
+    square_sums: Array | None = None
     """f32 [T, K / 8]: sums of eight squares each of what the norm divides; None: not normed."""
     eps: float = 0.0
     """Of the norm."""
 
-    def __getitem__(self, part: slice) -> "Rows":
+    def __getitem__(self, part: slice) -> "MatmulInput":
         """Some of the rows."""
-        split, squares = self.split, self.squares
-        return Rows(
+        split, squares = self.hi_lo, self.square_sums
+        return MatmulInput(
             self.f32[part],
             None if split is None else split[part],
             None if squares is None else squares[part],
@@ -134,7 +114,7 @@ class DeltaWeights:
 
     conv: Array
     """f32 [C, 4], of the oldest input first."""
-    ab: Linear
+    ab: LinearWeight
     """[2V, D], the gates' a, then b."""
     a_log: Array
     """f32 [V]."""
@@ -142,13 +122,13 @@ class DeltaWeights:
     """f32 [V]."""
     norm: Array
     """f32 [dv]."""
-    out: Linear
+    out: LinearWeight
     """[D, V * dv]."""
     eps: float
 
 
 @dataclass(frozen=True)
-class DeltaRoom:
+class DeltaNetWorkspace:
     """Where a delta net's parts leave what they make."""
 
     qkv: Array
@@ -159,7 +139,7 @@ class DeltaRoom:
     """f32 [T, V]."""
     beta: Array
     """f32 [T, V]."""
-    read: Rows
+    read: MatmulInput
     """[T, V * dv], what the rule reads from its state, normed and gated."""
 
 
@@ -171,7 +151,7 @@ class AttentionWeights:
     """f32 [2, d], of queries, then of keys."""
     frequencies: Array
     """f32 [R / 2], radians a position."""
-    out: Linear
+    out: LinearWeight
     """[D, H * d]."""
     eps: float
     scale: float
@@ -179,16 +159,16 @@ class AttentionWeights:
 
 
 @dataclass(frozen=True)
-class AttentionRoom:
+class AttentionWorkspace:
     """Where attention's parts leave what they make."""
 
     q: Array
     """f32 [T, H, d], normed and turned, where steps are not of a few sequences' one row each."""
-    read: Rows
+    attn_out: MatmulInput
     """[T, H * d], what is read from values, gated."""
     partial: Array
     """f32 [splits, H, d + 2], what blocks that share contexts leave."""
-    parts: Array
+    split_counters: Array
     """i32 [SPLIT_ROWS, H, 8], 0 before and after: how many have left theirs."""
 
 
@@ -196,16 +176,16 @@ class AttentionRoom:
 class SharedExpert:
     """The expert that every token uses."""
 
-    up: Linear
+    up: LinearWeight
     """[2 Is, D], gate then up."""
-    down: Linear
+    down: LinearWeight
     """[D, Is]."""
     column: int
     """Column of the router's scores that, through a sigmoid, is its weight."""
 
 
 @dataclass(frozen=True)
-class KeysValues:
+class PagedKV:
     """The keys and values of one attention layer, in pages that sequences share out.
 
     f32, bf16, or e4m3 (u8; quant/floats.py): then row [page, token, head] is e4m3 times its scale.
@@ -222,7 +202,7 @@ class KeysValues:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepInputs:
     """Which tokens of which sequences one forward pass computes.
 
     Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in
@@ -240,39 +220,39 @@ class Step:
     """i32 [T], token ids."""
     positions: Array
     """i32 [T], from 0 in each sequence."""
-    sequence: Array
+    sequence_ids: Array
     """i32 [T], which sequence a row belongs to, 0 .. S - 1."""
-    starts: Array
+    query_start_loc: Array
     """i32 [S + 1]."""
-    past: Array
+    context_lens: Array
     """i32 [S], tokens of the sequence before this step; 0 means that its recurrent state is all
     zero, whatever the state slot holds."""
-    slots: Array
+    state_slots: Array
     """i32 [S], the recurrent-state slot of each sequence."""
-    pages: Array
+    page_table: Array
     """i32 [S, P], the page table; entries past the sequence's end are never read."""
 
 
 @dataclass(frozen=True)
-class ExpertArena:
+class HostExperts:
     """Every routed expert, as one contiguous record each, in host memory.
 
     On the GPU `records` is the device's view of mapped host memory.
     """
 
-    record: Record
+    record: ExpertLayout
     records: Array
     """u8 [L, E, record.nbytes]."""
 
 
 @dataclass(frozen=True)
-class Fading:
+class DecayConfig:
     """How two counts of an expert's uses, one that fades fast and one that fades slowly, become
     its warmth.
 
     warmth = grown * heat + share * long_heat, in f32, both heats as of now
     grown = 1 - 2^(-(step + earlier) / long_half_life)
-    share = weight * (1 - 2^(-1 / long_half_life)) / (1 - 2^(-1 / half_life))
+    long_scale = weight * (1 - 2^(-1 / long_half_life)) / (1 - 2^(-1 / half_life))
 
     That is the order of heat's uses a step plus `weight` times long heat's.  A count is uses a
     step once it is divided by the sum of its weights, 1 / (1 - 2^(-1 / half_life)) in the end; of
@@ -283,16 +263,18 @@ class Fading:
     """Steps in which an unused expert loses half of its heat."""
     long_half_life: float
     """The same of its long heat."""
-    weight: float
+    long_weight: float
     """What a use a step over the long count is worth, beside one over the other."""
-    earlier: int
+    prior_steps: int
     """Steps without a use, said to have been before the first: first uses are no rate yet."""
 
     @property
-    def share(self) -> float:
+    def long_scale(self) -> float:
         """What long heat is multiplied by."""
         return (
-            self.weight * (1 - 2 ** (-1 / self.long_half_life)) / (1 - 2 ** (-1 / self.half_life))
+            self.long_weight
+            * (1 - 2 ** (-1 / self.long_half_life))
+            / (1 - 2 ** (-1 / self.half_life))
         )
 
 
@@ -305,22 +287,22 @@ class ExpertCache:
     a long heat the same with its own half-life.
     """
 
-    record: Record
+    record: ExpertLayout
     experts: int
     """E."""
-    fading: Fading
+    fading: DecayConfig
     """What makes an expert warm."""
     slots: Sequence[Array]
     """u8 [S, record.nbytes] of each layer, which may have more or fewer than another."""
-    slot_of: Array
+    expert_to_slot: Array
     """i32 [L, E], the slot of an expert, or -1."""
-    expert_in: Sequence[Array]
+    slot_to_expert: Sequence[Array]
     """i32 [S] of each layer, the expert in a slot, or -1."""
-    heat: Array
+    short_count: Array
     """f32 [L, E]."""
-    long_heat: Array
+    long_count: Array
     """f32 [L, E]."""
-    stamp: Array
+    last_used: Array
     """i32 [L, E], the step of the last use."""
     step: Array
     """i32 [1], raised by one at the last layer's `place` of a forward pass."""
@@ -330,9 +312,9 @@ class ExpertCache:
     guessed, and those of them that were asked for (both by `place`); and what had come of these
     before their layer was placed, in warps' shares of a piece, 2 KiB (by `fetch`).
     routed == hit + fetched."""
-    whole: tuple[Array, Array] | None = None
+    storage: tuple[Array, Array] | None = None
     """The slots of all layers, one after another, and `expert_in` of them: what is cut into layers
-    (experts.cache.cut)."""
+    (experts.cache.resize_layers)."""
 
     @property
     def capacity(self) -> int:
@@ -342,7 +324,7 @@ class ExpertCache:
 
 
 @dataclass(frozen=True)
-class ExpertGuess:
+class PrefetchState:
     """Of each layer at most one expert that is fetched before the layer is placed, while the link
     has nothing else to do.
 
@@ -370,16 +352,16 @@ class ExpertGuess:
     """i32 [L, FETCH_BLOCKS], of each block of `fetch_early`: 1 once it has begun with the layer,
     2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
     wrong."""
-    done: Array
+    segments_done: Array
     """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
-    go: Array
+    start_signal: Array
     """i32 [L, FETCH_BLOCKS], 16 times the number of the step in which the layer before was placed
     last, from 1 on, and 0, or the warps of `fetch`'s block that have done that layer: with 8 this
     one's guess has the link.  15 when the layer is placed itself."""
 
 
 @dataclass(frozen=True)
-class ExpertPlan:
+class SlotAssignment:
     """What `place` decided for one layer: which experts are needed, where, and what to fetch.
 
     U is the most experts that one call can need: min(E, rows * A).
@@ -392,21 +374,21 @@ class ExpertPlan:
     the count are -1."""
     slot: Array
     """i32 [U], their slots."""
-    fetch: Array
+    fetch_flags: Array
     """i32 [U], 1 where the record must be copied into the slot, 2 where some of it may be there
     because it was guessed, else 0."""
     uses: Array
     """i32 [U], pairs of this call that use the expert."""
-    pairs: Array
+    pair_slots: Array
     """i32 [rows, A], the slot of each pair of a token and an expert; ~slot (below 0) where the
     expert is fetched by this call."""
-    arrived: Array
+    fetch_progress: Array
     """i32 [2], 0 from `place`.  On the GPU the warps of `fetch` that have stored all their bytes of
     gates and ups, and that are done: who computes missed experts begins while the rest arrives."""
 
 
 @dataclass(frozen=True)
-class Replies:
+class DecodeState:
     """What decoding needs to go on by itself from one step to the next; R rows, one a sequence.
 
     `chance` and `mail` are memory of the host that both sides reach; turn t uses row t % ring of
@@ -415,67 +397,67 @@ class Replies:
 
     ring: int
     """Turns that may be on their way at once."""
-    nobody: int
+    null_slot: int
     """State slot that is no sequence's: where rows that have ended write."""
-    nowhere: int
+    null_page: int
     """Page that is no sequence's."""
-    settings: Array
+    sampler_params: Array
     """f32 [R, 4]: temperature, top-k (below 1: all), top-p, min-p."""
-    chance: Array
+    uniforms: Array
     """f64 [ring, R], a number in [0, 1) for every draw."""
     token: Array
     """i32 [R], what was drawn last; -1 where the largest logit was not finite."""
-    left: Array
+    tokens_left: Array
     """i32 [R], tokens that a row may still say; 0 once it has ended."""
-    heed: Array
+    stop_on_eos: Array
     """i32 [R], 1 where a token of `eos` ends the row."""
     eos: Array
     """i32 [N]."""
-    turn: Array
+    decode_step: Array
     """i32 [1], turns done."""
-    mail: Array
+    token_ring: Array
     """i32 [1 + ring * R]: turns done, then the tokens of each turn of the ring; -2 for a row that
     had ended before."""
-    best: Array
+    slice_max: Array
     """f32 [R, slices], scratch."""
-    where: Array
+    slice_argmax: Array
     """i32 [R, slices], scratch."""
-    counts: Array
+    bin_counts: Array
     """u32 [R, bins], scratch, as are all that follow."""
-    masses: Array
+    bin_weights: Array
     """u64 [R, bins + 1]."""
-    ends: Array
+    slice_bin_ends: Array
     """u16 [R, slices, bins]."""
-    order: Array
+    bin_order: Array
     """u16 [R, vocab]."""
 
     @staticmethod
     def scratch(rows: int, vocab: int) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
         """Shape and type of each array that is scratch."""
-        slices = max(PEAK_SLICES, -(-vocab // SLICE))
+        slices = max(MIN_LOGIT_SLICES, -(-vocab // SLICE))
         return {
-            "best": ((rows, slices), np.float32),
-            "where": ((rows, slices), np.int32),
-            "counts": ((rows, BINS), np.uint32),
-            "masses": ((rows, BINS + 1), np.uint64),
-            "ends": ((rows, slices, BINS), np.uint16),
-            "order": ((rows, vocab), np.uint16),
+            "slice_max": ((rows, slices), np.float32),
+            "slice_argmax": ((rows, slices), np.int32),
+            "bin_counts": ((rows, BINS), np.uint32),
+            "bin_weights": ((rows, BINS + 1), np.uint64),
+            "slice_bin_ends": ((rows, slices, BINS), np.uint16),
+            "bin_order": ((rows, vocab), np.uint16),
         }
 
-    def first(self, rows: int) -> "Replies":
+    def first_rows(self, rows: int) -> "DecodeState":
         """The same for fewer rows, from the start of every array."""
         return replace(
             self,
-            settings=self.settings[:rows],
-            chance=self.chance.reshape(-1)[: self.ring * rows].reshape(self.ring, rows),
+            sampler_params=self.sampler_params[:rows],
+            uniforms=self.uniforms.reshape(-1)[: self.ring * rows].reshape(self.ring, rows),
             token=self.token[:rows],
-            left=self.left[:rows],
-            heed=self.heed[:rows],
-            mail=self.mail[: 1 + self.ring * rows],
-            best=self.best[:rows],
-            where=self.where[:rows],
-            counts=self.counts[:rows],
-            masses=self.masses[:rows],
-            ends=self.ends[:rows],
-            order=self.order[:rows],
+            tokens_left=self.tokens_left[:rows],
+            stop_on_eos=self.stop_on_eos[:rows],
+            token_ring=self.token_ring[: 1 + self.ring * rows],
+            slice_max=self.slice_max[:rows],
+            slice_argmax=self.slice_argmax[:rows],
+            bin_counts=self.bin_counts[:rows],
+            bin_weights=self.bin_weights[:rows],
+            slice_bin_ends=self.slice_bin_ends[:rows],
+            bin_order=self.bin_order[:rows],
         )

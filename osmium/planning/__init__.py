@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from osmium.config import EngineConfig, Progress
-from osmium.engine.plan import CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
+from osmium.engine.plan import CUDA_CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
 from osmium.planning.alternatives import (
     Change,
     faster,
@@ -59,7 +59,7 @@ def memory_plan(model: ModelInfo, config: EngineConfig, hardware: HardwareInfo) 
         return plan_shapes(model, config, hardware)
     except DoesNotFit as error:
         ways = [change.name for change in instead(model, config, hardware, error)][:4]
-        used = hardware.vram_total - hardware.vram_free - CONTEXT_BYTES
+        used = hardware.vram_total - hardware.vram_free - CUDA_CONTEXT_BYTES
         if error.memory == "VRAM" and config.vram is None and error.need <= error.limit + used:
             ways.append(f"other programs closed, which use {used / GIB:.2f} GiB of VRAM")
         advice = f" What helps: {'; '.join(ways)}." if ways else " No option makes it fit."

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from osmium.config import EngineConfig, ModelConfig
 from osmium.engine.gpus import find_gpu
 from osmium.engine.plan import (
-    CONTEXT_BYTES,
+    CUDA_CONTEXT_BYTES,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
@@ -19,9 +19,9 @@ from osmium.engine.plan import (
 )
 from osmium.errors import CheckpointError, ConfigError
 from osmium.planning.hardware import specified
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from osmium.weights import ModelInfo, shapes_info
-from osmium.weights.checkpoint import Formats, Part
+from osmium.weights.checkpoint import Formats, TensorSpec
 from osmium.weights.synthetic import PREFIX, open_synthetic
 
 __all__ = [
@@ -50,10 +50,10 @@ class Shapes(Protocol):
     def formats(self) -> Formats: ...
 
     @property
-    def record(self) -> Record: ...
+    def record(self) -> ExpertLayout: ...
 
     @property
-    def parts(self) -> Mapping[str, Part]: ...
+    def parts(self) -> Mapping[str, TensorSpec]: ...
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ def _elsewhere(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> I
     """The least VRAM, or the least host memory, with which it would run."""
 
     def with_vram(gib: int) -> Change | None:
-        much = replace(hardware, vram_free=gib * GIB - CONTEXT_BYTES, vram_total=gib * GIB)
+        much = replace(hardware, vram_free=gib * GIB - CUDA_CONTEXT_BYTES, vram_total=gib * GIB)
         limit = None if config.vram is None else gib * GIB
         name = f"a GPU with {gib} GiB of VRAM"
         return _tried(name, model, replace(config, vram=limit), much) if hardware.gpu else None

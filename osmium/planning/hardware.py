@@ -5,9 +5,9 @@ from typing import Any
 
 from osmium.config import EngineConfig
 from osmium.cuda.select import open_gpu
-from osmium.cuda.stream import Machine as Gpu
+from osmium.cuda.stream import CudaRuntime as Gpu
 from osmium.engine.gpus import GENERIC_GB_S, GpuSpec, find_gpu, generic_gpu
-from osmium.engine.plan import CONTEXT_BYTES, HardwareInfo, available_ram
+from osmium.engine.plan import CUDA_CONTEXT_BYTES, HardwareInfo, available_ram
 from osmium.errors import ConfigError
 
 __all__ = ["config_of", "hardware_for", "hardware_of", "specified"]
@@ -41,7 +41,7 @@ def specified(spec: GpuSpec, vram: int, link_gb_s: float | None) -> HardwareInfo
     """A GPU by its specification, in this machine's memory."""
     available, ram = available_ram()
     return HardwareInfo(
-        True, vram - CONTEXT_BYTES, vram, available, ram, link_gb_s or spec.link_gb_s,
+        True, vram - CUDA_CONTEXT_BYTES, vram, available, ram, link_gb_s or spec.link_gb_s,
         spec.vram_copy_gb_s, spec.capability, spec.name,
     )  # fmt: skip
 

@@ -7,13 +7,13 @@ import numpy.typing as npt
 
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 __all__ = ["pack_expert"]
 
 
 def pack_expert(
-    out: npt.NDArray[np.uint8], record: Record, up: npt.NDArray[Any], down: npt.NDArray[Any]
+    out: npt.NDArray[np.uint8], record: ExpertLayout, up: npt.NDArray[Any], down: npt.NDArray[Any]
 ) -> None:
     """out u8 [nbytes]; up [2I, D], gate rows first, and down [D, I], bf16 (u16) or f32."""
     out[...] = 0  # the padding too: the same expert is the same bytes

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["bf16_from_f32", "e4m3_from_f32", "e4m3_rows", "f32_from_bf16", "f32_from_e4m3"]
+__all__ = ["bf16_from_f32", "e4m3_from_f32", "f32_from_bf16", "f32_from_e4m3", "quantize_e4m3_rows"]
 
 
 def bf16_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -62,7 +62,9 @@ def _e4m3() -> npt.NDArray[np.float32]:
 _E4M3 = _e4m3()
 
 
-def e4m3_rows(x: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
+def quantize_e4m3_rows(
+    x: npt.NDArray[np.float32],
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """Rows with a scale each: x = e4m3 * scale.  f32 [..., d] -> u8 [..., d], f16 [...].
 
     scale = max |x| / 448, as an f16, but at least 2^-14, its smallest normal: a smaller one would

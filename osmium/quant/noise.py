@@ -13,7 +13,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BITS", "Pattern", "ahead", "bf16", "f16_scales", "f32_scales", "fill", "seed_of"]
+__all__ = [
+    "ALL_BITS",
+    "BitPattern",
+    "bf16",
+    "f16_scales",
+    "f32_scales",
+    "fill",
+    "seed_from_name",
+    "skip_seed",
+]
 
 _GAMMA = 0x9E3779B97F4A7C15
 _WHOLE = (1 << 64) - 1
@@ -23,29 +32,29 @@ _BLOCK = 1 << 15
 
 
 @dataclass(frozen=True)
-class Pattern:
+class BitPattern:
     """What of a 64-bit word is random, and what the rest of it is."""
 
     mask: int
     base: int
 
 
-BITS = Pattern(_WHOLE, 0)
+ALL_BITS = BitPattern(_WHOLE, 0)
 """Every bit random: bytes and nibbles of every value."""
 
 
-def bf16(size: float) -> Pattern:
+def bf16(size: float) -> BitPattern:
     """bf16 numbers of either sign from 2^e to 2^(e + 1), e = floor(log2(size))."""
     return _each(16, 0x807F, (127 + math.floor(math.log2(size))) << 7)
 
 
-def f16_scales(size: float) -> Pattern:
+def f16_scales(size: float) -> BitPattern:
     """f16 numbers above 0, evenly spread over an octave whose mean is near `size`, to a root of 2.
     Nothing below 2^-14."""
     return _each(16, 0x03FF, max(1, 15 + _octave(size)) << 10)
 
 
-def f32_scales(size: float) -> Pattern:
+def f32_scales(size: float) -> BitPattern:
     """The same in f32."""
     return _each(32, 0x007FFFFF, (127 + _octave(size)) << 23)
 
@@ -54,24 +63,24 @@ def _octave(size: float) -> int:
     return round(math.log2(size / 1.5))
 
 
-def _each(bits: int, mask: int, base: int) -> Pattern:
+def _each(bits: int, mask: int, base: int) -> BitPattern:
     """A pattern of `bits` all over the word."""
     ones = sum(1 << at for at in range(0, 64, bits))
-    return Pattern(mask * ones, base * ones)
+    return BitPattern(mask * ones, base * ones)
 
 
-def seed_of(name: str) -> int:
+def seed_from_name(name: str) -> int:
     """A stream of its own for every name."""
     z = zlib.crc32(name.encode()) * _GAMMA
     return (z ^ z >> 29) * _GAMMA & _WHOLE
 
 
-def ahead(seed: int, words: int) -> int:
+def skip_seed(seed: int, words: int) -> int:
     """The seed of what a stream is from its word `words` on."""
     return seed + words * _GAMMA & _WHOLE
 
 
-def fill(words: npt.NDArray[Any], seed: int, first: int, pattern: Pattern) -> None:
+def fill(words: npt.NDArray[Any], seed: int, first: int, pattern: BitPattern) -> None:
     """Write words first, first + 1, ... of a stream.  u64 [n], little-endian."""
     for start in range(0, len(words), _BLOCK):
         out = words[start : start + _BLOCK]

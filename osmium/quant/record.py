@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from osmium.errors import ConfigError
 
-__all__ = ["PAGE", "Record", "group_of"]
+__all__ = ["IO_ALIGNMENT", "ExpertLayout", "group_of"]
 
-PAGE = 4096
+IO_ALIGNMENT = 4096
 """Records are multiples of this, so that they can be read by direct I/O."""
 
 
@@ -35,7 +35,7 @@ def _padded(n: int, to: int) -> int:
 
 
 @dataclass(frozen=True)
-class Record:
+class ExpertLayout:
     """Where the parts of one expert lie, in bytes from its start."""
 
     bits: int
@@ -88,4 +88,4 @@ class Record:
     @property
     def nbytes(self) -> int:
         """Bytes of a record, padding included: a multiple of 4 KiB."""
-        return _padded(self.down_scale + self._scales(self.hidden, self.inner), PAGE)
+        return _padded(self.down_scale + self._scales(self.hidden, self.inner), IO_ALIGNMENT)

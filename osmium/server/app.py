@@ -1,7 +1,7 @@
 """The HTTP server: routes, streams, and what happens when a client goes away.
 
-`create_app(host)` makes a Starlette app of a `ModelHost`, which loads its model on a thread while
-the socket is already open: /health says how far it is.
+`create_app(host)` makes a Starlette app of a `BackgroundLoader`, which loads its model on a thread
+while the socket is already open; /health reports the progress.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams
 from osmium.errors import ConfigError, EngineStopped, OsmiumError, RequestError
 from osmium.server.metrics import CONTENT_TYPE, exposition
-from osmium.server.openai import Reply, error_body, error_status, model_body
+from osmium.server.openai import ResponseBuilder, error_body, error_status, model_body
 from osmium.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -46,7 +46,7 @@ from osmium.server.schema import (
 )
 from osmium.text.reasoning import starts_in_thought
 
-__all__ = ["ModelHost", "create_app", "serve"]
+__all__ = ["BackgroundLoader", "create_app", "serve"]
 
 log = logging.getLogger("osmium.server")
 
@@ -57,7 +57,7 @@ PING = 10
 """Seconds of silence in a stream before a comment: clients give up on silence."""
 
 
-class ModelHost:
+class BackgroundLoader:
     """A model that is being loaded, is there, or could not be."""
 
     def __init__(self, load: Callable[[Progress], Engine]) -> None:
@@ -103,7 +103,7 @@ class ModelHost:
 
 
 def create_app(
-    host: ModelHost,
+    host: BackgroundLoader,
     *,
     api_key: str | None = None,
     cors_origin: str = "*",
@@ -131,7 +131,7 @@ def create_app(
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
         ],
-        middleware=[cors, *([Middleware(KeyCheck, key=api_key)] if api_key else [])],
+        middleware=[cors, *([Middleware(ApiKeyMiddleware, key=api_key)] if api_key else [])],
         exception_handlers={
             OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_gone,
             Exception: on_bug,
@@ -142,7 +142,7 @@ def create_app(
     return app
 
 
-class KeyCheck:
+class ApiKeyMiddleware:
     """Turns away who has no key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
@@ -197,7 +197,7 @@ async def root(request: Request) -> Response:
 
 async def health(request: Request) -> Response:
     """200 once requests can be served; 503 with how far loading is before that."""
-    host: ModelHost = request.app.state.host
+    host: BackgroundLoader = request.app.state.host
     if host.failure is not None:
         return JSONResponse({"status": "failed", "error": str(host.failure)}, 503)
     if host.engine is None:
@@ -212,7 +212,7 @@ async def health(request: Request) -> Response:
 
 async def metrics(request: Request) -> Response:
     """Counts for Prometheus."""
-    host: ModelHost = request.app.state.host
+    host: BackgroundLoader = request.app.state.host
     return Response(exposition(host.engine), media_type=CONTENT_TYPE)
 
 
@@ -221,7 +221,7 @@ def _name(request: Request, engine: Engine) -> str:
 
 
 def _described(request: Request) -> dict[str, Any]:
-    host: ModelHost = request.app.state.host
+    host: BackgroundLoader = request.app.state.host
     engine = host.ready()
     return model_body(_name(request, engine), engine.context, host.created)
 
@@ -281,7 +281,7 @@ async def chat_completions(request: Request) -> Response:
         return engine.tokenizer.encode(prompt), starts_in_thought(prompt)
 
     ids, thinking = await run_in_threadpool(prepare)
-    reply = Reply(_name(request, engine), engine.tokenizer, chat=True, thinking=thinking)
+    reply = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=True, thinking=thinking)
     return await _answer(request, engine, asked, ids, params, reply)
 
 
@@ -297,7 +297,7 @@ async def completions(request: Request) -> Response:
         raise RequestError(f"{engine.name} has no tokenizer; send token ids.", param="prompt")
     else:
         ids = await run_in_threadpool(engine.tokenizer.encode, prompt)
-    reply = Reply(_name(request, engine), engine.tokenizer, chat=False)
+    reply = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=False)
     try:
         return await _answer(request, engine, asked, ids, params, reply)
     except RequestError as error:
@@ -312,7 +312,7 @@ async def _answer(
     asked: ChatRequest | CompletionRequest,
     ids: list[int],
     params: SamplingParams,
-    reply: Reply,
+    reply: ResponseBuilder,
 ) -> Response:
     """Submit, and answer whole or in a stream; who goes away is cancelled."""
     loop = asyncio.get_running_loop()
@@ -358,7 +358,11 @@ async def _watch(request: Request, events: "asyncio.Queue[Event | None]") -> Non
 
 
 async def _stream(
-    engine: Engine, running: Any, events: "asyncio.Queue[Event | None]", reply: Reply, usage: bool
+    engine: Engine,
+    running: Any,
+    events: "asyncio.Queue[Event | None]",
+    reply: ResponseBuilder,
+    usage: bool,
 ) -> AsyncIterator[dict[str, str]]:
     """Server-sent events of one reply.  Leaving it, in whatever way, cancels the request."""
     try:
@@ -394,7 +398,7 @@ _LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
 
 
 def serve(
-    host: ModelHost,
+    host: BackgroundLoader,
     *,
     address: str = "127.0.0.1",
     port: int = 8012,

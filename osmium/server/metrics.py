@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from osmium.engine.engine import Engine
-from osmium.engine.meter import Histogram, Meter
+from osmium.engine.meter import EngineStats, Histogram
 
 __all__ = ["CONTENT_TYPE", "EVERY_S", "exposition"]
 
@@ -59,7 +59,7 @@ class _Collected(Collector):
         yield from _memory(engine)
 
 
-def _requests(meter: Meter) -> Iterator[Metric]:
+def _requests(meter: EngineStats) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "osmium_requests_running", "Requests in prefill or decode.",
         len(meter.scheduler.running),
@@ -91,7 +91,7 @@ def _requests(meter: Meter) -> Iterator[Metric]:
     )
 
 
-def _experts(meter: Meter) -> Iterator[Metric]:
+def _experts(meter: EngineStats) -> Iterator[Metric]:
     experts, nbytes = meter.experts, meter.record_bytes
     link = meter.link_now if meter.scheduler.running else 0.0
     for name, text, count in (

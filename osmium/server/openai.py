@@ -6,10 +6,10 @@ from typing import Any
 
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import EngineStopped, OsmiumError, RequestError
-from osmium.text.reasoning import Thought
+from osmium.text.reasoning import ReasoningParser
 from osmium.text.tokenizer import Tokenizer
 
-__all__ = ["Reply", "error_body", "error_status", "model_body"]
+__all__ = ["ResponseBuilder", "error_body", "error_status", "model_body"]
 
 
 def error_status(error: OsmiumError) -> int:
@@ -44,14 +44,14 @@ def model_body(name: str, context: int, created: int) -> dict[str, Any]:
     }
 
 
-class Reply:
+class ResponseBuilder:
     """One reply in OpenAI's form, whole or in chunks: `push` each event, read what it gives."""
 
     def __init__(
         self, name: str, tokenizer: Tokenizer | None, *, chat: bool, thinking: bool = False
     ) -> None:
         self.chat = chat
-        self.thought = Thought(thinking)
+        self.thought = ReasoningParser(thinking)
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
         self._texts = {"reasoning": "", "content": ""}
@@ -154,7 +154,7 @@ class Reply:
         return {**self._named(token.id, token.logprob), "top_logprobs": top}
 
     def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.tokenizer.piece(token) if self.tokenizer else b""
+        raw = self.tokenizer.token_bytes(token) if self.tokenizer else b""
         return {
             "token": raw.decode("utf-8", errors="replace"),
             "logprob": logprob,

@@ -23,7 +23,7 @@ class StreamOptions(msgspec.Struct):
     include_usage: bool | None = None
 
 
-class Common(msgspec.Struct, kw_only=True):
+class BaseRequest(msgspec.Struct, kw_only=True):
     """What both kinds of request share."""
 
     model: str | None = None
@@ -45,7 +45,7 @@ class Common(msgspec.Struct, kw_only=True):
     user: str | None = None
 
 
-class ChatRequest(Common, kw_only=True):
+class ChatRequest(BaseRequest, kw_only=True):
     """POST /v1/chat/completions"""
 
     messages: list[dict[str, Any]]
@@ -60,7 +60,7 @@ class ChatRequest(Common, kw_only=True):
     reasoning_effort: str | None = None
 
 
-class CompletionRequest(Common, kw_only=True):
+class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | list[int]]
@@ -94,7 +94,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     return request
 
 
-def _check(request: Common) -> None:
+def _check(request: BaseRequest) -> None:
     """Refuse what is asked for and not done, rather than to leave it out in silence."""
     if request.n not in (None, 1):
         raise _unsupported("n", request.n, "one reply a request is what is served; send it again")
@@ -155,7 +155,7 @@ _PLAIN: tuple[
      "repetition_penalty", "seed")  # fmt: skip
 
 
-def sampling_params(request: Common, defaults: dict[str, Any]) -> SamplingParams:
+def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingParams:
     """How to sample: the model's defaults, and over them what was asked.  Raises: RequestError."""
     given: dict[str, Any] = {
         name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None

@@ -3,7 +3,7 @@
 A template that ends its prompt inside <think> makes the reply start in thought; </think> ends it.
 """
 
-__all__ = ["ShownReply", "Thought", "starts_in_thought"]
+__all__ = ["ReasoningParser", "ShownReply", "starts_in_thought"]
 
 _BEGIN, _END = "<think>", "</think>"
 
@@ -13,7 +13,7 @@ def starts_in_thought(prompt: str) -> bool:
     return prompt.rstrip().endswith("<think>")
 
 
-class Thought:
+class ReasoningParser:
     """Splits one reply."""
 
     def __init__(self, thinking: bool) -> None:
@@ -58,7 +58,7 @@ class ShownReply:
     a </think> without its <think> is left out of the answer."""
 
     def __init__(self, thinking: bool) -> None:
-        self._thought = Thought(thinking)
+        self._thought = ReasoningParser(thinking)
         self._start: str | None = None if thinking else ""
         """What came so far, while it may be the beginning of <think>; None afterwards."""
         self._tag = ""
@@ -79,7 +79,7 @@ class ShownReply:
                 return "", ""
             self._start = None
             if text.lstrip().startswith(_BEGIN):
-                self._thought, text = Thought(True), text.lstrip()[len(_BEGIN) :]
+                self._thought, text = ReasoningParser(True), text.lstrip()[len(_BEGIN) :]
         thought, answer = self._thought.push(text)
         return thought, self._paired(answer)
 

@@ -10,7 +10,7 @@ from tokenizers.decoders import DecodeStream
 
 from osmium.errors import CheckpointError, RequestError
 
-__all__ = ["Decoder", "Tokenizer"]
+__all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
 
 class Tokenizer:
@@ -75,7 +75,7 @@ class Tokenizer:
         decoder = self.decoder(specials)
         return "".join(decoder.push(one) for one in ids) + decoder.flush()
 
-    def piece(self, token: int) -> bytes:
+    def token_bytes(self, token: int) -> bytes:
         """The bytes of one token: part of a character, perhaps."""
         name = self._inner.id_to_token(token)
         if name is None:
@@ -86,9 +86,9 @@ class Tokenizer:
             return bytes(_BYTES[letter] for letter in name)
         return self.decode([token], specials=True).encode()
 
-    def decoder(self, specials: bool = False) -> "Decoder":
+    def decoder(self, specials: bool = False) -> "IncrementalDetokenizer":
         """Ids back to text as they come."""
-        return Decoder(self._inner, specials, self._unknown_ids_as_text)
+        return IncrementalDetokenizer(self._inner, specials, self._unknown_ids_as_text)
 
 
 def _id_text(token: int) -> str:
@@ -96,7 +96,7 @@ def _id_text(token: int) -> str:
     return f"⟨{token}⟩"
 
 
-class Decoder:
+class IncrementalDetokenizer:
     """One reply's ids, back to text piece by piece; a character is given out once it is whole."""
 
     def __init__(

@@ -30,9 +30,9 @@ from osmium.weights.info import (
     synthetic_info,
 )
 from osmium.weights.local import folder_name
-from osmium.weights.packed import FILES, Packed, Reading, open_packed
-from osmium.weights.packing import OnCpu, Origin, Source, locked, write_packed
-from osmium.weights.quantizing import Quantizer
+from osmium.weights.packed import FILES, PackedModel, PackedReader, open_packed
+from osmium.weights.packing import CpuQuantizer, PackSource, Provenance, locked, write_packed
+from osmium.weights.quantizing import GpuQuantizer
 from osmium.weights.shards import Shards, open_shards, read_json
 from osmium.weights.synthetic import Synthetic, open_synthetic, synthetic_name
 from osmium.weights.unsupported import (
@@ -44,14 +44,14 @@ from osmium.weights.unsupported import (
 )
 
 __all__ = [
-    "DEMO", "CheckpointFiles", "HubFiles", "Model", "ModelInfo", "Packed", "Reading",
-    "cache_folder", "inspect_model", "locate", "open_model", "open_packed", "open_weights",
-    "resolve", "shapes_info",
+    "DEMO", "CheckpointFiles", "HubFiles", "ModelInfo", "ModelSource", "PackedModel",
+    "PackedReader", "cache_folder", "inspect_model", "locate", "open_model", "open_packed",
+    "open_weights", "resolve", "shapes_info",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.weights")
 
-Model = Packed | Synthetic
+ModelSource = PackedModel | Synthetic
 """What a model is loaded from."""
 
 
@@ -110,7 +110,7 @@ def open_weights(
     progress: Progress | None = None,
     ops: Ops | None = None,
     check: Check | None = None,
-) -> Model:
+) -> ModelSource:
     """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
 
     Raises: ConfigError, CheckpointError.
@@ -127,7 +127,7 @@ def open_model(
     progress: Progress | None = None,
     ops: Ops | None = None,
     check: Check | None = None,
-) -> Packed:
+) -> PackedModel:
     """The packed file of a model; downloads a hub model, and packs a checkpoint, or
     `synthetic:NAME`, where that has not been done: with `ops` by its kernels.
 
@@ -185,7 +185,7 @@ def inspect_model(
     if isinstance(path, str):
         target = _hub_target(config, path)
         found = _look_up(path, target)
-        if isinstance(found, Packed):
+        if isinstance(found, PackedModel):
             return packed_info(path, found, "hub")
         _hub_checkpoint(found, config, progress)
         return hub_info(found, _hub_config(found), Formats.of(config), target)
@@ -229,13 +229,13 @@ def _packed_checkpoint(
     progress: Progress | None,
     ops: Ops | None,
     hub: dict[str, Any] | None = None,
-) -> Packed:
+) -> PackedModel:
     shards = checkpoint.shards
-    origin = Origin.of(checkpoint, _fingerprint(shards.folder, shards), hub)
+    origin = Provenance.of(checkpoint, _fingerprint(shards.folder, shards), hub)
     with contextlib.ExitStack() as stack:
-        source: Source = OnCpu(checkpoint)
-        if ops is not None and checkpoint.record.bits != 16 and checkpoint.narrow:
-            source = stack.enter_context(contextlib.closing(Quantizer(ops, checkpoint)))
+        source: PackSource = CpuQuantizer(checkpoint)
+        if ops is not None and checkpoint.record.bits != 16 and checkpoint.experts_are_bf16:
+            source = stack.enter_context(contextlib.closing(GpuQuantizer(ops, checkpoint)))
         write_packed(target, source, origin, progress)
     return open_packed(target)
 
@@ -249,13 +249,13 @@ def _open_hub(
     progress: Progress | None,
     ops: Ops | None,
     check: Check | None,
-) -> Packed:
+) -> PackedModel:
     """A hub model's packed file.  Logs what will be downloaded, and raises before the first byte of
     a weight where names, formats, memory (by `check`) or disk do not suit."""
     target = _hub_target(config, name)
     with _writing(target, progress):
         found = _look_up(name, target)
-        if isinstance(found, Packed):
+        if isinstance(found, PackedModel):
             return found
         info = hub_info(found, _hub_config(found), Formats.of(config), target)
         if check:
@@ -267,7 +267,7 @@ def _open_hub(
         return _packed_checkpoint(target, checkpoint, progress, ops, hub)
 
 
-def _look_up(name: str, target: Path) -> HubModel | Packed:
+def _look_up(name: str, target: Path) -> HubModel | PackedModel:
     """The packed file of a hub model if it was made from the hub's current files, or if the hub
     cannot be reached; else what the hub has."""
     packed = None
@@ -326,16 +326,16 @@ def _announce(model: HubModel, info: ModelInfo) -> None:
     check_disk(needs)
 
 
-def _packed_synthetic(target: Path, made_up: Synthetic, progress: Progress | None) -> Packed:
+def _packed_synthetic(target: Path, made_up: Synthetic, progress: Progress | None) -> PackedModel:
     """A made-up model on disk, to measure reading one; the file of an older way is made anew."""
     with contextlib.suppress(CheckpointError):
         if target.is_file() and (packed := open_packed(target)).fingerprint == made_up.fingerprint:
             return packed
-    write_packed(target, made_up, Origin(made_up.fingerprint, made_up.files), progress)
+    write_packed(target, made_up, Provenance(made_up.fingerprint, made_up.files), progress)
     return open_packed(target)
 
 
-def _same_formats(packed: Packed, config: EngineConfig) -> None:
+def _same_formats(packed: PackedModel, config: EngineConfig) -> None:
     """A packed file has its formats; a flag that asks for others is refused.  Defaults ask for
     nothing.  Raises: ConfigError."""
     default, asked = EngineConfig(), packed.formats
@@ -352,7 +352,7 @@ def _same_formats(packed: Packed, config: EngineConfig) -> None:
             )
 
 
-def _reusable(target: Path, folder: Path) -> Packed | None:
+def _reusable(target: Path, folder: Path) -> PackedModel | None:
     """The packed file if it is there, whole, of this version and of this checkpoint."""
     if not target.is_file():
         return None

@@ -18,10 +18,10 @@ from osmium.errors import CheckpointError
 from osmium.quant import int4, int8
 from osmium.quant.expert import pack_expert
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import Record, group_of
+from osmium.quant.record import ExpertLayout, group_of
 from osmium.weights.shards import Shards
 
-__all__ = ["Checkpoint", "Formats", "Part", "inventory"]
+__all__ = ["Checkpoint", "Formats", "TensorSpec", "tensor_specs"]
 
 Format = Literal["f32", "bf16", "int8", "int4"]
 
@@ -50,7 +50,7 @@ class Formats:
 
 
 @dataclass(frozen=True)
-class Part:
+class TensorSpec:
     """One named array or matrix of a model."""
 
     name: str
@@ -86,7 +86,7 @@ class Part:
         return sum(math.prod(s) * dtype.itemsize for s, dtype in self.arrays.values())
 
 
-def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
+def tensor_specs(config: ModelConfig, formats: Formats) -> list[TensorSpec]:
     """Everything but the routed experts.  Raises: CheckpointError for a shape that does not suit
     its format."""
     parts = [
@@ -99,7 +99,9 @@ def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
     ]
     if not config.tie_word_embeddings:
         shape = (config.vocab_size, config.hidden_size)
-        parts.append(Part("head", shape, formats.head, True, (("lm_head.weight", shape),), False))
+        parts.append(
+            TensorSpec("head", shape, formats.head, True, (("lm_head.weight", shape),), False)
+        )
     for i in range(config.num_layers):
         parts += _layer(config, formats, i)
     for part in parts:
@@ -112,16 +114,16 @@ def inventory(config: ModelConfig, formats: Formats) -> list[Part]:
     return parts
 
 
-def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
+def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[TensorSpec]:
     """The parts of one layer."""
     hidden, at, to = config.hidden_size, f"layers.{i}.", f"layers.{i}."
 
-    def array(name: str, *sources: tuple[str, tuple[int, ...]]) -> Part:
+    def array(name: str, *sources: tuple[str, tuple[int, ...]]) -> TensorSpec:
         return _array(to + name, tuple((at + source, shape) for source, shape in sources))
 
-    def matrix(name: str, form: Format, columns: int, *sources: tuple[str, int]) -> Part:
+    def matrix(name: str, form: Format, columns: int, *sources: tuple[str, int]) -> TensorSpec:
         wanted = tuple((at + source, (rows, columns)) for source, rows in sources)
-        return Part(to + name, (sum(r for _, r in sources), columns), form, True, wanted)
+        return TensorSpec(to + name, (sum(r for _, r in sources), columns), form, True, wanted)
 
     yield array("mixer_norm", ("input_layernorm.weight", (hidden,)))
     yield array("moe_norm", ("post_attention_layernorm.weight", (hidden,)))
@@ -163,13 +165,13 @@ def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[Part]:
 
 def _array(
     name: str, sources: tuple[tuple[str, tuple[int, ...]], ...], form: Format = "f32"
-) -> Part:
+) -> TensorSpec:
     shape = sources[0][1]
     if len(sources) > 1:
         shape = (len(sources), *shape)
     elif shape[1:2] == (1,):
         shape = (shape[0], *shape[2:])  # the convolution's middle axis
-    return Part(name, shape, form, False, sources)
+    return TensorSpec(name, shape, form, False, sources)
 
 
 _ROOTS = ("model.language_model.", "language_model.model.", "model.")
@@ -192,8 +194,10 @@ class Checkpoint:
     def __init__(self, shards: Shards, config: ModelConfig, formats: Formats) -> None:
         """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
         self.shards, self.config, self.formats = shards, config, formats
-        self.parts = inventory(config, formats)
-        self.record = Record(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
+        self.parts = tensor_specs(config, formats)
+        self.record = ExpertLayout(
+            formats.expert_bits, config.hidden_size, config.moe_intermediate_size
+        )
         names = shards.tensors
         roots = [root for root in _ROOTS if root + "embed_tokens.weight" in names]
         if not roots:
@@ -204,7 +208,7 @@ class Checkpoint:
         self.fused = f"{self.root}layers.0.mlp.experts.gate_up_proj" in names
         self._check()
 
-    def _name(self, part: Part, source: str) -> str:
+    def _name(self, part: TensorSpec, source: str) -> str:
         if part.root:
             return self.root + source
         nested = f"language_model.{source}"
@@ -266,7 +270,7 @@ class Checkpoint:
         }
 
     @property
-    def narrow(self) -> bool:
+    def experts_are_bf16(self) -> bool:
         """Whether every routed expert is in bf16."""
         names = (name for i in range(self.config.num_layers) for name in self._expert_shapes(i))
         return all(self.shards.tensors[name].dtype == "BF16" for name in names)
@@ -278,15 +282,15 @@ class Checkpoint:
         step = 2 if self.fused else 3
         return [names[i : i + step] for i in range(0, len(names), step)]
 
-    def joined(self, part: Part) -> npt.NDArray[Any]:
+    def concatenated(self, part: TensorSpec) -> npt.NDArray[Any]:
         """A part as the checkpoint has it: bf16, f16 or f32."""
         sources = [self.shards.read(self._name(part, source)) for source, _ in part.sources]
         joined = sources[0] if len(sources) == 1 else np.concatenate(_alike(sources))
         return joined.reshape(part.shape)
 
-    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
-        joined = self.joined(part)
+        joined = self.concatenated(part)
         if part.format == "f32":
             return {"data": _f32(joined)}
         if part.format == "bf16":

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from osmium.config import ModelConfig
-from osmium.quant.record import Record
-from osmium.weights.checkpoint import Formats, Part, inventory
+from osmium.quant.record import ExpertLayout
+from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
 from osmium.weights.disk import DiskNeed
 from osmium.weights.hub import HubModel
-from osmium.weights.packed import FILES, Packed
+from osmium.weights.packed import FILES, PackedModel
 from osmium.weights.packing import packed_size
 from osmium.weights.shards import Shards
 from osmium.weights.synthetic import Synthetic
@@ -32,8 +32,8 @@ class ModelInfo:
     kind: Kind
     config: ModelConfig
     formats: Formats
-    record: Record
-    parts: dict[str, Part]
+    record: ExpertLayout
+    parts: dict[str, TensorSpec]
     """Everything but the routed experts, by our names."""
     packed_path: Path | None = None
     """Where the packed file is or will be; None for what needs none."""
@@ -70,8 +70,8 @@ def shapes_info(
     kind: Kind = "synthetic",
 ) -> ModelInfo:
     """A model of these shapes.  Raises: CheckpointError, ConfigError where formats do not suit."""
-    record = Record(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
-    parts = {part.name: part for part in inventory(config, formats)}
+    record = ExpertLayout(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
+    parts = {part.name: part for part in tensor_specs(config, formats)}
     return ModelInfo(name, kind, config, formats, record, parts)
 
 
@@ -80,7 +80,7 @@ def synthetic_info(made_up: Synthetic) -> ModelInfo:
     return shapes_info(str(made_up.path), made_up.config, made_up.formats)
 
 
-def packed_info(name: str, packed: Packed, kind: Kind = "packed") -> ModelInfo:
+def packed_info(name: str, packed: PackedModel, kind: Kind = "packed") -> ModelInfo:
     """Of a packed file, or of a model whose packed file is there."""
     return ModelInfo(
         name, kind, packed.config, packed.formats, packed.record, packed.parts,

@@ -25,12 +25,12 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig, Progress
 from osmium.errors import CheckpointError
-from osmium.ops import Linear
-from osmium.quant.record import PAGE, Record
-from osmium.weights.checkpoint import Formats, Part, inventory
-from osmium.weights.reading import Reader, joined_crc
+from osmium.ops import LinearWeight
+from osmium.quant.record import IO_ALIGNMENT, ExpertLayout
+from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
+from osmium.weights.reading import Reader, crc32_combine
 
-__all__ = ["FILES", "Packed", "Reading", "open_packed"]
+__all__ = ["FILES", "PackedModel", "PackedReader", "open_packed"]
 
 MAGIC = b"OSMIUM\0\1"
 VERSION = 1
@@ -92,7 +92,7 @@ class _Header(msgspec.Struct, frozen=True):
     hub: dict[str, Any] | None = None
 
 
-class Packed:
+class PackedModel:
     """An open packed file, mapped; `reading` reads it into memory of its own."""
 
     def __init__(self, path: Path, header: _Header) -> None:
@@ -114,10 +114,12 @@ class Packed:
         if config is None:
             raise CheckpointError(f"{path} carries no config.json.")
         self.config = ModelConfig.from_hf(config, generation)
-        self.record = Record(
+        self.record = ExpertLayout(
             self.formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
         )
-        self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, self.formats)}
+        self.parts: dict[str, TensorSpec] = {
+            p.name: p for p in tensor_specs(self.config, self.formats)
+        }
         self._check()
 
     def _check(self) -> None:
@@ -143,13 +145,13 @@ class Packed:
         """Everything but the routed experts."""
         return list(self.parts)
 
-    def tensor(self, name: str) -> Linear | npt.NDArray[Any]:
+    def tensor(self, name: str) -> LinearWeight | npt.NDArray[Any]:
         """A Linear, or an array: f32, or bf16 for the embedding.  Raises: CheckpointError."""
         return self.assembled(name, self._array)
 
     def assembled(
         self, name: str, array: Callable[[str], npt.NDArray[Any]]
-    ) -> Linear | npt.NDArray[Any]:
+    ) -> LinearWeight | npt.NDArray[Any]:
         """`tensor`, of the arrays `name.data` and `name.scale` that `array` gives."""
         part = self.parts[name]
         data = array(f"{name}.data")
@@ -159,7 +161,7 @@ class Packed:
         rows, columns = part.shape
         group = columns // scale.shape[1] if scale is not None and len(scale.shape) == 2 else 0
         assert part.format != "f32", "matrices are bf16, int8 or int4"
-        return Linear(part.format, rows, columns, data, scale, group)
+        return LinearWeight(part.format, rows, columns, data, scale, group)
 
     def records(self, layer: int) -> npt.NDArray[np.uint8]:
         """The experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
@@ -182,10 +184,10 @@ class Packed:
         with self.reading() as reading:
             reading.records(layer, 0, out)()
 
-    def reading(self, write_only: bool = False) -> "Reading":
+    def reading(self, write_only: bool = False) -> "PackedReader":
         """To read experts and tensors past the map; `with write_only` into memory that is slow to
         read back.  Raises: CheckpointError."""
-        return Reading(self, write_only)
+        return PackedReader(self, write_only)
 
     def entry(self, name: str) -> Entry:
         """Where an array lies."""
@@ -218,11 +220,11 @@ class Packed:
         entry = self._entries[name]
         if name not in self._checked:
             with Reader(self.path) as reader:
-                self.hold(name, reader.checksum(entry.offset, entry.nbytes))
+                self.verify_crc(name, reader.checksum(entry.offset, entry.nbytes))
         raw = self._map[entry.offset : entry.offset + entry.nbytes]
         return raw.view(entry.dtype).reshape(entry.shape)
 
-    def hold(self, name: str, crc: int) -> None:
+    def verify_crc(self, name: str, crc: int) -> None:
         """Hold a part to its checksum.  Raises: CheckpointError."""
         if crc != self._crcs[name]:
             raise CheckpointError(
@@ -232,28 +234,28 @@ class Packed:
         self._checked.add(name)
 
 
-class Reading:
+class PackedReader:
     """A packed file on its way into memory that stays; see reading.Reader for how.
 
     What it reads is held to its checksums: a layer's experts when the last of them are there.
     """
 
-    def __init__(self, packed: Packed, write_only: bool) -> None:
+    def __init__(self, packed: PackedModel, write_only: bool) -> None:
         self._packed = packed
         self._reader = Reader(packed.path, write_only)
         self._sums: dict[str, dict[int, tuple[int, int]]] = {}
         """Of arrays that are there in part: crc32 and length by offset."""
 
-    def __enter__(self) -> "Reading":
+    def __enter__(self) -> "PackedReader":
         return self
 
     def __exit__(self, *_: object) -> None:
         self._reader.close()
 
     @property
-    def way(self) -> str | None:
+    def io_mode(self) -> str | None:
         """How bytes get to where they stay: direct, bounced or cached; None before any do."""
-        return self._reader.way
+        return self._reader.io_mode
 
     def records(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
         """Begin to read the experts of a layer from number `first` on into u8 [n, nbytes].  What
@@ -276,8 +278,8 @@ class Reading:
             if sum(size for _, size in sums.values()) == entry.nbytes:
                 total = 0
                 for _, (crc, size) in sorted(self._sums.pop(entry.name).items()):
-                    total = joined_crc(total, crc, size)
-                self._packed.hold(entry.name, total)
+                    total = crc32_combine(total, crc, size)
+                self._packed.verify_crc(entry.name, total)
 
         return wait
 
@@ -297,7 +299,7 @@ def _header(path: Path, text: bytes, size: int) -> _Header:
     for row in header.parts:
         nbytes = math.prod(row.shape) * np.dtype(row.dtype).itemsize
         inside = FIXED + len(text) <= row.offset and row.offset + row.nbytes <= size
-        if nbytes != row.nbytes or not inside or row.offset % PAGE:
+        if nbytes != row.nbytes or not inside or row.offset % IO_ALIGNMENT:
             raise CheckpointError(
                 f"{path}: {row.name} is {row.dtype} {row.shape} in {row.nbytes} bytes from "
                 f"{row.offset} on, which does not add up in a file of {size}. Pack it again."
@@ -307,7 +309,7 @@ def _header(path: Path, text: bytes, size: int) -> _Header:
     return header
 
 
-def open_packed(path: Path) -> Packed:
+def open_packed(path: Path) -> PackedModel:
     """Open and check header, version and size; parts are checked as they are read.
 
     Raises: CheckpointError.
@@ -331,4 +333,4 @@ def open_packed(path: Path) -> Packed:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if zlib.crc32(text) != crc:
         raise CheckpointError(f"{path}: the header is damaged; delete it and pack again.")
-    return Packed(path, _header(path, text, size))
+    return PackedModel(path, _header(path, text, size))

@@ -22,11 +22,19 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig, Progress
 from osmium.errors import ConfigError
-from osmium.quant.record import PAGE, Record
-from osmium.weights.checkpoint import Checkpoint, Formats, Part, inventory
+from osmium.quant.record import IO_ALIGNMENT, ExpertLayout
+from osmium.weights.checkpoint import Checkpoint, Formats, TensorSpec, tensor_specs
 from osmium.weights.packed import FILES, FIXED, MAGIC, VERSION, Entry
 
-__all__ = ["OnCpu", "Origin", "Shapes", "Source", "locked", "packed_size", "write_packed"]
+__all__ = [
+    "CpuQuantizer",
+    "PackSource",
+    "Provenance",
+    "Shapes",
+    "locked",
+    "packed_size",
+    "write_packed",
+]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -41,13 +49,13 @@ class Shapes(Protocol):
     def formats(self) -> Formats: ...
 
     @property
-    def record(self) -> Record: ...
+    def record(self) -> ExpertLayout: ...
 
 
-class Source(Shapes, Protocol):
+class PackSource(Shapes, Protocol):
     """What a packed file is made from."""
 
-    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
@@ -55,7 +63,7 @@ class Source(Shapes, Protocol):
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """What a packed file says of where it comes from."""
 
     fingerprint: str
@@ -69,14 +77,14 @@ class Origin:
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, fingerprint: str, hub: dict[str, Any] | None = None
-    ) -> "Origin":
+    ) -> "Provenance":
         """A checkpoint's."""
         folder = checkpoint.shards.folder
         files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
         return cls(fingerprint, files, _stamps(checkpoint.shards.files), hub)
 
 
-class OnCpu:
+class CpuQuantizer:
     """A checkpoint quantised with NumPy."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -100,13 +108,13 @@ class OnCpu:
             yield records
 
 
-class _Plan:
+class _FileLayout:
     """Where everything will lie, before a byte is written."""
 
-    def __init__(self, source: Shapes, origin: Origin) -> None:
+    def __init__(self, source: Shapes, origin: Provenance) -> None:
         self.files = origin.files
         config, record = source.config, source.record
-        self.parts = inventory(config, source.formats)
+        self.parts = tensor_specs(config, source.formats)
         wanted: list[tuple[str, str, tuple[int, ...], int]] = [
             (f"file.{name}", "|u1", (len(raw),), len(raw)) for name, raw in self.files.items()
         ]
@@ -127,12 +135,14 @@ class _Plan:
         # unless a number gains a digit.
         length = 0
         while True:
-            self.entries = _lay_out(wanted, -(-(FIXED + length) // PAGE) * PAGE)
+            self.entries = _lay_out(wanted, -(-(FIXED + length) // IO_ALIGNMENT) * IO_ALIGNMENT)
             text = self.header({})
             if len(text) <= length:
                 break
-            length = -(-(FIXED + len(text)) // PAGE) * PAGE - FIXED
-        self.size = self.entries[-1].offset + -(-self.entries[-1].nbytes // PAGE) * PAGE
+            length = -(-(FIXED + len(text)) // IO_ALIGNMENT) * IO_ALIGNMENT - FIXED
+        self.size = (
+            self.entries[-1].offset + -(-self.entries[-1].nbytes // IO_ALIGNMENT) * IO_ALIGNMENT
+        )
 
     def header(self, crcs: dict[str, int]) -> bytes:
         """The JSON, of the same length whatever the checksums."""
@@ -141,7 +151,7 @@ class _Plan:
             for e in self.entries
         ]
         last = self.entries[-1]
-        size = last.offset + -(-last.nbytes // PAGE) * PAGE
+        size = last.offset + -(-last.nbytes // IO_ALIGNMENT) * IO_ALIGNMENT
         return json.dumps({**self.head, "size": size, "parts": parts}).encode()
 
     @property
@@ -155,14 +165,16 @@ def packed_size(shapes: Shapes, files: Mapping[str, int]) -> int:
 
     `files` are the bytes of the small files that travel along.
     """
-    return _Plan(shapes, Origin("", {name: bytes(size) for name, size in files.items()})).size
+    return _FileLayout(
+        shapes, Provenance("", {name: bytes(size) for name, size in files.items()})
+    ).size
 
 
 def _lay_out(wanted: list[tuple[str, str, tuple[int, ...], int]], start: int) -> list[Entry]:
     entries = []
     for name, dtype, shape, nbytes in wanted:
         entries.append(Entry(name, dtype, shape, start, nbytes))
-        start += -(-nbytes // PAGE) * PAGE
+        start += -(-nbytes // IO_ALIGNMENT) * IO_ALIGNMENT
     return entries
 
 
@@ -171,13 +183,15 @@ def _stamps(files: list[Path]) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
-def write_packed(path: Path, source: Source, origin: Origin, progress: Progress | None) -> None:
+def write_packed(
+    path: Path, source: PackSource, origin: Provenance, progress: Progress | None
+) -> None:
     """Write a model to `path`.  What a stopped run has finished is kept and gone on from.
 
     One layer is made while the one before it is written; two are held beyond what is mapped.
     Raises: ConfigError where the disk is full or the folder cannot be written, CheckpointError.
     """
-    plan = _Plan(source, origin)
+    plan = _FileLayout(source, origin)
     partial, journal = (
         path.with_name(path.name + ".partial"),
         path.with_name(path.name + ".journal"),
@@ -215,7 +229,7 @@ def write_packed(path: Path, source: Source, origin: Origin, progress: Progress 
         ) from None
 
 
-def _resume(partial: Path, journal: Path, plan: _Plan) -> dict[str, int]:
+def _resume(partial: Path, journal: Path, plan: _FileLayout) -> dict[str, int]:
     """Checksums of the parts that an earlier run finished; none if it packed another model."""
     crcs: dict[str, int] = {}
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []
@@ -251,8 +265,8 @@ Unit = list[tuple[str, npt.NDArray[Any]]]
 def _write_parts(
     file: BinaryIO,
     notes: BinaryIO,
-    plan: _Plan,
-    source: Source,
+    plan: _FileLayout,
+    source: PackSource,
     crcs: dict[str, int],
     progress: Progress | None,
 ) -> None:
@@ -298,7 +312,7 @@ def _write(
     return fresh
 
 
-def _units(plan: _Plan, source: Source, done: set[str]) -> Generator[Unit]:
+def _units(plan: _FileLayout, source: PackSource, done: set[str]) -> Generator[Unit]:
     """What is not done: the small files, each part, each layer's experts."""
     files = [(f"file.{name}", np.frombuffer(raw, np.uint8)) for name, raw in plan.files.items()]
     if not done.issuperset(name for name, _ in files):

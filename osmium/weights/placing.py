@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from osmium.config import Progress
 from osmium.cuda.memory import waited_for
-from osmium.ops import Array, Linear, Ops
-from osmium.quant.record import PAGE
-from osmium.weights.packed import Entry, Packed, Reading
+from osmium.ops import Array, LinearWeight, Ops
+from osmium.quant.record import IO_ALIGNMENT
+from osmium.weights.packed import Entry, PackedModel, PackedReader
 
-__all__ = ["place"]
+__all__ = ["upload_packed"]
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,19 @@ class _Piece:
     """Of the half that it is read into, in whole pages."""
 
 
-def place(
-    ops: Ops, packed: Packed, reading: Reading, room: Array, progress: Progress | None = None
-) -> dict[str, Linear | Array]:
+def upload_packed(
+    ops: Ops,
+    packed: PackedModel,
+    reading: PackedReader,
+    room: Array,
+    progress: Progress | None = None,
+) -> dict[str, LinearWeight | Array]:
     """Every part by its name, as models/weights.upload would place it.
 
     room u8 [n], page-locked; nobody must read into it any more when it is given back, so leave
     `reading` first.  Raises: OutOfMemory; CheckpointError where bytes are not those written.
     """
-    placed: dict[str, Linear | Array] = {}
+    placed: dict[str, LinearWeight | Array] = {}
     entries: list[tuple[Entry, Array]] = []
     for name, part in packed.parts.items():
         if name == "embed":
@@ -53,7 +57,7 @@ def place(
             flat: Any = arrays[entry.name].reshape(-1)
             entries.append((entry, flat.view(np.uint8)))
         placed[name] = packed.assembled(name, arrays.__getitem__)
-    half = room.nbytes // 2 // PAGE * PAGE
+    half = room.nbytes // 2 // IO_ALIGNMENT * IO_ALIGNMENT
     view = np.asarray(ops.host_view(room), np.uint8)
     halves = [view[:half], view[half : 2 * half]]
     begun: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
@@ -67,7 +71,7 @@ def place(
         for wait in waits:
             wait()
         for piece in pieces:
-            ops.copy_in(piece.out, side[piece.room][: piece.out.nbytes])
+            ops.copy_h2d(piece.out, side[piece.room][: piece.out.nbytes])
         if progress:
             uploaded += sum(piece.out.nbytes for piece in pieces)
             progress("uploading", uploaded, total)
@@ -87,12 +91,12 @@ def place(
                 upload()
         wait()
 
-    placed["embed"] = ops.host(embed.shape, embed.dtype, fill)
+    placed["embed"] = ops.empty_mapped(embed.shape, embed.dtype, fill)
     if "head" not in placed:  # it is the embedding, and is read whole: a copy of its own
         rows, columns = embed.shape
         head = ops.empty(embed.shape, embed.dtype)
         ops.copy(head, placed["embed"])
-        placed["head"] = Linear("bf16", rows, columns, head)
+        placed["head"] = LinearWeight("bf16", rows, columns, head)
     ops.synchronize()
     return placed
 
@@ -108,7 +112,7 @@ def _filling(entries: list[tuple[Entry, Array]], half: int) -> Iterator[list[_Pi
                 yield pieces
                 pieces, used = [], 0
             length = min(entry.nbytes - start, half - used)
-            end = used + -(-length // PAGE) * PAGE
+            end = used + -(-length // IO_ALIGNMENT) * IO_ALIGNMENT
             pieces.append(_Piece(entry, start, out[start : start + length], slice(used, end)))
             start, used = start + length, end
     if pieces:

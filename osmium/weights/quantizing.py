@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from osmium.ops import Array, Ops
 from osmium.quant import int4
-from osmium.weights.checkpoint import Checkpoint, Part
+from osmium.weights.checkpoint import Checkpoint, TensorSpec
 
-__all__ = ["Quantizer"]
+__all__ = ["GpuQuantizer"]
 
 ROOM = 256 << 20
 """Bytes of bf16 in one turn, at most, unless a single expert has more."""
@@ -28,7 +28,7 @@ _PIECE = 16 << 20
 """Bytes of one read."""
 
 
-class Quantizer:
+class GpuQuantizer:
     """A checkpoint with bf16 tensors, made into parts and records by `ops`; close it at the end."""
 
     def __init__(self, ops: Ops, checkpoint: Checkpoint, room: int = ROOM) -> None:
@@ -44,9 +44,9 @@ class Quantizer:
         size = max(self.count * self.one, 16 * widest)
         nbytes = -(-max(self.count * self.record.nbytes, size) // 16) * 16
         self._w, self._out = ops.empty((size,), np.uint16), ops.empty((nbytes,), np.uint8)
-        self._clips = ops.put(np.array(int4.CLIPS, np.float32))
-        self._in = [ops.mailbox((size,), np.uint16) for _ in range(2)]
-        self._back = ops.mailbox((nbytes,), np.uint8)
+        self._clips = ops.to_device(np.array(int4.CLIPS, np.float32))
+        self._in = [ops.zeros_mapped((size,), np.uint16) for _ in range(2)]
+        self._back = ops.zeros_mapped((nbytes,), np.uint8)
         self._views: list[npt.NDArray[Any]] = [ops.host_view(array) for array in self._in]
         self._made: Any = ops.host_view(self._back)
 
@@ -59,15 +59,15 @@ class Quantizer:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
         if part.format in ("int8", "int4"):
-            joined = self.checkpoint.joined(part)
+            joined = self.checkpoint.concatenated(part)
             if joined.dtype == np.uint16:
                 return self._matrix(part, joined)
         return self.checkpoint.arrays(part)
 
-    def _matrix(self, part: Part, w: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
+    def _matrix(self, part: TensorSpec, w: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
         """bf16 [N, K] in as many turns as it takes."""
         rows, columns = w.shape
         kinds = part.arrays
@@ -149,7 +149,7 @@ class Quantizer:
         ups = count * 2 * record.inner * record.hidden
         self._send(turn, count * self.one)
         out = self._out[: count * nbytes].reshape(count, nbytes)
-        self.ops.fill(out, 0)  # the padding too: the same expert is the same bytes
+        self.ops.memset(out, 0)  # the padding too: the same expert is the same bytes
         up = self._w[:ups].reshape(count, 2 * record.inner, record.hidden)
         down = self._w[ups : count * self.one].reshape(count, record.hidden, record.inner)
         four = record.bits == 4

@@ -30,9 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import CheckpointError
-from osmium.quant.record import PAGE
+from osmium.quant.record import IO_ALIGNMENT
 
-__all__ = ["BLOCK", "THREADS", "Reader", "huge_pages", "joined_crc"]
+__all__ = ["BLOCK", "THREADS", "Reader", "crc32_combine", "huge_pages"]
 
 LOG = logging.getLogger("osmium.weights")
 
@@ -73,7 +73,7 @@ class Reader:
     def __init__(self, path: Path, write_only: bool = False) -> None:
         """With `write_only` what is read into is slow to read back.  Raises: CheckpointError."""
         self.path, self.write_only = path, write_only
-        self.way: Way | None = None
+        self.io_mode: Way | None = None
         """Found at the first read."""
         self.nbytes = 0
         """Read so far."""
@@ -103,11 +103,11 @@ class Reader:
             if file is not None:
                 os.close(file)
         self._plain, self._direct = -1, None
-        if self.way is not None:
+        if self.io_mode is not None:
             took = time.perf_counter() - self._start
             LOG.info(
                 "%s: %.2f GB in %.2f s, %.2f GB/s, %s", self.path.name, self.nbytes / 1e9, took,
-                self.nbytes / max(took, 1e-9) / 1e9, self.way,
+                self.nbytes / max(took, 1e-9) / 1e9, self.io_mode,
             )  # fmt: skip
 
     # -- reading -----------------------------------------------------------------------------------
@@ -120,11 +120,11 @@ class Reader:
         out u8 [n]; its length and the offset in whole pages, else the page cache is used.
         """
         nbytes = out.nbytes if nbytes is None else nbytes
-        if self.way is None:
-            self.way = self._choose(out, offset)
-        whole = offset % PAGE == 0 and out.nbytes % PAGE == 0
+        if self.io_mode is None:
+            self.io_mode = self._choose(out, offset)
+        whole = offset % IO_ALIGNMENT == 0 and out.nbytes % IO_ALIGNMENT == 0
         file = self._direct if self._direct is not None and whole else self._plain
-        into = self.way == "direct"
+        into = self.io_mode == "direct"
         pieces = [(at, min(at + BLOCK, out.nbytes)) for at in range(0, out.nbytes, BLOCK)]
         futures = [
             self._submit(self._block, file, out[at:end], offset + at, min(end, nbytes) - at, into)
@@ -136,7 +136,7 @@ class Reader:
             self.nbytes += out.nbytes
             lengths = [min(end, nbytes) - at for at, end in pieces]
             return functools.reduce(
-                lambda crc, one: joined_crc(crc, *one), zip(sums, lengths, strict=True), 0
+                lambda crc, one: crc32_combine(crc, *one), zip(sums, lengths, strict=True), 0
             )
 
         return finish
@@ -149,7 +149,7 @@ class Reader:
         futures = [self._submit(self._sum, offset + at, length) for at, length in pieces]
         crc = 0
         for one, (_, length) in zip(_results(futures), pieces, strict=True):
-            crc = joined_crc(crc, one, length)
+            crc = crc32_combine(crc, one, length)
         return crc
 
     def _submit(self, job: Callable[..., int], *args: Any) -> "Future[int]":
@@ -159,10 +159,10 @@ class Reader:
 
     def _choose(self, out: Bytes, offset: int) -> Way:
         """What this file and this memory take, found by reading a page."""
-        page = np.frombuffer(mmap.mmap(-1, PAGE), np.uint8)
+        page = np.frombuffer(mmap.mmap(-1, IO_ALIGNMENT), np.uint8)
         try:
             self._direct = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECT)
-            os.preadv(self._direct, [page.data], offset - offset % PAGE)
+            os.preadv(self._direct, [page.data], offset - offset % IO_ALIGNMENT)
         except OSError as error:
             if error.errno in _NO_DIRECT:
                 if self._direct is not None:
@@ -173,7 +173,7 @@ class Reader:
             return "bounced"
         try:
             if self._direct is not None:
-                os.preadv(self._direct, [out[:PAGE].data], offset - offset % PAGE)
+                os.preadv(self._direct, [out[:IO_ALIGNMENT].data], offset - offset % IO_ALIGNMENT)
         except OSError as error:
             if error.errno in _NOT_INTO:
                 return "bounced"
@@ -184,7 +184,7 @@ class Reader:
         if into:
             self._fill(file, out, offset)
             return zlib.crc32(out[:nbytes].data)
-        if self.way == "cached" and not self.write_only:
+        if self.io_mode == "cached" and not self.write_only:
             self._fill(file, out, offset)
             crc = zlib.crc32(out[:nbytes].data)
         else:
@@ -226,7 +226,7 @@ class Reader:
                     f"{offset} on were expected, {done} found. It was cut short while it was "
                     "open; pack it again."
                 )
-            if got % PAGE:
+            if got % IO_ALIGNMENT:
                 file = self._plain  # direct I/O goes on at whole pages alone
 
 
@@ -248,7 +248,7 @@ def _results(futures: "list[Future[int]]") -> list[int]:
 # -- crc32 of two parts ----------------------------------------------------------------------------
 
 
-def joined_crc(first: int, second: int, length: int) -> int:
+def crc32_combine(first: int, second: int, length: int) -> int:
     """crc32 of a + b from those of a and b, b of `length` bytes."""
     return _times(_shift(length), first) ^ second
 

@@ -23,12 +23,12 @@ import numpy.typing as npt
 
 from osmium.config import EngineConfig, ModelConfig, Progress
 from osmium.errors import ConfigError
-from osmium.ops import Array, Linear, Ops
+from osmium.ops import Array, LinearWeight, Ops
 from osmium.ops.reference import ReferenceOps
 from osmium.quant import noise
-from osmium.quant.noise import Pattern
-from osmium.quant.record import Record
-from osmium.weights.checkpoint import Formats, Part, inventory
+from osmium.quant.noise import BitPattern
+from osmium.quant.record import ExpertLayout
+from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
 
 __all__ = ["PREFIX", "Synthetic", "open_synthetic", "synthetic_name"]
 
@@ -112,10 +112,10 @@ class Synthetic:
     def __init__(self, name: str, config: dict[str, Any], formats: Formats) -> None:
         self.path = Path(name)
         self.config, self.formats = ModelConfig.from_hf(config), formats
-        self.record = Record(
+        self.record = ExpertLayout(
             formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
         )
-        self.parts: dict[str, Part] = {p.name: p for p in inventory(self.config, formats)}
+        self.parts: dict[str, TensorSpec] = {p.name: p for p in tensor_specs(self.config, formats)}
         self.files = {"config.json": json.dumps(config, indent=1).encode()}
         self.fingerprint = f"{name} {_MADE}"
         self._ops = ReferenceOps()
@@ -134,15 +134,15 @@ class Synthetic:
 
     # -- parts -------------------------------------------------------------------------------------
 
-    def tensor(self, name: str) -> Linear | npt.NDArray[Any]:
+    def tensor(self, name: str) -> LinearWeight | npt.NDArray[Any]:
         """A part; matrices keep the size of what they multiply."""
-        made: Linear | npt.NDArray[Any] = self.make(self._ops, name)
+        made: LinearWeight | npt.NDArray[Any] = self.make(self._ops, name)
         return made
 
-    def arrays(self, part: Part) -> dict[str, npt.NDArray[Any]]:
+    def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """What a part is stored as: data, and a matrix's scale."""
         made = self.tensor(part.name)
-        if not isinstance(made, Linear):
+        if not isinstance(made, LinearWeight):
             return {"data": made}
         return {"data": made.data, **({} if made.scale is None else {"scale": made.scale})}
 
@@ -150,37 +150,37 @@ class Synthetic:
         """A part, made by `ops` where its kernels reach it fast, or in host memory."""
         part = self.parts[name]
         if not part.matrix and part.format == "f32":
-            return ops.put(_vector(_rng(name), name, part.shape))
+            return ops.to_device(_vector(_rng(name), name, part.shape))
         gain = 1.0 if name == "embed" else part.shape[-1] ** -0.5
         arrays = {}
         for kind, (shape, dtype) in part.arrays.items():
             nbytes = math.prod(shape) * dtype.itemsize
             room = (1, -(-nbytes // 16) * 16)
-            out = (ops.host if on_host else ops.empty)(room, np.uint8)
+            out = (ops.empty_mapped if on_host else ops.empty)(room, np.uint8)
             which = _pattern(part.format, gain, kind == "scale")
-            ops.noise(out, 0, room[1], noise.seed_of(f"{name}.{kind}"), which)
+            ops.random_fill(out, 0, room[1], noise.seed_from_name(f"{name}.{kind}"), which)
             arrays[kind] = out.reshape(room[1])[:nbytes].view(dtype).reshape(*shape)
         if not part.matrix:
             return arrays["data"]
         assert part.format != "f32", "matrices are bf16, int8 or int4"
         rows, columns = part.shape
         group = columns // arrays["scale"].shape[1] if part.format == "int4" else 0
-        return Linear(part.format, rows, columns, arrays["data"], arrays.get("scale"), group)
+        return LinearWeight(part.format, rows, columns, arrays["data"], arrays.get("scale"), group)
 
-    def place(self, ops: Ops) -> dict[str, Any]:
+    def upload(self, ops: Ops) -> dict[str, Any]:
         """Every part, made by `ops` where models/weights.upload would put it."""
         return {name: self.make(ops, name, on_host=name == "embed") for name in self.parts}
 
     # -- experts -----------------------------------------------------------------------------------
 
-    def fill_records(self, ops: Ops, layer: int, out: Array, first: int = 0) -> None:
+    def generate_experts(self, ops: Ops, layer: int, out: Array, first: int = 0) -> None:
         """A layer's experts from `first` on into `out`, by `ops`: in VRAM, or in host memory that
         its kernels reach.
 
         out u8 [<= E, nbytes]
         """
         record, form = self.record, {16: "bf16", 8: "int8", 4: "int4"}[self.record.bits]
-        seed = noise.ahead(noise.seed_of(f"experts.{layer}"), first * record.nbytes // 8)
+        seed = noise.skip_seed(noise.seed_from_name(f"experts.{layer}"), first * record.nbytes // 8)
         up, down = record.hidden**-0.5, record.inner**-0.5
         for start, end, gain, scales in (
             (0, record.up_scale, up, False),
@@ -191,7 +191,7 @@ class Synthetic:
             # bf16 has no scales: what follows its matrices is none or padding
             if end > start:
                 which = _pattern(form, gain, scales and form != "bf16")
-                ops.noise(out, start, end - start, seed, which)
+                ops.random_fill(out, start, end - start, seed, which)
 
     def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
         """A layer's experts into u8 [E, nbytes], on as many threads as there are cores."""
@@ -199,7 +199,7 @@ class Synthetic:
         some = -(-len(out) // (4 * threads))
 
         def fill(first: int) -> None:
-            self.fill_records(self._ops, layer, out[first : first + some], first)
+            self.generate_experts(self._ops, layer, out[first : first + some], first)
 
         with ThreadPoolExecutor(threads) as pool:
             list(pool.map(fill, range(0, len(out), some)))
@@ -215,7 +215,7 @@ class Synthetic:
     def one_record(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
         """One expert, u8 [nbytes]."""
         out = np.empty(self.record.nbytes, np.uint8)
-        self.fill_records(self._ops, layer, out[None], expert)
+        self.generate_experts(self._ops, layer, out[None], expert)
         return out
 
     def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
@@ -229,13 +229,13 @@ class Synthetic:
         return out
 
 
-def _pattern(form: str, gain: float, scale: bool) -> Pattern:
+def _pattern(form: str, gain: float, scale: bool) -> BitPattern:
     """What stored words are made of, for numbers of a size near `gain`: uniform nibbles have a
     standard deviation of 4.6, uniform bytes of 74."""
     if form == "bf16":
         return noise.bf16(gain)
     if not scale:
-        return noise.BITS
+        return noise.ALL_BITS
     return noise.f16_scales(gain / 4.6) if form == "int4" else noise.f32_scales(gain / 74)
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from osmium.bench import kernels, profile
-from osmium.bench.kernels import MODELS, Cases, bench_kernels
-from osmium.bench.profile import Listing, moved
+from osmium.bench.kernels import MODELS, OpCases, bench_kernels
+from osmium.bench.profile import LaunchRecorder, launch_bytes
 from osmium.cli import main
 from osmium.cuda.driver import Device
 from osmium.errors import ConfigError, NoDevice
@@ -16,10 +16,10 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ptx.interpreter import InterpretedMachine
 
-OPERATIONS = Cases.names()
+OPERATIONS = OpCases.names()
 
 
-class OnTheCpu(Cases):
+class OnTheCpu(OpCases):
     """KV as the CPU keeps it."""
 
     def _attention(self) -> Any:
@@ -43,14 +43,14 @@ def test_every_operation_takes_its_inputs(name: str, tokens: int) -> None:
 def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
     """Listed, not run: what `bench kernels` reads the bytes of."""
     ops = GpuOps(InterpretedMachine())
-    cases = Cases(ops, "tiny", 1, room=4_000, depth=70)
+    cases = OpCases(ops, "tiny", 1, room=4_000, depth=70)
     calls = cases.make(name)
     listing: list[Any] = []
-    ops.stream = Listing(listing)
+    ops.stream = LaunchRecorder(listing)
     for call in calls:
         call()
     assert len(listing) >= len(calls)
-    nbytes = sum(map(moved, listing)) / len(calls)
+    nbytes = sum(map(launch_bytes, listing)) / len(calls)
     assert nbytes > 0 or name in ("place", "sample")
     if name.startswith("fetch"):
         count = 1 if name == "fetch 1" else 2
@@ -60,7 +60,7 @@ def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
 def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
     ops = GpuOps(InterpretedMachine())
-    row = kernels._time(ops, "router", Cases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
+    row = kernels._time(ops, "router", OpCases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
     assert row["kernels"] and row["bytes"] > 9 * 64 * 2
     assert row["gb_s"] == pytest.approx(row["bytes"] / 2e3, abs=0.06)
@@ -71,7 +71,7 @@ def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) -> None:
-    cases = Cases(gpu, "qwen3.5-35b-a3b:4", tokens, room=1 << 20)
+    cases = OpCases(gpu, "qwen3.5-35b-a3b:4", tokens, room=1 << 20)
     row = kernels._time(gpu, name, cases, {"VRAM": 1.0, "link": 1.0})
     assert row["us"] > 0 and row["sets"] >= 4 and row["kernels"]
     assert (row["bytes"] > 0) == (name != "place")
@@ -83,9 +83,9 @@ def test_the_models_are_ones_that_there_are() -> None:
 
 
 def test_only_names_what_is_there() -> None:
-    assert Cases.names("expert") == ["expert_up", "expert_down"]
+    assert OpCases.names("expert") == ["expert_up", "expert_down"]
     with pytest.raises(ConfigError, match="gated_attention"):
-        Cases.names("no such")
+        OpCases.names("no such")
 
 
 def test_without_a_gpu_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,14 +7,14 @@ import pytest
 
 from osmium.bench import policies
 from osmium.errors import ConfigError
-from osmium.experts.arena import share_arena
-from osmium.experts.cache import FADING, cut, make_cache
-from osmium.experts.heat import FIRST, heat_of, new_quotas, restore
-from osmium.experts.routing import RoutingRecorder, Trace, read_trace
-from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
+from osmium.experts.arena import wrap_host_experts
+from osmium.experts.cache import DECAY, make_cache, resize_layers
+from osmium.experts.heat import FIRST_REBALANCE_TOKENS, rebalanced_slots, snapshot_usage, warm_cache
+from osmium.experts.routing import RoutingRecorder, RoutingTrace, read_trace
+from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import ARRIVED, FETCH_BLOCKS, FETCH_WARPS
-from osmium.quant.record import Record
+from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
+from osmium.quant.record import ExpertLayout
 
 
 def trace(
@@ -24,7 +24,7 @@ def trace(
     experts: int,
     top_k: int,
     popular: tuple[float, ...] = (1,),
-) -> Trace:
+) -> RoutingTrace:
     """Routing with experts that are popular, in some layers more than in others, and with drift."""
     base = rng.normal(0, 1, (layers, experts)) * np.resize(popular, (layers, 1))
     drift = np.zeros((layers, experts))
@@ -33,7 +33,7 @@ def trace(
         drift = 0.9 * drift + rng.normal(0, 0.6, drift.shape)
         score = base + drift + rng.normal(0, 0.5, drift.shape)
         ids[t] = np.argsort(-score, axis=1)[:, :top_k]
-    return Trace(ids, np.array([0]), experts)
+    return RoutingTrace(ids, np.array([0]), experts)
 
 
 @pytest.mark.parametrize("policy", [policies.SHIPPED, "decayed 24"])
@@ -42,14 +42,14 @@ def test_a_policy_hits_what_place_hits(rng: np.random.Generator, policy: str) ->
     where the long heat weighs nothing."""
     t = trace(rng, 120, 3, 20, 3)
     slots, layers, experts, skip = 8, 3, 20, 10
-    fading = FADING if policy == policies.SHIPPED else Fading(24.0, 512.0, 0.0, 19)
+    fading = DECAY if policy == policies.SHIPPED else DecayConfig(24.0, 512.0, 0.0, 19)
     cache, plan = cold(layers, experts, slots, 3, fading)
     ops = ReferenceOps()
     for now, token in enumerate(t.ids):
         if now == skip:
             cache.counters[:] = 0
         for layer in range(layers):
-            ops.place(plan, cache, layer, token[layer : layer + 1])
+            ops.assign_slots(plan, cache, layer, token[layer : layer + 1])
     wanted = cache.counters[1] / ((120 - skip) * layers * 3)
     assert policies.hit_rate(t, slots, policy, skip) == pytest.approx(wanted, abs=2e-3)
 
@@ -58,23 +58,23 @@ def test_slots_are_shared_out_as_by_the_cache_itself(rng: np.random.Generator) -
     """Its own heat, cut and filled anew after 1,024 tokens and after 2,048."""
     layers, experts, slots, top_k = 3, 20, 8, 3
     t = trace(rng, 2300, layers, experts, top_k, (0, 1, 4))
-    ops, record = ReferenceOps(), Record(16, 8, 8)
-    arena = share_arena(record, np.zeros((layers, experts, record.nbytes), np.uint8))
+    ops, record = ReferenceOps(), ExpertLayout(16, 8, 8)
+    arena = wrap_host_experts(record, np.zeros((layers, experts, record.nbytes), np.uint8))
     cache, (_, plan) = make_cache(ops, arena, slots, top_k), cold(layers, experts, slots, top_k)
     shared = []
     for now, token in enumerate(t.ids):
-        if now in (FIRST, 2 * FIRST):
-            heat = heat_of(ops, cache)
-            each = new_quotas(heat, [len(layer) for layer in cache.slots], top_k)
+        if now in (FIRST_REBALANCE_TOKENS, 2 * FIRST_REBALANCE_TOKENS):
+            heat = snapshot_usage(ops, cache)
+            each = rebalanced_slots(heat, [len(layer) for layer in cache.slots], top_k)
             if each is not None:
-                cache = cut(cache, each)
-                restore(ops, cache, arena, heat)
+                cache = resize_layers(cache, each)
+                warm_cache(ops, cache, arena, heat)
                 shared.append((now, each))
         if now == 1000:
             cache.counters[:] = 0
         for layer in range(layers):
-            ops.place(plan, cache, layer, token[layer : layer + 1])
-    assert shared and shared[0][0] == FIRST and len({*shared[0][1]}) > 1
+            ops.assign_slots(plan, cache, layer, token[layer : layer + 1])
+    assert shared and shared[0][0] == FIRST_REBALANCE_TOKENS and len({*shared[0][1]}) > 1
     wanted = cache.counters[1] / (1300 * layers * top_k)
     found = policies.hit_rate(t, slots, "shared", 1000)
     assert found == pytest.approx(wanted, abs=1e-3)
@@ -82,17 +82,17 @@ def test_slots_are_shared_out_as_by_the_cache_itself(rng: np.random.Generator) -
 
 
 def cold(
-    layers: int, experts: int, slots: int, top_k: int, fading: Fading = FADING
-) -> tuple[ExpertCache, ExpertPlan]:
+    layers: int, experts: int, slots: int, top_k: int, fading: DecayConfig = DECAY
+) -> tuple[ExpertCache, SlotAssignment]:
     """A cache with nobody in it, and a plan for a token."""
     shape = (layers, experts)
     cache = ExpertCache(
-        Record(16, 8, 8), experts, fading, (),
+        ExpertLayout(16, 8, 8), experts, fading, (),
         np.full(shape, -1, np.int32), tuple(np.full((layers, slots), -1, np.int32)),
         np.zeros(shape, np.float32), np.zeros(shape, np.float32), np.zeros(shape, np.int32),
         np.zeros(1, np.int32), np.zeros(7, np.int64),
     )  # fmt: skip
-    return cache, ExpertPlan(*(np.zeros(n, np.int32) for n in (1, *[top_k] * 5, 2)))
+    return cache, SlotAssignment(*(np.zeros(n, np.int32) for n in (1, *[top_k] * 5, 2)))
 
 
 @pytest.mark.parametrize("slots", [3, 4, 8, 18, 40])
@@ -100,10 +100,11 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
     """With so few slots that none can be given away, some, and so many that some stay free."""
     tokens, layers, experts, top_k, skip = 400, 4, 40, 3, 10
     t = predicted(rng, trace(rng, tokens, layers, experts, top_k), 0.7)
-    cache, plan = cold(layers, experts, slots, top_k, FADING)
-    guess = ExpertGuess(
+    cache, plan = cold(layers, experts, slots, top_k, DECAY)
+    guess = PrefetchState(
         np.zeros((1, top_k), np.uint16), np.zeros((1, top_k), np.float32),
-        np.zeros((1, experts), np.float32), np.zeros(4, np.int64), np.zeros(ARRIVED, np.int32),
+        np.zeros((1, experts), np.float32), np.zeros(4, np.int64), np.zeros(ROUTER_BARRIER_SHAPE,
+        np.int32),
         np.full(layers, -1, np.int32), np.zeros(layers, np.int32), np.zeros(layers, np.int32),
         np.zeros((layers, FETCH_WARPS), np.int32), np.zeros((layers, FETCH_BLOCKS), np.int32),
     )  # fmt: skip
@@ -115,7 +116,7 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
                 assert t.predicted is not None and t.predicted_weights is not None
                 guess.ids[:] = t.predicted[now, layer + 1]
                 guess.weights[:] = t.predicted_weights[now, layer + 1]
-            ReferenceOps().place(plan, cache, layer, token[layer : layer + 1], guess)
+            ReferenceOps().assign_slots(plan, cache, layer, token[layer : layer + 1], guess)
     hit, made, right = cache.counters[[1, 4, 5]]
     assert made and right, "it says something"
     found = policies.guess(t, slots, skip)
@@ -125,12 +126,12 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
     assert found[1] * found[2] == pytest.approx(right / each, abs=2e-3)
 
 
-def predicted(rng: np.random.Generator, t: Trace, right: float) -> Trace:
+def predicted(rng: np.random.Generator, t: RoutingTrace, right: float) -> RoutingTrace:
     """A trace that says so much of itself beforehand, with weights that say nothing."""
     wrong = rng.random(t.ids.shape) >= right
     said = np.where(wrong, rng.integers(0, t.experts, t.ids.shape), t.ids).astype(np.uint16)
     weights = rng.random(t.ids.shape, np.float32)
-    return Trace(t.ids, t.starts, t.experts, said, weights)
+    return RoutingTrace(t.ids, t.starts, t.experts, said, weights)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_the_rules_differ_in_whom_they_guess(
     if weights is not None:
         each = np.full(ids.shape, 1 / 3, np.float32)
         each[3, 1] = weights
-    t = Trace(ids, np.array([0]), 9, predicted, each)
+    t = RoutingTrace(ids, np.array([0]), 9, predicted, each)
     hits, made, found = policies.guess(t, 3, 3, rule)
     assert (made, found) == (1, right)
     assert hits == pytest.approx((2 + 1) / 6), "one of two that were there has left for it"
@@ -164,20 +165,20 @@ def test_the_rules_differ_in_whom_they_guess(
 def test_recall_is_the_share_of_the_predicted_that_were_asked_for() -> None:
     ids = np.array([[[0, 1], [2, 3]], [[4, 5], [6, 7]]], np.uint16)
     said = np.array([[[0, 1], [3, 9]], [[4, 5], [7, 6]]], np.uint16)
-    assert policies.recall(Trace(ids, np.array([0]), 10, said)).tolist() == [1, 0.75]
+    assert policies.recall(RoutingTrace(ids, np.array([0]), 10, said)).tolist() == [1, 0.75]
 
 
 def test_warmth_orders_by_uses_a_step_of_late_and_over_long(rng: np.random.Generator) -> None:
     steps, now = 90, 89
     uses = rng.integers(0, 2, (steps, 12)).astype(np.float64)
     ages = now - np.arange(steps)[:, None]
-    heat = (uses * 2 ** (-ages / FADING.half_life)).sum(axis=0)
-    long_heat = (uses * 2 ** (-ages / FADING.long_half_life)).sum(axis=0)
-    grown = 1 - 2 ** (-(steps + FADING.earlier) / FADING.long_half_life)
-    weights = (2 ** (-np.arange(4000) / FADING.half_life)).sum()
-    long_weights = (2 ** (-np.arange(steps + FADING.earlier) / FADING.long_half_life)).sum()
-    wanted = heat / weights + FADING.weight * long_heat / long_weights
-    found = grown * heat + FADING.share * long_heat
+    heat = (uses * 2 ** (-ages / DECAY.half_life)).sum(axis=0)
+    long_heat = (uses * 2 ** (-ages / DECAY.long_half_life)).sum(axis=0)
+    grown = 1 - 2 ** (-(steps + DECAY.prior_steps) / DECAY.long_half_life)
+    weights = (2 ** (-np.arange(4000) / DECAY.half_life)).sum()
+    long_weights = (2 ** (-np.arange(steps + DECAY.prior_steps) / DECAY.long_half_life)).sum()
+    wanted = heat / weights + DECAY.long_weight * long_heat / long_weights
+    found = grown * heat + DECAY.long_scale * long_heat
     assert np.allclose(found / wanted, (found / wanted)[0], rtol=1e-12)
 
 
@@ -231,7 +232,7 @@ def test_a_recording_reads_back(rng: np.random.Generator, tmp_path: Path) -> Non
     said = rng.integers(0, 12, (10, 3)).astype(np.uint16)
     weights = rng.random((10, 3), np.float32)
     for rows in (slice(0, 6), slice(6, 10)):
-        recorder.expect(1, said[rows], weights[rows])
+        recorder.add_predicted(1, said[rows], weights[rows])
     recorder.save(tmp_path / "routing.npz")
     found = read_trace(tmp_path / "routing.npz")
     assert found.predicted is not None and found.experts == max(found.ids.max(), said.max()) + 1

@@ -17,7 +17,7 @@ from osmium.bench.profile import (
     profile,
     profile_table,
 )
-from osmium.cuda.stream import Machine
+from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
 from osmium.kernels.ptx import kernel
 from osmium.ops import machine as protocol
@@ -53,7 +53,7 @@ def test_every_launch_of_a_token_is_in_the_profile(
     gpu, engine = start(expert_slots=expert_slots)
     runner = engine.runner
     gpu.launched.clear()
-    engine.run_on_engine_thread(lambda: runner.one_token(1))
+    engine.run_on_engine_thread(lambda: runner.launch_decode_step(1))
     launched = Counter(gpu.launched)
     found = profile(engine, 64)
     listed: Counter[str] = Counter()
@@ -86,11 +86,21 @@ def test_a_reply_can_follow_a_profile(start: Callable[..., tuple[FakeGpu, Engine
     gpu, engine = start(expert_slots=4)
     ops = engine.runner.ops
     assert isinstance(ops, GpuOps)
-    before = ops.stream, ops.machine.stream, ops.machine.fork(True), ops.machine.join
+    before = (
+        ops.stream,
+        ops.machine.stream,
+        ops.machine.fork_side_stream(True),
+        ops.machine.join_side_stream,
+    )
     profile(engine, 64)
-    assert (ops.stream, ops.machine.stream, ops.machine.fork(True), ops.machine.join) == before
+    assert (
+        ops.stream,
+        ops.machine.stream,
+        ops.machine.fork_side_stream(True),
+        ops.machine.join_side_stream,
+    ) == before
     gpu.launched.clear()
-    engine.run_on_engine_thread(lambda: engine.runner.one_token(1))
+    engine.run_on_engine_thread(lambda: engine.runner.launch_decode_step(1))
     assert gpu.launched.count("fetch_records") == engine.config.num_layers
 
 
@@ -99,12 +109,12 @@ def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]
     ops: Any = engine.runner.ops
     gpu.launched.clear()
     with list_launches(ops) as launches:
-        engine.runner.one_token(1)
+        engine.runner.launch_decode_step(1)
     assert launches and not gpu.launched
     with pytest.raises(ZeroDivisionError), list_launches(ops):
         raise ZeroDivisionError
-    ops.copy_in(engine.runner.replies.turn, np.zeros(1, np.int32))
-    assert isinstance(ops.machine, Machine) and ops.stream is ops.machine.stream
+    ops.copy_h2d(engine.runner.replies.decode_step, np.zeros(1, np.int32))
+    assert isinstance(ops.machine, CudaRuntime) and ops.stream is ops.machine.stream
 
 
 def parameters(method: Any) -> list[tuple[str, Any]]:
@@ -113,14 +123,14 @@ def parameters(method: Any) -> list[tuple[str, Any]]:
     return [(one.name, one.kind) for one in found]
 
 
-@pytest.mark.parametrize("stand_in", [Machine, InterpretedMachine, SerialStreams])
+@pytest.mark.parametrize("stand_in", [CudaRuntime, InterpretedMachine, SerialStreams])
 def test_whatever_stands_in_for_a_machine_takes_its_arguments(stand_in: type) -> None:
     wanted = {
         name: parameters(method)
-        for name, method in vars(protocol.Machine).items()
+        for name, method in vars(protocol.DeviceRuntime).items()
         if inspect.isfunction(method) and not name.startswith("_")
     }
-    assert {"fork", "join", "record"} <= set(wanted)
-    names = ["fork", "join"] if stand_in is SerialStreams else list(wanted)
+    assert {"fork_side_stream", "join_side_stream", "capture_graph"} <= set(wanted)
+    names = ["fork_side_stream", "join_side_stream"] if stand_in is SerialStreams else list(wanted)
     for name in names:
         assert parameters(getattr(stand_in, name)) == wanted[name], name

@@ -11,10 +11,10 @@ import pytest
 
 import osmium
 from osmium.bench import speed
-from osmium.bench.about import about
-from osmium.bench.profile import moved, profile
+from osmium.bench.about import environment
+from osmium.bench.profile import launch_bytes, profile
 from osmium.bench.report import COLUMNS, compare, row_line, summary
-from osmium.bench.speed import Settings, measure
+from osmium.bench.speed import BenchConfig, measure
 from osmium.cli import main
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
@@ -22,7 +22,7 @@ from osmium.experts.cache import verify
 from osmium.kernels.ptx import kernel
 from osmium.kernels.sample import ADVANCE
 
-SHORT = Settings(depths=("64",), tokens=6, repeats=2, warm_up=8)
+SHORT = BenchConfig(depths=("64",), tokens=6, repeats=2, warm_up=8)
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_row_adds_up(engine: Any) -> None:
 
 
 def test_sequences_side_by_side_are_counted_together(engine: Any) -> None:
-    settings = Settings(depths=("64",), tokens=4, repeats=1, warm_up=4, parallel=(2,))
+    settings = BenchConfig(depths=("64",), tokens=4, repeats=1, warm_up=4, parallel=(2,))
     (row,) = measure(engine, settings)["rows"]
     assert row["routed"] == 2 * 4 * engine.config.num_layers * engine.config.top_k
     assert row["sequences"] == 2
@@ -89,13 +89,13 @@ def test_a_row_starts_cold(engine: Any) -> None:
     """However warm the rows before it have left the cache."""
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=60)
     list(engine.generate([1, 2, 3], params))
-    settings = Settings(depths=("64", "64"), tokens=4, repeats=1, warm_up=4)
+    settings = BenchConfig(depths=("64", "64"), tokens=4, repeats=1, warm_up=4)
     first, second = measure(engine, settings)["rows"]
     assert first["hit_rate_cold_64"] == second["hit_rate_cold_64"] < 0.9
 
 
 def test_prefill_says_what_it_fetched(engine: Any) -> None:
-    (row,) = measure(engine, Settings(depths=(), prompts=(40,), repeats=2))["rows"]
+    (row,) = measure(engine, BenchConfig(depths=(), prompts=(40,), repeats=2))["rows"]
     assert row["routed"] == 2 * 40 * engine.config.num_layers * engine.config.top_k
     record = engine.runner.store.cache.record.nbytes
     assert row["mb_fetched"] * 1e6 == pytest.approx(row["experts_copied"] * record / 2)
@@ -117,33 +117,33 @@ def test_counters_that_disagree_fail_the_bench(
     with pytest.raises(AssertionError, match="route to"):
         measure(engine, SHORT)
     monkeypatch.undo()
-    engine.runner.ops.copy_in(store.cache.counters, np.array([9, 3, 3, 3, 0, 0, 0], np.int64))
+    engine.runner.ops.copy_h2d(store.cache.counters, np.array([9, 3, 3, 3, 0, 0, 0], np.int64))
     with pytest.raises(AssertionError, match="9 routed"):
         measure(engine, SHORT)
 
 
 def test_the_commit_is_told_of_a_checkout_and_of_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OSMIUM_COMMIT", "1234abc")
-    assert about("cpu")["commit"] == "1234abc"
+    assert environment("cpu")["commit"] == "1234abc"
     monkeypatch.delenv("OSMIUM_COMMIT")
-    found = about("cpu")["commit"]
+    found = environment("cpu")["commit"]
     assert found is None or re.fullmatch(r"[0-9a-f]{12}\+?", found)
-    assert about("cpu")["driver"] is None
+    assert environment("cpu")["driver"] is None
 
 
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (Settings(depths=("9k",)), "9216"),
-        (Settings(depths=("deep",)), "'deep'"),
-        (Settings(tokens=1), "--tokens is 1"),
-        (Settings(temperature=-1), "--temperature is -1"),
-        (Settings(temperature=float("nan")), "--temperature is nan"),
-        (Settings(parallel=(9,)), "9 sequences"),
-        (Settings(depths=(), prompts=(5000,)), "5000"),
+        (BenchConfig(depths=("9k",)), "9216"),
+        (BenchConfig(depths=("deep",)), "'deep'"),
+        (BenchConfig(tokens=1), "--tokens is 1"),
+        (BenchConfig(temperature=-1), "--temperature is -1"),
+        (BenchConfig(temperature=float("nan")), "--temperature is nan"),
+        (BenchConfig(parallel=(9,)), "9 sequences"),
+        (BenchConfig(depths=(), prompts=(5000,)), "5000"),
     ],
 )
-def test_what_does_not_fit_is_said(engine: Any, settings: Settings, named: str) -> None:
+def test_what_does_not_fit_is_said(engine: Any, settings: BenchConfig, named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         measure(engine, settings)
 
@@ -155,8 +155,10 @@ def test_a_profile_needs_a_gpu(engine: Any) -> None:
 
 def test_what_a_launch_moves_is_its_contracts_with_the_grids_sizes() -> None:
     take = kernel("take_f32")  # the launcher's size is the grid
-    assert moved((take, (3,), ("out", "x", "rows", 64))) == take.bytes_moved((3, "", "", "", 64))
-    assert moved((ADVANCE, (1,), ())) == 0, "a contract that does not say"
+    assert launch_bytes((take, (3,), ("out", "x", "rows", 64))) == take.bytes_moved(
+        (3, "", "", "", 64)
+    )
+    assert launch_bytes((ADVANCE, (1,), ())) == 0, "a contract that does not say"
 
 
 def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from osmium.bench import speed
-from osmium.bench.speed import Settings
+from osmium.bench.speed import BenchConfig
 from osmium.cli import main
-from osmium.cli.doctor import examine
-from osmium.cli.flags import BENCH
-from osmium.cli.timing import _Paced
-from osmium.engine.meter import Took
+from osmium.cli.doctor import run_checks
+from osmium.cli.flags import BENCH_DEFAULTS
+from osmium.cli.timing import _RateLimited
+from osmium.engine.meter import IntervalStats
 from osmium.engine.request import SamplingParams
-from osmium.server.app import ModelHost
+from osmium.server.app import BackgroundLoader
 from osmium.weights import DEMO
 from tests.models.build import CASES, write_checkpoint
 
@@ -86,8 +86,8 @@ def test_timing_is_one_line_on_stderr_for_each_response(
 
 
 def test_a_long_prompt_is_seen_in_the_servers_timing(capsys: pytest.CaptureFixture[str]) -> None:
-    took = Took(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
-    _Paced()(took)
+    took = IntervalStats(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
+    _RateLimited()(took)
     line = capsys.readouterr().err
     assert line.startswith("osmium: last 5.0 s: prompts 840 tokens (168 tok/s), generated 0 tokens")
 
@@ -188,7 +188,7 @@ def test_benchmark_of_the_server_measures_and_then_serves(
 ) -> None:
     served: list[str] = []
 
-    def serve(host: ModelHost, **_: Any) -> None:
+    def serve(host: BackgroundLoader, **_: Any) -> None:
         host.start()
         assert host._thread is not None
         host._thread.join()
@@ -199,7 +199,7 @@ def test_benchmark_of_the_server_measures_and_then_serves(
         host.close()
 
     monkeypatch.setattr("osmium.cli.serving.serve_host", serve)
-    short = Settings(depths=("16",), tokens=4, repeats=1, warm_up=2, prompts=(8,))
+    short = BenchConfig(depths=("16",), tokens=4, repeats=1, warm_up=2, prompts=(8,))
     monkeypatch.setattr("osmium.cli.serving.DEFAULTS", short)
     assert main(["serve", "demo", *CPU, "--benchmark"]) == 0
     found = last_json(capsys)
@@ -212,7 +212,7 @@ def test_benchmark_of_the_server_measures_and_then_serves(
 def test_ctrl_c_while_the_server_packs_says_what_is_kept(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def serve(host: ModelHost, **_: Any) -> None:
+    def serve(host: BackgroundLoader, **_: Any) -> None:
         host.progress = ("packing", 3_000_000, 9_000_000)
         raise KeyboardInterrupt
 
@@ -226,7 +226,7 @@ def test_benchmark_only_does_not_serve(
 ) -> None:
     monkeypatch.setattr("osmium.cli.serving.serve_host", None)
     small = {"depth": "16", "tokens": 4, "repeats": 1, "warm_up": 2, "prompt_tokens": (8,)}
-    monkeypatch.setattr("osmium.cli.serving.BENCH", {**BENCH, **small})
+    monkeypatch.setattr("osmium.cli.serving.BENCH_DEFAULTS", {**BENCH_DEFAULTS, **small})
     words = ["serve", "synthetic:tiny", *CPU, "--context", "1k", "--kv-cache-mb", "1"]
     assert main([*words, "--benchmark-only"]) == 0
     assert last_json(capsys)["model"] == "synthetic:tiny"
@@ -244,7 +244,7 @@ def test_a_made_up_model_is_packed_and_measured_from_its_file(
 
 
 def test_doctor_says_what_it_finds() -> None:
-    found = {finding.name for finding in examine()}
+    found = {finding.name for finding in run_checks()}
     assert {"system", "CUDA bindings", "memory", "swap", "huge pages", "packed models"} <= found
 
 

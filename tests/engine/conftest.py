@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from osmium.config import EngineConfig
-from osmium.weights import Packed, open_model
+from osmium.weights import PackedModel, open_model
 from tests.engine.fakes import Bench
 from tests.models.build import CASES, write_checkpoint
 
@@ -15,7 +15,7 @@ CASE = CASES[3]
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
     """A packed file of CASE."""
     folder = tmp_path_factory.mktemp("packed")
     write_checkpoint(CASE, folder / "model")

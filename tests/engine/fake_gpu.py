@@ -15,8 +15,8 @@ import pytest
 from osmium import loader
 from osmium.cuda.driver import Driver
 from osmium.cuda.memory import HostKind
-from osmium.cuda.stream import Machine as Gpu
-from osmium.engine.runner import Runner
+from osmium.cuda.stream import CudaRuntime as Gpu
+from osmium.engine.runner import ModelRunner
 from osmium.planning import hardware
 
 __all__ = ["FakeGpu"]
@@ -58,7 +58,9 @@ class FakeGpu:
     def install(self, monkeypatch: pytest.MonkeyPatch, kind: HostKind = "registered-huge") -> None:
         for module in (loader, hardware):
             monkeypatch.setattr(module, "open_gpu", lambda config: Gpu(self.device(), kind))
-        monkeypatch.setattr(Runner, "prepare", lambda self: None)  # it waits for mail of kernels
+        monkeypatch.setattr(
+            ModelRunner, "capture_graphs", lambda self: None
+        )  # it waits for mail of kernels
 
     def device(self) -> Any:
         return _Device(self)
@@ -149,8 +151,13 @@ class _Device:
 
     def __init__(self, binding: FakeGpu) -> None:
         self.driver = Driver(binding)
-        self.name, self.capability, self.early = "fake", binding.capability, False
-        self.multiprocessors, self.shared, self.l2, self.closed = 4, 100 << 10, 4 << 20, False
+        self.name, self.capability, self.pdl_enabled = "fake", binding.capability, False
+        self.sm_count, self.max_shared_per_block, self.l2, self.closed = (
+            4,
+            100 << 10,
+            4 << 20,
+            False,
+        )
 
     def make_current(self) -> None:
         pass
@@ -162,7 +169,7 @@ class _Device:
     def synchronize(self) -> None:
         pass
 
-    def dynamic(self, contract: Any, nbytes: int, rows: int) -> int:
+    def dynamic_shared_bytes(self, contract: Any, nbytes: int, rows: int) -> int:
         return nbytes
 
     def text(self, contract: Any) -> str:

@@ -19,11 +19,11 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams, Token
-from osmium.engine.runner import Runner
-from osmium.engine.state import Seats
+from osmium.engine.runner import ModelRunner
+from osmium.engine.state import KVCacheManager
 from osmium.experts.store import ExpertCounters
-from osmium.models.state import State
-from osmium.ops import Step
+from osmium.models.state import ModelState
+from osmium.ops import StepInputs
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, hf_config
 
@@ -92,18 +92,22 @@ class HistoryModel:
         """(tokens, checksum) of the sequence that used a slot last."""
         self.said: list[tuple[list[int], int]] = []
         """For every row of the last step, its sequence's ids and how many of them it has seen."""
-        self.before: Callable[[Step], None] = lambda step: None
+        self.before: Callable[[StepInputs], None] = lambda step: None
         self.steps: list[list[tuple[int, int, int]]] = []
         """(slot, past, tokens) of every sequence of every step."""
 
-    def forward(self, step: Step, state: State) -> None:
+    def forward(self, step: StepInputs, state: ModelState) -> None:
         self.before(step)
         self.said, parts = [], []
         for s in range(step.sequences):
-            first, end = int(step.starts[s]), int(step.starts[s + 1])
-            past, slot, table = int(step.past[s]), int(step.slots[s]), step.pages[s]
+            first, end = int(step.query_start_loc[s]), int(step.query_start_loc[s + 1])
+            past, slot, table = (
+                int(step.context_lens[s]),
+                int(step.state_slots[s]),
+                step.page_table[s],
+            )
             assert end > first, "a sequence of a step has at least one row"
-            assert (step.sequence[first:end] == s).all()
+            assert (step.sequence_ids[first:end] == s).all()
             assert (step.positions[first:end] == np.arange(past, past + end - first)).all()
             for row, position in enumerate(range(past, past + end - first), first):
                 self.pages[table[position // step.page], position % step.page] = step.ids[row]
@@ -133,9 +137,9 @@ class Gate:
         self._go = threading.Semaphore(0)
         self._open = False
 
-    def __call__(self, step: Step) -> None:
-        counts = np.diff(step.starts).tolist()
-        self._arrived.put(list(zip(step.past.tolist(), counts, strict=True)))
+    def __call__(self, step: StepInputs) -> None:
+        counts = np.diff(step.query_start_loc).tolist()
+        self._arrived.put(list(zip(step.context_lens.tolist(), counts, strict=True)))
         if not self._open:
             assert self._go.acquire(timeout=PATIENCE_S), "nobody let the step through"
 
@@ -217,10 +221,10 @@ class Bench:
         self.model = HistoryModel(rule, pages + 1, page, sequences + 1, chunk)
         if gate is not None:
             self.model.before = gate
-        self.seats = Seats(pages, page, sequences)
-        state = State(page, pages + 1, sequences + 1, ())
+        self.seats = KVCacheManager(pages, page, sequences)
+        state = ModelState(page, pages + 1, sequences + 1, ())
         model, store = cast(Any, self.model), cast(Any, _Store())
-        runner = Runner(ReferenceOps(), model, store, state, sequences, table, ahead)
+        runner = ModelRunner(ReferenceOps(), model, store, state, sequences, table, ahead)
         options.setdefault("tokenizer", ByteTokenizer())
         self.engine = Engine(runner, self.seats, name="fake", context=context, **options)
 

@@ -12,7 +12,7 @@ import pytest
 
 from osmium.engine.request import Event, Finish, FinishReason, SamplingParams, Token
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
-from osmium.ops import Step
+from osmium.ops import StepInputs
 from tests.engine.fakes import (
     EOS,
     GREEDY,
@@ -440,7 +440,7 @@ class Failing:
     def __init__(self, at: int, error: Exception) -> None:
         self.at, self.error, self.count = at, error, 0
 
-    def __call__(self, step: Step) -> None:
+    def __call__(self, step: StepInputs) -> None:
         self.count += 1
         if self.count == self.at:
             raise self.error

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 import osmium
-from osmium.cuda.stream import Machine
+from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import NoDevice
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import heat_of
+from osmium.experts.heat import snapshot_usage
 from osmium.ops.gpu import GpuOps
 from osmium.weights import DEMO, open_packed
 
@@ -116,7 +116,7 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
     engine = demo(expert_slots=8)
     try:
         ops = engine._runner.ops
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, Machine)
+        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
         pool = ops.machine.pool
         assert pool.frozen
         used = pool.used
@@ -182,13 +182,13 @@ def test_slots_shared_out_between_two_replies_change_neither(
     try:
         runner = engine.runner
         ops, store = runner.ops, runner.store
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, Machine)
+        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
         asked, used = prompts(engine, rng, 10), ops.machine.pool.used
         before = [replies(engine, [ids]) for ids in asked]
         counted, recorded = engine.status()["experts"], dict(runner._replays)
-        heat = engine.run_on_engine_thread(lambda: heat_of(ops, store.cache))
+        heat = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
 
-        count = engine.run_on_engine_thread(runner.share)
+        count = engine.run_on_engine_thread(runner.rebalance_slots)
         each = [layer.shape[0] for layer in store.cache.slots]
         assert count == sum(each) == 12 * len(each) and len({*each}) > 1
         there = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
@@ -198,8 +198,8 @@ def test_slots_shared_out_between_two_replies_change_neither(
             == count
         )
         for layer, own in enumerate(each):
-            assert set(np.flatnonzero(there[layer])) == set(heat.hottest(layer, own).tolist())
-        again = engine.run_on_engine_thread(lambda: heat_of(ops, store.cache))
+            assert set(np.flatnonzero(there[layer])) == set(heat.top_experts(layer, own).tolist())
+        again = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
         assert np.allclose(again.heat, heat.heat, rtol=1e-5)
         assert np.allclose(again.long_heat, heat.long_heat, rtol=1e-5)
         assert engine.status()["experts"] == counted and ops.machine.pool.used == used
@@ -217,6 +217,6 @@ def test_slots_shared_out_between_two_replies_change_neither(
             engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
             == there.sum()
         )
-        assert engine.run_on_engine_thread(runner.share) >= 0, "and once more"
+        assert engine.run_on_engine_thread(runner.rebalance_slots) >= 0, "and once more"
     finally:
         engine.close()

@@ -84,10 +84,10 @@ def test_a_kernel_that_is_missing_is_found_before_a_weight_is_read(
 def test_doctor_says_which_kernel_is_missing(
     name: str, damage: Damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (found,) = (finding for finding in doctor.examine() if finding.name == "kernels")
-    assert found.found == f"{check_kernels()}, all there" and not found.advice
+    (found,) = (finding for finding in doctor.run_checks() if finding.name == "kernels")
+    assert found.value == f"{check_kernels()}, all there" and not found.advice
     damage(monkeypatch, tmp_path)
-    (found,) = (finding for finding in doctor.examine() if finding.name == "kernels")
+    (found,) = (finding for finding in doctor.run_checks() if finding.name == "kernels")
     assert name in found.advice
 
 

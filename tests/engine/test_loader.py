@@ -22,7 +22,7 @@ from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, DeviceError, NoDevice, OutOfMemory
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
-from osmium.weights import DEMO, Packed, open_model
+from osmium.weights import DEMO, PackedModel, open_model
 from tests.engine.fakes import Reply
 from tests.models.build import CASES, Case, prompt, write_checkpoint
 from tests.models.run import runner
@@ -168,8 +168,10 @@ class CountingOps(ReferenceOps):
         type(self).allocated += array.nbytes
         return array
 
-    def host(self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None) -> Any:
-        array = super().host(shape, dtype, fill)
+    def empty_mapped(
+        self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
+    ) -> Any:
+        array = super().empty_mapped(shape, dtype, fill)
         type(self).allocated += array.nbytes
         return array
 
@@ -227,7 +229,7 @@ def test_a_plan_that_fails_has_allocated_and_read_nothing(
     counted.allocated = 0
     read: list[str] = []
     for method in ("tensor", "all_records", "read_records"):
-        monkeypatch.setattr(Packed, method, lambda self, *args, m=method: read.append(m))
+        monkeypatch.setattr(PackedModel, method, lambda self, *args, m=method: read.append(m))
     with pytest.raises(ConfigError):
         load(MIXED, folder, **options)
     assert counted.allocated == 0
@@ -255,7 +257,7 @@ def allocate(
     )
     card = Spilling(*spilled)
     one.gpu = cast(Any, card)
-    monkeypatch.setattr(loader, "spilled", lambda gpu: gpu.spilled.pop(0))
+    monkeypatch.setattr(loader, "spilled_bytes", lambda gpu: gpu.spilled.pop(0))
     planned, made = [], []
 
     def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
@@ -376,7 +378,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return lambda self, *args, **named: read.append(method)
 
     for method in ("tensor", "all_records", "read_records", "reading"):
-        monkeypatch.setattr(Packed, method, noted(method))
+        monkeypatch.setattr(PackedModel, method, noted(method))
     monkeypatch.setattr("osmium.weights.write_packed", lambda *args: read.append("write_packed"))
     return read
 

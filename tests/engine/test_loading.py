@@ -23,11 +23,11 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import heat_of, quotas
+from osmium.experts.heat import slots_per_layer, snapshot_usage
 from osmium.experts.store import ExpertCounters
-from osmium.ops import Linear
+from osmium.ops import LinearWeight
 from osmium.planning import hardware
-from osmium.weights import Packed, open_model, open_packed
+from osmium.weights import PackedModel, open_model, open_packed
 from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
 from tests.models.build import write_checkpoint
@@ -38,7 +38,7 @@ REAL = os.preadv
 
 
 @pytest.fixture
-def copy(packed: Packed, tmp_path: Path) -> Path:
+def copy(packed: PackedModel, tmp_path: Path) -> Path:
     """A packed file to be hurt."""
     made = tmp_path / "copy.osmium"
     made.write_bytes(packed.path.read_bytes())
@@ -56,13 +56,13 @@ def options(packed: Path, **more: Any) -> dict[str, Any]:
     return {"cache_dir": str(packed.parent), **settings, **more}
 
 
-def records(packed: Packed) -> npt.NDArray[np.uint8]:
+def records(packed: PackedModel) -> npt.NDArray[np.uint8]:
     return packed.all_records()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_resident_slots_are_read_through_one_layer_of_host_memory(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
@@ -86,7 +86,7 @@ def test_resident_slots_are_read_through_one_layer_of_host_memory(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_arena_holds_every_record(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
@@ -105,26 +105,26 @@ def test_matrices_with_scales_are_placed(tmp_path: Path, monkeypatch: pytest.Mon
     write_checkpoint(CASE, folder)
     quantised: dict[str, Any] = {"gpu_expert_bits": 8, "attention_quant": "int4"}
     packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path), **quantised))
-    assert isinstance(packed, Packed)
+    assert isinstance(packed, PackedModel)
     FakeGpu(4 << 30).install(monkeypatch)
     made = loader.Loader(packed.path, "gpu", **options(packed.path, **quantised))
     made.engine().close()
     assert made._weights is not None
     for name, of in (("layers.0.qkvz", 2), ("layers.0.shared_up", 1)):
         placed, wanted = made._weights[name], packed.tensor(name)
-        assert isinstance(wanted, Linear) and wanted.scale is not None
+        assert isinstance(wanted, LinearWeight) and wanted.scale is not None
         assert wanted.scale.ndim == of and placed.group == wanted.group
         for have, want in ((placed.data, wanted.data), (placed.scale, wanted.scale)):
-            assert np.array_equal(made.ops.copy_out(have), want)
+            assert np.array_equal(made.ops.copy_d2h(have), want)
     made.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("room", [8192, 5 * 4096, 1 << 20])
 def test_weights_on_the_device_are_those_of_the_file(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, kind: HostKind, room: int
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind, room: int
 ) -> None:
-    monkeypatch.setattr(loader, "ROOM", room)
+    monkeypatch.setattr(loader, "STAGING_BYTES", room)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
     made = loader.Loader(packed.path, "gpu", **options(packed.path))
@@ -135,13 +135,13 @@ def test_weights_on_the_device_are_those_of_the_file(
             assert name == "head" and CASE.tied
             continue
         wanted = packed.tensor(name)
-        if isinstance(wanted, Linear):
+        if isinstance(wanted, LinearWeight):
             pairs = [(placed.data, wanted.data), (placed.scale, wanted.scale)]
         else:
             pairs = [(placed, wanted)]
         for have, want in pairs:
             if want is not None:
-                assert np.array_equal(made.ops.copy_out(have), want), name
+                assert np.array_equal(made.ops.copy_d2h(have), want), name
     engine.close()
     made.close()
     assert not gpu.held
@@ -149,7 +149,7 @@ def test_weights_on_the_device_are_those_of_the_file(
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_whichever_allocation_is_refused_all_is_given_back(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     whole = FakeGpu(4 << 30)
@@ -166,7 +166,7 @@ def test_whichever_allocation_is_refused_all_is_given_back(
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_a_loader_goes_on_after_memory_was_refused(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
@@ -192,7 +192,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
     gpu = FakeGpu(4 << 30, capability=capability)
     gpu.install(monkeypatch)
@@ -201,7 +201,9 @@ def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
     engine.close()
 
 
-def test_vram_that_ends_while_it_is_filled(packed: Packed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vram_that_ends_while_it_is_filled(
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Somebody else takes it after the plan was made: the error says who holds what."""
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
@@ -271,7 +273,7 @@ def test_a_disk_that_fails_while_loading(copy: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize("slots", [None, 8])
 def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
-    packed: Packed, monkeypatch: pytest.MonkeyPatch, slots: int | None
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
@@ -291,7 +293,7 @@ def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
 # -- heat, from one start to the next --------------------------------------------------------------
 
 
-def warm(packed: Packed, folder: Path, **more: Any) -> Engine:
+def warm(packed: PackedModel, folder: Path, **more: Any) -> Engine:
     settings = {"expert_slots": 6, "cache_dir": str(folder), **more}
     return loader.load(packed.path, "cpu", **options(packed.path, **settings))
 
@@ -311,12 +313,12 @@ def residents(engine: Engine) -> npt.NDArray[np.bool_]:
 def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
     """Who a start with so many slots a layer, in the mean, begins with: bool [L, E]."""
     heat = engine.run_on_engine_thread(
-        lambda: heat_of(engine.runner.ops, engine.runner.store.cache)
+        lambda: snapshot_usage(engine.runner.ops, engine.runner.store.cache)
     )
     out = np.zeros_like(heat.resident)
-    each = quotas(heat, slots, engine.config.top_k) or [slots] * len(out)
+    each = slots_per_layer(heat, slots, engine.config.top_k) or [slots] * len(out)
     for layer, (row, own) in enumerate(zip(out, each, strict=True)):
-        row[heat.hottest(layer, own)] = True
+        row[heat.top_experts(layer, own)] = True
     return out
 
 
@@ -326,7 +328,7 @@ def kept(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("stop", [Engine.close, lambda one: one.stop("Host memory is down.")])
 def test_a_second_start_begins_with_what_was_hot(
-    packed: Packed, tmp_path: Path, stop: Callable[[Engine], None]
+    packed: PackedModel, tmp_path: Path, stop: Callable[[Engine], None]
 ) -> None:
     first = warm(packed, tmp_path)
     assert not residents(first).any()
@@ -349,7 +351,7 @@ def test_a_second_start_begins_with_what_was_hot(
     assert kept(tmp_path) == [file], "the same file, and no temporary one"
 
 
-def test_another_number_of_slots_takes_the_hottest(packed: Packed, tmp_path: Path) -> None:
+def test_another_number_of_slots_takes_the_hottest(packed: PackedModel, tmp_path: Path) -> None:
     first = warm(packed, tmp_path, expert_slots=12)
     talk(first)
     wanted = {slots: hottest(first, slots) for slots in (4, 9, 15)}
@@ -362,7 +364,7 @@ def test_another_number_of_slots_takes_the_hottest(packed: Packed, tmp_path: Pat
 
 
 def test_heat_that_is_damaged_is_left_aside(
-    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    packed: PackedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first = warm(packed, tmp_path)
     talk(first)
@@ -385,7 +387,7 @@ def test_heat_that_is_damaged_is_left_aside(
     "more", [{"enable_expert_cache": False}, {"expert_slots": None}, {"expert_slots": 16}]
 )
 def test_where_nothing_is_cached_nothing_is_kept(
-    packed: Packed, tmp_path: Path, more: dict[str, Any]
+    packed: PackedModel, tmp_path: Path, more: dict[str, Any]
 ) -> None:
     engine = warm(packed, tmp_path, **more)
     talk(engine)
@@ -394,7 +396,7 @@ def test_where_nothing_is_cached_nothing_is_kept(
 
 
 def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
-    packed: Packed, tmp_path: Path
+    packed: PackedModel, tmp_path: Path
 ) -> None:
     where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
     made_up = loader.load("synthetic:tiny", "cpu", **where)
@@ -408,7 +410,7 @@ def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
     assert not kept(tmp_path)
 
 
-def test_an_engine_that_fails_keeps_nothing(packed: Packed, tmp_path: Path) -> None:
+def test_an_engine_that_fails_keeps_nothing(packed: PackedModel, tmp_path: Path) -> None:
     engine = warm(packed, tmp_path)
     talk(engine)
 
@@ -423,7 +425,7 @@ def test_an_engine_that_fails_keeps_nothing(packed: Packed, tmp_path: Path) -> N
 
 
 def test_a_cache_folder_that_cannot_be_written_fails_no_close(
-    packed: Packed, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    packed: PackedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine = warm(packed, tmp_path / "file")
     talk(engine)
@@ -433,7 +435,7 @@ def test_a_cache_folder_that_cannot_be_written_fails_no_close(
 
 
 def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
-    packed: Packed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    packed: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = warm(packed, tmp_path)
     talk(first)
@@ -450,7 +452,7 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
     assert not gpu.held
 
 
-def test_the_speed_of_loading_is_measured_beside_the_disks(packed: Packed) -> None:
+def test_the_speed_of_loading_is_measured_beside_the_disks(packed: PackedModel) -> None:
     tool = Path(__file__).parents[2] / "tools" / "bench_load"
     command = [sys.executable, str(tool), str(packed.path), "--gpu-expert-bits", "16"]
     done = subprocess.run(

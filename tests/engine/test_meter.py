@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 import osmium
-from osmium.engine.meter import Histogram, Took
+from osmium.engine.meter import Histogram, IntervalStats
 from osmium.engine.request import FinishReason, SamplingParams
 from tests.engine.fakes import GREEDY, PATIENCE_S, Bench, Gate
 
@@ -50,15 +50,15 @@ class Told:
     """What was told, and waiting for so much of it."""
 
     def __init__(self) -> None:
-        self.took: list[Took] = []
+        self.took: list[IntervalStats] = []
         self._some = threading.Condition()
 
-    def __call__(self, took: Took) -> None:
+    def __call__(self, took: IntervalStats) -> None:
         with self._some:
             self.took.append(took)
             self._some.notify_all()
 
-    def wait(self, count: int) -> list[Took]:
+    def wait(self, count: int) -> list[IntervalStats]:
         with self._some:
             assert self._some.wait_for(lambda: len(self.took) >= count, PATIENCE_S)
         return self.took
@@ -78,13 +78,13 @@ def test_a_reply_is_told_with_its_stages(bench: Any) -> None:
 
 
 def test_a_share_of_the_link_comes_with_the_time_that_fetching_takes() -> None:
-    took = Took(0.0, 0.1, 2.0, 10, 200, 0.85, 272.0, 0.5)
+    took = IntervalStats(0.0, 0.1, 2.0, 10, 200, 0.85, 272.0, 0.5)
     assert "100.0 tok/s, hit 0.850, 272.0 MB/token, link 0.50 (at least 5.0 ms" in took.line()
     assert "link" not in replace(took, link_utilization=0.0).line()
 
 
 def test_who_cannot_be_told_stops_nobody(bench: Any) -> None:
-    def broken(took: Took) -> None:
+    def broken(took: IntervalStats) -> None:
         raise BrokenPipeError
 
     one = bench()

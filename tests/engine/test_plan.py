@@ -12,7 +12,7 @@ import pytest
 
 from osmium.config import EngineConfig, ModelConfig
 from osmium.engine.plan import (
-    CONTEXT_BYTES,
+    CUDA_CONTEXT_BYTES,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
@@ -23,7 +23,7 @@ from osmium.engine.speed_estimate import HIDDEN, LAYER_US, LINK_SHARE, MISS_LAYE
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 GIB = 1 << 30
 
@@ -37,7 +37,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 """The shapes of a model that is larger than any card."""
 
-RECORD = Record(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
+RECORD = ExpertLayout(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
 
 WEIGHTS = [("embed", 2 * MODEL.vocab_size * MODEL.hidden_size), ("head", GIB), ("layers", 6 * GIB)]
 
@@ -88,7 +88,7 @@ def test_a_smaller_budget_leaves_fewer_slots_and_nothing_else_changes() -> None:
 
 def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
     """2 % of what is free, for other programs too; 1 % of what --vram says."""
-    limit = CARD.vram_free + CONTEXT_BYTES
+    limit = CARD.vram_free + CUDA_CONTEXT_BYTES
     assert plan().vram["reserve"] == limit // 50
     assert plan(vram=limit).vram["reserve"] == limit // 100
     assert plan(vram=12 * GIB).vram["reserve"] == 256 << 20

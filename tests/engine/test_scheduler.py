@@ -5,7 +5,7 @@ import pytest
 
 from osmium.engine.request import Request, SamplingParams
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.engine.state import Seats
+from osmium.engine.state import KVCacheManager
 
 
 def request(tokens: int) -> Request:
@@ -15,9 +15,9 @@ def request(tokens: int) -> Request:
 def compute(batch: Batch) -> list[Request]:
     """Do what the engine does with a step; those who now have a new token."""
     spoke = []
-    for one, count in batch.parts:
-        one.computed += count
-        if one.pending == 0:
+    for one, count in batch.scheduled:
+        one.num_computed_tokens += count
+        if one.num_pending_tokens == 0:
             one.tokens.append(2)
             spoke.append(one)
     return spoke
@@ -27,57 +27,59 @@ def compute(batch: Batch) -> list[Request]:
 
 
 def test_a_request_has_as_many_pages_as_its_tokens_need() -> None:
-    seats, one = Seats(pages=10, page=4, slots=2), request(9)
-    assert seats.sit(one)
+    seats, one = KVCacheManager(pages=10, page=4, slots=2), request(9)
+    assert seats.allocate_slot(one)
     for tokens, pages in ((1, 1), (4, 1), (5, 2), (9, 3), (3, 3), (40, 10)):
-        assert seats.grow(one, tokens)
+        assert seats.allocate_pages(one, tokens)
         assert len(one.pages) == pages
         assert seats.free_pages == 10 - pages
-    seats.leave(one)
-    assert (seats.free_pages, seats.free_slots, one.pages, one.slot) == (10, 2, [], -1)
+    seats.free(one)
+    assert (seats.free_pages, seats.free_slots, one.pages, one.state_slot) == (10, 2, [], -1)
 
 
 def test_growing_past_what_is_free_says_so_and_takes_nothing() -> None:
-    seats, one, two = Seats(pages=5, page=2, slots=2), request(1), request(1)
-    assert seats.sit(one) and seats.grow(one, 6)
-    assert seats.sit(two) and not seats.grow(two, 5)
+    seats, one, two = KVCacheManager(pages=5, page=2, slots=2), request(1), request(1)
+    assert seats.allocate_slot(one) and seats.allocate_pages(one, 6)
+    assert seats.allocate_slot(two) and not seats.allocate_pages(two, 5)
     assert (two.pages, seats.free_pages) == ([], 2)
-    assert seats.grow(two, 4)
+    assert seats.allocate_pages(two, 4)
 
 
 def test_there_is_no_seat_without_a_slot() -> None:
-    seats = Seats(pages=5, page=2, slots=1)
+    seats = KVCacheManager(pages=5, page=2, slots=1)
     one, two = request(1), request(1)
-    assert seats.sit(one)
-    assert not seats.sit(two)
-    assert two.slot == -1
-    seats.leave(one)
-    assert seats.sit(two)
+    assert seats.allocate_slot(one)
+    assert not seats.allocate_slot(two)
+    assert two.state_slot == -1
+    seats.free(one)
+    assert seats.allocate_slot(two)
 
 
 def test_leaving_twice_gives_nothing_twice() -> None:
-    seats, one = Seats(pages=5, page=2, slots=2), request(1)
-    assert seats.sit(one) and seats.grow(one, 5)
-    seats.leave(one)
-    seats.leave(one)
+    seats, one = KVCacheManager(pages=5, page=2, slots=2), request(1)
+    assert seats.allocate_slot(one) and seats.allocate_pages(one, 5)
+    seats.free(one)
+    seats.free(one)
     assert (seats.free_pages, seats.free_slots) == (5, 2)
 
 
 def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> None:
-    seats, sitting = Seats(pages=20, page=3, slots=5), list[Request]()
+    seats, sitting = KVCacheManager(pages=20, page=3, slots=5), list[Request]()
     for _ in range(2000):
         what = rng.integers(0, 4)
         if what == 0:
             one = request(1)
-            assert seats.sit(one) == (len(sitting) < 5)
-            if one.slot >= 0:
+            assert seats.allocate_slot(one) == (len(sitting) < 5)
+            if one.state_slot >= 0:
                 sitting.append(one)
         elif what == 1 and sitting:
-            seats.leave(sitting.pop(int(rng.integers(0, len(sitting)))))
+            seats.free(sitting.pop(int(rng.integers(0, len(sitting)))))
         elif sitting:
-            seats.grow(sitting[int(rng.integers(0, len(sitting)))], int(rng.integers(1, 30)))
+            seats.allocate_pages(
+                sitting[int(rng.integers(0, len(sitting)))], int(rng.integers(1, 30))
+            )
         pages = [page for one in sitting for page in one.pages]
-        slots = [one.slot for one in sitting]
+        slots = [one.state_slot for one in sitting]
         assert len(set(pages)) == len(pages) == 20 - seats.free_pages
         assert len(set(slots)) == len(slots) == 5 - seats.free_slots
         assert set(pages) <= set(range(20)) and set(slots) <= set(range(5))
@@ -87,16 +89,16 @@ def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> No
 
 
 def scheduler(pages: int = 30, page: int = 4, slots: int = 3, chunk: int = 8) -> Scheduler:
-    return Scheduler(Seats(pages, page, slots), chunk)
+    return Scheduler(KVCacheManager(pages, page, slots), chunk)
 
 
 def counts(batch: Batch | None) -> list[int]:
     assert batch is not None
-    return [count for _, count in batch.parts]
+    return [count for _, count in batch.scheduled]
 
 
 def test_nothing_to_do_is_no_step() -> None:
-    assert scheduler().next() is None
+    assert scheduler().schedule() is None
 
 
 def test_a_prompt_is_read_in_chunks_and_its_last_chunk_gives_a_token() -> None:
@@ -104,7 +106,7 @@ def test_a_prompt_is_read_in_chunks_and_its_last_chunk_gives_a_token() -> None:
     turns.add(one)
     seen = []
     for _ in range(5):
-        batch = turns.next()
+        batch = turns.schedule()
         seen.append((counts(batch), bool(compute(batch)) if batch else None))
     assert seen == [([8], False), ([8], False), ([3], True), ([1], True), ([1], True)]
 
@@ -114,12 +116,12 @@ def test_between_two_chunks_everyone_who_decodes_gets_a_token() -> None:
     talkers = [request(1), request(1)]
     for one in talkers:
         turns.add(one)
-    batch = turns.next()
+    batch = turns.schedule()
     assert batch is not None
     compute(batch)
     turns.add(request(30))
     for wanted in ([8], [1, 1], [8], [1, 1], [8], [1, 1], [6], [1, 1, 1], [1, 1, 1]):
-        batch = turns.next()
+        batch = turns.schedule()
         assert counts(batch) == wanted
         assert batch is not None
         compute(batch)
@@ -130,11 +132,11 @@ def test_requests_wait_in_order_of_arrival() -> None:
     four = [request(2) for _ in range(4)]
     for one in four:
         turns.add(one)
-    turns.next()
+    turns.schedule()
     assert turns.running == four[:2]
     assert list(turns.waiting) == four[2:]
     turns.remove(four[1])
-    turns.next()
+    turns.schedule()
     assert turns.running == [four[0], four[2]]
     assert list(turns.waiting) == four[3:]
 
@@ -147,14 +149,14 @@ def test_who_would_only_be_sent_away_again_waits() -> None:
         turns.add(one)
 
     while len(first.tokens) < 16:
-        batch = turns.next()
+        batch = turns.schedule()
         assert batch is not None
-        assert [one for one, _ in batch.parts] == [first]
+        assert [one for one, _ in batch.scheduled] == [first]
         compute(batch)
 
     assert list(turns.waiting) == [second, third]
     turns.remove(first)
-    batch = turns.next()
+    batch = turns.schedule()
     assert turns.running == [second, third]  # four pages and one, of six
 
 
@@ -163,10 +165,10 @@ def test_a_waiting_request_that_is_removed_does_not_run() -> None:
     three = [request(2) for _ in range(3)]
     for one in three:
         turns.add(one)
-    turns.next()
+    turns.schedule()
     turns.remove(three[1])
     turns.remove(three[0])
-    turns.next()
+    turns.schedule()
     assert turns.running == [three[2]]
 
 
@@ -176,18 +178,18 @@ def test_where_pages_run_out_the_last_to_come_makes_room_and_is_next_in_line() -
     turns.add(first)
     turns.add(second)
     for wanted in ([7], [1], [7]):
-        batch = turns.next()
+        batch = turns.schedule()
         assert counts(batch) == wanted
         assert batch is not None
         compute(batch)
     turns.add(third)
     assert (len(first.pages), len(second.pages)) == (2, 2)
-    batch = turns.next()  # both want to go on, and the ninth token of the first needs a page
+    batch = turns.schedule()  # both want to go on, and the ninth token of the first needs a page
     assert batch is not None
-    assert batch.parts == [(first, 1)]
+    assert batch.scheduled == [(first, 1)]
     assert turns.running == [first]
     assert list(turns.waiting) == [second, third]
-    assert (second.computed, second.pages, second.slot) == (0, [], -1)
+    assert (second.num_computed_tokens, second.pages, second.state_slot) == (0, [], -1)
     assert len(second.tokens) == 8  # what it said is not forgotten
 
 
@@ -206,18 +208,18 @@ def test_whatever_comes_everyone_ends_in_a_bounded_number_of_steps(
         for _ in range(5000):
             if arriving and rng.integers(0, 3) == 0:
                 turns.add(arriving.pop(0))
-            batch = turns.next()
+            batch = turns.schedule()
             if batch is None:
                 if not arriving and not turns.waiting and not turns.running:
                     break
                 continue
-            owners = [one for one, _ in batch.parts]
+            owners = [one for one, _ in batch.scheduled]
             assert len(set(owners)) == len(owners) <= 3
             assert sum(counts(batch)) <= turns.chunk
-            for one, count in batch.parts:
-                assert one.slot >= 0
-                assert 1 <= count <= one.pending
-                assert len(one.pages) * 4 >= one.computed + count
+            for one, count in batch.scheduled:
+                assert one.state_slot >= 0
+                assert 1 <= count <= one.num_pending_tokens
+                assert len(one.pages) * 4 >= one.num_computed_tokens + count
             for one in compute(batch):
                 if len(one.tokens) >= lengths[one]:
                     turns.remove(one)

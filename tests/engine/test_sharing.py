@@ -14,11 +14,11 @@ from osmium.engine import engine as crank
 from osmium.engine import sharing
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
-from osmium.engine.runner import Runner
+from osmium.engine.runner import ModelRunner
 from osmium.errors import CudaError, EngineStopped
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import heat_of, quotas
-from osmium.weights import Packed
+from osmium.experts.heat import slots_per_layer, snapshot_usage
+from osmium.weights import PackedModel
 from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
 from tests.engine.fakes import PATIENCE_S, Bench
@@ -30,7 +30,7 @@ TOKENS = 20 + 12
 
 
 @pytest.fixture
-def start(packed: Packed, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
+def start(packed: PackedModel, tmp_path: Path) -> Iterator[Callable[..., Engine]]:
     """Starts engines whose heat is kept."""
     made: list[Engine] = []
 
@@ -51,7 +51,7 @@ def talk(engine: Engine, seed: int = 1) -> list[int]:
     return [token.id for token in engine.generate(ids, params)]
 
 
-def own(runner: Runner) -> list[int]:
+def own(runner: ModelRunner) -> list[int]:
     """How many slots each layer has."""
     return [layer.shape[0] for layer in runner.store.cache.slots]
 
@@ -64,9 +64,9 @@ def test_a_reply_is_the_same_before_and_after(start: Callable[..., Engine], prep
     left, shared = start(), start()
     for engine in (left, shared):
         if prepared:
-            engine.run_on_engine_thread(engine.runner.prepare)
+            engine.run_on_engine_thread(engine.runner.capture_graphs)
         assert talk(engine) == talk(engine)
-    assert shared.run_on_engine_thread(shared.runner.share) == SLOTS * len(CASE.kinds), (
+    assert shared.run_on_engine_thread(shared.runner.rebalance_slots) == SLOTS * len(CASE.kinds), (
         "every slot is filled"
     )
     assert own(left.runner) == [SLOTS] * len(CASE.kinds) != own(shared.runner)
@@ -78,30 +78,33 @@ def test_a_reply_is_the_same_before_and_after(start: Callable[..., Engine], prep
 
 
 def test_slots_hold_the_hottest_and_all_else_goes_on(
-    start: Callable[..., Engine], packed: Packed
+    start: Callable[..., Engine], packed: PackedModel
 ) -> None:
     engine = start()
     ops, store = engine.runner.ops, engine.runner.store
     talk(engine)
     before, counted = (
-        engine.run_on_engine_thread(lambda: heat_of(ops, store.cache)),
+        engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache)),
         store.counters(),
     )
-    arrays = {name: getattr(store.cache, name) for name in ("slot_of", "heat", "stamp", "step")}
-    memory = store.cache.whole
-    engine.run_on_engine_thread(engine.runner.share)
+    arrays = {
+        name: getattr(store.cache, name)
+        for name in ("expert_to_slot", "short_count", "last_used", "step")
+    }
+    memory = store.cache.storage
+    engine.run_on_engine_thread(engine.runner.rebalance_slots)
 
-    each = quotas(before, SLOTS, engine.config.top_k)
+    each = slots_per_layer(before, SLOTS, engine.config.top_k)
     assert each is not None and own(engine.runner) == each and sum(each) == SLOTS * len(CASE.kinds)
     there = resident(ops, store.cache)
     assert verify(ops, store.cache, packed.all_records(), 10**6, 0) == there.sum() == sum(each)
     for layer, slots in enumerate(each):
-        assert set(np.flatnonzero(there[layer])) == set(before.hottest(layer, slots))
-    after = heat_of(ops, store.cache)
+        assert set(np.flatnonzero(there[layer])) == set(before.top_experts(layer, slots))
+    after = snapshot_usage(ops, store.cache)
     assert np.allclose(after.heat, before.heat, rtol=1e-6)
     assert np.allclose(after.long_heat, before.long_heat, rtol=1e-6)
     assert after.steps == before.steps and store.counters() == counted
-    assert store.cache.whole is memory, "nothing was allocated"
+    assert store.cache.storage is memory, "nothing was allocated"
     assert all(getattr(store.cache, name) is array for name, array in arrays.items())
 
     talk(engine, 2)
@@ -112,52 +115,56 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
 def test_where_nothing_would_move_nothing_is_done(start: Callable[..., Engine]) -> None:
     engine = start()
     store = engine.runner.store
-    assert engine.run_on_engine_thread(engine.runner.share) == 0, "nobody has asked anything"
+    assert engine.run_on_engine_thread(engine.runner.rebalance_slots) == 0, (
+        "nobody has asked anything"
+    )
     talk(engine)
-    assert engine.run_on_engine_thread(engine.runner.share) > 0
-    cache, who = store.cache, [one.copy() for one in store.cache.expert_in]
-    assert engine.run_on_engine_thread(engine.runner.share) == 0
+    assert engine.run_on_engine_thread(engine.runner.rebalance_slots) > 0
+    cache, who = store.cache, [one.copy() for one in store.cache.slot_to_expert]
+    assert engine.run_on_engine_thread(engine.runner.rebalance_slots) == 0
     assert store.cache is cache
-    assert all(np.array_equal(a, b) for a, b in zip(who, cache.expert_in, strict=True))
+    assert all(np.array_equal(a, b) for a, b in zip(who, cache.slot_to_expert, strict=True))
     all_there = start(expert_slots=16)
     talk(all_there)
-    assert all_there.run_on_engine_thread(all_there.runner.share) == 0
+    assert all_there.run_on_engine_thread(all_there.runner.rebalance_slots) == 0
 
 
 def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
-    start: Callable[..., Engine], packed: Packed, monkeypatch: pytest.MonkeyPatch
+    start: Callable[..., Engine], packed: PackedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cold = start()
     talk(cold)
-    heat = heat_of(cold.runner.ops, cold.runner.store.cache)
+    heat = snapshot_usage(cold.runner.ops, cold.runner.store.cache)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     prepared: list[list[int]] = []
 
-    def prepare(runner: Runner) -> None:
+    def prepare(runner: ModelRunner) -> None:
         prepared.append(own(runner))
         runner._prepared = True
         runner._replays[("reply", 1)] = lambda: None
-        for name in ("heat", "step", "counters"):
-            runner.ops.fill(getattr(runner.store.cache, name), 0)
+        for name in ("short_count", "step", "counters"):
+            runner.ops.memset(getattr(runner.store.cache, name), 0)
 
-    monkeypatch.setattr(Runner, "prepare", prepare)  # the kernels would do nothing
+    monkeypatch.setattr(ModelRunner, "capture_graphs", prepare)  # the kernels would do nothing
     engine = start("gpu", cache_dir=str(packed.path.parent))
     runner, store = engine.runner, engine.runner.store
     ops, cache = runner.ops, store.cache
 
     def use() -> None:
         """As if it had answered."""
-        ops.copy_in(cache.heat, heat.heat)
-        ops.copy_in(cache.long_heat, heat.long_heat)
-        ops.copy_in(cache.stamp, np.where(heat.age >= 0, heat.steps - heat.age, 0).astype(np.int32))
-        ops.copy_in(cache.step, np.array([heat.steps], np.int32))
-        ops.copy_in(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
+        ops.copy_h2d(cache.short_count, heat.heat)
+        ops.copy_h2d(cache.long_count, heat.long_heat)
+        ops.copy_h2d(
+            cache.last_used, np.where(heat.age >= 0, heat.steps - heat.age, 0).astype(np.int32)
+        )
+        ops.copy_h2d(cache.step, np.array([heat.steps], np.int32))
+        ops.copy_h2d(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
 
     engine.run_on_engine_thread(use)
     old, asked, held = runner._replays[("reply", 1)], gpu.asked, dict(gpu.held)
     runner._replays[("logits", 1)] = old
-    assert engine.run_on_engine_thread(runner.share) == SLOTS * len(CASE.kinds)
+    assert engine.run_on_engine_thread(runner.rebalance_slots) == SLOTS * len(CASE.kinds)
     assert prepared == [[SLOTS] * len(CASE.kinds), own(runner)] and prepared[0] != prepared[1]
     assert list(runner._replays) == [("reply", 1)] and runner._replays[("reply", 1)] is not old
     assert gpu.asked == asked and gpu.held.keys() == held.keys()
@@ -171,7 +178,7 @@ def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
 def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., Engine]) -> None:
     first = start()
     talk(first)
-    first.run_on_engine_thread(first.runner.share)
+    first.run_on_engine_thread(first.runner.rebalance_slots)
     each, there = own(first.runner), resident(first.runner.ops, first.runner.store.cache)
     first.close()
     second = start()
@@ -185,16 +192,16 @@ def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., 
 @pytest.fixture
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens after which slots were shared out; there is always a moment for it, after 50."""
-    monkeypatch.setattr(crank, "QUIET", 0.01)
-    monkeypatch.setattr(sharing, "FIRST", 50)
+    monkeypatch.setattr(crank, "IDLE_SECONDS", 0.01)
+    monkeypatch.setattr(sharing, "FIRST_REBALANCE_TOKENS", 50)
     seen: list[int] = []
-    share = Runner.share
+    share = ModelRunner.rebalance_slots
 
-    def counted(runner: Runner) -> int:
+    def counted(runner: ModelRunner) -> int:
         seen.append(int(runner.store.counters().routed))
         return share(runner)
 
-    monkeypatch.setattr(Runner, "share", counted)
+    monkeypatch.setattr(ModelRunner, "rebalance_slots", counted)
     return seen
 
 
@@ -263,7 +270,9 @@ def test_where_no_heat_is_kept_slots_stay(
     assert start(**more).on_idle is None
 
 
-def test_of_made_up_models_and_of_benchmarks_slots_stay(packed: Packed, tmp_path: Path) -> None:
+def test_of_made_up_models_and_of_benchmarks_slots_stay(
+    packed: PackedModel, tmp_path: Path
+) -> None:
     where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
     made_up = loader.load("synthetic:tiny", "cpu", **where)
     made = loader.Loader(packed.path, "cpu", **where)
@@ -280,7 +289,7 @@ def test_of_made_up_models_and_of_benchmarks_slots_stay(packed: Packed, tmp_path
 def test_an_engine_is_idle_once_until_somebody_asks_again(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crank, "QUIET", 0.01)
+    monkeypatch.setattr(crank, "IDLE_SECONDS", 0.01)
     made, calls = bench(), threading.Semaphore(0)
     made.engine.on_idle = calls.release
     for _ in range(3):
@@ -301,7 +310,7 @@ def test_an_engine_is_not_idle_while_somebody_asks_again_soon(bench: Callable[..
 def test_an_error_of_the_device_ends_the_engine(
     bench: Callable[..., Bench], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(crank, "QUIET", 0.01)
+    monkeypatch.setattr(crank, "IDLE_SECONDS", 0.01)
     made, stopped = bench(), threading.Event()
 
     def fail() -> None:

@@ -8,26 +8,26 @@ import numpy.typing as npt
 import pytest
 
 from osmium.errors import CheckpointError, ConfigError
-from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import (
     cache_bytes,
-    cut,
-    empty,
     make_cache,
+    reset_cache,
     resident,
     resident_cache,
+    resize_layers,
     verify,
 )
-from osmium.experts.guess import guess_bytes, make_guess
-from osmium.experts.store import Store, store_bytes
-from osmium.ops import ExpertArena, ExpertCache, Linear, SharedExpert
+from osmium.experts.guess import guess_bytes, make_prefetch_state
+from osmium.experts.store import ExpertRunner, store_bytes
+from osmium.ops import ExpertCache, HostExperts, LinearWeight, SharedExpert
 from osmium.ops.formulas import expert_matrices
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.tolerance import close, distance
 
 LAYERS, EXPERTS, TOP_K = 3, 11, 3
-RECORD = Record(bits=16, hidden=32, inner=16)
+RECORD = ExpertLayout(bits=16, hidden=32, inner=16)
 OPS = ReferenceOps()
 
 
@@ -50,13 +50,13 @@ def routed(rng: np.random.Generator, tokens: int) -> npt.NDArray[np.uint16]:
 
 
 def route(cache: ExpertCache, ids: npt.NDArray[np.uint16]) -> None:
-    """What ops.route adds to the counters."""
+    """What ops.topk_softmax adds to the counters."""
     cache.counters[0] += ids.size
 
 
-def parts(arena: ExpertArena, capacity: int, rows: int = 8) -> tuple[ExpertCache, Store]:
+def parts(arena: HostExperts, capacity: int, rows: int = 8) -> tuple[ExpertCache, ExpertRunner]:
     cache = make_cache(OPS, arena, capacity, TOP_K)
-    return cache, Store(OPS, arena, cache, rows, TOP_K)
+    return cache, ExpertRunner(OPS, arena, cache, rows, TOP_K)
 
 
 def expected(
@@ -78,7 +78,11 @@ def expected(
 
 
 def run(
-    store: Store, rng: np.random.Generator, arena: npt.NDArray[np.uint8], tokens: int, layer: int
+    store: ExpertRunner,
+    rng: np.random.Generator,
+    arena: npt.NDArray[np.uint8],
+    tokens: int,
+    layer: int,
 ) -> None:
     """One call of the store, checked against the records."""
     x = rng.standard_normal((tokens, RECORD.hidden)).astype(np.float32)
@@ -92,7 +96,7 @@ def run(
 
 
 def mlp(
-    store: Store,
+    store: ExpertRunner,
     x: npt.NDArray[np.float32],
     ids: npt.NDArray[np.uint16],
     weights: npt.NDArray[np.float32],
@@ -101,16 +105,16 @@ def mlp(
     """1 + what the store makes of x, with a shared expert that says nothing."""
     tokens, hidden = x.shape
     nothing = SharedExpert(
-        Linear("bf16", 16, hidden, np.zeros((16, hidden), np.uint16)),
-        Linear("bf16", hidden, 8, np.zeros((hidden, 8), np.uint16)),
+        LinearWeight("bf16", 16, hidden, np.zeros((16, hidden), np.uint16)),
+        LinearWeight("bf16", hidden, 8, np.zeros((hidden, 8), np.uint16)),
         column=0,
     )
     out, scores = np.ones_like(x), np.zeros((tokens, 1), np.float32)
-    both, inner = np.empty((tokens, 16), np.float32), OPS.rows(tokens, 8)
+    both, inner = np.empty((tokens, 16), np.float32), OPS.empty_input(tokens, 8)
     said, y, norm = np.empty_like(x), np.empty_like(x), np.zeros(hidden, np.float32)
-    h = OPS.rows(tokens, hidden, 1e-6)
+    h = OPS.empty_input(tokens, hidden, 1e-6)
     h.f32[:] = x
-    store.mlp(out, h, ids, weights, layer, nothing, scores, inner, both, said, y, norm)
+    store.forward(out, h, ids, weights, layer, nothing, scores, inner, both, said, y, norm)
     return out
 
 
@@ -119,7 +123,7 @@ def test_every_routed_expert_is_computed_whatever_the_slots(
     capacity: int, rng: np.random.Generator
 ) -> None:
     arena = records(rng)
-    cache, store = parts(share_arena(RECORD, arena), capacity)
+    cache, store = parts(wrap_host_experts(RECORD, arena), capacity)
     for _ in range(6):
         tokens = int(rng.integers(1, 9))
         for layer in range(LAYERS):
@@ -134,14 +138,14 @@ def test_every_routed_expert_is_computed_whatever_the_slots(
 
 def test_a_used_expert_is_a_hit_the_next_time(rng: np.random.Generator) -> None:
     arena = records(rng)
-    _, store = parts(share_arena(RECORD, arena), 2 * TOP_K)
+    _, store = parts(wrap_host_experts(RECORD, arena), 2 * TOP_K)
     use(store, 1, 4, 1, 9)
     use(store, 1, 9, 4, 2)
     counted = store.counters()
     assert (counted.routed, counted.hit, counted.missed, counted.experts_copied) == (6, 2, 4, 4)
 
 
-def use(store: Store, layer: int, *experts: int) -> None:
+def use(store: ExpertRunner, layer: int, *experts: int) -> None:
     """One row that asks for these experts."""
     x = np.ones((1, RECORD.hidden), np.float32)
     ids, weights = np.array([experts], np.uint16), np.ones((1, TOP_K), np.float32)
@@ -150,7 +154,7 @@ def use(store: Store, layer: int, *experts: int) -> None:
 
 
 def test_an_expert_used_often_outlives_one_used_once_since(rng: np.random.Generator) -> None:
-    _, store = parts(share_arena(RECORD, records(rng)), TOP_K + 1)
+    _, store = parts(wrap_host_experts(RECORD, records(rng)), TOP_K + 1)
     for third in (2, 2, 2, 3, 5):
         use(store, 0, 0, 1, third)
     assert np.flatnonzero(resident(OPS, store.cache)[0]).tolist() == [0, 1, 2, 5]
@@ -159,7 +163,7 @@ def test_an_expert_used_often_outlives_one_used_once_since(rng: np.random.Genera
 def test_an_expert_used_often_long_ago_leaves_before_one_used_once(
     rng: np.random.Generator,
 ) -> None:
-    _, store = parts(share_arena(RECORD, records(rng)), TOP_K + 1)
+    _, store = parts(wrap_host_experts(RECORD, records(rng)), TOP_K + 1)
     for third in (2, 2, 2):
         use(store, 0, 0, 1, third)
     for _ in range(100):  # time passes at the last layer
@@ -171,24 +175,24 @@ def test_an_expert_used_often_long_ago_leaves_before_one_used_once(
 
 def test_a_wrong_byte_in_a_slot_is_found(rng: np.random.Generator) -> None:
     arena = records(rng)
-    cache, store = parts(share_arena(RECORD, arena), TOP_K)
+    cache, store = parts(wrap_host_experts(RECORD, arena), TOP_K)
     run(store, rng, arena, 1, 0)
-    slot = int(np.flatnonzero(cache.expert_in[0] >= 0)[0])
+    slot = int(np.flatnonzero(cache.slot_to_expert[0] >= 0)[0])
     cache.slots[0][slot, -1] ^= 1
     with pytest.raises(AssertionError, match=f"slot {slot} of layer 0"):
         verify(OPS, cache, arena, samples=1000, seed=0)
 
 
 def test_tables_that_disagree_are_found(rng: np.random.Generator) -> None:
-    cache = make_cache(OPS, share_arena(RECORD, records(rng)), EXPERTS, TOP_K)
-    cache.slot_of[1, 4] = 5
+    cache = make_cache(OPS, wrap_host_experts(RECORD, records(rng)), EXPERTS, TOP_K)
+    cache.expert_to_slot[1, 4] = 5
     with pytest.raises(AssertionError):
         resident(OPS, cache)
 
 
 def test_counters_that_do_not_add_up_are_found(rng: np.random.Generator) -> None:
     arena = records(rng)
-    _, store = parts(share_arena(RECORD, arena), TOP_K)
+    _, store = parts(wrap_host_experts(RECORD, arena), TOP_K)
     run(store, rng, arena, 2, 0)
     store.cache.counters[2] -= 1  # as if an expert had been skipped
     with pytest.raises(AssertionError, match="routed"):
@@ -199,7 +203,7 @@ def test_counters_that_do_not_add_up_are_found(rng: np.random.Generator) -> None
 def test_fewer_slots_than_a_token_needs_are_refused(
     capacity: int, rng: np.random.Generator
 ) -> None:
-    arena = share_arena(RECORD, records(rng))
+    arena = wrap_host_experts(RECORD, records(rng))
     with pytest.raises(ConfigError, match=rf"--expert-slots is {capacity}\b"):
         make_cache(OPS, arena, capacity, TOP_K)
 
@@ -218,19 +222,19 @@ def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Gene
     def progress(stage: str, done: int, total: int) -> None:
         seen.append((stage, done, total))
 
-    arena = fill_arena(OPS, RECORD, LAYERS, EXPERTS, begin, progress)
+    arena = load_host_experts(OPS, RECORD, LAYERS, EXPERTS, begin, progress)
     assert np.array_equal(arena.records, source)
     assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
-    slots = fill_slots(OPS, RECORD, LAYERS, EXPERTS, begin, None)
+    slots = load_resident_experts(OPS, RECORD, LAYERS, EXPERTS, begin, None)
     assert np.array_equal(slots, source)
 
 
 def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) -> None:
     source = records(rng)
     source.flags.writeable = False  # as a mapped file is
-    cache = resident_cache(OPS, RECORD, share_arena(RECORD, source).records)
+    cache = resident_cache(OPS, RECORD, wrap_host_experts(RECORD, source).records)
     assert all(np.shares_memory(layer, source) for layer in cache.slots)
-    store = Store(OPS, None, cache, 8, TOP_K)
+    store = ExpertRunner(OPS, None, cache, 8, TOP_K)
     for layer in range(LAYERS):
         run(store, rng, source, 5, layer)
     assert store.counters().hit == LAYERS * 5 * TOP_K
@@ -238,38 +242,38 @@ def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) ->
 
 
 def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> None:
-    arena = share_arena(RECORD, records(rng))
+    arena = wrap_host_experts(RECORD, records(rng))
     for capacity in (5, 8, EXPERTS):
         cache, store = parts(arena, capacity)
-        assert cache.whole is not None, "of which slots and expert_in are parts"
+        assert cache.storage is not None, "of which slots and expert_in are parts"
         arrays = [x for x in vars(cache).values() if isinstance(x, np.ndarray)]
-        arrays += cache.whole
+        arrays += cache.storage
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
         own = inner + sum(x.nbytes for x in vars(store.plan).values())
         sizes = (8, capacity, EXPERTS, TOP_K, RECORD.inner)
         assert store_bytes(*sizes, gpu=False) == own
         assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
-    guess = make_guess(OPS, LAYERS, EXPERTS, TOP_K)
+    guess = make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K)
     assert guess_bytes(LAYERS, EXPERTS, TOP_K) == sum(x.nbytes for x in vars(guess).values())
 
 
 def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
     arena = records(rng)
-    cache, store = parts(share_arena(RECORD, arena), 6)
+    cache, store = parts(wrap_host_experts(RECORD, arena), 6)
     for each in ([6, 6, 6], [5, 9, 4], [3, 4, 11], [6, 6, 6]):
-        again = cut(cache, each)
-        assert again.whole is cache.whole and again.whole is not None
-        assert again.heat is cache.heat and again.capacity == 6
-        for whole, layers in zip(again.whole, (again.slots, again.expert_in), strict=True):
+        again = resize_layers(cache, each)
+        assert again.storage is cache.storage and again.storage is not None
+        assert again.short_count is cache.short_count and again.capacity == 6
+        for whole, layers in zip(again.storage, (again.slots, again.slot_to_expert), strict=True):
             assert [len(one) for one in layers] == each
             at = whole.ctypes.data
             for one in layers:
                 assert one.ctypes.data == at, "one after another"
                 at += one.nbytes
             assert at == whole.ctypes.data + whole.nbytes
-        empty(OPS, again)
-        store.take(again)
+        reset_cache(OPS, again)
+        store.set_cache(again)
         assert store.blocks == [min(2, own // TOP_K) for own in each]
         for _ in range(5):
             for layer in range(LAYERS):
@@ -278,27 +282,30 @@ def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
     counted = store.counters()
     assert counted.routed == counted.hit + counted.missed
     with pytest.raises(AssertionError, match="slots"):
-        store.take(cut(cache, [TOP_K - 1, 8, 8]))
+        store.set_cache(resize_layers(cache, [TOP_K - 1, 8, 8]))
 
 
 def test_records_of_the_wrong_size_are_refused(rng: np.random.Generator) -> None:
     with pytest.raises(CheckpointError, match=str(RECORD.nbytes)):
-        share_arena(RECORD, records(rng)[:, :, :-1])
+        wrap_host_experts(RECORD, records(rng)[:, :, :-1])
 
 
 def test_what_is_replayed_is_guessed_from_a_trace_or_not_at_all(rng: np.random.Generator) -> None:
-    arena = share_arena(RECORD, records(rng))
+    arena = wrap_host_experts(RECORD, records(rng))
     for predicted in (None, rng.integers(0, EXPERTS, (5, LAYERS, TOP_K)).astype(np.uint16)):
-        cache, guess = make_cache(OPS, arena, 5, TOP_K), make_guess(OPS, LAYERS, EXPERTS, TOP_K)
-        store = Store(OPS, arena, cache, 8, TOP_K, guess)
-        assert store.asked(1) is store.guess(1) is guess
+        cache, guess = (
+            make_cache(OPS, arena, 5, TOP_K),
+            make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K),
+        )
+        store = ExpertRunner(OPS, arena, cache, 8, TOP_K, guess)
+        assert store.router_prefetch_buffers(1) is store.guess(1) is guess
         assert (
-            store.asked(2) is store.guess(2) is None
+            store.router_prefetch_buffers(2) is store.guess(2) is None
         )  # two rows may need more slots than a layer has
         store.replay(np.zeros((5, LAYERS, TOP_K), np.uint16), predicted)
         if predicted is None:
-            assert store.asked(1) is store.guess(1) is None
+            assert store.router_prefetch_buffers(1) is store.guess(1) is None
             continue
-        found, asked = store.guess(1), store.asked(1)
+        found, asked = store.guess(1), store.router_prefetch_buffers(1)
         assert found is guess and asked is not None and asked.ids is guess.ids
         assert (guess.weights == np.float32(1 / TOP_K)).all() and asked.weights is not guess.weights

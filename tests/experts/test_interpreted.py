@@ -8,14 +8,14 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import make_cache, verify
-from osmium.experts.guess import make_guess
-from osmium.experts.store import Store
-from osmium.ops import ExpertArena, Linear, Ops, SharedExpert
+from osmium.experts.guess import make_prefetch_state
+from osmium.experts.store import ExpertRunner
+from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.quant import int8
 from osmium.quant.floats import bf16_from_f32
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.ops.cases import new_rows, normed_rows, records
 from tests.ptx.interpreter import InterpretedMachine
 from tests.tolerance import close
@@ -24,32 +24,37 @@ LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
 
 
 def steps(
-    ops: Ops, record: Record, each: list[int], counts: tuple[int, ...], seed: int, guessed: bool
+    ops: Ops,
+    record: ExpertLayout,
+    each: list[int],
+    counts: tuple[int, ...],
+    seed: int,
+    guessed: bool,
 ) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
     """What every call of `mlp` made of x, and the tables and counters at the end; with guesses,
     of which some are right, and the last step's first, of a step of one row, is wrong."""
     rng, hidden = np.random.default_rng(seed), record.hidden
     made = np.stack([records(rng, record, EXPERTS) for _ in range(LAYERS)])
-    host = ops.host(made.shape, np.uint8)
+    host = ops.empty_mapped(made.shape, np.uint8)
     ops.host_view(host)[...] = made
-    arena = ExpertArena(record, host)
+    arena = HostExperts(record, host)
     cache = make_cache(ops, arena, sum(each) // LAYERS, TOP_K, each)
-    guess = make_guess(ops, LAYERS, EXPERTS, TOP_K) if guessed else None
-    store = Store(ops, arena, cache, max(counts), TOP_K, guess)
+    guess = make_prefetch_state(ops, LAYERS, EXPERTS, TOP_K) if guessed else None
+    store = ExpertRunner(ops, arena, cache, max(counts), TOP_K, guess)
     up, down = (
         (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32)
         for shape in ((2 * SHARED, hidden), (hidden, SHARED))
     )
 
-    def matrix(w: npt.NDArray[np.float32]) -> Linear:
+    def matrix(w: npt.NDArray[np.float32]) -> LinearWeight:
         rows, columns = w.shape
         if record.bits == 16:
-            return Linear("bf16", rows, columns, ops.put(bf16_from_f32(w)))
+            return LinearWeight("bf16", rows, columns, ops.to_device(bf16_from_f32(w)))
         data, scale = int8.quantize(w)
-        return Linear("int8", rows, columns, ops.put(data), ops.put(scale))
+        return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
 
     shared = SharedExpert(matrix(up), matrix(down), column=0)
-    norm, outputs = ops.put(rng.standard_normal(hidden, np.float32)), []
+    norm, outputs = ops.to_device(rng.standard_normal(hidden, np.float32)), []
     for number, tokens in enumerate(counts, 1):
         chosen = [
             np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
@@ -59,41 +64,45 @@ def steps(
             for layer, ids in enumerate(chosen[:-1]):
                 likely = np.where(rng.random(ids.shape) < 0.6, chosen[layer + 1], ids)
                 if layer == 0 and number == len(counts):
-                    absent = np.flatnonzero(ops.copy_out(cache.slot_of)[layer + 1] < 0)
+                    absent = np.flatnonzero(ops.copy_d2h(cache.expert_to_slot)[layer + 1] < 0)
                     likely[:] = np.setdiff1d(absent, chosen[layer + 1])[:TOP_K]
                 weights = rng.random(ids.shape, np.float32)
                 if guess is not None:
-                    ops.copy_in(guess.ids[:tokens], likely.astype(np.uint16))
-                    ops.copy_in(guess.weights[:tokens], weights)
-                x = ops.put(rng.standard_normal((tokens, hidden), np.float32))
+                    ops.copy_h2d(guess.ids[:tokens], likely.astype(np.uint16))
+                    ops.copy_h2d(guess.weights[:tokens], weights)
+                x = ops.to_device(rng.standard_normal((tokens, hidden), np.float32))
                 both, said, y = (
                     ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
                 )
-                store.mlp(
-                    x, normed_rows(ops, x, norm), ops.put(ids.astype(np.uint16)),
-                    ops.put(rng.random((tokens, TOP_K), np.float32)), layer, shared,
-                    ops.put(rng.standard_normal((tokens, 1), np.float32)),
+                store.forward(
+                    x, normed_rows(ops, x, norm), ops.to_device(ids.astype(np.uint16)),
+                    ops.to_device(rng.random((tokens, TOP_K), np.float32)), layer, shared,
+                    ops.to_device(rng.standard_normal((tokens, 1), np.float32)),
                     new_rows(ops, tokens, SHARED), both, said, y, norm,
                 )  # fmt: skip
-                outputs.append(np.array(ops.copy_out(x)))
+                outputs.append(np.array(ops.copy_d2h(x)))
     assert verify(ops, cache, made, 1000, 0) > LAYERS
-    tables = [cache.slot_of, *cache.expert_in, cache.stamp, cache.counters[:6]]
+    tables = [cache.expert_to_slot, *cache.slot_to_expert, cache.last_used, cache.counters[:6]]
     if guess is not None:
-        tables += [guess.expert, guess.slot, guess.go]
-        _, _, _, _, made, right, pieces = ops.copy_out(cache.counters)
+        tables += [guess.expert, guess.slot, guess.start_signal]
+        _, _, _, _, made, right, pieces = ops.copy_d2h(cache.counters)
         assert made > right > 0
         # the reference is told of a step's guesses when that is over
         assert (pieces > 0) == isinstance(ops, GpuOps)
-    return outputs, [np.array(ops.copy_out(table)) for table in tables]
+    return outputs, [np.array(ops.copy_d2h(table)) for table in tables]
 
 
 @pytest.mark.parametrize(
     ("record", "guessed"),
-    [(Record(16, 32, 16), True), (Record(4, 128, 128), True), (Record(4, 128, 128), False)],
+    [
+        (ExpertLayout(16, 32, 16), True),
+        (ExpertLayout(4, 128, 128), True),
+        (ExpertLayout(4, 128, 128), False),
+    ],
     ids=["bf16, prefetch", "int4, prefetch", "int4"],
 )
 def test_layers_with_slots_of_their_own(
-    rng: np.random.Generator, record: Record, guessed: bool
+    rng: np.random.Generator, record: ExpertLayout, guessed: bool
 ) -> None:
     seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
     how = (record, each, counts, seed)

@@ -10,8 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from osmium.cuda.memory import HostBuffer, HostKind, Pool
-from osmium.cuda.stream import PIECE, Event, Machine, Stream, memory_rate, spilled
+from osmium.cuda.memory import DevicePool, HostBuffer, HostKind
+from osmium.cuda.stream import (
+    SPILL_PROBE_BYTES,
+    CudaRuntime,
+    Event,
+    Stream,
+    measure_vram_rate,
+    spilled_bytes,
+)
 from osmium.errors import KernelError, OutOfMemory
 from osmium.kernels.ptx import Kernel, kernel, parse
 from osmium.ops.gpu import GpuOps
@@ -22,25 +29,25 @@ ADD = kernel("add_f32")
 
 
 @pytest.fixture
-def machine(gpu: GpuOps) -> Iterator[Machine]:
-    assert isinstance(gpu.machine, Machine)
+def machine(gpu: GpuOps) -> Iterator[CudaRuntime]:
+    assert isinstance(gpu.machine, CudaRuntime)
     yield gpu.machine
 
 
-def test_what_goes_in_comes_out(machine: Machine, rng: np.random.Generator) -> None:
+def test_what_goes_in_comes_out(machine: CudaRuntime, rng: np.random.Generator) -> None:
     for dtype in (np.uint8, np.float16, np.int64):
         source = rng.integers(0, 100, (3, 5, 7)).astype(dtype)
         array = machine.empty(source.shape, dtype)
-        machine.copy_in(array, source)
-        assert np.array_equal(machine.copy_out(array), source)
-        assert np.array_equal(machine.copy_out(array[1:3]), source[1:3])
-        machine.fill(array[0], 0)
-        assert not machine.copy_out(array)[0].any()
+        machine.copy_h2d(array, source)
+        assert np.array_equal(machine.copy_d2h(array), source)
+        assert np.array_equal(machine.copy_d2h(array[1:3]), source[1:3])
+        machine.memset(array[0], 0)
+        assert not machine.copy_d2h(array)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
 def test_kernels_read_and_write_host_memory(
-    machine: Machine, rng: np.random.Generator, kind: HostKind
+    machine: CudaRuntime, rng: np.random.Generator, kind: HostKind
 ) -> None:
     count = 4096
     buffer = HostBuffer(machine.device, 4 * count, kind)
@@ -48,18 +55,18 @@ def test_kernels_read_and_write_host_memory(
     a, b = (rng.standard_normal(count).astype(np.float32) for _ in range(2))
     view[...] = a
     other = machine.empty((count,), np.float32)
-    machine.copy_in(other, b)
+    machine.copy_h2d(other, b)
     ADD(machine.stream, mapped, other, count)
     ADD(machine.stream, other, mapped, count)
     machine.synchronize()
     assert np.array_equal(view, a + b)
-    assert np.array_equal(machine.copy_out(other), b + (a + b))
+    assert np.array_equal(machine.copy_d2h(other), b + (a + b))
     buffer.close()
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
 def test_kernels_read_what_filled_host_memory(
-    machine: Machine, rng: np.random.Generator, kind: HostKind
+    machine: CudaRuntime, rng: np.random.Generator, kind: HostKind
 ) -> None:
     count = 3 << 20
     a = rng.standard_normal(count).astype(np.float32)
@@ -73,37 +80,37 @@ def test_kernels_read_what_filled_host_memory(
 
     buffer = HostBuffer(machine.device, a.nbytes, kind, fill)
     sum_of = machine.empty((count,), np.float32)
-    machine.fill(sum_of, 0)
+    machine.memset(sum_of, 0)
     ADD(machine.stream, sum_of, buffer.device_array((count,), np.float32), count)
-    assert np.array_equal(machine.copy_out(sum_of), a)
+    assert np.array_equal(machine.copy_d2h(sum_of), a)
     buffer.close()
     with pytest.raises(ValueError, match="cannot be read"):
         HostBuffer(machine.device, a.nbytes, kind, fails)
 
 
-def test_a_graph_does_again_what_was_recorded(machine: Machine) -> None:
+def test_a_graph_does_again_what_was_recorded(machine: CudaRuntime) -> None:
     count = 1000
     out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.copy_in(out, np.zeros(count, np.float32))
-    machine.copy_in(one, np.ones(count, np.float32))
+    machine.copy_h2d(out, np.zeros(count, np.float32))
+    machine.copy_h2d(one, np.ones(count, np.float32))
     ADD(machine.stream, out, one, count)
     with machine.stream.capture() as made:
         for _ in range(3):
             ADD(machine.stream, out, one, count)
     (graph,) = made
     assert graph.nodes == 3
-    assert machine.copy_out(out).max() == 1, "recording runs nothing"
+    assert machine.copy_d2h(out).max() == 1, "recording runs nothing"
     for _ in range(4):
         graph.replay(machine.stream)
-    assert (machine.copy_out(out) == 13).all()
+    assert (machine.copy_d2h(out) == 13).all()
     graph.close()
 
 
-def test_one_stream_waits_for_another(machine: Machine) -> None:
+def test_one_stream_waits_for_another(machine: CudaRuntime) -> None:
     count = 1 << 22
     out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.fill(out, 0)
-    machine.copy_in(one, np.ones(count, np.float32))
+    machine.memset(out, 0)
+    machine.copy_h2d(one, np.ones(count, np.float32))
     start, end = Event(machine.device), Event(machine.device)
     start.record(machine.stream)
     for _ in range(50):
@@ -113,12 +120,12 @@ def test_one_stream_waits_for_another(machine: Machine) -> None:
     other.wait(end)
     ADD(other, one, out, count)
     other.synchronize()
-    assert (machine.copy_out(one) == 51).all()
+    assert (machine.copy_d2h(one) == 51).all()
     assert end - start > 0
     other.close()
 
 
-def test_running_out_says_who_holds_what(machine: Machine) -> None:
+def test_running_out_says_who_holds_what(machine: CudaRuntime) -> None:
     with machine.pool.label("the test's own"):
         held = machine.empty((1 << 20,), np.uint8)
         with pytest.raises(OutOfMemory, match="the test's own"):
@@ -126,7 +133,7 @@ def test_running_out_says_who_holds_what(machine: Machine) -> None:
     assert held.nbytes == 1 << 20
 
 
-def test_memory_comes_back_when_nobody_holds_it(machine: Machine) -> None:
+def test_memory_comes_back_when_nobody_holds_it(machine: CudaRuntime) -> None:
     before = machine.pool.used
     array = machine.empty((1 << 20,), np.uint8)
     view = array[100:200]
@@ -136,7 +143,7 @@ def test_memory_comes_back_when_nobody_holds_it(machine: Machine) -> None:
     assert machine.pool.used == before
 
 
-def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: Machine) -> None:
+def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: CudaRuntime) -> None:
     text = """//: entry   wrong
 //: grid    1
 //: block   32
@@ -157,7 +164,7 @@ def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: Machin
         Kernel("wrong", lambda: contract)(machine.stream, 1)
 
 
-def test_a_launch_too_large_is_said_with_its_kernel(machine: Machine) -> None:
+def test_a_launch_too_large_is_said_with_its_kernel(machine: CudaRuntime) -> None:
     out = machine.empty((4, 4), np.float32)
     with pytest.raises(KernelError, match="silu_mul_f32"):
         kernel("silu_mul_f32")(machine.stream, 1 << 20, out, out, 4)
@@ -201,7 +208,7 @@ def reaching(text: str) -> Kernel:
     return Kernel("reach", lambda: contract)
 
 
-def test_shared_memory_past_48_kib_is_asked_for_on_every_stream(machine: Machine) -> None:
+def test_shared_memory_past_48_kib_is_asked_for_on_every_stream(machine: CudaRuntime) -> None:
     """It writes and reads the last word of its dynamic shared memory."""
     reach, out = reaching(REACH), machine.empty((1,), np.uint32)
     other = Stream(machine.device)
@@ -211,39 +218,39 @@ def test_shared_memory_past_48_kib_is_asked_for_on_every_stream(machine: Machine
     ):  # fmt: skip
         reach(stream, out, nbytes)
         stream.synchronize()
-        assert machine.copy_out(out)[0] == nbytes
+        assert machine.copy_d2h(out)[0] == nbytes
     with pytest.raises(KernelError, match="reach"):
         reach(machine.stream, out, 1 << 20)
     other.close()
 
 
-def test_two_texts_may_share_an_entrys_name(machine: Machine) -> None:
+def test_two_texts_may_share_an_entrys_name(machine: CudaRuntime) -> None:
     """The same name with other numbers in it is another kernel."""
     out = machine.empty((1,), np.uint32)
     for word in ("%last", "64"):
         text = REACH.replace("[%at+-4], %last", f"[%at+-4], {word}")
         reaching(text)(machine.stream, out, 256)
-        assert machine.copy_out(out)[0] == (256 if word == "%last" else 64)
+        assert machine.copy_d2h(out)[0] == (256 if word == "%last" else 64)
 
 
-def test_host_memory_among_vram_is_found_by_its_rate(machine: Machine) -> None:
+def test_host_memory_among_vram_is_found_by_its_rate(machine: CudaRuntime) -> None:
     """No driver can be told to spill; host memory can be entered as if it were of the pool."""
-    kept = machine.empty((4 * PIECE + 1,), np.uint8)
-    machine.memory_gb_s = memory_rate(machine.device)
-    buffer = HostBuffer(machine.device, 3 * PIECE, "pinned")
+    kept = machine.empty((4 * SPILL_PROBE_BYTES + 1,), np.uint8)
+    machine.memory_gb_s = measure_vram_rate(machine.device)
+    buffer = HostBuffer(machine.device, 3 * SPILL_PROBE_BYTES, "pinned")
     try:
-        assert spilled(machine) == 0
-        machine.pool._held[buffer.device_address] = (3 * PIECE, "spilled")
-        assert spilled(machine) == 3 * PIECE
+        assert spilled_bytes(machine) == 0
+        machine.pool._held[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
+        assert spilled_bytes(machine) == 3 * SPILL_PROBE_BYTES
     finally:
         machine.pool._held.pop(buffer.device_address, None)
         machine.memory_gb_s = 0.0
         buffer.close()
-    assert kept.nbytes > 4 * PIECE
+    assert kept.nbytes > 4 * SPILL_PROBE_BYTES
 
 
-def test_a_frozen_pool_gives_nothing_more(machine: Machine) -> None:
-    pool = Pool(machine.device)
+def test_a_frozen_pool_gives_nothing_more(machine: CudaRuntime) -> None:
+    pool = DevicePool(machine.device)
     kept = pool.empty((16,), np.uint8)
     pool.freeze()
     with pytest.raises(AssertionError, match="32"):
@@ -252,16 +259,18 @@ def test_a_frozen_pool_gives_nothing_more(machine: Machine) -> None:
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
-def test_too_much_host_memory_is_refused_with_the_number(machine: Machine, kind: HostKind) -> None:
+def test_too_much_host_memory_is_refused_with_the_number(
+    machine: CudaRuntime, kind: HostKind
+) -> None:
     with pytest.raises(OutOfMemory, match=r"1073741824\.00 GiB"):
         HostBuffer(machine.device, 1 << 60, kind)
 
 
-def test_another_thread_launches_once_the_context_is_current_there(machine: Machine) -> None:
+def test_another_thread_launches_once_the_context_is_current_there(machine: CudaRuntime) -> None:
     count = 1000
     out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.copy_in(one, np.ones(count, np.float32))
-    machine.fill(out, 0)
+    machine.copy_h2d(one, np.ones(count, np.float32))
+    machine.memset(out, 0)
     machine.synchronize()
     failed: list[BaseException] = []
 
@@ -277,7 +286,7 @@ def test_another_thread_launches_once_the_context_is_current_there(machine: Mach
     thread.start()
     thread.join()
     assert not failed
-    assert (machine.copy_out(out) == 1).all()
+    assert (machine.copy_d2h(out) == 1).all()
 
 
 LOSE = """

@@ -7,9 +7,9 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.cuda.memory import DeviceArray
-from osmium.cuda.stream import Machine
+from osmium.cuda.stream import CudaRuntime
 from osmium.loader import Loader, pack
-from osmium.ops import Linear
+from osmium.ops import LinearWeight
 from osmium.ops.gpu import GpuOps
 from osmium.weights import open_model
 from osmium.weights.synthetic import open_synthetic
@@ -20,9 +20,9 @@ pytestmark = pytest.mark.gpu
 
 
 def test_host_memory_that_is_released_is_gone(gpu: GpuOps) -> None:
-    assert isinstance(gpu.machine, Machine)
+    assert isinstance(gpu.machine, CudaRuntime)
     held = len(gpu.machine._buffers)
-    for make, shape in ((gpu.host, (3, 5)), (gpu.mailbox, (1 << 20,))):
+    for make, shape in ((gpu.empty_mapped, (3, 5)), (gpu.zeros_mapped, (1 << 20,))):
         made = make(shape, np.float32)
         gpu.release(made)
         assert len(gpu.machine._buffers) == held
@@ -32,9 +32,9 @@ def test_host_memory_that_is_released_is_gone(gpu: GpuOps) -> None:
 
 def test_bytes_are_viewed_as_numbers(gpu: GpuOps, rng: np.random.Generator) -> None:
     source = rng.integers(0, 256, (3, 24), dtype=np.uint8)
-    array: DeviceArray = gpu.put(source)
+    array: DeviceArray = gpu.to_device(source)
     for dtype in (np.uint16, np.float32, np.int64):
-        found = gpu.copy_out(array.view(dtype))
+        found = gpu.copy_d2h(array.view(dtype))
         assert np.array_equal(found.view(np.uint8), source)
     with pytest.raises(ValueError, match="24"):
         array.view(np.dtype("V7"))
@@ -58,16 +58,16 @@ def test_a_made_up_model_is_the_same_wherever_it_is_made(gpu: GpuOps, bits: int)
     config = EngineConfig(gpu_expert_bits=bits, attention_quant="int4")
     model = open_synthetic("synthetic:qwen3.5-35b-a3b:1", config)
     shape = (24, model.record.nbytes)
-    for out in (gpu.host(shape, np.uint8), gpu.empty(shape, np.uint8)):
-        model.fill_records(gpu, 0, out, 3)
-        assert np.array_equal(gpu.copy_out(out)[[0, 23]], [model.one_record(0, e) for e in (3, 26)])
+    for out in (gpu.empty_mapped(shape, np.uint8), gpu.empty(shape, np.uint8)):
+        model.generate_experts(gpu, 0, out, 3)
+        assert np.array_equal(gpu.copy_d2h(out)[[0, 23]], [model.one_record(0, e) for e in (3, 26)])
     for name in ("layers.0.qkvz", "layers.0.router", "layers.0.shared_up", "layers.0.conv"):
         found, wanted = model.make(gpu, name), model.tensor(name)
-        if not isinstance(wanted, Linear):
-            assert np.array_equal(gpu.copy_out(found), wanted)
+        if not isinstance(wanted, LinearWeight):
+            assert np.array_equal(gpu.copy_d2h(found), wanted)
             continue
-        assert np.array_equal(gpu.copy_out(found.data), wanted.data), name
-        assert wanted.scale is None or np.array_equal(gpu.copy_out(found.scale), wanted.scale)
+        assert np.array_equal(gpu.copy_d2h(found.data), wanted.data), name
+        assert wanted.scale is None or np.array_equal(gpu.copy_d2h(found.scale), wanted.scale)
 
 
 @pytest.mark.parametrize("slots", [None, 3])
@@ -83,7 +83,7 @@ def test_loaded_it_is_made_in_place(gpu: GpuOps, tmp_path: Path, slots: int | No
             replies.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
             if loader._arena is not None and loader.gpu is not None:
-                found = loader.gpu.copy_out(loader._arena.records)
+                found = loader.gpu.copy_d2h(loader._arena.records)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()

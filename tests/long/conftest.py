@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from osmium.bench.about import about
+from osmium.bench.about import environment
 from tests.long.server import Server, serving
 
 HERE = Path(__file__).resolve().parent
@@ -106,7 +106,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 def machine() -> dict[str, Any]:
     """Where it ran, in words, and of what."""
-    here = about("cpu")
+    here = environment("cpu")
     ram = psutil.virtual_memory().total / (1 << 30)
     words = (
         f"{len(os.sched_getaffinity(0))} cores of {_processor()}, {ram:.0f} GiB, {here['system']}, "

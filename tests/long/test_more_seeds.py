@@ -8,16 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.experts.test_interpreted import test_layers_with_slots_of_their_own as layers
 from tests.ptx.test_barriers import cases_of, right
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("record", [Record(16, 32, 16), Record(4, 128, 128)], ids=lambda r: r.bits)
+@pytest.mark.parametrize(
+    "record", [ExpertLayout(16, 32, 16), ExpertLayout(4, 128, 128)], ids=lambda r: r.bits
+)
 @pytest.mark.parametrize("guessed", [False, True])
-def test_layers_with_slots_of_their_own(record: Record, guessed: bool, seed: int) -> None:
+def test_layers_with_slots_of_their_own(record: ExpertLayout, guessed: bool, seed: int) -> None:
     for turn in range(2):
         layers(np.random.default_rng(seed + turn), record, guessed)
 

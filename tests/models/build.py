@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.ops import Linear
+from osmium.ops import LinearWeight
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 Tensor = npt.NDArray[Any]
 """f32, or bf16 as u16."""
@@ -226,10 +226,10 @@ def write_checkpoint(case: Case, folder: Path) -> None:
 
 def our_weights(
     config: ModelConfig, tensors: dict[str, Tensor]
-) -> dict[str, Linear | npt.NDArray[Any]]:
+) -> dict[str, LinearWeight | npt.NDArray[Any]]:
     """What models/weights.py asks for, every matrix in bf16."""
     root = "model.language_model."
-    ours: dict[str, Linear | npt.NDArray[Any]] = {
+    ours: dict[str, LinearWeight | npt.NDArray[Any]] = {
         "embed": tensors[f"{root}embed_tokens.weight"],
         "norm": _wide(tensors[f"{root}norm.weight"]),
     }
@@ -269,9 +269,9 @@ def our_weights(
 
 def our_records(
     config: ModelConfig, tensors: dict[str, Tensor], bits: int
-) -> tuple[Record, npt.NDArray[np.uint8]]:
+) -> tuple[ExpertLayout, npt.NDArray[np.uint8]]:
     """Every routed expert, packed: u8 [L, E, record.nbytes]."""
-    record = Record(bits, config.hidden_size, config.moe_intermediate_size)
+    record = ExpertLayout(bits, config.hidden_size, config.moe_intermediate_size)
     records = np.zeros((config.num_layers, config.num_experts, record.nbytes), np.uint8)
     for i in range(config.num_layers):
         at = f"model.language_model.layers.{i}.mlp.experts."
@@ -295,8 +295,8 @@ def _put(
         out[at : at + len(raw)] = raw
 
 
-def _linear(w: Tensor) -> Linear:
-    return Linear("bf16", w.shape[0], w.shape[1], w)
+def _linear(w: Tensor) -> LinearWeight:
+    return LinearWeight("bf16", w.shape[0], w.shape[1], w)
 
 
 def _wide(x: Tensor) -> npt.NDArray[np.float32]:

@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.experts.arena import fill_arena, fill_slots, share_arena
+from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import make_cache, resident_cache
-from osmium.experts.store import Store
+from osmium.experts.store import ExpertRunner
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
-from osmium.ops import Linear, Ops, Rows, Step
+from osmium.ops import LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.models.build import Case, hf_config, hf_tensors, our_records, our_weights
 
 Logits = npt.NDArray[np.float32]
@@ -30,9 +30,9 @@ class Runner:
     """A model on any backend, with room for a few sequences.  Memory that nobody wrote is NaN."""
 
     config: ModelConfig
-    weights: Mapping[str, Linear | npt.NDArray[Any]]
+    weights: Mapping[str, LinearWeight | npt.NDArray[Any]]
     """In the host's memory."""
-    record: Record
+    record: ExpertLayout
     records: npt.NDArray[np.uint8]
     ops: Ops = field(default_factory=ReferenceOps)
     capacity: int | None = None
@@ -42,7 +42,7 @@ class Runner:
     kv_dtype: str = "f32"
     sequences: int = 3
     context: int = 256
-    store_type: type[Store] = Store
+    store_type: type[ExpertRunner] = ExpertRunner
 
     def __post_init__(self) -> None:
         ops, config = self.ops, self.config
@@ -50,13 +50,17 @@ class Runner:
         shape = (config.num_layers, config.num_experts)
         if self.capacity is None or self.capacity == config.num_experts:
             arena = None
-            slots = self.records if host else fill_slots(ops, self.record, *shape, self.begin, None)
+            slots = (
+                self.records
+                if host
+                else load_resident_experts(ops, self.record, *shape, self.begin, None)
+            )
             cache = resident_cache(ops, self.record, slots)
         else:
             arena = (
-                share_arena(self.record, self.records)
+                wrap_host_experts(self.record, self.records)
                 if host
-                else fill_arena(ops, self.record, *shape, self.begin, None)
+                else load_host_experts(ops, self.record, *shape, self.begin, None)
             )
             cache = make_cache(ops, arena, self.capacity, config.top_k)
         self.store = self.store_type(ops, arena, cache, self.rows, config.top_k)
@@ -67,10 +71,10 @@ class Runner:
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)
         for owner in (*self.state.layers, self.model.work):
             for name, value in vars(owner).items():
-                arrays = vars(value).values() if isinstance(value, Rows) else [value]
+                arrays = vars(value).values() if isinstance(value, MatmulInput) else [value]
                 for array in arrays:
                     if name not in ("arrived", "parts") and hasattr(array, "dtype"):
-                        ops.fill(array, POISON)
+                        ops.memset(array, POISON)
         self.out = ops.empty((self.rows, config.vocab_size), np.float32)
         # Pages lie scattered, as they do after a while.
         shuffled = np.random.default_rng(each).permutation(pages).astype(np.int32)
@@ -84,12 +88,12 @@ class Runner:
 
     def step(self, parts: Mapping[int, npt.ArrayLike]) -> dict[int, Logits]:
         """Feed ids to some sequences, in one step; the logits of every row, by sequence."""
-        put, owners = self.ops.put, list(parts)
+        put, owners = self.ops.to_device, list(parts)
         ids = [np.asarray(parts[s], np.int32) for s in owners]
         counts = [len(x) for x in ids]
         past = np.array([self.past[s] for s in owners], np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        step = Step(
+        step = StepInputs(
             tokens=int(starts[-1]),
             sequences=len(owners),
             page=self.page,
@@ -99,11 +103,11 @@ class Runner:
                     [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
                 )
             ),
-            sequence=put(np.repeat(np.arange(len(owners), dtype=np.int32), counts)),
-            starts=put(starts),
-            past=put(past),
-            slots=put(np.array(owners, np.int32)),
-            pages=put(self.tables[owners]),
+            sequence_ids=put(np.repeat(np.arange(len(owners), dtype=np.int32), counts)),
+            query_start_loc=put(starts),
+            context_lens=put(past),
+            state_slots=put(np.array(owners, np.int32)),
+            page_table=put(self.tables[owners]),
         )
         self.model.forward(step, self.state)
         logits = self.head(np.arange(step.tokens))
@@ -113,11 +117,11 @@ class Runner:
 
     def head(self, rows: npt.ArrayLike) -> Logits:
         """The logits of some rows of the last step."""
-        wanted = self.ops.put(np.asarray(rows, np.int32))
+        wanted = self.ops.to_device(np.asarray(rows, np.int32))
         out = self.out[: wanted.shape[0]]
-        self.ops.fill(out, POISON)
+        self.ops.memset(out, POISON)
         self.model.head(out, wanted)
-        return np.asarray(self.ops.copy_out(out), np.float32)
+        return np.asarray(self.ops.copy_d2h(out), np.float32)
 
     def logits(self, ids: npt.ArrayLike, chunk: int, sequence: int = 0) -> Logits:
         """The logits after every id of a new sequence, fed `chunk` at a time.  [T, vocab]"""

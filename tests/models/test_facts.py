@@ -11,7 +11,7 @@ from osmium.models import model_class
 from osmium.models.state import make_state, state_bytes
 from osmium.models.weights import upload
 from osmium.models.workspace import make_workspace, workspace_bytes
-from osmium.ops import Array, Fill, Linear, Ops, Rows, Step
+from osmium.ops import Array, Fill, LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
@@ -147,22 +147,22 @@ def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
             self.made += 1
             return super().empty(shape, dtype)
 
-        def put(self, array: npt.NDArray[Any]) -> Array:
+        def to_device(self, array: npt.NDArray[Any]) -> Array:
             self.made += 1
-            return super().put(array)
+            return super().to_device(array)
 
-        def host(
+        def empty_mapped(
             self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
         ) -> Array:
             self.made += 1
-            return super().host(shape, dtype, fill)
+            return super().empty_mapped(shape, dtype, fill)
 
     ops = Counting()
     given = runner(MIXED, ops=ops, capacity=4)
     step, logits = one_sequence(given.page), np.empty((1, MIXED.vocab), np.float32)
     before, read = ops.made, ops.bytes_to_host
     given.model.forward(step, given.state)
-    given.model.head(logits, step.starts[:1])
+    given.model.head(logits, step.query_start_loc[:1])
     assert before > 0
     assert (ops.made, ops.bytes_to_host) == (before, read)
 
@@ -173,13 +173,13 @@ def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
             super().__init__()
             self.rules: set[str] = set()
 
-        def delta_step(self, *arguments: Any) -> None:
+        def delta_rule_recurrent(self, *arguments: Any) -> None:
             self.rules.add("step")
-            super().delta_step(*arguments)
+            super().delta_rule_recurrent(*arguments)
 
-        def delta_chunk(self, *arguments: Any) -> None:
+        def delta_rule_chunk(self, *arguments: Any) -> None:
             self.rules.add("chunk")
-            super().delta_chunk(*arguments)
+            super().delta_rule_chunk(*arguments)
 
     for parts, rule in (
         ({0: [1]}, "step"),
@@ -198,7 +198,7 @@ def test_the_bytes_planned_are_the_bytes_allocated(gpu: bool) -> None:
     ops: Ops = GpuOps(InterpretedMachine()) if gpu else ReferenceOps()
     work = make_workspace(ops, config, 17)
     made = [
-        vars(value).values() if isinstance(value, Rows) else [value]
+        vars(value).values() if isinstance(value, MatmulInput) else [value]
         for value in vars(work).values()
     ]
     arrays = [array for some in made for array in some if hasattr(array, "nbytes")]
@@ -229,8 +229,8 @@ def test_a_weight_that_is_missing_or_misshapen_is_named(name: str) -> None:
     taken = weights.pop(name)
     with pytest.raises(CheckpointError, match=name):
         build(good.ops, good.config, weights, good.store, 8)
-    if isinstance(taken, Linear):
-        weights[name] = Linear("bf16", taken.rows + 1, taken.columns, taken.data)
+    if isinstance(taken, LinearWeight):
+        weights[name] = LinearWeight("bf16", taken.out_features + 1, taken.in_features, taken.data)
     else:
         weights[name] = taken[:-1]
     with pytest.raises(CheckpointError, match=name):
@@ -246,7 +246,7 @@ def test_512_delta_net_steps_stay_near_float64(rng: np.random.Generator) -> None
     beta = rng.uniform(0, 1, (tokens, values)).astype(np.float32)
     want, last = delta_rule(qkv, decay, beta, keys, dk, dv)
     ops, step = ReferenceOps(), one_sequence(tokens)
-    for rule in (ops.delta_step, ops.delta_chunk):
+    for rule in (ops.delta_rule_recurrent, ops.delta_rule_chunk):
         out = np.full((tokens, values, dv), np.nan, np.float32)
         state = np.full((1, values, dk, dv), np.nan, np.float32)
         rule(out, qkv, decay, beta, state, step)
@@ -275,11 +275,13 @@ def delta_rule(
     return out, state
 
 
-def one_sequence(tokens: int) -> Step:
+def one_sequence(tokens: int) -> StepInputs:
     """A new sequence in slot 0 and page 0."""
     every, zero = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     starts = np.array([0, tokens], np.int32)
-    return Step(tokens, 1, tokens, every % 32, every, 0 * every, starts, zero, zero, zero[None])
+    return StepInputs(
+        tokens, 1, tokens, every % 32, every, 0 * every, starts, zero, zero, zero[None]
+    )
 
 
 @each_case

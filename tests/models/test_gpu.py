@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import resident, verify
-from osmium.experts.store import Store
+from osmium.experts.store import ExpertRunner
 from osmium.ops import Array, Ops
 from tests.models.build import CASES, Case, prompt
 from tests.models.run import Logits, Runner, runner
@@ -18,14 +18,14 @@ pytestmark = pytest.mark.gpu
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-class Watched(Store):
+class Watched(ExpertRunner):
     """Keeps which experts every layer was asked for."""
 
     seen: list[npt.NDArray[Any]]
 
-    def mlp(self, x: Array, h: Any, ids: Array, *more: Any) -> None:
-        self.seen.append(np.sort(self.ops.copy_out(ids), axis=1))
-        super().mlp(x, h, ids, *more)
+    def forward(self, x: Array, h: Any, ids: Array, *more: Any) -> None:
+        self.seen.append(np.sort(self.ops.copy_d2h(ids), axis=1))
+        super().forward(x, h, ids, *more)
 
 
 def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:

@@ -61,10 +61,10 @@ class Routed(ReferenceOps):
         super().__init__()
         self.last: list[tuple[list[int], list[float]]] = []
 
-    def route(
+    def topk_softmax(
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
     ) -> None:
-        super().route(ids, weights, logits, experts, counters)
+        super().topk_softmax(ids, weights, logits, experts, counters)
         self.last.append((ids[-1].tolist(), weights[-1].tolist()))
 
 

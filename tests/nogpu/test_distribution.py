@@ -134,9 +134,9 @@ def test_importing_beside_the_other_project_warns(site: Path) -> None:
 
 
 def test_doctor_names_the_other_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not [one for one in doctor.examine() if one.name == "another osmium"]
+    assert not [one for one in doctor.run_checks() if one.name == "another osmium"]
     monkeypatch.setattr(doctor, "conflict", lambda: "osmium-4.3.2 is here, too")
-    (found,) = (one for one in doctor.examine() if one.name == "another osmium")
+    (found,) = (one for one in doctor.run_checks() if one.name == "another osmium")
     assert found.advice == "osmium-4.3.2 is here, too"
 
 

@@ -43,14 +43,23 @@ def test_blocks_that_are_to_be_apart_leave_room_for_no_more(
     in_all: int, apart: int, rows: int
 ) -> None:
     device, kept, static = Device.__new__(Device), 1024, 2048
-    device._shared_in_all, device._shared_kept, device.shared = in_all, kept, in_all - kept
-    contract = SimpleNamespace(apart=apart, shared=static)
-    asked = device.dynamic(contract, 4096, rows)
+    device._shared_in_all, device._shared_kept, device.max_shared_per_block = (
+        in_all,
+        kept,
+        in_all - kept,
+    )
+    contract = SimpleNamespace(max_blocks_per_sm=apart, shared=static)
+    asked = device.dynamic_shared_bytes(contract, 4096, rows)
     block = asked + static + kept
-    assert asked % 128 == 0 and asked <= device.shared - static
+    assert asked % 128 == 0 and asked <= device.max_shared_per_block - static
     assert in_all // block == apart * rows, "as many as are to be there, and not one more"
-    assert device.dynamic(contract, asked + 64, rows) == asked + 64, "who needs more gets it"
-    assert device.dynamic(SimpleNamespace(apart=0, shared=static), 4096, rows) == 4096
+    assert device.dynamic_shared_bytes(contract, asked + 64, rows) == asked + 64, (
+        "who needs more gets it"
+    )
+    assert (
+        device.dynamic_shared_bytes(SimpleNamespace(max_blocks_per_sm=0, shared=static), 4096, rows)
+        == 4096
+    )
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, binding: object) -> None:

@@ -71,7 +71,7 @@ def made(header: str = HEADER, body: str = BODY) -> Kernel:
 
 def test_every_key_of_a_contract_is_read() -> None:
     c = made().contract
-    assert (c.entry, c.block, c.regs, c.order) == ("scale", 64, 16, "fixed")
+    assert (c.entry, c.block, c.regs, c.determinism) == ("scale", 64, 16, "fixed")
     assert c.targets == ("sm_80", "sm_90") and c.sizes == ("rows",)
     assert [p.name for p in c.params] == ["out", "flag", "x", "scale", "n"]
     assert (c.params[0].direction, c.params[0].dtype, c.params[0].align) == ("out", "f32", 16)
@@ -210,14 +210,14 @@ def test_every_kernel_has_a_contract_that_can_be_packed(name: str) -> None:
     contract = kernel(name).contract
     assert contract.layout.size <= 4096, "what a launch may carry"
     assert contract.offsets[-1] < contract.layout.size
-    assert contract.moves is not None
+    assert contract.traffic_bytes is not None
 
 
 def test_a_launch_goes_through_the_same_door_everywhere(rng: np.random.Generator) -> None:
     machine = InterpretedMachine()
     a, b = (rng.standard_normal(1028).astype(np.float32) for _ in range(2))
     out, x = machine.empty((1028,), np.float32), machine.empty((1028,), np.float32)
-    machine.copy_in(out, a)
-    machine.copy_in(x, b)
+    machine.copy_h2d(out, a)
+    machine.copy_h2d(x, b)
     kernel("add_f32")(machine.stream, out, x, 1028)
-    assert np.array_equal(machine.copy_out(out), a + b)
+    assert np.array_equal(machine.copy_d2h(out), a + b)

@@ -1,4 +1,4 @@
-"""place, the Numba kernel, against ReferenceOps.place: the same plans, tables and counters.
+"""place, the Numba kernel, against ReferenceOps.assign_slots: the same plans, tables and counters.
 
 The kernel runs in Numba's simulator, in a process of its own, as the simulator replaces numba.cuda
 for all of it: `python -m tests.nogpu.test_place SEED CASE` compares one random sequence of calls.
@@ -19,16 +19,16 @@ import pytest
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.python import KERNELS
-from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading
+from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests import needs
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
-TABLES = ("slot_of", "expert_in", "stamp", "step", "counters")
+PLAN = ("count", "expert", "slot", "fetch_flags", "uses", "pair_slots", "fetch_progress")
+TABLES = ("expert_to_slot", "slot_to_expert", "last_used", "step", "counters")
 
 
 @dataclass(frozen=True)
@@ -72,29 +72,29 @@ def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCach
         slots, held = rng.permutation(s.slots)[:taken], rng.permutation(s.experts)[:taken]
         expert_in[layer, slots], slot_of[layer, held] = held, slots
     return ExpertCache(
-        Record(16, 8, 8), s.experts, Fading(s.half_life, s.long_half_life, 0.35, 19),
+        ExpertLayout(16, 8, 8), s.experts, DecayConfig(s.half_life, s.long_half_life, 0.35, 19),
         slots=(),
-        slot_of=slot_of,
-        expert_in=tuple(expert_in),
-        heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
-        long_heat=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
-        stamp=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
+        expert_to_slot=slot_of,
+        slot_to_expert=tuple(expert_in),
+        short_count=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        long_count=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        last_used=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
         step=np.array([50], np.int32),
         counters=np.zeros(7, np.int64),
     )  # fmt: skip
 
 
-def empty_plan(entries: int, pairs: int) -> ExpertPlan:
-    return ExpertPlan(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs, 2)))
+def empty_plan(entries: int, pairs: int) -> SlotAssignment:
+    return SlotAssignment(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs, 2)))
 
 
-def empty_guess(pairs: int, layers: int) -> ExpertGuess:
+def empty_guess(pairs: int, layers: int) -> PrefetchState:
     each = [np.full(layers, -1, np.int32) for _ in range(2)]
     state = np.full((layers, FETCH_BLOCKS), 1 << 15 | 1, np.int32)
     done = np.full((layers, FETCH_WARPS), 5, np.int32)
     go = np.full((layers, FETCH_BLOCKS), 7, np.int32)
     ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
-    return ExpertGuess(ids, weights, None, None, None, each[0], each[1], state, done, go)
+    return PrefetchState(ids, weights, None, None, None, each[0], each[1], state, done, go)
 
 
 def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:
@@ -130,30 +130,34 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
         likely = some_guess(rng, s, coming).reshape(-1)
         guess.ids[: likely.size] = other.ids[: likely.size] = likely
         guess.weights[:] = other.weights[:] = rng.integers(1, 5, pairs) / 8  # many are equal
-        before = a.expert_in[layer].copy()
+        before = a.slot_to_expert[layer].copy()
         x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
-        reference.place(x, a, layer, ids, guess if s.guessing else None)
+        reference.assign_slots(x, a, layer, ids, guess if s.guessing else None)
         kernel[1 + (s.guessing and not last), s.threads](
-            y.count, y.expert, y.slot, y.fetch, y.uses, y.pairs, y.arrived, b.slot_of[layer],
-            b.expert_in[layer], b.heat[layer], b.long_heat[layer], b.stamp[layer], b.step,
-            b.counters, ids.reshape(-1), b.slot_of[on], b.expert_in[on], b.heat[on],
-            b.long_heat[on], b.stamp[on], other.ids, other.weights, other.expert, other.slot,
-            other.state.reshape(-1), other.done.reshape(-1), other.go.reshape(-1), ids.size,
+            y.count, y.expert, y.slot, y.fetch_flags, y.uses, y.pair_slots, y.fetch_progress,
+            b.expert_to_slot[layer],
+            b.slot_to_expert[layer], b.short_count[layer], b.long_count[layer],
+            b.last_used[layer], b.step,
+            b.counters, ids.reshape(-1), b.expert_to_slot[on], b.slot_to_expert[on],
+            b.short_count[on],
+            b.long_count[on], b.last_used[on], other.ids, other.weights, other.expert, other.slot,
+            other.state.reshape(-1), other.segments_done.reshape(-1),
+            other.start_signal.reshape(-1), ids.size,
             s.experts, s.slots, s.slots, on * s.slots, entries, layer, int(last), int(s.guessing),
-            FETCH_WARPS, b.fading.earlier, np.float32(1 / s.half_life),
-            np.float32(1 / s.long_half_life), np.float32(b.fading.share),
+            FETCH_WARPS, b.fading.prior_steps, np.float32(1 / s.half_life),
+            np.float32(1 / s.long_half_life), np.float32(b.fading.long_scale),
         )  # fmt: skip
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
         for name in TABLES:
             np.testing.assert_array_equal(getattr(b, name), getattr(a, name), f"{name}, {call}")
-        for name in ("heat", "long_heat"):
+        for name in ("short_count", "long_count"):
             found, wanted = getattr(b, name), getattr(a, name)
             np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{name}, {call}")
-        for name in ("expert", "slot", "state", "done", "go"):
+        for name in ("expert", "slot", "state", "segments_done", "start_signal"):
             found, wanted = getattr(other, name), getattr(guess, name)
             np.testing.assert_array_equal(found, wanted, f"guess.{name}, {call}")
-        evicted += int(((before >= 0) & (a.expert_in[layer] != before)).sum())
+        evicted += int(((before >= 0) & (a.slot_to_expert[layer] != before)).sum())
         ids = coming
     assert evicted or s.slots == s.experts, "nothing had to leave: the sequence proves little"
     assert a.counters[1] > 0, "nothing was ever hit: the sequence proves little"

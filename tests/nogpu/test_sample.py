@@ -38,12 +38,12 @@ class Simulated(ReferenceOps):
 
     def sample(self, logits: Any, replies: Any) -> None:
         r, (rows, vocab) = replies, logits.shape
-        slices = r.best.shape[1]
+        slices = r.slice_max.shape[1]
         flat = logits.reshape(-1)
-        best, where = r.best.reshape(-1), r.where.reshape(-1)
-        settings, chance = r.settings.reshape(-1), r.chance.reshape(-1)
-        counts, masses = r.counts.reshape(-1), r.masses.reshape(-1)
-        ends, order = r.ends.reshape(-1), r.order.reshape(-1)
+        best, where = r.slice_max.reshape(-1), r.slice_argmax.reshape(-1)
+        settings, chance = r.sampler_params.reshape(-1), r.uniforms.reshape(-1)
+        counts, masses = r.bin_counts.reshape(-1), r.bin_weights.reshape(-1)
+        ends, order = r.slice_bin_ends.reshape(-1), r.bin_order.reshape(-1)
         self.kernels["peaks"][(slices, rows), 16](
             best, where, counts, masses, flat, vocab, slices
         )  # fmt: skip
@@ -51,16 +51,19 @@ class Simulated(ReferenceOps):
             r.token, counts, masses, ends, order, flat, best, where, settings, vocab, slices
         )  # fmt: skip
         self.kernels["draw"][rows, BINS](
-            r.token, flat, best, settings, chance, r.turn, counts, masses, ends, order, vocab,
+            r.token, flat, best, settings, chance, r.decode_step, counts, masses, ends, order,
+            vocab,
             slices, r.ring,
         )  # fmt: skip
 
     def advance(self, step: Any, replies: Any) -> None:
         r = replies
         self.kernels["advance"][1, 32](
-            step.ids, step.positions, step.past, step.slots, step.pages.reshape(-1), r.token,
-            r.left, r.heed, r.eos, r.turn, r.mail, step.tokens, step.pages.shape[1], len(r.eos),
-            r.ring, r.nobody, r.nowhere,
+            step.ids, step.positions, step.context_lens, step.state_slots,
+            step.page_table.reshape(-1), r.token,
+            r.tokens_left, r.stop_on_eos, r.eos, r.decode_step, r.token_ring, step.tokens,
+            step.page_table.shape[1], len(r.eos),
+            r.ring, r.null_slot, r.null_page,
         )  # fmt: skip
 
 
@@ -135,7 +138,7 @@ def compare_odd(rng: np.random.Generator) -> None:
         said = f"{shape} {vocab} {arrays['settings']}"
         np.testing.assert_array_equal(found.token, wanted.token, said)
     drawn = arrays["settings"][:, 0] != 0
-    counts = found.counts.reshape(-1)[: rows * BINS].reshape(rows, BINS).sum(axis=1)
+    counts = found.bin_counts.reshape(-1)[: rows * BINS].reshape(rows, BINS).sum(axis=1)
     assert (counts[~drawn] == 0).all() and (counts[drawn] > 0).all(), "greedy rows are not sorted"
 
 

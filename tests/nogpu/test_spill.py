@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from osmium.cuda.driver import Device
-from osmium.cuda.memory import Pool
-from osmium.cuda.stream import PIECE, Machine, memory_rate, spilled
+from osmium.cuda.memory import DevicePool
+from osmium.cuda.stream import SPILL_PROBE_BYTES, CudaRuntime, measure_vram_rate, spilled_bytes
 from osmium.errors import CudaError
 
 VRAM_GB_S, LINK_GB_S = 1000.0, 50.0
@@ -87,28 +87,30 @@ class Card:
         return self.driver.room - sum(self.driver.blocks.values()), self.driver.room
 
 
-def machine(card: Card) -> Machine:
-    made = Machine(cast(Device, card))
-    made.memory_gb_s = memory_rate(cast(Device, card))
+def machine(card: Card) -> CudaRuntime:
+    made = CudaRuntime(cast(Device, card))
+    made.memory_gb_s = measure_vram_rate(cast(Device, card))
     return made
 
 
 def test_the_rate_is_of_bytes_read_and_written_and_leaves_nothing_taken() -> None:
     card = Card()
-    assert memory_rate(cast(Device, card)) == pytest.approx(VRAM_GB_S)
+    assert measure_vram_rate(cast(Device, card)) == pytest.approx(VRAM_GB_S)
     assert card.driver.blocks == {}
-    assert memory_rate(cast(Device, Card(GIB))) == pytest.approx(VRAM_GB_S)
+    assert measure_vram_rate(cast(Device, Card(GIB))) == pytest.approx(VRAM_GB_S)
 
 
 def test_what_the_driver_keeps_in_host_memory_is_found() -> None:
     card = Card()
     one = machine(card)
-    arrays = [one.pool.empty((nbytes,), np.uint8) for nbytes in (8 * GIB, 5 * PIECE, 100)]
-    assert spilled(one) == 0
+    arrays = [
+        one.pool.empty((nbytes,), np.uint8) for nbytes in (8 * GIB, 5 * SPILL_PROBE_BYTES, 100)
+    ]
+    assert spilled_bytes(one) == 0
     card.driver.in_host = [(arrays[0].ptr + 6 * GIB, 2 * GIB)]
-    assert spilled(one) == 2 * GIB
-    card.driver.in_host.append((arrays[1].ptr, 5 * PIECE))
-    assert spilled(one) == 2 * GIB + 5 * PIECE
+    assert spilled_bytes(one) == 2 * GIB
+    card.driver.in_host.append((arrays[1].ptr, 5 * SPILL_PROBE_BYTES))
+    assert spilled_bytes(one) == 2 * GIB + 5 * SPILL_PROBE_BYTES
     assert len(card.driver.blocks) == 3, "the probe gives its own piece back"
 
 
@@ -117,25 +119,25 @@ def test_a_host_that_was_busy_is_not_memory_that_is_slow() -> None:
     one = machine(card)
     held = one.pool.empty((GIB,), np.uint8)
     card.driver.stall_at = card.driver.copies + 5
-    assert spilled(one) == 0
+    assert spilled_bytes(one) == 0
     assert card.driver.copies >= card.driver.stall_at and held.nbytes == GIB
 
 
 def test_without_a_measured_rate_nobody_can_tell() -> None:
-    one = Machine(cast(Device, Card()))
+    one = CudaRuntime(cast(Device, Card()))
     held = one.pool.empty((GIB,), np.uint8)
-    assert spilled(one) == 0 and held.nbytes == GIB
+    assert spilled_bytes(one) == 0 and held.nbytes == GIB
 
 
 def test_a_frozen_pool_gives_nothing_more() -> None:
-    pool = Pool(cast(Device, Card()))
+    pool = DevicePool(cast(Device, Card()))
     held = pool.empty((4,), np.float32)
     pool.freeze()
     with pytest.raises(AssertionError, match="while serving"):
         pool.empty((1,), np.uint8)
     assert pool.used == held.nbytes
-    one = Machine(cast(Device, Card()))
+    one = CudaRuntime(cast(Device, Card()))
     one.pool.freeze()
-    for ask in (one.empty, one.host, one.mailbox):
+    for ask in (one.empty, one.empty_mapped, one.zeros_mapped):
         with pytest.raises(AssertionError, match="while serving"):
             ask((1,), np.uint8)

@@ -12,31 +12,31 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from osmium.experts.cache import FADING
+from osmium.experts.cache import DECAY
 from osmium.kernels.weigh import BINS, SLICE
 from osmium.ops import (
-    AttentionRoom,
     AttentionWeights,
-    DeltaRoom,
+    AttentionWorkspace,
+    DecodeState,
+    DeltaNetWorkspace,
     DeltaWeights,
-    ExpertArena,
     ExpertCache,
-    ExpertGuess,
-    ExpertPlan,
-    KeysValues,
-    Linear,
+    HostExperts,
+    LinearWeight,
+    MatmulInput,
     Ops,
-    Replies,
-    Rows,
+    PagedKV,
+    PrefetchState,
     SharedExpert,
-    Step,
+    SlotAssignment,
+    StepInputs,
 )
-from osmium.ops.fit import SPLIT_ROWS
+from osmium.ops.fit import SPLIT_KV_MAX_SEQS
 from osmium.ops.formulas import normed, rope
-from osmium.ops.values import ARRIVED
+from osmium.ops.values import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
-from osmium.quant.floats import bf16_from_f32, e4m3_rows, f32_from_bf16, f32_from_e4m3
-from osmium.quant.record import Record, group_of
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3, quantize_e4m3_rows
+from osmium.quant.record import ExpertLayout, group_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -93,10 +93,10 @@ class Case:
 
 def run(case: Case, ops: Ops) -> Arrays:
     """Call the operation on `ops`; what it wrote, as NumPy."""
-    placed = {name: ops.put(np.array(array)) for name, array in case.arrays.items()}
+    placed = {name: ops.to_device(np.array(array)) for name, array in case.arrays.items()}
     case.call(ops, placed)
     ops.synchronize()
-    return {name: np.array(ops.copy_out(placed[name])) for name in case.writes}
+    return {name: np.array(ops.copy_d2h(placed[name])) for name in case.writes}
 
 
 def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
@@ -107,33 +107,33 @@ def _nan(*shape: int) -> npt.NDArray[np.float32]:
     return np.full(shape, np.nan, np.float32)
 
 
-def rows_of(ops: Ops, x: Any) -> Rows:
+def rows_of(ops: Ops, x: Any) -> MatmulInput:
     """Rows [T, K] of an f32 array, not normed."""
     made = new_rows(ops, x.shape[0], x.shape[1])
     ops.copy(made.f32, x)
-    ops.settle(made)
+    ops.prepare_input(made)
     return made
 
 
-def normed_rows(ops: Ops, x: Any, w: Any, eps: float = 1e-6) -> Rows:
+def normed_rows(ops: Ops, x: Any, w: Any, eps: float = 1e-6) -> MatmulInput:
     """The norm of x [T, K]."""
     made = new_rows(ops, x.shape[0], x.shape[1], eps)
-    ops.norm(made, x, w)
+    ops.rms_norm(made, x, w)
     return made
 
 
-def new_rows(ops: Ops, tokens: int, width: int, eps: float | None = None) -> Rows:
+def new_rows(ops: Ops, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
     """Rows that nobody has written: not a number, in any form."""
-    made = ops.rows(tokens, width, eps)
-    for array in (made.f32, made.split, made.squares):
+    made = ops.empty_input(tokens, width, eps)
+    for array in (made.f32, made.hi_lo, made.square_sums):
         if array is not None:
-            ops.fill(array, 0xFF)
+            ops.memset(array, 0xFF)
     return made
 
 
-def read_rows(ops: Ops, out: Any, rows: Rows) -> None:
+def read_rows(ops: Ops, out: Any, rows: MatmulInput) -> None:
     """out = the rows, in f32."""
-    joined = getattr(ops, "joined", lambda rows: rows.f32)(rows)
+    joined = getattr(ops, "merge_hi_lo", lambda rows: rows.f32)(rows)
     ops.copy(out.reshape(*joined.shape), joined)
 
 
@@ -155,8 +155,8 @@ def step_arrays(rng: np.random.Generator, size: Size) -> Arrays:
     }
 
 
-def _step(size: Size, a: dict[str, Any]) -> Step:
-    return Step(
+def _step(size: Size, a: dict[str, Any]) -> StepInputs:
+    return StepInputs(
         sum(size.lengths), len(size.lengths), size.page, a["ids"], a["positions"], a["sequence"],
         a["starts"], a["past"], a["slots"], a["pages"],
     )  # fmt: skip
@@ -180,7 +180,9 @@ def take(rng: np.random.Generator, size: Size) -> Case:
         "x": _f32(rng, tokens, size.hidden),
         "rows": rows,
     }
-    return Case(arrays, lambda ops, a: ops.take(a["out"], a["x"], a["rows"]), {"out": "exact"})
+    return Case(
+        arrays, lambda ops, a: ops.gather_rows(a["out"], a["x"], a["rows"]), {"out": "exact"}
+    )
 
 
 def add(rng: np.random.Generator, size: Size) -> Case:
@@ -225,7 +227,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
             arrays["w"], arrays["scale"] = int4.quantize(w, group)
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
         return Case(arrays, call, {"out": "f32"})
@@ -249,8 +251,8 @@ def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kept: 
     return made
 
 
-def _kv(a: dict[str, Any]) -> KeysValues:
-    return KeysValues(a["k_pages"], a["v_pages"], a.get("k_scales"), a.get("v_scales"))
+def _kv(a: dict[str, Any]) -> PagedKV:
+    return PagedKV(a["k_pages"], a["v_pages"], a.get("k_scales"), a.get("v_scales"))
 
 
 def kept_rows(a: Arrays, name: str) -> npt.NDArray[np.float32]:
@@ -325,17 +327,17 @@ def shared_context(
         "out": out[0],
         "out_scale": out[1],
         "partial": _nan(room, one.heads, one.head_dim + 2),
-        "parts": np.zeros((SPLIT_ROWS, one.heads, 8), np.int32),
+        "parts": np.zeros((SPLIT_KV_MAX_SEQS, one.heads, 8), np.int32),
     }
     _off_ties(rng, arrays, one, kept)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        matrix = Linear("int4", hidden, width, a["out"], a["out_scale"], group)
+        matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
         read, h = new_rows(ops, rows, width), new_rows(ops, rows, hidden, 1e-6)
         weights = AttentionWeights(
             a["norms"], a["frequencies"], matrix, 1e-6, one.head_dim**-0.5
         )  # fmt: skip
-        to = AttentionRoom(a["q"], read, a["partial"], a["parts"])
+        to = AttentionWorkspace(a["q"], read, a["partial"], a["parts"])
         for _ in range(turns):
             ops.gated_attention(
                 a["x"], h, a["scale"], a["qgkv"], weights, _kv(a), to, _step(one, a)
@@ -370,7 +372,7 @@ NEAR = (np.float32(-3e-6), np.float32(3e-6))
 def _rounded(x: npt.NDArray[np.float32], kept: str) -> npt.NDArray[np.float32]:
     if kept == "bf16":
         return f32_from_bf16(bf16_from_f32(x))
-    codes, scales = e4m3_rows(x)
+    codes, scales = quantize_e4m3_rows(x)
     return f32_from_e4m3(codes) * scales.astype(np.float32)[..., None]
 
 
@@ -401,7 +403,7 @@ def conv(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.conv(a["out"], a["u"], a["w"], a["state"], _step(size, a))
+        ops.causal_conv1d(a["out"], a["u"], a["w"], a["state"], _step(size, a))
 
     return Case(arrays, call, {"out": "f32", "state": "exact"})
 
@@ -456,7 +458,7 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.gated_norm(a["out"], a["x"], a["z"], channels, a["w"], 1e-6)
+        ops.gated_rms_norm(a["out"], a["x"], a["z"], channels, a["w"], 1e-6)
 
     return Case(arrays, call, {"out": "f32"})
 
@@ -488,11 +490,11 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            ab = Linear("bf16", 2 * heads, hidden, a["ab_matrix"])
-            matrix = Linear("int4", hidden, width, a["out"], a["out_scale"], group)
+            ab = LinearWeight("bf16", 2 * heads, hidden, a["ab_matrix"])
+            matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
             weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], matrix, 1e-6)
             read, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
-            room = DeltaRoom(a["qkv"], a["ab"], a["decay"], a["beta"], read)
+            room = DeltaNetWorkspace(a["qkv"], a["ab"], a["decay"], a["beta"], read)
             ops.delta_net(
                 a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], room,
                 _step(size, a), chunks,
@@ -519,7 +521,7 @@ def route(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.route(a["ids"], a["weights"], a["logits"], size.experts, a["counters"])
+        ops.topk_softmax(a["ids"], a["weights"], a["logits"], size.experts, a["counters"])
 
     return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
 
@@ -557,18 +559,18 @@ def router(
         arrays[f"{of}weights"] = _nan(calls, rows, size.top_k)
         arrays[f"{of}scores"] = _nan(calls, rows, count)
         arrays[f"{of}counters"] = np.zeros(4, np.int64)
-        arrays[f"{of}arrived"] = np.zeros(ARRIVED, np.int32)
+        arrays[f"{of}arrived"] = np.zeros(ROUTER_BARRIER_SHAPE, np.int32)
     for name in ("guess_weights", "guess_scores"):  # where nobody writes
         arrays[name][:2] = arrays[name][:, tokens:] = 1e-3
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         h = normed_rows(ops, a["x"], a["norm"])
-        w = Linear("bf16", count, size.hidden, a["w"])
-        after = Linear(form, count, size.hidden, a["after"], a.get("after_scale"))
+        w = LinearWeight("bf16", count, size.hidden, a["w"])
+        after = LinearWeight(form, count, size.hidden, a["after"], a.get("after_scale"))
         trace, predicted = a["trace"], a["predicted"]
         told = ((trace, None), (None, None), (None, predicted), (trace, None), (trace, predicted))
         for i, (now, then) in enumerate(told):
-            guess = ExpertGuess(
+            guess = PrefetchState(
                 a["guess_ids"][i], a["guess_weights"][i], a["guess_scores"][i],
                 a["guess_counters"], a["guess_arrived"], *[None] * 5,
             )  # fmt: skip
@@ -592,12 +594,12 @@ def replay(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.replay(a["ids"], a["trace"], 3, a["positions"])
+        ops.replay_routing(a["ids"], a["trace"], 3, a["positions"])
 
     return Case(arrays, call, {"ids": "exact"})
 
 
-def records(rng: np.random.Generator, record: Record, count: int) -> npt.NDArray[np.uint8]:
+def records(rng: np.random.Generator, record: ExpertLayout, count: int) -> npt.NDArray[np.uint8]:
     """Random experts as records, u8 [count, nbytes]: every bit pattern of a nibble or a byte."""
     out = np.zeros((count, record.nbytes), np.uint8)
     for start, n, k, scales in (
@@ -636,9 +638,9 @@ def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
     }
 
 
-def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
+def _cache(size: Size, record: ExpertLayout, a: dict[str, Any]) -> ExpertCache:
     return ExpertCache(
-        record, size.experts, FADING, a["cache_slots"], a["slot_of"], a["expert_in"],
+        record, size.experts, DECAY, a["cache_slots"], a["slot_of"], a["expert_in"],
         a["heat"], a["long_heat"], a["stamp"], a["step"], a["counters"],
     )  # fmt: skip
 
@@ -646,8 +648,8 @@ def _cache(size: Size, record: Record, a: dict[str, Any]) -> ExpertCache:
 PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
 
 
-def _plan(a: dict[str, Any]) -> ExpertPlan:
-    return ExpertPlan(*(a[f"plan_{name}"] for name in PLAN))
+def _plan(a: dict[str, Any]) -> SlotAssignment:
+    return SlotAssignment(*(a[f"plan_{name}"] for name in PLAN))
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
@@ -665,12 +667,12 @@ def _chosen(rng: np.random.Generator, size: Size) -> npt.NDArray[np.uint16]:
 
 def place(rng: np.random.Generator, size: Size) -> Case:
     ids = _chosen(rng, size)
-    record = Record(4, 64, 32)
+    record = ExpertLayout(4, 64, 32)
     arrays = cache_arrays(rng, size, record.nbytes) | _plan_arrays(min(size.experts, ids.size), ids)
     arrays["chosen"] = ids
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.place(_plan(a), _cache(size, record, a), 0, a["chosen"])
+        ops.assign_slots(_plan(a), _cache(size, record, a), 0, a["chosen"])
 
     exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs",
              "plan_arrived")  # fmt: skip
@@ -682,7 +684,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
     """place, fetch and both halves of the experts in a row: output, counters, the slots' bytes."""
 
     def make(rng: np.random.Generator, size: Size) -> Case:
-        record = Record(bits, size.hidden, size.inner)
+        record = ExpertLayout(bits, size.hidden, size.inner)
         form = "bf16" if size.hidden % 16 or size.inner % 16 else "int8"  # of the shared expert
         ids = _chosen(rng, size)
         arrays = cache_arrays(rng, size, record.nbytes)
@@ -704,10 +706,10 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache, plan = _cache(size, record, a), _plan(a)
-            ops.place(plan, cache, 0, a["chosen"])
+            ops.assign_slots(plan, cache, 0, a["chosen"])
 
             def fetch() -> None:
-                ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0)
+                ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0)
 
             experts_call(ops, a, form, plan, cache, ("there", "rest"), 1, fetch=fetch)
 
@@ -746,8 +748,8 @@ def experts_call(
     (tokens, top_k), (_, hidden) = a["chosen"].shape, a["x"].shape
     inner = a["both"].shape[1] // 2
     shared = SharedExpert(
-        Linear(form, 2 * inner, hidden, a["shared_up"], a.get("shared_up_scale")),
-        Linear(form, hidden, inner, a["shared_down"], a.get("shared_down_scale")),
+        LinearWeight(form, 2 * inner, hidden, a["shared_up"], a.get("shared_up_scale")),
+        LinearWeight(form, hidden, inner, a["shared_down"], a.get("shared_down_scale")),
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
@@ -755,9 +757,9 @@ def experts_call(
     for part in parts:
         if part == parts[-1]:
             fetch()
-        with ops.beside():
+        with ops.on_side_stream():
             ops.expert_up(*halves, h, a["chosen"], plan, cache, 0, part, shared, a["both"])
-        ops.join()
+        ops.join_side_stream()
     following = new_rows(ops, tokens, hidden, 1e-6)
     for part in parts:
         ops.expert_down(
@@ -770,7 +772,7 @@ def experts_call(
 def silu_mul(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     arrays: Arrays = {"out": _nan(tokens, size.inner), "x": _f32(rng, tokens, 2 * size.inner) * 4}
-    return Case(arrays, lambda ops, a: ops.silu_mul(a["out"], a["x"]), {"out": "f32"})
+    return Case(arrays, lambda ops, a: ops.silu_and_mul(a["out"], a["x"]), {"out": "f32"})
 
 
 def add_gated(rng: np.random.Generator, size: Size) -> Case:
@@ -782,7 +784,7 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
     }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.add_gated(a["out"], a["x"], a["gate"], size.experts)
+        ops.add_sigmoid_gated(a["out"], a["x"], a["gate"], size.experts)
 
     return Case(arrays, call, {"out": "f32"})
 
@@ -793,7 +795,7 @@ RING = 3
 
 
 def replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
-    """Arrays of Replies; rows draw in every way that there is."""
+    """Arrays of DecodeState; rows draw in every way that there is."""
     ways = np.array(
         [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 20, 0.95, 0), (1.5, 0, 0.8, 0.02), (0.3, 5, 1, 0),
          (2, 0, 1, 0.1), (1e-3, 0, 0.5, 0), (100, 0, 1, 0)],
@@ -818,12 +820,12 @@ def replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
     }
 
 
-def as_replies(a: dict[str, Any]) -> Replies:
+def as_replies(a: dict[str, Any]) -> DecodeState:
     names = (
         "settings", "chance", "token", "left", "heed", "eos", "turn", "mail", "best", "where",
         "counts", "masses", "ends", "order",
     )  # fmt: skip
-    return Replies(RING, 77, 99, *(a[name] for name in names))
+    return DecodeState(RING, 77, 99, *(a[name] for name in names))
 
 
 def sample(rng: np.random.Generator, size: Size) -> Case:
@@ -852,7 +854,7 @@ def advance(rng: np.random.Generator, size: Size) -> Case:
     arrays["heed"] = rng.integers(0, 2, rows, dtype=np.int32)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.advance(_step(one, a), as_replies(a))
+        ops.advance_step(_step(one, a), as_replies(a))
 
     names = ("ids", "positions", "past", "slots", "pages", "left", "turn", "mail")
     return Case(arrays, call, dict.fromkeys(names, "exact"))
@@ -876,10 +878,10 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "sigmoid_gate": sigmoid_gate,
     "conv": conv,
     "delta_gates": delta_gates,
-    "delta_step": _delta("delta_step"),
+    "delta_rule_recurrent": _delta("delta_rule_recurrent"),
     "delta_net": _delta_net(chunks=False),
     "delta_net, chunks": _delta_net(chunks=True),
-    "delta_chunk": _delta("delta_chunk"),
+    "delta_rule_chunk": _delta("delta_rule_chunk"),
     "gated_norm": gated_norm,
     "router": router,
     "route": route,

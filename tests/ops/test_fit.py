@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.ops.fit import SPLITS_LEAST, share_context
+from osmium.ops.fit import MIN_KV_SPLITS, num_kv_splits
 from osmium.ops.gpu import SPLIT, GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import FETCH_BLOCKS
@@ -19,8 +19,8 @@ from tests.ptx.interpreter import InterpretedMachine
 class Size:
     """Of a machine, all that sharing asks for."""
 
-    multiprocessors: int
-    shared: int
+    sm_count: int
+    max_shared_per_block: int
     """Bytes that a block may ask for."""
 
 
@@ -30,11 +30,11 @@ def test_contexts_fill_a_gpu_once_beside_what_copies(groups: int, beside: int) -
     """One of these blocks a multiprocessor, or two and room for what copies."""
     for multiprocessors, most, room in ((170, 99 << 10, 170 - beside), (132, 227 << 10, 264)):
         machine: Any = Size(multiprocessors, most)
-        blocks = groups * share_context(machine, 1000, groups, beside)
+        blocks = groups * num_kv_splits(machine, 1000, groups, beside)
         assert room - groups < blocks <= room
     small: Any = Size(10, 99 << 10)
-    assert share_context(small, 1000, groups, beside) >= SPLITS_LEAST
-    assert share_context(small, 3, groups, beside) == 3
+    assert num_kv_splits(small, 1000, groups, beside) >= MIN_KV_SPLITS
+    assert num_kv_splits(small, 3, groups, beside) == 3
 
 
 @pytest.mark.parametrize("beside", [0, FETCH_BLOCKS])
@@ -44,15 +44,15 @@ def test_blocks_that_wait_for_each_other_all_find_room(beside: int) -> None:
         machine: Any = Size(multiprocessors, most << 10)
         room = 2 * multiprocessors if most == 227 else multiprocessors - beside
         for blocks in range(1, 33):
-            splits = share_context(machine, 160, blocks, beside)
-            assert SPLITS_LEAST <= splits <= room
-            assert blocks * splits <= room or blocks * SPLITS_LEAST > room
+            splits = num_kv_splits(machine, 160, blocks, beside)
+            assert MIN_KV_SPLITS <= splits <= room
+            assert blocks * splits <= room or blocks * MIN_KV_SPLITS > room
 
 
 def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
     make = shared(256, 16, 2, 7, 24, (100, 40), "fp8")
     machine = InterpretedMachine()
-    machine.multiprocessors = 36
+    machine.sm_count = 36
     ops = GpuOps(machine)
     splits: list[int] = []
     launch = machine.stream.launch
@@ -72,13 +72,13 @@ def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
                    for k, kind in case.writes.items())  # fmt: skip
 
     assert right()
-    with ops.beside(early=True):
+    with ops.on_side_stream(early=True):
         pass
     assert right()
-    with ops.beside():
+    with ops.on_side_stream():
         pass
-    ops.join()
+    ops.join_side_stream()
     assert right()
-    ops.join(early=True)
+    ops.join_side_stream(early=True)
     assert right()
     assert splits == [9, 5, 5, 9]

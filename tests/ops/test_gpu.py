@@ -8,11 +8,11 @@ import pytest
 
 from osmium.experts.cache import make_cache, resident, verify
 from osmium.experts.guess import MIN_BULK_COPY_CC
-from osmium.ops import ExpertArena, ExpertGuess, ExpertPlan
+from osmium.ops import HostExperts, PrefetchState, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
 
@@ -69,20 +69,22 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
 ) -> None:
     """It is placed at once, or later, or when all has come; guessed rightly, or not."""
     copies_in_bulk(gpu)
-    record, experts, top_k = Record(4, 3072, 1024), 8, 2
+    record, experts, top_k = ExpertLayout(4, 3072, 1024), 8, 2
     nothing: Any = None
 
     def i32(*shape: int) -> Any:
-        return gpu.put(np.zeros(shape, np.int32))
+        return gpu.to_device(np.zeros(shape, np.int32))
 
     records = rng.integers(0, 256, (2, experts, record.nbytes), dtype=np.uint8)
-    arena = ExpertArena(record, gpu.host(records.shape, np.uint8))
+    arena = HostExperts(record, gpu.empty_mapped(records.shape, np.uint8))
     gpu.host_view(arena.records)[...] = records
     cache = make_cache(gpu, arena, 2 * top_k, top_k)
     first, asked, likely = (gpu.empty((1, top_k), np.uint16) for _ in range(3))
-    plan = ExpertPlan(i32(1), i32(top_k), i32(top_k), i32(top_k), i32(top_k), i32(1, top_k), i32(2))
-    weights = gpu.put(rng.random((1, top_k), np.float32))
-    guess = ExpertGuess(
+    plan = SlotAssignment(
+        i32(1), i32(top_k), i32(top_k), i32(top_k), i32(top_k), i32(1, top_k), i32(2)
+    )
+    weights = gpu.to_device(rng.random((1, top_k), np.float32))
+    guess = PrefetchState(
         likely,
         weights,
         nothing,
@@ -94,29 +96,29 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
         i32(2, FETCH_WARPS),
         i32(2, FETCH_BLOCKS),
     )
-    gpu.fill(guess.expert, 0xFF)  # -1
+    gpu.memset(guess.expert, 0xFF)  # -1
     pause, begun = gpu.empty((1 << 26,), np.uint8), 0
     for turn in range(49):
         for ids in (first, likely, asked):
-            gpu.copy_in(ids, rng.permutation(experts)[None, :top_k].astype(np.uint16))
+            gpu.copy_h2d(ids, rng.permutation(experts)[None, :top_k].astype(np.uint16))
         if turn % 3:
             gpu.copy(asked, likely)
-        with gpu.beside(early=True):
-            gpu.fetch_early(cache, guess, arena)
-        gpu.place(plan, cache, 0, first, guess)
-        gpu.fetch(cache, plan, arena, 0, guess=guess)
+        with gpu.on_side_stream(early=True):
+            gpu.prefetch_experts(cache, guess, arena)
+        gpu.assign_slots(plan, cache, 0, first, guess)
+        gpu.fetch_experts(cache, plan, arena, 0, guess=guess)
         for _ in range(turn // 3):
-            gpu.fill(pause, turn)
-        gpu.place(plan, cache, 1, asked, guess)
-        gpu.fetch(cache, plan, arena, 1, guess=guess)
-        gpu.join(early=True)
+            gpu.memset(pause, turn)
+        gpu.assign_slots(plan, cache, 1, asked, guess)
+        gpu.fetch_experts(cache, plan, arena, 1, guess=guess)
+        gpu.join_side_stream(early=True)
         # the first time kernels are loaded meanwhile, and no turn may come; else it may be too late
-        state = gpu.copy_out(guess.state)[1] & ~(STOP | DROP)
+        state = gpu.copy_d2h(guess.state)[1] & ~(STOP | DROP)
         assert np.isin(state, (0, 1 | 1 << 15)).all()
         begun += turn > 0 and bool(state.all())
-        assert resident(gpu, cache)[1, gpu.copy_out(asked)[0]].all()
+        assert resident(gpu, cache)[1, gpu.copy_d2h(asked)[0]].all()
         assert verify(gpu, cache, records, 4 * top_k, turn)
     assert begun > 24
-    guessed, right, brought = gpu.copy_out(cache.counters)[4:]
+    guessed, right, brought = gpu.copy_d2h(cache.counters)[4:]
     assert 0 < right <= guessed and 0 < brought <= right * record.nbytes // 2048
     gpu.release(arena.records)

@@ -58,7 +58,7 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(
         "attention",
         "shared context 96, across tiles",
         "shared context fp8 256, short rows",
-        "delta_chunk",
+        "delta_rule_chunk",
         "linear int4",
         "delta_net 64x96, a row in one turn",
     ],

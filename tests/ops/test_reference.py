@@ -13,14 +13,14 @@ def test_delta_chunk_equals_delta_step(rng: np.random.Generator, size: Size) -> 
     seed = int(rng.integers(1 << 32))
     step, chunk = (
         run(CASES[name](np.random.default_rng(seed), size), ReferenceOps())
-        for name in ("delta_step", "delta_chunk")
+        for name in ("delta_rule_recurrent", "delta_rule_chunk")
     )
     for name in ("out", "state"):
         assert close(chunk[name], step[name], "f32")
 
 
 def test_delta_step_equals_the_rule_in_float64(rng: np.random.Generator) -> None:
-    case = CASES["delta_step"](rng, TINY)
+    case = CASES["delta_rule_recurrent"](rng, TINY)
     a = {name: np.array(array) for name, array in case.arrays.items()}
     out = run(case, ReferenceOps())["out"]
     dk, dv, key_heads, heads = TINY.key_dim, TINY.value_dim, TINY.key_heads, TINY.value_heads

@@ -11,7 +11,7 @@ import pytest
 
 from osmium import loader
 from osmium.config import EngineConfig
-from osmium.engine.plan import CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
+from osmium.engine.plan import CUDA_CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
 from osmium.errors import ConfigError
 from osmium.planning import hardware as planned_hardware
 from osmium.planning import memory_plan, plan_for, plan_report
@@ -322,7 +322,7 @@ def test_what_would_run_instead_runs(misfit: dict[str, Any]) -> None:
             config = EngineConfig(**{k: v for k, v in misfit.items() if k != "gpu"})
             shapes = inspect_model(model, config)
             for size, fits in ((gib, True), (gib - 1, False)):
-                free, total = size * GIB - CONTEXT_BYTES, size * GIB
+                free, total = size * GIB - CUDA_CONTEXT_BYTES, size * GIB
                 card = replace(found.hardware, vram_free=free, vram_total=total)
                 budget = config if config.vram is None else replace(config, vram=size * GIB)
                 assert fits_on(card, shapes, budget) is fits

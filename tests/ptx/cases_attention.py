@@ -101,7 +101,7 @@ def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
 def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
     """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
 
-    Both kernels are held to the reference's delta_step: chunks must add nothing but rounding.
+    Both kernels are held to the reference's delta_rule_recurrent: chunks add nothing but rounding.
     """
 
     def make(rng: np.random.Generator) -> Case:
@@ -109,7 +109,7 @@ def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts)
             TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
             lengths=lengths, past=past,
         )  # fmt: skip
-        case, kernel = cases.CASES["delta_step"](rng, size), cases.CASES[name](rng, size)
+        case, kernel = cases.CASES["delta_rule_recurrent"](rng, size), cases.CASES[name](rng, size)
         a = case.arrays
         a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
         a["state"][a["slots"][a["past"] == 0]] = np.nan
@@ -183,14 +183,18 @@ CASES: dict[str, Make] = {
     "shared context 128, again and again": shared(128, 4, 2, 32, 8, (31, 63), turns=3),
     "shared context fp8 256, again and again": shared(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
     "shared context 32, of nine by themselves": shared(32, 2, 1, 4, 9, tuple(range(9))),
-    "delta_step 32x32": delta("delta_step", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)),
-    "delta_step 64x96": delta("delta_step", (2, 2), (64, 96), (1, 4), (9, 0)),
-    "delta_step 96x64": delta("delta_step", (1, 1), (96, 64), (5,), (0,)),
-    "delta_step 128x128": delta("delta_step", (1, 3), (128, 128), (2, 1), (0, 1)),
-    "delta_chunk 32x32": delta("delta_chunk", (1, 2), (32, 32), (17, 1, 15), (0, 4, 2)),
-    "delta_chunk 64x96": delta("delta_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
-    "delta_chunk 96x64": delta("delta_chunk", (1, 1), (96, 64), (33,), (3,)),
-    "delta_chunk 128x128": delta("delta_chunk", (2, 2), (128, 128), (20,), (0,)),
+    "delta_rule_recurrent 32x32": delta(
+        "delta_rule_recurrent", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)
+    ),
+    "delta_rule_recurrent 64x96": delta("delta_rule_recurrent", (2, 2), (64, 96), (1, 4), (9, 0)),
+    "delta_rule_recurrent 96x64": delta("delta_rule_recurrent", (1, 1), (96, 64), (5,), (0,)),
+    "delta_rule_recurrent 128x128": delta(
+        "delta_rule_recurrent", (1, 3), (128, 128), (2, 1), (0, 1)
+    ),
+    "delta_rule_chunk 32x32": delta("delta_rule_chunk", (1, 2), (32, 32), (17, 1, 15), (0, 4, 2)),
+    "delta_rule_chunk 64x96": delta("delta_rule_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
+    "delta_rule_chunk 96x64": delta("delta_rule_chunk", (1, 1), (96, 64), (33,), (3,)),
+    "delta_rule_chunk 128x128": delta("delta_rule_chunk", (2, 2), (128, 128), (20,), (0,)),
     "delta_net 32x32": delta_net((1, 3), (32, 32), 200, (4, 0, 1)),
     "delta_net 64x96, a row in one turn": delta_net((2, 4), (64, 96), 3072, (0, 7)),
     "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),

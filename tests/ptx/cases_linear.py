@@ -12,11 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import ExpertArena, ExpertCache, ExpertGuess, ExpertPlan, Linear, Ops
-from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, PIECE, STOP
+from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
+from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
 from osmium.quant import int4, int8
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.ops import cases
 from tests.ops.cases import (
     TINY,
@@ -58,7 +58,7 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
             arrays["scale"] = int4.quantize(w, group)[1]
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
         return Case(arrays, call, {"out": "rows"})
@@ -85,11 +85,11 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
         group = 128 if form == "int4" else 0
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            matrix = Linear(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
+            matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], normed_rows(ops, a["x"], a["norm"]), matrix)
             if rows % 8 == 0:
                 h = new_rows(ops, tokens, rows, 1e-6)
-                ops.linear_norm(a["more"], rows_of(ops, a["x"]), matrix, h, a["following"])
+                ops.linear_add_rms_norm(a["more"], rows_of(ops, a["x"]), matrix, h, a["following"])
                 read_rows(ops, a["next"], h)
 
         more = {"more": "rows", "next": "rows"} if rows % 8 == 0 else {}
@@ -110,9 +110,9 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
         arrays["x"] = hi + f32_from_bf16(bf16_from_f32(x - hi))
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            matrix = Linear(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
+            matrix = LinearWeight(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
             out = new_rows(ops, tokens, inner)
-            ops.gated_up(out, rows_of(ops, a["x"]), matrix, a["both"])
+            ops.gate_up_silu(out, rows_of(ops, a["x"]), matrix, a["both"])
             read_rows(ops, a["inner"], out)
 
         return Case(arrays, call, {"inner": "f32"})
@@ -121,7 +121,7 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
 
 
 def cache_of(
-    record: Record, slots: Any, slot_of: Any, counters: Any = None, step: Any = None
+    record: ExpertLayout, slots: Any, slot_of: Any, counters: Any = None, step: Any = None
 ) -> ExpertCache:
     """One layer, without what only `place` reads."""
     _, experts = slot_of.shape
@@ -142,7 +142,7 @@ def experts(
     form = "bf16" if hidden % 16 else form  # INT8 has rows of whole 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
-        record, count, capacity = Record(bits, hidden, inner), top_k + 4, top_k + 2
+        record, count, capacity = ExpertLayout(bits, hidden, inner), top_k + 4, top_k + 2
         held = rng.permutation(count)[:capacity]
         slot_of = np.full((1, count), -1, np.int32)
         slot_of[0, held] = np.arange(capacity)
@@ -164,7 +164,7 @@ def experts(
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = cache_of(record, a["slots"], a["slot_of"])
-            plan = ExpertPlan(None, None, None, None, None, a["pairs"], a["arrived"])
+            plan = SlotAssignment(None, None, None, None, None, a["pairs"], a["arrived"])
             experts_call(ops, a, form, plan, cache, parts, 3, norm=True)
 
         return Case(arrays, call, {"out": "f32", "next": "f32"})
@@ -191,7 +191,7 @@ def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            ops.route(a["ids"], a["weights"], a["logits"], count, a["counters"])
+            ops.topk_softmax(a["ids"], a["weights"], a["logits"], count, a["counters"])
 
         return Case(arrays, call, {"ids": "exact", "weights": "f32", "counters": "exact"})
 
@@ -206,25 +206,27 @@ def router(
     return lambda rng: cases.router(rng, size, equal, form)
 
 
-def pieces_of(record: Record) -> npt.NDArray[np.int32]:
+def pieces_of(record: ExpertLayout) -> npt.NDArray[np.int32]:
     """Pieces of a record that each warp of a fetch has a share of, i32 [FETCH_WARPS]."""
-    pieces, blocks = -(-record.nbytes // PIECE), FETCH_BLOCKS
+    pieces, blocks = -(-record.nbytes // FETCH_SEGMENT_BYTES), FETCH_BLOCKS
     return np.repeat([len(range(block, pieces, blocks)) for block in range(blocks)], 8).astype(
         np.int32
     )
 
 
-def came(record: Record, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+def came(record: ExpertLayout, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
     """Which bytes of a record are there when each warp has stored its share of `done` pieces."""
     at, blocks = np.arange(record.nbytes), FETCH_BLOCKS
-    warp = at // PIECE % blocks * 8 + at % (PIECE // 4) // (PIECE // 32)  # a quarter at a time
-    return np.asarray(at // PIECE // blocks < done[warp])
+    warp = at // FETCH_SEGMENT_BYTES % blocks * 8 + at % (FETCH_SEGMENT_BYTES // 4) // (
+        FETCH_SEGMENT_BYTES // 32
+    )  # a quarter at a time
+    return np.asarray(at // FETCH_SEGMENT_BYTES // blocks < done[warp])
 
 
-def guess_of(expert: Any, slot: Any, state: Any, done: Any, go: Any = None) -> ExpertGuess:
+def guess_of(expert: Any, slot: Any, state: Any, done: Any, go: Any = None) -> PrefetchState:
     """Without what only the router writes."""
     nothing: Any = None
-    return ExpertGuess(
+    return PrefetchState(
         nothing, nothing, nothing, nothing, nothing, expert, slot, state, done, go,
     )  # fmt: skip
 
@@ -241,7 +243,7 @@ def fetch(
     blocks have begun and left; of an expert whose fetch is 2 they have brought some pieces."""
 
     def make(rng: np.random.Generator) -> Case:
-        record, count, used = Record(16, hidden, inner), entries + 2, len(fetched)
+        record, count, used = ExpertLayout(16, hidden, inner), entries + 2, len(fetched)
 
         def plan(values: Any) -> npt.NDArray[np.int32]:
             out = np.full(entries, 10**9, np.int32)  # an entry past the count is never looked at
@@ -274,11 +276,11 @@ def fetch(
         def call(ops: Ops, a: dict[str, Any]) -> None:
             layers = [a["slots"][0], None]  # the second has its turn next
             cache = cache_of(record, layers, np.empty((2, count), np.int32), a["counters"])
-            plan = ExpertPlan(
+            plan = SlotAssignment(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
             )
             guess = guess_of(None, None, a["state"], a["done"], a["go"]) if guessed else None
-            ops.fetch(cache, plan, ExpertArena(record, a["arena"]), 0, guess=guess)
+            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, guess=guess)
 
         writes = ("slots", "counters", *(("go",) if guessed else ()))
         return Case(arrays, call, dict.fromkeys(writes, "exact"))
@@ -293,7 +295,7 @@ def fetch_early(
     them have their turn, or what is `said`.  bf16 records, as many experts as slots a layer."""
 
     def make(rng: np.random.Generator) -> Case:
-        record, shape = Record(16, hidden, inner), (1 + len(experts), 3)
+        record, shape = ExpertLayout(16, hidden, inner), (1 + len(experts), 3)
         nobody = np.empty(shape, np.int32)
         first, words = 3 * np.arange(1, shape[0]), (0, *(said or [8] * len(experts)))
         arrays: Arrays = {
@@ -313,7 +315,7 @@ def fetch_early(
             guess = guess_of(*(a[k] for k in ("expert", "slot", "state", "done", "go")))
             slots = [a["slots"][i] for i in range(shape[0])]
             cache = cache_of(record, slots, nobody, step=a["step"])
-            ops.fetch_early(cache, guess, ExpertArena(record, a["arena"]))
+            ops.prefetch_experts(cache, guess, HostExperts(record, a["arena"]))
 
         return Case(arrays, call, dict.fromkeys(("slots", "state", "done"), "exact"))
 

@@ -13,7 +13,7 @@ Knows the instructions that the kernels in ptx/ use and refuses all others.  Rep
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
 shuffle or a barrier, a warp that leaves while others wait, and loops that do not end.
 
-`InterpretedMachine` stands in for cuda.stream.Machine: the product's own ops.GpuOps runs on it.
+`InterpretedMachine` stands in for cuda.stream.CudaRuntime: the product's own ops.GpuOps runs on it.
 """
 
 import functools
@@ -245,8 +245,8 @@ class InterpretedArray:
 class InterpretedMachine:
     """See ops.gpu.Machine.  `seed` orders warps and blocks."""
 
-    multiprocessors = 3
-    shared = 99 << 10
+    sm_count = 3
+    max_shared_per_block = 99 << 10
     l2 = 1 << 20
 
     def __init__(
@@ -266,7 +266,7 @@ class InterpretedMachine:
         self.blocks.append(Block(nbytes, name, self.stream.early))
         return InterpretedArray(self.blocks[-1], len(self.blocks) << SPAN, 0, shape, dtype)
 
-    def host(
+    def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
     ) -> InterpretedArray:
         made = self.empty(shape, dtype)
@@ -274,7 +274,7 @@ class InterpretedMachine:
             fill(self.host_view(made).reshape(-1).view(np.uint8))
         return made
 
-    def mailbox(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
+    def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         made = self.empty(shape, dtype)
         self.host_view(made)[...] = 0
         return made
@@ -286,31 +286,31 @@ class InterpretedMachine:
         array.touch()
         return array.numpy()
 
-    def copy_in(self, out: InterpretedArray, source: Values) -> None:
+    def copy_h2d(self, out: InterpretedArray, source: Values) -> None:
         out.numpy()[...] = source
         out.touch()
 
-    def copy_out(self, source: InterpretedArray) -> Values:
+    def copy_d2h(self, source: InterpretedArray) -> Values:
         return source.numpy().copy()
 
     def copy(self, out: InterpretedArray, source: InterpretedArray) -> None:
         out.numpy().reshape(-1).view(np.uint8)[...] = source.numpy().reshape(-1).view(np.uint8)
         out.touch()
 
-    def fill(self, out: InterpretedArray, byte: int) -> None:
+    def memset(self, out: InterpretedArray, byte: int) -> None:
         out.numpy().reshape(-1).view(np.uint8)[...] = byte
         out.touch()
 
     def synchronize(self) -> None:
         pass
 
-    def record(self, run: Callable[[], None]) -> Callable[[], None]:
+    def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork(self, early: bool) -> "InterpretedStream | Beside":
+    def fork_side_stream(self, early: bool) -> "InterpretedStream | Beside":
         return Beside(self.stream) if early else self.stream
 
-    def join(self, early: bool) -> None:
+    def join_side_stream(self, early: bool) -> None:
         if early:
             self.stream.wake(1)
 
@@ -741,7 +741,7 @@ class InterpretedStream:
         program = self.programs.get(contract.entry)
         if program is None:
             entry, which = self.without or ("", None)
-            text = contract.early if self.early else contract.text
+            text = contract.pdl_text if self.early else contract.text
             program = parse_program(text, which if entry == contract.entry else None)
             self.programs[contract.entry] = program
         named = {

@@ -7,9 +7,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
 
-from osmium.ops import ExpertCache, ExpertGuess, ExpertPlan, Fading, Replies, Step
+from osmium.ops import (
+    DecayConfig,
+    DecodeState,
+    ExpertCache,
+    PrefetchState,
+    SlotAssignment,
+    StepInputs,
+)
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 
 __all__ = ["STAND_INS"]
 
@@ -22,20 +29,22 @@ def _place(values: tuple[Any, ...]) -> None:
     step, counters, ids = arrays[12:15]
     sizes, (earlier, rate, long_rate, share) = values[27:37], values[37:]
     _, experts, capacity, _, first, _, layer, last, guessing, _ = sizes
-    fading = Fading(1 / rate, 1 / long_rate, 1.0, earlier)
+    fading = DecayConfig(1 / rate, 1 / long_rate, 1.0, earlier)
     none: list[Any] = [None] * layer
     layers = [(*none, here) if last else (*none, here, on)
               for here, on in zip(arrays[7:12], arrays[15:20], strict=True)]  # fmt: skip
     slot_of, expert_in, heat, long_heat, stamp = cast(Any, layers)
     expert_in = [range(first - capacity), *[()] * (layer - 1)][:layer] + list(expert_in[layer:])
     cache = ExpertCache(
-        Record(16, 8, 8), experts, replace(fading, weight=share / fading.share), (),
+        ExpertLayout(16, 8, 8), experts, replace(fading, long_weight=share / fading.long_scale), (),
         slot_of, expert_in, heat, long_heat, stamp, step, counters,
     )  # fmt: skip
     likely, weights, *words = arrays[20:]
     nothing: Any = None
-    guess = ExpertGuess(likely, weights, *[nothing] * 3, *words)
-    ReferenceOps().place(ExpertPlan(*arrays[:7]), cache, layer, ids, guess if guessing else None)
+    guess = PrefetchState(likely, weights, *[nothing] * 3, *words)
+    ReferenceOps().assign_slots(
+        SlotAssignment(*arrays[:7]), cache, layer, ids, guess if guessing else None
+    )
 
 
 def _draw(values: tuple[Any, ...]) -> None:
@@ -45,7 +54,7 @@ def _draw(values: tuple[Any, ...]) -> None:
     nothing: Any = None
     ReferenceOps().sample(
         logits,
-        Replies(
+        DecodeState(
             values[12], 0, 0, settings, chance, token, nothing, nothing, nothing, turn,
             *[nothing] * 7,
         ),
@@ -58,14 +67,14 @@ def _advance(values: tuple[Any, ...]) -> None:
     ids, positions, past, slots, pages, token, left, heed, eos, turn, mail = arrays
     nothing: Any = None
     rows, _, _, ring, nobody, nowhere = values[11:]
-    step = Step(
+    step = StepInputs(
         rows, rows, 1, ids, positions, nothing, nothing, past, slots, pages,
     )  # fmt: skip
-    replies = Replies(
+    replies = DecodeState(
         ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail,
         *[nothing] * 6,
     )  # fmt: skip
-    ReferenceOps().advance(step, replies)
+    ReferenceOps().advance_step(step, replies)
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {

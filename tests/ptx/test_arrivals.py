@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.ops import ExpertArena, ExpertPlan
+from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
 from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
 from tests.ptx.test_barriers import AWAITED, right
 
 RECORDS = {
-    "a page": Record(4, 64, 32),
-    "gates and ups end inside of a piece": Record(4, 384, 128),
-    "fewer pieces than blocks": Record(16, 128, 128),
-    "a piece more than blocks": Record(16, 376, 120),
-    "no piece of down for some": Record(16, 512, 128),
+    "a page": ExpertLayout(4, 64, 32),
+    "gates and ups end inside of a piece": ExpertLayout(4, 384, 128),
+    "fewer pieces than blocks": ExpertLayout(16, 128, 128),
+    "a piece more than blocks": ExpertLayout(16, 376, 120),
+    "no piece of down for some": ExpertLayout(16, 512, 128),
 }
 
 PLANS = {
@@ -39,7 +39,9 @@ PLANS = {
 }
 
 
-def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], text: str) -> Any:
+def fetched(
+    rng: np.random.Generator, record: ExpertLayout, fetch: tuple[int, ...], text: str
+) -> Any:
     """A plan carried out by a text of fetch_records: entries fetched, their slots' bytes before
     and after, their records, and the words.  Of a guess some pieces are there."""
     ops, used = GpuOps(InterpretedMachine(int(rng.integers(99)))), len(fetch)
@@ -53,19 +55,20 @@ def fetched(rng: np.random.Generator, record: Record, fetch: tuple[int, ...], te
         there = came(record, done)
         before[0, slot[0], there] = arena[0, 0, there]
         state = words_of(np.ones((1, FETCH_BLOCKS)), STOP)
-        guess = guess_of(None, None, ops.put(state), ops.put(done[None]))
-    slots, words = ops.put(before), ops.put(np.zeros(2, np.int32))
-    counters = ops.put(np.zeros(7, np.int64))
+        guess = guess_of(None, None, ops.to_device(state), ops.to_device(done[None]))
+    slots, words = ops.to_device(before), ops.to_device(np.zeros(2, np.int32))
+    counters = ops.to_device(np.zeros(7, np.int64))
     cache = cache_of(record, slots, np.empty((1, used), np.int32), counters)
-    plan = ExpertPlan(
-        ops.put(np.array([used], np.int32)), ops.put(np.arange(used, dtype=np.int32)),
-        ops.put(slot), ops.put(np.array(fetch, np.int32)), ops.put(np.ones(used, np.int32)),
+    plan = SlotAssignment(
+        ops.to_device(np.array([used], np.int32)), ops.to_device(np.arange(used, dtype=np.int32)),
+        ops.to_device(slot), ops.to_device(np.array(fetch, np.int32)), ops.to_device(np.ones(used,
+        np.int32)),
         None, words,
     )  # fmt: skip
-    ops.fetch(cache, plan, ExpertArena(record, ops.put(arena)), 0, guess=guess)
+    ops.fetch_experts(cache, plan, HostExperts(record, ops.to_device(arena)), 0, guess=guess)
     who = np.flatnonzero(fetch)
-    after = ops.copy_out(slots)
-    return before[0, slot[who]], after[0, slot[who]], arena[0, who], ops.copy_out(words)
+    after = ops.copy_d2h(slots)
+    return before[0, slot[who]], after[0, slot[who]], arena[0, who], ops.copy_d2h(words)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -89,16 +92,18 @@ def test_what_is_read_next_is_asked_for_once(
     ops = GpuOps(machine)
 
     def i32(values: Any) -> Any:
-        return ops.put(np.array(values, np.int32))
+        return ops.to_device(np.array(values, np.int32))
 
     ahead = ops.empty((nbytes,), np.uint8)
-    slots = ops.put(np.zeros((1, used, record.nbytes), np.uint8))
+    slots = ops.to_device(np.zeros((1, used, record.nbytes), np.uint8))
     every = range(used)
-    plan_of = ExpertPlan(
+    plan_of = SlotAssignment(
         i32([used]), i32(every), i32(every), i32(fetch), i32([1] * used), None, i32([0, 0])
     )
-    cache = cache_of(record, slots, np.empty((1, used), np.int32), ops.put(np.zeros(7, np.int64)))
-    ops.fetch(cache, plan_of, ExpertArena(record, slots), 0, ahead)
+    cache = cache_of(
+        record, slots, np.empty((1, used), np.int32), ops.to_device(np.zeros(7, np.int64))
+    )
+    ops.fetch_experts(cache, plan_of, HostExperts(record, slots), 0, ahead)
     pieces = -(-record.nbytes // (1 << 14)) - -(-record.down // (1 << 14))
     most = min(nbytes, pieces << 18, machine.l2 // 2) if any(fetch) else 0
     assert pieces > 1
@@ -110,7 +115,7 @@ def test_what_is_read_next_is_asked_for_once(
 )
 def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
     """Warps that leave as soon as they have said it."""
-    record = Record(16, 512, 344)
+    record = ExpertLayout(16, 512, 344)
     text, ways = re.subn(r"(setp.eq.u32 +%said, %lane, %lane;)", r"\1 ret;", FETCH.contract.text)
     before, after, wanted, words = fetched(rng, record, PLANS[plan], text)
     assert ways == 1 and words[0] == FETCH_WARPS and words[1] < FETCH_WARPS
@@ -125,7 +130,7 @@ def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -
     make = CASES["int4_experts in parts"]
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
-    down, call = Record(4, 256, 128).down, case.call
+    down, call = ExpertLayout(4, 256, 128).down, case.call
 
     def arriving(ops: Any, a: dict[str, Any]) -> None:
         slots, words, pairs = (a[name].numpy() for name in ("slots", "arrived", "pairs"))
@@ -196,7 +201,7 @@ def told(seed: int, word: int) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_what_is_fetched_early_ends_at_the_next_piece() -> None:
     """The layer is placed at any time: each block has stored the pieces that it says, and left."""
-    record, cut = Record(16, 256, 528), False
+    record, cut = ExpertLayout(16, 256, 528), False
     most = pieces_of(record)
     for seed in range(8):
         found, before = told(seed, STOP)
@@ -263,7 +268,7 @@ def test_what_came_early_is_not_copied_again(
     """Other bytes in its place stay."""
     case = CASES[name](rng)
     wanted, slot = run(case, ReferenceOps())["slots"], case.arrays["slot"][0]
-    there = came(Record(16, *size), case.arrays["done"][0])
+    there = came(ExpertLayout(16, *size), case.arrays["done"][0])
     case.arrays["slots"][0, slot, there] ^= 0xFF
     wanted[0, slot, there] ^= 0xFF
     found = run(case, GpuOps(InterpretedMachine(int(rng.integers(99)))))["slots"]
@@ -281,7 +286,7 @@ def beside_the_last(name: str, seed: int, ends: bool = True) -> bool:
     def ending(ops: Any, a: dict[str, Any]) -> None:
         state, done, slots = (a[name].numpy() for name in ("state", "done", "slots"))
         slot, stored = a["slot"].numpy()[0], done.copy()
-        there = came(Record(16, 256, 200), stored[0])
+        there = came(ExpertLayout(16, 256, 200), stored[0])
         part = slots[0, slot, there]
         slots[0, slot, there], done[...] = 0x5A, 0
         state -= (state & 1) << 15

@@ -83,7 +83,7 @@ def test_attention_is_a_mean_weighted_by_exp(name: str, rng: np.random.Generator
             assert close(out["out"][t, h], weights @ v / weights.sum(), "f32")
 
 
-@of("delta_step", "delta_chunk")
+@of("delta_rule_recurrent", "delta_rule_chunk")
 def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     a = case.arrays

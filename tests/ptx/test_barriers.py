@@ -49,7 +49,7 @@ def cases_of(name: str) -> list[Make]:
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
         "delta_token_f32": ("delta_net ",),
-        "delta_chunk_f32": ("delta_chunk", "chunk", "delta"),
+        "delta_chunk_f32": ("delta_rule_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: say here which cases launch it"
     found: list[Make] = [sized(key, TINY) for key in CASES if key.startswith(prefix)]

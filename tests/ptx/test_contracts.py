@@ -78,8 +78,8 @@ def test_a_contract_is_what_ptxas_says(name: str) -> None:
 def test_a_kernel_that_starts_early_waits_before_it_writes(name: str, tmp_path: Path) -> None:
     contract = kernel(name).contract
     path = tmp_path / f"{name}.ptx"
-    path.write_text(contract.early)
-    code = re.sub(r"//[^\n]*", "", contract.early)
+    path.write_text(contract.pdl_text)
+    code = re.sub(r"//[^\n]*", "", contract.pdl_text)
     before, wait, _ = code.partition("griddepcontrol.wait")
     assert wait and ".target sm_90" in before
     assert not re.search(r"\bst\.global|\bred\.|\batom\.|\bret\b", before)
@@ -114,6 +114,6 @@ def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:
             contract = made.contract
-            path.write_text(contract.early if target >= "sm_90" else contract.text)
+            path.write_text(contract.pdl_text if target >= "sm_90" else contract.text)
             registers, spilled, _ = assemble(path, target)
             assert spilled == 0 and registers <= contract.regs, made.name

@@ -68,14 +68,14 @@ def run(
     arrays: list[InterpretedArray] = []
     for value in inputs:
         arrays.append(machine.empty(value.shape, value.dtype))
-        machine.copy_in(arrays[-1], value)
+        machine.copy_h2d(arrays[-1], value)
     result = machine.empty((block if count is None else count,), out)
     if not fresh:
-        machine.fill(result, 0xFF)
+        machine.memset(result, 0xFF)
     sizes = [array.dtype.itemsize for array in (*arrays, result)]
     text = module(body, len(inputs), sizes, block, shared)
     launch(machine, text, *arrays, result, blocks=blocks)
-    return machine.copy_out(result)
+    return machine.copy_d2h(result)
 
 
 def launch(
@@ -607,7 +607,7 @@ def test_a_slice_that_starts_off_a_vector_is_misaligned() -> None:
     """Alignment is held against the memory, not against the argument."""
     machine = InterpretedMachine()
     whole = machine.empty((64,), np.uint32)
-    machine.fill(whole, 0)
+    machine.memset(whole, 0)
     text = module("st.global.v2.u32 [%out], {%t, %t};", 0, [0], 32, 0)
     launch(machine, text, whole[2:])
     with pytest.raises(PtxFault, match=r"st\.global\.v2"):
@@ -742,9 +742,9 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
     """What a body leaves in `out`, which starts as zeros."""
     machine = InterpretedMachine(seed)
     out = machine.empty((count,), np.uint32)
-    machine.fill(out, 0)
+    machine.memset(out, 0)
     launch(machine, module(body, 0, [4], 32, 0), out, blocks=blocks)
-    return machine.copy_out(out)
+    return machine.copy_d2h(out)
 
 
 # -- what is not known -----------------------------------------------------------------------------
@@ -1095,7 +1095,7 @@ def test_a_part_of_an_array_is_the_same_memory() -> None:
     machine = InterpretedMachine()
     whole = machine.empty((6, 4), np.int32)
     value = np.arange(24, dtype=np.int32).reshape(6, 4)
-    machine.copy_in(whole, value)
+    machine.copy_h2d(whole, value)
     parts: list[tuple[InterpretedArray, Values]] = [
         (whole[2], value[2]),
         (whole[1:4], value[1:4]),
@@ -1108,13 +1108,13 @@ def test_a_part_of_an_array_is_the_same_memory() -> None:
     for part, wanted in parts:
         assert part.shape == wanted.shape and part.nbytes == wanted.nbytes
         assert part.dtype == np.int32
-        assert np.array_equal(machine.copy_out(part), wanted)
+        assert np.array_equal(machine.copy_d2h(part), wanted)
         if wanted.size:
             by = wanted.__array_interface__["data"][0] - value.__array_interface__["data"][0]
             assert part.ptr - whole.ptr == by
-    machine.copy_in(whole[2], np.full(4, -1, np.int32))
-    assert (machine.copy_out(whole)[2] == -1).all()
-    assert np.array_equal(machine.copy_out(whole)[3:], value[3:])
+    machine.copy_h2d(whole[2], np.full(4, -1, np.int32))
+    assert (machine.copy_d2h(whole)[2] == -1).all()
+    assert np.array_equal(machine.copy_d2h(whole)[3:], value[3:])
 
 
 def test_an_array_is_not_cut_where_it_is_not() -> None:
@@ -1129,13 +1129,13 @@ def test_an_array_is_not_cut_where_it_is_not() -> None:
 def test_copies_and_fills_count_as_written_and_no_more() -> None:
     machine = InterpretedMachine()
     first, second = machine.empty((32,), np.uint32), machine.empty((64,), np.uint32)
-    machine.copy_in(first, LANE)
+    machine.copy_h2d(first, LANE)
     machine.copy(second[:32], first)
     text = module("ld.global.u32 %a, [%in0]; st.global.u32 [%out], %a;", 1, [4, 4], 32, 0)
     out = machine.empty((32,), np.uint32)
     launch(machine, text, second[:32], out)
-    assert np.array_equal(machine.copy_out(out), LANE)
+    assert np.array_equal(machine.copy_d2h(out), LANE)
     with pytest.raises(PtxFault, match="array 1"):
         launch(machine, text, second[1:33], out)
-    machine.fill(second[32:], 0)
+    machine.memset(second[32:], 0)
     launch(machine, text, second[1:33], out)

@@ -29,7 +29,7 @@ def tool() -> Any:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_kernel_with_stamps_assembles(name: str, tool: Any, tmp_path: Path) -> None:
     contract = kernel(name).contract
-    for text, target in ((contract.early, "sm_90"), (contract.text, contract.targets[1])):
+    for text, target in ((contract.pdl_text, "sm_90"), (contract.text, contract.targets[1])):
         made = tool.stamped(text)
         ends = made.count("ret;")
         # one where it begins, and one at each end
@@ -40,7 +40,7 @@ def test_a_kernel_with_stamps_assembles(name: str, tool: Any, tmp_path: Path) ->
 
 
 def test_stamps_wait_with_the_kernel(tool: Any) -> None:
-    made = tool.stamped(kernel("int4_matvec_f32").contract.early)
+    made = tool.stamped(kernel("int4_matvec_f32").contract.pdl_text)
     before, after = made.split("griddepcontrol.wait;")
     assert before.count("%globaltimer") == 1, "when the block begins, and nothing else"
     assert after.split("}", 1)[0].count("%globaltimer") == 1, "when it has waited"

@@ -14,7 +14,7 @@ from osmium.ops import ExpertCache
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.values import STOP
 from osmium.quant.floats import f32_from_bf16
-from osmium.quant.record import Record
+from osmium.quant.record import ExpertLayout
 from tests.ops.cases import Arrays, Case, run
 from tests.ptx.cases_linear import CASES
 from tests.tolerance import close
@@ -41,7 +41,7 @@ def matrix(form: str, data: npt.NDArray[Any], scale: npt.NDArray[Any] | None) ->
     return q * np.repeat(wide, q.shape[1] // wide.shape[1], axis=1)
 
 
-def halves(record: Record, raw: npt.NDArray[np.uint8]) -> tuple[F64, F64]:
+def halves(record: ExpertLayout, raw: npt.NDArray[np.uint8]) -> tuple[F64, F64]:
     """Gate and up [2I, D], and down [D, I], of one record."""
     form = {16: "bf16", 8: "int8", 4: "int4"}[record.bits]
     kind = {16: np.uint16, 8: np.int8, 4: np.uint8}[record.bits]
@@ -78,7 +78,7 @@ def test_linear_is_the_sum_of_products(name: str, rng: np.random.Generator) -> N
 class Keeping(ReferenceOps):
     """Keeps the record of the experts that it is asked for."""
 
-    asked: Record
+    asked: ExpertLayout
 
     def expert_up(self, *arguments: Any) -> None:
         (cache,) = (one for one in arguments if isinstance(one, ExpertCache))

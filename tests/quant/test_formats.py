@@ -8,11 +8,11 @@ from osmium.quant import int4, int8
 from osmium.quant.floats import (
     bf16_from_f32,
     e4m3_from_f32,
-    e4m3_rows,
     f32_from_bf16,
     f32_from_e4m3,
+    quantize_e4m3_rows,
 )
-from osmium.quant.record import Record, group_of
+from osmium.quant.record import ExpertLayout, group_of
 
 
 def test_every_bf16_survives_the_round_trip() -> None:
@@ -62,15 +62,15 @@ def test_e4m3_rounds_to_nearest_and_ties_to_even(rng: np.random.Generator) -> No
 def test_rows_of_e4m3_have_scales_that_lose_nothing(rng: np.random.Generator) -> None:
     x = rng.standard_normal((9, 64)).astype(np.float32)
     x *= np.float32(10.0) ** np.arange(-6, 3, dtype=np.float32)[:, None]
-    code, scale = e4m3_rows(x)
+    code, scale = quantize_e4m3_rows(x)
     found = f32_from_e4m3(code) * scale.astype(np.float32)[:, None]
     most = np.maximum(np.abs(x) / 16, np.abs(x).max(axis=1, keepdims=True) / 2**18)
     assert (np.abs(found - x) <= 1.001 * np.maximum(most, 2.0**-24)).all()
     assert (scale >= 2.0**-14).all()
-    code, scale = e4m3_rows(np.zeros((2, 64), np.float32))
+    code, scale = quantize_e4m3_rows(np.zeros((2, 64), np.float32))
     assert not code.any() and np.isfinite(scale).all()
     x[0, 0], x[1, 3], x[2, 5] = np.nan, -np.inf, 3e7  # too large for 448 times an f16
-    _, scale = e4m3_rows(x)
+    _, scale = quantize_e4m3_rows(x)
     assert np.isnan(scale[:2]).all() and scale[2] == 65504 and np.isfinite(scale[2:]).all()
 
 
@@ -125,13 +125,13 @@ def test_int8_error_is_at_most_half_a_step(rng: np.random.Generator) -> None:
 
 
 def test_the_122b_record_is_1188_pages() -> None:
-    assert Record(4, 3072, 1024).nbytes == 1188 * 4096
+    assert ExpertLayout(4, 3072, 1024).nbytes == 1188 * 4096
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_the_parts_of_a_record_do_not_overlap(bits: int) -> None:
     for hidden, inner in ((64, 32), (256, 64), (2048, 512), (4096, 1024)):
-        r = Record(bits, hidden, inner)
+        r = ExpertLayout(bits, hidden, inner)
         scale = {16: 0, 8: 4, 4: 2}[bits]
         ups = 2 * inner * (hidden // r.up_group if bits == 4 else 1) * scale
         downs = hidden * (inner // r.down_group if bits == 4 else 1) * scale
@@ -144,6 +144,6 @@ def test_the_parts_of_a_record_do_not_overlap(bits: int) -> None:
 
 def test_a_record_refuses_what_its_format_cannot_hold() -> None:
     with pytest.raises(ConfigError, match="5"):
-        Record(5, 64, 64)
+        ExpertLayout(5, 64, 64)
     with pytest.raises(ConfigError, match="48"):
-        Record(4, 64, 48)
+        ExpertLayout(4, 64, 48)

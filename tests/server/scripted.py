@@ -16,9 +16,9 @@ from starlette.testclient import TestClient
 from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, FinishReason, SamplingParams, Token
-from osmium.engine.stops import Stops
+from osmium.engine.stops import StopMatcher
 from osmium.errors import EngineStopped, OsmiumError, RequestError
-from osmium.server.app import ModelHost, create_app
+from osmium.server.app import BackgroundLoader, create_app
 from osmium.text.chat import ChatTemplate
 from osmium.text.tokenizer import Tokenizer
 from tests.text.byte_level import byte_level
@@ -133,7 +133,7 @@ class Scripted:
     def _answer(self, asked: Asked, on_event: Callable[[Event], None]) -> None:
         params = asked.params
         decoder = self.tokenizer.decoder() if self.tokenizer else None
-        stops = Stops(decoder, params.stop)
+        stops = StopMatcher(decoder, params.stop)
         reason, said, error = FinishReason.STOP, 0, None
         while not self.prefill.is_set() and not asked.cancelled.is_set():
             time.sleep(0.002)
@@ -147,7 +147,7 @@ class Scripted:
                 break
             said += 1
             on_event(self._token(token, stops.push(token), params))
-            if stops.hit:
+            if stops.matched:
                 break
             if said in (params.max_tokens, self.context - len(asked.ids)):
                 reason = FinishReason.LENGTH
@@ -167,13 +167,13 @@ class Scripted:
         return Token(token, text, -0.5, top)
 
 
-def host_of(engine: Scripted) -> ModelHost:
+def host_of(engine: Scripted) -> BackgroundLoader:
     """A host whose model is there at once."""
 
     def load(progress: Progress) -> Engine:
         return cast(Engine, engine)
 
-    return ModelHost(load)
+    return BackgroundLoader(load)
 
 
 @contextmanager
@@ -185,7 +185,7 @@ def client_of(engine: Scripted | OsmiumError | None = None, **options: Any) -> I
             raise engine
         return cast(Engine, engine or Scripted())
 
-    host = ModelHost(load)
+    host = BackgroundLoader(load)
     done = threading.Event()
     host.on_done = done.set
     app = create_app(host, **options)

@@ -10,7 +10,7 @@ from typing import Any, cast
 from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, OsmiumError
-from osmium.server.app import ModelHost, serve
+from osmium.server.app import BackgroundLoader, serve
 from tests.server.scripted import Scripted
 
 
@@ -39,7 +39,7 @@ class Said(Scripted):
 
 if __name__ == "__main__":
     try:
-        serve(ModelHost(load), port=int(sys.argv[2]))
+        serve(BackgroundLoader(load), port=int(sys.argv[2]))
     except OsmiumError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(2)

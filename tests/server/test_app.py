@@ -12,7 +12,7 @@ from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
-from osmium.server.app import ModelHost, create_app
+from osmium.server.app import BackgroundLoader, create_app
 from tests.server.scripted import PATIENCE_S, TOKENIZER, Scripted, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -325,7 +325,7 @@ def test_health_tells_how_far_loading_is_and_others_wait() -> None:
         assert go.wait(PATIENCE_S)
         return cast(Engine, Scripted())
 
-    host = ModelHost(load)
+    host = BackgroundLoader(load)
     done = threading.Event()
     host.on_done = done.set
     with TestClient(create_app(host)) as client:

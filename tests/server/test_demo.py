@@ -7,7 +7,7 @@ import pytest
 from starlette.testclient import TestClient
 
 import osmium
-from osmium.server.app import ModelHost, create_app
+from osmium.server.app import BackgroundLoader, create_app
 from tests.server.scripted import chunks
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
@@ -16,7 +16,7 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 @pytest.fixture(scope="module")
 def client() -> Iterator[TestClient]:
     engine = osmium.load(device="cpu")
-    host = ModelHost(lambda progress: engine)
+    host = BackgroundLoader(lambda progress: engine)
     with TestClient(create_app(host)) as made:
         while made.get("/health").status_code == 503:
             pass

@@ -11,7 +11,7 @@ from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError
-from osmium.server.app import ModelHost, create_app
+from osmium.server.app import BackgroundLoader, create_app
 from tests.server.scripted import PATIENCE_S, client_of
 
 
@@ -35,7 +35,7 @@ def test_what_was_done_is_counted() -> None:
     def load(progress: Progress) -> Engine:
         return engine
 
-    host, done = ModelHost(load), threading.Event()
+    host, done = BackgroundLoader(load), threading.Event()
     host.on_done = done.set
     with TestClient(create_app(host)) as client:
         assert done.wait(PATIENCE_S)

@@ -21,7 +21,7 @@ import uvicorn
 
 from osmium.engine.request import FinishReason
 from osmium.errors import ConfigError
-from osmium.server.app import ModelHost, create_app, serve
+from osmium.server.app import BackgroundLoader, create_app, serve
 from tests.server.scripted import PATIENCE_S, Scripted, host_of
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -195,7 +195,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(ConfigError, match=f"{port}.*--port"):
-            serve(ModelHost(load), port=port)
+            serve(BackgroundLoader(load), port=port)
 
 
 @pytest.mark.parametrize("port", [-1, 65536])

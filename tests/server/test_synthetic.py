@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 import osmium
 from osmium.cli import main
-from osmium.server.app import ModelHost, create_app
+from osmium.server.app import BackgroundLoader, create_app
 from osmium.weights import synthetic
 from tests.server.scripted import chunks
 
@@ -28,7 +28,7 @@ def client() -> Iterator[TestClient]:
         patch.setitem(synthetic._SHAPES, "tiny", {**synthetic._SHAPES["tiny"], "vocab": VOCAB})
         engine = osmium.load("Synthetic:Tiny", "cpu", context=512, prefill_chunk=64)
     assert engine.name == "synthetic:tiny"
-    with TestClient(create_app(ModelHost(lambda progress: engine))) as made:
+    with TestClient(create_app(BackgroundLoader(lambda progress: engine))) as made:
         while made.get("/health").status_code == 503:
             pass
         yield made

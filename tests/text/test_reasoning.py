@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 
 from osmium.text.defaults import sampling_defaults
-from osmium.text.reasoning import ShownReply, Thought, starts_in_thought
+from osmium.text.reasoning import ReasoningParser, ShownReply, starts_in_thought
 
 
 def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
-    thought = Thought(thinking)
+    thought = ReasoningParser(thinking)
     parts = [thought.push(piece) for piece in pieces]
     parts.append(thought.flush())
     return "".join(a for a, _ in parts), "".join(b for _, b in parts)
@@ -43,7 +43,7 @@ def test_a_reply_that_does_not_start_in_thought_is_all_answer_as_it_is(text: str
 
 
 def test_thought_is_given_out_as_it_comes() -> None:
-    thought = Thought(True)
+    thought = ReasoningParser(True)
     assert thought.push("one two") == ("one two", "")
 
 

@@ -128,7 +128,7 @@ def test_an_id_beyond_the_vocabulary_is_no_text() -> None:
     ids = tokenizer.encode("ab")
     said = [decoder.push(one) for one in (*ids, tokenizer.vocab + 7, *ids)]
     assert "".join(said) + decoder.flush() == "abab"
-    assert tokenizer.piece(tokenizer.vocab + 7) == b""
+    assert tokenizer.token_bytes(tokenizer.vocab + 7) == b""
 
 
 def test_ids_beyond_the_vocabulary_can_be_shown_as_ids(rng: np.random.Generator) -> None:
@@ -139,7 +139,7 @@ def test_ids_beyond_the_vocabulary_can_be_shown_as_ids(rng: np.random.Generator)
     assert [decoder.push(one) for one in (a, beyond, beyond, a)] == [
         "a", f"⟨{beyond}⟩", f"⟨{beyond}⟩", "a",
     ]  # fmt: skip
-    assert tokenizer.piece(beyond) == f"⟨{beyond}⟩".encode()
+    assert tokenizer.token_bytes(beyond) == f"⟨{beyond}⟩".encode()
     for _ in range(100):
         ids = rng.integers(0, 2 * tokenizer.vocab, int(rng.integers(1, 30))).tolist()
         decoder = tokenizer.decoder()
@@ -164,7 +164,7 @@ def test_the_pieces_of_tokens_are_the_bytes_of_their_text(
     for _ in range(50):
         ids = tokenizer.encode(some_text(rng))
         whole = tokenizer.decode(ids, specials=True)
-        assert b"".join(tokenizer.piece(one) for one in ids) == whole.encode()
+        assert b"".join(tokenizer.token_bytes(one) for one in ids) == whole.encode()
 
 
 def test_half_a_surrogate_pair_is_refused() -> None:

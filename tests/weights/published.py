@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from osmium.config import EngineConfig
-from osmium.weights.checkpoint import Formats, inventory
+from osmium.weights.checkpoint import Formats, tensor_specs
 from osmium.weights.shards import INDEX
 from osmium.weights.synthetic import open_synthetic
 from tests.weights.stand_in_hub import HubFile
@@ -63,7 +63,7 @@ def published(name: str) -> dict[str, HubFile]:
 def _tensors(config: Any) -> dict[str, tuple[int, ...]]:
     """Hugging Face's names and shapes of the text model."""
     found = {}
-    for part in inventory(config, Formats.of(EngineConfig(gpu_expert_bits=16))):
+    for part in tensor_specs(config, Formats.of(EngineConfig(gpu_expert_bits=16))):
         for source, shape in part.sources:
             found[(ROOT if part.root else "") + source] = shape
     experts, inner, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size

@@ -8,9 +8,9 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError, OsmiumError
-from osmium.ops import Linear
+from osmium.ops import LinearWeight
 from osmium.quant.floats import bf16_from_f32
-from osmium.weights import Packed, open_model
+from osmium.weights import PackedModel, open_model
 from tests.models.build import (
     CASES,
     Case,
@@ -25,22 +25,22 @@ from tests.weights.files import CASE, ROOT, TIED, per_expert, wide, write
 BF16 = {"gpu_expert_bits": 16}
 
 
-def pack(folder: Path, **options: object) -> Packed:
+def pack(folder: Path, **options: object) -> PackedModel:
     config = EngineConfig(cache_dir=str(folder.parent / "cache"), **options)  # type: ignore[arg-type]
     return open_model(folder, config)
 
 
-def same(one: Packed, other: Packed) -> None:
+def same(one: PackedModel, other: PackedModel) -> None:
     """Every part and every record, bit for bit."""
     assert one.names() == other.names()
     for name in one.names():
         a, b = one.tensor(name), other.tensor(name)
-        if isinstance(a, Linear):
-            assert isinstance(b, Linear) and np.array_equal(a.data, b.data), name
+        if isinstance(a, LinearWeight):
+            assert isinstance(b, LinearWeight) and np.array_equal(a.data, b.data), name
             if a.scale is not None:
                 assert b.scale is not None and np.array_equal(a.scale, b.scale), name
         else:
-            assert not isinstance(b, Linear) and np.array_equal(a, b), name
+            assert not isinstance(b, LinearWeight) and np.array_equal(a, b), name
     assert np.array_equal(one.all_records(), other.all_records())
 
 
@@ -54,12 +54,16 @@ def test_parts_and_records_are_those_of_the_recipe(case: Case, bits: int, tmp_pa
     assert set(packed.names()) == set(wanted)
     for name, right in wanted.items():
         found = packed.tensor(name)
-        if isinstance(right, Linear):
-            assert isinstance(found, Linear)
-            assert (found.rows, found.columns, found.format) == (right.rows, right.columns, "bf16")
+        if isinstance(right, LinearWeight):
+            assert isinstance(found, LinearWeight)
+            assert (found.out_features, found.in_features, found.format) == (
+                right.out_features,
+                right.in_features,
+                "bf16",
+            )
             assert np.array_equal(found.data, right.data), name
         else:
-            assert not isinstance(found, Linear)
+            assert not isinstance(found, LinearWeight)
             assert found.dtype == right.dtype and np.array_equal(found, right), name
     record, records = our_records(packed.config, tensors, bits)
     assert packed.record == record

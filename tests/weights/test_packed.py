@@ -12,8 +12,8 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError
-from osmium.ops import Linear
-from osmium.weights import DEMO, Packed, cache_folder, open_model, open_packed, resolve
+from osmium.ops import LinearWeight
+from osmium.weights import DEMO, PackedModel, cache_folder, open_model, open_packed, resolve
 from osmium.weights.packed import FILES
 from tests.models.build import hf_tensors
 from tests.weights.files import CASE, write
@@ -30,11 +30,11 @@ def config(tmp_path: Path) -> EngineConfig:
 
 
 @pytest.fixture
-def packed(model: Path, config: EngineConfig) -> Packed:
+def packed(model: Path, config: EngineConfig) -> PackedModel:
     return open_model(model, config)
 
 
-def stamp(packed: Packed) -> tuple[int, int]:
+def stamp(packed: PackedModel) -> tuple[int, int]:
     """Changes when a file is written anew."""
     stat = packed.path.stat()
     return stat.st_ino, stat.st_mtime_ns
@@ -44,7 +44,7 @@ def stamp(packed: Packed) -> tuple[int, int]:
 
 
 def test_a_second_start_reads_nothing_of_the_shards(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     first, was = packed.all_records().copy(), stamp(packed)
     for shard in model.glob("*.safetensors"):
@@ -58,7 +58,7 @@ def test_a_second_start_reads_nothing_of_the_shards(
 
 
 def test_a_packed_model_starts_without_its_shards(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     was = stamp(packed)
     for shard in model.glob("*.safetensors"):
@@ -67,7 +67,7 @@ def test_a_packed_model_starts_without_its_shards(
 
 
 def test_touched_shards_are_not_packed_again(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     was = stamp(packed)
     for shard in model.glob("*.safetensors"):
@@ -75,7 +75,7 @@ def test_touched_shards_are_not_packed_again(
     assert stamp(open_model(model, config)) == was
 
 
-def test_the_packed_file_alone_is_enough(packed: Packed, model: Path, tmp_path: Path) -> None:
+def test_the_packed_file_alone_is_enough(packed: PackedModel, model: Path, tmp_path: Path) -> None:
     texts = {name: (model / name).read_bytes() for name in FILES if (model / name).is_file()}
     assert {"config.json", "generation_config.json"} == set(texts)
     moved = tmp_path / "elsewhere.osmium"
@@ -101,21 +101,21 @@ def test_an_edited_tensor_of_any_name_is_packed_again(name: str, tmp_path: Path)
 
 
 def test_an_edited_config_is_packed_again(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     text = (model / "generation_config.json").read_text()
     (model / "generation_config.json").write_text(text.replace("3", "5"))
     assert 5 in open_model(model, config).config.eos_token_ids
 
 
-def test_each_choice_of_formats_has_its_own_file(packed: Packed, model: Path) -> None:
+def test_each_choice_of_formats_has_its_own_file(packed: PackedModel, model: Path) -> None:
     cache = str(packed.path.parent)
     eight = open_model(model, EngineConfig(cache_dir=cache, gpu_expert_bits=8))
     wide = open_model(model, EngineConfig(cache_dir=cache, attention_quant="int8"))
     assert len({packed.path, eight.path, wide.path}) == 3
     assert eight.record.bits == 8
     linear = wide.tensor("layers.1.qgkv")
-    assert isinstance(linear, Linear) and linear.format == "int8"
+    assert isinstance(linear, LinearWeight) and linear.format == "int8"
 
 
 def test_folders_of_one_name_have_files_of_their_own(tmp_path: Path, config: EngineConfig) -> None:
@@ -128,7 +128,7 @@ def test_folders_of_one_name_have_files_of_their_own(tmp_path: Path, config: Eng
              {"shared_expert_quant": "bf16"}, {"lm_head_quant": "int4"}],
 )  # fmt: skip
 def test_a_packed_file_refuses_flags_that_ask_for_other_formats(
-    flag: dict[str, Any], packed: Packed
+    flag: dict[str, Any], packed: PackedModel
 ) -> None:
     (name,) = flag
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
@@ -145,7 +145,7 @@ def test_a_packed_file_takes_flags_that_ask_for_what_it_has(model: Path, tmp_pat
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def test_records_are_read_into_the_callers_memory(packed: Packed) -> None:
+def test_records_are_read_into_the_callers_memory(packed: PackedModel) -> None:
     for layer in range(packed.config.num_layers):
         mapped = packed.records(layer)
         out = np.full(mapped.shape, 0xAA, np.uint8)
@@ -154,7 +154,7 @@ def test_records_are_read_into_the_callers_memory(packed: Packed) -> None:
     assert np.array_equal(packed.all_records()[1], packed.records(1))
 
 
-def test_parts_start_at_whole_pages(packed: Packed) -> None:
+def test_parts_start_at_whole_pages(packed: PackedModel) -> None:
     raw = packed.path.read_bytes()
     header = json.loads(raw[24 : 24 + int.from_bytes(raw[16:24], "little")])
     ends = [0]
@@ -168,7 +168,7 @@ def test_parts_start_at_whole_pages(packed: Packed) -> None:
 # -- damage ----------------------------------------------------------------------------------------
 
 
-def broken(packed: Packed, folder: Path, raw: bytes) -> Path:
+def broken(packed: PackedModel, folder: Path, raw: bytes) -> Path:
     path = folder / "broken.osmium"
     path.write_bytes(raw)
     return path
@@ -183,7 +183,7 @@ def table(path: Path) -> list[dict[str, Any]]:
 
 
 def test_cut_short_anywhere_it_is_refused(
-    packed: Packed, tmp_path: Path, rng: np.random.Generator
+    packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
     lengths = [0, 1, 23, 24, 100, 4096, len(raw) - 1, *rng.integers(0, len(raw), 20).tolist()]
@@ -196,7 +196,7 @@ def test_cut_short_anywhere_it_is_refused(
 
 
 def test_an_edited_byte_of_the_header_is_seen_at_once(
-    packed: Packed, tmp_path: Path, rng: np.random.Generator
+    packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
     length = 24 + int.from_bytes(raw[16:24], "little")
@@ -208,7 +208,7 @@ def test_an_edited_byte_of_the_header_is_seen_at_once(
 
 
 def test_an_edited_byte_of_any_part_is_named_when_it_is_read(
-    packed: Packed, tmp_path: Path, rng: np.random.Generator
+    packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
     for part in table(packed.path):
@@ -232,7 +232,7 @@ def test_an_edited_byte_of_any_part_is_named_when_it_is_read(
 
 
 def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
-    packed: Packed, tmp_path: Path
+    packed: PackedModel, tmp_path: Path
 ) -> None:
     raw = packed.path.read_bytes()
     length = int.from_bytes(raw[16:24], "little")
@@ -262,7 +262,7 @@ def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
     ],
 )  # fmt: skip
 def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_holds(
-    packed: Packed, tmp_path: Path, key: str, value: object
+    packed: PackedModel, tmp_path: Path, key: str, value: object
 ) -> None:
     raw = packed.path.read_bytes()
     length = int.from_bytes(raw[16:24], "little")
@@ -288,7 +288,7 @@ def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_holds(
 
 @pytest.mark.parametrize("part", ["file.config.json", "file.generation_config.json", ""])
 def test_a_damaged_file_in_the_cache_is_packed_again(
-    part: str, packed: Packed, model: Path, config: EngineConfig
+    part: str, packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     whole = packed.path.read_bytes()
     at = next((p["offset"] for p in table(packed.path) if p["name"] == part), 12)
@@ -301,7 +301,7 @@ def test_a_damaged_file_in_the_cache_is_packed_again(
 
 
 def test_a_cut_file_in_the_cache_is_packed_again(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     whole = packed.path.read_bytes()
     packed.path.write_bytes(whole[:-4096])
@@ -309,7 +309,7 @@ def test_a_cut_file_in_the_cache_is_packed_again(
 
 
 def test_another_format_version_is_refused_by_number_and_packed_again_from_a_folder(
-    packed: Packed, model: Path, config: EngineConfig
+    packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     whole = packed.path.read_bytes()
     packed.path.write_bytes(whole[:8] + (999).to_bytes(4, "little") + whole[12:])

@@ -13,8 +13,8 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import open_model
 from osmium.weights.checkpoint import Checkpoint, Formats
-from osmium.weights.packing import OnCpu
-from osmium.weights.quantizing import Quantizer
+from osmium.weights.packing import CpuQuantizer
+from osmium.weights.quantizing import GpuQuantizer
 from osmium.weights.shards import open_shards
 from tests.models.build import Tensor, hf_tensors
 from tests.ptx.interpreter import InterpretedMachine
@@ -58,12 +58,12 @@ def test_any_number_of_experts_a_turn_gives_the_same(tmp_path: Path, backend: st
     shards = open_shards(folder)
     model = open_model(folder, EngineConfig(cache_dir=str(tmp_path))).config
     checkpoint = Checkpoint(shards, model, Formats.of(config))
-    plain = OnCpu(checkpoint)
+    plain = CpuQuantizer(checkpoint)
     wanted = [records.copy() for records in plain.layers(range(model.num_layers))]
     one = 2 * 3 * checkpoint.record.inner * checkpoint.record.hidden
     for room in (1, 3 * one, 1 << 30):
         ops = BACKENDS[backend]()
-        with contextlib.closing(Quantizer(ops, checkpoint, room)) as made:
+        with contextlib.closing(GpuQuantizer(ops, checkpoint, room)) as made:
             assert made.count == min(max(1, room // one), model.num_experts)
             order = [1, 0]
             for layer, records in zip(order, made.layers(order), strict=True):
@@ -92,8 +92,8 @@ def test_the_memory_is_given_back(tmp_path: Path) -> None:
     held: list[object] = []
 
     class Counting(ReferenceOps):
-        def mailbox(self, *args: object) -> object:
-            held.append(made := super().mailbox(*args))  # type: ignore[arg-type]
+        def zeros_mapped(self, *args: object) -> object:
+            held.append(made := super().zeros_mapped(*args))  # type: ignore[arg-type]
             return made
 
         def release(self, array: object) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from osmium.errors import CheckpointError
 from osmium.weights import reading
-from osmium.weights.reading import Reader, joined_crc
+from osmium.weights.reading import Reader, crc32_combine
 
 PAGE, BLOCK = 4096, 16 * 4096
 PAGES = 100
@@ -92,7 +92,7 @@ def holds(path: Path, data: npt.NDArray[np.uint8], **options: Any) -> str | None
             assert np.array_equal(out, part)
             assert crc == zlib.crc32(part[:nbytes].data)
             assert reader.checksum(first * PAGE + 5, nbytes - 5) == zlib.crc32(part[5:nbytes].data)
-        return reader.way
+        return reader.io_mode
 
 
 def test_read_as_this_machine_reads(path: Path, data: npt.NDArray[np.uint8]) -> None:
@@ -134,7 +134,7 @@ def test_memory_that_the_disk_cannot_write_to_is_copied_to(
     monkeypatch.setattr(os, "preadv", strange_memory(out))
     with Reader(path) as reader:
         crc = reader.begin(out, 0)()
-        assert reader.way in ("bounced", "cached")
+        assert reader.io_mode in ("bounced", "cached")
     assert np.array_equal(out, data) and crc == zlib.crc32(data.data)
 
 
@@ -205,4 +205,4 @@ def test_no_file_and_no_thread_is_left_open(path: Path) -> None:
 def test_sums_of_parts_are_the_sum_of_the_whole(rng: np.random.Generator) -> None:
     for _ in range(50):
         a, b = (rng.bytes(int(rng.integers(0, 5000))) for _ in range(2))
-        assert joined_crc(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)
+        assert crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)

@@ -12,7 +12,7 @@ import osmium
 from osmium.config import EngineConfig
 from osmium.errors import ConfigError
 from osmium.loader import pack
-from osmium.ops import Linear
+from osmium.ops import LinearWeight
 from osmium.ops.formulas import expert_matrices, matrix
 from osmium.ops.gpu import GpuOps
 from osmium.weights import open_packed
@@ -53,7 +53,7 @@ def test_every_part_is_finite_and_keeps_the_size_of_what_it_multiplies(bits: int
     model = tiny(gpu_expert_bits=bits, attention_quant="int4", lm_head_quant="int8")
     for name in model.names():
         value = model.tensor(name)
-        if isinstance(value, Linear):
+        if isinstance(value, LinearWeight):
             w = matrix(value.format, value.data, value.scale)
             assert w.shape == model.parts[name].shape
             assert 0.3 < np.sqrt((w.astype(np.float64) ** 2).mean() * w.shape[1]) < 3, name
@@ -77,25 +77,27 @@ def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
 def test_kernels_make_the_same_bytes(bits: int) -> None:
     model = tiny(gpu_expert_bits=bits, attention_quant="int4")
     machine = InterpretedMachine()
-    placed = model.place(GpuOps(machine))
+    placed = model.upload(GpuOps(machine))
     assert list(placed) == model.names()
     for name, found in placed.items():
         wanted = model.tensor(name)
-        if not isinstance(wanted, Linear):
+        if not isinstance(wanted, LinearWeight):
             assert np.array_equal(found.numpy(), wanted), name
             continue
         assert replace(found, data=None, scale=None) == replace(wanted, data=None, scale=None)
         assert np.array_equal(found.data.numpy(), wanted.data), name
         assert wanted.scale is None or np.array_equal(found.scale.numpy(), wanted.scale), name
-    out = machine.host((model.config.num_experts, model.record.nbytes), np.uint8)
-    model.fill_records(GpuOps(machine), 3, out)
+    out = machine.empty_mapped((model.config.num_experts, model.record.nbytes), np.uint8)
+    model.generate_experts(GpuOps(machine), 3, out)
     assert np.array_equal(out.numpy(), np.stack([model.one_record(3, e) for e in range(8)]))
 
 
 def test_parts_and_layers_are_strangers_to_each_other() -> None:
     model = tiny(gpu_expert_bits=16)
     parts = [model.tensor(f"layers.{i}.router") for i in range(3)]
-    words = np.concatenate([part.data.reshape(-1) for part in parts if isinstance(part, Linear)])
+    words = np.concatenate(
+        [part.data.reshape(-1) for part in parts if isinstance(part, LinearWeight)]
+    )
     words = np.concatenate([words, model.all_records().reshape(-1).view(np.uint16)])
     bits = (words[:, None] >> np.array([0, 1, 2, 3, 4, 5, 6, 15], np.uint16)) & 1
     alike = np.corrcoef(bits, rowvar=False) - np.eye(8)
