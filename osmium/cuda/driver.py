@@ -191,7 +191,7 @@ class Device:
 
     def text(self, contract: Any) -> str:
         """A kernel's text, as this device runs it best."""
-        found: str = contract.early if self.pdl_enabled else contract.text
+        found: str = contract.pdl_text if self.pdl_enabled else contract.text
         return found
 
     def function(self, entry: str, text: str, dynamic: int = 0) -> Any:
