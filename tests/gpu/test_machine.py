@@ -293,11 +293,11 @@ LOSE = """
 import numpy as np
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import DeviceArray
-from osmium.cuda.stream import Machine
+from osmium.cuda.stream import CudaRuntime
 from osmium.errors import CudaError
 from osmium.kernels.ptx import kernel
 
-machine = Machine(Device())
+machine = CudaRuntime(Device())
 out = machine.empty((1024,), np.float32)
 nowhere = DeviceArray(0, (1024,), np.float32, None)
 for again in range(2):
