@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,13 @@ def test_a_prompt_reports_tokens_done_of_all(demo: Engine, monkeypatch: pytest.M
 
     monkeypatch.setattr("osmium.cli.answer.progress_bar", Recorded)
     monkeypatch.setattr("osmium.cli.answer.POLL_S", 0.001)
+    forward = demo.runner.forward
+
+    def slow(batch: Any) -> None:
+        time.sleep(0.02)  # so that each chunk is seen on a busy machine too
+        forward(batch)
+
+    monkeypatch.setattr(demo.runner, "forward", slow)
     ids = [7] * 200
     short = SamplingParams(temperature=0, max_tokens=1)
     respond(demo, Rendered(ids, thinking=False, raw=True), short, Collected())

@@ -166,8 +166,11 @@ def test_ctrl_c_stops_a_response_and_the_chat_goes_on() -> None:
 
 
 def test_ctrl_c_at_once_is_quiet() -> None:
+    """While NumPy is being imported: Python's own start, before that, cannot be made quiet."""
     with terminal("chat", "demo", *GREEDY) as chat:
-        time.sleep(0.3)
+        maps, end = Path(f"/proc/{chat.process.pid}/maps"), time.monotonic() + 30
+        while "numpy" not in maps.read_text() and time.monotonic() < end:
+            time.sleep(0.001)
         chat.press("\x03")
         with contextlib.suppress(AssertionError):
             chat.wait("once more", 5)
