@@ -220,10 +220,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(0, len(content), 16 << 10):
                 piece = content[at : at + (16 << 10)]
-                self.wfile.write(piece)
+                # counted first: the client may look at the counts as soon as it has the bytes
                 hub.served[path] += len(piece)
                 if header is not None:
                     hub.tensor_bytes += max(0, at + len(piece) - max(at, header))
+                self.wfile.write(piece)
                 time.sleep(hub.delay_s)
         except OSError:  # the client has what it wants
             self.close_connection = True
