@@ -90,29 +90,16 @@ def plan(hardware: HardwareInfo, model: str, options: dict[str, Any], context: i
 
 
 @pytest.mark.parametrize(
-    ("hardware", "model", "options", "context", "measured"),
-    MEASURED,
-    ids=[f"{h.name}-{m}-{'-'.join(map(str, o.values()))}-{c}" for h, m, o, c, _ in MEASURED],
+    ("row", "most"),
+    [*((row, 0.075) for row in MEASURED), *((row, ERROR) for row in HELD_OUT)],
+    ids=lambda of: of if isinstance(of, float) else "-".join(map(str, (of[0].name, *of[1:4]))),
 )
-def test_an_estimate_is_close_to_what_was_measured(
-    hardware: HardwareInfo, model: str, options: dict[str, Any], context: int, measured: float
-) -> None:
+def test_an_estimate_is_close_to_what_was_measured(row: tuple[Any, ...], most: float) -> None:
+    """Rows that the constants are fitted to, and others by the stated error."""
+    hardware, model, options, context, measured = row
     speed = plan(hardware, model, options, context).tokens_per_s_at(context)
     assert speed is not None
-    assert abs(speed / measured - 1) < 0.075 < ERROR, f"{speed:.1f} of {measured}"
-
-
-@pytest.mark.parametrize(
-    ("hardware", "model", "options", "context", "measured"),
-    HELD_OUT,
-    ids=[f"{m}-{'-'.join(map(str, o.values()))}" for _, m, o, _, _ in HELD_OUT],
-)
-def test_an_estimate_holds_for_plans_that_it_is_not_fitted_to(
-    hardware: HardwareInfo, model: str, options: dict[str, Any], context: int, measured: float
-) -> None:
-    speed = plan(hardware, model, options, context).tokens_per_s_at(context)
-    assert speed is not None
-    assert abs(speed / measured - 1) < ERROR, f"{speed:.1f} of {measured}"
+    assert abs(speed / measured - 1) < most <= ERROR, f"{speed:.1f} of {measured}"
 
 
 def test_the_parts_of_a_token_sum_to_its_time() -> None:
