@@ -18,24 +18,24 @@ from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import CudaRuntime as Gpu
 from osmium.cuda.stream import spilled_bytes
 from osmium.engine.engine import Engine
+from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
 from osmium.engine.runner import ModelRunner
-from osmium.engine.sharing import SlotRebalancer
-from osmium.engine.state import KVCacheManager
+from osmium.engine.slot_rebalancer import SlotRebalancer
 from osmium.engine.watchdog import Watchdog, default_floor
 from osmium.errors import ConfigError, DeviceError, OutOfMemory
-from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import make_cache, resident_cache
-from osmium.experts.guess import make_prefetch_state
-from osmium.experts.heat import (
+from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
+from osmium.experts.prefetch import make_prefetch_state
+from osmium.experts.routing import RoutingTrace, read_trace
+from osmium.experts.runner import ExpertRunner
+from osmium.experts.usage import (
     UsageSnapshot,
     read_heat,
     slots_per_layer,
     try_save_usage,
     warm_cache,
 )
-from osmium.experts.routing import RoutingTrace, read_trace
-from osmium.experts.store import ExpertRunner
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
@@ -59,8 +59,8 @@ from osmium.weights import (
 from osmium.weights.info import packed_info, synthetic_info
 from osmium.weights.lazy import LazyTensors
 from osmium.weights.local import display_name, mark_used, usage_file
-from osmium.weights.placing import upload_packed
 from osmium.weights.synthetic import PREFIX, Synthetic
+from osmium.weights.uploading import upload_packed
 
 LOG = logging.getLogger("osmium.loader")
 

@@ -19,15 +19,15 @@ from typing import Any
 
 import numpy as np
 
-from osmium.bench.about import environment
+from osmium.bench.environment import environment
 from osmium.bench.profile import launch_bytes, time_calls
-from osmium.bench.speed import arrays, fill_noise
+from osmium.bench.throughput import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device
 from osmium.cuda.stream import CudaRuntime, measure_h2d_rates, measure_vram_rate
 from osmium.errors import ConfigError, NoDevice
 from osmium.experts.cache import DECAY
-from osmium.experts.guess import make_prefetch_state
+from osmium.experts.prefetch import make_prefetch_state
 from osmium.models.attention import rotary_frequencies
 from osmium.models.state import make_state, state_bytes
 from osmium.models.workspace import make_workspace
@@ -40,7 +40,7 @@ from osmium.ops import (
     MatmulInput,
     Ops,
     StepInputs,
-    values,
+    types,
 )
 from osmium.ops.gpu import GpuOps
 from osmium.weights.synthetic import open_synthetic
@@ -247,10 +247,10 @@ class OpCases:
             for i, step in enumerate(steps)
         ]
 
-    def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> values.ExpertCache:
+    def _cache(self, layers: int, capacity: int, experts: int, nbytes: int) -> types.ExpertCache:
         """Nobody is in it; its slots are noise."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
-        return values.ExpertCache(
+        return types.ExpertCache(
             record=self.record, experts=experts, fading=DECAY,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
             expert_to_slot=i32(np.full(shape, -1)), slot_to_expert=i32(np.full((layers, capacity),
@@ -260,9 +260,9 @@ class OpCases:
             step=i32([0]), counters=i32([0] * 7, np.int64),
         )  # fmt: skip
 
-    def _plan(self, experts: Any, slots: Any, fetch: int) -> values.SlotAssignment:
+    def _plan(self, experts: Any, slots: Any, fetch: int) -> types.SlotAssignment:
         i32, ones = self._i32, np.ones(len(experts))
-        return values.SlotAssignment(
+        return types.SlotAssignment(
             count=i32([len(experts)]), expert=i32(experts), slot=i32(slots),
             fetch_flags=i32(fetch * ones), uses=i32(ones),
             pair_slots=i32(np.zeros((self.tokens, self.config.top_k))), fetch_progress=i32([0, 0]),
@@ -294,7 +294,7 @@ class OpCases:
         cache = self._cache(1, held, held, nbytes)
         records = self.ops.empty_mapped((1, held, nbytes), np.uint8)
         self.ops.host_view(records)[...] = 1
-        arena = values.HostExperts(self.record, records)
+        arena = types.HostExperts(self.record, records)
         plans = [self._plan(part, part, 1) for part in np.arange(held).reshape(-1, count)]
         return [partial(self.ops.fetch_experts, cache, plan, arena, 0) for plan in plans]
 
@@ -304,7 +304,7 @@ class OpCases:
         cache = self._cache(1, every, every, self.record.nbytes)
         ops.copy_h2d(cache.expert_to_slot, np.arange(every, dtype=np.int32).reshape(1, -1))
         pairs = self._settle(ops.empty_input(self.each, self.config.moe_intermediate_size))
-        own = values.SharedExpert(
+        own = types.SharedExpert(
             self._matrix("layers.0.shared_up"), self._matrix("layers.0.shared_down"), every
         )
         return [
@@ -320,7 +320,7 @@ class OpCases:
 
     def _sample(self) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
-        replies = values.DecodeState(
+        replies = types.DecodeState(
             ring=ring, null_slot=0, null_page=0,
             sampler_params=ops.to_device(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows,
             1))),
@@ -330,7 +330,7 @@ class OpCases:
             token_ring=ops.zeros_mapped((1 + ring * rows,), np.int32),
             **{
                 name: ops.empty(shape, dtype)
-                for name, (shape, dtype) in values.DecodeState.scratch(rows, vocab).items()
+                for name, (shape, dtype) in types.DecodeState.scratch(rows, vocab).items()
             },
         )  # fmt: skip
         sets = self._sets(4 * rows * vocab)

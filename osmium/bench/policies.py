@@ -8,7 +8,7 @@ an expert of the present token never leaves, as in ops.assign_slots.  Policies d
     decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
     popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
     mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long
-               (values.DecayConfig); what ships, until the engine has an idle moment
+               (types.DecayConfig); what ships, until the engine has an idle moment
     shared     mixed, slots shared out among layers by the heat after 1,024 tokens, 2,048, 4,096 and
                so on: as shipped, on a first start, if the engine idles at each of these
     quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
@@ -25,14 +25,14 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import DECAY
-from osmium.experts.heat import (
+from osmium.experts.routing import RoutingTrace
+from osmium.experts.usage import (
     FIRST_REBALANCE_TOKENS,
     UsageSnapshot,
     rebalanced_slots,
     slots_per_layer,
 )
-from osmium.experts.routing import RoutingTrace
-from osmium.ops.values import PREFETCH_SCORE_BIAS
+from osmium.ops.types import PREFETCH_SCORE_BIAS
 
 __all__ = [
     "POLICIES", "RULES", "SHIPPED", "SHIPPED_RULE", "Guesses", "guess", "hit_rate", "recall",
@@ -90,7 +90,7 @@ def _mixed(cache: PolicyState) -> F64:
     recent = cache.count * np.exp2((cache.last - cache.now) / DECAY.half_life)
     step = cache.now + 1  # the operation counts from 1
     grown = 1 - 2 ** (-(step + DECAY.prior_steps) / DECAY.long_half_life)
-    warmth = grown * recent + DECAY.long_scale * cache.slow  # values.DecayConfig's
+    warmth = grown * recent + DECAY.long_scale * cache.slow  # types.DecayConfig's
     return np.asarray(warmth + 1e-9 * cache.last)
 
 

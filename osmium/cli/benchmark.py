@@ -10,7 +10,7 @@ from typing import Any
 from osmium.bench.kernels import bench_kernels
 from osmium.bench.profile import profile, profile_table
 from osmium.bench.report import COLUMNS, compare, row_line, summary
-from osmium.bench.speed import BenchConfig, measure
+from osmium.bench.throughput import BenchConfig, measure
 from osmium.cli.flags import BENCH_DEFAULTS, engine_options
 from osmium.cli.local import named_model
 from osmium.cli.progress import progress_bar

@@ -6,7 +6,7 @@ import sys
 import time
 
 from osmium.engine.engine import Engine
-from osmium.engine.meter import IntervalStats
+from osmium.engine.stats import IntervalStats
 
 __all__ = ["EVERY_S", "ResponseTimes", "enable_timing"]
 

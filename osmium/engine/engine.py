@@ -16,8 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.engine.forced import teacher_forced_logits
-from osmium.engine.meter import EngineStats
+from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -32,8 +31,9 @@ from osmium.engine.request import (
 from osmium.engine.runner import DecodeSession, ModelRunner
 from osmium.engine.sampler import can_sample_on_device, non_finite_error, sample
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.engine.state import KVCacheManager
+from osmium.engine.stats import EngineStats
 from osmium.engine.stops import StopMatcher
+from osmium.engine.teacher_forcing import teacher_forced_logits
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
 from osmium.experts.routing import RoutingRecorder
 

@@ -18,11 +18,11 @@ from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_esti
 from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.guess import MIN_BULK_COPY_CC, guess_bytes
-from osmium.experts.store import store_bytes
+from osmium.experts.prefetch import MIN_BULK_COPY_CC, guess_bytes
+from osmium.experts.runner import store_bytes
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",

@@ -17,8 +17,8 @@ from osmium.engine.request import Request
 from osmium.engine.sampler import uniform
 from osmium.engine.scheduler import Batch
 from osmium.experts.cache import reset_cache, resize_layers
-from osmium.experts.heat import rebalanced_slots, snapshot_usage, warm_cache
-from osmium.experts.store import ExpertRunner
+from osmium.experts.runner import ExpertRunner
+from osmium.experts.usage import rebalanced_slots, snapshot_usage, warm_cache
 from osmium.models.qwen3_5_moe import Model
 from osmium.models.state import ModelState
 from osmium.ops import DecodeState, Ops, StepInputs
@@ -143,7 +143,7 @@ class ModelRunner:
         self._prepared = True
 
     def rebalance_slots(self) -> int:
-        """Move expert slots between layers by usage (heat.slots_per_layer), and fill them with
+        """Move expert slots between layers by usage (usage.slots_per_layer), and fill them with
         the most used experts.  Returns the number of experts copied; 0, and nothing changes, where
         the slots stay as they are.  No decode step may be in flight.
 

@@ -10,8 +10,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.request import Request
-from osmium.engine.state import KVCacheManager
 
 __all__ = ["Batch", "Scheduler"]
 

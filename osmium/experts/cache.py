@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from osmium.errors import ConfigError
 from osmium.ops import Array, DecayConfig, ExpertCache, HostExperts, Ops
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DECAY", "cache_bytes", "make_cache", "reset_cache", "resident", "resident_cache",

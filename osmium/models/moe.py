@@ -8,7 +8,7 @@ Every routed expert is computed, always.
 
 from osmium.config import ModelConfig
 from osmium.experts.routing import predict_experts
-from osmium.experts.store import ExpertRunner
+from osmium.experts.runner import ExpertRunner
 from osmium.models.weights import WeightView
 from osmium.models.workspace import Workspace
 from osmium.ops import Array, LinearWeight, Ops, SharedExpert, StepInputs

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from osmium.config import ModelConfig
-from osmium.experts.store import ExpertRunner
+from osmium.experts.runner import ExpertRunner
 from osmium.models.attention import Attention, rotary_frequencies
 from osmium.models.delta_net import DeltaNet
 from osmium.models.moe import MoeBlock

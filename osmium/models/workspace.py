@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.ops import Array, MatmulInput, Ops
-from osmium.ops.fit import SPLIT_KV_MAX_SEQS
-from osmium.ops.values import ROUTER_BARRIER_SHAPE, rows_bytes
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
+from osmium.ops.types import ROUTER_BARRIER_SHAPE, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
@@ -20,7 +20,7 @@ multiprocessor of a GPU with 160.  A short context uses as many as it has tiles.
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a step writes on its way, a row a token.  Letters are in ops/values.py and config.py."""
+    """What a step writes on its way, a row a token.  Letters are in ops/types.py and config.py."""
 
     x: Array
     """f32 [T, D], the residual stream."""

@@ -3,13 +3,13 @@
 Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the
 specification in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs
 come first; nothing is allocated inside an operation; sums are in f32 and every activation is f32 on
-both backends.  Weights are bf16, int8 or int4 (values.LinearWeight), KV pages f32, bf16 or e4m3
-(values.PagedKV).
+both backends.  Weights are bf16, int8 or int4 (types.LinearWeight), KV pages f32, bf16 or e4m3
+(types.PagedKV).
 
 Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip
 experts when the residual stream is rounded.
 
-Letters are in values.py.  A wide array that several operations share is passed whole, with the
+Letters are in types.py.  A wide array that several operations share is passed whole, with the
 column where the wanted part starts.
 """
 
@@ -20,7 +20,7 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import (
+from osmium.ops.types import (
     Array,
     AttentionWeights,
     AttentionWorkspace,
@@ -39,7 +39,7 @@ from osmium.ops.values import (
     SlotAssignment,
     StepInputs,
 )
-from osmium.quant.noise import BitPattern
+from osmium.quant.random_fill import BitPattern
 
 __all__ = [
     "Array", "AttentionWeights", "AttentionWorkspace", "DecayConfig", "DecodeState",
@@ -147,7 +147,7 @@ class Ops(Protocol):
     def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
         """out = a @ W.T.
 
-        out f32 [T, N]    a [T, K]    w [N, K], see values.LinearWeight
+        out f32 [T, N]    a [T, K]    w [N, K], see types.LinearWeight
         """
 
     def linear_add_rms_norm(
@@ -491,7 +491,7 @@ class Ops(Protocol):
         self, out: Array, start: int, nbytes: int, seed: int, pattern: BitPattern
     ) -> None:
         """Bytes start .. start + nbytes of each row of `out`: words of the stream of `seed`, each
-        by its place in `out`; see quant/noise.py.
+        by its place in `out`; see quant/random_fill.py.
 
         out u8 [E, bytes], in VRAM or host memory    start, nbytes, bytes % 16 == 0
         """

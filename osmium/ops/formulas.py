@@ -5,10 +5,10 @@ from typing import cast
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import Array, SlotAssignment, StepInputs
+from osmium.ops.types import Array, SlotAssignment, StepInputs
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3, quantize_e4m3_rows
-from osmium.quant.record import ExpertLayout
 
 __all__ = [
     "CHUNK", "F32", "delta_chunk", "expert_matrices", "gather_kv", "heads_of", "matrix",

@@ -9,7 +9,9 @@ from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE, DRAW
 from osmium.kernels.weigh import PEAKS, WEIGH
 from osmium.ops import gpu_experts, gpu_rows
-from osmium.ops.fit import (
+from osmium.ops.gpu_experts import GpuExperts
+from osmium.ops.runtime import DeviceRuntime
+from osmium.ops.tiling import (
     KV_DTYPES,
     SPLIT_KV_MAX_SEQS,
     is_decode,
@@ -17,9 +19,7 @@ from osmium.ops.fit import (
     num_kv_splits,
     supports_matvec,
 )
-from osmium.ops.gpu_experts import GpuExperts
-from osmium.ops.machine import DeviceRuntime
-from osmium.ops.values import (
+from osmium.ops.types import (
     FETCH_BLOCKS,
     Array,
     AttentionWeights,

@@ -4,7 +4,8 @@ from typing import Literal
 
 from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import kernel
-from osmium.ops.fit import (
+from osmium.ops.gpu_rows import GpuRows
+from osmium.ops.tiling import (
     EXPERT_TILES,
     MATVEC_MAX_TOKENS,
     fits_shared,
@@ -13,8 +14,7 @@ from osmium.ops.fit import (
     tile_expert_down,
     tile_matrix,
 )
-from osmium.ops.gpu_rows import GpuRows
-from osmium.ops.values import (
+from osmium.ops.types import (
     FETCH_BLOCKS,
     FETCH_WARPS,
     Array,

@@ -1,6 +1,6 @@
 """Memory, rows and matrices of GpuOps, and the making of weights.
 
-Matrices for few tokens read hi + lo halves (values.MatmulInput), which the producer of the rows
+Matrices for few tokens read hi + lo halves (types.MatmulInput), which the producer of the rows
 stores; the kernels for odd shapes read f32, which join_f32 restores.
 """
 
@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.kernels.ptx import kernel
-from osmium.ops.fit import MATVEC_NORM, Tiling, supports_matvec, tile_matrix
-from osmium.ops.machine import DeviceRuntime
-from osmium.ops.values import Array, Fill, LinearWeight, MatmulInput
-from osmium.quant.noise import BitPattern
-from osmium.quant.record import group_of
+from osmium.ops.runtime import DeviceRuntime
+from osmium.ops.tiling import MATVEC_NORM, Tiling, supports_matvec, tile_matrix
+from osmium.ops.types import Array, Fill, LinearWeight, MatmulInput
+from osmium.quant.expert_layout import group_of
+from osmium.quant.random_fill import BitPattern
 
 __all__ = ["GpuRows"]
 

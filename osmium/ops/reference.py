@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import placing, sampling
+from osmium.ops import sampling, slot_assignment
 from osmium.ops.formulas import (
     CHUNK,
     F32,
@@ -28,8 +28,8 @@ from osmium.ops.formulas import (
     slots_of,
     write_kv,
 )
-from osmium.ops.making import ReferenceQuantOps
-from osmium.ops.values import (
+from osmium.ops.reference_quant import ReferenceQuantOps
+from osmium.ops.types import (
     FETCH_BLOCKS,
     FETCH_SEGMENT_BYTES,
     STOP,
@@ -344,7 +344,7 @@ class ReferenceOps(ReferenceQuantOps):
         ids: Array,
         guess: PrefetchState | None = None,
     ) -> None:
-        placing.assign_slots(plan, cache, layer, ids, guess)
+        slot_assignment.assign_slots(plan, cache, layer, ids, guess)
 
     def fetch_experts(
         self,

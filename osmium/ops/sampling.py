@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import DecodeState, StepInputs
+from osmium.ops.types import DecodeState, StepInputs
 
 __all__ = ["advance_step", "sample_from_logits"]
 

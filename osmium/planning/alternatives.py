@@ -19,7 +19,7 @@ from osmium.engine.plan import (
 )
 from osmium.errors import CheckpointError, ConfigError
 from osmium.planning.hardware import specified
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.weights import ModelInfo, shapes_info
 from osmium.weights.checkpoint import Formats, TensorSpec
 from osmium.weights.synthetic import PREFIX, open_synthetic

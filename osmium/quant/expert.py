@@ -1,4 +1,4 @@
-"""One expert's matrices into the bytes of its record (quant/record.py)."""
+"""One expert's matrices into the bytes of its record (quant/expert_layout.py)."""
 
 from typing import Any
 
@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import ExpertLayout
 
 __all__ = ["pack_expert"]
 

@@ -18,7 +18,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
 from osmium.engine.engine import Engine
-from osmium.engine.meter import EngineStats, Histogram
+from osmium.engine.stats import EngineStats, Histogram
 
 __all__ = ["CONTENT_TYPE", "EVERY_S", "exposition"]
 

@@ -17,8 +17,8 @@ from osmium.config import EngineConfig, ModelConfig
 from osmium.errors import CheckpointError
 from osmium.quant import int4, int8
 from osmium.quant.expert import pack_expert
+from osmium.quant.expert_layout import ExpertLayout, group_of
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import ExpertLayout, group_of
 from osmium.weights.shards import Shards
 
 __all__ = ["Checkpoint", "Formats", "TensorSpec", "tensor_specs"]

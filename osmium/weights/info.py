@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from osmium.config import ModelConfig
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
 from osmium.weights.disk import DiskNeed
 from osmium.weights.hub import HubModel

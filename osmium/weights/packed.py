@@ -6,8 +6,8 @@
 
 A part is an array [name, dtype, shape, offset, nbytes, crc32].  Matrices are `name.data` and
 `name.scale`; the routed experts are one part a layer, `experts.{i}`, of records [E, nbytes] as
-quant/record.py lays them out; `file.config.json` and its like are what a start needs besides, so
-that the packed file stands alone.
+quant/expert_layout.py lays them out; `file.config.json` and its like are what a start needs
+besides, so that the packed file stands alone.
 """
 
 import json
@@ -26,7 +26,7 @@ import numpy.typing as npt
 from osmium.config import ModelConfig, Progress
 from osmium.errors import CheckpointError
 from osmium.ops import LinearWeight
-from osmium.quant.record import IO_ALIGNMENT, ExpertLayout
+from osmium.quant.expert_layout import IO_ALIGNMENT, ExpertLayout
 from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
 from osmium.weights.reading import Reader, crc32_combine
 

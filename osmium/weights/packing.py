@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig, Progress
 from osmium.errors import ConfigError
-from osmium.quant.record import IO_ALIGNMENT, ExpertLayout
+from osmium.quant.expert_layout import IO_ALIGNMENT, ExpertLayout
 from osmium.weights.checkpoint import Checkpoint, Formats, TensorSpec, tensor_specs
 from osmium.weights.packed import FILES, FIXED, MAGIC, VERSION, Entry
 

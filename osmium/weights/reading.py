@@ -30,7 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import CheckpointError
-from osmium.quant.record import IO_ALIGNMENT
+from osmium.quant.expert_layout import IO_ALIGNMENT
 
 __all__ = ["BLOCK", "THREADS", "Reader", "crc32_combine", "huge_pages"]
 

@@ -2,7 +2,7 @@
 
 `synthetic:NAME`, or `synthetic:NAME:LAYERS` for the first so many layers of it.  What a part holds
 depends on its name alone, so that any part can be made again, and compared, at any time: matrices
-are words of a counter (quant/noise.py), the same on every backend, made where they are to lie.
+are words of a counter (quant/random_fill.py), the same on every backend, generated in place.
 Random routers pick uniformly: give a routing trace with it (--replay-routing).  It has no token
 that ends a reply, and its text is the bundled model's tokens: ids beyond those are shown as ids.
 
@@ -25,9 +25,9 @@ from osmium.config import EngineConfig, ModelConfig, Progress
 from osmium.errors import ConfigError
 from osmium.ops import Array, LinearWeight, Ops
 from osmium.ops.reference import ReferenceOps
-from osmium.quant import noise
-from osmium.quant.noise import BitPattern
-from osmium.quant.record import ExpertLayout
+from osmium.quant import random_fill
+from osmium.quant.expert_layout import ExpertLayout
+from osmium.quant.random_fill import BitPattern
 from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
 
 __all__ = ["PREFIX", "Synthetic", "open_synthetic", "synthetic_name"]
@@ -158,7 +158,7 @@ class Synthetic:
             room = (1, -(-nbytes // 16) * 16)
             out = (ops.empty_mapped if on_host else ops.empty)(room, np.uint8)
             which = _pattern(part.format, gain, kind == "scale")
-            ops.random_fill(out, 0, room[1], noise.seed_from_name(f"{name}.{kind}"), which)
+            ops.random_fill(out, 0, room[1], random_fill.seed_from_name(f"{name}.{kind}"), which)
             arrays[kind] = out.reshape(room[1])[:nbytes].view(dtype).reshape(*shape)
         if not part.matrix:
             return arrays["data"]
@@ -180,7 +180,9 @@ class Synthetic:
         out u8 [<= E, nbytes]
         """
         record, form = self.record, {16: "bf16", 8: "int8", 4: "int4"}[self.record.bits]
-        seed = noise.skip_seed(noise.seed_from_name(f"experts.{layer}"), first * record.nbytes // 8)
+        seed = random_fill.skip_seed(
+            random_fill.seed_from_name(f"experts.{layer}"), first * record.nbytes // 8
+        )
         up, down = record.hidden**-0.5, record.inner**-0.5
         for start, end, gain, scales in (
             (0, record.up_scale, up, False),
@@ -233,10 +235,12 @@ def _pattern(form: str, gain: float, scale: bool) -> BitPattern:
     """What stored words are made of, for numbers of a size near `gain`: uniform nibbles have a
     standard deviation of 4.6, uniform bytes of 74."""
     if form == "bf16":
-        return noise.bf16(gain)
+        return random_fill.bf16(gain)
     if not scale:
-        return noise.ALL_BITS
-    return noise.f16_scales(gain / 4.6) if form == "int4" else noise.f32_scales(gain / 74)
+        return random_fill.ALL_BITS
+    return (
+        random_fill.f16_scales(gain / 4.6) if form == "int4" else random_fill.f32_scales(gain / 74)
+    )
 
 
 def _rng(name: str) -> np.random.Generator:

@@ -7,14 +7,19 @@ import pytest
 
 from osmium.bench import policies
 from osmium.errors import ConfigError
-from osmium.experts.arena import wrap_host_experts
 from osmium.experts.cache import DECAY, make_cache, resize_layers
-from osmium.experts.heat import FIRST_REBALANCE_TOKENS, rebalanced_slots, snapshot_usage, warm_cache
+from osmium.experts.host_experts import wrap_host_experts
 from osmium.experts.routing import RoutingRecorder, RoutingTrace, read_trace
+from osmium.experts.usage import (
+    FIRST_REBALANCE_TOKENS,
+    rebalanced_slots,
+    snapshot_usage,
+    warm_cache,
+)
 from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
-from osmium.quant.record import ExpertLayout
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
+from osmium.quant.expert_layout import ExpertLayout
 
 
 def trace(

@@ -20,7 +20,7 @@ from osmium.bench.profile import (
 from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
 from osmium.kernels.ptx import kernel
-from osmium.ops import machine as protocol
+from osmium.ops import runtime as protocol
 from osmium.ops.gpu import GpuOps
 from tests.engine.fake_gpu import FakeGpu
 from tests.ptx.interpreter import InterpretedMachine

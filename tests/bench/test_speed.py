@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import osmium
-from osmium.bench import speed
-from osmium.bench.about import environment
+from osmium.bench import throughput
+from osmium.bench.environment import environment
 from osmium.bench.profile import launch_bytes, profile
 from osmium.bench.report import COLUMNS, compare, row_line, summary
-from osmium.bench.speed import BenchConfig, measure
+from osmium.bench.throughput import BenchConfig, measure
 from osmium.cli import main
 from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
@@ -200,14 +200,16 @@ def test_the_link_is_timed_and_nothing_changes(
     runner = engine.runner
     ticks = iter(range(1000))
     monkeypatch.setattr(
-        speed, "Event", lambda device: SimpleNamespace(record=lambda _: next(ticks))
+        throughput, "Event", lambda device: SimpleNamespace(record=lambda _: next(ticks))
     )
     monkeypatch.setattr(
         runner.ops, "machine", SimpleNamespace(device=None, stream=None), raising=False
     )
     before = engine.status()["experts"]
     record = runner.store.cache.record.nbytes
-    assert speed.link_rate(engine, 2) == 2 * record / 0.25 / 1e6, "4 fetches of 2 records a tick"
+    assert throughput.link_rate(engine, 2) == 2 * record / 0.25 / 1e6, (
+        "4 fetches of 2 records a tick"
+    )
     assert engine.status()["experts"] == before
     records = runner.ops.host_view(runner.store.arena.records)
     assert verify(runner.ops, runner.store.cache, records, 1000, 0) > 0

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.bench import speed
-from osmium.bench.speed import BenchConfig
+from osmium.bench import throughput
+from osmium.bench.throughput import BenchConfig
 from osmium.cli import main
 from osmium.cli.doctor import run_checks
 from osmium.cli.flags import BENCH_DEFAULTS
 from osmium.cli.timing import _RateLimited
-from osmium.engine.meter import IntervalStats
 from osmium.engine.request import SamplingParams
+from osmium.engine.stats import IntervalStats
 from osmium.server.app import BackgroundLoader
 from osmium.weights import DEMO
 from tests.models.build import CASES, write_checkpoint
@@ -167,14 +167,14 @@ def test_bench_rows_are_printed_as_they_are_measured_with_the_time_left(
 ) -> None:
     printed: list[str] = []
     monkeypatch.setattr("osmium.cli.benchmark._say", printed.append)
-    measured = speed._decode
+    measured = throughput._decode
 
     def decode(*arguments: Any) -> Any:
         counts.append(sum(line.startswith(("prefill", "decode")) for line in printed))
         return measured(*arguments)
 
     counts: list[int] = []
-    monkeypatch.setattr(speed, "_decode", decode)
+    monkeypatch.setattr(throughput, "_decode", decode)
     short = "--prompt-tokens 8 --tokens 4 --repeats 1 --warm-up 2 --depth 16,32,48 --context 1k"
     assert main(["bench", "synthetic:tiny", *CPU, *short.split()]) == 0
     assert counts == [1, 2, 3]

@@ -18,10 +18,10 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.engine.engine import Engine
+from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.request import Event, Finish, SamplingParams, Token
 from osmium.engine.runner import ModelRunner
-from osmium.engine.state import KVCacheManager
-from osmium.experts.store import ExpertCounters
+from osmium.experts.runner import ExpertCounters
 from osmium.models.state import ModelState
 from osmium.ops import StepInputs
 from osmium.ops.reference import ReferenceOps

@@ -13,7 +13,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import NoDevice
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import snapshot_usage
+from osmium.experts.usage import snapshot_usage
 from osmium.ops.gpu import GpuOps
 from osmium.weights import DEMO, open_packed
 

@@ -23,8 +23,8 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError, ConfigError, CudaError, OutOfMemory
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import slots_per_layer, snapshot_usage
-from osmium.experts.store import ExpertCounters
+from osmium.experts.runner import ExpertCounters
+from osmium.experts.usage import slots_per_layer, snapshot_usage
 from osmium.ops import LinearWeight
 from osmium.planning import hardware
 from osmium.weights import PackedModel, open_model, open_packed

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import osmium
-from osmium.engine.meter import Histogram, IntervalStats
 from osmium.engine.request import FinishReason, SamplingParams
+from osmium.engine.stats import Histogram, IntervalStats
 from tests.engine.fakes import GREEDY, PATIENCE_S, Bench, Gate
 
 

@@ -23,7 +23,7 @@ from osmium.engine.speed_estimate import HIDDEN, LAYER_US, LINK_SHARE, MISS_LAYE
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 GIB = 1 << 30
 

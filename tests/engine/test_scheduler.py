@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.request import Request, SamplingParams
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.engine.state import KVCacheManager
 
 
 def request(tokens: int) -> Request:

@@ -11,13 +11,13 @@ import pytest
 
 from osmium import loader
 from osmium.engine import engine as crank
-from osmium.engine import sharing
+from osmium.engine import slot_rebalancer
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.engine.runner import ModelRunner
 from osmium.errors import CudaError, EngineStopped
 from osmium.experts.cache import resident, verify
-from osmium.experts.heat import slots_per_layer, snapshot_usage
+from osmium.experts.usage import slots_per_layer, snapshot_usage
 from osmium.weights import PackedModel
 from tests.engine.conftest import CASE
 from tests.engine.fake_gpu import FakeGpu
@@ -193,7 +193,7 @@ def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., 
 def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Tokens after which slots were shared out; there is always a moment for it, after 50."""
     monkeypatch.setattr(crank, "IDLE_SECONDS", 0.01)
-    monkeypatch.setattr(sharing, "FIRST_REBALANCE_TOKENS", 50)
+    monkeypatch.setattr(slot_rebalancer, "FIRST_REBALANCE_TOKENS", 50)
     seen: list[int] = []
     share = ModelRunner.rebalance_slots
 

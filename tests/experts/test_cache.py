@@ -8,7 +8,6 @@ import numpy.typing as npt
 import pytest
 
 from osmium.errors import CheckpointError, ConfigError
-from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import (
     cache_bytes,
     make_cache,
@@ -18,12 +17,13 @@ from osmium.experts.cache import (
     resize_layers,
     verify,
 )
-from osmium.experts.guess import guess_bytes, make_prefetch_state
-from osmium.experts.store import ExpertRunner, store_bytes
+from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
+from osmium.experts.prefetch import guess_bytes, make_prefetch_state
+from osmium.experts.runner import ExpertRunner, store_bytes
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, SharedExpert
 from osmium.ops.formulas import expert_matrices
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 from tests.tolerance import close, distance
 
 LAYERS, EXPERTS, TOP_K = 3, 11, 3

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.experts.arena import wrap_host_experts
 from osmium.experts.cache import DECAY, make_cache, resident, verify
-from osmium.experts.heat import (
+from osmium.experts.host_experts import wrap_host_experts
+from osmium.experts.runner import ExpertRunner
+from osmium.experts.usage import (
     MAX_STEPS,
     UsageSnapshot,
     read_heat,
@@ -21,7 +22,6 @@ from osmium.experts.heat import (
     try_save_usage,
     warm_cache,
 )
-from osmium.experts.store import ExpertRunner
 from osmium.ops import ExpertCache
 from tests.experts.test_cache import EXPERTS, LAYERS, OPS, RECORD, TOP_K, parts, records, run
 

@@ -8,14 +8,14 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import make_cache, verify
-from osmium.experts.guess import make_prefetch_state
-from osmium.experts.store import ExpertRunner
+from osmium.experts.prefetch import make_prefetch_state
+from osmium.experts.runner import ExpertRunner
 from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.quant import int8
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32
-from osmium.quant.record import ExpertLayout
 from tests.ops.cases import new_rows, normed_rows, records
 from tests.ptx.interpreter import InterpretedMachine
 from tests.tolerance import close

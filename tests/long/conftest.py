@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from osmium.bench.about import environment
+from osmium.bench.environment import environment
 from tests.long.server import Server, serving
 
 HERE = Path(__file__).resolve().parent

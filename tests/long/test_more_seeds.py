@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 from tests.experts.test_interpreted import test_layers_with_slots_of_their_own as layers
 from tests.ptx.test_barriers import cases_of, right
 

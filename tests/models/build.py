@@ -16,8 +16,8 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.ops import LinearWeight
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import ExpertLayout
 
 Tensor = npt.NDArray[Any]
 """f32, or bf16 as u16."""

@@ -8,15 +8,15 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
-from osmium.experts.arena import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.cache import make_cache, resident_cache
-from osmium.experts.store import ExpertRunner
+from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
+from osmium.experts.runner import ExpertRunner
 from osmium.models import model_class
 from osmium.models.state import make_state
 from osmium.models.weights import upload
 from osmium.ops import LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 from tests.models.build import Case, hf_config, hf_tensors, our_records, our_weights
 
 Logits = npt.NDArray[np.float32]

@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import resident, verify
-from osmium.experts.store import ExpertRunner
+from osmium.experts.runner import ExpertRunner
 from osmium.ops import Array, Ops
 from tests.models.build import CASES, Case, prompt
 from tests.models.run import Logits, Runner, runner

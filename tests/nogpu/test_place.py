@@ -21,8 +21,8 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.python import KERNELS
 from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS
-from osmium.quant.record import ExpertLayout
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS
+from osmium.quant.expert_layout import ExpertLayout
 from tests import needs
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -31,12 +31,12 @@ from osmium.ops import (
     SlotAssignment,
     StepInputs,
 )
-from osmium.ops.fit import SPLIT_KV_MAX_SEQS
 from osmium.ops.formulas import normed, rope
-from osmium.ops.values import ROUTER_BARRIER_SHAPE
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
+from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout, group_of
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3, quantize_e4m3_rows
-from osmium.quant.record import ExpertLayout, group_of
 
 Arrays = dict[str, npt.NDArray[Any]]
 

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.ops.fit import MIN_KV_SPLITS, num_kv_splits
 from osmium.ops.gpu import SPLIT, GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import FETCH_BLOCKS
+from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits
+from osmium.ops.types import FETCH_BLOCKS
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import shared
 from tests.ptx.interpreter import InterpretedMachine

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from osmium.experts.cache import make_cache, resident, verify
-from osmium.experts.guess import MIN_BULK_COPY_CC
+from osmium.experts.prefetch import MIN_BULK_COPY_CC
 from osmium.ops import HostExperts, PrefetchState, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
-from osmium.quant.record import ExpertLayout
+from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
 

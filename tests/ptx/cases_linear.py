@@ -13,10 +13,10 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
-from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
+from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
-from osmium.quant.record import ExpertLayout
 from tests.ops import cases
 from tests.ops.cases import (
     TINY,

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 
 from osmium.ops import Ops
-from osmium.quant import int4, noise
+from osmium.quant import int4, random_fill
 from osmium.quant.floats import bf16_from_f32
-from osmium.quant.noise import BitPattern
+from osmium.quant.random_fill import BitPattern
 from tests.ops.cases import Arrays, Case
 
 __all__ = ["CASES", "LARGE"]
@@ -70,16 +70,16 @@ CASES: dict[str, Callable[[np.random.Generator], Case]] = {
     "quantize int4, groups of 32": _quantize(4, 3, 7, 96),
     "quantize int8": _quantize(8, 2, 19, 304),
     "quantize int8, narrow": _quantize(8, 1, 5, 48),
-    "noise, bits": _noise(noise.ALL_BITS, 3, 8272, slice(16, 8240)),
-    "noise, bf16": _noise(noise.bf16(0.02), 1, 4096, slice(0, 4096)),
-    "noise, f16 scales": _noise(noise.f16_scales(0.004), 2, 96, slice(32, 80)),
-    "noise, f32 scales": _noise(noise.f32_scales(0.0002), 2, 96, slice(0, 16)),
+    "noise, bits": _noise(random_fill.ALL_BITS, 3, 8272, slice(16, 8240)),
+    "noise, bf16": _noise(random_fill.bf16(0.02), 1, 4096, slice(0, 4096)),
+    "noise, f16 scales": _noise(random_fill.f16_scales(0.004), 2, 96, slice(32, 80)),
+    "noise, f32 scales": _noise(random_fill.f32_scales(0.0002), 2, 96, slice(0, 16)),
 }
 
 LARGE: dict[str, Callable[[np.random.Generator], Case]] = {
     "quantize int4, 122b": _quantize(4, 3, 2048, 3072),
     "quantize int4, 122b down": _quantize(4, 3, 3072, 1024),
     "quantize int8, 122b": _quantize(8, 1, 8209, 3072),
-    "noise, 122b": _noise(noise.ALL_BITS, 5, 1188 * 4096, slice(0, 1188 * 4096)),
+    "noise, 122b": _noise(random_fill.ALL_BITS, 5, 1188 * 4096, slice(0, 1188 * 4096)),
 }
 """For a GPU."""

@@ -16,7 +16,7 @@ from osmium.ops import (
     StepInputs,
 )
 from osmium.ops.reference import ReferenceOps
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["STAND_INS"]
 

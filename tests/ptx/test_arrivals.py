@@ -12,8 +12,8 @@ from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
-from osmium.quant.record import ExpertLayout
+from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
 from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program

@@ -12,9 +12,9 @@ import pytest
 
 from osmium.ops import ExpertCache
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.values import STOP
+from osmium.ops.types import STOP
+from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import f32_from_bf16
-from osmium.quant.record import ExpertLayout
 from tests.ops.cases import Arrays, Case, run
 from tests.ptx.cases_linear import CASES
 from tests.tolerance import close

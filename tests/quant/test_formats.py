@@ -5,6 +5,7 @@ import pytest
 
 from osmium.errors import ConfigError
 from osmium.quant import int4, int8
+from osmium.quant.expert_layout import ExpertLayout, group_of
 from osmium.quant.floats import (
     bf16_from_f32,
     e4m3_from_f32,
@@ -12,7 +13,6 @@ from osmium.quant.floats import (
     f32_from_e4m3,
     quantize_e4m3_rows,
 )
-from osmium.quant.record import ExpertLayout, group_of
 
 
 def test_every_bf16_survives_the_round_trip() -> None:

@@ -15,7 +15,7 @@ from osmium.config import Progress
 from osmium.cuda.memory import Waits, waited_for
 from osmium.errors import CheckpointError, DeviceError
 from osmium.ops import Array, HostExperts, Ops
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["StartRead", "load_host_experts", "load_resident_experts", "wrap_host_experts"]
 

@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from osmium.ops.values import Array
-from osmium.quant import int4, int8, noise
+from osmium.ops.types import Array
+from osmium.quant import int4, int8, random_fill
+from osmium.quant.expert_layout import group_of
 from osmium.quant.floats import f32_from_bf16
-from osmium.quant.noise import BitPattern
-from osmium.quant.record import group_of
+from osmium.quant.random_fill import BitPattern
 
 __all__ = ["ReferenceQuantOps"]
 
@@ -32,4 +32,4 @@ class ReferenceQuantOps:
         words = out.shape[1] // 8
         for i, row in enumerate(out):
             part = row[start : start + nbytes].view(np.uint64)
-            noise.fill(part, seed, i * words + start // 8, pattern)
+            random_fill.fill(part, seed, i * words + start // 8, pattern)

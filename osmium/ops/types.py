@@ -16,7 +16,7 @@ import numpy as np
 
 from osmium.cuda.memory import Fill
 from osmium.kernels.weigh import BINS, SLICE
-from osmium.quant.record import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DROP", "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_SCORE_BIAS",

@@ -15,7 +15,7 @@ from typing import Any
 
 from osmium.engine.request import FinishReason, Request
 from osmium.engine.scheduler import Batch, Scheduler
-from osmium.experts.store import ExpertCounters
+from osmium.experts.runner import ExpertCounters
 
 __all__ = ["EngineStats", "Histogram", "IntervalStats"]
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from osmium.ops.values import Fill
+from osmium.ops.types import Fill
 
 __all__ = ["DeviceRuntime"]
 

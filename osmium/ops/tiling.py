@@ -6,9 +6,9 @@ from typing import Any, cast
 import numpy as np
 
 from osmium.errors import ConfigError
-from osmium.ops.machine import DeviceRuntime
-from osmium.ops.values import LinearWeight, PagedKV, SharedExpert, StepInputs
-from osmium.quant.record import ExpertLayout
+from osmium.ops.runtime import DeviceRuntime
+from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "EXPERT_TILES", "KV_DTYPES", "MATVEC_MAX_TOKENS", "SPLIT_KV_MAX_SEQS", "Tiling",

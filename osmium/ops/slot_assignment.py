@@ -3,7 +3,7 @@
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.values import (
+from osmium.ops.types import (
     DROP,
     PREFETCH_SCORE_BIAS,
     STOP,

@@ -21,7 +21,7 @@ from osmium.ops import (
     SharedExpert,
     SlotAssignment,
 )
-from osmium.ops.values import FETCH_SEGMENT_BYTES, rows_bytes
+from osmium.ops.types import FETCH_SEGMENT_BYTES, rows_bytes
 
 __all__ = ["ExpertCounters", "ExpertRunner", "store_bytes"]
 

@@ -65,12 +65,12 @@ class UsageSnapshot:
 
     @property
     def eviction_scores(self) -> npt.NDArray[np.float32]:
-        """f32 [L, E], as of now (values.DecayConfig)."""
+        """f32 [L, E], as of now (types.DecayConfig)."""
         grown = np.float32(1 - 2 ** (-(self.steps + DECAY.prior_steps) / DECAY.long_half_life))
         return grown * self.heat + np.float32(DECAY.long_scale) * self.long_heat
 
     def top_experts(self, layer: int, most: int) -> npt.NDArray[np.intp]:
-        """Up to `most` experts that were used or resident, the warmest first (values.DecayConfig);
+        """Up to `most` experts that were used or resident, the warmest first (types.DecayConfig);
         equals by the later use, then those that were resident, then by number."""
         known = (self.long_heat[layer] > 0) | self.resident[layer]
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
@@ -79,7 +79,7 @@ class UsageSnapshot:
 
 
 def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
-    """A cache's heat as of now; see values.ExpertCache for how it is kept."""
+    """A cache's heat as of now; see types.ExpertCache for how it is kept."""
     arrays: list[npt.NDArray[Any]] = [
         ops.copy_d2h(one)
         for one in (

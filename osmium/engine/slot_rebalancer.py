@@ -6,9 +6,9 @@ Knows when; by what heat, and how, is ModelRunner.rebalance_slots's.
 import logging
 import time
 
-from osmium.engine.meter import EngineStats
 from osmium.engine.runner import ModelRunner
-from osmium.experts.heat import FIRST_REBALANCE_TOKENS
+from osmium.engine.stats import EngineStats
+from osmium.experts.usage import FIRST_REBALANCE_TOKENS
 
 __all__ = ["SlotRebalancer"]
 

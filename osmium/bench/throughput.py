@@ -29,7 +29,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from osmium.bench.about import environment
+from osmium.bench.environment import environment
 from osmium.cuda.stream import Event
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token

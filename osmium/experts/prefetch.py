@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from osmium.ops import Ops, PrefetchState
-from osmium.ops.values import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
 
 __all__ = ["MIN_BULK_COPY_CC", "guess_bytes", "make_prefetch_state"]
 

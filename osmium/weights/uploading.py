@@ -15,7 +15,7 @@ import numpy.typing as npt
 from osmium.config import Progress
 from osmium.cuda.memory import waited_for
 from osmium.ops import Array, LinearWeight, Ops
-from osmium.quant.record import IO_ALIGNMENT
+from osmium.quant.expert_layout import IO_ALIGNMENT
 from osmium.weights.packed import Entry, PackedModel, PackedReader
 
 __all__ = ["upload_packed"]
