@@ -71,6 +71,8 @@ def read_text_files(
             "config.json, or continue plain text with `osmium run --raw`."
         )
     defaults = sampling_defaults(files.json("generation_config.json"))
+    if demo:
+        defaults = {**defaults, "temperature": 0.0}  # sampled, so small a model often errs
     if synthetic:
         defaults = {"max_tokens": SYNTHETIC_MAX_TOKENS, **defaults}
     tokenizer = None if raw is None else Tokenizer(raw, unknown_ids_as_text=synthetic)

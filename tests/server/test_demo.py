@@ -40,6 +40,13 @@ def test_the_readmes_question_is_answered(client: TestClient) -> None:
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
+def test_without_settings_the_demo_answers_greedily(client: TestClient) -> None:
+    body = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
+    for _ in range(3):
+        made = client.post("/v1/chat/completions", json=body).json()
+        assert made["choices"][0]["message"]["content"] == "Paris."
+
+
 @pytest.mark.parametrize("fields", [{}, {"enable_thinking": True}])
 def test_a_stream_says_what_a_whole_answer_says(client: TestClient, fields: dict[str, Any]) -> None:
     message = ask(client, **fields).json()["choices"][0]["message"]
