@@ -107,7 +107,7 @@ RULES = ("shipped", "first", "warmest")
 warmth + COLD (by warmth where a trace has no weights), in the router's order, or by warmth."""
 
 SHIPPED_RULE = "shipped"
-"""The one of them by which ops.assign_slots decides whom to guess."""
+"""The rule by which ops.assign_slots picks the expert to prefetch."""
 
 
 @dataclass

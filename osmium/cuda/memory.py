@@ -23,7 +23,7 @@ __all__ = ["DeviceArray", "DevicePool", "Fill", "HostBuffer", "HostKind", "Waits
 HostKind = Literal["pinned", "write-combined", "registered", "registered-huge"]
 
 Fill = Callable[[npt.NDArray[np.uint8]], None]
-"""Writes all bytes of new host memory, u8 [n]; nobody does any more when it returns or raises."""
+"""Writes all bytes of new host memory, u8 [n]; no thread writes after it returns or raises."""
 
 Waits = list[Callable[[], None]]
 """One function for each read in flight: it waits for the bytes, or raises the read's error."""

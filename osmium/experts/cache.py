@@ -104,9 +104,9 @@ def _cache(
 
 
 def reset_cache(ops: Ops, cache: ExpertCache) -> None:
-    """As after a start: nobody is in it, nobody was used."""
-    for nobody in (cache.expert_to_slot, *cache.slot_to_expert):
-        ops.memset(nobody, 0xFF)  # -1
+    """Empty every slot and clear the use counts, as after a start."""
+    for table in (cache.expert_to_slot, *cache.slot_to_expert):
+        ops.memset(table, 0xFF)  # -1
     for zero in (cache.short_count, cache.long_count, cache.last_used, cache.step):
         ops.memset(zero, 0)
 

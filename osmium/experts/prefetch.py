@@ -17,7 +17,7 @@ ROWS = ROUTER_BARRIER_SHAPE[0]
 
 
 def make_prefetch_state(ops: Ops, layers: int, experts: int, top_k: int) -> PrefetchState:
-    """Nobody is guessed yet.  Raises: OutOfMemory."""
+    """A state without a prefetched expert.  Raises: OutOfMemory."""
     made = PrefetchState(
         ids=ops.empty((ROWS, top_k), np.uint16),
         weights=ops.empty((ROWS, top_k), np.float32),

@@ -47,7 +47,7 @@ PREFETCH_SCORE_BIAS = 0.02
 """Added to the warmth of an expert, to weigh a guess: about what a use of long ago is worth."""
 
 STOP, DROP = 1 << 30, 1 << 29
-"""In PrefetchState.state: the layer is placed; and nobody asked for the guess."""
+"""In PrefetchState.state: slots of the layer are assigned; and the prefetched expert is unused."""
 
 MIN_LOGIT_SLICES = 128
 """Slices of a row of logits that are searched side by side, at least."""

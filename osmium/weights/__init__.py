@@ -46,7 +46,7 @@ from osmium.weights.unsupported import (
 __all__ = [
     "DEMO", "CheckpointFiles", "HubFiles", "ModelInfo", "ModelSource", "PackedModel",
     "PackedReader", "cache_folder", "inspect_model", "locate", "open_model", "open_packed",
-    "open_weights", "resolve", "shapes_info",
+    "open_weights", "shapes_info",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.weights")
@@ -457,12 +457,3 @@ def _existing(model: str | os.PathLike[str] | None) -> Path | None:
     elif is_dir and not has_config:
         refuse_folder(path)
     return path if is_file or is_dir else None
-
-
-def resolve(model: str | os.PathLike[str] | None, progress: Progress | None = None) -> Path:
-    """A packed file or a checkpoint folder on this machine; a hub id is downloaded.
-
-    Raises: ConfigError, CheckpointError.
-    """
-    path = locate(model)
-    return download(look_up(path), progress) if isinstance(path, str) else path

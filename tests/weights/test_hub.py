@@ -15,8 +15,8 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError
-from osmium.weights import CheckpointFiles, HubFiles, disk, inspect_model, open_model, resolve
-from osmium.weights.hub import hub_id, look_up
+from osmium.weights import CheckpointFiles, HubFiles, disk, inspect_model, open_model
+from osmium.weights.hub import download, hub_id, look_up
 from osmium.weights.info import ModelInfo
 from tests.models.build import hf_tensors
 from tests.weights.files import CASE, write
@@ -144,7 +144,7 @@ def test_a_hub_that_does_not_answer_is_as_no_network(
 def test_a_model_that_is_in_the_cache_needs_no_network(
     hub: StandInHub, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    resolve(NAME)
+    download(look_up(NAME))
     offline(monkeypatch)
     served = hub.total
     info = inspect_model(NAME, config)

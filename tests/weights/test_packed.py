@@ -13,7 +13,7 @@ import pytest
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import LinearWeight
-from osmium.weights import DEMO, PackedModel, cache_folder, open_model, open_packed, resolve
+from osmium.weights import DEMO, PackedModel, cache_folder, locate, open_model, open_packed
 from osmium.weights.packed import FILES
 from tests.models.build import hf_tensors
 from tests.weights.files import CASE, write
@@ -329,7 +329,7 @@ def test_text_that_is_no_json_is_refused_by_name(model: Path, config: EngineConf
 
 
 def test_nothing_is_the_bundled_demo_and_it_is_whole() -> None:
-    assert resolve(None) == DEMO
+    assert locate(None) == DEMO
     demo = open_model(None, EngineConfig())
     demo.verify()
     assert demo.record.bits == 4
@@ -341,9 +341,9 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.osmium").write_text("hello")
     with pytest.raises(ConfigError, match="nowhere"):
-        resolve(tmp_path / "nowhere")
+        locate(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="empty"):
-        resolve(tmp_path / "empty")
+        locate(tmp_path / "empty")
     with pytest.raises(CheckpointError, match=r"text\.osmium"):
         open_model(tmp_path / "text.osmium", EngineConfig())
 
@@ -354,7 +354,7 @@ def test_a_hub_id_that_cannot_be_had_offline_is_refused_by_name(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError) as raised:
-        resolve(name)
+        open_model(name, EngineConfig())
     assert name in str(raised.value)
 
 

@@ -11,7 +11,7 @@ import pytest
 from osmium.cli import main
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError, OsmiumError
-from osmium.weights import open_model, resolve
+from osmium.weights import locate, open_model
 from osmium.weights.synthetic import synthetic_name
 from osmium.weights.unsupported import refuse_config, refuse_files, refuse_name
 from tests.models.build import CASES, hf_config, write_checkpoint
@@ -348,7 +348,7 @@ def test_a_folder_of_the_name_goes_before_what_the_name_says(
     monkeypatch.chdir(tmp_path)
     for name in ("owner/model-GGUF", "./demo", "qwen3:8b"):
         write_checkpoint(CASES[0], tmp_path / name)
-        assert resolve(name) == Path(name)
+        assert locate(name) == Path(name)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
