@@ -62,10 +62,10 @@ def test_every_launch_of_a_token_is_in_the_profile(
     assert listed == launched and found["nodes"] == launched.total()
     streams = expert_slots < engine.config.num_experts
     layers = engine.config.num_layers
-    assert listed["fetch_records"] == (layers if streams else 0)
-    assert listed["fetch_early"] == (1 if streams else 0)
+    assert listed["fetch_experts"] == (layers if streams else 0)
+    assert listed["prefetch_experts"] == (1 if streams else 0)
     untimed = {row["kernel"] for row in found["rows"] if "us" not in row}
-    assert untimed == ({"fetch_early"} if streams else set()), "alone, it waits for others"
+    assert untimed == ({"prefetch_experts"} if streams else set()), "alone, it waits for others"
     table = profile_table(found).splitlines()
     assert len(table) == 2 + len(found["rows"])
     assert not any("gb_s" in row for row in found["rows"] if row["kernel"].startswith("fetch"))
@@ -76,8 +76,8 @@ def test_every_launch_of_a_token_is_in_the_profile(
 def test_bytes_of_a_part_of_the_experts_depend_on_which_are_resident(
     which: int, depends: bool
 ) -> None:
-    up = kernel("int4_experts_up_f32")
-    values = tuple(which if p.name == "which" else 1 for p in up.contract.params)
+    up = kernel("int4_moe_up_fused_f32")
+    values = tuple(which if p.name == "subset" else 1 for p in up.contract.params)
     assert bytes_depend_on_hits((up, (1,), values)) is depends
 
 
@@ -101,7 +101,7 @@ def test_a_reply_can_follow_a_profile(start: Callable[..., tuple[FakeGpu, Engine
     ) == before
     gpu.launched.clear()
     engine.run_on_engine_thread(lambda: engine.runner.launch_decode_step(1))
-    assert gpu.launched.count("fetch_records") == engine.config.num_layers
+    assert gpu.launched.count("fetch_experts") == engine.config.num_layers
 
 
 def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]) -> None:

@@ -20,7 +20,7 @@ from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
 from osmium.experts.cache import verify
 from osmium.kernels.ptx import kernel
-from osmium.kernels.sample import ADVANCE
+from osmium.kernels.sample import ADVANCE_STEP
 
 SHORT = BenchConfig(depths=("64",), tokens=6, repeats=2, warm_up=8)
 
@@ -154,11 +154,11 @@ def test_a_profile_needs_a_gpu(engine: Any) -> None:
 
 
 def test_what_a_launch_moves_is_its_contracts_with_the_grids_sizes() -> None:
-    take = kernel("take_f32")  # the launcher's size is the grid
+    take = kernel("gather_rows_f32")  # the launcher's size is the grid
     assert launch_bytes((take, (3,), ("out", "x", "rows", 64))) == take.bytes_moved(
         (3, "", "", "", 64)
     )
-    assert launch_bytes((ADVANCE, (1,), ())) == 0, "a contract that does not say"
+    assert launch_bytes((ADVANCE_STEP, (1,), ())) == 0, "a contract that does not say"
 
 
 def test_a_comparison_shows_ratios_and_what_one_lacks(engine: Any) -> None:

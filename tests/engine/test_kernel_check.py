@@ -11,7 +11,7 @@ from osmium import loader
 from osmium.cli import doctor
 from osmium.errors import KernelError
 from osmium.kernels import ptx, python
-from osmium.kernels.place import PLACE
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import Kernel
 from osmium.ops import gpu, gpu_experts
 from osmium.ops.gpu import check_kernels
@@ -27,24 +27,24 @@ def _unread(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
 
 def without_a_written_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    (folder / "conv_silu_f32.ptx").unlink()
+    (folder / "causal_conv1d_silu_f32.ptx").unlink()
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
 def with_a_broken_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    path = folder / "conv_silu_f32.ptx"
+    path = folder / "causal_conv1d_silu_f32.ptx"
     path.write_text(path.read_text().replace(".maxntid", ".maxnreg"))
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
 def without_a_compiled_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
     (folder / "place.ptx").unlink()
     monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 def with_a_stale_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
@@ -52,14 +52,14 @@ def with_a_stale_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     path = folder / "place.ptx"
     path.write_text(path.read_text().replace("from source ", "from source 0"))
     monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 Damage = Callable[[pytest.MonkeyPatch, Path], None]
 
 DAMAGE: dict[str, tuple[Damage, ...]] = {
-    "conv_silu_f32": (without_a_written_one, with_a_broken_one),
-    "place": (without_a_compiled_one, with_a_stale_one),
+    "causal_conv1d_silu_f32": (without_a_written_one, with_a_broken_one),
+    "assign_slots": (without_a_compiled_one, with_a_stale_one),
 }
 
 each_damage = pytest.mark.parametrize(

@@ -24,7 +24,9 @@ def test_layers_with_slots_of_their_own(record: ExpertLayout, guessed: bool, see
         layers(np.random.default_rng(seed + turn), record, guessed)
 
 
-@pytest.mark.parametrize("name", ["router_f32", "gqa_split_fp8", "gqa_split_bf16"])
+@pytest.mark.parametrize(
+    "name", ["router_topk_f32", "gqa_decode_split_kv_fp8", "gqa_decode_split_kv_bf16"]
+)
 def test_blocks_that_wait_for_each_other_are_right_in_any_order(name: str, seed: int) -> None:
     for make in cases_of(name)[:4]:
         for turn in range(4):
