@@ -1,4 +1,4 @@
-"""Which slot every expert has, in NumPy: what kernels/assign_slots.py does, and its specification."""
+"""Slot assignment in NumPy: the specification of kernels/assign_slots.py."""
 
 import numpy as np
 import numpy.typing as npt

@@ -349,7 +349,7 @@ class PrefetchState:
     slot: Array
     """i32 [L], its slot, which the cache's tables call free; counted over all layers."""
     state: Array
-    """i32 [L, FETCH_BLOCKS], a block of `prefetch_experts` each: 1 once it has begun with the layer,
+    """i32 [L, FETCH_BLOCKS], per block of `prefetch_experts`: 1 once it has begun with the layer,
     2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
     wrong."""
     segments_done: Array

@@ -10,7 +10,7 @@ import pytest
 from osmium import loader
 from osmium.cli import doctor
 from osmium.errors import KernelError
-from osmium.kernels import ptx, python
+from osmium.kernels import numba_kernels, ptx
 from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import Kernel
 from osmium.ops import gpu, gpu_experts
@@ -41,17 +41,17 @@ def with_a_broken_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
 
 
 def without_a_compiled_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    (folder / "place.ptx").unlink()
-    monkeypatch.setattr(python, "COMPILED", folder)
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    (folder / "assign_slots.ptx").unlink()
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
     _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 def with_a_stale_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    path = folder / "place.ptx"
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    path = folder / "assign_slots.ptx"
     path.write_text(path.read_text().replace("from source ", "from source 0"))
-    monkeypatch.setattr(python, "COMPILED", folder)
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
     _unread(monkeypatch, ASSIGN_SLOTS)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from osmium.errors import KernelError
-from osmium.kernels import numba_compiler, python
+from osmium.kernels import numba_compiler, numba_kernels
 from osmium.kernels.numba_compiler import PACKAGES, PYTHON, compile_all, compile_kernel
 from osmium.kernels.numba_kernels import COMPILED, KERNELS, NumbaSource, cuda, python_kernel
 from osmium.kernels.ptx import Kernel, parse
@@ -43,7 +43,7 @@ def pinned() -> dict[str, str]:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of compiled texts is the test's own, and empty."""
-    monkeypatch.setattr(python, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr(numba_kernels, "COMPILED", tmp_path / "compiled")
     (tmp_path / "compiled").mkdir()
     return tmp_path / "compiled"
 
@@ -92,7 +92,9 @@ def test_a_missing_and_a_stale_text_say_what_to_run(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
 ) -> None:
     if not checkout:
-        monkeypatch.setattr(python, "__file__", str(elsewhere / "osmium" / "kernels" / "python.py"))
+        monkeypatch.setattr(
+            numba_kernels, "__file__", str(elsewhere / "osmium" / "kernels" / "numba_kernels.py")
+        )
     way_out = "tools/compile_kernels" if checkout else "Install osmium-serve again"
     with pytest.raises(KernelError, match=rf"double\.ptx cannot be read.*{way_out}"):
         source().text()
@@ -113,7 +115,7 @@ def test_the_hash_covers_what_a_kernel_calls_and_its_modules_numbers(
     assert weigh.key != before
     monkeypatch.undo()
     monkeypatch.setitem(known, "running", double)
-    monkeypatch.setitem(python.FUNCTIONS, "running", double)
+    monkeypatch.setitem(numba_kernels.DEVICE_FUNCTIONS, "block_inclusive_scan", double)
     assert weigh.key != before
 
 

@@ -186,8 +186,9 @@ def test_the_compiled_kernel_keeps_to_its_contract() -> None:
     assert contract.entry == "assign_slots"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
-        "pairs", "experts", "capacity", "next_capacity", "next_first", "entries", "layer", "last",
-        "guessing", "warps", "earlier", "rate", "long_rate", "share",
+        "num_pairs", "num_experts", "num_slots", "next_num_slots", "next_first_slot", "max_unique",
+        "layer", "is_last_layer", "has_prefetch", "fetch_warps", "prior_steps", "rate", "long_rate",
+        "long_scale",
     ]  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def simulated(threads: int) -> Any:
     from numba import cuda, float32, int32, uint32
 
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
-    names["WIDTH"] = threads
+    names["BLOCK_THREADS"] = threads
 
     def atomic_add(array: Any, index: int, value: int) -> None:
         array[index] += value

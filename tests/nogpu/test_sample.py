@@ -24,7 +24,7 @@ from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BINS, LIST = 32, 16
+BINS, MAX_CANDIDATES = 32, 16
 
 CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
 
@@ -88,7 +88,7 @@ def simulated(*chosen: str) -> dict[str, Any]:
     every: dict[str, Any] = {}
     for function in functions.values():
         every |= function.__globals__
-    every |= known | {"BINS": BINS, "LIST": LIST}
+    every |= known | {"BINS": BINS, "MAX_CANDIDATES": MAX_CANDIDATES}
     for name, function in functions.items():
         made = types.FunctionType(function.__code__, every, name)
         every[name] = cuda.jit(made, device=name in called)
@@ -109,7 +109,17 @@ def compare_odd(rng: np.random.Generator) -> None:
     scratch.  Logits are far enough apart, or equal, for the few bins to tell."""
     rows, vocab = 3, int(rng.integers(40, 130))
     arrays = replies(rng, rows, vocab)
-    many = (1, 2, LIST - 1, LIST, LIST + 1, BINS, vocab - 1, vocab, vocab + 1)
+    many = (
+        1,
+        2,
+        MAX_CANDIDATES - 1,
+        MAX_CANDIDATES,
+        MAX_CANDIDATES + 1,
+        BINS,
+        vocab - 1,
+        vocab,
+        vocab + 1,
+    )
     logits = rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 5])
     shape = rng.integers(4)
     if shape == 0:
