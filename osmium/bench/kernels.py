@@ -186,10 +186,9 @@ class OpCases:
         t, at = np.arange(self.tokens), np.full(self.tokens, self.depth - 1)
         i32 = self._i32
         return StepInputs(
-            tokens=self.tokens, sequences=self.tokens, page=PAGE, ids=i32(t), positions=i32(at),
-            sequence_ids=i32(t), query_start_loc=i32(np.arange(self.tokens + 1)),
-            context_lens=i32(at), state_slots=i32(slots),
-            page_table=i32(pages),
+            tokens=self.tokens, sequences=self.tokens, page_size=PAGE, ids=i32(t),
+            positions=i32(at), sequence_ids=i32(t), query_start_loc=i32(np.arange(self.tokens + 1)),
+            context_lens=i32(at), state_slots=i32(slots), page_table=i32(pages),
         )  # fmt: skip
 
     def _linear(self, name: str) -> Calls:
@@ -201,7 +200,7 @@ class OpCases:
     def _router(self) -> Calls:
         w, counters = self.work, self._i32([0] * 7, np.int64)
         at, to = self._i32([0] * self.tokens), (w.ids, w.weights, w.router_logits, w.h)
-        more = (self.config.num_experts, counters, w.arrived, None, 0, at)
+        more = (self.config.num_experts, counters, w.router_barrier, None, 0, at)
         return [partial(self.ops.router, *to, m, *more) for m in self._matrices("router")]
 
     def _delta_net(self) -> Calls:
@@ -236,7 +235,7 @@ class OpCases:
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, each)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
         norms, frequencies = f32((2, config.head_dim)), ops.to_device(rotary_frequencies(config))
-        room = AttentionWorkspace(w.q, w.attn_out, w.partial, w.parts)
+        room = AttentionWorkspace(w.q, w.attn_out, w.partial, w.split_counters)
         weights = [
             AttentionWeights(norms, frequencies, out, config.eps, config.head_dim**-0.5)
             for out in self._matrices("attention_out")
@@ -251,7 +250,7 @@ class OpCases:
         """Nobody is in it; its slots are noise."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
         return types.ExpertCache(
-            record=self.record, experts=experts, fading=DECAY,
+            layout=self.record, num_experts=experts, decay=DECAY,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
             expert_to_slot=i32(np.full(shape, -1)), slot_to_expert=i32(np.full((layers, capacity),
             -1)),
@@ -281,7 +280,7 @@ class OpCases:
         guess = make_prefetch_state(self.ops, layers, experts, self.config.top_k)
         (likely,) = self._chosen(1)
         self.ops.copy(guess.ids[: self.tokens], likely)
-        place = partial(self.ops.assign_slots, plan, cache, guess=guess)
+        place = partial(self.ops.assign_slots, plan, cache, prefetch=guess)
         for _ in range(experts // self.each):  # full by then, or nearly
             for layer, ids in enumerate(self._chosen(layers)):
                 place(layer, ids)
@@ -321,7 +320,7 @@ class OpCases:
     def _sample(self) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
         replies = types.DecodeState(
-            ring=ring, null_slot=0, null_page=0,
+            ring_size=ring, null_slot=0, null_page=0,
             sampler_params=ops.to_device(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows,
             1))),
             uniforms=ops.zeros_mapped((ring, rows), np.float64), token=i32([0] * rows),

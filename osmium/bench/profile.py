@@ -64,7 +64,7 @@ class SerialStreams:
 @contextmanager
 def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
     """Launches inside are listed, in order and of all streams, and do not run."""
-    machine: Any = ops.machine
+    machine: Any = ops.runtime
     launches: list[Launch] = []
     streams = SerialStreams(LaunchRecorder(launches))
     before = ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream
@@ -90,7 +90,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     ops = runner.ops
     if not isinstance(ops, GpuOps):
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
-    machine: Any = ops.machine
+    machine: Any = ops.runtime
     replay = start_single_decode(runner, depth).replay
     with list_launches(ops) as noted:
         runner.launch_decode_step(1)
@@ -195,7 +195,7 @@ def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float,
         run()
     run()  # launched before it is recorded: modules are loaded at first use
     ops.synchronize()
-    return 1e3 * milliseconds(ops.machine, ops.capture_graph(run)) / len(calls), listing
+    return 1e3 * milliseconds(ops.runtime, ops.capture_graph(run)) / len(calls), listing
 
 
 def launch_bytes(launch: Launch) -> int:

@@ -116,8 +116,8 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
     engine = demo(expert_slots=8)
     try:
         ops = engine._runner.ops
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        pool = ops.machine.pool
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        pool = ops.runtime.pool
         assert pool.frozen
         used = pool.used
         replies(engine, prompts(engine, rng, 3))
@@ -138,8 +138,8 @@ def test_every_kind_of_host_memory_is_filled_with_the_file(
         if slots is None:
             assert verify(runner.ops, runner.store.cache, records, 10**6, 0) == records[..., 0].size
         else:
-            assert runner.store.arena is not None
-            assert np.array_equal(runner.ops.host_view(runner.store.arena.records), records)
+            assert runner.store.host_experts is not None
+            assert np.array_equal(runner.ops.host_view(runner.store.host_experts.packed), records)
     finally:
         engine.close()
 
@@ -182,8 +182,8 @@ def test_slots_shared_out_between_two_replies_change_neither(
     try:
         runner = engine.runner
         ops, store = runner.ops, runner.store
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        asked, used = prompts(engine, rng, 10), ops.machine.pool.used
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        asked, used = prompts(engine, rng, 10), ops.runtime.pool.used
         before = [replies(engine, [ids]) for ids in asked]
         counted, recorded = engine.status()["experts"], dict(runner._replays)
         heat = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
@@ -202,7 +202,7 @@ def test_slots_shared_out_between_two_replies_change_neither(
         again = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
         assert np.allclose(again.heat, heat.heat, rtol=1e-5)
         assert np.allclose(again.long_heat, heat.long_heat, rtol=1e-5)
-        assert engine.status()["experts"] == counted and ops.machine.pool.used == used
+        assert engine.status()["experts"] == counted and ops.runtime.pool.used == used
         assert runner._replays, "recorded again"
         assert all(run is not recorded.get(key) for key, run in runner._replays.items())
 

@@ -71,8 +71,8 @@ def test_resident_slots_are_read_through_one_layer_of_host_memory(
         packed.path, "gpu", progress=lambda *one: seen.append(one), **options(packed.path)
     )
     cache = engine.runner.store.cache
-    assert cache.capacity == cache.experts
-    count = cache.experts * len(CASE.kinds)
+    assert cache.capacity == cache.num_experts
+    count = cache.num_experts * len(CASE.kinds)
     assert verify(engine.runner.ops, cache, records(packed), 10**6, 0) == count
     planned = sum(engine.plan.ram.values())
     assert set(engine.plan.ram) == {"embedding", "loading buffer"}
@@ -92,8 +92,8 @@ def test_an_arena_holds_every_record(
     gpu.install(monkeypatch, kind)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
-    assert runner.store.arena is not None
-    arena = runner.ops.host_view(runner.store.arena.records)
+    assert runner.store.host_experts is not None
+    arena = runner.ops.host_view(runner.store.host_experts.packed)
     assert np.array_equal(arena, records(packed))
     assert gpu.most["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
     engine.close()
@@ -174,7 +174,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     made.engine(**more).close()
     gc.collect()
-    arena = 0 if made._arena is None else made._arena.records.nbytes
+    arena = 0 if made._arena is None else made._arena.packed.nbytes
     weights = gpu.bytes_of("cuMemAlloc")
     gpu.refuse = gpu.asked + 3
     with pytest.raises(OutOfMemory):
@@ -184,7 +184,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
     assert gpu.host_bytes() <= arena + made.packed.parts["embed"].nbytes + 16 * 4096
     engine = made.engine(**more)
     cache = engine.runner.store.cache
-    assert cache.capacity == (slots or cache.experts)
+    assert cache.capacity == (slots or cache.num_experts)
     engine.close()
     made.close()
     assert not gpu.held

@@ -107,7 +107,7 @@ def mlp(
     nothing = SharedExpert(
         LinearWeight("bf16", 16, hidden, np.zeros((16, hidden), np.uint16)),
         LinearWeight("bf16", hidden, 8, np.zeros((hidden, 8), np.uint16)),
-        column=0,
+        gate_column=0,
     )
     out, scores = np.ones_like(x), np.zeros((tokens, 1), np.float32)
     both, inner = np.empty((tokens, 16), np.float32), OPS.empty_input(tokens, 8)
@@ -223,7 +223,7 @@ def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Gene
         seen.append((stage, done, total))
 
     arena = load_host_experts(OPS, RECORD, LAYERS, EXPERTS, begin, progress)
-    assert np.array_equal(arena.records, source)
+    assert np.array_equal(arena.packed, source)
     assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
     slots = load_resident_experts(OPS, RECORD, LAYERS, EXPERTS, begin, None)
     assert np.array_equal(slots, source)
@@ -232,7 +232,7 @@ def test_an_arena_and_resident_slots_are_read_layer_by_layer(rng: np.random.Gene
 def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) -> None:
     source = records(rng)
     source.flags.writeable = False  # as a mapped file is
-    cache = resident_cache(OPS, RECORD, wrap_host_experts(RECORD, source).records)
+    cache = resident_cache(OPS, RECORD, wrap_host_experts(RECORD, source).packed)
     assert all(np.shares_memory(layer, source) for layer in cache.slots)
     store = ExpertRunner(OPS, None, cache, 8, TOP_K)
     for layer in range(LAYERS):

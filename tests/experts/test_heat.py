@@ -49,7 +49,7 @@ def leaving(cache: ExpertCache, layer: int) -> list[int]:
     who = cache.slot_to_expert[layer]
     slots = np.flatnonzero(who >= 0)
     who = who[slots]
-    fading, next_step = cache.fading, cache.step[0] + 1
+    fading, next_step = cache.decay, cache.step[0] + 1
     age = (cache.last_used[layer][who] - next_step).astype(np.float32)
     heat = cache.short_count[layer][who] * np.exp2(age * np.float32(1 / fading.half_life))
     long = cache.long_count[layer][who] * np.exp2(age * np.float32(1 / fading.long_half_life))
@@ -76,7 +76,7 @@ def test_what_is_saved_is_what_is_read(
     assert np.array_equal(back.resident, resident(OPS, cache))
     never = cache.last_used == 0
     assert (back.age[never] == -1).all() and back.steps == cache.step[0]
-    ages, fading = cache.step[0] - cache.last_used, cache.fading
+    ages, fading = cache.step[0] - cache.last_used, cache.decay
     for found, count, half_life in (
         (back.heat, cache.short_count, fading.half_life),
         (back.long_heat, cache.long_count, fading.long_half_life),

@@ -53,7 +53,7 @@ def steps(
         data, scale = int8.quantize(w)
         return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
 
-    shared = SharedExpert(matrix(up), matrix(down), column=0)
+    shared = SharedExpert(matrix(up), matrix(down), gate_column=0)
     norm, outputs = ops.to_device(rng.standard_normal(hidden, np.float32)), []
     for number, tokens in enumerate(counts, 1):
         chosen = [
@@ -106,12 +106,14 @@ def test_layers_with_slots_of_their_own(
 ) -> None:
     seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
     how = (record, each, counts, seed)
-    wanted, tables = steps(ReferenceOps(keep=0), *how, guessed)
+    wanted, tables = steps(ReferenceOps(cache_bytes=0), *how, guessed)
     found, own = steps(GpuOps(InterpretedMachine(seed)), *how, guessed)
     for mine, other in zip(own, tables, strict=True):
         np.testing.assert_array_equal(mine, other)
     for mine, other in zip(found, wanted, strict=True):
         assert close(mine, other, "rows")
     if guessed:  # guesses change where experts are, and nothing else
-        for mine, other in zip(wanted, steps(ReferenceOps(keep=0), *how, False)[0], strict=True):
+        for mine, other in zip(
+            wanted, steps(ReferenceOps(cache_bytes=0), *how, False)[0], strict=True
+        ):
             np.testing.assert_array_equal(mine, other)

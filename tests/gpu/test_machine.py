@@ -30,8 +30,8 @@ ADD = kernel("add_f32")
 
 @pytest.fixture
 def machine(gpu: GpuOps) -> Iterator[CudaRuntime]:
-    assert isinstance(gpu.machine, CudaRuntime)
-    yield gpu.machine
+    assert isinstance(gpu.runtime, CudaRuntime)
+    yield gpu.runtime
 
 
 def test_what_goes_in_comes_out(machine: CudaRuntime, rng: np.random.Generator) -> None:

@@ -96,7 +96,7 @@ class Runner:
         step = StepInputs(
             tokens=int(starts[-1]),
             sequences=len(owners),
-            page=self.page,
+            page_size=self.page,
             ids=put(np.concatenate(ids)),
             positions=put(
                 np.concatenate(

@@ -144,8 +144,8 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             other.state.reshape(-1), other.segments_done.reshape(-1),
             other.start_signal.reshape(-1), ids.size,
             s.experts, s.slots, s.slots, on * s.slots, entries, layer, int(last), int(s.guessing),
-            FETCH_WARPS, b.fading.prior_steps, np.float32(1 / s.half_life),
-            np.float32(1 / s.long_half_life), np.float32(b.fading.long_scale),
+            FETCH_WARPS, b.decay.prior_steps, np.float32(1 / s.half_life),
+            np.float32(1 / s.long_half_life), np.float32(b.decay.long_scale),
         )  # fmt: skip
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")

@@ -53,7 +53,7 @@ class Simulated(ReferenceOps):
         self.kernels["sample_token"][rows, BINS](
             r.token, flat, best, settings, chance, r.decode_step, counts, masses, ends, order,
             vocab,
-            slices, r.ring,
+            slices, r.ring_size,
         )  # fmt: skip
 
     def advance(self, step: Any, replies: Any) -> None:
@@ -63,7 +63,7 @@ class Simulated(ReferenceOps):
             step.page_table.reshape(-1), r.token,
             r.tokens_left, r.stop_on_eos, r.eos, r.decode_step, r.token_ring, step.tokens,
             step.page_table.shape[1], len(r.eos),
-            r.ring, r.null_slot, r.null_page,
+            r.ring_size, r.null_slot, r.null_page,
         )  # fmt: skip
 
 

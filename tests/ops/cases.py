@@ -711,7 +711,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             def fetch() -> None:
                 ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0)
 
-            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1, fetch=fetch)
+            experts_call(ops, a, form, plan, cache, ("hits", "rest"), 1, fetch=fetch)
 
         writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)
@@ -753,7 +753,7 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
-    halves = (new_rows(ops, tokens * top_k, cache.record.inner), new_rows(ops, tokens, inner))
+    halves = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()

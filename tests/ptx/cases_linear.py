@@ -138,7 +138,7 @@ def experts(
 ) -> Make:  # fmt: skip
     """Experts in shuffled slots, some of them in none, some said to be fetched just now, and a
     shared expert of `shared` values."""
-    parts = parts or ("there", "rest")
+    parts = parts or ("hits", "rest")
     form = "bf16" if hidden % 16 else form  # INT8 has rows of whole 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
@@ -280,7 +280,7 @@ def fetch(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
             )
             guess = guess_of(None, None, a["state"], a["done"], a["go"]) if guessed else None
-            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, guess=guess)
+            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, prefetch=guess)
 
         writes = ("slots", "counters", *(("go",) if guessed else ()))
         return Case(arrays, call, dict.fromkeys(writes, "exact"))

@@ -45,7 +45,7 @@ def fetched(
     """A plan carried out by a text of fetch_experts: entries fetched, their slots' bytes before
     and after, their records, and the words.  Of a guess some pieces are there."""
     ops, used = GpuOps(InterpretedMachine(int(rng.integers(99)))), len(fetch)
-    ops.machine.stream.programs["fetch_experts"] = parse_program(text)
+    ops.runtime.stream.programs["fetch_experts"] = parse_program(text)
     arena = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     before = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     slot = rng.permutation(used).astype(np.int32)
@@ -65,7 +65,7 @@ def fetched(
         np.int32)),
         None, words,
     )  # fmt: skip
-    ops.fetch_experts(cache, plan, HostExperts(record, ops.to_device(arena)), 0, guess=guess)
+    ops.fetch_experts(cache, plan, HostExperts(record, ops.to_device(arena)), 0, prefetch=guess)
     who = np.flatnonzero(fetch)
     after = ops.copy_d2h(slots)
     return before[0, slot[who]], after[0, slot[who]], arena[0, who], ops.copy_d2h(words)
@@ -129,7 +129,7 @@ def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -
     """Whether experts come out right of which the gates and ups, then the rest arrive while the
     halves look for them; without one barrier of theirs, or with the last word never said."""
     make = CASES["int4_experts in parts"]
-    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
     down, call = ExpertLayout(4, 256, 128).down, case.call
 

@@ -62,7 +62,7 @@ def right(
 ) -> bool:
     """Whether a case comes out as its reference, with one barrier left out or none, or with
     another text of a kernel."""
-    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:
