@@ -14,7 +14,7 @@ from osmium.cuda.driver import Device
 from osmium.errors import ConfigError, NoDevice
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 OPERATIONS = OpCases.names()
 
@@ -42,7 +42,7 @@ def test_every_operation_takes_its_inputs(name: str, tokens: int) -> None:
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
     """Listed, not run: what `bench kernels` reads the bytes of."""
-    ops = GpuOps(InterpretedMachine())
+    ops = GpuOps(InterpretedRuntime())
     cases = OpCases(ops, "tiny", 1, room=4_000, depth=70)
     calls = cases.make(name)
     listing: list[Any] = []
@@ -59,7 +59,7 @@ def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
 
 def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
-    ops = GpuOps(InterpretedMachine())
+    ops = GpuOps(InterpretedRuntime())
     row = kernels._time(ops, "router", OpCases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
     assert row["kernels"] and row["bytes"] > 9 * 64 * 2

@@ -23,7 +23,7 @@ from osmium.kernels.ptx import kernel
 from osmium.ops import runtime as protocol
 from osmium.ops.gpu import GpuOps
 from tests.engine.fake_gpu import FakeGpu
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 SMALL: dict[str, Any] = {
     "context": 256, "prefill_chunk": 16, "vram": 2 << 30, "ram": 1 << 30,
@@ -123,7 +123,7 @@ def parameters(method: Any) -> list[tuple[str, Any]]:
     return [(one.name, one.kind) for one in found]
 
 
-@pytest.mark.parametrize("stand_in", [CudaRuntime, InterpretedMachine, SerialStreams])
+@pytest.mark.parametrize("stand_in", [CudaRuntime, InterpretedRuntime, SerialStreams])
 def test_whatever_stands_in_for_a_machine_takes_its_arguments(stand_in: type) -> None:
     wanted = {
         name: parameters(method)

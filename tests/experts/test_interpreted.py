@@ -17,7 +17,7 @@ from osmium.quant import int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32
 from tests.ops.cases import new_rows, normed_rows, records
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close
 
 LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
@@ -107,7 +107,7 @@ def test_layers_with_slots_of_their_own(
     seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
     how = (record, each, counts, seed)
     wanted, tables = steps(ReferenceOps(keep=0), *how, guessed)
-    found, own = steps(GpuOps(InterpretedMachine(seed)), *how, guessed)
+    found, own = steps(GpuOps(InterpretedRuntime(seed)), *how, guessed)
     for mine, other in zip(own, tables, strict=True):
         np.testing.assert_array_equal(mine, other)
     for mine, other in zip(found, wanted, strict=True):

@@ -16,7 +16,7 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
 from tests.models.run import Logits, Runner, runner
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close, distance
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -195,7 +195,7 @@ def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
 @pytest.mark.parametrize("gpu", [True, False])
 def test_the_bytes_planned_are_the_bytes_allocated(gpu: bool) -> None:
     config = runner(MIXED).config
-    ops: Ops = GpuOps(InterpretedMachine()) if gpu else ReferenceOps()
+    ops: Ops = GpuOps(InterpretedRuntime()) if gpu else ReferenceOps()
     work = make_workspace(ops, config, 17)
     made = [
         vars(value).values() if isinstance(value, MatmulInput) else [value]

@@ -169,7 +169,7 @@ def test_leaving_a_stream_of_the_openai_package_cancels() -> None:
 @contextmanager
 def process(kind: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
     """serve() in a process of its own, which is ended if a test has not."""
-    command = [sys.executable, "-m", "tests.server.served", kind, str(port)]
+    command = [sys.executable, "-m", "tests.server.server_process", kind, str(port)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:

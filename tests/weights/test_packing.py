@@ -20,7 +20,7 @@ FOREVER = 1 << 40
 
 
 def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "tests.weights.stopping", *map(str, args)]
+    return [sys.executable, "-m", "tests.weights.interrupted_packing", *map(str, args)]
 
 
 def stop(*args: object) -> subprocess.CompletedProcess[str]:

@@ -17,12 +17,12 @@ from osmium.weights.packing import CpuQuantizer
 from osmium.weights.quantizing import GpuQuantizer
 from osmium.weights.shards import open_shards
 from tests.models.build import Tensor, hf_tensors
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.weights.files import CASE, per_expert, wide, write
 
 BACKENDS: dict[str, Callable[[], Ops]] = {
     "numpy": ReferenceOps,
-    "interpreted": lambda: GpuOps(InterpretedMachine()),
+    "interpreted": lambda: GpuOps(InterpretedRuntime()),
 }
 
 

@@ -17,7 +17,7 @@ from osmium.ops.formulas import expert_matrices, matrix
 from osmium.ops.gpu import GpuOps
 from osmium.weights import open_packed
 from osmium.weights.synthetic import Synthetic, open_synthetic
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 PUBLISHED = {
     "35b-a3b": (34.661e9, 16_609_443_840),
@@ -76,7 +76,7 @@ def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_kernels_make_the_same_bytes(bits: int) -> None:
     model = tiny(gpu_expert_bits=bits, attention_quant="int4")
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     placed = model.upload(GpuOps(machine))
     assert list(placed) == model.names()
     for name, found in placed.items():

@@ -1,6 +1,6 @@
 """A server in a process of its own, for tests that press Ctrl-C.
 
-`python -m tests.server.served serves|slow|fails PORT`
+`python -m tests.server.server_process serves|slow|fails PORT`
 """
 
 import sys

@@ -1,11 +1,12 @@
-"""Packs a checkpoint in a process that is killed at a chosen system call, or meets a full disk.
+"""Pack a checkpoint in a process that is killed at a chosen system call, or meets a full disk.
 
-python -m tests.weights.stopping FOLDER CACHE kill N     SIGKILL at the Nth write to disk, half done
-python -m tests.weights.stopping FOLDER CACHE full N     no file may grow past 4 KiB from the Nth
-                                                         call of progress on
-python -m tests.weights.stopping FOLDER CACHE hold       waits for a line on stdin while it packs
+`python -m tests.weights.interrupted_packing FOLDER CACHE ACTION`, where ACTION is one of:
 
-Prints how many writes it made, or the error's type and text.
+kill N   SIGKILL in the middle of the Nth write to disk
+full N   no file may grow past 4 KiB from the Nth call of progress on
+hold     wait for a line on stdin while packing
+
+Prints the number of writes, or the error's type and text.
 """
 
 import os
