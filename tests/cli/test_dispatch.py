@@ -97,8 +97,7 @@ def test_a_warning_is_a_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "osmium: warning: 3 slots\n"
 
 
-# -- in a shell
-# -------------------------------------------------------------------------------------
+# -- in a shell ------------------------------------------------------------------------------------
 
 
 def shell(script: str, *words: str) -> subprocess.CompletedProcess[str]:

@@ -230,7 +230,7 @@ def test_an_unwritable_folder_is_a_warning(
     assert sorted(one.name for one in tmp_path.iterdir()) == ["b.heat", "file"]
 
 
-# -- ignored files --------------------------------------------------------------------------------
+# -- ignored files ---------------------------------------------------------------------------------
 
 
 def assert_ignored(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) -> None:

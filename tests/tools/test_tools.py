@@ -99,7 +99,7 @@ def test_a_tool_reaches_its_environment_from_any_python(path: Path) -> None:
     assert ready
 
 
-# -- runs ----------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_a_tool_that_needs_a_gpu_says_so_in_one_line(arguments: list[str]) -> No
     assert line.startswith(f"{arguments[0]}: ") and ("driver" in line or "cuda-bindings" in line)
 
 
-# -- the environment -----------------------------------------------------------------------------
+# -- the environment -------------------------------------------------------------------------------
 
 
 @pytest.fixture
