@@ -1,4 +1,4 @@
-"""Who goes away is cancelled: at any moment, in a stream or not.  The app is driven by hand."""
+"""A client that disconnects cancels its request, at any time. The ASGI app is called directly."""
 
 import asyncio
 import json
@@ -10,27 +10,27 @@ from starlette.applications import Starlette
 
 from osmium.engine.request import FinishReason
 from osmium.server.app import create_app
-from tests.server.scripted import PATIENCE_S, Scripted, host_of
+from tests.server.scripted import PATIENCE_S, ScriptedEngine, host_of
 
 Message = MutableMapping[str, Any]
 
 LONG = "the end " * 2000
-"""An answer that nobody waits for: it takes a minute at the pace below."""
+"""A response that takes a minute at the pace below."""
 
 PACE_S = 0.005
 
 
-class Visit:
-    """One HTTP request by hand: `leave` is the client's connection breaking."""
+class AsgiRequest:
+    """One HTTP request without a server; `disconnect` breaks the connection."""
 
     def __init__(
         self, app: Starlette, path: str, body: dict[str, Any], *, reads: bool = True
     ) -> None:
-        """A client that does not read takes nothing, not even an answer's head."""
+        """With `reads` false the client accepts nothing, not even response headers."""
         self.reads = reads
-        self.gone = asyncio.Event()
+        self.disconnected = asyncio.Event()
         self.sent: list[Message] = []
-        self.some = asyncio.Condition()
+        self.changed = asyncio.Condition()
         self._body: list[Message] = [{"type": "http.request", "body": json.dumps(body).encode()}]
         scope = {
             "type": "http", "http_version": "1.1", "method": "POST", "scheme": "http",
@@ -42,35 +42,35 @@ class Visit:
     async def _receive(self) -> Message:
         if self._body:
             return self._body.pop()
-        await self.gone.wait()
+        await self.disconnected.wait()
         return {"type": "http.disconnect"}
 
     async def _send(self, message: Message) -> None:
         if not self.reads:
             await asyncio.Event().wait()
-        async with self.some:
+        async with self.changed:
             self.sent.append(message)
-            self.some.notify_all()
+            self.changed.notify_all()
 
     async def wait_for_messages(self, count: int) -> None:
-        async with self.some, asyncio.timeout(PATIENCE_S):
-            await self.some.wait_for(lambda: len(self.sent) >= count)
+        async with self.changed, asyncio.timeout(PATIENCE_S):
+            await self.changed.wait_for(lambda: len(self.sent) >= count)
 
-    async def leave(self) -> None:
-        """The connection breaks; the server must come to an end by itself."""
-        self.gone.set()
+    async def disconnect(self) -> None:
+        """Break the connection; the app must end by itself."""
+        self.disconnected.set()
         await asyncio.wait_for(self.task, PATIENCE_S)
 
 
-def visiting(
-    engine: Scripted,
+def run_request(
+    engine: ScriptedEngine,
     path: str,
     body: dict[str, Any],
-    act: Callable[[Visit], Awaitable[None]],
+    act: Callable[[AsgiRequest], Awaitable[None]],
     *,
     reads: bool = True,
 ) -> None:
-    """Visit, and do something while the request runs."""
+    """Send a request, and run `act` while it is served."""
 
     async def run() -> None:
         host = host_of(engine)
@@ -78,8 +78,8 @@ def visiting(
         async with app.router.lifespan_context(app):
             while host.engine is None:
                 await asyncio.sleep(0.001)
-            visit = Visit(app, path, body, reads=reads)
-            await act(visit)
+            request = AsgiRequest(app, path, body, reads=reads)
+            await act(request)
 
     asyncio.run(run())
 
@@ -92,83 +92,85 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
 @pytest.mark.parametrize("stream", [False, True])
-def test_leaving_during_prefill_cancels(path: str, body: dict[str, Any], stream: bool) -> None:
-    engine = Scripted(LONG)
+def test_a_disconnect_during_prefill_cancels_the_request(
+    path: str, body: dict[str, Any], stream: bool
+) -> None:
+    engine = ScriptedEngine(LONG)
     engine.prefill.clear()
 
-    async def act(visit: Visit) -> None:
+    async def act(request: AsgiRequest) -> None:
         await asyncio.to_thread(engine.wait_for_request)
-        await visit.leave()
+        await request.disconnect()
 
-    visiting(engine, path, {**body, "stream": stream}, act)
-    finish = engine.asked[0].wait()
+    run_request(engine, path, {**body, "stream": stream}, act)
+    finish = engine.requests[0].wait()
     assert finish.reason is FinishReason.CANCELLED
     assert finish.completion_tokens == 0
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
-def test_leaving_a_stream_cancels(path: str, body: dict[str, Any]) -> None:
-    engine = Scripted(LONG, context=10**6, pace_s=PACE_S)
+def test_a_disconnect_during_a_stream_cancels_the_request(path: str, body: dict[str, Any]) -> None:
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=PACE_S)
 
-    async def act(visit: Visit) -> None:
-        await visit.wait_for_messages(5)
-        await visit.leave()
+    async def act(request: AsgiRequest) -> None:
+        await request.wait_for_messages(5)
+        await request.disconnect()
 
-    visiting(engine, path, {**body, "stream": True}, act)
-    assert engine.asked[0].wait().reason is FinishReason.CANCELLED
+    run_request(engine, path, {**body, "stream": True}, act)
+    assert engine.requests[0].wait().reason is FinishReason.CANCELLED
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)
-def test_leaving_a_whole_answer_cancels_though_its_tokens_keep_coming(
+def test_a_disconnect_during_an_unstreamed_response_cancels_the_request(
     path: str, body: dict[str, Any]
 ) -> None:
-    engine = Scripted(LONG, context=10**6, pace_s=PACE_S)
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=PACE_S)
 
-    async def act(visit: Visit) -> None:
+    async def act(request: AsgiRequest) -> None:
         await asyncio.to_thread(engine.wait_for_request)
         await asyncio.sleep(20 * PACE_S)
-        await visit.leave()
+        await request.disconnect()
 
-    visiting(engine, path, body, act)
-    finish = engine.asked[0].wait()
+    run_request(engine, path, body, act)
+    finish = engine.requests[0].wait()
     assert finish.reason is FinishReason.CANCELLED
-    assert finish.completion_tokens > 0, "it was decoding when the client left"
+    assert finish.completion_tokens > 0, "it was decoding at the disconnect"
 
 
-def test_leaving_before_a_stream_has_begun_cancels() -> None:
-    """Its head was never taken, so nothing of the stream itself has run."""
-    engine = Scripted(LONG, context=10**6, pace_s=PACE_S)
+def test_a_disconnect_before_the_stream_begins_cancels_the_request() -> None:
+    """The client accepts no headers, so the stream has not started."""
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=PACE_S)
 
-    async def act(visit: Visit) -> None:
+    async def act(request: AsgiRequest) -> None:
         await asyncio.to_thread(engine.wait_for_request)
-        await visit.leave()
+        await request.disconnect()
 
     path, body = ROUTES[0]
-    visiting(engine, path, {**body, "stream": True}, act, reads=False)
-    assert engine.asked[0].wait().reason is FinishReason.CANCELLED
+    run_request(engine, path, {**body, "stream": True}, act, reads=False)
+    assert engine.requests[0].wait().reason is FinishReason.CANCELLED
 
 
-def test_a_task_that_is_ended_by_the_server_cancels() -> None:
-    """As uvicorn does when its patience with a graceful end is over."""
-    engine = Scripted(LONG, context=10**6, pace_s=PACE_S)
+def test_cancelling_the_servers_task_cancels_the_request() -> None:
+    """uvicorn cancels tasks after the timeout of a graceful shutdown."""
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=PACE_S)
 
-    async def act(visit: Visit) -> None:
+    async def act(request: AsgiRequest) -> None:
         await asyncio.to_thread(engine.wait_for_request)
-        visit.task.cancel()
+        request.task.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await visit.task
+            await request.task
 
-    visiting(engine, *ROUTES[0], act)
-    assert engine.asked[0].wait().reason is FinishReason.CANCELLED
+    run_request(engine, *ROUTES[0], act)
+    assert engine.requests[0].wait().reason is FinishReason.CANCELLED
 
 
-def test_an_answer_that_came_to_its_end_was_not_cut_short() -> None:
-    engine = Scripted("the end")
+def test_a_complete_response_is_not_cancelled() -> None:
+    engine = ScriptedEngine("the end")
 
-    async def act(visit: Visit) -> None:
-        await asyncio.wait_for(visit.task, PATIENCE_S)
-        body = b"".join(one.get("body", b"") for one in visit.sent)
+    async def act(request: AsgiRequest) -> None:
+        await asyncio.wait_for(request.task, PATIENCE_S)
+        body = b"".join(one.get("body", b"") for one in request.sent)
         assert json.loads(body)["choices"][0]["message"]["content"] == "the end"
 
-    visiting(engine, *ROUTES[0], act)
-    assert engine.asked[0].wait().reason is FinishReason.STOP
+    run_request(engine, *ROUTES[0], act)
+    assert engine.requests[0].wait().reason is FinishReason.STOP
