@@ -25,7 +25,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.weights import DEMO, PackedModel, open_model
 from tests.engine.fakes import Response
 from tests.models.build import CASES, Case, prompt, write_checkpoint
-from tests.models.run import runner
+from tests.models.run import make_driver
 from tests.server.scripted import TEMPLATE
 from tests.text.byte_level import byte_level_json
 from tests.tolerance import close, distance
@@ -83,7 +83,7 @@ def test_engine_logits_equal_the_models_logits(folder: Path, case: Case) -> None
     made = load(case, folder)
     got = made.logits(ids.tolist())
     made.close()
-    wanted = runner(case).logits(ids, len(ids))
+    wanted = make_driver(case).logits(ids, len(ids))
     assert close(got, wanted, "logits"), distance(got, wanted)
 
 
