@@ -25,7 +25,7 @@ from osmium.engine.runner import DecodeSession, ModelRunner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
-from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
+from osmium.ops.gpu_experts import FETCH_EXPERTS, PREFETCH_EXPERTS
 
 __all__ = [
     "Launch", "LaunchRecorder", "SerialStreams", "bytes_depend_on_hits", "launch_bytes",
@@ -107,7 +107,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     for (name, grid, _), launches in kinds.items():
         row: dict[str, Any] = {"kernel": name, "grid": list(grid), "launches": len(launches)}
         rows.append(row)
-        if name == FETCH_EARLY.name:
+        if name == PREFETCH_EXPERTS.name:
             continue
         again = machine.capture_graph(lambda launches=launches: _launch(main, launches))
         us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
@@ -152,13 +152,13 @@ def bytes_depend_on_hits(launch: Launch) -> bool:
     """Whether what it moves depends on where experts are: its contract counts as if all were."""
     kernel, _, values = launch
     named = {p.name: v for p, v in zip(kernel.contract.params, values, strict=True)}
-    return bool(kernel.name == FETCH.name or named.get("which"))
+    return bool(kernel.name == FETCH_EXPERTS.name or named.get("subset"))
 
 
 def _options(kernel: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """What else kinds of launches of one kernel differ in: which part, and absent arrays."""
     named = zip(kernel.contract.params, values, strict=True)
-    return tuple(v for p, v in named if p.name == "which" or (p.is_array and v == 0))
+    return tuple(v for p, v in named if p.name == "subset" or (p.is_array and v == 0))
 
 
 def _smallest(launches: list[Launch]) -> Launch:

@@ -10,7 +10,7 @@ from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
 __all__ = ["MIN_BULK_COPY_CC", "guess_bytes", "make_prefetch_state"]
 
 MIN_BULK_COPY_CC = (9, 0)
-"""Compute capability from which kernels copy in bulk, as fetch_early does."""
+"""Compute capability from which kernels copy in bulk, as prefetch_experts does."""
 
 ROWS = ROUTER_BARRIER_SHAPE[0]
 """Rows of a step up to which there are guesses: those of few sequences, decoded."""

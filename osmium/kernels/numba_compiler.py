@@ -19,7 +19,7 @@ from typing import Any
 
 from osmium.distribution import NAME
 from osmium.errors import KernelError
-from osmium.kernels.python import COMPILED, FUNCTIONS, KERNELS, Source
+from osmium.kernels.numba_kernels import COMPILED, DEVICE_FUNCTIONS, KERNELS, NumbaSource
 
 __all__ = ["PACKAGES", "PYTHON", "compile_all", "compile_kernel", "versions"]
 
@@ -33,7 +33,7 @@ PACKAGES = (
 LATEST_PTX = (8, 7)
 """What a 12.8 driver takes."""
 
-MODULES = ("place", "sample", "weigh")
+MODULES = ("assign_slots", "logit_histogram", "sample")
 
 
 def versions() -> str:
@@ -69,13 +69,13 @@ def compile_all(folder: Path = COMPILED) -> list[Path]:
     return changed
 
 
-def compile_kernel(source: Source) -> str:
+def compile_kernel(source: NumbaSource) -> str:
     """The whole text of one kernel.  Raises: KernelError."""
     header = source.header()
     return f"{source.first_line}; {versions()}\n{header}{_compile(source)}"
 
 
-def _compile(source: Source) -> str:
+def _compile(source: NumbaSource) -> str:
     """PTX by Numba, with our names for entry and parameters."""
     try:
         import numba  # here: a test asks what is said where there is none
@@ -86,9 +86,9 @@ def _compile(source: Source) -> str:
     plain = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
     known = source.function.__globals__
     found = {**known} | {name: getattr(numba, name) for name in plain}
-    found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "add_to": _add_to()}
-    found["bits_of"] = libdevice.float_as_int
-    for name, called in FUNCTIONS.items():
+    found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "atomic_add": _atomic_add()}
+    found["float_as_int"] = libdevice.float_as_int
+    for name, called in DEVICE_FUNCTIONS.items():
         if known.get(name) is called:
             found[name] = numba.cuda.jit(device=True, forceinline=True)(
                 types.FunctionType(called.__code__, found, name)
@@ -110,7 +110,7 @@ def _compile(source: Source) -> str:
     return _renamed(source, text)
 
 
-def _renamed(source: Source, text: str) -> str:
+def _renamed(source: NumbaSource, text: str) -> str:
     version = re.search(r"^\.version (\d+)\.(\d+)", text, re.M)
     if not version or (int(version[1]), int(version[2])) > LATEST_PTX:
         wrote = version[0].split()[1] if version else "?"
@@ -131,12 +131,12 @@ def _renamed(source: Source, text: str) -> str:
     return head + body.replace(")", f")\n.maxntid {source.block}\n.minnctapersm 1", 1)
 
 
-def _add_to() -> Any:
+def _atomic_add() -> Any:
     """Numba's own atomics take arrays, and kernels have pointers."""
     from numba import void
     from numba.cuda.extending import intrinsic
 
-    def add_to(_: Any, pointer: Any, index: Any, value: Any) -> Any:
+    def atomic_add(_: Any, pointer: Any, index: Any, value: Any) -> Any:
         def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
             value = context.cast(builder, arguments[2], signature.args[2], pointer.dtype)
             builder.atomic_rmw("add", builder.gep(arguments[0], [arguments[1]]), value, "monotonic")
@@ -144,7 +144,7 @@ def _add_to() -> Any:
 
         return void(pointer, index, value), code
 
-    return intrinsic(add_to)
+    return intrinsic(atomic_add)
 
 
 def _missing(what: str) -> str:

@@ -11,8 +11,8 @@ Knows nothing of what a kernel computes, nor of where it runs: a stream does tha
     shared   static bytes                dynamic  bytes asked for at launch, an expression
     regs     ceiling, by ptxas           target   architectures on which that holds
     param    name  type  [direction dtype[shape]]  [align n]  [rule]
-    moves    bytes through memory, an expression
-    order    fixed, or why it is not
+    traffic  bytes read and written, an expression
+    determinism  fixed: the same bits in every run; or why not
 
 After two spaces a line speaks to people.  Expressions know + - * // % comparisons, min, max and
 ceil(a / b), all in integers.
@@ -48,6 +48,9 @@ DTYPES: dict[str, np.dtype[Any]] = {
     }.items()
 }  # fmt: skip
 """What an array holds; bf16 is kept as u16."""
+
+KEYS = "entry grid block shared dynamic max_blocks_per_sm regs target param traffic determinism"
+"""What a contract's lines begin with."""
 
 _CODES = {"u64": "Q", "u32": "I", "s32": "i", "f32": "f"}
 """A parameter's type, for struct."""
@@ -218,11 +221,11 @@ def parse(text: str, where: str) -> Contract:
         params=tuple(_parameter(line, at) for at, line in lines["param"]),
         shared=number("shared", "0"),
         dynamic=formula("dynamic"),
-        max_blocks_per_sm=number("apart", "0"),
+        max_blocks_per_sm=number("max_blocks_per_sm", "0"),
         regs=number("regs", "255"),
         targets=tuple(word("target", "").split()),
-        traffic_bytes=formula("moves"),
-        determinism=word("order", "fixed"),
+        traffic_bytes=formula("traffic"),
+        determinism=word("determinism", "fixed"),
         where=where,
     )
     _check_names(made)
@@ -232,7 +235,7 @@ def parse(text: str, where: str) -> Contract:
 
 def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
     """The contract's lines by key: ("file:line", what follows the key)."""
-    known = set("entry grid block shared dynamic apart regs target param moves order".split())
+    known = set(KEYS.split())
     lines: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.startswith("//:"):
@@ -282,7 +285,7 @@ def _parameter(line: str, where: str) -> Parameter:
 
 
 def _check_names(contract: Contract) -> None:
-    """What is computed at a launch knows whole numbers among the parameters, and `moves` and rules
+    """What is computed at a launch knows whole numbers among the parameters, and `traffic` and rules
     the launcher sizes too."""
     whole = {p.name for p in contract.params if p.type in ("u32", "s32")}
     others = {p.name for p in contract.params} - whole
@@ -290,7 +293,7 @@ def _check_names(contract: Contract) -> None:
     if contract.dynamic is not None:
         formulas.append(("dynamic", contract.dynamic, whole))
     if contract.traffic_bytes is not None:
-        formulas.append(("moves", contract.traffic_bytes, whole | set(contract.sizes)))
+        formulas.append(("traffic", contract.traffic_bytes, whole | set(contract.sizes)))
     for p in contract.params:
         if p.rule is not None:
             formulas.append((p.name, p.rule, whole | set(contract.sizes)))
@@ -409,7 +412,7 @@ class Kernel:
         """What a launch with these values moves through memory, by the contract."""
         contract = self.contract
         if contract.traffic_bytes is None:
-            raise KernelError(f"{contract.where}: the contract has no moves line.")
+            raise KernelError(f"{contract.where}: the contract has no traffic line.")
         return contract.traffic_bytes(_known(contract, values))
 
 
@@ -430,16 +433,16 @@ def entry_body_offset(text: str) -> int:
 
 def pdl_text(text: str) -> str:
     """A module's text for sm_90 and up with programmatic dependent launch (PTX ISA 7.8,
-    griddepcontrol).  It waits for the previous kernel at lines `// -- early`, or at its start, and
-    releases the next at `// -- leaving` or `// -- leaving, if %predicate`, or after the wait."""
+    griddepcontrol).  It waits for the previous kernel at lines `// -- pdl wait`, or at its start, and
+    releases the next at `// -- pdl launch_dependents` or `// -- pdl launch_dependents, if %predicate`, or after the wait."""
     text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
-    wait = WAIT if "// -- leaving" in text else f"{WAIT} {LAUNCH_DEPENDENTS}"
-    leaving = re.compile(r"^( *)// -- leaving(?:, if (%\w+))?.*$", re.M)
+    wait = WAIT if "// -- pdl launch_dependents" in text else f"{WAIT} {LAUNCH_DEPENDENTS}"
+    leaving = re.compile(r"^( *)// -- pdl launch_dependents(?:, if (%\w+))?.*$", re.M)
     text = leaving.sub(
         lambda at: f"{at[1]}{f'@{at[2]} ' if at[2] else ''}{LAUNCH_DEPENDENTS}", text
     )
-    if "// -- early" in text:
-        return re.sub(r"^( *)// -- early.*$", rf"\1{wait}", text, flags=re.M)
+    if "// -- pdl wait" in text:
+        return re.sub(r"^( *)// -- pdl wait.*$", rf"\1{wait}", text, flags=re.M)
     start = entry_body_offset(text)
     return f"{text[:start]}\n    {wait}{text[start:]}"
 

@@ -1,8 +1,8 @@
-"""sample and advance: from rows of logits to tokens, and on to the next step, without the host.
+"""sample_token and advance_step: from rows of logits to tokens, and on to the next step, without the host.
 
-`peaks` finds the largest logit of each slice of a row; `weigh` sorts each slice's tokens into bins
-and adds the slices up; `draw`, one thread block a row, draws a token from what temperature, top-k,
-top-p and min-p leave; `advance` writes the tokens where the next step reads its own, and tells the
+`slice_max` finds the largest logit of each slice of a row; `logit_histogram` sorts each slice's tokens into bins
+and adds the slices up; `sample_token`, one thread block a row, draws a token from what temperature, top-k,
+top-p and min-p leave; `advance_step` writes the tokens where the next step reads its own, and tells the
 host.
 
 What top-k, top-p and min-p keep is always a prefix of the tokens in order of their logits, so a
@@ -15,7 +15,16 @@ so that sums come out the same in any order of the threads.
 
 from typing import Any
 
-from osmium.kernels.python import (
+from osmium.kernels.logit_histogram import (
+    BINS,
+    FINITE_LIMIT,
+    FIXED_POINT_ONE,
+    LOADS_IN_FLIGHT,
+    WINDOW,
+    block_argmax,
+    block_inclusive_scan,
+)
+from osmium.kernels.numba_kernels import (
     cuda,
     device_function,
     exp2,
@@ -26,43 +35,42 @@ from osmium.kernels.python import (
     uint32,
     uint64,
 )
-from osmium.kernels.weigh import AHEAD, BAD, BINS, UNIT, WINDOW, likeliest, running
 
-__all__ = ["ADVANCE", "DRAW"]
+__all__ = ["ADVANCE_STEP", "SAMPLE_TOKEN"]
 
-LIST = 512
-"""Tokens that are put in order: each thread of `draw` has one."""
+MAX_CANDIDATES = 512
+"""Tokens that are put in order: each thread of `sample_token` has one."""
 
 LEVELS = 3
 """Of bins: a finest one is 2^-27 of the window wide, and its tokens are equal but for rounding."""
 
 
 @device_function
-def collect(
+def load_candidates(
     index: Any, found: Any, value: Any, logits: Any, order: Any, base: Any, size: Any, start: Any,
     until: Any, s: Any, slices: Any, e: Any,
 ) -> None:  # fmt: skip
-    """index[u], value[u]: element e of the span of slice s + u * warps, u below AHEAD, and its
+    """index[u], value[u]: element e of the span of slice s + u * warps, u below LOADS_IN_FLIGHT, and its
     logit; index -1 where there is none, for which some other one is loaded: without branches all
     are on their way at once."""
     warps = cuda.blockDim.x // 32
-    for u in range(AHEAD):
+    for u in range(LOADS_IN_FLIGHT):
         of = min(int32(s + u * warps), int32(slices - 1))
         some = s + u * warps < slices and int32(start[of] + e) < until[of]
         index[u] = int32(of * size + start[of] + e) if some else int32(-1)
-    for u in range(AHEAD):
+    for u in range(LOADS_IN_FLIGHT):
         found[u] = int32(order[int32(base + max(index[u], int32(0)))])
-    for u in range(AHEAD):
+    for u in range(LOADS_IN_FLIGHT):
         if index[u] >= 0:
             index[u] = int32((s + u * warps) * size + found[u])
         value[u] = logits[int32(base + max(index[u], int32(0)))]
 
 
 @device_function
-def longest(start: Any, until: Any, s: Any, slices: Any) -> Any:
-    """Elements of the longest of the spans that `collect` goes over."""
+def max_span(start: Any, until: Any, s: Any, slices: Any) -> Any:
+    """Elements of the max_span of the spans that `load_candidates` goes over."""
     most = int32(0)
-    for u in range(AHEAD):
+    for u in range(LOADS_IN_FLIGHT):
         of = s + u * (cuda.blockDim.x // 32)
         if of < slices:
             most = max(most, int32(until[of] - start[of]))
@@ -77,7 +85,7 @@ def longest(start: Any, until: Any, s: Any, slices: Any) -> Any:
     grid="rows",
     regs=128,
 )
-def draw(
+def sample_token(
     token: Any,
     logits: Any,
     best: Any,
@@ -92,13 +100,13 @@ def draw(
     slices: int,
     ring: int,
 ) -> None:
-    """token i32 [rows]: drawn, in rows where `weigh` has not written it.
+    """token i32 [rows]: drawn, in rows where `logit_histogram` has not written it.
 
-    logits f32 [rows, vocab]    best f32 [rows, slices]: what `peaks` found; slices <= 512
+    logits f32 [rows, vocab]    best f32 [rows, slices]: what `slice_max` found; slices <= 512
     settings f32 [rows, 4]: temperature, top-k, top-p, min-p
     chance f64 [ring, rows], in [0, 1); row turn % ring of it is used    turn i32 [1]
     counts u32 [rows, BINS], masses u64 [rows, BINS + 1], ends u16 [rows, slices, BINS],
-    order u16 [rows, vocab]: what `weigh` found
+    order u16 [rows, vocab]: what `logit_histogram` found
     """
     n_upto = cuda.shared.array(1536, uint32)  # a level after the other: tokens up to each bin
     w_upto = cuda.shared.array(1536, uint64)  # and their probability
@@ -107,7 +115,7 @@ def draw(
     until = cuda.shared.array(512, int32)  # at, first and end
     ids = cuda.shared.array(512, int32)  # the tokens that are listed, as they came
     values = cuda.shared.array(512, float32)
-    ranked = cuda.shared.array(512, int32)  # where in `ids` the next likeliest is
+    ranked = cuda.shared.array(512, int32)  # where in `ids` the next block_argmax is
     l_upto = cuda.shared.array(512, uint64)  # the probability of the listed up to it
     entries = cuda.shared.array(1, uint32)
     found = cuda.shared.array(8, uint64)
@@ -128,22 +136,22 @@ def draw(
     n_bin = uint64(counts[row * BINS + me])
     w_bin = masses[row * (BINS + 1) + me]
     likely = masses[row * (BINS + 1) + BINS]
-    largest = float32(-BAD)
+    largest = float32(-FINITE_LIMIT)
     if me < slices:
         largest = best[row * slices + me]
     lot = float64(0)
     if me == 0:
         lot = chance[int32(uint32(turn[0]) % uint32(ring)) * cuda.gridDim.x + row]
-    likeliest(values, ids, largest, int32(0))
+    block_argmax(values, ids, largest, int32(0))
     largest = values[0]
-    if not (largest < float32(BAD) and largest > float32(-BAD)):
+    if not (largest < float32(FINITE_LIMIT) and largest > float32(-FINITE_LIMIT)):
         return
     steep = min(float32(1.4426950408889634) / temperature, float32(1e30))
     per_bin = min(float32(BINS / WINDOW) / temperature, float32(1e30))
-    n_upto[me] = uint32(running(sums, n_bin))
+    n_upto[me] = uint32(block_inclusive_scan(sums, n_bin))
     cuda.syncthreads()  # `sums` is free
-    w_upto[me] = running(sums, w_bin)
-    cuda.syncthreads()  # the running sums are whole
+    w_upto[me] = block_inclusive_scan(sums, w_bin)
+    cuda.syncthreads()  # the block_inclusive_scan sums are whole
     kept = w_upto[BINS - 1]
 
     # -- 2. three walks: over top-k tokens; over top-p of what they weigh; up to the draw
@@ -204,14 +212,14 @@ def draw(
                 w_some = uint64(0)
                 s = int32(warp)
                 while s < slices:
-                    most = longest(start, until, s, slices)
+                    most = max_span(start, until, s, slices)
                     e = int32(lane)
                     while e < most:
-                        collect(
+                        load_candidates(
                             index, place, value, logits, order, base, size, start, until, s,
                             slices, e,
                         )  # fmt: skip
-                        for u in range(AHEAD):
+                        for u in range(LOADS_IN_FLIGHT):
                             below = largest - value[u]
                             b = int32(-1)
                             if index[u] >= 0:
@@ -225,17 +233,17 @@ def draw(
                                     some = uint32(0)
                                     w_some = uint64(0)
                                 some += uint32(1)
-                                w_some += uint64(exp2(-below * steep) * float32(UNIT))
+                                w_some += uint64(exp2(-below * steep) * float32(FIXED_POINT_ONE))
                         e = int32(e + 32)
-                    s = int32(s + warps * AHEAD)
+                    s = int32(s + warps * LOADS_IN_FLIGHT)
                 if some > 0:
                     cuda.atomic.add(n_upto, level * BINS + last, some)
                     cuda.atomic.add(w_upto, level * BINS + last, w_some)
                 cuda.syncthreads()  # the bins are whole
-                n_upto[of] = uint32(running(sums, uint64(n_upto[of])))
+                n_upto[of] = uint32(block_inclusive_scan(sums, uint64(n_upto[of])))
                 cuda.syncthreads()  # `sums` is free
-                w_upto[of] = running(sums, w_upto[of])
-                cuda.syncthreads()  # the running sums are whole
+                w_upto[of] = block_inclusive_scan(sums, w_upto[of])
+                cuda.syncthreads()  # the block_inclusive_scan sums are whole
             n_before = uint64(0)
             w_before = uint64(0)
             if me > 0:
@@ -262,13 +270,13 @@ def draw(
             cuda.syncthreads()  # and read
             if level == 0:
                 b0 = bin_
-            if inside <= uint64(LIST) or level == LEVELS - 1:
+            if inside <= uint64(MAX_CANDIDATES) or level == LEVELS - 1:
                 break
             level += int32(1)
             scale *= float32(BINS)
 
         # -- 2b. too many for a list: they are equal but for rounding, and go by id
-        if inside > uint64(LIST):
+        if inside > uint64(MAX_CANDIDATES):
             each = max(weight // inside, uint64(1))
             short = target - n if goal == 0 else (target - w + each - uint64(1)) // each
             short = min(max(short, uint64(1)), inside)  # so many of them are needed
@@ -282,22 +290,22 @@ def draw(
                 cuda.syncthreads()  # zeros before sums, and the spans are whole
                 s = int32(warp)
                 while s < slices:
-                    most = longest(start, until, s, slices)
+                    most = max_span(start, until, s, slices)
                     e = int32(lane)
                     while e < most:
-                        collect(
+                        load_candidates(
                             index, place, value, logits, order, base, size, start, until, s,
                             slices, e,
                         )  # fmt: skip
-                        for u in range(AHEAD):
+                        for u in range(LOADS_IN_FLIGHT):
                             at = (largest - value[u]) * per_bin
                             if index[u] >= 0 and int32(at * scale) == bin_:
                                 cuda.atomic.add(ranked, s + u * warps, int32(1))
                         e = int32(e + 32)
-                    s = int32(s + warps * AHEAD)
+                    s = int32(s + warps * LOADS_IN_FLIGHT)
                 cuda.syncthreads()  # the slices are counted
                 mine = uint64(ranked[me])
-                upto = running(sums, mine)
+                upto = block_inclusive_scan(sums, mine)
                 if upto - mine < short and short <= upto:
                     found[1] = uint64(me)
                     found[2] = upto - mine
@@ -311,7 +319,7 @@ def draw(
                     at = (largest - logits[base + i]) * per_bin
                     if at < float32(BINS) and int32(at * scale) == bin_:
                         mine += uint64(1)
-                upto = running(sums, mine)
+                upto = block_inclusive_scan(sums, mine)
                 if upto - mine < short and short <= upto:
                     left = int32(short - (upto - mine))
                     for i in range(from_, end):
@@ -324,7 +332,7 @@ def draw(
 
         # -- 2c. the tokens in order: of all bins up to this one where they are few, else of it
         if level != list_level or bin_ < list_from or bin_ > list_to:
-            few = level == 0 and n + inside <= uint64(LIST)
+            few = level == 0 and n + inside <= uint64(MAX_CANDIDATES)
             list_level = level
             list_from = int32(0) if few else bin_
             list_to = bin_
@@ -340,21 +348,21 @@ def draw(
             cuda.syncthreads()  # zero before the count, and the spans are whole
             s = int32(warp)
             while s < slices:
-                most = longest(start, until, s, slices)
+                most = max_span(start, until, s, slices)
                 e = int32(lane)
                 while e < most:
-                    collect(
+                    load_candidates(
                         index, place, value, logits, order, base, size, start, until, s,
                         slices, e,
                     )  # fmt: skip
-                    for u in range(AHEAD):
+                    for u in range(LOADS_IN_FLIGHT):
                         at = (largest - value[u]) * per_bin
                         if index[u] >= 0 and (level == 0 or int32(at * scale) == bin_):
                             entry = cuda.atomic.add(entries, 0, uint32(1))
                             ids[entry] = index[u]
                             values[entry] = value[u]
                     e = int32(e + 32)
-                s = int32(s + warps * AHEAD)
+                s = int32(s + warps * LOADS_IN_FLIGHT)
             cuda.syncthreads()  # the list is whole
             if me < listed:
                 rank = 0
@@ -365,9 +373,11 @@ def draw(
             cuda.syncthreads()  # the order is whole
             mine = uint64(0)
             if me < listed:
-                mine = uint64(exp2((values[ranked[me]] - largest) * steep) * float32(UNIT))
-            l_upto[me] = running(sums, mine)
-            cuda.syncthreads()  # the running sums are whole
+                mine = uint64(
+                    exp2((values[ranked[me]] - largest) * steep) * float32(FIXED_POINT_ONE)
+                )
+            l_upto[me] = block_inclusive_scan(sums, mine)
+            cuda.syncthreads()  # the block_inclusive_scan sums are whole
         if me < listed:
             before = list_w
             if me > 0:
@@ -394,7 +404,7 @@ def draw(
     grid="1",
     regs=64,
 )
-def advance(
+def advance_step(
     ids: Any,
     positions: Any,
     past: Any,
@@ -454,4 +464,4 @@ def advance(
         mail[0] = now + 1
 
 
-ADVANCE, DRAW = advance, draw
+ADVANCE_STEP, SAMPLE_TOKEN = advance_step, sample_token

@@ -5,9 +5,9 @@ ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an
 caller sees in host memory comes through `copy_out` alone, which counts its bytes.
 """
 
+from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
-from osmium.kernels.sample import ADVANCE, DRAW
-from osmium.kernels.weigh import PEAKS, WEIGH
+from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.ops import gpu_experts, gpu_rows
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
@@ -35,15 +35,15 @@ from osmium.ops.types import (
 __all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
-ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
-SPLIT = {name: kernel(f"gqa_split_{name}") for name in KV_DTYPES}
+GQA_ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
+GQA_DECODE_SPLIT_KV = {name: kernel(f"gqa_decode_split_kv_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
-CONV = kernel("conv_silu_f32")
+CAUSAL_CONV1D = kernel("causal_conv1d_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
-DELTA_STEP = kernel("delta_step_f32")
-DELTA_TOKEN = kernel("delta_token_f32")
-DELTA_CHUNK = kernel("delta_chunk_f32")
-GATED_NORM = kernel("gated_norm_f32")
+DELTA_RULE_RECURRENT = kernel("delta_rule_recurrent_f32")
+DELTA_NET_DECODE = kernel("delta_net_decode_f32")
+DELTA_RULE_CHUNK = kernel("delta_rule_chunk_f32")
+GATED_RMS_NORM = kernel("gated_rms_norm_f32")
 
 
 def check_kernels() -> int:
@@ -93,7 +93,7 @@ class GpuOps(GpuExperts):
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
-        ATTENTION[kv_format(kv)](
+        GQA_ATTENTION[kv_format(kv)](
             self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence_ids,
             step.page_table,
             heads, kv.k.shape[2], dim, step.page, step.page_table.shape[1], scale,
@@ -126,7 +126,7 @@ class GpuOps(GpuExperts):
         )  # fmt: skip
         # 128 values of a head are a group of digits, which their block can make for all
         digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
-        SPLIT[kv_format(kv)](
+        GQA_DECODE_SPLIT_KV[kv_format(kv)](
             self.stream, tokens, read.hi_lo, room.partial, room.split_counters, *_arrays(kv),
             qgkv, w.norms,
             w.frequencies, step.positions, step.sequence_ids, step.page_table, heads, groups, dim,
@@ -147,7 +147,7 @@ class GpuOps(GpuExperts):
 
     def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         channels, stride = out.shape[1], u.shape[1]
-        CONV(
+        CAUSAL_CONV1D(
             self.stream, step.sequences, out, u, w, state,
             step.query_start_loc, step.context_lens, step.state_slots, channels, stride,
         )  # fmt: skip
@@ -161,7 +161,7 @@ class GpuOps(GpuExperts):
     def delta_rule_recurrent(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
-        self._delta(DELTA_STEP, out, qkv, decay, beta, state, step)
+        self._delta(DELTA_RULE_RECURRENT, out, qkv, decay, beta, state, step)
 
     def delta_net(
         self,
@@ -191,7 +191,7 @@ class GpuOps(GpuExperts):
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         # a head of 128 values is a group of digits, which its block can make for all
         digits = dv == 128 and w.out.format == "int4" and supports_matvec(w.out)
-        DELTA_TOKEN(
+        DELTA_NET_DECODE(
             self.stream, step.sequences, read.hi_lo, u, h.hi_lo, h.square_sums or 0, w.conv, inputs,
             w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.context_lens, step.state_slots,
             key_heads,
@@ -205,7 +205,7 @@ class GpuOps(GpuExperts):
     def delta_rule_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
-        self._delta(DELTA_CHUNK, out, qkv, decay, beta, state, step)
+        self._delta(DELTA_RULE_CHUNK, out, qkv, decay, beta, state, step)
 
     def _delta(
         self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
@@ -223,14 +223,14 @@ class GpuOps(GpuExperts):
         self, out: Array, x: Array, z: Array, column: int, w: Array, eps: float
     ) -> None:
         tokens, heads, dim = x.shape
-        GATED_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
+        GATED_RMS_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
 
     # -- replies -----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, replies: DecodeState) -> None:
         r, (rows, vocab) = replies, logits.shape
         slices = r.slice_max.shape[1]
-        PEAKS(
+        SLICE_MAX(
             self.stream,
             rows,
             r.slice_max,
@@ -241,19 +241,19 @@ class GpuOps(GpuExperts):
             vocab,
             slices,
         )
-        WEIGH(
+        LOGIT_HISTOGRAM(
             self.stream, rows, r.token, r.bin_counts, r.bin_weights, r.slice_bin_ends,
             r.bin_order, logits, r.slice_max,
             r.slice_argmax, r.sampler_params, vocab, slices,
         )  # fmt: skip
-        DRAW(
+        SAMPLE_TOKEN(
             self.stream, rows, r.token, logits, r.slice_max, r.sampler_params, r.uniforms,
             r.decode_step, r.bin_counts,
             r.bin_weights, r.slice_bin_ends, r.bin_order, vocab, slices, r.ring,
         )  # fmt: skip
 
     def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
-        ADVANCE(
+        ADVANCE_STEP(
             self.stream, step.ids, step.positions, step.context_lens, step.state_slots,
             step.page_table,
             replies.token, replies.tokens_left, replies.stop_on_eos, replies.eos,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from osmium.kernels.place import PLACE
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.tiling import (
@@ -29,26 +29,26 @@ from osmium.ops.types import (
 
 __all__ = ["GpuExperts"]
 
-ROUTER = kernel("router_f32")
-ROUTE = kernel("route_f32")
-REPLAY = kernel("replay_u16")
-FETCH = kernel("fetch_records")
-FETCH_EARLY = kernel("fetch_early")
-EXPERT_UP = {
-    16: kernel("bf16_expert_up_f32"),
-    8: kernel("int8_expert_up_f32"),
-    4: kernel("int4_expert_up_f32"),
+ROUTER_TOPK = kernel("router_topk_f32")
+TOPK_SOFTMAX = kernel("topk_softmax_f32")
+REPLAY_ROUTING = kernel("replay_routing_u16")
+FETCH_EXPERTS = kernel("fetch_experts")
+PREFETCH_EXPERTS = kernel("prefetch_experts")
+MOE_UP_GENERIC = {
+    16: kernel("bf16_moe_up_generic_f32"),
+    8: kernel("int8_moe_up_generic_f32"),
+    4: kernel("int4_moe_up_generic_f32"),
 }
-EXPERT_DOWN = {
-    16: kernel("bf16_expert_down_f32"),
-    8: kernel("int8_expert_down_f32"),
-    4: kernel("int4_expert_down_f32"),
+MOE_DOWN_GENERIC = {
+    16: kernel("bf16_moe_down_generic_f32"),
+    8: kernel("int8_moe_down_generic_f32"),
+    4: kernel("int4_moe_down_generic_f32"),
 }
-EXPERTS_UP = kernel("int4_experts_up_f32")
-EXPERTS_DOWN = kernel("int4_experts_down_f32")
-GATED_UP = kernel("int8_gated_up_f32")
-SILU_MUL = kernel("silu_mul_f32")
-ADD_GATED = kernel("add_gated_f32")
+MOE_UP_FUSED = kernel("int4_moe_up_fused_f32")
+MOE_DOWN_FUSED = kernel("int4_moe_down_fused_f32")
+GATE_UP_SILU = kernel("int8_gate_up_silu_f32")
+SILU_AND_MUL = kernel("silu_and_mul_f32")
+ADD_SIGMOID_GATED = kernel("add_sigmoid_gated_f32")
 
 ROUTER_EXPERTS = 256
 """Experts up to which the router picks, too: eight a lane."""
@@ -100,7 +100,7 @@ class GpuExperts(GpuRows):
         count, layers = (0, 0) if told is None else told.shape[:2]
         assert predicted is None or predicted.shape[:2] == (count, layers), "one N, L for both"
         some = self.share(w)
-        ROUTER(
+        ROUTER_TOPK(
             self.stream, some.blocks, sets, ids, weights, scores, counters, arrived, *second,
             h.hi_lo, h.square_sums or 0, w.data, matrix, 0 if trace is None else trace,
             0 if predicted is None else predicted, positions, tokens, some.rows(tokens),
@@ -131,12 +131,14 @@ class GpuExperts(GpuRows):
         self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
     ) -> None:
         tokens, top_k = ids.shape
-        ROUTE(self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1])
+        TOPK_SOFTMAX(
+            self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1]
+        )
 
     def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
         tokens, top_k = ids.shape
         count, layers, _ = trace.shape
-        REPLAY(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
+        REPLAY_ROUTING(self.stream, tokens, ids, trace, positions, count, layers, layer, top_k)
 
     def assign_slots(
         self,
@@ -160,7 +162,7 @@ class GpuExperts(GpuRows):
                 first = sum(cache.slots[i].shape[0] for i in range(on))
                 after = (cache.expert_to_slot[on], cache.slot_to_expert[on], cache.short_count[on],
                          cache.long_count[on], cache.last_used[on])  # fmt: skip
-        PLACE(
+        ASSIGN_SLOTS(
             self.stream, blocks, plan.count, plan.expert, plan.slot, plan.fetch_flags, plan.uses,
             plan.pair_slots, plan.fetch_progress, cache.expert_to_slot[layer],
             cache.slot_to_expert[layer],
@@ -189,7 +191,7 @@ class GpuExperts(GpuRows):
                 guess.segments_done[layer],
                 0 if last else guess.start_signal[layer + 1],
             )
-        FETCH(
+        FETCH_EXPERTS(
             self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
             plan.expert, plan.slot, plan.fetch_flags, plan.uses, plan.count, cache.counters,
             plan.fetch_progress, *guessed, 0 if l2_prefetch is None else l2_prefetch,
@@ -201,7 +203,7 @@ class GpuExperts(GpuRows):
         self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
     ) -> None:
         layers, experts, _ = arena.records.shape
-        FETCH_EARLY(
+        PREFETCH_EXPERTS(
             self.stream, FETCH_BLOCKS, cache.slots[0], arena.records, guess.expert, guess.slot,
             guess.state, guess.segments_done, guess.start_signal, cache.step, cache.record.nbytes,
             layers, experts,
@@ -238,7 +240,7 @@ class GpuExperts(GpuRows):
         some = tile_matrix(
             self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of, EXPERT_TILES
         )
-        EXPERTS_UP(
+        MOE_UP_FUSED(
             self.stream, some.blocks + wide, tokens, inner.hi_lo, shared_inner.hi_lo, h.hi_lo,
             h.square_sums or 0, ids, *_placed(plan, part), cache.slots[layer],
             *((shared.up.data, shared.up.scale) if wide else (0, 0)),
@@ -253,7 +255,7 @@ class GpuExperts(GpuRows):
         more: tuple[int, ...] = ()
         if record.bits != 16:
             more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
-        EXPERT_UP[record.bits](
+        MOE_UP_GENERIC[record.bits](
             self.stream, tokens, inner.f32, self.merge_hi_lo(h), ids, cache.slots[layer],
             cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
@@ -291,7 +293,7 @@ class GpuExperts(GpuRows):
             self.linear(said, shared_inner, shared.down)
         own = shared.down.in_features if wide else 0
         some, ring = tile_expert_down(self.machine, record, tokens, top_k, own)
-        EXPERTS_DOWN(
+        MOE_DOWN_FUSED(
             self.stream, some.blocks, tokens, x, inner.hi_lo, ids,
             *_placed(plan, part), weights, cache.slots[layer], shared_inner.hi_lo,
             *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
@@ -315,7 +317,7 @@ class GpuExperts(GpuRows):
             more += (record.down_scale,)
         elif record.bits == 4:
             more += (record.down_scale, record.down_group)
-        EXPERT_DOWN[record.bits](
+        MOE_DOWN_GENERIC[record.bits](
             self.stream, tokens, y, inner.f32, ids, weights, cache.slots[layer],
             cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
         )  # fmt: skip
@@ -330,7 +332,7 @@ class GpuExperts(GpuRows):
             self.prepare_input(inner)
             return
         some = tile_matrix(self.machine, size, w.in_features, 4, False)
-        GATED_UP(
+        GATE_UP_SILU(
             self.stream, some.blocks, inner.hi_lo, a.hi_lo, a.square_sums or 0, w.data, w.scale,
             tokens,
             some.rows(tokens), size, w.in_features, some.tiles, a.eps,
@@ -338,11 +340,11 @@ class GpuExperts(GpuRows):
 
     def silu_and_mul(self, out: Array, x: Array) -> None:
         tokens, inner = out.shape
-        SILU_MUL(self.stream, tokens, out, x, inner)
+        SILU_AND_MUL(self.stream, tokens, out, x, inner)
 
     def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         tokens, dim = out.shape
-        ADD_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
+        ADD_SIGMOID_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
 
 
 def _placed(plan: SlotAssignment | None, part: str) -> tuple[Array | int, Array | int]:

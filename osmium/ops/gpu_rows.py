@@ -1,7 +1,7 @@
 """Memory, rows and matrices of GpuOps, and the making of weights.
 
 Matrices for few tokens read hi + lo halves (types.MatmulInput), which the producer of the rows
-stores; the kernels for odd shapes read f32, which join_f32 restores.
+stores; the kernels for odd shapes read f32, which merge_hi_lo_f32 restores.
 """
 
 import contextlib
@@ -22,12 +22,12 @@ __all__ = ["GpuRows"]
 
 QUANTIZE_INT4 = kernel("int4_quantize_bf16")
 QUANTIZE_INT8 = kernel("int8_quantize_bf16")
-NOISE = kernel("noise_u64")
+RANDOM_FILL = kernel("random_fill_u64")
 EMBED = kernel("embed_bf16")
-TAKE = kernel("take_f32")
+GATHER_ROWS = kernel("gather_rows_f32")
 ADD = kernel("add_f32")
-SPLIT = kernel("split_f32")
-JOIN = kernel("join_f32")
+NORM_SPLIT_HI_LO = kernel("norm_split_hi_lo_f32")
+MERGE_HI_LO = kernel("merge_hi_lo_f32")
 LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
@@ -114,23 +114,23 @@ class GpuRows:
 
     def gather_rows(self, out: Array, x: Array, rows: Array) -> None:
         count, dim = out.shape
-        TAKE(self.stream, count, out, x, rows, dim)
+        GATHER_ROWS(self.stream, count, out, x, rows, dim)
 
     def add(self, out: Array, x: Array) -> None:
         ADD(self.stream, out, x, out.nbytes // 4)
 
     def prepare_input(self, a: MatmulInput) -> None:
         tokens, width = a.f32.shape
-        SPLIT(self.stream, tokens, a.hi_lo, 0, a.f32, 0, width)
+        NORM_SPLIT_HI_LO(self.stream, tokens, a.hi_lo, 0, a.f32, 0, width)
 
     def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         tokens, width = x.shape
-        SPLIT(self.stream, tokens, h.hi_lo, h.square_sums, x, w, width)
+        NORM_SPLIT_HI_LO(self.stream, tokens, h.hi_lo, h.square_sums, x, w, width)
 
     def merge_hi_lo(self, a: MatmulInput) -> Array:
         """The rows in f32, for kernels that read that."""
         tokens, width = a.f32.shape
-        JOIN(self.stream, tokens, a.f32, a.hi_lo, a.square_sums or 0, width, a.eps)
+        MERGE_HI_LO(self.stream, tokens, a.f32, a.hi_lo, a.square_sums or 0, width, a.eps)
         return a.f32
 
     # -- matrices --------------------------------------------------------------------------------
@@ -212,4 +212,4 @@ class GpuRows:
             for word in (seed, pattern.mask, pattern.base)
             for half in (word & 0xFFFFFFFF, word >> 32)
         ]
-        NOISE(self.stream, count, out, stride, start, nbytes, *halves)
+        RANDOM_FILL(self.stream, count, out, stride, start, nbytes, *halves)

@@ -1,4 +1,4 @@
-"""Which slot every expert has, in NumPy: what kernels/place.py does, and its specification."""
+"""Which slot every expert has, in NumPy: what kernels/assign_slots.py does, and its specification."""
 
 import numpy as np
 import numpy.typing as npt

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from osmium.cuda.memory import Fill
-from osmium.kernels.weigh import BINS, SLICE
+from osmium.kernels.logit_histogram import BINS, SLICE
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
@@ -349,7 +349,7 @@ class PrefetchState:
     slot: Array
     """i32 [L], its slot, which the cache's tables call free; counted over all layers."""
     state: Array
-    """i32 [L, FETCH_BLOCKS], of each block of `fetch_early`: 1 once it has begun with the layer,
+    """i32 [L, FETCH_BLOCKS], a block of `prefetch_experts` each: 1 once it has begun with the layer,
     2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
     wrong."""
     segments_done: Array

@@ -62,10 +62,10 @@ def test_every_launch_of_a_token_is_in_the_profile(
     assert listed == launched and found["nodes"] == launched.total()
     streams = expert_slots < engine.config.num_experts
     layers = engine.config.num_layers
-    assert listed["fetch_records"] == (layers if streams else 0)
-    assert listed["fetch_early"] == (1 if streams else 0)
+    assert listed["fetch_experts"] == (layers if streams else 0)
+    assert listed["prefetch_experts"] == (1 if streams else 0)
     untimed = {row["kernel"] for row in found["rows"] if "us" not in row}
-    assert untimed == ({"fetch_early"} if streams else set()), (
+    assert untimed == ({"prefetch_experts"} if streams else set()), (
         "it waits for other kernels, so it cannot be timed alone"
     )
     table = profile_table(found).splitlines()
@@ -76,8 +76,8 @@ def test_every_launch_of_a_token_is_in_the_profile(
 
 @pytest.mark.parametrize(("which", "depends"), [(0, False), (1, True), (2, True)])
 def test_traffic_of_a_partial_expert_kernel_depends_on_residency(which: int, depends: bool) -> None:
-    up = kernel("int4_experts_up_f32")
-    values = tuple(which if p.name == "which" else 1 for p in up.contract.params)
+    up = kernel("int4_moe_up_fused_f32")
+    values = tuple(which if p.name == "subset" else 1 for p in up.contract.params)
     assert bytes_depend_on_hits((up, (1,), values)) is depends
 
 
@@ -103,7 +103,7 @@ def test_a_response_after_a_profile_runs_its_launches(
     ) == before
     gpu.launched.clear()
     engine.run_on_engine_thread(lambda: engine.runner.launch_decode_step(1))
-    assert gpu.launched.count("fetch_records") == engine.config.num_layers
+    assert gpu.launched.count("fetch_experts") == engine.config.num_layers
 
 
 def test_list_launches_records_without_running(

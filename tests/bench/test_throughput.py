@@ -20,7 +20,7 @@ from osmium.engine.request import SamplingParams
 from osmium.errors import ConfigError
 from osmium.experts.cache import verify
 from osmium.kernels.ptx import kernel
-from osmium.kernels.sample import ADVANCE
+from osmium.kernels.sample import ADVANCE_STEP
 
 SHORT = BenchConfig(depths=("64",), tokens=6, repeats=2, warm_up=8)
 
@@ -158,11 +158,11 @@ def test_a_profile_needs_a_gpu(engine: Any) -> None:
 
 
 def test_launch_traffic_is_the_contracts_formula_at_the_grid_size() -> None:
-    gather = kernel("take_f32")  # the launcher's size is the grid
+    gather = kernel("gather_rows_f32")  # the launcher's size is the grid
     assert launch_bytes((gather, (3,), ("out", "x", "rows", 64))) == gather.bytes_moved(
         (3, "", "", "", 64)
     )
-    assert launch_bytes((ADVANCE, (1,), ())) == 0, "the contract has no traffic formula"
+    assert launch_bytes((ADVANCE_STEP, (1,), ())) == 0, "the contract has no traffic formula"
 
 
 def test_a_comparison_shows_ratios_and_unmatched_rows(engine: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 from osmium import loader
 from osmium.cli import doctor
 from osmium.errors import KernelError
-from osmium.kernels import ptx, python
-from osmium.kernels.place import PLACE
+from osmium.kernels import numba_kernels, ptx
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import Kernel
 from osmium.ops import gpu, gpu_experts
 from osmium.ops.gpu import check_kernels
@@ -27,39 +27,39 @@ def _unread(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
 
 def missing_hand_written(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    (folder / "conv_silu_f32.ptx").unlink()
+    (folder / "causal_conv1d_silu_f32.ptx").unlink()
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
 def broken_hand_written(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    path = folder / "conv_silu_f32.ptx"
+    path = folder / "causal_conv1d_silu_f32.ptx"
     path.write_text(path.read_text().replace(".maxntid", ".maxnreg"))
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
 def missing_compiled(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    (folder / "place.ptx").unlink()
-    monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    (folder / "assign_slots.ptx").unlink()
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 def stale_compiled(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    path = folder / "place.ptx"
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    path = folder / "assign_slots.ptx"
     path.write_text(path.read_text().replace("from source ", "from source 0"))
-    monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 Damage = Callable[[pytest.MonkeyPatch, Path], None]
 
 DAMAGE: dict[str, tuple[Damage, ...]] = {
-    "conv_silu_f32": (missing_hand_written, broken_hand_written),
-    "place": (missing_compiled, stale_compiled),
+    "causal_conv1d_silu_f32": (missing_hand_written, broken_hand_written),
+    "assign_slots": (missing_compiled, stale_compiled),
 }
 
 each_damage = pytest.mark.parametrize(

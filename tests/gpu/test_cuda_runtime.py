@@ -166,8 +166,8 @@ def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: CudaRu
 
 def test_a_launch_too_large_is_said_with_its_kernel(machine: CudaRuntime) -> None:
     out = machine.empty((4, 4), np.float32)
-    with pytest.raises(KernelError, match="silu_mul_f32"):
-        kernel("silu_mul_f32")(machine.stream, 1 << 20, out, out, 4)
+    with pytest.raises(KernelError, match="silu_and_mul_f32"):
+        kernel("silu_and_mul_f32")(machine.stream, 1 << 20, out, out, 4)
 
 
 REACH = """//: entry   reach

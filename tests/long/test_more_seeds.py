@@ -28,7 +28,9 @@ def test_interpreted_kernels_equal_the_reference_with_uneven_layers(
         compare_layers(np.random.default_rng(seed + offset), layout, with_prefetch)
 
 
-@pytest.mark.parametrize("name", ["router_f32", "gqa_split_fp8", "gqa_split_bf16"])
+@pytest.mark.parametrize(
+    "name", ["router_topk_f32", "gqa_decode_split_kv_fp8", "gqa_decode_split_kv_bf16"]
+)
 def test_kernels_whose_blocks_wait_for_each_other_are_right_in_any_order(
     name: str, seed: int
 ) -> None:

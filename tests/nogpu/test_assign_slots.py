@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from osmium.kernels.place import PLACE
-from osmium.kernels.python import KERNELS
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
+from osmium.kernels.numba_kernels import KERNELS
 from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS
@@ -182,8 +182,8 @@ def test_the_kernel_places_experts_as_the_reference_does(
 
 def test_the_compiled_kernel_keeps_to_its_contract() -> None:
     needs.numba_simulator()
-    contract = PLACE.contract
-    assert contract.entry == "place"
+    contract = ASSIGN_SLOTS.contract
+    assert contract.entry == "assign_slots"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
         "pairs", "experts", "capacity", "next_capacity", "next_first", "entries", "layer", "last",
@@ -198,14 +198,14 @@ def simulated(threads: int) -> Any:
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
     names["WIDTH"] = threads
 
-    def add_to(array: Any, index: int, value: int) -> None:
+    def atomic_add(array: Any, index: int, value: int) -> None:
         array[index] += value
 
-    names["add_to"] = add_to
-    names["bits_of"] = lambda x: np.float32(x).view(np.int32)
-    function = KERNELS["place"].function
+    names["atomic_add"] = atomic_add
+    names["float_as_int"] = lambda x: np.float32(x).view(np.int32)
+    function = KERNELS["assign_slots"].function
     known = {**function.__globals__, **names, "exp2": lambda x: np.exp2(np.float32(x))}
-    return cuda.jit(types.FunctionType(function.__code__, known, "place"))
+    return cuda.jit(types.FunctionType(function.__code__, known, "assign_slots"))
 
 
 if __name__ == "__main__":

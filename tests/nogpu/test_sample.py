@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.kernels.python import cuda
-from osmium.kernels.sample import ADVANCE, DRAW
-from osmium.kernels.weigh import PEAKS, WEIGH
+from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
+from osmium.kernels.numba_kernels import cuda
+from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.ops.reference import ReferenceOps
 from tests import needs
 from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
@@ -34,7 +34,7 @@ class Simulated(ReferenceOps):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = simulated("peaks", "weigh", "draw", "advance")
+        self.kernels = simulated("slice_max", "logit_histogram", "sample_token", "advance_step")
 
     def sample(self, logits: Any, replies: Any) -> None:
         r, (rows, vocab) = replies, logits.shape
@@ -44,13 +44,13 @@ class Simulated(ReferenceOps):
         settings, chance = r.sampler_params.reshape(-1), r.uniforms.reshape(-1)
         counts, masses = r.bin_counts.reshape(-1), r.bin_weights.reshape(-1)
         ends, order = r.slice_bin_ends.reshape(-1), r.bin_order.reshape(-1)
-        self.kernels["peaks"][(slices, rows), 16](
+        self.kernels["slice_max"][(slices, rows), 16](
             best, where, counts, masses, flat, vocab, slices
         )  # fmt: skip
-        self.kernels["weigh"][(slices, rows), BINS // 2](
+        self.kernels["logit_histogram"][(slices, rows), BINS // 2](
             r.token, counts, masses, ends, order, flat, best, where, settings, vocab, slices
         )  # fmt: skip
-        self.kernels["draw"][rows, BINS](
+        self.kernels["sample_token"][rows, BINS](
             r.token, flat, best, settings, chance, r.decode_step, counts, masses, ends, order,
             vocab,
             slices, r.ring,
@@ -58,7 +58,7 @@ class Simulated(ReferenceOps):
 
     def advance(self, step: Any, replies: Any) -> None:
         r = replies
-        self.kernels["advance"][1, 32](
+        self.kernels["advance_step"][1, 32](
             step.ids, step.positions, step.context_lens, step.state_slots,
             step.page_table.reshape(-1), r.token,
             r.tokens_left, r.stop_on_eos, r.eos, r.decode_step, r.token_ring, step.tokens,
@@ -67,7 +67,7 @@ class Simulated(ReferenceOps):
         )  # fmt: skip
 
 
-def add_to(array: Any, index: int, value: Any) -> None:
+def atomic_add(array: Any, index: int, value: Any) -> None:
     """The kernels' own name for it, in the simulator."""
     cuda.atomic.add(array, index, value)
 
@@ -78,12 +78,12 @@ def simulated(*chosen: str) -> dict[str, Any]:
     import numba
     from numba import cuda
 
-    from osmium.kernels.python import FUNCTIONS, KERNELS
+    from osmium.kernels.numba_kernels import DEVICE_FUNCTIONS, KERNELS
 
     kinds = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
     known = {kind: getattr(numba, kind) for kind in kinds}
     known |= {"cuda": cuda, "exp2": np.exp2}
-    called = FUNCTIONS | {"add_to": add_to}
+    called = DEVICE_FUNCTIONS | {"atomic_add": atomic_add}
     functions = {name: KERNELS[name].function for name in chosen} | called
     every: dict[str, Any] = {}
     for function in functions.values():
@@ -159,10 +159,11 @@ def test_the_kernels_draw_and_advance_as_the_reference_does(
 
 def test_the_compiled_kernels_keep_to_their_contracts() -> None:
     needs.numba_simulator()
-    assert [kernel.contract.entry for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
-        "peaks", "weigh", "draw", "advance",
+    kernels = (SLICE_MAX, LOGIT_HISTOGRAM, SAMPLE_TOKEN, ADVANCE_STEP)
+    assert [kernel.contract.entry for kernel in kernels] == [
+        "slice_max", "logit_histogram", "sample_token", "advance_step",
     ]  # fmt: skip
-    assert [kernel.contract.block for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
+    assert [kernel.contract.block for kernel in kernels] == [
         256, 256, 512, 32,
     ]  # fmt: skip
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import DECAY
-from osmium.kernels.weigh import BINS, SLICE
+from osmium.kernels.logit_histogram import BINS, SLICE
 from osmium.ops import (
     AttentionWeights,
     AttentionWorkspace,

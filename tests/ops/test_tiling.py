@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.ops.gpu import SPLIT, GpuOps
+from osmium.ops.gpu import GQA_DECODE_SPLIT_KV, GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits
 from osmium.ops.types import FETCH_BLOCKS
@@ -58,7 +58,7 @@ def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
     launch = machine.stream.launch
 
     def launched(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        if kernel is SPLIT["fp8"]:
+        if kernel is GQA_DECODE_SPLIT_KV["fp8"]:
             splits.append(grid[0])
         launch(kernel, grid, values)
 

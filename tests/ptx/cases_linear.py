@@ -288,7 +288,7 @@ def fetch(
     return make
 
 
-def fetch_early(
+def prefetch_experts(
     hidden: int, inner: int, *experts: int, state: tuple[int, ...] = (), said: tuple[int, ...] = ()
 ) -> Make:
     """Guesses of the layers behind the first, with nobody to stop them, in the third step.  All of
@@ -395,16 +395,16 @@ CASES: dict[str, Make] = {
     "fetch a guess and others, 35 entries": fetch(96, 48, (2,) + (1, 0) * 17, 36, guessed=True),
     "fetch others than the guess": fetch(256, 200, (1, 0), 3, guessed=True),
     "fetch nothing, not the guess either": fetch(16, 8, (0, 0), 2, guessed=True),
-    "fetch early a page": fetch_early(16, 8, 2),
-    "fetch early two pages": fetch_early(32, 24, 0),
-    "fetch early fewer pieces than blocks, the last of three pages": fetch_early(96, 48, 2),
-    "fetch early up to four pieces a block": fetch_early(256, 528, 1),
-    "fetch early nobody": fetch_early(256, 200, -1),
-    "fetch early, too late": fetch_early(256, 200, 1, state=(STOP,)),
-    "fetch early one layer after the other": fetch_early(
+    "fetch early a page": prefetch_experts(16, 8, 2),
+    "fetch early two pages": prefetch_experts(32, 24, 0),
+    "fetch early fewer pieces than blocks, the last of three pages": prefetch_experts(96, 48, 2),
+    "fetch early up to four pieces a block": prefetch_experts(256, 528, 1),
+    "fetch early nobody": prefetch_experts(256, 200, -1),
+    "fetch early, too late": prefetch_experts(256, 200, 1, state=(STOP,)),
+    "fetch early one layer after the other": prefetch_experts(
         96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
     ),
-    "fetch early until a layer has no turn": fetch_early(96, 48, 2, 1, 0, said=(8, 15, 0)),
-    "fetch early while seven of eight are done": fetch_early(96, 48, 2, 1, said=(7, 8)),
-    "fetch early in another step": fetch_early(96, 48, 2, said=(24,)),
+    "fetch early until a layer has no turn": prefetch_experts(96, 48, 2, 1, 0, said=(8, 15, 0)),
+    "fetch early while seven of eight are done": prefetch_experts(96, 48, 2, 1, said=(7, 8)),
+    "fetch early in another step": prefetch_experts(96, 48, 2, said=(24,)),
 }

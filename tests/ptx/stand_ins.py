@@ -78,6 +78,9 @@ def _advance(values: tuple[Any, ...]) -> None:
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
-    "place": _place, "peaks": lambda values: None, "weigh": lambda values: None, "draw": _draw,
-    "advance": _advance,
-}  # fmt: skip
+    "assign_slots": _place,
+    "slice_max": lambda values: None,
+    "logit_histogram": lambda values: None,
+    "sample_token": _draw,
+    "advance_step": _advance,
+}

@@ -10,7 +10,7 @@ import pytest
 
 from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
-from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
+from osmium.ops.gpu_experts import FETCH_EXPERTS, PREFETCH_EXPERTS
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.expert_layout import ExpertLayout
@@ -42,10 +42,10 @@ PLANS = {
 def fetched(
     rng: np.random.Generator, record: ExpertLayout, fetch: tuple[int, ...], text: str
 ) -> Any:
-    """A plan carried out by a text of fetch_records: entries fetched, their slots' bytes before
+    """A plan carried out by a text of fetch_experts: entries fetched, their slots' bytes before
     and after, their records, and the words.  Of a guess some pieces are there."""
     ops, used = GpuOps(InterpretedRuntime(int(rng.integers(99)))), len(fetch)
-    ops.machine.stream.programs["fetch_records"] = parse_program(text)
+    ops.machine.stream.programs["fetch_experts"] = parse_program(text)
     arena = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     before = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     slot = rng.permutation(used).astype(np.int32)
@@ -74,8 +74,8 @@ def fetched(
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_warp_says_that_it_is_done(rng: np.random.Generator, name: str, plan: str) -> None:
-    assert FETCH_WARPS % (FETCH.contract.block // 32) == 0
-    text = FETCH.contract.text
+    assert FETCH_WARPS % (FETCH_EXPERTS.contract.block // 32) == 0
+    text = FETCH_EXPERTS.contract.text
     _, after, wanted, words = fetched(rng, RECORDS[name], PLANS[plan], text)
     np.testing.assert_array_equal(after, wanted)
     assert list(words) == [FETCH_WARPS, FETCH_WARPS]
@@ -116,7 +116,8 @@ def test_what_is_read_next_is_asked_for_once(
 def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
     """Warps that leave as soon as they have said it."""
     record = ExpertLayout(16, 512, 344)
-    text, ways = re.subn(r"(setp.eq.u32 +%said, %lane, %lane;)", r"\1 ret;", FETCH.contract.text)
+    wanted = r"(setp.eq.u32 +%said, %lane, %lane;)"
+    text, ways = re.subn(wanted, r"\1 ret;", FETCH_EXPERTS.contract.text)
     before, after, wanted, words = fetched(rng, record, PLANS[plan], text)
     assert ways == 1 and words[0] == FETCH_WARPS and words[1] < FETCH_WARPS
     np.testing.assert_array_equal(after[:, : record.down], wanted[:, : record.down])
@@ -147,8 +148,8 @@ def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -
             words[word] = FETCH_WARPS - 1
 
         then = {
-            "int4_experts_up_f32": [lambda: short(0), lambda: some(0, slice(down))],
-            "int4_experts_down_f32": [lambda: short(1), lambda: some(1, slice(down, None))],
+            "int4_moe_up_fused_f32": [lambda: short(0), lambda: some(0, slice(down))],
+            "int4_moe_down_fused_f32": [lambda: short(1), lambda: some(1, slice(down, None))],
         }
         launch = machine.stream.launch
 
@@ -249,10 +250,10 @@ def test_what_nobody_asked_for_ends_inside_of_a_piece() -> None:
     ],
 )
 def test_an_early_fetch_that_does_not_wait_fails(waits: str, instead: str) -> None:
-    text, ways = re.subn(waits, instead, FETCH_EARLY.contract.text)
+    text, ways = re.subn(waits, instead, PREFETCH_EXPERTS.contract.text)
     make = CASES["fetch early up to four pieces a block"]
     assert ways == 1 and right(make, 0, None)
-    assert not any(right(make, seed, None, {"fetch_early": text}) for seed in range(2))
+    assert not any(right(make, seed, None, {"prefetch_experts": text}) for seed in range(2))
 
 
 @pytest.mark.parametrize(
