@@ -48,7 +48,7 @@ def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     return tmp_path / "compiled"
 
 
-# -- what is committed ---------------------------------------------------------------------------
+# -- what is committed -----------------------------------------------------------------------------
 
 
 def test_every_compiled_kernel_is_committed_and_of_the_present_source() -> None:
@@ -84,7 +84,7 @@ def test_the_check_covers_every_kernel_that_there_is() -> None:
     assert check_kernels() == len(NAMES) + len(OURS)
 
 
-# -- reading -------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkout", [True, False])
@@ -148,7 +148,7 @@ def test_the_decorator_registers_and_reads_nothing(registry: None) -> None:
     assert KERNELS["double"].block == 64 and made.name == "double"
 
 
-# -- compiling -----------------------------------------------------------------------------------
+# -- compiling -------------------------------------------------------------------------------------
 
 
 def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:

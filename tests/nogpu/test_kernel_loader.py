@@ -9,7 +9,7 @@ import pytest
 
 from osmium.errors import KernelError
 from osmium.kernels.ptx import Expression, Kernel, check, kernel, parse
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.ptx.kernels import NAMES
 
 HEADER = """// out = x * scale, for the tests.
@@ -218,7 +218,7 @@ def test_every_kernel_has_a_contract_that_can_be_packed(name: str) -> None:
 
 
 def test_a_launch_goes_through_the_same_door_everywhere(rng: np.random.Generator) -> None:
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     a, b = (rng.standard_normal(1028).astype(np.float32) for _ in range(2))
     out, x = machine.empty((1028,), np.float32), machine.empty((1028,), np.float32)
     machine.copy_h2d(out, a)

@@ -1,6 +1,6 @@
 """sample and advance, the Numba kernels, against ReferenceOps: the same tokens, steps and mail.
 
-As in test_place.py the kernels run in Numba's simulator, in a process of their own:
+As in test_assign_slots.py the kernels run in Numba's simulator, in a process of their own:
 `python -m tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
 """
 

@@ -162,7 +162,7 @@ def _step(size: Size, a: dict[str, Any]) -> StepInputs:
     )  # fmt: skip
 
 
-# -- rows ----------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def embed(rng: np.random.Generator, size: Size) -> Case:
@@ -235,7 +235,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-# -- attention -----------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kept: str) -> Arrays:
@@ -385,7 +385,7 @@ def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, lambda ops, a: ops.sigmoid_gate(a["out"], a["qgkv"]), {"out": "f32"})
 
 
-# -- gated delta net -----------------------------------------------------------------------------
+# -- gated delta net -------------------------------------------------------------------------------
 
 
 def _channels(size: Size) -> int:
@@ -505,7 +505,7 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-# -- experts -------------------------------------------------------------------------------------
+# -- experts ---------------------------------------------------------------------------------------
 
 
 def route(rng: np.random.Generator, size: Size) -> Case:
@@ -789,7 +789,7 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-# -- replies -------------------------------------------------------------------------------------
+# -- replies ---------------------------------------------------------------------------------------
 
 RING = 3
 

@@ -14,7 +14,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_making
+from tests.ptx import cases_attention, cases_linear, cases_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -24,8 +24,8 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{f"{name}, 122b": sized(name, DECODE) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
-    **cases_making.CASES,
-    **cases_making.LARGE,
+    **cases_weights.CASES,
+    **cases_weights.LARGE,
     **cases_attention.LONG,
 }
 

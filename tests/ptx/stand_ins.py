@@ -22,7 +22,7 @@ __all__ = ["STAND_INS"]
 
 
 def _place(values: tuple[Any, ...]) -> None:
-    """tests/nogpu/test_place.py holds the kernel to the reference."""
+    """tests/nogpu/test_assign_slots.py holds the kernel to the reference."""
     arrays = [None if value == 0 else value.numpy() for value in values[:27]]
     for value in values[:7]:
         value.touch()

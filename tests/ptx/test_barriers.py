@@ -11,7 +11,7 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
-from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
+from tests.ptx.interpreter import InterpretedRuntime, PtxFault, parse_program
 from tests.ptx.kernels import FOLDER, NAMES
 
 Make = Callable[[np.random.Generator], Case]
@@ -27,7 +27,7 @@ EVERY = [
 BARRIERS = [(name, i) for name, i, awaits in EVERY if not awaits]
 
 AWAITED = [(name, i) for name, i, awaits in EVERY if awaits]
-"""Behind what another kernel says meanwhile: tests/ptx/test_arrivals.py."""
+"""Behind what another kernel says meanwhile: tests/ptx/test_fetch_progress.py."""
 
 SEEDS = range(6)
 
@@ -63,7 +63,7 @@ def right(
     """Whether a case comes out as its reference, with one barrier left out or none, or with
     another text of a kernel."""
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
-    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:
         found = run(case, GpuOps(machine))

@@ -1,6 +1,6 @@
-"""A server in a process of its own, for tests that press Ctrl-C.
+"""A server in a separate process, for tests that send Ctrl-C.
 
-`python -m tests.server.served serves|slow|fails PORT`
+`python -m tests.server.server_process serves|slow|fails PORT`
 """
 
 import sys
@@ -11,22 +11,22 @@ from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, OsmiumError
 from osmium.server.app import BackgroundLoader, serve
-from tests.server.scripted import Scripted
+from tests.server.scripted import ScriptedEngine
 
 
 def load(progress: Progress) -> Engine:
-    """What the first argument says: a model that is there, is slow to come, or fails."""
+    """By the first argument: a model that loads, loads slowly, or fails to load."""
     print("loading", flush=True)
     if sys.argv[1] == "fails":
         raise CheckpointError("model-00002 is missing")
     if sys.argv[1] == "slow":
         progress("packing", 1, 2)
         time.sleep(60)
-    return cast(Engine, Said("the end " * 2000, context=10**6, pace_s=0.005))
+    return cast(Engine, ReportingEngine("the end " * 2000, context=10**6, pace_s=0.005))
 
 
-class Said(Scripted):
-    """Tells when it is closed."""
+class ReportingEngine(ScriptedEngine):
+    """Prints when it is closed and when a request is cancelled."""
 
     def close(self) -> None:
         super().close()

@@ -1,11 +1,12 @@
-"""Packs a checkpoint in a process that is killed at a chosen system call, or meets a full disk.
+"""Pack a checkpoint in a process that is killed at a chosen system call, or meets a full disk.
 
-python -m tests.weights.stopping FOLDER CACHE kill N     SIGKILL at the Nth write to disk, half done
-python -m tests.weights.stopping FOLDER CACHE full N     no file may grow past 4 KiB from the Nth
-                                                         call of progress on
-python -m tests.weights.stopping FOLDER CACHE hold       waits for a line on stdin while it packs
+`python -m tests.weights.interrupted_packing FOLDER CACHE ACTION`, where ACTION is one of:
 
-Prints how many writes it made, or the error's type and text.
+kill N   SIGKILL in the middle of the Nth write to disk
+full N   no file may grow past 4 KiB from the Nth call of progress on
+hold     wait for a line on stdin while packing
+
+Prints the number of writes, or the error's type and text.
 """
 
 import os
@@ -20,14 +21,14 @@ from osmium.errors import OsmiumError
 from osmium.weights import open_model
 
 CALLS = ("pwrite", "fsync", "fdatasync", "posix_fallocate", "replace")
-"""Where packing touches the disk; Path.replace goes by os.replace."""
+"""System calls by which packing writes to disk; Path.replace calls os.replace."""
 
 
 def kill_at(last: int) -> list[int]:
-    """Let the process die in the middle of its `last`-th such call.  Returns the counter."""
+    """Kill the process in the middle of its `last`-th such call; returns the counter."""
     count = [0]
 
-    def dying(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
+    def killing(name: str, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             count[0] += 1
             if count[0] < last:
@@ -39,37 +40,37 @@ def kill_at(last: int) -> list[int]:
         return call
 
     for name in CALLS:
-        setattr(os, name, dying(name, getattr(os, name)))
+        setattr(os, name, killing(name, getattr(os, name)))
     return count
 
 
 def full_from(first: int) -> Progress:
-    """From the `first`-th report on, writes past 4 KiB fail as on a full disk (EFBIG)."""
-    left = [first]
+    """From the `first`-th progress report on, writes past 4 KiB fail with EFBIG (full disk)."""
+    remaining = [first]
 
     def report(stage: str, done: int, total: int) -> None:
-        left[0] -= 1
-        if not left[0]:
+        remaining[0] -= 1
+        if not remaining[0]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
 
     return report
 
 
 def hold(stage: str, done: int, total: int) -> None:
-    """Say that the lock is held, and wait once."""
+    """Print that the lock is held, and wait for a line on stdin once."""
     if not done:
         print("holding", flush=True)
         sys.stdin.readline()
 
 
 def main() -> None:
-    folder, cache, how = sys.argv[1:4]
+    folder, cache, action = sys.argv[1:4]
     count, progress = [0], None
-    if how == "kill":
+    if action == "kill":
         count = kill_at(int(sys.argv[4]))
-    elif how == "full":
+    elif action == "full":
         progress = full_from(int(sys.argv[4]))
-    elif how == "hold":
+    elif action == "hold":
         progress = hold
     try:
         open_model(folder, EngineConfig(cache_dir=cache), progress)

@@ -1,7 +1,7 @@
-"""place, the Numba kernel, against ReferenceOps.assign_slots: the same plans, tables and counters.
+"""Numba kernel assign_slots against ReferenceOps.assign_slots: same plans, tables and counters.
 
-The kernel runs in Numba's simulator, in a process of its own, as the simulator replaces numba.cuda
-for all of it: `python -m tests.nogpu.test_place SEED CASE` compares one random sequence of calls.
+Numba's simulator runs the kernel in a separate process, because it replaces numba.cuda there.
+`python -m tests.nogpu.test_assign_slots SEED CASE` compares one random sequence of calls.
 """
 
 import copy
@@ -171,7 +171,7 @@ def test_the_kernel_places_experts_as_the_reference_does(
 ) -> None:
     needs.numba_simulator()
     run = subprocess.run(
-        [sys.executable, "-m", "tests.nogpu.test_place", str(rng.integers(1 << 32)), name],
+        [sys.executable, "-m", "tests.nogpu.test_assign_slots", str(rng.integers(1 << 32)), name],
         cwd=ROOT,
         env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -1,4 +1,4 @@
-"""How a model gets into memory: what is held meanwhile, and what is left when it goes wrong."""
+"""Memory while a model is loaded: peak use, and no leak when loading fails."""
 
 import errno
 import gc
@@ -39,10 +39,10 @@ REAL = os.preadv
 
 @pytest.fixture
 def copy(packed: PackedModel, tmp_path: Path) -> Path:
-    """A packed file to be hurt."""
-    made = tmp_path / "copy.osmium"
-    made.write_bytes(packed.path.read_bytes())
-    return made
+    """A copy of the packed file for damage."""
+    model_loader = tmp_path / "copy.osmium"
+    model_loader.write_bytes(packed.path.read_bytes())
+    return model_loader
 
 
 def options(packed: Path, **more: Any) -> dict[str, Any]:
@@ -56,12 +56,12 @@ def options(packed: Path, **more: Any) -> dict[str, Any]:
     return {"cache_dir": str(packed.parent), **settings, **more}
 
 
-def records(packed: PackedModel) -> npt.NDArray[np.uint8]:
+def all_experts(packed: PackedModel) -> npt.NDArray[np.uint8]:
     return packed.all_records()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_resident_slots_are_read_through_one_layer_of_host_memory(
+def test_resident_experts_are_loaded_through_one_layer_of_host_memory(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind
 ) -> None:
     gpu = FakeGpu(4 << 30)
@@ -73,11 +73,11 @@ def test_resident_slots_are_read_through_one_layer_of_host_memory(
     cache = engine.runner.store.cache
     assert cache.capacity == cache.num_experts
     count = cache.num_experts * len(CASE.kinds)
-    assert verify(engine.runner.ops, cache, records(packed), 10**6, 0) == count
+    assert verify(engine.runner.ops, cache, all_experts(packed), 10**6, 0) == count
     planned = sum(engine.plan.ram.values())
     assert set(engine.plan.ram) == {"embedding", "loading buffer"}
-    # The mailboxes of replies are a page or two each.
-    assert gpu.most["host"] <= planned + 8 * 4096
+    # Each token ring of the decode state takes a page or two.
+    assert gpu.peak_bytes["host"] <= planned + 8 * 4096
     assert gpu.host_bytes() <= engine.plan.ram["embedding"] + 8 * 4096
     assert [done for stage, done, _ in seen if stage == "experts"] == [1, 2, 3, 4, 5, 6]
     engine.close()
@@ -85,7 +85,7 @@ def test_resident_slots_are_read_through_one_layer_of_host_memory(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_arena_holds_every_record(
+def test_host_experts_hold_every_packed_expert(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind
 ) -> None:
     gpu = FakeGpu(4 << 30)
@@ -93,70 +93,70 @@ def test_an_arena_holds_every_record(
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
     assert runner.store.host_experts is not None
-    arena = runner.ops.host_view(runner.store.host_experts.packed)
-    assert np.array_equal(arena, records(packed))
-    assert gpu.most["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
+    host_bytes = runner.ops.host_view(runner.store.host_experts.packed)
+    assert np.array_equal(host_bytes, all_experts(packed))
+    assert gpu.peak_bytes["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
     engine.close()
     assert not gpu.held
 
 
-def test_matrices_with_scales_are_placed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matrices_with_scales_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     write_checkpoint(CASE, folder)
     quantised: dict[str, Any] = {"gpu_expert_bits": 8, "attention_quant": "int4"}
     packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path), **quantised))
     assert isinstance(packed, PackedModel)
     FakeGpu(4 << 30).install(monkeypatch)
-    made = loader.Loader(packed.path, "gpu", **options(packed.path, **quantised))
-    made.engine().close()
-    assert made._weights is not None
+    model_loader = loader.Loader(packed.path, "gpu", **options(packed.path, **quantised))
+    model_loader.engine().close()
+    assert model_loader._weights is not None
     for name, of in (("layers.0.qkvz", 2), ("layers.0.shared_up", 1)):
-        placed, wanted = made._weights[name], packed.tensor(name)
+        uploaded, wanted = model_loader._weights[name], packed.tensor(name)
         assert isinstance(wanted, LinearWeight) and wanted.scale is not None
-        assert wanted.scale.ndim == of and placed.group == wanted.group
-        for have, want in ((placed.data, wanted.data), (placed.scale, wanted.scale)):
-            assert np.array_equal(made.ops.copy_d2h(have), want)
-    made.close()
+        assert wanted.scale.ndim == of and uploaded.group == wanted.group
+        for have, want in ((uploaded.data, wanted.data), (uploaded.scale, wanted.scale)):
+            assert np.array_equal(model_loader.ops.copy_d2h(have), want)
+    model_loader.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("room", [8192, 5 * 4096, 1 << 20])
-def test_weights_on_the_device_are_those_of_the_file(
-    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind, room: int
+@pytest.mark.parametrize("staging_bytes", [8192, 5 * 4096, 1 << 20])
+def test_uploaded_weights_equal_the_files_weights(
+    packed: PackedModel, monkeypatch: pytest.MonkeyPatch, kind: HostKind, staging_bytes: int
 ) -> None:
-    monkeypatch.setattr(loader, "STAGING_BYTES", room)
+    monkeypatch.setattr(loader, "STAGING_BYTES", staging_bytes)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch, kind)
-    made = loader.Loader(packed.path, "gpu", **options(packed.path))
-    engine = made.engine()
-    assert made._weights is not None
-    for name, placed in made._weights.items():
+    model_loader = loader.Loader(packed.path, "gpu", **options(packed.path))
+    engine = model_loader.engine()
+    assert model_loader._weights is not None
+    for name, uploaded in model_loader._weights.items():
         if name not in packed.parts:
             assert name == "head" and CASE.tied
             continue
         wanted = packed.tensor(name)
         if isinstance(wanted, LinearWeight):
-            pairs = [(placed.data, wanted.data), (placed.scale, wanted.scale)]
+            pairs = [(uploaded.data, wanted.data), (uploaded.scale, wanted.scale)]
         else:
-            pairs = [(placed, wanted)]
+            pairs = [(uploaded, wanted)]
         for have, want in pairs:
             if want is not None:
-                assert np.array_equal(made.ops.copy_d2h(have), want), name
+                assert np.array_equal(model_loader.ops.copy_d2h(have), want), name
     engine.close()
-    made.close()
+    model_loader.close()
     assert not gpu.held
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_whichever_allocation_is_refused_all_is_given_back(
+def test_any_refused_allocation_frees_everything(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
-    whole = FakeGpu(4 << 30)
-    whole.install(monkeypatch)
+    unlimited = FakeGpu(4 << 30)
+    unlimited.install(monkeypatch)
     loader.load(packed.path, "gpu", **options(packed.path, **more)).close()
-    assert whole.asked > 60
-    for number in range(0, whole.asked, 7):
+    assert unlimited.num_allocations > 60
+    for number in range(0, unlimited.num_allocations, 7):
         gpu = FakeGpu(4 << 30, refuse=number)
         gpu.install(monkeypatch)
         with pytest.raises(OutOfMemory, match=r"Cannot allocate"):
@@ -165,33 +165,33 @@ def test_whichever_allocation_is_refused_all_is_given_back(
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_a_loader_goes_on_after_memory_was_refused(
+def test_a_loader_can_be_used_again_after_out_of_memory(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
-    made = loader.Loader(packed.path, "gpu", **options(packed.path))
+    model_loader = loader.Loader(packed.path, "gpu", **options(packed.path))
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
-    made.engine(**more).close()
+    model_loader.engine(**more).close()
     gc.collect()
-    arena = 0 if made._arena is None else made._arena.packed.nbytes
+    host_bytes = 0 if model_loader._arena is None else model_loader._arena.packed.nbytes
     weights = gpu.bytes_of("cuMemAlloc")
-    gpu.refuse = gpu.asked + 3
+    gpu.refuse = gpu.num_allocations + 3
     with pytest.raises(OutOfMemory):
-        made.engine(**more)
+        model_loader.engine(**more)
     gc.collect()
     assert gpu.bytes_of("cuMemAlloc") <= weights
-    assert gpu.host_bytes() <= arena + made.packed.parts["embed"].nbytes + 16 * 4096
-    engine = made.engine(**more)
+    assert gpu.host_bytes() <= host_bytes + model_loader.packed.parts["embed"].nbytes + 16 * 4096
+    engine = model_loader.engine(**more)
     cache = engine.runner.store.cache
     assert cache.capacity == (slots or cache.num_experts)
     engine.close()
-    made.close()
+    model_loader.close()
     assert not gpu.held
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
-def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
+def test_a_device_without_bulk_copies_does_not_prefetch(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]
 ) -> None:
     gpu = FakeGpu(4 << 30, capability=capability)
@@ -201,10 +201,10 @@ def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
     engine.close()
 
 
-def test_vram_that_ends_while_it_is_filled(
+def test_out_of_vram_while_loading_names_the_owners_of_memory(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Somebody else takes it after the plan was made: the error says who holds what."""
+    """Another process takes VRAM after the plan; the error lists the allocations."""
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
 
@@ -217,24 +217,24 @@ def test_vram_that_ends_while_it_is_filled(
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_a_file_that_shrinks_while_it_is_loaded(
+def test_a_file_that_shrinks_while_loading_is_refused(
     copy: Path, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
-    left = open_packed(copy).entry("experts.2").offset + 4096
+    remaining = open_packed(copy).entry("experts.2").offset + 4096
 
     def progress(stage: str, done: int, total: int) -> None:
-        os.truncate(copy, left)
+        os.truncate(copy, remaining)
 
-    with pytest.raises(CheckpointError, match=rf"copy\.osmium ends at byte {left};.*expected"):
+    with pytest.raises(CheckpointError, match=rf"copy\.osmium ends at byte {remaining};.*expected"):
         loader.load(copy, "gpu", progress=progress, **options(copy, **more))
     assert not gpu.held
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_a_byte_that_is_wrong_is_found_while_loading(
+def test_a_wrong_byte_is_found_while_loading(
     copy: Path, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     gpu = FakeGpu(4 << 30)
@@ -255,7 +255,9 @@ def test_a_byte_that_is_wrong_is_found_while_loading(
                     assert not gpu.held
 
 
-def test_a_disk_that_fails_while_loading(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_error_while_loading_names_the_byte(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     at = open_packed(copy).entry("experts.4").offset
@@ -272,7 +274,7 @@ def test_a_disk_that_fails_while_loading(copy: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("slots", [None, 8])
-def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
+def test_one_missing_byte_of_host_memory_is_refused_by_the_plan(
     packed: PackedModel, monkeypatch: pytest.MonkeyPatch, slots: int | None
 ) -> None:
     gpu = FakeGpu(4 << 30)
@@ -280,139 +282,148 @@ def test_host_memory_that_is_a_little_short_is_refused_by_the_plan(
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     settings = options(packed.path, **{**more, "ram": None})
     plan = loader.plan_for(packed.path, "gpu", **settings)
-    need = sum(plan.ram.values())
-    monkeypatch.setattr(hardware, "available_ram", lambda: (need - 1, 0))
+    needed = sum(plan.ram.values())
+    monkeypatch.setattr(hardware, "available_ram", lambda: (needed - 1, 0))
     with pytest.raises(ConfigError, match=r"needs [\d.]+ GiB of host memory.* [\d.]+ GiB can be"):
         loader.load(packed.path, "gpu", **settings)
-    assert gpu.asked == 0, "nothing was allocated"
-    monkeypatch.setattr(hardware, "available_ram", lambda: (need, 0))
+    assert gpu.num_allocations == 0, "no memory was allocated"
+    monkeypatch.setattr(hardware, "available_ram", lambda: (needed, 0))
     loader.load(packed.path, "gpu", **settings).close()
     assert not gpu.held
 
 
-# -- heat, from one start to the next --------------------------------------------------------------
+# -- usage saved between starts --------------------------------------------------------------------
 
 
-def warm(packed: PackedModel, folder: Path, **more: Any) -> Engine:
+def load_with_usage(packed: PackedModel, folder: Path, **more: Any) -> Engine:
     settings = {"expert_slots": 6, "cache_dir": str(folder), **more}
     return loader.load(packed.path, "cpu", **options(packed.path, **settings))
 
 
-def talk(engine: Engine, seed: int = 1) -> list[int]:
+def generate(engine: Engine, seed: int = 1) -> list[int]:
     ids = np.random.default_rng(seed).integers(0, CASE.vocab, 20).tolist()
     params = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
     return [token.id for token in engine.generate(ids, params)]
 
 
-def residents(engine: Engine) -> npt.NDArray[np.bool_]:
+def resident_experts(engine: Engine) -> npt.NDArray[np.bool_]:
     return engine.run_on_engine_thread(
         lambda: resident(engine.runner.ops, engine.runner.store.cache)
     )
 
 
-def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
-    """Who a start with so many slots a layer, in the mean, begins with: bool [L, E]."""
-    heat = engine.run_on_engine_thread(
+def most_used(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
+    """The experts that a start with this mean number of slots per layer loads: bool [L, E]."""
+    usage = engine.run_on_engine_thread(
         lambda: snapshot_usage(engine.runner.ops, engine.runner.store.cache)
     )
-    out = np.zeros_like(heat.resident)
-    each = slots_per_layer(heat, slots, engine.config.top_k) or [slots] * len(out)
-    for layer, (row, own) in enumerate(zip(out, each, strict=True)):
-        row[heat.top_experts(layer, own)] = True
+    out = np.zeros_like(usage.resident)
+    slots_per_layer_ = slots_per_layer(usage, slots, engine.config.top_k) or [slots] * len(out)
+    for layer, (row, num_slots) in enumerate(zip(out, slots_per_layer_, strict=True)):
+        row[usage.top_experts(layer, num_slots)] = True
     return out
 
 
-def kept(folder: Path) -> list[Path]:
+def usage_files(folder: Path) -> list[Path]:
     return [*folder.glob("*.usage*")]
 
 
 @pytest.mark.parametrize("stop", [Engine.close, lambda one: one.stop("Host memory is down.")])
-def test_a_second_start_begins_with_what_was_hot(
+def test_a_second_start_begins_with_the_most_used_experts(
     packed: PackedModel, tmp_path: Path, stop: Callable[[Engine], None]
 ) -> None:
-    first = warm(packed, tmp_path)
-    assert not residents(first).any()
-    said = talk(first)
-    hot, cold = hottest(first, 6), first.status()["experts"]
+    first = load_with_usage(packed, tmp_path)
+    assert not resident_experts(first).any()
+    response = generate(first)
+    expected, first_counters = most_used(first, 6), first.status()["experts"]
     stop(first)
     first.close()
-    (file,) = kept(tmp_path)
-    second = warm(packed, tmp_path)
+    (file,) = usage_files(tmp_path)
+    second = load_with_usage(packed, tmp_path)
     cache = second.runner.store.cache
-    assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
-    assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
+    assert np.array_equal(resident_experts(second), expected) and expected.sum() == 6 * len(
+        CASE.kinds
+    )
+    assert (
+        verify(second.runner.ops, cache, all_experts(packed), 1000, 0)
+        == resident_experts(second).sum()
+    )
     assert second.status()["experts"] == vars(ExpertCounters(0, 0, 0, 0))
-    assert talk(second) == said, "where experts are changes no token"
-    again = second.status()["experts"]
-    assert again["routed"] == cold["routed"] == again["hit"] + again["missed"]
-    assert again["hit"] > cold["hit"]
-    assert verify(second.runner.ops, cache, records(packed), 1000, 0) > 0
+    assert generate(second) == response, "residency changes no token"
+    second_counters = second.status()["experts"]
+    assert (
+        second_counters["routed"]
+        == first_counters["routed"]
+        == second_counters["hit"] + second_counters["missed"]
+    )
+    assert second_counters["hit"] > first_counters["hit"]
+    assert verify(second.runner.ops, cache, all_experts(packed), 1000, 0) > 0
     second.close()
-    assert kept(tmp_path) == [file], "the same file, and no temporary one"
+    assert usage_files(tmp_path) == [file], "the same file, and no temporary file"
 
 
-def test_another_number_of_slots_takes_the_hottest(packed: PackedModel, tmp_path: Path) -> None:
-    first = warm(packed, tmp_path, expert_slots=12)
-    talk(first)
-    wanted = {slots: hottest(first, slots) for slots in (4, 9, 15)}
+def test_a_start_with_another_number_of_slots_loads_the_most_used_experts(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    first = load_with_usage(packed, tmp_path, expert_slots=12)
+    generate(first)
+    wanted = {slots: most_used(first, slots) for slots in (4, 9, 15)}
     assert len({*wanted[9].sum(axis=1)}) > 1, "some layers have more slots than others"
     first.close()
-    for slots, who in wanted.items():
-        second = warm(packed, tmp_path, expert_slots=slots)
-        assert np.array_equal(residents(second), who)
+    for slots, experts in wanted.items():
+        second = load_with_usage(packed, tmp_path, expert_slots=slots)
+        assert np.array_equal(resident_experts(second), experts)
         second.close()
 
 
-def test_heat_that_is_damaged_is_left_aside(
+def test_damaged_usage_is_ignored(
     packed: PackedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = warm(packed, tmp_path)
-    talk(first)
+    first = load_with_usage(packed, tmp_path)
+    generate(first)
     first.close()
-    (file,) = kept(tmp_path)
+    (file,) = usage_files(tmp_path)
     raw = bytearray(file.read_bytes())
     raw[-3] ^= 1
     file.write_bytes(raw)
-    second = warm(packed, tmp_path)
+    second = load_with_usage(packed, tmp_path)
     assert file.name in caplog.text and "damaged" in caplog.text
-    assert not residents(second).any()
-    talk(second)
+    assert not resident_experts(second).any()
+    generate(second)
     second.close()
-    third = warm(packed, tmp_path)
-    assert residents(third).any(), "written anew"
+    third = load_with_usage(packed, tmp_path)
+    assert resident_experts(third).any(), "saved again"
     third.close()
 
 
 @pytest.mark.parametrize(
     "more", [{"enable_expert_cache": False}, {"expert_slots": None}, {"expert_slots": 16}]
 )
-def test_where_nothing_is_cached_nothing_is_kept(
+def test_without_an_expert_cache_no_usage_is_saved(
     packed: PackedModel, tmp_path: Path, more: dict[str, Any]
 ) -> None:
-    engine = warm(packed, tmp_path, **more)
-    talk(engine)
+    engine = load_with_usage(packed, tmp_path, **more)
+    generate(engine)
     engine.close()
-    assert not kept(tmp_path)
+    assert not usage_files(tmp_path)
 
 
-def test_of_made_up_models_and_of_benchmarks_nothing_is_kept(
-    packed: PackedModel, tmp_path: Path
-) -> None:
-    where: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
-    made_up = loader.load("synthetic:tiny", "cpu", **where)
-    list(made_up.generate([1, 2, 3], SamplingParams(max_tokens=3)))
-    made_up.close()
-    made = loader.Loader(packed.path, "cpu", **where)
-    engine = made.engine()
-    talk(engine)
+def test_synthetic_models_and_benchmarks_save_no_usage(packed: PackedModel, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"cache_dir": str(tmp_path), "context": 64, "expert_slots": 4}
+    synthetic = loader.load("synthetic:tiny", "cpu", **settings)
+    list(synthetic.generate([1, 2, 3], SamplingParams(max_tokens=3)))
+    synthetic.close()
+    model_loader = loader.Loader(packed.path, "cpu", **settings)
+    engine = model_loader.engine()
+    generate(engine)
     engine.close()
-    made.close()
-    assert not kept(tmp_path)
+    model_loader.close()
+    assert not usage_files(tmp_path)
 
 
-def test_an_engine_that_fails_keeps_nothing(packed: PackedModel, tmp_path: Path) -> None:
-    engine = warm(packed, tmp_path)
-    talk(engine)
+def test_a_failed_engine_saves_no_usage(packed: PackedModel, tmp_path: Path) -> None:
+    engine = load_with_usage(packed, tmp_path)
+    generate(engine)
 
     def fail() -> None:
         raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
@@ -421,38 +432,41 @@ def test_an_engine_that_fails_keeps_nothing(packed: PackedModel, tmp_path: Path)
         engine.run_on_engine_thread(fail)
     engine.close()
     assert engine.failure is not None
-    assert not kept(tmp_path)
+    assert not usage_files(tmp_path)
 
 
-def test_a_cache_folder_that_cannot_be_written_fails_no_close(
+def test_an_unwritable_cache_folder_does_not_fail_close(
     packed: PackedModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = warm(packed, tmp_path / "file")
-    talk(engine)
+    engine = load_with_usage(packed, tmp_path / "file")
+    generate(engine)
     (tmp_path / "file").write_text("")
     engine.close()
     assert engine.failure is None and "cannot be saved" in caplog.text
 
 
-def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
+def test_on_a_gpu_saved_usage_fills_the_slots(
     packed: PackedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = warm(packed, tmp_path)
-    talk(first)
-    hot = hottest(first, 6)
+    first = load_with_usage(packed, tmp_path)
+    generate(first)
+    expected = most_used(first, 6)
     first.close()
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     settings = options(packed.path, expert_slots=6, cache_dir=str(tmp_path))
     engine = loader.load(packed.path, "gpu", **settings)
     cache = engine.runner.store.cache
-    assert np.array_equal(residents(engine), hot)
-    assert verify(engine.runner.ops, cache, records(packed), 1000, 0) == residents(engine).sum()
+    assert np.array_equal(resident_experts(engine), expected)
+    assert (
+        verify(engine.runner.ops, cache, all_experts(packed), 1000, 0)
+        == resident_experts(engine).sum()
+    )
     engine.close()
     assert not gpu.held
 
 
-def test_the_speed_of_loading_is_measured_beside_the_disks(packed: PackedModel) -> None:
+def test_bench_load_reports_load_and_disk_speed(packed: PackedModel) -> None:
     tool = Path(__file__).parents[2] / "tools" / "bench_load"
     command = [sys.executable, str(tool), str(packed.path), "--gpu-expert-bits", "16"]
     done = subprocess.run(

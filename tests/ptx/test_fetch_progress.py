@@ -16,7 +16,7 @@ from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
-from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
+from tests.ptx.interpreter import InterpretedRuntime, PtxFault, parse_program
 from tests.ptx.test_barriers import AWAITED, right
 
 RECORDS = {
@@ -44,7 +44,7 @@ def fetched(
 ) -> Any:
     """A plan carried out by a text of fetch_experts: entries fetched, their slots' bytes before
     and after, their records, and the words.  Of a guess some pieces are there."""
-    ops, used = GpuOps(InterpretedMachine(int(rng.integers(99)))), len(fetch)
+    ops, used = GpuOps(InterpretedRuntime(int(rng.integers(99)))), len(fetch)
     ops.runtime.stream.programs["fetch_experts"] = parse_program(text)
     arena = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
     before = rng.integers(0, 256, (1, used, record.nbytes), dtype=np.uint8)
@@ -88,7 +88,7 @@ def test_what_is_read_next_is_asked_for_once(
 ) -> None:
     """Up to 256 KiB with each piece of the last record's down part, and never past its end."""
     record, fetch = RECORDS["a piece more than blocks"], PLANS[plan]
-    machine, used = InterpretedMachine(int(rng.integers(99))), len(fetch)
+    machine, used = InterpretedRuntime(int(rng.integers(99))), len(fetch)
     ops = GpuOps(machine)
 
     def i32(values: Any) -> Any:
@@ -130,7 +130,7 @@ def late(seed: int, without: tuple[str, int] | None = None, last: bool = True) -
     halves look for them; without one barrier of theirs, or with the last word never said."""
     make = CASES["int4_experts in parts"]
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
-    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     down, call = ExpertLayout(4, 256, 128).down, case.call
 
     def arriving(ops: Any, a: dict[str, Any]) -> None:
@@ -184,7 +184,7 @@ def test_what_never_arrives_is_given_up() -> None:
 def told(seed: int, word: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """What an early fetch leaves that is told `word` at any time; and what was there before."""
     case = CASES["fetch early up to four pieces a block"](np.random.default_rng(seed))
-    machine = InterpretedMachine(seed)
+    machine = InterpretedRuntime(seed)
 
     def placed(ops: Any, a: dict[str, Any]) -> None:
         def stop() -> None:
@@ -272,7 +272,7 @@ def test_what_came_early_is_not_copied_again(
     there = came(ExpertLayout(16, *size), case.arrays["done"][0])
     case.arrays["slots"][0, slot, there] ^= 0xFF
     wanted[0, slot, there] ^= 0xFF
-    found = run(case, GpuOps(InterpretedMachine(int(rng.integers(99)))))["slots"]
+    found = run(case, GpuOps(InterpretedRuntime(int(rng.integers(99)))))["slots"]
     assert there.any()
     np.testing.assert_array_equal(found, wanted)
 
@@ -282,7 +282,7 @@ def beside_the_last(name: str, seed: int, ends: bool = True) -> bool:
     the blocks that have begun leaving, or not."""
     make = CASES[name]
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps())
-    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed)
+    case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed)
 
     def ending(ops: Any, a: dict[str, Any]) -> None:
         state, done, slots = (a[name].numpy() for name in ("state", "done", "slots"))
@@ -313,7 +313,7 @@ def test_a_fetch_of_nothing_waits_for_nobody() -> None:
     case = CASES["fetch nothing, not the guess either"](np.random.default_rng(0))
     state = case.arrays["state"]
     state -= (state & 1) << 15
-    wanted, found = (run(case, ops) for ops in (ReferenceOps(), GpuOps(InterpretedMachine(0))))
+    wanted, found = (run(case, ops) for ops in (ReferenceOps(), GpuOps(InterpretedRuntime(0))))
     assert all(np.array_equal(found[k], wanted[k]) for k in case.writes)
 
 

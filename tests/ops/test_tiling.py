@@ -12,7 +12,7 @@ from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits
 from osmium.ops.types import FETCH_BLOCKS
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import shared
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 
 @dataclass
@@ -51,7 +51,7 @@ def test_blocks_that_wait_for_each_other_all_find_room(beside: int) -> None:
 
 def test_attention_leaves_room_until_what_is_launched_early_is_joined() -> None:
     make = shared(256, 16, 2, 7, 24, (100, 40), "fp8")
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     machine.sm_count = 36
     ops = GpuOps(machine)
     splits: list[int] = []
