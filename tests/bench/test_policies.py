@@ -124,7 +124,7 @@ def test_a_guess_is_what_place_guesses(rng: np.random.Generator, slots: int) -> 
             ReferenceOps().assign_slots(plan, cache, layer, token[layer : layer + 1], guess)
     hit, made, right = cache.counters[[1, 4, 5]]
     assert made and right, "it says something"
-    found = policies.guess(t, slots, skip)
+    found = policies.simulate_prefetch(t, slots, skip)
     each = (tokens - skip) * (layers - 1)
     assert found[0] == pytest.approx(hit / ((tokens - skip) * layers * top_k), abs=2e-3)
     assert found[1] == pytest.approx(made / each, abs=2e-3)
@@ -162,7 +162,7 @@ def test_the_rules_differ_in_whom_they_guess(
         each = np.full(ids.shape, 1 / 3, np.float32)
         each[3, 1] = weights
     t = RoutingTrace(ids, np.array([0]), 9, predicted, each)
-    hits, made, found = policies.guess(t, 3, 3, rule)
+    hits, made, found = policies.simulate_prefetch(t, 3, 3, rule)
     assert (made, found) == (1, right)
     assert hits == pytest.approx((2 + 1) / 6), "one of two that were there has left for it"
 
