@@ -216,7 +216,7 @@ def test_line_ends_of_unicode_do_not_break_a_streams_lines() -> None:
 
 
 def test_comments_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "PING", 0.02)
+    monkeypatch.setattr(server, "PING_INTERVAL_S", 0.02)
     engine = Scripted("the end")
     engine.prefill.clear()
     with client_of(engine) as client:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from osmium.text.defaults import sampling_defaults
-from osmium.text.reasoning import ReasoningParser, ShownReply, starts_in_thought
+from osmium.text.reasoning import DisplayedResponse, ReasoningParser, starts_in_reasoning
 
 
 def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
@@ -48,9 +48,9 @@ def test_thought_is_given_out_as_it_comes() -> None:
 
 
 def test_a_prompt_that_leaves_think_open_starts_in_thought() -> None:
-    assert starts_in_thought("<|im_start|>assistant\n<think>\n")
-    assert not starts_in_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not starts_in_thought("<|im_start|>assistant\n")
+    assert starts_in_reasoning("<|im_start|>assistant\n<think>\n")
+    assert not starts_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not starts_in_reasoning("<|im_start|>assistant\n")
 
 
 def test_sampling_defaults_are_what_generation_config_says() -> None:
@@ -62,7 +62,7 @@ def test_sampling_defaults_are_what_generation_config_says() -> None:
 
 
 def shown(pieces: list[str], thinking: bool) -> tuple[str, str]:
-    reply = ShownReply(thinking)
+    reply = DisplayedResponse(thinking)
     parts = [reply.push(piece) for piece in pieces]
     parts.append(reply.flush())
     return "".join(a for a, _ in parts), "".join(b for _, b in parts)
