@@ -64,7 +64,7 @@ def test_any_number_of_experts_a_turn_gives_the_same(tmp_path: Path, backend: st
     for room in (1, 3 * one, 1 << 30):
         ops = BACKENDS[backend]()
         with contextlib.closing(GpuQuantizer(ops, checkpoint, room)) as made:
-            assert made.count == min(max(1, room // one), model.num_experts)
+            assert made.batch_experts == min(max(1, room // one), model.num_experts)
             order = [1, 0]
             for layer, records in zip(order, made.layers(order), strict=True):
                 assert np.array_equal(records, wanted[layer])
