@@ -17,7 +17,12 @@ PARTS = ["Question", "Set-up", "Prediction", "Result", "Decision"]
 SETUP = ["Date", "Machine", "Commit", "Command"]
 ROW = re.compile(r"\| (\d{4}-\d\d-\d\d) \| .+ \| .+ \| \[.+\]\(docs/experiments/(.+)\) \|")
 
-DOCS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = [
+    ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
+    ROOT / "tests" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 GENERATED = ROOT / "docs" / "plans.md"
 """Made by tools/plans, from what a command prints."""
 
@@ -286,6 +291,14 @@ def test_the_table_of_folders_in_design_has_every_module_and_its_floor() -> None
     for floor, folder, names in rows:
         for name in names.split(", ") if folder == "osmium" else [folder]:
             assert int(floor) == max(0, FLOOR[name]), name
+
+
+def test_the_page_of_kernels_has_every_kernel_once() -> None:
+    rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "kernels.md").read_text(), re.M)
+    listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    compiled = ROOT / "osmium" / "kernels" / "compiled"
+    files = [*(ROOT / "ptx").glob("*.ptx"), *compiled.glob("*.ptx")]
+    assert sorted(listed) == sorted(path.stem for path in files)
 
 
 def test_the_example_of_a_contract_is_a_kernels() -> None:
