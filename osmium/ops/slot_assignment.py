@@ -1,4 +1,4 @@
-"""Slot assignment in NumPy: the specification of kernels/assign_slots.py."""
+"""Slot assignment and eviction in NumPy: the specification of kernels/assign_slots.py."""
 
 import numpy as np
 import numpy.typing as npt
