@@ -20,7 +20,7 @@ EVERY = [
     (name, i, found[1] is not None)
     for name in NAMES
     for i, found in enumerate(
-        re.finditer(r"^(seen:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
+        re.finditer(r"^(fetch_arrived:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
     )
 ]
 
@@ -93,7 +93,7 @@ def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
 
 def test_a_router_that_does_not_wait_for_all_scores_fails() -> None:
     text = (FOLDER / "router_topk_f32.ptx").read_text()
-    once, waits = re.subn(r"@%more bra +await;", "", text)
+    once, waits = re.subn(r"@%more bra +poll_keys;", "", text)
     makes = cases_of("router_topk_f32")[:3]
     assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
     assert any(not right(make, s, None, {"router_topk_f32": once}) for s in SEEDS for make in makes)

@@ -116,7 +116,7 @@ def test_what_is_read_next_is_asked_for_once(
 def test_gates_and_ups_are_stored_when_that_is_said(rng: np.random.Generator, plan: str) -> None:
     """Warps that leave as soon as they have said it."""
     record = ExpertLayout(16, 512, 344)
-    wanted = r"(setp.eq.u32 +%said, %lane, %lane;)"
+    wanted = r"(setp.eq.u32 +%gate_up_signaled, %lane, %lane;)"
     text, ways = re.subn(wanted, r"\1 ret;", FETCH_EXPERTS.contract.text)
     before, after, wanted, words = fetched(rng, record, PLANS[plan], text)
     assert ways == 1 and words[0] == FETCH_WARPS and words[1] < FETCH_WARPS
@@ -246,7 +246,7 @@ def test_what_nobody_asked_for_ends_inside_of_a_piece() -> None:
         (r"cp\.async\.bulk\.wait_group +0;", ""),
         (r"cp\.async\.bulk\.wait_group +0;", "cp.async.bulk.wait_group.read 0;"),
         (r"fence\.proxy\.async\.shared::cta;", ""),
-        (r"@!%here bra +not_yet;", ""),
+        (r"@!%ready bra +wait_chunk;", ""),
     ],
 )
 def test_an_early_fetch_that_does_not_wait_fails(waits: str, instead: str) -> None:
