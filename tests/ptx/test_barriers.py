@@ -84,8 +84,8 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
 @pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
 def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
     text = (FOLDER / f"{name}.ptx").read_text()
-    once, waits = re.subn(r"setp.ge.u32 +%more_parts, %near_count, %reached;",
-                          "setp.eq.u32 %more_parts, %lane, %lane;", text)  # fmt: skip
+    once, waits = re.subn(r"setp.ge.u32 +%more_partials, %num_arrived, %num_active;",
+                          "setp.eq.u32 %more_partials, %lane, %lane;", text)  # fmt: skip
     makes = cases_of(name)[:4]
     assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
     assert any(not right(make, s, None, {name: once}) for s in SEEDS for make in makes)
