@@ -30,7 +30,7 @@ class Collected:
         self.thoughts, self.answers, self.ended = "", "", 0
         self._stop_at = stop_at
 
-    def thought(self, text: str) -> None:
+    def reasoning(self, text: str) -> None:
         self.thoughts += text
         self._press("thought", text)
 
@@ -165,7 +165,7 @@ def test_help_lists_every_command(talking: Talk) -> None:
 def test_new_forgets_the_conversation_and_keeps_the_system_message(talking: Talk) -> None:
     talking.read("/system Be brief.", ASKED, "/new", "/regenerate", "/system")
     assert not talking.chat.messages and talking.chat.system == "Be brief."
-    assert "no message yet" in talking.notes[-2] and talking.notes[-1] == "Be brief."
+    assert "no message to respond to" in talking.notes[-2] and talking.notes[-1] == "Be brief."
 
 
 def test_the_system_message_reaches_the_prompt(

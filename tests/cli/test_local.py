@@ -214,7 +214,7 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
         if folder == "stopped":
             assert main(words) == 130
             (line,) = capsys.readouterr().err.splitlines()
-            assert "stopped while packing" in line and "goes on from there" in line
+            assert "stopped while packing" in line and "continues from there" in line
             (left,) = local_models(tmp_path / folder)
             assert stopped_at == [left.nbytes] and left.nbytes < left.total
         assert main(words) == 0
