@@ -55,17 +55,17 @@ def _python() -> list[Finding]:
 def _package() -> list[Finding]:
     """This package, conflicts with another package, and whether all kernels are installed."""
     folder = Path(__file__).parents[1]
-    found = [Finding(NAME, f"{version() or 'not installed'}, {folder}")]
+    findings = [Finding(NAME, f"{version() or 'not installed'}, {folder}")]
     clash = conflict()
     if clash:
-        found.append(Finding("another osmium", "in the same folder", clash))
+        findings.append(Finding("another osmium", "in the same folder", clash))
     if not hasattr(osmium, "load"):  # the other package has overwritten or removed it
-        found.append(Finding("import osmium", "another package", REINSTALL))
+        findings.append(Finding("import osmium", "another package", REINSTALL))
     try:
-        found.append(Finding("kernels", f"{check_kernels()}, all there"))
+        findings.append(Finding("kernels", f"{check_kernels()}, all there"))
     except KernelError as error:
-        found.append(Finding("kernels", "not usable", str(error)))
-    return found
+        findings.append(Finding("kernels", "not usable", str(error)))
+    return findings
 
 
 def _bindings() -> list[Finding]:
@@ -99,7 +99,7 @@ def _gpus() -> list[Finding]:
         free, total = device.memory()
         major, minor = device.capability
         version = device.driver_version
-        found = [
+        findings = [
             Finding("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
             Finding("GPU", f"{device.name}, sm_{major}{minor}, {total / GIB:.1f} GiB"),
         ]
@@ -107,8 +107,8 @@ def _gpus() -> list[Finding]:
         advice = ""
         if used > max(total // 10, GIB):
             advice = "Other programs use VRAM; each GiB freed caches a GiB of experts."
-        found.append(Finding("VRAM free", f"{free / GIB:.1f} GiB", advice))
-        return found + _links()
+        findings.append(Finding("VRAM free", f"{free / GIB:.1f} GiB", advice))
+        return findings + _links()
     finally:
         device.close()
 
@@ -121,7 +121,7 @@ def _links() -> list[Finding]:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return [Finding("PCIe link", f"unknown ({error})")]
-    found = []
+    findings = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
         try:
@@ -130,7 +130,7 @@ def _links() -> list[Finding]:
             width = pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)
             widest = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
         except pynvml.NVMLError as error:
-            found.append(Finding(f"PCIe link {index}", f"unknown ({error})"))
+            findings.append(Finding(f"PCIe link {index}", f"unknown ({error})"))
             continue
         advice = ""
         if width < widest:
@@ -139,25 +139,25 @@ def _links() -> list[Finding]:
                 "slot, or remove a second card that shares the lanes."
             )
         text = f"generation {now} of {best}, x{width} of x{widest} (idle links may slow down)"
-        found.append(Finding(f"PCIe link {index}", text, advice))
+        findings.append(Finding(f"PCIe link {index}", text, advice))
     pynvml.nvmlShutdown()
-    return found
+    return findings
 
 
 def _memory() -> list[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
-    found = [Finding("memory", text)]
+    findings = [Finding("memory", text)]
     available, limit = available_ram()
     if limit < memory.total:
-        found.append(
+        findings.append(
             Finding(
                 "memory limit",
                 f"{limit / GIB:.1f} GiB, {available / GIB:.1f} GiB of it available",
                 "The container allows less than the machine has; raise its memory limit.",
             )
         )
-    return found
+    return findings
 
 
 def _swap() -> list[Finding]:
