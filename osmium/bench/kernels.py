@@ -197,7 +197,7 @@ class OpCases:
         t, positions = np.arange(self.tokens), np.full(self.tokens, self.depth - 1)
         i32 = self._i32
         return StepInputs(
-            tokens=self.tokens, sequences=self.tokens, page=PAGE, ids=i32(t),
+            tokens=self.tokens, sequences=self.tokens, page_size=PAGE, ids=i32(t),
             positions=i32(positions),
             sequence_ids=i32(t), query_start_loc=i32(np.arange(self.tokens + 1)),
             context_lens=i32(positions), state_slots=i32(slots),
@@ -214,7 +214,7 @@ class OpCases:
         w, counters = self.work, self._i32([0] * 7, np.int64)
         positions = self._i32([0] * self.tokens)
         arrays = (w.ids, w.weights, w.router_logits, w.h)
-        more = (self.config.num_experts, counters, w.arrived, None, 0, positions)
+        more = (self.config.num_experts, counters, w.router_barrier, None, 0, positions)
         return [partial(self.ops.router, *arrays, m, *more) for m in self._matrices("router")]
 
     def _delta_net(self) -> Calls:
@@ -250,7 +250,7 @@ class OpCases:
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, sequence_pages)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
         norms, frequencies = f32((2, config.head_dim)), ops.to_device(rotary_frequencies(config))
-        workspace = AttentionWorkspace(w.q, w.attn_out, w.partial, w.parts)
+        workspace = AttentionWorkspace(w.q, w.attn_out, w.partial, w.split_counters)
         weights = [
             AttentionWeights(norms, frequencies, out, config.eps, config.head_dim**-0.5)
             for out in self._matrices("attention_out")
@@ -265,7 +265,7 @@ class OpCases:
         """A cache of empty slots that hold random bytes."""
         ops, i32, shape = self.ops, self._i32, (layers, experts)
         return types.ExpertCache(
-            record=self.layout, experts=experts, fading=DECAY,
+            layout=self.layout, num_experts=experts, decay=DECAY,
             slots=self._noise((layers, capacity, nbytes), np.uint8),
             expert_to_slot=i32(np.full(shape, -1)), slot_to_expert=i32(np.full((layers, capacity),
             -1)),
@@ -295,7 +295,7 @@ class OpCases:
         prefetch = make_prefetch_state(self.ops, layers, experts, self.config.top_k)
         (predicted,) = self._routed_ids(1)
         self.ops.copy(prefetch.ids[: self.tokens], predicted)
-        assign = partial(self.ops.assign_slots, plan, cache, guess=prefetch)
+        assign = partial(self.ops.assign_slots, plan, cache, prefetch=prefetch)
         for _ in range(experts // self.num_pairs):  # fills the cache, or nearly
             for layer, ids in enumerate(self._routed_ids(layers)):
                 assign(layer, ids)
@@ -337,7 +337,7 @@ class OpCases:
     def _sample(self) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
         decode = types.DecodeState(
-            ring=ring, null_slot=0, null_page=0,
+            ring_size=ring, null_slot=0, null_page=0,
             sampler_params=ops.to_device(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows,
             1))),
             uniforms=ops.zeros_mapped((ring, rows), np.float64), token=i32([0] * rows),

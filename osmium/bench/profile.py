@@ -24,7 +24,7 @@ from osmium.engine.runner import DecodeSession, ModelRunner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
-from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
+from osmium.ops.gpu_experts import FETCH_EXPERTS, PREFETCH_EXPERTS
 
 __all__ = [
     "Launch", "LaunchRecorder", "SerialStreams", "bytes_depend_on_hits", "launch_bytes",
@@ -53,17 +53,17 @@ class SerialStreams:
 
     stream: LaunchRecorder
 
-    def fork_side_stream(self, early: bool = False) -> LaunchRecorder:
+    def fork_side_stream(self, prefetch: bool = False) -> LaunchRecorder:
         return self.stream
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         pass
 
 
 @contextmanager
 def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
     """Inside, launches of all streams are listed in order and do not run."""
-    machine: Any = ops.machine
+    machine: Any = ops.runtime
     launches: list[Launch] = []
     streams = SerialStreams(LaunchRecorder(launches))
     saved = ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream
@@ -92,7 +92,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     ops = runner.ops
     if not isinstance(ops, GpuOps):
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
-    machine: Any = ops.machine
+    machine: Any = ops.runtime
     replay = start_single_decode(runner, depth).replay
     with list_launches(ops) as step_launches:
         runner.launch_decode_step(1)
@@ -109,7 +109,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     for (name, grid, _), launches in groups.items():
         row: dict[str, Any] = {"kernel": name, "grid": list(grid), "launches": len(launches)}
         rows.append(row)
-        if name == FETCH_EARLY.name:
+        if name == PREFETCH_EXPERTS.name:
             continue
         graph = machine.capture_graph(lambda launches=launches: _launch(main_stream, launches))
         us = max(0.5, 1e3 * milliseconds(machine, graph) - overhead_us) / len(launches)
@@ -154,13 +154,13 @@ def bytes_depend_on_hits(launch: Launch) -> bool:
     """Whether a launch's bytes depend on which experts are resident; its contract counts all."""
     kernel, _, values = launch
     named = {p.name: v for p, v in zip(kernel.contract.params, values, strict=True)}
-    return bool(kernel.name == FETCH.name or named.get("which"))
+    return bool(kernel.name == FETCH_EXPERTS.name or named.get("subset"))
 
 
 def _options(kernel: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
     """Options that separate groups of one kernel: `which` part, and null array pointers."""
     named = zip(kernel.contract.params, values, strict=True)
-    return tuple(v for p, v in named if p.name == "which" or (p.is_array and v == 0))
+    return tuple(v for p, v in named if p.name == "subset" or (p.is_array and v == 0))
 
 
 def _smallest(launches: list[Launch]) -> Launch:
@@ -197,7 +197,7 @@ def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float,
         run()
     run()  # before the capture, as the first use of a kernel loads its module
     ops.synchronize()
-    return 1e3 * milliseconds(ops.machine, ops.capture_graph(run)) / len(calls), launches
+    return 1e3 * milliseconds(ops.runtime, ops.capture_graph(run)) / len(calls), launches
 
 
 def launch_bytes(launch: Launch) -> int:

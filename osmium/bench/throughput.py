@@ -113,7 +113,7 @@ def measure(
     rows = _rows(engine, settings, rates, on_row)
     checked = engine.run_on_engine_thread(lambda: _verify(engine))
     experts = engine.status()["experts"]
-    plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
+    plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "runtime", None), "device", None)
     free, total = (0, 0) if gpu is None else engine.run_on_engine_thread(gpu.memory)
     return {
         "model": engine.name,
@@ -217,7 +217,7 @@ def _prefill(
     total = _difference(before, _experts(engine))
     _check_routed(engine, total, settings.repeats * tokens)
     seconds = statistics.median(times[1:])
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
+    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / settings.repeats
     link = rates["link_gb_s"] * 1e9
     return {
         "what": "prefill",
@@ -259,7 +259,7 @@ def _decode(
     total = {name: sum(experts[name] for _, experts in repeats) for name in repeats[0][1]}
     steps = settings.repeats * settings.tokens
     _check_routed(engine, total, steps * count)
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / steps
+    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
     fetch_batch = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
@@ -296,7 +296,7 @@ def _decode(
 
 def _reset_cache(engine: Engine) -> None:
     """Empty the expert cache, as after a first start."""
-    if engine.runner.store.arena is not None:
+    if engine.runner.store.host_experts is not None:
         reset_cache(engine.runner.ops, engine.runner.store.cache)
 
 
@@ -405,7 +405,7 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         if mixer != "attention"
         for array in arrays(layer)
     )
-    experts = config.num_layers * config.top_k * cache.record.nbytes
+    experts = config.num_layers * config.top_k * cache.layout.nbytes
     return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))
 
 
@@ -417,8 +417,8 @@ def link_rate(engine: Engine, experts: int | None = None) -> float:
     """
     ops, store = engine.runner.ops, engine.runner.store
     cache, plan = store.cache, store.plan
-    machine = getattr(ops, "machine", None)
-    if store.arena is None or machine is None:
+    machine = getattr(ops, "runtime", None)
+    if store.host_experts is None or machine is None:
         return 0.0
     counters = ops.copy_d2h(cache.counters)
     resident: npt.NDArray[Any] = ops.copy_d2h(cache.slot_to_expert[0])
@@ -438,17 +438,17 @@ def link_rate(engine: Engine, experts: int | None = None) -> float:
     for _ in range(9):
         start = Event(machine.device).record(machine.stream)
         for _ in range(4):
-            ops.fetch_experts(cache, plan, store.arena, 0)
+            ops.fetch_experts(cache, plan, store.host_experts, 0)
         end = Event(machine.device).record(machine.stream)
         times.append((end - start) / 4)
     ops.copy_h2d(cache.counters, counters)
-    return float(len(slots) * cache.record.nbytes / statistics.median(times) / 1e6)
+    return float(len(slots) * cache.layout.nbytes / statistics.median(times) / 1e6)
 
 
 def _verify(engine: Engine) -> int:
     """Compare sampled slots with host memory: how many were compared, 0 without host experts."""
     store, ops = engine.runner.store, engine.runner.ops
-    if store.arena is None:
+    if store.host_experts is None:
         return 0
-    records: Any = ops.host_view(store.arena.records)
+    records: Any = ops.host_view(store.host_experts.packed)
     return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))

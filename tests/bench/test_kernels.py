@@ -1,5 +1,5 @@
-"""`osmium bench kernels` without a GPU: every operation is called as its reference wants it, on
-inputs of its own a call, and its kernels are ones whose bytes can be told."""
+"""`osmium bench kernels` without a GPU: inputs fit each operation, and every kernel has a byte
+count."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from osmium.cuda.driver import Device
 from osmium.errors import ConfigError, NoDevice
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 OPERATIONS = OpCases.names()
 
@@ -22,7 +22,7 @@ RATES = {"VRAM": 1.0, "link": 1.0}
 
 
 class OnTheCpu(OpCases):
-    """KV as the CPU keeps it."""
+    """KV in the CPU's format."""
 
     def _attention(self) -> Any:
         self.kv_dtype = "f32"
@@ -31,7 +31,7 @@ class OnTheCpu(OpCases):
 
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_every_operation_takes_its_inputs(name: str, tokens: int) -> None:
+def test_every_operation_accepts_its_benchmark_inputs(name: str, tokens: int) -> None:
     cases = OnTheCpu(ReferenceOps(), "tiny", tokens, sets_bytes=20_000, depth=70)
     calls = cases.make_calls(name)
     assert len(calls) >= 4
@@ -42,26 +42,26 @@ def test_every_operation_takes_its_inputs(name: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_the_kernels_of_every_operation_and_their_bytes(name: str) -> None:
-    """Listed, not run: what `bench kernels` reads the bytes of."""
-    ops = GpuOps(InterpretedMachine())
+def test_every_operation_launches_kernels_with_known_traffic(name: str) -> None:
+    """Lists the launches without running them, as `bench kernels` does to count bytes."""
+    ops = GpuOps(InterpretedRuntime())
     cases = OpCases(ops, "tiny", 1, sets_bytes=4_000, depth=70)
     calls = cases.make_calls(name)
-    listing: list[Any] = []
-    ops.stream = LaunchRecorder(listing)
+    recorded: list[Any] = []
+    ops.stream = LaunchRecorder(recorded)
     for call in calls:
         call()
-    assert len(listing) >= len(calls)
-    nbytes = sum(map(launch_bytes, listing)) / len(calls)
+    assert len(recorded) >= len(calls)
+    nbytes = sum(map(launch_bytes, recorded)) / len(calls)
     assert nbytes > 0 or name in ("place", "sample")
     if name.startswith("fetch"):
         count = 1 if name == "fetch 1" else 2
         assert nbytes == 2 * count * cases.layout.nbytes
 
 
-def test_a_row_is_told_with_its_bytes_and_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_has_time_bytes_rate_and_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
-    ops = GpuOps(InterpretedMachine())
+    ops = GpuOps(InterpretedRuntime())
     row = kernels._time(ops, "router", OpCases(ops, "tiny", 1, sets_bytes=4), RATES)
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
     assert row["kernels"] and row["bytes"] > 9 * 64 * 2
@@ -79,18 +79,20 @@ def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) 
     assert (row["bytes"] > 0) == (name != "place")
 
 
-def test_the_models_are_ones_that_there_are() -> None:
+def test_every_benchmark_model_is_a_known_synthetic_model() -> None:
     for model in MODELS:
         main(["plan", f"synthetic:{model}", "--device", "cpu", "--ram", "1T"])
 
 
-def test_only_names_what_is_there() -> None:
+def test_a_filter_selects_operations_by_part_of_their_name() -> None:
     assert OpCases.names("expert") == ["expert_up", "expert_down"]
     with pytest.raises(ConfigError, match="gated_attention"):
         OpCases.names("no such")
 
 
-def test_without_a_gpu_one_clear_error(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_bench_kernels_fails_with_one_clear_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     try:
         Device().close()
     except NoDevice:

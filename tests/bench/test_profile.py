@@ -1,5 +1,5 @@
-"""`bench --profile` on a model whose experts stream, without a GPU: launches are listed and timed
-on a device whose kernels do nothing."""
+"""`bench --profile` without a GPU: launches of a streaming model are listed and timed by
+FakeGpu."""
 
 import inspect
 from collections import Counter
@@ -23,7 +23,7 @@ from osmium.kernels.ptx import kernel
 from osmium.ops import runtime as protocol
 from osmium.ops.gpu import GpuOps
 from tests.engine.fake_gpu import FakeGpu
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 SMALL: dict[str, Any] = {
     "context": 256, "prefill_chunk": 16, "vram": 2 << 30, "ram": 1 << 30,
@@ -62,10 +62,12 @@ def test_every_launch_of_a_token_is_in_the_profile(
     assert listed == launched and found["nodes"] == launched.total()
     streams = expert_slots < engine.config.num_experts
     layers = engine.config.num_layers
-    assert listed["fetch_records"] == (layers if streams else 0)
-    assert listed["fetch_early"] == (1 if streams else 0)
+    assert listed["fetch_experts"] == (layers if streams else 0)
+    assert listed["prefetch_experts"] == (1 if streams else 0)
     untimed = {row["kernel"] for row in found["rows"] if "us" not in row}
-    assert untimed == ({"fetch_early"} if streams else set()), "alone, it waits for others"
+    assert untimed == ({"prefetch_experts"} if streams else set()), (
+        "it waits for other kernels, so it cannot be timed alone"
+    )
     table = profile_table(found).splitlines()
     assert len(table) == 2 + len(found["rows"])
     assert not any("gb_s" in row for row in found["rows"] if row["kernel"].startswith("fetch"))
@@ -73,38 +75,40 @@ def test_every_launch_of_a_token_is_in_the_profile(
 
 
 @pytest.mark.parametrize(("which", "depends"), [(0, False), (1, True), (2, True)])
-def test_bytes_of_a_part_of_the_experts_depend_on_which_are_resident(
-    which: int, depends: bool
-) -> None:
-    up = kernel("int4_experts_up_f32")
-    values = tuple(which if p.name == "which" else 1 for p in up.contract.params)
+def test_traffic_of_a_partial_expert_kernel_depends_on_residency(which: int, depends: bool) -> None:
+    up = kernel("int4_moe_up_fused_f32")
+    values = tuple(which if p.name == "subset" else 1 for p in up.contract.params)
     assert bytes_depend_on_hits((up, (1,), values)) is depends
 
 
-def test_a_reply_can_follow_a_profile(start: Callable[..., tuple[FakeGpu, Engine]]) -> None:
-    """Streams are what they were before, and what is launched runs."""
+def test_a_response_after_a_profile_runs_its_launches(
+    start: Callable[..., tuple[FakeGpu, Engine]],
+) -> None:
+    """The profile restores the streams."""
     gpu, engine = start(expert_slots=4)
     ops = engine.runner.ops
     assert isinstance(ops, GpuOps)
     before = (
         ops.stream,
-        ops.machine.stream,
-        ops.machine.fork_side_stream(True),
-        ops.machine.join_side_stream,
+        ops.runtime.stream,
+        ops.runtime.fork_side_stream(True),
+        ops.runtime.join_side_stream,
     )
     profile(engine, 64)
     assert (
         ops.stream,
-        ops.machine.stream,
-        ops.machine.fork_side_stream(True),
-        ops.machine.join_side_stream,
+        ops.runtime.stream,
+        ops.runtime.fork_side_stream(True),
+        ops.runtime.join_side_stream,
     ) == before
     gpu.launched.clear()
     engine.run_on_engine_thread(lambda: engine.runner.launch_decode_step(1))
-    assert gpu.launched.count("fetch_records") == engine.config.num_layers
+    assert gpu.launched.count("fetch_experts") == engine.config.num_layers
 
 
-def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]) -> None:
+def test_list_launches_records_without_running(
+    start: Callable[..., tuple[FakeGpu, Engine]],
+) -> None:
     gpu, engine = start(expert_slots=4)
     ops: Any = engine.runner.ops
     gpu.launched.clear()
@@ -114,7 +118,7 @@ def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]
     with pytest.raises(ZeroDivisionError), list_launches(ops):
         raise ZeroDivisionError
     ops.copy_h2d(engine.runner.replies.decode_step, np.zeros(1, np.int32))
-    assert isinstance(ops.machine, CudaRuntime) and ops.stream is ops.machine.stream
+    assert isinstance(ops.runtime, CudaRuntime) and ops.stream is ops.runtime.stream
 
 
 def parameters(method: Any) -> list[tuple[str, Any]]:
@@ -123,8 +127,8 @@ def parameters(method: Any) -> list[tuple[str, Any]]:
     return [(one.name, one.kind) for one in found]
 
 
-@pytest.mark.parametrize("stand_in", [CudaRuntime, InterpretedMachine, SerialStreams])
-def test_whatever_stands_in_for_a_machine_takes_its_arguments(stand_in: type) -> None:
+@pytest.mark.parametrize("stand_in", [CudaRuntime, InterpretedRuntime, SerialStreams])
+def test_every_device_runtime_takes_the_same_arguments(stand_in: type) -> None:
     wanted = {
         name: parameters(method)
         for name, method in vars(protocol.DeviceRuntime).items()

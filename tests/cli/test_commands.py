@@ -1,4 +1,4 @@
-"""The command line as a user meets it: the bundled demo model, on the CPU."""
+"""The commands on the bundled demo model, on the CPU."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from osmium.server.app import BackgroundLoader
 from osmium.weights import DEMO
 from tests.models.build import CASES, write_checkpoint
 
-pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here")
+pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is missing")
 
 CPU = ["--device", "cpu"]
 
@@ -34,13 +34,13 @@ def last_json(capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
 
 
 def test_run_prints_the_answer_and_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = "What is the capital of France?"
-    assert main(["run", "demo", *CPU, "--temperature", "0", "--no-think", "--", asked]) == 0
+    options = "What is the capital of France?"
+    assert main(["run", "demo", *CPU, "--temperature", "0", "--no-think", "--", options]) == 0
     assert capsys.readouterr().out == "Paris.\n"
 
 
-def typed(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
-    """Put a text into stdin, which is not a terminal."""
+def set_stdin(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
+    """Replace stdin by a text; it is not a terminal."""
     raw = text.encode() if isinstance(text, str) else text
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), "utf-8"))
 
@@ -49,7 +49,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, text: str | bytes) -> None:
 def test_a_prompt_comes_from_a_pipe(
     words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed(monkeypatch, "What is the capital of France?\n")
+    set_stdin(monkeypatch, "What is the capital of France?\n")
     assert main(["run", "demo", *CPU, "--temperature", "0", "--no-think", *words]) == 0
     assert capsys.readouterr().out == "Paris.\n"
 
@@ -58,19 +58,19 @@ def test_a_prompt_comes_from_a_pipe(
 def test_a_pipe_without_text_is_refused(
     text: str | bytes, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    typed(monkeypatch, text)
+    set_stdin(monkeypatch, text)
     assert main(["run", "demo", *CPU]) == 2
-    said = capsys.readouterr()
-    assert said.out == "" and said.err.count("\n") == 1
+    output = capsys.readouterr()
+    assert output.out == "" and output.err.count("\n") == 1
 
 
-def test_thinking_never_reaches_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["--temperature", "0", "--think", "What is the capital of France?"]
-    assert main(["run", "demo", *CPU, *asked]) == 0
+def test_reasoning_never_reaches_a_pipe(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--temperature", "0", "--think", "What is the capital of France?"]
+    assert main(["run", "demo", *CPU, *options]) == 0
     assert capsys.readouterr().out == "The capital of France is Paris.\n"
-    assert main(["run", "demo", *CPU, "--max-tokens", "3", *asked]) == 0
-    said = capsys.readouterr()
-    assert said.out == "\n" and "--no-think" in said.err
+    assert main(["run", "demo", *CPU, "--max-tokens", "3", *options]) == 0
+    output = capsys.readouterr()
+    assert output.out == "\n" and "--no-think" in output.err
 
 
 def test_timing_is_one_line_on_stderr_for_each_response(
@@ -78,16 +78,16 @@ def test_timing_is_one_line_on_stderr_for_each_response(
 ) -> None:
     short = ["--raw", "--temperature", "0", "--max-tokens", "6", "--expert-slots", "8"]
     assert main(["run", "demo", *CPU, *short, "--timing", "The Congress"]) == 0
-    said = capsys.readouterr()
-    (line,) = [x for x in said.err.splitlines() if x.startswith("osmium: response: ")]
+    output = capsys.readouterr()
+    (line,) = [x for x in output.err.splitlines() if x.startswith("osmium: response: ")]
     for word in ("tok/s", "hit 0.", "MB/token", "prefill", "decode", "(5 tokens)"):
         assert word in line
-    assert "osmium" not in said.out
+    assert "osmium" not in output.out
 
 
-def test_a_long_prompt_is_seen_in_the_servers_timing(capsys: pytest.CaptureFixture[str]) -> None:
-    took = IntervalStats(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
-    _RateLimited()(took)
+def test_serve_prints_timing_of_a_long_prompt(capsys: pytest.CaptureFixture[str]) -> None:
+    elapsed = IntervalStats(0.0, 0.0, 5.0, 840, 0, 0.5, 0.0, 0.0)
+    _RateLimited()(elapsed)
     line = capsys.readouterr().err
     assert line.startswith("osmium: last 5.0 s: prompts 840 tokens (168 tok/s), generated 0 tokens")
 
@@ -95,30 +95,30 @@ def test_a_long_prompt_is_seen_in_the_servers_timing(capsys: pytest.CaptureFixtu
 def test_a_chat_in_a_pipe_answers_line_by_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = "What is the capital of France?\n\n/nwe\nWhat is the capital of France?\n/bye\nx\n"
-    typed(monkeypatch, asked)
+    options = "What is the capital of France?\n\n/nwe\nWhat is the capital of France?\n/bye\nx\n"
+    set_stdin(monkeypatch, options)
     greedy = ["--temperature", "0", "--max-tokens", "8", "--no-think", "--timing"]
     assert main(["chat", "demo", *CPU, *greedy]) == 0
-    said = capsys.readouterr()
-    assert said.out.splitlines()[0] == "Paris." and said.out.count("\n") == 2
-    assert said.err.count("osmium: response: ") == 2 and "/new?" in said.err
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0] == "Paris." and output.out.count("\n") == 2
+    assert output.err.count("osmium: response: ") == 2 and "/new?" in output.err
 
 
-def test_a_word_that_is_no_model_is_taken_for_a_prompt_in_the_message(
+def test_an_unknown_model_name_is_suggested_as_a_prompt(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["run", "why is the sky blue", *CPU]) == 2
     assert 'osmium run demo "why is the sky blue"' in capsys.readouterr().err
 
 
-def test_the_same_seed_says_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    said = []
+def test_the_same_seed_gives_the_same_response(capsys: pytest.CaptureFixture[str]) -> None:
+    output = []
     for _ in range(2):
         assert (
             main(["run", "demo", *CPU, "--raw", "--seed", "7", "--max-tokens", "12", "Once"]) == 0
         )
-        said.append(capsys.readouterr().out)
-    assert said[0] == said[1] and len(said[0]) > 1
+        output.append(capsys.readouterr().out)
+    assert output[0] == output[1] and len(output[0]) > 1
 
 
 def test_perplexity_is_the_same_by_both_paths(
@@ -146,7 +146,7 @@ def test_logits_are_written_in_float32(capsys: pytest.CaptureFixture[str], tmp_p
     assert last_json(capsys)["shape"] == [3, 8192]
 
 
-def test_plan_loads_nothing_and_says_where_memory_goes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_the_memory_plan_without_loading(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *CPU, "--json"]) == 0
     found = last_json(capsys)
     assert found["context_tokens"] == 4096 and found["device"] == "cpu"
@@ -167,20 +167,20 @@ def test_bench_rows_are_printed_as_they_are_measured_with_the_time_left(
 ) -> None:
     printed: list[str] = []
     monkeypatch.setattr("osmium.cli.benchmark._say", printed.append)
-    measured = throughput._decode
+    original_decode = throughput._decode
 
     def decode(*arguments: Any) -> Any:
         counts.append(sum(line.startswith(("prefill", "decode")) for line in printed))
-        return measured(*arguments)
+        return original_decode(*arguments)
 
     counts: list[int] = []
     monkeypatch.setattr(throughput, "_decode", decode)
     short = "--prompt-tokens 8 --tokens 4 --repeats 1 --warm-up 2 --depth 16,32,48 --context 1k"
     assert main(["bench", "synthetic:tiny", *CPU, *short.split()]) == 0
     assert counts == [1, 2, 3]
-    left = [line for line in printed if " left" in line]
-    assert len(left) == 3 and "about" not in left[0], "no decode row has been timed then"
-    assert all("about" in line for line in left[1:])
+    time_lines = [line for line in printed if " left" in line]
+    assert len(time_lines) == 3 and "about" not in time_lines[0], "no decode row has been timed yet"
+    assert all("about" in line for line in time_lines[1:])
 
 
 def test_benchmark_of_the_server_measures_and_then_serves(
@@ -206,10 +206,10 @@ def test_benchmark_of_the_server_measures_and_then_serves(
     assert found["model"] == "demo" and isinstance(found["rows"], list) and len(found["rows"]) == 2
     with_benchmark = served[0]
     assert main(["serve", "demo", *CPU]) == 0
-    assert served == [with_benchmark, with_benchmark], "the measured engine leaves nothing behind"
+    assert served == [with_benchmark, with_benchmark], "the benchmark leaves the engine unchanged"
 
 
-def test_ctrl_c_while_the_server_packs_says_what_is_kept(
+def test_ctrl_c_while_the_server_packs_reports_the_kept_bytes(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def serve(host: BackgroundLoader, **_: Any) -> None:
@@ -232,18 +232,18 @@ def test_benchmark_only_does_not_serve(
     assert last_json(capsys)["model"] == "synthetic:tiny"
 
 
-def test_a_made_up_model_is_packed_and_measured_from_its_file(
+def test_a_packed_synthetic_model_is_benchmarked_from_its_file(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["pack", *CPU, "--cache-dir", str(tmp_path), "synthetic:tiny:3"]) == 0
     (path,) = capsys.readouterr().out.splitlines()
     assert Path(path).parent == tmp_path
-    asked = "--context 1k --depth 64 --tokens 4 --warm-up 4 --repeats 1 --prompt-tokens 16"
-    assert main(["bench", *CPU, *asked.split(), path]) == 0
+    options = "--context 1k --depth 64 --tokens 4 --warm-up 4 --repeats 1 --prompt-tokens 16"
+    assert main(["bench", *CPU, *options.split(), path]) == 0
     assert last_json(capsys)["model"] == "synthetic-tiny-3"
 
 
-def test_doctor_says_what_it_finds() -> None:
+def test_doctor_runs_every_check() -> None:
     found = {finding.name for finding in run_checks()}
     assert {"system", "CUDA bindings", "memory", "swap", "huge pages", "packed models"} <= found
 
@@ -264,19 +264,17 @@ def test_doctor_says_what_it_finds() -> None:
         (["run", "--raw", "demo", ""], "prompt"),
     ],
 )
-def test_what_cannot_be_is_one_line_and_exit_code_two(
+def test_an_invalid_request_is_one_line_and_exit_code_two(
     arguments: list[str], named: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2
-    said = capsys.readouterr()
-    line = said.err.splitlines()[-1]
+    output = capsys.readouterr()
+    line = output.err.splitlines()[-1]
     assert line.startswith(("osmium: ", f"osmium {arguments[0]}: ")) and named in line
-    assert said.out == ""
+    assert output.out == ""
 
 
-def test_ids_that_are_no_ids_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_malformed_ids_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("{", '["a"]', "[true]", "[]", "[99999]"):
         ids = tmp_path / "ids.json"
         ids.write_text(text)
@@ -285,13 +283,13 @@ def test_ids_that_are_no_ids_are_refused(
 
 
 @pytest.mark.parametrize("command", [["run", "--raw"], ["run"], ["serve", "--port", "0"]])
-def test_a_model_without_its_tokenizer_is_refused_by_what_needs_text(
+def test_commands_that_need_text_refuse_a_model_without_a_tokenizer(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_checkpoint(CASES[0], tmp_path / "mute")
-    asked = ["hello"] if command[0] == "run" else []
-    where = ["--model-path", str(tmp_path / "mute"), "--cache-dir", str(tmp_path / "cache")]
-    assert main([*command, *CPU, *where, "--gpu-expert-bits", "16", *asked]) == 2
+    options = ["hello"] if command[0] == "run" else []
+    model_options = ["--model-path", str(tmp_path / "mute"), "--cache-dir", str(tmp_path / "cache")]
+    assert main([*command, *CPU, *model_options, "--gpu-expert-bits", "16", *options]) == 2
     assert "tokenizer.json" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""Exit codes, and one line instead of a traceback: in this process, and as a shell sees it."""
+"""Exit codes, and one-line errors instead of tracebacks, in this process and in a shell."""
 
 import errno
 import logging
@@ -23,7 +23,7 @@ from osmium.errors import (
 )
 
 QUICK = ["run", "demo", "--device", "cpu", "--no-think", "--temperature", "0", "--max-tokens", "8"]
-ASKED = "What is the capital of France?"
+QUESTION = "What is the capital of France?"
 
 
 def outcome(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -64,12 +64,12 @@ def test_an_expected_error_is_one_line_and_its_exit_code(
     assert text.startswith(("osmium: ", "osmium run: ")) and "Traceback" not in text
 
 
-def test_memory_that_is_not_there_is_called_that(capsys: pytest.CaptureFixture[str]) -> None:
+def test_running_out_of_host_memory_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     for error in (MemoryError("Unable to allocate 3 GiB"), RuntimeError("can't start new thread")):
         assert "out of memory" in outcome(error, capsys)[1]
 
 
-def test_a_file_that_cannot_be_written_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_file_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     text = outcome(PermissionError(errno.EACCES, "Permission denied", "/x/y"), capsys)[1]
     assert text == "osmium: /x/y: Permission denied.\n"
 
@@ -97,11 +97,11 @@ def test_a_warning_is_a_plain_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "osmium: warning: 3 slots\n"
 
 
-# -- as a shell sees it ---------------------------------------------------------------------------
+# -- in a shell ------------------------------------------------------------------------------------
 
 
 def shell(script: str, *words: str) -> subprocess.CompletedProcess[str]:
-    """Run a bash script in which "$@" is `python -m osmium` and the words."""
+    """Run a bash script in which "$@" is `python -m osmium` with these words."""
     command = [sys.executable, "-m", "osmium", *words]
     return subprocess.run(
         ["bash", "-c", script, "bash", *command],
@@ -112,19 +112,19 @@ def shell(script: str, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_full_disk_behind_stdout_is_one_line() -> None:
+def test_a_full_disk_for_stdout_is_one_line() -> None:
     done = shell('"$@" > /dev/full', "--help")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "No space left" in done.stderr
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
+def test_a_pipe_closed_early_is_no_error() -> None:
     words = [*QUICK[:-1], "400", "--raw", "The Congress"]
     done = shell('"$@" | head -c 1; exit ${PIPESTATUS[0]}', *words)
     assert done.returncode == 1 and len(done.stdout) == 1 and done.stderr == ""
 
 
-def test_an_ascii_terminal_gets_what_it_can_show() -> None:
+def test_an_ascii_terminal_gets_ascii_text() -> None:
     script = 'LC_ALL=C PYTHONIOENCODING=ascii "$@"'
     done = shell(script, "serve", "--port", "é")
     assert done.returncode == 2 and "Traceback" not in done.stderr
@@ -136,14 +136,14 @@ def test_an_ascii_terminal_gets_what_it_can_show() -> None:
 
 @pytest.mark.parametrize("kib", [200_000, 320_000])
 def test_too_little_address_space_is_one_line(kib: int) -> None:
-    done = shell(f'ulimit -v {kib}; "$@"', *QUICK, ASKED)
+    done = shell(f'ulimit -v {kib}; "$@"', *QUICK, QUESTION)
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "out of memory" in done.stderr
 
 
 @pytest.mark.parametrize("module", ["argparse", "numpy", "tokenizers", "osmium.loader"])
-def test_ctrl_c_while_importing_is_quiet(module: str, tmp_path: Path) -> None:
-    """The signal comes when Python looks for that module."""
+def test_ctrl_c_while_importing_prints_nothing(module: str, tmp_path: Path) -> None:
+    """The signal is sent when Python searches for that module."""
     script = tmp_path / "start.py"
     script.write_text(
         "import os, signal, sys, time\n"
@@ -154,7 +154,7 @@ def test_ctrl_c_while_importing_is_quiet(module: str, tmp_path: Path) -> None:
         "            os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Press())\n"
         f"sys.modules.pop({module!r}, None)\n"
-        f"sys.argv = ['osmium', *{[*QUICK, ASKED]!r}]\n"
+        f"sys.argv = ['osmium', *{[*QUICK, QUESTION]!r}]\n"
         "sys.exit(main())\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=60)
@@ -172,6 +172,6 @@ def test_ctrl_c_in_a_response_keeps_what_was_printed_and_exits_with_130() -> Non
     assert running.returncode == 130 and first and err == b""
 
 
-def test_a_background_job_that_ignores_ctrl_c_goes_on() -> None:
+def test_a_background_job_that_ignores_ctrl_c_continues() -> None:
     done = shell('trap "" INT; "$@" & sleep 0.2; kill -INT $!; wait $!', "--version")
     assert done.returncode == 0 and done.stdout.startswith("osmium ")

@@ -40,7 +40,7 @@ def listed(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[s
     return {one["name"]: one for one in json.loads(capsys.readouterr().out)}
 
 
-def test_list_shows_size_and_formats_and_tells_formats_of_one_model_apart(
+def test_list_shows_size_and_formats_of_every_file(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = listed(cache, capsys)
@@ -58,29 +58,29 @@ def test_list_shows_size_and_formats_and_tells_formats_of_one_model_apart(
     assert "8 bits" in table and "never" in table and "1.0 of 3.0 kB" in table
 
 
-def test_a_damaged_file_is_listed_with_what_is_wrong(
+def test_a_damaged_file_is_listed_with_its_problem(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (cache / "bad.osmium").write_bytes(b"not a model")
     assert "not a packed file" in str(listed(cache, capsys)["bad"]["problem"])
 
 
-def test_an_empty_cache_says_how_to_fill_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_empty_cache_suggests_pull(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["list", "--cache-dir", str(tmp_path / "none")]) == 0
     assert "osmium pull" in capsys.readouterr().out
 
 
-def test_loading_a_model_is_its_last_use(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_loading_sets_the_time_of_last_use(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--device", "cpu", "--cache-dir", str(cache), "synthetic:tiny:2"]) == 0
     capsys.readouterr()
-    assert listed(cache, capsys)["synthetic-tiny-2"]["last_used"] is None, "planning is no use"
+    assert listed(cache, capsys)["synthetic-tiny-2"]["last_used"] is None, (
+        "planning does not count as use"
+    )
     path = str(listed(cache, capsys)["synthetic-tiny-2"]["path"])
     osmium.load(path, device="cpu", cache_dir=str(cache), context=64).close()
     found = listed(cache, capsys)
     assert found["synthetic-tiny-2"]["last_used"] is not None
-    assert next(iter(found)) == "synthetic-tiny-2", "the latest used is first"
+    assert next(iter(found)) == "synthetic-tiny-2", "the most recently used is first"
     assert main(["list", "--cache-dir", str(cache)]) == 0
     assert "today" in capsys.readouterr().out
 
@@ -98,7 +98,7 @@ def test_a_model_is_found_by_the_name_that_list_prints(cache: Path) -> None:
         named_model("why is it so", str(cache))
 
 
-def test_rm_deletes_the_file_and_all_that_belongs_to_it(
+def test_rm_deletes_the_file_and_its_companion_files(
     cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (model,) = [one for one in local_models(cache) if one.name == "synthetic-tiny-2"]
@@ -113,7 +113,7 @@ def test_rm_deletes_the_file_and_all_that_belongs_to_it(
     assert len(listed(cache, capsys)) == 2
 
 
-def test_rm_keeps_the_usage_counts_that_another_format_shares(cache: Path) -> None:
+def test_rm_keeps_usage_counts_shared_with_another_format(cache: Path) -> None:
     first, second = [one for one in local_models(cache) if "tiny-3" in one.name]
     assert first.fingerprint == second.fingerprint and first.fingerprint is not None
     usage = usage_file(cache, first.fingerprint)
@@ -133,7 +133,7 @@ def test_rm_keeps_the_usage_counts_that_another_format_shares(cache: Path) -> No
         ("zzz", "osmium list"),
     ],
 )
-def test_rm_refuses_what_is_not_a_model_of_the_cache_folder(
+def test_rm_refuses_a_name_that_is_not_in_the_cache_folder(
     name: str, named: str, cache: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = sorted(cache.iterdir())
@@ -169,27 +169,27 @@ def test_rm_asks_on_a_terminal_and_needs_yes_elsewhere(
         assert ("synthetic-tiny-2" in listed(cache, capsys)) is there
 
 
-def test_a_hub_snapshot_is_called_by_its_repository(tmp_path: Path) -> None:
+def test_a_hub_snapshot_is_named_by_its_repository(tmp_path: Path) -> None:
     folder = tmp_path / "models--Qwen--Qwen3.5-35B-A3B" / "snapshots" / ("0123456789" * 4)
     folder.mkdir(parents=True)
     assert folder_name(folder) == "Qwen3.5-35B-A3B"
     assert folder_name(tmp_path) == tmp_path.name
 
 
-def test_pull_takes_hub_ids_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_pull_accepts_only_hub_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for model in ("synthetic:tiny", str(tmp_path), "name"):
         assert main(["pull", model]) == 2
         assert "owner/name" in capsys.readouterr().err
 
 
-def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
+def test_ctrl_c_while_packing_reports_kept_bytes_and_the_next_run_resumes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = packing._write_parts
-    starts: list[int] = []
-    stopped_at: list[int] = []
+    first_reports: list[int] = []
+    stopped_bytes: list[int] = []
 
-    def watched(
+    def interrupted_write(
         file: Any, notes: Any, plan: Any, source: Any, crcs: Any, progress: Progress
     ) -> None:
         reports: list[int] = []
@@ -197,17 +197,17 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
         def report(stage: str, done: int, total: int) -> None:
             reports.append(done)
             progress(stage, done, total)
-            if len(reports) == 40 and len(starts) == 1:
-                stopped_at.append(done)
+            if len(reports) == 40 and len(first_reports) == 1:
+                stopped_bytes.append(done)
                 raise KeyboardInterrupt
 
-        starts.append(-1)
+        first_reports.append(-1)
         try:
             write(file, notes, plan, source, crcs, report)
         finally:
-            starts[-1] = reports[0]
+            first_reports[-1] = reports[0]
 
-    monkeypatch.setattr(packing, "_write_parts", watched)
+    monkeypatch.setattr(packing, "_write_parts", interrupted_write)
     packed = []
     for folder in ("stopped", "whole"):
         words = ["pack", "synthetic:tiny", "--device", "cpu", "--cache-dir", str(tmp_path / folder)]
@@ -215,9 +215,9 @@ def test_ctrl_c_while_packing_says_what_is_kept_and_the_next_start_goes_on(
             assert main(words) == 130
             (line,) = capsys.readouterr().err.splitlines()
             assert "stopped while packing" in line and "continues from there" in line
-            (left,) = local_models(tmp_path / folder)
-            assert stopped_at == [left.nbytes] and left.nbytes < left.total
+            (partial,) = local_models(tmp_path / folder)
+            assert stopped_bytes == [partial.nbytes] and partial.nbytes < partial.total
         assert main(words) == 0
         packed.append(Path(capsys.readouterr().out.strip()).read_bytes())
-    assert starts[0] == starts[2] == 0 and starts[1] == left.nbytes
+    assert first_reports[0] == first_reports[2] == 0 and first_reports[1] == partial.nbytes
     assert packed[0] == packed[1]

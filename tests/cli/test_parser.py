@@ -1,4 +1,4 @@
-"""Command lines: where words may stand, what is suggested, and what help looks like."""
+"""Argument parsing: order of words, suggestions, errors and help."""
 
 import re
 import shlex
@@ -14,8 +14,8 @@ from osmium.cli.parser import Help, Usage, parse
 from osmium.config import EngineConfig
 
 
-def refused(*argv: str) -> str:
-    """The line that a command line is refused with."""
+def error_of(*argv: str) -> str:
+    """The error line for a refused command line."""
     with pytest.raises(Usage) as error:
         parse(argv)
     text = str(error.value)
@@ -39,7 +39,7 @@ def help_of(*argv: str) -> str:
         "run M --device cpu --top-k 3 -- hi",
     ],
 )
-def test_words_may_stand_before_between_and_behind_flags(argv: str) -> None:
+def test_words_may_come_before_between_and_after_flags(argv: str) -> None:
     _, args = parse(argv.split())
     assert (args.model, args.prompt, args.device, args.top_k) == ("M", "hi", "cpu", 3)
 
@@ -50,16 +50,16 @@ def test_a_prompt_may_begin_with_a_dash() -> None:
     assert parse(["run", "demo", "-"])[1].prompt == "-"
 
 
-def test_model_path_leaves_the_first_word_to_the_prompt() -> None:
+def test_with_model_path_the_first_word_is_the_prompt() -> None:
     _, args = parse(["run", "--model-path", "M", "hi"])
     assert (args.model, args.model_path, args.prompt) == (None, "M", "hi")
 
 
-def test_a_second_word_of_a_prompt_is_refused_with_the_quoted_line() -> None:
-    assert 'osmium run demo "why is the sky blue"' in refused(
+def test_an_unquoted_prompt_is_refused_with_the_quoted_command() -> None:
+    assert 'osmium run demo "why is the sky blue"' in error_of(
         "run", "demo", "why", "is", "the", "sky", "blue"
     )
-    assert "'b'" in refused("serve", "a", "b")
+    assert "'b'" in error_of("serve", "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_second_word_of_a_prompt_is_refused_with_the_quoted_line() -> None:
         ("bench --xyz", "osmium bench --help"),
     ],
 )
-def test_what_is_misspelt_gets_a_suggestion(argv: str, suggested: str) -> None:
-    assert suggested in refused(*argv.split())
+def test_a_misspelt_word_gets_a_suggestion(argv: str, suggested: str) -> None:
+    assert suggested in error_of(*argv.split())
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_what_is_misspelt_gets_a_suggestion(argv: str, suggested: str) -> None:
     ],
 )
 def test_a_wrong_value_is_one_line_that_names_it_and_the_rule(argv: str, named: str) -> None:
-    line = refused(*argv.split())
+    line = error_of(*argv.split())
     assert named in line and line.startswith(f"osmium {argv.split()[0]}: ")
 
 
@@ -129,8 +129,8 @@ def test_a_refused_command_line_is_printed_once_and_exits_with_two(
 
 
 @pytest.mark.parametrize("flag", legacy.FLAGS)
-def test_a_flag_of_an_earlier_engine_says_what_to_use_instead(flag: str) -> None:
-    line = refused("serve", "demo", flag, "1")
+def test_a_flag_of_the_old_project_names_its_replacement(flag: str) -> None:
+    line = error_of("serve", "demo", flag, "1")
     assert line.startswith(f"osmium serve: {flag} is ")
     for command in re.findall(r"osmium (\w+) ", line.partition(": ")[2]):
         assert command in COMMANDS
@@ -139,15 +139,15 @@ def test_a_flag_of_an_earlier_engine_says_what_to_use_instead(flag: str) -> None
 @pytest.mark.parametrize(
     ("flag", "value"), [(flag, value) for flag, values in legacy.VALUES.items() for value in values]
 )
-def test_a_value_of_an_earlier_engine_names_one_that_works(flag: str, value: str) -> None:
-    line = refused("serve", flag, value)
+def test_a_value_of_the_old_project_names_a_valid_one(flag: str, value: str) -> None:
+    line = error_of("serve", flag, value)
     assert line.startswith(f"osmium serve: {flag} {value} ")
     instead = re.search(rf"{flag} (\S+?)[.\s]", line.partition(value)[2])
     assert instead is not None
     parse(["serve", flag, instead.group(1)])
 
 
-def test_the_flags_of_the_old_project_that_stay_are_taken() -> None:
+def test_the_kept_flags_of_the_old_project_are_accepted() -> None:
     kept = (
         "serve --model-path M --host 0.0.0.0 --port 8012 --kv-dtype fp8_e4m3 --kv-cache-mb 1000 "
         "--gpu-expert-bits 4 --attention-quant bf16 --shared-expert-quant int8 --no-hcs "
@@ -185,7 +185,7 @@ def test_bare_osmium_prints_help_with_examples_and_exits_with_zero(
     assert help_of("help", "run") == help_of("run", "-h")
 
 
-def test_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_is_that_of_the_distribution(capsys: pytest.CaptureFixture[str]) -> None:
     import osmium
 
     assert main(["--version"]) == 0
@@ -203,7 +203,7 @@ def test_help_needs_no_numpy() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
-def test_osmium_serve_is_osmium_serve() -> None:
+def test_the_osmium_serve_script_runs_osmium_serve() -> None:
     code = "import sys; from osmium.cli import serve; sys.exit(serve())"
     command = [sys.executable, "-c", code, "--port", "x"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""`osmium plan` as it is typed."""
+"""`osmium plan` from the command line."""
 
 import json
 import os
@@ -15,20 +15,22 @@ from tests.weights.stand_in_hub import StandInHub
 LARGE, SMALL = "synthetic:qwen3.5-122b-a10b", "synthetic:qwen3.5-35b-a3b"
 
 
-def test_a_plan_that_fits_is_printed_and_ends_well(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_plan_that_fits_is_printed_with_exit_code_zero(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     assert main(["plan", SMALL, "--gpu", "rtx 4090", "--ram", "64G"]) == 0
-    said = capsys.readouterr()
-    assert said.out.startswith(f"{SMALL} on RTX 4090, 64.0 GiB of host memory")
-    assert "tok/s" in said.out and said.err == ""
+    error = capsys.readouterr()
+    assert error.out.startswith(f"{SMALL} on RTX 4090, 64.0 GiB of host memory")
+    assert "tok/s" in error.out and error.err == ""
 
 
-def test_a_plan_that_does_not_fit_is_printed_and_refused(
+def test_a_plan_that_does_not_fit_is_printed_with_exit_code_two(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main(["plan", LARGE, "--gpu", "3060 12GB", "--ram", "64G"]) == 2
-    said = capsys.readouterr()
-    assert "--attention-quant int8" in said.out and "runs       no" in said.out
-    (line,) = said.err.splitlines()
+    error = capsys.readouterr()
+    assert "--attention-quant int8" in error.out and "runs       no" in error.out
+    (line,) = error.err.splitlines()
     assert line.startswith("osmium: ") and LARGE in line and "RTX 3060 12GB" in line
 
 
@@ -41,7 +43,7 @@ def test_json_is_one_line_whether_it_fits_or_not(
     assert json.loads(line)["runs"] is runs
 
 
-def test_every_size_of_vram_is_another_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_vram_size_has_its_own_table(capsys: pytest.CaptureFixture[str]) -> None:
     tables = set()
     for size in ("12G", "24G", "32G"):
         assert (
@@ -51,8 +53,8 @@ def test_every_size_of_vram_is_another_table(capsys: pytest.CaptureFixture[str])
     assert len(tables) == 3
 
 
-def test_a_hub_id_is_planned_by_a_megabyte_of_it(tmp_path: Path) -> None:
-    """As a user types it, in a process of its own: no test's stand-ins but the hub's address."""
+def test_a_hub_model_is_planned_from_one_megabyte_of_it(tmp_path: Path) -> None:
+    """In a separate process, with only the hub's address replaced."""
     name = next(iter(PUBLISHED))
     with StandInHub({name: published(name)}) as hub:
         run = subprocess.run(

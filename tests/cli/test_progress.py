@@ -1,4 +1,4 @@
-"""Progress: units, one line per tenth, and silence for what is over at once."""
+"""Progress output: units, one line per tenth, and no output for short stages."""
 
 import time
 
@@ -20,7 +20,7 @@ from osmium.cli.progress import amount, byte_amount, progress_bar, stopped_stage
         (("another thing", 3, 4), "3 of 4"),
     ],
 )
-def test_a_stage_counts_in_its_own_unit(report: tuple[str, int, int], text: str) -> None:
+def test_each_stage_has_its_own_unit(report: tuple[str, int, int], text: str) -> None:
     assert amount(*report) == text
 
 
@@ -28,7 +28,7 @@ def test_bytes_are_shown_in_the_largest_unit_that_fits() -> None:
     assert [byte_amount(n) for n in (900, 22_000_000, 3 * 10**9)] == ["0.9 kB", "22.0 MB", "3.0 GB"]
 
 
-def test_what_is_over_at_once_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_stage_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with progress_bar() as report:
         for done in range(101):
             report("packing", done, 100)
@@ -47,7 +47,7 @@ def test_without_a_terminal_there_is_one_line_per_tenth(
     assert lines[5] == "prompt: 50 % (500 of 1,000 tokens)"
 
 
-def test_a_stage_that_reports_nothing_more_is_shown_after_the_delay(
+def test_a_silent_stage_is_shown_after_the_delay(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(progress, "DELAY_S", 0.05)
@@ -62,7 +62,7 @@ def test_a_stage_that_reports_nothing_more_is_shown_after_the_delay(
     assert shown == "waiting for process 7\n"
 
 
-def test_the_stage_that_was_left_is_known_afterwards() -> None:
+def test_the_interrupted_stage_is_available_afterwards() -> None:
     with pytest.raises(KeyboardInterrupt), progress_bar() as report:
         report("packing", 3, 7)
         raise KeyboardInterrupt

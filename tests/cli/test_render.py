@@ -1,4 +1,4 @@
-"""Responses on a terminal: Markdown that grows, dim thinking, and nothing that moves the cursor."""
+"""Responses on a terminal: growing Markdown, dim reasoning, no cursor control from the model."""
 
 import io
 import re
@@ -21,9 +21,9 @@ DOCUMENT = (
 
 
 class Screen:
-    """A terminal of a few lines: what has scrolled off, and what is shown.
+    """A terminal of a few lines, with its scrolled-off lines and its visible lines.
 
-    Knows the sequences that are drawn with, and fails on any other.
+    Accepts only the escape sequences that rendering uses.
     """
 
     def __init__(self, columns: int, lines: int) -> None:
@@ -54,7 +54,7 @@ class Screen:
         count, kind = sequence[:-1], sequence[-1]
         if kind == "A":
             wanted = self.row - int(count or 1)
-            assert wanted >= 0, "what has scrolled off is drawn again"
+            assert wanted >= 0, "a scrolled-off line is drawn again"
             self.row = wanted
         elif sequence == "2K":
             self.shown[self.row] = []
@@ -85,7 +85,7 @@ def console(columns: int = 60, lines: int = 12) -> tuple[Console, io.StringIO]:
 
 
 @pytest.mark.parametrize(("size", "lines"), [(5, 6), (40, 6), (40, 200)])
-def test_markdown_that_grows_past_the_screen_ends_as_if_printed_at_once(
+def test_streamed_markdown_longer_than_the_screen_ends_as_if_printed_at_once(
     size: int, lines: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(render, "REFRESH_S", 0.0)
@@ -94,12 +94,12 @@ def test_markdown_that_grows_past_the_screen_ends_as_if_printed_at_once(
         made, out = console(60, lines)
         stream = MarkdownStream(made)
         for start in range(0, len(DOCUMENT), step):
-            stream._cost = 0.0  # draw at each piece
+            stream._cost = 0.0  # draw after each piece
             stream.push(DOCUMENT[start : start + step])
         stream.end()
         screen = Screen(60, lines)
         screen.feed(out.getvalue())
-        # A list's first lines may have scrolled off before its numbers had two digits.
+        # A list's first lines may scroll off before its numbers have two digits.
         shown.append([line.strip() for line in screen.text() if line])
     assert shown[0] == shown[1]
     assert shown[0].count("12 item 12 of many") == 1
@@ -117,7 +117,7 @@ def test_a_growing_block_is_drawn_before_it_ends() -> None:
     assert [line for line in screen.text() if line] == ["The answer is 42."]
 
 
-def test_thinking_is_dim_and_before_the_answer() -> None:
+def test_reasoning_is_dim_and_before_the_answer() -> None:
     made, out = console()
     display = TerminalDisplay(made, markdown=False, thinking=True)
     display.reasoning("let me see")
@@ -126,7 +126,7 @@ def test_thinking_is_dim_and_before_the_answer() -> None:
     assert re.search(r"\x1b\[2mlet me see\x1b\[0m\s+Paris\.\n", out.getvalue())
 
 
-def test_hidden_thinking_leaves_no_trace() -> None:
+def test_hidden_reasoning_prints_nothing() -> None:
     made, out = console()
     display = TerminalDisplay(made, markdown=False, thinking=False)
     display.reasoning("let me see")
@@ -146,7 +146,7 @@ def test_a_models_control_characters_do_not_reach_the_terminal(markdown: bool) -
     assert "\x1b]" not in out.getvalue() and "\x9b" not in out.getvalue()
 
 
-def test_a_pipe_gets_the_answer_as_it_is_and_never_thinking() -> None:
+def test_a_pipe_gets_the_unformatted_answer_without_reasoning() -> None:
     out = io.StringIO()
     display = PlainDisplay(out)
     display.reasoning("let me see")

@@ -1,4 +1,4 @@
-"""The command line on a terminal of its own: a pty, and keys as a person presses them."""
+"""The command line on a pty, with keys as a user presses them."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ import pytest
 
 from osmium.weights import DEMO
 
-pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here")
+pytestmark = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is missing")
 
 DIM = "\x1b[2m"
 START = """
@@ -26,9 +26,9 @@ from osmium.cli import main
 sys.exit(main())
 """
 READY = r"\x1b\[\?2004h"
-"""The editor takes keys from here on."""
+"""The editor accepts keys after this sequence."""
 GREEDY = ["--device", "cpu", "--temperature", "0"]
-ASKED, ANSWER = "What is the capital of France?", "The capital of France is Paris."
+QUESTION, ANSWER = "What is the capital of France?", "The capital of France is Paris."
 
 
 class Terminal:
@@ -49,7 +49,8 @@ class Terminal:
         os.write(self._master, keys.encode())
 
     def wait(self, pattern: str, timeout: float = 60) -> str:
-        """Read until a pattern is there; returns what came up to its end, and forgets it."""
+        """Read until `pattern` matches; return the text up to its end and drop it from the
+        buffer."""
         deadline = time.monotonic() + timeout
         while (found := re.search(pattern, self.text, re.S)) is None:
             assert time.monotonic() < deadline, f"{pattern!r} did not come: {self.text!r}"
@@ -58,7 +59,7 @@ class Terminal:
         return seen
 
     def end(self, timeout: float = 60) -> str:
-        """What came until the process ended."""
+        """The output until the process ends."""
         deadline = time.monotonic() + timeout
         while self._read(deadline - time.monotonic()):
             assert time.monotonic() < deadline, f"does not end: {self.text!r}"
@@ -69,10 +70,10 @@ class Terminal:
         ready, _, _ = select.select([self._master], [], [], max(0.0, timeout))
         try:
             data = os.read(self._master, 1 << 16) if ready else b"?"
-        except OSError:  # the last one who had it open is gone
+        except OSError:  # the other end of the pty is closed
             return False
         self.text += data.decode(errors="replace") if ready else ""
-        if "\x1b[6n" in self.text:  # where is the cursor?
+        if "\x1b[6n" in self.text:  # the process requests the cursor position
             self.text = self.text.replace("\x1b[6n", "")
             self.press("\x1b[1;1R")
         return bool(data)
@@ -98,21 +99,21 @@ def plain(text: str) -> str:
     return re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", text)
 
 
-def test_thinking_is_dim_on_a_terminal_and_can_be_hidden() -> None:
-    with terminal("run", "demo", *GREEDY, "--think", ASKED) as shown:
+def test_reasoning_is_dim_on_a_terminal_and_can_be_hidden() -> None:
+    with terminal("run", "demo", *GREEDY, "--think", QUESTION) as shown:
         text = shown.end()
     assert shown.process.returncode == 0
     dim = re.search(r"\x1b\[2m(.*?)\x1b\[0m", text, re.S)
     assert dim is not None and text.index(DIM) < text.rindex("Paris")
     assert "think>" not in text
-    with terminal("run", "demo", *GREEDY, "--think", "--hide-thinking", ASKED) as hidden:
+    with terminal("run", "demo", *GREEDY, "--think", "--hide-thinking", QUESTION) as hidden:
         text = hidden.end()
     assert DIM not in text and "think>" not in text
     assert plain(text).split()[-6:] == ANSWER.split()  # progress may come before it
 
 
 def test_a_dumb_terminal_gets_plain_text() -> None:
-    with terminal("run", "demo", *GREEDY, "--think", ASKED, TERM="dumb") as dumb:
+    with terminal("run", "demo", *GREEDY, "--think", QUESTION, TERM="dumb") as dumb:
         text = dumb.end()
     assert "\x1b" not in text
     assert text.split()[-6:] == ANSWER.split()
@@ -123,18 +124,18 @@ def test_a_conversation_with_the_line_editor(tmp_path: Path) -> None:
     words = ["chat", "demo", *GREEDY, "--no-think", "--max-tokens", "30"]
     with terminal(*words, XDG_STATE_HOME=str(state)) as chat:
         assert "demo on cpu, context 4,096 tokens" in chat.wait(READY)
-        chat.press(ASKED + "\r")
+        chat.press(QUESTION + "\r")
         assert "Paris." in plain(chat.wait(READY))
         chat.press("\r")  # an empty line
         chat.wait(READY)
         chat.press("/nwe\r")
         assert "did you mean /new?" in plain(chat.wait(READY)).replace("\r\n", " ")
         chat.press("half a mess")
-        chat.press("\x03")  # clears it
+        chat.press("\x03")  # clears the line
         chat.press("\x1b[200~/help\nis two lines\x1b[201~")  # a paste
         chat.wait("two lines")
         chat.press("\x03")
-        for _ in range(5):  # the history is read beside; a key that comes before it does nothing
+        for _ in range(5):  # the editor reads the history in a thread, and ignores earlier keys
             chat.press("\x1b[A")
             with contextlib.suppress(AssertionError):
                 chat.wait("/nwe", 3)
@@ -147,16 +148,16 @@ def test_a_conversation_with_the_line_editor(tmp_path: Path) -> None:
         chat.end()
     assert chat.process.returncode == 0
     history = state / "osmium" / "chat_history"
-    assert ASKED in history.read_text()
+    assert QUESTION in history.read_text()
     assert history.stat().st_mode & 0o077 == 0
 
 
-def test_ctrl_c_stops_a_response_and_the_chat_goes_on() -> None:
+def test_ctrl_c_stops_a_response_and_the_chat_continues() -> None:
     with terminal("chat", "demo", *GREEDY, "--no-think", "--plain") as chat:
         chat.wait(READY)
         chat.press("Tell me about the Congress and all its powers, at length.\r")
-        chat.wait(r"\x1b\[\?2004l.*?[a-z]{3}")  # the editor is off, the first words are there
-        chat.press("xyz")  # not echoed into the response, and dropped by Ctrl-C
+        chat.wait(r"\x1b\[\?2004l.*?[a-z]{3}")  # the editor is off, the first words are shown
+        chat.press("xyz")  # not echoed into the response, and discarded by Ctrl-C
         chat.press("\x03")
         seen = plain(chat.wait(READY))
         assert "Stopped" in seen and "xyz" not in seen and "^C" not in seen
@@ -165,8 +166,8 @@ def test_ctrl_c_stops_a_response_and_the_chat_goes_on() -> None:
     assert chat.process.returncode == 0 and "Traceback" not in text
 
 
-def test_ctrl_c_at_once_is_quiet() -> None:
-    """While NumPy is being imported: Python's own start, before that, cannot be made quiet."""
+def test_ctrl_c_during_imports_prints_nothing() -> None:
+    """While NumPy is imported; Python's own start before that cannot handle Ctrl-C."""
     with terminal("chat", "demo", *GREEDY) as chat:
         maps, end = Path(f"/proc/{chat.process.pid}/maps"), time.monotonic() + 30
         while "numpy" not in maps.read_text() and time.monotonic() < end:

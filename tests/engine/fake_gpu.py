@@ -1,7 +1,8 @@
-"""A GPU whose memory is this process's and whose kernels do nothing: enough to load a model on.
+"""A CUDA binding whose memory is host memory and whose kernels do nothing, for loader tests.
 
-Every allocation is kept by what asked for it, so that a test sees what is held, what was held at
-most, and what is left behind; the nth can be refused.
+Tracks every allocation by its call, so that tests see current and peak use and leaks.
+
+The nth allocation can be refused.
 """
 
 import ctypes
@@ -36,7 +37,7 @@ REFUSED = (_Result(2), None)
 
 
 class FakeGpu:
-    """The binding; `install` makes the loader use it."""
+    """The CUDA binding; `install` makes the loader use it."""
 
     def __init__(
         self,
@@ -44,30 +45,30 @@ class FakeGpu:
         refuse: int | None = None,
         capability: tuple[int, int] = (9, 0),
     ) -> None:
-        """The `refuse`th allocation, from 0, is refused."""
+        """Refuses allocation number `refuse`, counted from 0."""
         self.vram, self.refuse, self.capability = vram, refuse, capability
         self.held: dict[int, tuple[str, int, Any]] = {}
-        """By address: the call, the bytes, and what keeps them."""
-        self.asked = 0
-        self.most: dict[str, int] = {}
+        """Per address: allocating call, bytes, owner of the memory."""
+        self.num_allocations = 0
+        self.peak_bytes: dict[str, int] = {}
         self.copied = 0
-        """Bytes from the host to the device."""
+        """Bytes copied from host to device."""
         self.launched: list[str] = []
-        """Entries of kernels, as they were launched; those of a graph once, when it is captured."""
+        """Entry names of launched kernels; a captured graph adds its kernels once."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch, kind: HostKind = "registered-huge") -> None:
         for module in (loader, hardware):
             monkeypatch.setattr(module, "open_gpu", lambda config: Gpu(self.device(), kind))
         monkeypatch.setattr(
             ModelRunner, "capture_graphs", lambda self: None
-        )  # it waits for mail of kernels
+        )  # it waits for tokens from kernels
 
     def device(self) -> Any:
         return _Device(self)
 
     def bytes_of(self, call: str) -> int:
-        """Held now."""
-        return sum(nbytes for who, nbytes, _ in self.held.values() if who == call)
+        """Bytes allocated now by `call`."""
+        return sum(nbytes for name, nbytes, _ in self.held.values() if name == call)
 
     def host_bytes(self) -> int:
         return self.bytes_of("cuMemHostAlloc") + self.bytes_of("cuMemHostRegister")
@@ -77,25 +78,25 @@ class FakeGpu:
     def __getattr__(self, call: str) -> Callable[..., Any]:
         if not call.startswith("cu"):
             raise AttributeError(call)
-        return lambda *args: (_Result(), 0)  # streams, events: handles that nobody looks into
+        return lambda *args: (_Result(), 0)  # handles of streams and events, never read
 
     def _keep(self, call: str, address: int, nbytes: int, owner: Any) -> tuple[Any, ...]:
-        self.asked += 1
+        self.num_allocations += 1
         full = call == "cuMemAlloc" and self.bytes_of(call) + nbytes > self.vram
-        if self.asked - 1 == self.refuse or full:
+        if self.num_allocations - 1 == self.refuse or full:
             return REFUSED
         self.held[address] = (call, nbytes, owner)
         host = self.host_bytes()
-        self.most["host"] = max(self.most.get("host", 0), host)
+        self.peak_bytes["host"] = max(self.peak_bytes.get("host", 0), host)
         return _Result(), address
 
     def cuMemAlloc(self, nbytes: int) -> tuple[Any, ...]:
-        room = np.empty(nbytes, np.uint8)
-        return self._keep("cuMemAlloc", room.ctypes.data, nbytes, room)
+        memory = np.empty(nbytes, np.uint8)
+        return self._keep("cuMemAlloc", memory.ctypes.data, nbytes, memory)
 
     def cuMemHostAlloc(self, nbytes: int, flags: int) -> tuple[Any, ...]:
-        room = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
-        return self._keep("cuMemHostAlloc", room.ctypes.data, nbytes, room)
+        memory = np.frombuffer(mmap.mmap(-1, nbytes), np.uint8)
+        return self._keep("cuMemHostAlloc", memory.ctypes.data, nbytes, memory)
 
     def cuMemHostRegister(self, address: int, nbytes: int, flags: int) -> tuple[Any, ...]:
         result = self._keep("cuMemHostRegister", address, nbytes, None)
@@ -141,13 +142,15 @@ class FakeGpu:
         return DONE
 
     def cuDevicePrimaryCtxRelease(self, handle: Any) -> tuple[Any, ...]:
-        """All VRAM goes with the context."""
-        self.held = {a: one for a, one in self.held.items() if one[0] != "cuMemAlloc"}
+        """Frees all VRAM, as destroying the context does."""
+        self.held = {
+            a: allocation for a, allocation in self.held.items() if allocation[0] != "cuMemAlloc"
+        }
         return DONE
 
 
 class _Device:
-    """What cuda.driver.Device is."""
+    """Stands in for cuda.driver.Device."""
 
     def __init__(self, binding: FakeGpu) -> None:
         self.driver = Driver(binding)

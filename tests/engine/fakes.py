@@ -1,8 +1,9 @@
-"""A model that costs nothing and forgives nothing, a byte tokenizer, and engines made of them.
+"""A model that detects any cache mistake, a byte tokenizer, and engines made of them.
 
-`HistoryModel` keeps every id it is given in the very pages and slots that the engine names, and
-makes its logits of what it reads back: a wrong page, slot, position or length gives other logits,
-or an assertion.
+`HistoryModel` stores every id in the pages and state slots that the engine names.
+
+Its logits depend on the ids that it reads back: a wrong page, slot, position or length gives other
+logits or an assertion.
 """
 
 import codecs
@@ -29,11 +30,11 @@ from tests.models.build import CASES, hf_config
 
 Logits = npt.NDArray[np.float32]
 Rule = Callable[[list[int]], Logits]
-"""From a sequence's ids so far to the logits of the next one."""
+"""Logits of the next token, from a sequence's ids so far."""
 
 EOS, OTHER_EOS = 256, 258
 VOCAB = 260
-"""256 bytes and a few ids that are no text."""
+"""256 bytes, and a few ids without text."""
 
 CONFIG = replace(
     ModelConfig.from_hf(hf_config(CASES[0])), vocab_size=VOCAB, eos_token_ids=(EOS, OTHER_EOS)
@@ -42,14 +43,14 @@ CONFIG = replace(
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
 
 PATIENCE_S = 30.0
-"""A test that waits longer than this has found a request that was lost."""
+"""Waiting longer than this means that a request was lost."""
 
 
-# -- rules: what the model says --------------------------------------------------------------------
+# -- rules: the logits of a history ----------------------------------------------------------------
 
 
 def scrambled(history: list[int]) -> Logits:
-    """Logits that look random and depend on every id of the history and on their order."""
+    """Pseudo-random logits that depend on every id of the history and on their order."""
     code = 0
     for one in history:
         code = (code * 6364136223846793005 + one + 1442695040888963407) % 2**64
@@ -61,7 +62,7 @@ def uniform(history: list[int]) -> Logits:
 
 
 def always(*ids: int, prompt: int = 1) -> Rule:
-    """Say these ids one after another, over and over, after a prompt of so many tokens."""
+    """Generate these ids in turn, after a prompt of `prompt` tokens."""
 
     def rule(history: list[int]) -> Logits:
         logits = np.zeros(VOCAB, np.float32)
@@ -72,7 +73,7 @@ def always(*ids: int, prompt: int = 1) -> Rule:
 
 
 def follow(rule: Rule, prompt: list[int], count: int) -> list[int]:
-    """The greedy reply, without any engine."""
+    """The greedy response, computed without an engine."""
     ids = list(prompt)
     for _ in range(count):
         ids.append(int(rule(ids).argmax()))
@@ -83,22 +84,22 @@ def follow(rule: Rule, prompt: list[int], count: int) -> list[int]:
 
 
 class HistoryModel:
-    """Remembers ids in pages, and a checksum of the sequence in slots, as a real model would."""
+    """Stores ids in pages and a checksum of the sequence in state slots, like a real model."""
 
     def __init__(self, rule: Rule, pages: int, page: int, slots: int, rows: int) -> None:
         self.config, self.rows, self.rule = CONFIG, rows, rule
         self.pages = np.full((pages, page), -1, np.int64)
         self.slots: list[tuple[int, int]] = [(-1, -1)] * slots
-        """(tokens, checksum) of the sequence that used a slot last."""
-        self.said: list[tuple[list[int], int]] = []
-        """For every row of the last step, its sequence's ids and how many of them it has seen."""
+        """Per slot: (tokens, checksum) of the last sequence in it."""
+        self.rows_seen: list[tuple[list[int], int]] = []
+        """For every row of the last step: its sequence's ids, and how many of them count."""
         self.before: Callable[[StepInputs], None] = lambda step: None
         self.steps: list[list[tuple[int, int, int]]] = []
         """(slot, past, tokens) of every sequence of every step."""
 
     def forward(self, step: StepInputs, state: ModelState) -> None:
         self.before(step)
-        self.said, parts = [], []
+        self.rows_seen, parts = [], []
         for s in range(step.sequences):
             first, end = int(step.query_start_loc[s]), int(step.query_start_loc[s + 1])
             past, slot, table = (
@@ -110,27 +111,32 @@ class HistoryModel:
             assert (step.sequence_ids[first:end] == s).all()
             assert (step.positions[first:end] == np.arange(past, past + end - first)).all()
             for row, position in enumerate(range(past, past + end - first), first):
-                self.pages[table[position // step.page], position % step.page] = step.ids[row]
+                self.pages[table[position // step.page_size], position % step.page_size] = step.ids[
+                    row
+                ]
             at = np.arange(past + end - first)
-            ids = self.pages[table[at // step.page], at % step.page].tolist()
+            ids = self.pages[table[at // step.page_size], at % step.page_size].tolist()
             if past:
-                assert self.slots[slot] == (past, hash(tuple(ids[:past]))), "another's slot"
+                assert self.slots[slot] == (past, hash(tuple(ids[:past]))), (
+                    "the slot of another sequence"
+                )
             self.slots[slot] = (len(ids), hash(tuple(ids)))
-            self.said += [(ids, past + 1 + i) for i in range(end - first)]
+            self.rows_seen += [(ids, past + 1 + i) for i in range(end - first)]
             parts.append((slot, past, end - first))
-        held = [slot for slot, _, _ in parts if slot < len(self.slots) - 1]  # the last is nobody's
-        assert len(set(held)) == len(held), "two sequences in one slot"
-        assert len(self.said) == step.tokens
+        # the last is the null slot
+        owned_slots = [slot for slot, _, _ in parts if slot < len(self.slots) - 1]
+        assert len(set(owned_slots)) == len(owned_slots), "two sequences in one slot"
+        assert len(self.rows_seen) == step.tokens
         self.steps.append(parts)
 
     def head(self, out: Logits, rows: npt.NDArray[np.int32] | None = None) -> None:
         for i, row in enumerate(range(len(out)) if rows is None else rows):
-            ids, seen = self.said[row]
+            ids, seen = self.rows_seen[row]
             out[i] = self.rule(ids[:seen])
 
 
 class Gate:
-    """Holds the model before each step until it is let through: a test sees where it stands."""
+    """Blocks the model before each step until a test releases it."""
 
     def __init__(self) -> None:
         self._arrived: queue.SimpleQueue[list[tuple[int, int]]] = queue.SimpleQueue()
@@ -141,30 +147,30 @@ class Gate:
         counts = np.diff(step.query_start_loc).tolist()
         self._arrived.put(list(zip(step.context_lens.tolist(), counts, strict=True)))
         if not self._open:
-            assert self._go.acquire(timeout=PATIENCE_S), "nobody let the step through"
+            assert self._go.acquire(timeout=PATIENCE_S), "the step was not released"
 
     def arrival(self) -> list[tuple[int, int]]:
-        """(past, tokens) of every sequence of the step that has come to the gate."""
+        """(past, tokens) of every sequence of the step that waits at the gate."""
         return self._arrived.get(timeout=PATIENCE_S)
 
-    def let(self, steps: int = 1) -> None:
-        """Let so many steps through, seeing each arrive."""
+    def pass_steps(self, steps: int = 1) -> None:
+        """Wait for `steps` steps, and release each."""
         for _ in range(steps):
             self.arrival()
             self.release()
 
     def release(self) -> None:
-        """Let the step that has arrived through."""
+        """Release the step that waits."""
         self._go.release()
 
     def open(self) -> None:
-        """Hold nobody from now on."""
+        """Block no further step."""
         self._open = True
         self._go.release()
 
 
-class _Store:
-    """No experts."""
+class NoExperts:
+    """An expert runner without experts."""
 
     recorder = None
     cache = SimpleNamespace(record=SimpleNamespace(nbytes=0))
@@ -177,7 +183,7 @@ class _Store:
 
 
 class ByteDecoder:
-    """An id below 256 is a byte of UTF-8; the others are no text."""
+    """Ids below 256 are bytes of UTF-8; the others have no text."""
 
     def __init__(self) -> None:
         self._inner = codecs.getincrementaldecoder("utf-8")("replace")
@@ -200,8 +206,8 @@ class ByteTokenizer:
 # -- engines ---------------------------------------------------------------------------------------
 
 
-class Bench:
-    """An engine over a HistoryModel, and what a test wants to look at."""
+class EngineHarness:
+    """An engine over a HistoryModel, with its model and its KV cache manager."""
 
     def __init__(
         self,
@@ -213,7 +219,7 @@ class Bench:
         pages: int | None = None,
         sequences: int = 3,
         gate: Gate | None = None,
-        ahead: int = 0,
+        lookahead: int = 0,
         **options: Any,
     ) -> None:
         table = -(-context // page)
@@ -221,57 +227,57 @@ class Bench:
         self.model = HistoryModel(rule, pages + 1, page, sequences + 1, chunk)
         if gate is not None:
             self.model.before = gate
-        self.seats = KVCacheManager(pages, page, sequences)
+        self.kv_cache = KVCacheManager(pages, page, sequences)
         state = ModelState(page, pages + 1, sequences + 1, ())
-        model, store = cast(Any, self.model), cast(Any, _Store())
-        runner = ModelRunner(ReferenceOps(), model, store, state, sequences, table, ahead)
+        model, store = cast(Any, self.model), cast(Any, NoExperts())
+        runner = ModelRunner(ReferenceOps(), model, store, state, sequences, table, lookahead)
         options.setdefault("tokenizer", ByteTokenizer())
-        self.engine = Engine(runner, self.seats, name="fake", context=context, **options)
+        self.engine = Engine(runner, self.kv_cache, name="fake", context=context, **options)
 
-    def ask(self, prompt: list[int], params: SamplingParams = GREEDY) -> "Reply":
-        reply = Reply()
-        reply.request = self.engine.submit(prompt, params, reply.take)
-        return reply
+    def submit(self, prompt: list[int], params: SamplingParams = GREEDY) -> "Response":
+        response = Response()
+        response.request = self.engine.submit(prompt, params, response.on_event)
+        return response
 
     def close(self) -> None:
-        """End the engine; nothing may be left taken."""
+        """Close the engine; every page and slot must be free."""
         self.engine.close()
-        assert self.seats.free_pages == self.seats.pages, "pages were lost"
-        assert self.seats.free_slots == self.seats.slots, "slots were lost"
+        assert self.kv_cache.free_pages == self.kv_cache.pages, "pages were lost"
+        assert self.kv_cache.free_slots == self.kv_cache.slots, "slots were lost"
 
 
-class Reply:
-    """What came back of one request."""
+class Response:
+    """The events of one request."""
 
     def __init__(self) -> None:
         self.request: Any = None
         self.tokens: list[Token] = []
         self._finish: Finish | None = None
         self._done = threading.Event()
-        self._some = threading.Condition()
+        self._tokens_changed = threading.Condition()
 
-    def take(self, event: Event) -> None:
-        assert self._finish is None, f"{event} after the end"
+    def on_event(self, event: Event) -> None:
+        assert self._finish is None, f"{event} after the end of the request"
         if isinstance(event, Token):
-            with self._some:
+            with self._tokens_changed:
                 self.tokens.append(event)
-                self._some.notify_all()
+                self._tokens_changed.notify_all()
         else:
             self._finish = event
             self._done.set()
 
     def wait(self) -> Finish:
-        """The end, which must come."""
+        """Wait for the end of the request."""
         assert self._done.wait(PATIENCE_S), "the request was lost"
         assert self._finish is not None
         return self._finish
 
     def wait_for_tokens(self, count: int) -> None:
-        with self._some:
-            assert self._some.wait_for(lambda: len(self.tokens) >= count, PATIENCE_S)
+        with self._tokens_changed:
+            assert self._tokens_changed.wait_for(lambda: len(self.tokens) >= count, PATIENCE_S)
 
     @property
-    def is_over(self) -> bool:
+    def is_done(self) -> bool:
         return self._done.is_set()
 
     @property

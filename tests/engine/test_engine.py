@@ -1,4 +1,4 @@
-"""The crank: what every caller may rely on, whoever else is calling."""
+"""The engine thread: responses, cancellation, refusals and errors with any number of clients."""
 
 import threading
 import time
@@ -19,7 +19,7 @@ from tests.engine.fakes import (
     OTHER_EOS,
     PATIENCE_S,
     VOCAB,
-    Bench,
+    EngineHarness,
     Gate,
     Logits,
     always,
@@ -28,104 +28,118 @@ from tests.engine.fakes import (
     uniform,
 )
 
-Make = Callable[..., Bench]
+Make = Callable[..., EngineHarness]
 
 LONG = replace(GREEDY, max_tokens=None)
 
 
-def prompts(rng: np.random.Generator, count: int, most: int = 30) -> list[list[int]]:
-    return [rng.integers(0, VOCAB, int(rng.integers(1, most + 1))).tolist() for _ in range(count)]
+def prompts(rng: np.random.Generator, count: int, max_tokens: int = 30) -> list[list[int]]:
+    return [
+        rng.integers(0, VOCAB, int(rng.integers(1, max_tokens + 1))).tolist() for _ in range(count)
+    ]
 
 
 # -- replies ---------------------------------------------------------------------------------------
 
 
-def test_a_greedy_reply_is_what_the_model_says(bench: Make, rng: np.random.Generator) -> None:
-    one = bench()
+def test_a_greedy_response_is_the_models_most_likely_tokens(
+    harness_of: Make, rng: np.random.Generator
+) -> None:
+    harness = harness_of()
     for prompt in prompts(rng, 6):
-        reply = one.ask(prompt)
-        end = reply.wait()
-        assert reply.ids == follow(scrambled, prompt, 8)
+        response = harness.submit(prompt)
+        end = response.wait()
+        assert response.ids == follow(scrambled, prompt, 8)
         assert (end.reason, end.error) == (FinishReason.LENGTH, None)
         assert (end.prompt_tokens, end.completion_tokens) == (len(prompt), 8)
 
 
 @pytest.mark.parametrize("chunk", [3, 7, 64])
 @pytest.mark.parametrize("page", [1, 5, 64])
-def test_neither_chunk_nor_page_size_changes_a_reply(
-    bench: Make, rng: np.random.Generator, chunk: int, page: int
+def test_neither_chunk_size_nor_page_size_changes_a_response(
+    harness_of: Make, rng: np.random.Generator, chunk: int, page: int
 ) -> None:
     prompt = rng.integers(0, VOCAB, 29).tolist()
-    reply = bench(chunk=chunk, page=page).ask(prompt)
-    reply.wait()
-    assert reply.ids == follow(scrambled, prompt, 8)
+    response = harness_of(chunk=chunk, page=page).submit(prompt)
+    response.wait()
+    assert response.ids == follow(scrambled, prompt, 8)
 
 
-def test_an_end_token_of_either_config_ends_a_reply_and_is_no_text(bench: Make) -> None:
+def test_an_end_token_of_either_config_ends_a_response_and_is_not_in_its_text(
+    harness_of: Make,
+) -> None:
     for end in (EOS, OTHER_EOS):
-        reply = bench(always(104, 105, end)).ask([1], replace(LONG, ignore_eos=False))
-        finish = reply.wait()
-        assert (reply.text, reply.ids) == ("hi", [104, 105])
+        response = harness_of(always(104, 105, end)).submit([1], replace(LONG, ignore_eos=False))
+        finish = response.wait()
+        assert (response.text, response.ids) == ("hi", [104, 105])
         assert (finish.reason, finish.completion_tokens) == (FinishReason.STOP, 3)
 
 
-def test_end_tokens_may_be_ignored(bench: Make) -> None:
-    reply = bench(always(104, EOS, 105)).ask([1], replace(GREEDY, max_tokens=6))
-    assert reply.wait().reason is FinishReason.LENGTH
-    assert reply.ids == [104, EOS, 105, 104, EOS, 105]
-    assert reply.text == "hihi"
+def test_end_tokens_may_be_ignored(harness_of: Make) -> None:
+    response = harness_of(always(104, EOS, 105)).submit([1], replace(GREEDY, max_tokens=6))
+    assert response.wait().reason is FinishReason.LENGTH
+    assert response.ids == [104, EOS, 105, 104, EOS, 105]
+    assert response.text == "hihi"
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
-def test_max_tokens_is_exact(bench: Make, count: int) -> None:
-    reply = bench().ask([1, 2, 3], replace(GREEDY, max_tokens=count))
-    finish = reply.wait()
-    assert len(reply.ids) == finish.completion_tokens == count
+def test_max_tokens_is_exact(harness_of: Make, count: int) -> None:
+    response = harness_of().submit([1, 2, 3], replace(GREEDY, max_tokens=count))
+    finish = response.wait()
+    assert len(response.ids) == finish.completion_tokens == count
     assert finish.reason is FinishReason.LENGTH
 
 
 @pytest.mark.parametrize("prompt", [1, 40, 63])
-def test_a_full_context_ends_a_reply(bench: Make, prompt: int) -> None:
-    reply = bench(context=64).ask([7] * prompt, LONG)
-    finish = reply.wait()
+def test_a_full_context_ends_a_response(harness_of: Make, prompt: int) -> None:
+    response = harness_of(context=64).submit([7] * prompt, LONG)
+    finish = response.wait()
     assert finish.reason is FinishReason.LENGTH
-    assert len(reply.ids) == 64 - prompt
+    assert len(response.ids) == 64 - prompt
 
 
-def test_a_stop_text_across_tokens_ends_a_reply_before_it(bench: Make) -> None:
-    said = "count 1 2 3 END more"
-    reply = bench(always(*said.encode())).ask([1], replace(LONG, stop=("never", "3 END")))
-    finish = reply.wait()
-    assert (reply.text, finish.reason) == ("count 1 2 ", FinishReason.STOP)
-    assert finish.completion_tokens == said.index(" more")
+def test_a_stop_string_across_tokens_ends_a_response_before_it(harness_of: Make) -> None:
+    generated = "count 1 2 3 END more"
+    response = harness_of(always(*generated.encode())).submit(
+        [1], replace(LONG, stop=("never", "3 END"))
+    )
+    finish = response.wait()
+    assert (response.text, finish.reason) == ("count 1 2 ", FinishReason.STOP)
+    assert finish.completion_tokens == generated.index(" more")
 
 
-def test_text_held_back_for_a_stop_comes_with_the_end(bench: Make) -> None:
-    reply = bench(always(*b"abcd")).ask([1], replace(GREEDY, max_tokens=3, stop=("bcx",)))
-    finish = reply.wait()
-    assert (reply.text, finish.text, finish.reason) == ("abc", "bc", FinishReason.LENGTH)
+def test_text_held_back_for_a_stop_string_comes_with_the_finish(harness_of: Make) -> None:
+    response = harness_of(always(*b"abcd")).submit(
+        [1], replace(GREEDY, max_tokens=3, stop=("bcx",))
+    )
+    finish = response.wait()
+    assert (response.text, finish.text, finish.reason) == ("abc", "bc", FinishReason.LENGTH)
 
 
-def test_half_a_character_at_the_end_is_given_out_as_such(bench: Make) -> None:
-    reply = bench(always(*"é".encode())).ask([1], replace(GREEDY, max_tokens=1))
-    assert reply.wait().text == "\ufffd"
+def test_an_incomplete_character_at_the_end_becomes_a_replacement_character(
+    harness_of: Make,
+) -> None:
+    response = harness_of(always(*"é".encode())).submit([1], replace(GREEDY, max_tokens=1))
+    assert response.wait().text == "\ufffd"
 
 
-def test_log_probabilities_come_with_each_token(bench: Make) -> None:
-    reply = bench(uniform).ask([1], replace(GREEDY, logprobs=2))
-    reply.wait()
-    for token in reply.tokens:
+def test_log_probabilities_come_with_each_token(harness_of: Make) -> None:
+    response = harness_of(uniform).submit([1], replace(GREEDY, logprobs=2))
+    response.wait()
+    for token in response.tokens:
         assert token.logprob == pytest.approx(-np.log(VOCAB))
         assert [alternative for alternative, _ in token.top] == [0, 1]
 
 
-def test_a_repetition_penalty_sees_prompt_and_reply(bench: Make) -> None:
+def test_a_repetition_penalty_covers_prompt_and_response(harness_of: Make) -> None:
     def rule(history: list[int]) -> Logits:
         return np.linspace(2, 1.9, VOCAB, dtype=np.float32)
 
-    reply = bench(rule).ask([0, 2], replace(GREEDY, max_tokens=4, repetition_penalty=2.0))
-    reply.wait()
-    assert reply.ids == [1, 3, 4, 5]
+    response = harness_of(rule).submit(
+        [0, 2], replace(GREEDY, max_tokens=4, repetition_penalty=2.0)
+    )
+    response.wait()
+    assert response.ids == [1, 3, 4, 5]
 
 
 # -- seeds -----------------------------------------------------------------------------------------
@@ -133,218 +147,227 @@ def test_a_repetition_penalty_sees_prompt_and_reply(bench: Make) -> None:
 RANDOM = SamplingParams(temperature=1.5, ignore_eos=True, max_tokens=20)
 
 
-def test_a_seed_gives_the_same_reply_alone_and_among_others(
-    bench: Make, rng: np.random.Generator
+def test_a_seed_gives_the_same_response_alone_and_in_a_batch(
+    harness_of: Make, rng: np.random.Generator
 ) -> None:
     prompt = rng.integers(0, VOCAB, 11).tolist()
-    alone = bench().ask(prompt, replace(RANDOM, seed=41))
+    alone = harness_of().submit(prompt, replace(RANDOM, seed=41))
     alone.wait()
-    crowd = bench(sequences=4, pages=20)
-    others = [crowd.ask(other, replace(RANDOM, seed=i)) for i, other in enumerate(prompts(rng, 5))]
-    among = crowd.ask(prompt, replace(RANDOM, seed=41))
-    others += [crowd.ask(other) for other in prompts(rng, 5)]
-    for reply in (among, *others):
-        reply.wait()
+    batched = harness_of(sequences=4, pages=20)
+    others = [
+        batched.submit(other, replace(RANDOM, seed=i)) for i, other in enumerate(prompts(rng, 5))
+    ]
+    among = batched.submit(prompt, replace(RANDOM, seed=41))
+    others += [batched.submit(other) for other in prompts(rng, 5)]
+    for response in (among, *others):
+        response.wait()
     assert among.ids == alone.ids
 
 
-def test_another_seed_or_none_gives_another_reply(bench: Make) -> None:
-    one = bench(uniform)
-    replies = [one.ask([1], replace(RANDOM, seed=seed)) for seed in (1, 2, None, None)]
-    for reply in replies:
-        reply.wait()
-    assert len({tuple(reply.ids) for reply in replies}) == 4
+def test_another_seed_or_none_gives_another_response(harness_of: Make) -> None:
+    harness = harness_of(uniform)
+    responses = [harness.submit([1], replace(RANDOM, seed=seed)) for seed in (1, 2, None, None)]
+    for response in responses:
+        response.wait()
+    assert len({tuple(response.ids) for response in responses}) == 4
 
 
-# -- many at once ----------------------------------------------------------------------------------
+# -- batches ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pages", [None, 16, 23])
-def test_more_requests_than_seats_all_get_the_reply_they_would_get_alone(
-    bench: Make, rng: np.random.Generator, pages: int | None
+def test_more_requests_than_slots_get_the_same_responses_as_alone(
+    harness_of: Make, rng: np.random.Generator, pages: int | None
 ) -> None:
-    """Sixteen pages are one context: requests make room for each other and are read again."""
-    one = bench(pages=pages)
-    asked = prompts(rng, 20, most=50)
-    replies = [one.ask(prompt) for prompt in asked]
-    for prompt, reply in zip(asked, replies, strict=True):
-        reply.wait()
-        assert reply.ids == follow(scrambled, prompt, 8)
-    longest = max(len(parts) for parts in one.model.steps)
-    assert longest > 1, "nobody shared a step"
+    """Sixteen pages hold one context, so requests are preempted and their prompts computed
+    again."""
+    harness = harness_of(pages=pages)
+    all_prompts = prompts(rng, 20, max_tokens=50)
+    responses = [harness.submit(prompt) for prompt in all_prompts]
+    for prompt, response in zip(all_prompts, responses, strict=True):
+        response.wait()
+        assert response.ids == follow(scrambled, prompt, 8)
+    longest = max(len(parts) for parts in harness.model.steps)
+    assert longest > 1, "no step had two sequences"
     assert longest <= 3
 
 
-def test_a_long_prompt_does_not_silence_who_is_speaking(bench: Make) -> None:
+def test_a_long_prompt_does_not_stop_decoding_of_other_requests(harness_of: Make) -> None:
     gate = Gate()
-    one = bench(gate=gate)
-    speaker = one.ask([1], LONG)
-    gate.let()
-    reader = one.ask([2] * 40)
-    seen = []
+    harness = harness_of(gate=gate)
+    decoding = harness.submit([1], LONG)
+    gate.pass_steps()
+    prefilling = harness.submit([2] * 40)
+    step_tokens = []
     for _ in range(8):
-        seen.append([count for _, count in gate.arrival()])
+        step_tokens.append([count for _, count in gate.arrival()])
         gate.release()
     gate.open()
-    assert [8] in seen and [1] in seen
-    assert all(a != b for a, b in pairwise(seen[1:])), seen
-    reader.wait()
-    speaker.wait()
+    assert [8] in step_tokens and [1] in step_tokens
+    assert all(a != b for a, b in pairwise(step_tokens[1:])), step_tokens
+    prefilling.wait()
+    decoding.wait()
 
 
-def test_requests_from_many_threads_are_all_answered(bench: Make, rng: np.random.Generator) -> None:
-    one = bench()
-    asked = prompts(rng, 24)
-    got: dict[int, list[int]] = {}
+def test_requests_from_many_threads_are_all_answered(
+    harness_of: Make, rng: np.random.Generator
+) -> None:
+    harness = harness_of()
+    all_prompts = prompts(rng, 24)
+    result: dict[int, list[int]] = {}
 
     def client(i: int) -> None:
-        got[i] = [token.id for token in one.engine.generate(asked[i], GREEDY)]
+        result[i] = [token.id for token in harness.engine.generate(all_prompts[i], GREEDY)]
 
-    threads = [threading.Thread(target=client, args=(i,)) for i in range(len(asked))]
+    threads = [threading.Thread(target=client, args=(i,)) for i in range(len(all_prompts))]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert got == {i: follow(scrambled, prompt, 8) for i, prompt in enumerate(asked)}
+    assert result == {i: follow(scrambled, prompt, 8) for i, prompt in enumerate(all_prompts)}
 
 
 # -- cancelling ------------------------------------------------------------------------------------
 
 
-def test_a_request_cancelled_while_its_prompt_is_read_computes_no_further_chunk(
-    bench: Make,
+def test_a_request_cancelled_in_prefill_computes_no_further_chunk(
+    harness_of: Make,
 ) -> None:
     gate = Gate()
-    one = bench(gate=gate)
-    reply = one.ask([5] * 40)
-    gate.let()
+    harness = harness_of(gate=gate)
+    response = harness.submit([5] * 40)
+    gate.pass_steps()
     gate.arrival()  # the second chunk
-    one.engine.cancel(reply.request)
+    harness.engine.cancel(response.request)
     gate.open()
-    finish = reply.wait()
-    assert (finish.reason, reply.ids) == (FinishReason.CANCELLED, [])
-    assert len(one.model.steps) == 2
+    finish = response.wait()
+    assert (finish.reason, response.ids) == (FinishReason.CANCELLED, [])
+    assert len(harness.model.steps) == 2
 
 
-def test_a_request_cancelled_while_it_speaks_says_what_it_said(bench: Make) -> None:
-    one = bench(context=4096, pages=4096)
-    reply = one.ask([5], LONG)
-    reply.wait_for_tokens(5)
-    one.engine.cancel(reply.request)
-    finish = reply.wait()
+def test_a_request_cancelled_in_decode_reports_its_generated_tokens(harness_of: Make) -> None:
+    harness = harness_of(context=4096, pages=4096)
+    response = harness.submit([5], LONG)
+    response.wait_for_tokens(5)
+    harness.engine.cancel(response.request)
+    finish = response.wait()
     assert finish.reason is FinishReason.CANCELLED
-    assert finish.completion_tokens == len(reply.ids) >= 5
-    assert reply.ids == follow(scrambled, [5], len(reply.ids))
+    assert finish.completion_tokens == len(response.ids) >= 5
+    assert response.ids == follow(scrambled, [5], len(response.ids))
 
 
-def test_a_request_cancelled_while_it_waits_never_runs(bench: Make) -> None:
+def test_a_request_cancelled_in_the_queue_never_runs(harness_of: Make) -> None:
     gate = Gate()
-    one = bench(gate=gate, sequences=1)
-    first = one.ask([1], replace(GREEDY, max_tokens=3))
-    gate.let()
-    second, third = one.ask([2, 2]), one.ask([3])
-    one.engine.cancel(second.request)
+    harness = harness_of(gate=gate, sequences=1)
+    first = harness.submit([1], replace(GREEDY, max_tokens=3))
+    gate.pass_steps()
+    second, third = harness.submit([2, 2]), harness.submit([3])
+    harness.engine.cancel(second.request)
     gate.open()
     assert second.wait().reason is FinishReason.CANCELLED
     assert first.wait().reason is third.wait().reason is FinishReason.LENGTH
-    assert [0, 2] not in [[past, count] for parts in one.model.steps for _, past, count in parts]
+    assert [0, 2] not in [
+        [past, count] for parts in harness.model.steps for _, past, count in parts
+    ]
 
 
-def test_cancelling_twice_or_after_the_end_is_harmless(bench: Make) -> None:
-    one = bench()
-    reply = one.ask([1])
-    finish = reply.wait()
-    one.engine.cancel(reply.request)
-    one.engine.cancel(reply.request)
-    assert one.ask([2]).wait().reason is FinishReason.LENGTH
-    assert reply.wait() is finish
+def test_cancelling_twice_or_after_the_end_has_no_effect(harness_of: Make) -> None:
+    harness = harness_of()
+    response = harness.submit([1])
+    finish = response.wait()
+    harness.engine.cancel(response.request)
+    harness.engine.cancel(response.request)
+    assert harness.submit([2]).wait().reason is FinishReason.LENGTH
+    assert response.wait() is finish
 
 
-def test_leaving_the_loop_of_generate_cancels_the_rest(bench: Make) -> None:
-    one = bench(context=4096, pages=4096)
-    tokens = one.engine.generate([5], LONG)
-    said = [next(tokens).id for _ in range(3)]
+def test_closing_the_iterator_of_generate_cancels_the_request(harness_of: Make) -> None:
+    harness = harness_of(context=4096, pages=4096)
+    tokens = harness.engine.generate([5], LONG)
+    generated = [next(tokens).id for _ in range(3)]
     tokens.close()
-    assert said == follow(scrambled, [5], 3)
-    until(lambda: one.engine.status()["running"] == 0)
-    assert one.engine.status()["tokens"]["completion"] < 4000
+    assert generated == follow(scrambled, [5], 3)
+    until(lambda: harness.engine.status()["running"] == 0)
+    assert harness.engine.status()["tokens"]["completion"] < 4000
 
 
-def test_an_iterator_that_is_never_looped_over_cancels_its_request(bench: Make) -> None:
-    one = bench(context=4096, pages=4096)
-    tokens = one.engine.generate([5], LONG)
-    until(lambda: one.engine.status()["running"] == 1)
+def test_an_unused_iterator_cancels_its_request_when_deleted(harness_of: Make) -> None:
+    harness = harness_of(context=4096, pages=4096)
+    tokens = harness.engine.generate([5], LONG)
+    until(lambda: harness.engine.status()["running"] == 1)
     del tokens
-    until(lambda: one.engine.status()["running"] == 0)
-    assert one.engine.status()["tokens"]["completion"] < 4000
+    until(lambda: harness.engine.status()["running"] == 0)
+    assert harness.engine.status()["tokens"]["completion"] < 4000
 
 
 def until(holds: Callable[[], bool]) -> None:
-    """Wait for it, for a while."""
+    """Wait until `holds()` is true."""
     end = time.monotonic() + PATIENCE_S
     while not holds():
-        assert time.monotonic() < end, "it did not come about"
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.001)
 
 
-def test_generate_gives_all_the_text(bench: Make) -> None:
-    one = bench(always(*b"abc", EOS))
+def test_generate_yields_all_text(harness_of: Make) -> None:
+    harness = harness_of(always(*b"abc", EOS))
     params = SamplingParams(temperature=0, stop=("cd",))
-    tokens = list(one.engine.generate([1], params))
+    tokens = list(harness.engine.generate([1], params))
     assert [token.text for token in tokens] == ["a", "b", "c"]
     assert [token.id for token in tokens] == [97, 98, 99]
 
 
-def test_many_random_requests_and_cancels_leave_every_seat_free(
-    bench: Make, rng: np.random.Generator
+def test_many_random_requests_and_cancels_free_every_page_and_slot(
+    harness_of: Make, rng: np.random.Generator
 ) -> None:
-    one = bench(pages=20)
-    replies = []
-    for prompt in prompts(rng, 150, most=60):
+    harness = harness_of(pages=20)
+    responses = []
+    for prompt in prompts(rng, 150, max_tokens=60):
         params = replace(GREEDY, max_tokens=int(rng.integers(1, 30)))
-        replies.append((prompt, one.ask(prompt, params)))
+        responses.append((prompt, harness.submit(prompt, params)))
         if rng.integers(0, 2):
-            _, victim = replies[int(rng.integers(0, len(replies)))]
-            one.engine.cancel(victim.request)
+            _, victim = responses[int(rng.integers(0, len(responses)))]
+            harness.engine.cancel(victim.request)
         if rng.integers(0, 4) == 0:
             time.sleep(float(rng.uniform(0, 0.003)))
-    for prompt, reply in replies:
-        assert reply.wait().error is None
-        assert reply.ids == follow(scrambled, prompt, len(reply.ids))
-    status = one.engine.status()
+    for prompt, response in responses:
+        assert response.wait().error is None
+        assert response.ids == follow(scrambled, prompt, len(response.ids))
+    status = harness.engine.status()
     assert (status["running"], status["waiting"]) == (0, 0)
     assert status["free_pages"] == status["pages"] == 20
-    assert one.seats.free_slots == one.seats.slots
+    assert harness.kv_cache.free_slots == harness.kv_cache.slots
 
 
 # -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("length", [64, 65, 1000])
-def test_a_prompt_over_the_context_is_refused_in_openais_words(bench: Make, length: int) -> None:
+def test_a_prompt_over_the_context_is_refused_with_openais_error_code(
+    harness_of: Make, length: int
+) -> None:
     with pytest.raises(RequestError, match=rf"(?s)\b64 tokens.*\b{length} tokens") as caught:
-        bench(context=64).ask([1] * length)
+        harness_of(context=64).submit([1] * length)
     error = caught.value
     assert (error.code, error.param, error.status) == ("context_length_exceeded", "messages", 400)
 
 
-def test_a_prompt_without_tokens_is_refused(bench: Make) -> None:
+def test_a_prompt_without_tokens_is_refused(harness_of: Make) -> None:
     with pytest.raises(RequestError):
-        bench().ask([])
+        harness_of().submit([])
 
 
 @pytest.mark.parametrize("token", [-1, VOCAB, 2**40])
-def test_a_token_id_outside_the_vocabulary_is_refused(bench: Make, token: int) -> None:
-    one = bench()
+def test_a_token_id_outside_the_vocabulary_is_refused(harness_of: Make, token: int) -> None:
+    harness = harness_of()
     with pytest.raises(RequestError, match=str(token)):
-        one.ask([1, token])
+        harness.submit([1, token])
     with pytest.raises(RequestError, match=str(token)):
-        one.engine.logits([1, token])
+        harness.engine.logits([1, token])
 
 
-def test_a_bias_outside_the_vocabulary_is_refused(bench: Make) -> None:
+def test_a_bias_outside_the_vocabulary_is_refused(harness_of: Make) -> None:
     with pytest.raises(RequestError, match=str(VOCAB)) as caught:
-        bench().ask([1], replace(GREEDY, logit_bias={VOCAB: 1.0}))
+        harness_of().submit([1], replace(GREEDY, logit_bias={VOCAB: 1.0}))
     assert caught.value.param == "logit_bias"
 
 
@@ -352,86 +375,86 @@ def test_a_bias_outside_the_vocabulary_is_refused(bench: Make) -> None:
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 16, 17, 40, 64])
-def test_logits_are_those_of_every_position(bench: Make, length: int) -> None:
+def test_prompt_logits_cover_every_position(harness_of: Make, length: int) -> None:
     ids = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
-    got = bench().engine.logits(ids)
-    assert got.dtype == np.float32
-    assert np.array_equal(got, [scrambled(ids[: t + 1]) for t in range(length)])
+    result = harness_of().engine.logits(ids)
+    assert result.dtype == np.float32
+    assert np.array_equal(result, [scrambled(ids[: t + 1]) for t in range(length)])
 
 
-def test_wide_chunks_give_their_logits_in_several_pieces(bench: Make) -> None:
+def test_wide_chunks_yield_logits_in_several_pieces(harness_of: Make) -> None:
     ids = np.random.default_rng(1).integers(0, VOCAB, 60).tolist()
-    got = bench(chunk=64).engine.logits(ids)
-    assert np.array_equal(got, [scrambled(ids[: t + 1]) for t in range(60)])
+    result = harness_of(chunk=64).engine.logits(ids)
+    assert np.array_equal(result, [scrambled(ids[: t + 1]) for t in range(60)])
 
 
-def test_forced_logits_of_several_sequences_are_kept_apart(bench: Make) -> None:
+def test_prompt_logits_of_several_sequences_are_separate(harness_of: Make) -> None:
     sequences = [[1, 2, 3, 4], [9], [7, 7, 7, 7, 7, 7, 7], [5, 6], [3]]
-    got: dict[tuple[int, int], Logits] = {}
-    one = bench()
-    for (position, sequence), piece in one.engine.prompt_logits(sequences, 2):
+    result: dict[tuple[int, int], Logits] = {}
+    harness = harness_of()
+    for (position, sequence), piece in harness.engine.prompt_logits(sequences, 2):
         for i, row in enumerate(piece):
-            got[sequence, position + i] = row
+            result[sequence, position + i] = row
     wanted = {
         (s, t): scrambled(ids[: t + 1]) for s, ids in enumerate(sequences) for t in range(len(ids))
     }
-    assert got.keys() == wanted.keys()
-    assert all(np.array_equal(got[key], wanted[key]) for key in wanted)
-    assert max(len(parts) for parts in one.model.steps) > 1
+    assert result.keys() == wanted.keys()
+    assert all(np.array_equal(result[key], wanted[key]) for key in wanted)
+    assert max(len(parts) for parts in harness.model.steps) > 1
 
 
-def test_logits_between_the_tokens_of_a_reply_do_not_change_it(bench: Make) -> None:
-    one = bench(context=512, pages=128)
-    reply = one.ask([1, 2, 3], replace(GREEDY, max_tokens=200))
+def test_prompt_logits_during_a_response_do_not_change_it(harness_of: Make) -> None:
+    harness = harness_of(context=512, pages=128)
+    response = harness.submit([1, 2, 3], replace(GREEDY, max_tokens=200))
     for count in (5, 50, 100):
-        reply.wait_for_tokens(count)
-        assert np.array_equal(one.engine.logits([4, 5])[1], scrambled([4, 5]))
-    assert reply.wait().reason is FinishReason.LENGTH
-    assert reply.ids == follow(scrambled, [1, 2, 3], 200)
+        response.wait_for_tokens(count)
+        assert np.array_equal(harness.engine.logits([4, 5])[1], scrambled([4, 5]))
+    assert response.wait().reason is FinishReason.LENGTH
+    assert response.ids == follow(scrambled, [1, 2, 3], 200)
 
 
-def test_logits_over_the_context_are_refused(bench: Make) -> None:
-    one = bench(context=64)
+def test_logits_over_the_context_are_refused(harness_of: Make) -> None:
+    harness = harness_of(context=64)
     with pytest.raises(RequestError, match="65"):
-        one.engine.logits([1] * 65)
+        harness.engine.logits([1] * 65)
     with pytest.raises(RequestError, match="65"):
-        one.engine.prompt_logits([[1], [1] * 65], 8)
+        harness.engine.prompt_logits([[1], [1] * 65], 8)
     with pytest.raises(RequestError):
-        one.engine.stream_prompt_logits([[]], 8, lambda position, sequence, rows: None)
+        harness.engine.stream_prompt_logits([[]], 8, lambda position, sequence, rows: None)
 
 
-def test_a_job_that_fails_fails_alone(bench: Make) -> None:
-    one = bench()
+def test_a_failing_job_leaves_the_engine_running(harness_of: Make) -> None:
+    harness = harness_of()
 
     def job() -> None:
         raise ValueError("mine")
 
     with pytest.raises(ValueError, match="mine"):
-        one.engine.run_on_engine_thread(job)
-    assert one.ask([1]).wait().error is None
+        harness.engine.run_on_engine_thread(job)
+    assert harness.submit([1]).wait().error is None
 
 
-def test_status_counts_requests_and_tokens(bench: Make) -> None:
+def test_status_counts_requests_and_tokens(harness_of: Make) -> None:
     gate = Gate()
-    one = bench(gate=gate, sequences=1)
-    first = one.ask([1] * 5, replace(GREEDY, max_tokens=4))
+    harness = harness_of(gate=gate, sequences=1)
+    first = harness.submit([1] * 5, replace(GREEDY, max_tokens=4))
     gate.arrival()
-    second = one.ask([2] * 3, replace(GREEDY, max_tokens=2))
-    found: dict[str, Any] = {}
-    looker = threading.Thread(target=lambda: found.update(one.engine.status()))
-    looker.start()
+    second = harness.submit([2] * 3, replace(GREEDY, max_tokens=2))
+    status: dict[str, Any] = {}
+    status_thread = threading.Thread(target=lambda: status.update(harness.engine.status()))
+    status_thread.start()
     time.sleep(0.05)
     gate.open()
-    looker.join(PATIENCE_S)
-    assert (found["running"], found["waiting"]) == (1, 1)
+    status_thread.join(PATIENCE_S)
+    assert (status["running"], status["waiting"]) == (1, 1)
     first.wait()
     second.wait()
-    after = one.engine.status()
+    after = harness.engine.status()
     assert (after["running"], after["waiting"]) == (0, 0)
     assert after["tokens"] == {"prompt": 8, "completion": 6}
 
 
-# -- what goes wrong -------------------------------------------------------------------------------
+# -- errors ----------------------------------------------------------------------------------------
 
 
 class Failing:
@@ -448,118 +471,120 @@ class Failing:
 
 @pytest.mark.parametrize("error", [ValueError("a bug"), OsmiumError("a bug"), MemoryError("a bug")])
 @pytest.mark.parametrize("at", [1, 2, 5])
-def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
-    bench: Make, error: Exception, at: int
+def test_a_failing_step_ends_its_requests_and_the_engine_continues(
+    harness_of: Make, error: Exception, at: int
 ) -> None:
-    one = bench()
-    one.model.before = Failing(at, error)
-    broken = one.ask([1] * 12)
+    harness = harness_of()
+    harness.model.before = Failing(at, error)
+    broken = harness.submit([1] * 12)
     finish = broken.wait()
     assert finish.reason is FinishReason.ERROR
     assert isinstance(finish.error, OsmiumError)
     assert not isinstance(finish.error, EngineStopped)
     assert "a bug" in str(finish.error)
-    again = one.ask([1] * 12)
+    again = harness.submit([1] * 12)
     assert again.wait().error is None
     assert again.ids == follow(scrambled, [1] * 12, 8)
-    assert one.seats.free_pages == one.seats.pages
+    assert harness.kv_cache.free_pages == harness.kv_cache.pages
 
 
-def test_a_cuda_error_that_leaves_the_context_whole_ends_one_step_only(bench: Make) -> None:
-    one = bench()
-    one.model.before = Failing(1, CudaError("busy", call="c", name="N", code=1, lost=False))
-    assert isinstance(one.ask([1]).wait().error, CudaError)
-    assert one.ask([1]).wait().error is None
+def test_a_cuda_error_that_keeps_the_context_ends_only_one_step(harness_of: Make) -> None:
+    harness = harness_of()
+    harness.model.before = Failing(1, CudaError("busy", call="c", name="N", code=1, lost=False))
+    assert isinstance(harness.submit([1]).wait().error, CudaError)
+    assert harness.submit([1]).wait().error is None
 
 
 def lost() -> CudaError:
     return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, lost=True)
 
 
-def test_a_lost_context_stops_the_engine_for_everybody(bench: Make) -> None:
+def test_a_lost_context_ends_every_request_and_the_engine(harness_of: Make) -> None:
     gate = Gate()
-    one = bench(gate=gate, sequences=1)
-    running = one.ask([1])
+    harness = harness_of(gate=gate, sequences=1)
+    running = harness.submit([1])
     gate.arrival()
-    waiting = one.ask([2])
-    one.model.before = Failing(2, lost())
+    waiting = harness.submit([2])
+    harness.model.before = Failing(2, lost())
     gate.open()
-    for reply in (running, waiting):
-        finish = reply.wait()
+    for response in (running, waiting):
+        finish = response.wait()
         assert finish.reason is FinishReason.ERROR
         assert isinstance(finish.error, EngineStopped)
-    assert len(running.ids) in (1, 2)  # a step may be launched before the last one is looked at
+    assert len(running.ids) in (1, 2)  # the next step may be launched before the last one is read
     with pytest.raises(EngineStopped, match="gone"):
-        one.ask([1])
+        harness.submit([1])
     with pytest.raises(EngineStopped):
-        one.engine.status()
+        harness.engine.status()
 
 
-def test_jobs_that_wait_when_the_context_is_lost_are_told(bench: Make) -> None:
+def test_jobs_queued_when_the_context_is_lost_raise_its_error(harness_of: Make) -> None:
     gate = Gate()
-    one = bench(gate=gate)
-    running = one.ask([1])
+    harness = harness_of(gate=gate)
+    running = harness.submit([1])
     gate.arrival()
-    told: list[OsmiumError] = []
+    errors: list[OsmiumError] = []
 
     def client() -> None:
         try:
-            one.engine.logits([3])
+            harness.engine.logits([3])
         except OsmiumError as error:
-            told.append(error)
+            errors.append(error)
 
     threads = [threading.Thread(target=client) for _ in range(3)]
     for thread in threads:
         thread.start()
     time.sleep(0.05)
-    one.model.before = Failing(1, lost())
+    harness.model.before = Failing(1, lost())
     gate.open()
     for thread in threads:
         thread.join(PATIENCE_S)
-    assert sorted(type(error).__name__ for error in told) == [
+    assert sorted(type(error).__name__ for error in errors) == [
         "CudaError", "EngineStopped", "EngineStopped",
     ]  # fmt: skip
     assert isinstance(running.wait().error, EngineStopped)
 
 
-def test_a_context_lost_inside_a_job_is_told_and_stops_the_engine(bench: Make) -> None:
-    one = bench()
-    one.model.before = Failing(1, lost())
+def test_a_context_lost_in_a_job_raises_and_stops_the_engine(harness_of: Make) -> None:
+    harness = harness_of()
+    harness.model.before = Failing(1, lost())
     with pytest.raises(CudaError):
-        one.engine.logits([3])
-    until(lambda: one.engine.stopped is not None)
+        harness.engine.logits([3])
+    until(lambda: harness.engine.stopped is not None)
     with pytest.raises(EngineStopped):
-        one.engine.logits([3])
+        harness.engine.logits([3])
 
 
-def test_logits_that_are_no_numbers_fail_the_reply(bench: Make) -> None:
+def test_non_finite_logits_fail_the_request(harness_of: Make) -> None:
     def rule(history: list[int]) -> Logits:
         return np.full(VOCAB, np.nan, np.float32)
 
-    finish = bench(rule).ask([1]).wait()
+    finish = harness_of(rule).submit([1]).wait()
     assert isinstance(finish.error, OsmiumError)
     assert "not finite" in str(finish.error)
 
 
-def test_a_callback_that_raises_loses_its_own_reply_and_no_other(bench: Make) -> None:
-    one = bench()
+def test_a_callback_that_raises_ends_only_its_own_request(harness_of: Make) -> None:
+    harness = harness_of()
     calls = []
 
     def broken(event: Event) -> None:
         calls.append(event)
         raise RuntimeError("the client's loop is closed")
 
-    other = one.ask([2], replace(GREEDY, max_tokens=20))
-    one.engine.submit([1], LONG, broken)
+    other = harness.submit([2], replace(GREEDY, max_tokens=20))
+    harness.engine.submit([1], LONG, broken)
     assert other.wait().error is None
     assert other.ids == follow(scrambled, [2], 20)
     until(lambda: len(calls) == 2)
     assert [type(event) for event in calls] == [Token, Finish]
-    assert one.engine.status()["running"] == 0
+    assert harness.engine.status()["running"] == 0
 
 
 @pytest.mark.parametrize("method", ["push", "flush"])
-def test_a_decoder_that_fails_ends_its_own_reply_with_an_error(bench: Make, method: str) -> None:
+def test_a_detokenizer_that_fails_ends_its_own_request_with_an_error(
+    harness_of: Make, method: str
+) -> None:
     class Broken:
         def push(self, token: int) -> str:
             return self.fail("push")
@@ -567,85 +592,89 @@ def test_a_decoder_that_fails_ends_its_own_reply_with_an_error(bench: Make, meth
         def flush(self) -> str:
             return self.fail("flush")
 
-        def fail(self, mine: str) -> str:
-            if mine == method:
+        def fail(self, called: str) -> str:
+            if called == method:
                 raise ValueError("no such id")
             return ""
 
         def decoder(self) -> "Broken":
             return self
 
-    one = bench(tokenizer=Broken())
-    for _ in range(2):  # the engine goes on
-        finish = one.ask([1]).wait()
+    harness = harness_of(tokenizer=Broken())
+    for _ in range(2):  # the engine continues
+        finish = harness.submit([1]).wait()
         assert finish.reason is FinishReason.ERROR
         assert "no such id" in str(finish.error)
 
 
-# -- the end ---------------------------------------------------------------------------------------
+# -- closing ---------------------------------------------------------------------------------------
 
 
-def test_closing_ends_who_runs_and_who_waits_and_refuses_who_comes(bench: Make) -> None:
-    one = bench(context=4096, pages=3072, sequences=1)
-    replies = [one.ask([i], LONG) for i in range(1, 4)]
-    replies[0].wait_for_tokens(2)
-    one.engine.close()
-    for reply in replies:
-        assert reply.is_over
-        finish = reply.wait()
+def test_closing_ends_running_and_waiting_requests_and_refuses_new_ones(harness_of: Make) -> None:
+    harness = harness_of(context=4096, pages=3072, sequences=1)
+    responses = [harness.submit([i], LONG) for i in range(1, 4)]
+    responses[0].wait_for_tokens(2)
+    harness.engine.close()
+    for response in responses:
+        assert response.is_done
+        finish = response.wait()
         assert (finish.reason, type(finish.error)) == (FinishReason.ERROR, EngineStopped)
-    for late in (lambda: one.ask([1]), lambda: one.engine.logits([1]), one.engine.status):
+    for call in (
+        lambda: harness.submit([1]),
+        lambda: harness.engine.logits([1]),
+        harness.engine.status,
+    ):
         with pytest.raises(EngineStopped):
-            late()
-    one.engine.close()
+            call()
+    harness.engine.close()
 
 
-def test_generate_raises_when_the_engine_closes_under_it_and_gives_what_there_was(
-    bench: Make,
+def test_generate_yields_the_earlier_tokens_and_raises_when_the_engine_closes(
+    harness_of: Make,
 ) -> None:
-    one = bench(context=4096, pages=3072)
-    said = []
+    harness = harness_of(context=4096, pages=3072)
+    generated = []
     with pytest.raises(EngineStopped):
-        for token in one.engine.generate([5], LONG):
-            said.append(token.id)
-            if len(said) == 4:
-                threading.Thread(target=one.engine.close).start()
-    assert said == follow(scrambled, [5], len(said))
-    assert len(said) >= 4
+        for token in harness.engine.generate([5], LONG):
+            generated.append(token.id)
+            if len(generated) == 4:
+                threading.Thread(target=harness.engine.close).start()
+    assert generated == follow(scrambled, [5], len(generated))
+    assert len(generated) >= 4
 
 
-def test_closing_from_a_callback_does_not_wait_for_itself(bench: Make) -> None:
-    one = bench()
+def test_closing_from_a_callback_does_not_deadlock(harness_of: Make) -> None:
+    harness = harness_of()
     done = threading.Event()
 
     def close(event: Event) -> None:
-        one.engine.close()
+        harness.engine.close()
         done.set()
 
-    one.engine.submit([1], LONG, close)
+    harness.engine.submit([1], LONG, close)
     assert done.wait(PATIENCE_S)
-    one.engine.close()
-    assert one.engine.stopped is not None
+    harness.engine.close()
+    assert harness.engine.stopped is not None
 
 
-def test_the_threads_own_first_and_last_calls_are_made_on_it(bench: Make) -> None:
+def test_on_thread_and_on_close_run_on_the_engine_thread(harness_of: Make) -> None:
     calls: list[tuple[str, str]] = []
 
     def note(what: str) -> Callable[[], None]:
         return lambda: calls.append((what, threading.current_thread().name))
 
-    one = bench(on_thread=note("first"), on_close=note("last"))
-    one.ask([1]).wait()
-    one.engine.close()
+    harness = harness_of(on_thread=note("first"), on_close=note("last"))
+    harness.submit([1]).wait()
+    harness.engine.close()
     assert [what for what, _ in calls] == ["first", "last"]
     assert {name for _, name in calls} == {"osmium-engine"}
 
 
-def test_a_thread_that_cannot_begin_tells_everybody(bench: Make) -> None:
+def test_a_thread_that_fails_to_start_stops_the_engine_with_its_error(harness_of: Make) -> None:
     def fail() -> None:
         raise OsmiumError("the device is gone")
 
-    one = bench(on_thread=fail)
-    until(lambda: one.engine.stopped is not None)
+    harness = harness_of(on_thread=fail)
+    until(lambda: harness.engine.stopped is not None)
     with pytest.raises(EngineStopped, match="the device is gone"):
-        one.ask([1])
+        harness.submit([1])

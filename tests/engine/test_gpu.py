@@ -1,4 +1,4 @@
-"""The engine on a GPU: recorded steps, requests side by side, what comes back, what is held."""
+"""The engine on a GPU: captured steps, batches, traffic to the host, memory."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -40,17 +40,17 @@ def prompts(engine: Engine, rng: np.random.Generator, count: int) -> list[list[i
     ]
 
 
-def replies(engine: Engine, asked: list[list[int]]) -> list[list[int]]:
-    """All of them at once."""
-    going = [engine.generate(ids, GREEDY) for ids in asked]
-    return [[token.id for token in one] for one in going]
+def responses(engine: Engine, all_prompts: list[list[int]]) -> list[list[int]]:
+    """The responses to all prompts, submitted together."""
+    streams = [engine.generate(ids, GREEDY) for ids in all_prompts]
+    return [[token.id for token in one] for one in streams]
 
 
-def test_replies_of_the_device_are_those_of_the_host(rng: np.random.Generator) -> None:
-    """Asked for log-probabilities, the host looks at every row of logits and draws itself."""
+def test_sampling_on_the_device_equals_sampling_on_the_host(rng: np.random.Generator) -> None:
+    """With log-probabilities requested, the host reads every row of logits and samples."""
     engine = demo()
     try:
-        assert engine._runner._replays, "a token was recorded before anybody is served"
+        assert engine._runner._replays, "decode graphs are captured before serving"
         for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}):
             params = replace(GREEDY, **settings)  # type: ignore[arg-type]
             for ids in prompts(engine, rng, 3):
@@ -61,53 +61,53 @@ def test_replies_of_the_device_are_those_of_the_host(rng: np.random.Generator) -
         engine.close()
 
 
-def test_a_reply_ends_at_an_end_token(rng: np.random.Generator) -> None:
+def test_a_response_ends_at_an_end_token(rng: np.random.Generator) -> None:
     engine = demo(max_num_seqs=3)
     try:
         params = SamplingParams(temperature=1, max_tokens=200, seed=1)
-        asked = prompts(engine, rng, 6)
-        going = [engine.generate(ids, params) for ids in asked]
-        together = [[token.id for token in one] for one in going]
+        all_prompts = prompts(engine, rng, 6)
+        streams = [engine.generate(ids, params) for ids in all_prompts]
+        batched = [[token.id for token in one] for one in streams]
         host = replace(params, logprobs=0)
-        alone = [[token.id for token in engine.generate(ids, host)] for ids in asked]
-        same = sum(a == b for a, b in zip(alone, together, strict=True))
-        assert same >= 4, f"{same} of 6"  # a sum in another order may flip a draw
+        alone = [[token.id for token in engine.generate(ids, host)] for ids in all_prompts]
+        equal = sum(a == b for a, b in zip(alone, batched, strict=True))
+        assert equal >= 4, f"{equal} of 6"  # another summation order may change a sampled token
     finally:
         engine.close()
 
 
 @pytest.mark.parametrize("slots", [None, 16, 4])
-def test_requests_side_by_side_say_what_they_say_alone(
+def test_batched_requests_give_the_same_responses_as_alone(
     rng: np.random.Generator, slots: int | None
 ) -> None:
     engine = demo(max_num_seqs=4, **_slots(slots))
     try:
-        asked = prompts(engine, rng, 10)
-        alone = [[token.id for token in engine.generate(ids, GREEDY)] for ids in asked]
-        together = replies(engine, asked)
-        # A sum in another order may flip a near-tie: almost all of them must be the same.
-        same = sum(a == b for a, b in zip(alone, together, strict=True))
-        assert same >= 9, f"{same} of 10"
+        all_prompts = prompts(engine, rng, 10)
+        alone = [[token.id for token in engine.generate(ids, GREEDY)] for ids in all_prompts]
+        batched = responses(engine, all_prompts)
+        # Another summation order may change a near-tie, so almost all must be equal.
+        equal = sum(a == b for a, b in zip(alone, batched, strict=True))
+        assert equal >= 9, f"{equal} of 10"
         experts = engine.status()["experts"]
         assert experts["routed"] == experts["hit"] + experts["missed"]
     finally:
         engine.close()
 
 
-def test_only_logits_come_back(rng: np.random.Generator) -> None:
+def test_only_logits_are_copied_to_the_host(rng: np.random.Generator) -> None:
     engine = demo(expert_slots=8)
     try:
         (ids,) = prompts(engine, rng, 1)
         ops = engine._runner.ops
         list(engine.generate(ids, GREEDY))
-        engine.status()  # whatever that reply still reads has come by now
+        engine.status()  # waits for reads that the response left pending
         before = ops.bytes_to_host
         count = len(list(engine.generate(ids, GREEDY)))
         assert count == GREEDY.max_tokens
         engine.status()
-        counters = 3 * engine._runner.store.cache.counters.nbytes  # two looks and a status
-        came = ops.bytes_to_host - before - counters
-        assert came == engine.config.vocab_size * 4, "the first token's logits"
+        counters = 3 * engine._runner.store.cache.counters.nbytes  # two polls and a status
+        logit_bytes = ops.bytes_to_host - before - counters
+        assert logit_bytes == engine.config.vocab_size * 4, "the first token's logits"
     finally:
         engine.close()
 
@@ -116,11 +116,11 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
     engine = demo(expert_slots=8)
     try:
         ops = engine._runner.ops
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        pool = ops.machine.pool
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        pool = ops.runtime.pool
         assert pool.frozen
         used = pool.used
-        replies(engine, prompts(engine, rng, 3))
+        responses(engine, prompts(engine, rng, 3))
         assert pool.used == used
     finally:
         engine.close()
@@ -128,36 +128,38 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
 
 @pytest.mark.parametrize("slots", [None, 8])
 @pytest.mark.parametrize("wc_alloc", [True, False])
-def test_every_kind_of_host_memory_is_filled_with_the_file(
+def test_every_kind_of_host_memory_holds_the_files_experts(
     slots: int | None, wc_alloc: bool
 ) -> None:
     engine = demo(write_combined=wc_alloc, **_slots(slots))
     try:
-        records = open_packed(DEMO).all_records()
+        experts = open_packed(DEMO).all_records()
         runner = engine.runner
         if slots is None:
-            assert verify(runner.ops, runner.store.cache, records, 10**6, 0) == records[..., 0].size
+            assert verify(runner.ops, runner.store.cache, experts, 10**6, 0) == experts[..., 0].size
         else:
-            assert runner.store.arena is not None
-            assert np.array_equal(runner.ops.host_view(runner.store.arena.records), records)
+            assert runner.store.host_experts is not None
+            assert np.array_equal(runner.ops.host_view(runner.store.host_experts.packed), experts)
     finally:
         engine.close()
 
 
-def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
-    model = tmp_path / "model.osmium"  # the bundled file's own heat is not kept
+def test_a_second_start_hits_more_with_saved_usage(tmp_path: Path) -> None:
+    model = tmp_path / "model.osmium"  # the bundled file's own usage is not saved
     model.write_bytes(DEMO.read_bytes())
-    records = open_packed(model).all_records()
+    experts = open_packed(model).all_records()
 
     def count() -> dict[str, int]:
-        """What twenty tokens and their reply hit; at the start slots hold what they should."""
+        """Hits of twenty prompt tokens and their response; checks the slots at the start."""
         engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
         try:
             ops, store = engine.runner.ops, engine.runner.store
-            there = engine.run_on_engine_thread(lambda: int(resident(ops, store.cache).sum()))
+            num_resident = engine.run_on_engine_thread(
+                lambda: int(resident(ops, store.cache).sum())
+            )
             assert (
-                engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
-                == there
+                engine.run_on_engine_thread(lambda: verify(ops, store.cache, experts, 10**6, 0))
+                == num_resident
             )
             assert not any(engine.status()["experts"].values())
             list(engine.generate(list(range(5, 25)), GREEDY))
@@ -172,51 +174,58 @@ def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
     assert warm["hit"] > cold["hit"]
 
 
-def test_slots_shared_out_between_two_replies_change_neither(
+def test_rebalancing_slots_between_responses_changes_none(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     model = tmp_path / "model.osmium"
     model.write_bytes(DEMO.read_bytes())
-    records = open_packed(model).all_records()
+    experts = open_packed(model).all_records()
     engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
     try:
         runner = engine.runner
         ops, store = runner.ops, runner.store
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        asked, used = prompts(engine, rng, 10), ops.machine.pool.used
-        before = [replies(engine, [ids]) for ids in asked]
-        counted, recorded = engine.status()["experts"], dict(runner._replays)
-        heat = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        all_prompts, used = prompts(engine, rng, 10), ops.runtime.pool.used
+        before = [responses(engine, [ids]) for ids in all_prompts]
+        counters_before, captured = engine.status()["experts"], dict(runner._replays)
+        usage = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
 
         count = engine.run_on_engine_thread(runner.rebalance_slots)
-        each = [layer.shape[0] for layer in store.cache.slots]
-        assert count == sum(each) == 12 * len(each) and len({*each}) > 1
-        there = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
-        assert there.sum(axis=1).tolist() == each
+        slots_per_layer = [layer.shape[0] for layer in store.cache.slots]
         assert (
-            engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
+            count == sum(slots_per_layer) == 12 * len(slots_per_layer)
+            and len({*slots_per_layer}) > 1
+        )
+        is_resident = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
+        assert is_resident.sum(axis=1).tolist() == slots_per_layer
+        assert (
+            engine.run_on_engine_thread(lambda: verify(ops, store.cache, experts, 10**6, 0))
             == count
         )
-        for layer, own in enumerate(each):
-            assert set(np.flatnonzero(there[layer])) == set(heat.top_experts(layer, own).tolist())
-        again = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
-        assert np.allclose(again.heat, heat.heat, rtol=1e-5)
-        assert np.allclose(again.long_heat, heat.long_heat, rtol=1e-5)
-        assert engine.status()["experts"] == counted and ops.machine.pool.used == used
-        assert runner._replays, "recorded again"
-        assert all(run is not recorded.get(key) for key, run in runner._replays.items())
+        for layer, num_slots in enumerate(slots_per_layer):
+            assert set(np.flatnonzero(is_resident[layer])) == set(
+                usage.top_experts(layer, num_slots).tolist()
+            )
+        usage_after = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
+        assert np.allclose(usage_after.heat, usage.heat, rtol=1e-5)
+        assert np.allclose(usage_after.long_heat, usage.long_heat, rtol=1e-5)
+        assert engine.status()["experts"] == counters_before and ops.runtime.pool.used == used
+        assert runner._replays, "captured again"
+        assert all(run is not captured.get(key) for key, run in runner._replays.items())
 
-        after = [replies(engine, [ids]) for ids in asked]
-        # Who hits is summed before who misses, and that may turn a near-tie.
-        same = sum(a == b for a, b in zip(before, after, strict=True))
-        assert same >= 9, f"{same} of 10"
+        after = [responses(engine, [ids]) for ids in all_prompts]
+        # The sum runs over hits before misses, and that may change a near-tie.
+        equal = sum(a == b for a, b in zip(before, after, strict=True))
+        assert equal >= 9, f"{equal} of 10"
         experts = engine.status()["experts"]
-        assert experts["routed"] == experts["hit"] + experts["missed"] == 2 * counted["routed"]
-        there = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
         assert (
-            engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
-            == there.sum()
+            experts["routed"] == experts["hit"] + experts["missed"] == 2 * counters_before["routed"]
         )
-        assert engine.run_on_engine_thread(runner.rebalance_slots) >= 0, "and once more"
+        is_resident = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
+        assert (
+            engine.run_on_engine_thread(lambda: verify(ops, store.cache, experts, 10**6, 0))
+            == is_resident.sum()
+        )
+        assert engine.run_on_engine_thread(runner.rebalance_slots) >= 0, "and again"
     finally:
         engine.close()

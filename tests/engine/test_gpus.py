@@ -1,4 +1,4 @@
-"""GPUs by name."""
+"""The table of GPUs and the search by name."""
 
 import re
 
@@ -11,7 +11,7 @@ GIB = 1 << 30
 
 
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_every_gpu_is_found_by_its_name_however_it_is_written(gpu: object) -> None:
+def test_every_gpu_is_found_by_any_spelling_of_its_name(gpu: object) -> None:
     name = gpu.name  # type: ignore[attr-defined]
     for text in (name, name.lower(), f"NVIDIA GeForce {name}", f"  {name.upper()} "):
         assert find_gpu(text) == gpu
@@ -40,7 +40,7 @@ def test_every_gpu_is_found_by_its_name_however_it_is_written(gpu: object) -> No
         ("NVIDIA A100 80GB PCIe", "A100 80GB"),
     ],
 )
-def test_the_names_that_people_and_drivers_use_are_known(text: str, name: str) -> None:
+def test_names_by_users_and_drivers_are_found(text: str, name: str) -> None:
     assert find_gpu(text).name == name
 
 
@@ -56,7 +56,7 @@ def test_the_names_that_people_and_drivers_use_are_known(text: str, name: str) -
         ("", ["not in the table"]),
     ],
 )
-def test_a_name_that_is_not_one_gpu_is_refused_with_those_that_are_near(
+def test_an_ambiguous_or_unknown_name_is_refused_with_similar_names(
     text: str, named: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -77,12 +77,12 @@ def test_the_table_is_plausible() -> None:
         assert size is None or int(size.group(1)) == gpu.vram_gib
 
 
-def test_shares_of_the_specification_are_what_was_measured() -> None:
+def test_estimated_rates_are_close_to_measured_ones() -> None:
     """VRAM by a copy 2,980 and 4,160 GB/s, the link 52 to 55 (LOG.md, 2026-11)."""
     assert find_gpu("H100").vram_copy_gb_s == pytest.approx(2980, rel=0.03)
     assert find_gpu("H200").vram_copy_gb_s == pytest.approx(4160, rel=0.03)
     assert 52 <= find_gpu("H200").link_gb_s <= 55
 
 
-def test_a_gpu_of_which_only_the_size_is_known_has_that_size() -> None:
+def test_a_gpu_given_by_its_size_has_that_size() -> None:
     assert generic_gpu(12 * GIB).name == "a GPU with 12 GiB"

@@ -1,4 +1,4 @@
-"""Kernels are looked at before a model is: a GPU that lacks one is refused at once."""
+"""Kernels are checked before the model is opened, so a missing one is refused at once."""
 
 import shutil
 import time
@@ -10,8 +10,8 @@ import pytest
 from osmium import loader
 from osmium.cli import doctor
 from osmium.errors import KernelError
-from osmium.kernels import ptx, python
-from osmium.kernels.place import PLACE
+from osmium.kernels import numba_kernels, ptx
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import Kernel
 from osmium.ops import gpu, gpu_experts
 from osmium.ops.gpu import check_kernels
@@ -21,54 +21,54 @@ from tests.ptx.kernels import FOLDER
 
 
 def _unread(monkeypatch: pytest.MonkeyPatch, kernel: Kernel) -> None:
-    """As in a process that has not read it."""
+    """Drop the cached contract, as in a process that has not read it."""
     monkeypatch.delitem(vars(kernel), "contract", raising=False)
 
 
-def without_a_written_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def missing_hand_written(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    (folder / "conv_silu_f32.ptx").unlink()
+    (folder / "causal_conv1d_silu_f32.ptx").unlink()
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
-def with_a_broken_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+def broken_hand_written(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     shutil.copytree(FOLDER, folder, dirs_exist_ok=True)
-    path = folder / "conv_silu_f32.ptx"
+    path = folder / "causal_conv1d_silu_f32.ptx"
     path.write_text(path.read_text().replace(".maxntid", ".maxnreg"))
     monkeypatch.setattr(ptx, "_FOLDERS", (folder,))
-    _unread(monkeypatch, gpu.CONV)
+    _unread(monkeypatch, gpu.CAUSAL_CONV1D)
 
 
-def without_a_compiled_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    (folder / "place.ptx").unlink()
-    monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+def missing_compiled(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    (folder / "assign_slots.ptx").unlink()
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
-def with_a_stale_one(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    shutil.copytree(python.COMPILED, folder, dirs_exist_ok=True)
-    path = folder / "place.ptx"
+def stale_compiled(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    shutil.copytree(numba_kernels.COMPILED, folder, dirs_exist_ok=True)
+    path = folder / "assign_slots.ptx"
     path.write_text(path.read_text().replace("from source ", "from source 0"))
-    monkeypatch.setattr(python, "COMPILED", folder)
-    _unread(monkeypatch, PLACE)
+    monkeypatch.setattr(numba_kernels, "COMPILED", folder)
+    _unread(monkeypatch, ASSIGN_SLOTS)
 
 
 Damage = Callable[[pytest.MonkeyPatch, Path], None]
 
 DAMAGE: dict[str, tuple[Damage, ...]] = {
-    "conv_silu_f32": (without_a_written_one, with_a_broken_one),
-    "place": (without_a_compiled_one, with_a_stale_one),
+    "causal_conv1d_silu_f32": (missing_hand_written, broken_hand_written),
+    "assign_slots": (missing_compiled, stale_compiled),
 }
 
 each_damage = pytest.mark.parametrize(
-    ("name", "damage"), [(name, damage) for name, many in DAMAGE.items() for damage in many]
+    ("name", "damage"), [(name, damage) for name, damages in DAMAGE.items() for damage in damages]
 )
 
 
 @each_damage
-def test_a_kernel_that_is_missing_is_found_before_a_weight_is_read(
+def test_a_missing_kernel_is_refused_before_weights_are_read(
     name: str, damage: Damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     fake = FakeGpu()
@@ -77,11 +77,11 @@ def test_a_kernel_that_is_missing_is_found_before_a_weight_is_read(
     damage(monkeypatch, tmp_path)
     with pytest.raises(KernelError, match=name):
         loader.load(DEMO, "gpu")
-    assert not fake.held, "nothing was allocated, or all was given back"
+    assert not fake.held, "no memory is allocated after the error"
 
 
 @each_damage
-def test_doctor_says_which_kernel_is_missing(
+def test_doctor_names_a_missing_kernel(
     name: str, damage: Damage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (found,) = (finding for finding in doctor.run_checks() if finding.name == "kernels")
@@ -91,10 +91,12 @@ def test_doctor_says_which_kernel_is_missing(
     assert name in found.advice
 
 
-def test_looking_at_all_of_them_takes_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """40 ms on two cores that did nothing else (2026-11)."""
-    kernels = [one for one in vars(gpu).values() if isinstance(one, Kernel)]
-    kernels += [one for one in vars(gpu_experts).values() if isinstance(one, Kernel)]
+def test_checking_all_kernels_takes_less_than_half_a_second(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """40 ms on two idle cores (2026-11)."""
+    kernels = [kernel for kernel in vars(gpu).values() if isinstance(kernel, Kernel)]
+    kernels += [kernel for kernel in vars(gpu_experts).values() if isinstance(kernel, Kernel)]
     times = []
     for _ in range(3):
         for kernel in kernels:

@@ -1,4 +1,4 @@
-"""The whole engine on tiny real models: what `osmium.load` gives."""
+"""`osmium.load` on tiny real models: logits, responses, memory, options."""
 
 import subprocess
 import sys
@@ -23,9 +23,9 @@ from osmium.errors import CheckpointError, ConfigError, DeviceError, NoDevice, O
 from osmium.ops import Fill
 from osmium.ops.reference import ReferenceOps
 from osmium.weights import DEMO, PackedModel, open_model
-from tests.engine.fakes import Reply
+from tests.engine.fakes import Response
 from tests.models.build import CASES, Case, prompt, write_checkpoint
-from tests.models.run import runner
+from tests.models.run import make_driver
 from tests.server.scripted import TEMPLATE
 from tests.text.byte_level import byte_level_json
 from tests.tolerance import close, distance
@@ -36,7 +36,7 @@ GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=12)
 
 
 def load(case: Case, folder: Path, **options: Any) -> Engine:
-    """An engine of a seeded model, BF16 throughout unless told otherwise."""
+    """An engine of a seeded model, BF16 unless given otherwise."""
     model = folder / case.name
     if not model.exists():
         write_checkpoint(case, model)
@@ -63,75 +63,77 @@ def engine(folder: Path) -> Iterator[Engine]:
     made.close()
 
 
-def say(engine: Engine, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
+def generate(engine: Engine, ids: list[int], params: SamplingParams = GREEDY) -> list[int]:
     return [token.id for token in engine.generate(ids, params)]
 
 
-def is_greedy(engine: Engine, ids: list[int], reply: list[int]) -> None:
-    """Every token of the reply is the likeliest, or within rounding of it, after what came before:
-    another grouping of rows sums in another order, and that may turn a tie."""
-    rows = engine.logits([*ids, *reply])[len(ids) - 1 : -1]
-    chosen = rows[np.arange(len(reply)), reply]
+def is_greedy(engine: Engine, ids: list[int], response: list[int]) -> None:
+    """Assert that every token of the response is the most likely one, within rounding.
+
+    Other batch shapes sum in another order, and that may change a near-tie.
+    """
+    rows = engine.logits([*ids, *response])[len(ids) - 1 : -1]
+    chosen = rows[np.arange(len(response)), response]
     assert (rows.max(axis=1) - chosen <= 1e-3).all()
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_logits_are_those_of_the_model_alone(folder: Path, case: Case) -> None:
+def test_engine_logits_equal_the_models_logits(folder: Path, case: Case) -> None:
     ids = prompt(case)
     made = load(case, folder)
     got = made.logits(ids.tolist())
     made.close()
-    wanted = runner(case).logits(ids, len(ids))
+    wanted = make_driver(case).logits(ids, len(ids))
     assert close(got, wanted, "logits"), distance(got, wanted)
 
 
-def test_a_greedy_reply_is_the_likeliest_token_each_time(engine: Engine) -> None:
+def test_a_greedy_response_is_the_most_likely_token_at_each_position(engine: Engine) -> None:
     ids = prompt(MIXED).tolist()
-    reply = say(engine, ids)
-    assert len(reply) == 12
-    is_greedy(engine, ids, reply)
+    response = generate(engine, ids)
+    assert len(response) == 12
+    is_greedy(engine, ids, response)
 
 
 @pytest.mark.parametrize(
     "options", [{"prefill_chunk": 7}, {"page_size": 1}, {"expert_slots": 2}, {"max_num_seqs": 1}]
 )
-def test_the_same_is_said_however_memory_and_steps_are_cut(
+def test_chunk_page_and_cache_sizes_do_not_change_a_response(
     folder: Path, options: dict[str, int]
 ) -> None:
     ids = prompt(MIXED).tolist()
     plain, other = load(MIXED, folder), load(MIXED, folder, **{"max_num_seqs": 2, **options})
     assert close(other.logits(ids), plain.logits(ids), "logits")
-    reply = say(other, ids)
-    is_greedy(plain, ids, reply)
+    response = generate(other, ids)
+    is_greedy(plain, ids, response)
     plain.close()
     other.close()
 
 
-def test_requests_side_by_side_say_what_they_say_alone(folder: Path) -> None:
-    """Ten requests on two sequences' memory: they wait, interleave and make room."""
+def test_batched_requests_give_greedy_responses(folder: Path) -> None:
+    """Ten requests share two sequences' memory: they wait, interleave and are preempted."""
     made = load(MIXED, folder, max_num_seqs=2, prefill_chunk=16)
     rng = np.random.default_rng(5)
-    asked = [rng.integers(0, MIXED.vocab, int(n)).tolist() for n in rng.integers(1, 120, 10)]
-    replies = [Reply() for _ in asked]
-    for ids, reply in zip(asked, replies, strict=True):
-        made.submit(ids, GREEDY, reply.take)
-    for ids, reply in zip(asked, replies, strict=True):
-        assert reply.wait().error is None
-        assert len(reply.ids) == 12
-        is_greedy(made, ids, reply.ids)
+    all_prompts = [rng.integers(0, MIXED.vocab, int(n)).tolist() for n in rng.integers(1, 120, 10)]
+    responses = [Response() for _ in all_prompts]
+    for ids, response in zip(all_prompts, responses, strict=True):
+        made.submit(ids, GREEDY, response.on_event)
+    for ids, response in zip(all_prompts, responses, strict=True):
+        assert response.wait().error is None
+        assert len(response.ids) == 12
+        is_greedy(made, ids, response.ids)
     made.close()
 
 
-def test_a_seed_gives_the_same_reply_twice(engine: Engine) -> None:
+def test_a_seed_gives_the_same_response_twice(engine: Engine) -> None:
     ids = prompt(MIXED).tolist()
     params = SamplingParams(temperature=1.0, seed=3, ignore_eos=True, max_tokens=30)
-    first = say(engine, ids, params)
-    assert say(engine, ids, params) == first
+    first = generate(engine, ids, params)
+    assert generate(engine, ids, params) == first
     other = SamplingParams(temperature=1.0, seed=4, ignore_eos=True, max_tokens=30)
-    assert say(engine, ids, other) != first
+    assert generate(engine, ids, other) != first
 
 
-def test_perplexity_is_the_same_through_both_paths(engine: Engine) -> None:
+def test_perplexity_by_prefill_equals_perplexity_by_decode(engine: Engine) -> None:
     ids = np.random.default_rng(1).integers(0, MIXED.vocab, 330).tolist()
     prefill, decode = (perplexity(engine, ids, 64, path) for path in ("prefill", "decode"))
     assert prefill["tokens"] == decode["tokens"] == 5 * 63
@@ -142,24 +144,24 @@ def test_perplexity_is_the_same_through_both_paths(engine: Engine) -> None:
     assert perplexity(engine, ids[:64], 64)["nll"] == pytest.approx(first, rel=1e-5)
 
 
-def test_every_routed_expert_is_counted_as_hit_or_fetched(folder: Path) -> None:
+def test_every_routed_expert_is_counted_as_hit_or_miss(folder: Path) -> None:
     made = load(MIXED, folder, expert_slots=4)
     ids = prompt(MIXED).tolist()
-    say(made, ids)
+    generate(made, ids)
     experts = made.status()["experts"]
     made.close()
-    computed = len(ids) + 12 - 1  # the last token is not read
+    num_computed = len(ids) + 12 - 1  # the last token is not computed
     layers, top_k = len(MIXED.kinds), MIXED.experts[1]
-    assert experts["routed"] == computed * layers * top_k
+    assert experts["routed"] == num_computed * layers * top_k
     assert experts["hit"] + experts["missed"] == experts["routed"]
     assert 0 < experts["missed"] < experts["routed"]
 
 
-# -- the plan holds --------------------------------------------------------------------------------
+# -- memory plan -----------------------------------------------------------------------------------
 
 
 class CountingOps(ReferenceOps):
-    """Counts the bytes that are asked for."""
+    """Counts allocated bytes."""
 
     allocated = 0
 
@@ -195,7 +197,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> type[CountingOps]:
     ],
 )
 @pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
-def test_what_is_allocated_is_what_was_planned(
+def test_allocated_bytes_equal_planned_bytes(
     folder: Path, counted: type[CountingOps], case: Case, options: dict[str, Any]
 ) -> None:
     made = load(case, folder, **options)
@@ -209,7 +211,7 @@ def test_what_is_allocated_is_what_was_planned(
 def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -> None:
     made = load(MIXED, folder, expert_slots=3)
     before = counted.allocated
-    say(made, prompt(MIXED).tolist())
+    generate(made, prompt(MIXED).tolist())
     made.logits([1, 2, 3])
     made.close()
     assert counted.allocated == before > 0
@@ -219,13 +221,13 @@ def test_serving_allocates_no_arrays(folder: Path, counted: type[CountingOps]) -
     "options",
     [{"ram": 1}, {"expert_slots": 1}, {"context": 2049}, {"max_num_seqs": 9, "prefill_chunk": 8}],
 )
-def test_a_plan_that_fails_has_allocated_and_read_nothing(
+def test_a_refused_plan_allocates_and_reads_nothing(
     folder: Path,
     counted: type[CountingOps],
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, int],
 ) -> None:
-    load(MIXED, folder).close()  # packed now
+    load(MIXED, folder).close()  # packs the model
     counted.allocated = 0
     read: list[str] = []
     for method in ("tensor", "all_records", "read_records"):
@@ -237,7 +239,7 @@ def test_a_plan_that_fails_has_allocated_and_read_nothing(
 
 
 class Spilling:
-    """A GPU that keeps so much in host memory, try by try."""
+    """A GPU that spills these bytes to host memory, one value per attempt."""
 
     def __init__(self, *spilled: int) -> None:
         self.spilled, self.memory_gb_s = list(spilled), 1500.0
@@ -247,24 +249,24 @@ class Spilling:
 def allocate(
     monkeypatch: pytest.MonkeyPatch, folder: Path, *spilled: int
 ) -> tuple[list[int], list[int], Any]:
-    """Slots that were asked for and allocated, try by try, and the loader's own try."""
-    one = loader.Loader(
+    """Planned and allocated slots per attempt, and a function that runs the loader's attempts."""
+    attempt = loader.Loader(
         folder / MIXED.name,
         "cpu",
         cache_dir=str(folder / "cache"),
         gpu_expert_bits=16,
         expert_slots=6,
     )
-    card = Spilling(*spilled)
-    one.gpu = cast(Any, card)
+    spilling_gpu = Spilling(*spilled)
+    attempt.gpu = cast(Any, spilling_gpu)
     monkeypatch.setattr(loader, "spilled_bytes", lambda gpu: gpu.spilled.pop(0))
     planned, made = [], []
 
     def plan(packed: Any, options: Any, *rest: Any) -> MemoryPlan:
         planned.append(options.expert_slots)
-        card_machine = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
+        hardware_info = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
-        return make_plan(packed.config, packed.record, weights, options, card_machine)
+        return make_plan(packed.config, packed.record, weights, options, hardware_info)
 
     def runner(self: Any, plan: MemoryPlan, options: Any, heat: None) -> Any:
         made.append(plan.expert_slots)
@@ -273,43 +275,43 @@ def allocate(
     monkeypatch.setattr(loader, "memory_plan", plan)
     monkeypatch.setattr(loader, "hardware_of", lambda *what: None)
     monkeypatch.setattr(loader.Loader, "_runner", runner)
-    first = plan(one.packed, one.options)
+    first = plan(attempt.packed, attempt.options)
     planned.clear()
-    return planned, made, lambda: one._allocate(first, one.options, None)
+    return planned, made, lambda: attempt._allocate(first, attempt.options, None)
 
 
-def test_what_the_driver_has_spilled_is_given_up_as_slots(
+def test_spilled_bytes_are_replaced_by_fewer_slots(
     monkeypatch: pytest.MonkeyPatch, folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    load(MIXED, folder).close()  # packed now
-    planned, made, go = allocate(monkeypatch, folder, 1000, 0)
-    plan, _ = go()
+    load(MIXED, folder).close()  # packs the model
+    planned, made, run = allocate(monkeypatch, folder, 1000, 0)
+    plan, _ = run()
     assert (planned, made, plan.expert_slots) == ([5], [6, 5], 5)
     assert "5 expert slots" in caplog.text and "1500 GB/s" in caplog.text
-    planned, made, go = allocate(monkeypatch, folder, 0)
-    plan, _ = go()
+    planned, made, run = allocate(monkeypatch, folder, 0)
+    plan, _ = run()
     assert (planned, made, plan.expert_slots) == ([], [6], 6)
 
 
-def test_a_driver_that_spills_whatever_is_tried_is_told(
+def test_a_driver_that_spills_at_every_attempt_is_an_error(
     monkeypatch: pytest.MonkeyPatch, folder: Path
 ) -> None:
     load(MIXED, folder).close()
-    _, made, go = allocate(monkeypatch, folder, *[100] * 9)
+    _, made, run = allocate(monkeypatch, folder, *[100] * 9)
     with pytest.raises(OutOfMemory, match="host memory"):
-        go()
+        run()
     assert len(made) == loader.SPILL_TRIES
 
 
 # -- options and names -----------------------------------------------------------------------------
 
 
-def test_an_option_that_there_is_not_is_refused_by_name(tmp_path: Path) -> None:
+def test_an_unknown_option_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="kv_dtipe"):
         loader.load(tmp_path, kv_dtipe="f32")
 
 
-def test_a_gpu_that_is_asked_for_and_not_there_is_said_to_be_missing(folder: Path) -> None:
+def test_a_requested_gpu_that_is_missing_raises_no_device(folder: Path) -> None:
     from osmium.cuda.driver import Device
 
     try:
@@ -322,7 +324,7 @@ def test_a_gpu_that_is_asked_for_and_not_there_is_said_to_be_missing(folder: Pat
         loader.load(folder / MIXED.name, device="gpu")
 
 
-def test_a_gpu_that_cannot_be_used_does_not_lead_to_the_cpu(
+def test_an_unusable_gpu_does_not_fall_back_to_the_cpu(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fails() -> None:
@@ -334,7 +336,7 @@ def test_a_gpu_that_cannot_be_used_does_not_lead_to_the_cpu(
 
 
 @pytest.mark.parametrize(("version", "level"), [(None, "INFO"), (13000, "WARNING")])
-def test_running_on_the_cpu_beside_a_gpu_that_is_too_old_is_logged(
+def test_using_the_cpu_next_to_an_unsupported_gpu_is_logged(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     version: int | None,
@@ -353,7 +355,7 @@ def test_running_on_the_cpu_beside_a_gpu_that_is_too_old_is_logged(
         select.open_gpu(EngineConfig(device="gpu"))
 
 
-def test_the_public_names_are_there() -> None:
+def test_public_names_exist() -> None:
     for name in osmium.__all__:
         assert getattr(osmium, name).__name__ == name
     with pytest.raises(AttributeError, match="nothing_of_the_kind"):
@@ -366,19 +368,19 @@ def test_importing_the_package_loads_no_numpy() -> None:
     assert out.stdout.split() == ["False", "True"]
 
 
-# -- what is looked at before weights --------------------------------------------------------------
+# -- checks before weights -------------------------------------------------------------------------
 
 
 @pytest.fixture
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of calls that would have read weights."""
+    """Records the calls that would read weights."""
     read: list[str] = []
 
-    def noted(method: str) -> Any:
+    def recorder(method: str) -> Any:
         return lambda self, *args, **named: read.append(method)
 
     for method in ("tensor", "all_records", "read_records", "reading"):
-        monkeypatch.setattr(PackedModel, method, noted(method))
+        monkeypatch.setattr(PackedModel, method, recorder(method))
     monkeypatch.setattr("osmium.weights.write_packed", lambda *args: read.append("write_packed"))
     return read
 
@@ -399,7 +401,7 @@ TEXT = {"tokenizer.json": byte_level_json(), "chat_template.jinja": TEMPLATE.enc
         ({**TEXT, "generation_config.json": b"{"}, [], "generation_config.json"),
     ],
 )
-def test_text_files_that_are_missing_or_damaged_are_found_before_weights_are_read(
+def test_missing_or_damaged_text_files_are_refused_before_weights_are_read(
     tmp_path: Path,
     request: pytest.FixtureRequest,
     packed: bool,
@@ -412,7 +414,7 @@ def test_text_files_that_are_missing_or_damaged_are_found_before_weights_are_rea
     for name, raw in files.items():
         (folder / name).write_bytes(raw)
     options: dict[str, Any] = {"gpu_expert_bits": 16, "cache_dir": str(tmp_path / "cache")}
-    if packed and "generation_config.json" not in files:  # that one is read to pack
+    if packed and "generation_config.json" not in files:  # packing reads that one
         open_model(folder, EngineConfig(**options))
     read = request.getfixturevalue("no_weights")
     with pytest.raises(CheckpointError, match=named):
@@ -420,7 +422,7 @@ def test_text_files_that_are_missing_or_damaged_are_found_before_weights_are_rea
     assert read == []
 
 
-def test_a_model_with_its_text_files_has_what_is_needed(tmp_path: Path) -> None:
+def test_a_model_with_text_files_has_a_tokenizer_and_a_template(tmp_path: Path) -> None:
     folder = tmp_path / "model"
     write_checkpoint(MIXED, folder)
     for name, raw in TEXT.items():
@@ -436,12 +438,12 @@ def test_a_model_with_its_text_files_has_what_is_needed(tmp_path: Path) -> None:
 # -- the demo's context ----------------------------------------------------------------------------
 
 
-def test_the_demo_takes_a_longer_context_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_demo_accepts_a_longer_context_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     made = osmium.load("demo", "cpu", context=32768)
-    longer = [one % 8000 for one in range(4200)]
-    reply = list(made.generate(longer, SamplingParams(max_tokens=4, ignore_eos=True)))
+    longer = [attempt % 8000 for attempt in range(4200)]
+    response = list(made.generate(longer, SamplingParams(max_tokens=4, ignore_eos=True)))
     made.close()
-    assert len(reply) == 4
+    assert len(response) == 4
     (warning,) = caplog.records
     assert "32768" in warning.getMessage() and "4096" in warning.getMessage()
     assert made.context == 32768
@@ -451,12 +453,12 @@ def test_the_demo_takes_a_longer_context_with_a_warning(caplog: pytest.LogCaptur
     assert made.context == 4096 and not caplog.records
 
 
-def test_a_context_beyond_all_reason_is_refused_of_the_demo() -> None:
+def test_the_demo_refuses_an_absurd_context() -> None:
     with pytest.raises(ConfigError, match="4096"):
         osmium.load(None, "cpu", context=1 << 30)
 
 
-def test_other_models_keep_to_the_context_that_they_were_made_for(tmp_path: Path) -> None:
+def test_other_models_refuse_more_than_their_own_context(tmp_path: Path) -> None:
     copy = tmp_path / "copy.osmium"
     copy.write_bytes(DEMO.read_bytes())
     with pytest.raises(ConfigError, match="32768"):

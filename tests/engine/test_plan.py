@@ -1,4 +1,4 @@
-"""The memory plan: arithmetic that holds, and refusals that come before anything is allocated."""
+"""The memory plan: consistent sums, and refusals before anything is allocated."""
 
 import json
 import re
@@ -35,9 +35,9 @@ MODEL = ModelConfig(
     num_experts=256, top_k=8, moe_intermediate_size=1024, shared_intermediate_size=1024, eps=1e-6,
     max_context=262144, tie_word_embeddings=False, eos_token_ids=(1,),
 )  # fmt: skip
-"""The shapes of a model that is larger than any card."""
+"""The shapes of a model larger than any card."""
 
-RECORD = ExpertLayout(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
+LAYOUT = ExpertLayout(4, MODEL.hidden_size, MODEL.moe_intermediate_size)
 
 WEIGHTS = [("embed", 2 * MODEL.vocab_size * MODEL.hidden_size), ("head", GIB), ("layers", 6 * GIB)]
 
@@ -47,7 +47,7 @@ LAPTOP = HardwareInfo(False, ram_available=100 * GIB, ram_total=128 * GIB)
 
 
 def plan(machine: HardwareInfo = CARD, model: ModelConfig = MODEL, **options: Any) -> MemoryPlan:
-    return make_plan(model, RECORD, WEIGHTS, EngineConfig(**options), machine)
+    return make_plan(model, LAYOUT, WEIGHTS, EngineConfig(**options), machine)
 
 
 # -- what fits -------------------------------------------------------------------------------------
@@ -62,32 +62,32 @@ def plan(machine: HardwareInfo = CARD, model: ModelConfig = MODEL, **options: An
     ],
 )  # fmt: skip
 def test_the_parts_never_sum_to_more_than_the_limit(options: dict[str, Any]) -> None:
-    made = plan(**options)
-    assert sum(made.vram.values()) <= made.vram_limit
-    assert sum(made.ram.values()) <= made.ram_limit
-    assert MODEL.top_k <= made.expert_slots <= MODEL.num_experts
+    result = plan(**options)
+    assert sum(result.vram.values()) <= result.vram_limit
+    assert sum(result.ram.values()) <= result.ram_limit
+    assert MODEL.top_k <= result.expert_slots <= MODEL.num_experts
 
 
-def test_slots_take_all_that_is_left() -> None:
-    made = plan()
-    assert made.vram["expert slots"] == cache_bytes(
-        RECORD, MODEL.num_layers, MODEL.num_experts, made.expert_slots
+def test_expert_slots_take_all_remaining_vram() -> None:
+    result = plan()
+    assert result.vram["expert slots"] == cache_bytes(
+        LAYOUT, MODEL.num_layers, MODEL.num_experts, result.expert_slots
     )
-    one_more = MODEL.num_layers * (RECORD.nbytes + 4)
-    assert sum(made.vram.values()) + one_more > made.vram_limit
-    assert 0 < made.expert_slots < MODEL.num_experts
+    one_more = MODEL.num_layers * (LAYOUT.nbytes + 4)
+    assert sum(result.vram.values()) + one_more > result.vram_limit
+    assert 0 < result.expert_slots < MODEL.num_experts
 
 
-def test_a_smaller_budget_leaves_fewer_slots_and_nothing_else_changes() -> None:
+def test_a_smaller_budget_changes_only_slots_and_reserve() -> None:
     small, large = plan(vram=20 * GIB), plan(vram=30 * GIB)
     assert small.expert_slots < large.expert_slots
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
-    assert changed == {"expert slots", "reserve"}  # the reserve is a share of the budget
+    assert changed == {"expert slots", "reserve"}  # the reserve is a fraction of the budget
     assert small.hit_rate < large.hit_rate
 
 
-def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
-    """2 % of what is free, for other programs too; 1 % of what --vram says."""
+def test_an_explicit_vram_limit_has_a_smaller_reserve() -> None:
+    """2 % of free VRAM, which other programs use too; 1 % of --vram."""
     limit = CARD.vram_free + CUDA_CONTEXT_BYTES
     assert plan().vram["reserve"] == limit // 50
     assert plan(vram=limit).vram["reserve"] == limit // 100
@@ -96,17 +96,17 @@ def test_less_is_kept_back_of_vram_that_the_user_gives() -> None:
 
 def test_a_model_that_fits_needs_no_host_experts() -> None:
     few = replace(MODEL, layer_types=MODEL.layer_types[:4])
-    made = plan(model=few)
-    assert made.expert_slots == few.num_experts
-    assert made.hit_rate == 1
-    assert "host experts" not in made.ram
-    assert plan().ram["host experts"] == MODEL.num_layers * MODEL.num_experts * RECORD.nbytes
+    result = plan(model=few)
+    assert result.expert_slots == few.num_experts
+    assert result.hit_rate == 1
+    assert "host experts" not in result.ram
+    assert plan().ram["host experts"] == MODEL.num_layers * MODEL.num_experts * LAYOUT.nbytes
 
 
-def test_pages_hold_a_context_and_more_where_asked() -> None:
-    made = plan(context=10_000, page_size=64)
-    assert (made.num_pages, made.table_pages) == (157, 157)
-    assert made.vram["KV cache"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
+def test_kv_pages_hold_one_context_or_the_requested_size() -> None:
+    result = plan(context=10_000, page_size=64)
+    assert (result.num_pages, result.table_pages) == (157, 157)
+    assert result.vram["KV cache"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
     more = plan(context=10_000, page_size=64, kv_cache_mb=2048)
     assert (
         more.vram["KV cache"]
@@ -116,27 +116,27 @@ def test_pages_hold_a_context_and_more_where_asked() -> None:
     assert more.table_pages == 157
 
 
-def test_the_context_is_the_models_up_to_a_sane_length() -> None:
+def test_the_default_context_is_the_models_up_to_32768() -> None:
     assert plan().context == 32768
     assert plan(model=replace(MODEL, max_context=5000)).context == 5000
 
 
-def test_short_steps_hold_fewer_sequences_unless_told_otherwise() -> None:
+def test_the_default_number_of_sequences_is_at_most_the_chunk() -> None:
     assert [plan(prefill_chunk=n).max_num_seqs for n in (1, 3, 512)] == [1, 3, 4]
     assert plan(prefill_chunk=8, max_num_seqs=8).max_num_seqs == 8
 
 
-def test_without_hot_experts_every_layer_has_top_k_slots() -> None:
+def test_without_an_expert_cache_every_layer_has_top_k_slots() -> None:
     assert plan(enable_expert_cache=False).expert_slots == MODEL.top_k
 
 
 def test_a_cpu_needs_no_vram_and_keeps_f32() -> None:
-    made = plan(LAPTOP)
-    assert (made.device, made.vram, made.kv_dtype) == ("cpu", {}, "f32")
+    result = plan(LAPTOP)
+    assert (result.device, result.vram, result.kv_dtype) == ("cpu", {}, "f32")
     assert plan().kv_dtype == "fp8_e4m3"
 
 
-def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
+def test_an_e4m3_token_takes_half_of_bf16_plus_scales() -> None:
     sizes = {kind: plan(kv_dtype=kind).vram["KV cache"] for kind in ("fp8_e4m3", "bf16")}
     dim = MODEL.head_dim
     assert sizes["bf16"] * (dim + 2) == sizes["fp8_e4m3"] * 2 * dim
@@ -144,19 +144,19 @@ def test_a_token_of_e4m3_is_half_of_bf16_and_its_scales() -> None:
     assert laptop == sizes
 
 
-def test_a_plan_can_be_read_by_people_and_by_programs() -> None:
-    made = plan()
-    text = made.table()
-    for name in (*made.vram, *made.ram):
+def test_a_plan_prints_as_a_table_and_as_json() -> None:
+    result = plan()
+    text = result.table()
+    for name in (*result.vram, *result.ram):
         assert name in text
     assert "estimate" in text
-    read = json.loads(json.dumps(made.as_dict()))
-    assert read["expert_slots"] == made.expert_slots
-    assert read["vram_bytes"] == made.vram
+    read = json.loads(json.dumps(result.as_dict()))
+    assert read["expert_slots"] == result.expert_slots
+    assert read["vram_bytes"] == result.vram
     assert 0 < read["expected_hit_rate"] < 1
 
 
-def test_the_expected_hit_rate_rises_with_the_slots() -> None:
+def test_the_expected_hit_rate_rises_with_slots() -> None:
     rates = [replace(plan(), expert_slots=slots).hit_rate for slots in range(MODEL.num_experts + 1)]
     assert rates == sorted(rates)
     assert (rates[0], rates[-1]) == (0, 1)
@@ -165,90 +165,90 @@ def test_the_expected_hit_rate_rises_with_the_slots() -> None:
 MEASURED = replace(CARD, link_gb_s=50.0, memory_gb_s=1500.0)
 
 
-def test_more_slots_buy_more_and_the_plan_is_one_of_the_rows() -> None:
-    made = plan(MEASURED)
-    rows = made.slot_estimates()
+def test_estimates_improve_with_slots_and_include_the_plan() -> None:
+    result = plan(MEASURED)
+    rows = result.slot_estimates()
     assert [row.gib for row in rows] == [-4, -2, 0, 2, 4, 8]
-    (own,) = [row for row in rows if row.gib == 0]
-    assert (own.expert_slots, own.hit_rate) == (made.expert_slots, made.hit_rate)
+    (current,) = [row for row in rows if row.gib == 0]
+    assert (current.expert_slots, current.hit_rate) == (result.expert_slots, result.hit_rate)
     for less, more in pairwise(rows):
         assert less.expert_slots < more.expert_slots
         assert less.missed_mb_per_token > more.missed_mb_per_token
         assert less.tokens_per_s is not None and more.tokens_per_s is not None
         assert less.tokens_per_s < more.tokens_per_s
-    gained = (rows[-1].expert_slots - own.expert_slots) * MODEL.num_layers * (RECORD.nbytes + 4)
-    assert abs(gained - 8 * GIB) <= MODEL.num_layers * (RECORD.nbytes + 4)
+    gained = (rows[-1].expert_slots - current.expert_slots) * MODEL.num_layers * (LAYOUT.nbytes + 4)
+    assert abs(gained - 8 * GIB) <= MODEL.num_layers * (LAYOUT.nbytes + 4)
 
 
 def test_the_estimate_is_its_formula() -> None:
-    made = plan(MEASURED)
-    used = MODEL.num_layers * MODEL.top_k * RECORD.nbytes
+    result = plan(MEASURED)
+    used = MODEL.num_layers * MODEL.top_k * LAYOUT.nbytes
     weights = sum(size for name, size in WEIGHTS if name != "embed")
     states = 2 * state_bytes(MODEL, 0, 64, 1, "bf16")
     context = 1024 * state_bytes(MODEL, 1, 64, 0, "fp8_e4m3") // 64
     vram = (weights + used + states + context) / (VRAM_SHARE * 1500e9)
     gpu = vram + MODEL.num_layers * LAYER_US / 1e6
-    link = (1 - made.hit_rate) * used / (LINK_SHARE * 50e9)
+    link = (1 - result.hit_rate) * used / (LINK_SHARE * 50e9)
     seconds = gpu + MODEL.num_layers * MISS_LAYER_US / 1e6 + link - HIDDEN * min(gpu, link)
-    assert made.expected_tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
-    (own,) = [row for row in made.slot_estimates() if row.gib == 0]
-    assert own.tokens_per_s == made.expected_tokens_per_s
-    assert own.missed_mb_per_token == pytest.approx((1 - made.hit_rate) * used / 1e6)
-    longer = made.tokens_per_s_at(32768)
+    assert result.expected_tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
+    (current,) = [row for row in result.slot_estimates() if row.gib == 0]
+    assert current.tokens_per_s == result.expected_tokens_per_s
+    assert current.missed_mb_per_token == pytest.approx((1 - result.hit_rate) * used / 1e6)
+    longer = result.tokens_per_s_at(32768)
     assert longer is not None and longer < 1 / seconds
 
 
-def test_prefetch_is_planned_where_kernels_copy_in_bulk_and_experts_are_missed() -> None:
+def test_prefetch_is_planned_with_bulk_copies_and_missed_experts() -> None:
     hopper = replace(MEASURED, capability=(9, 0))
     assert plan(hopper).prefetch
     fast, slow = plan(hopper).expected_tokens_per_s, plan(MEASURED).expected_tokens_per_s
     assert fast is not None and slow is not None and fast > slow
     few = replace(MODEL, layer_types=MODEL.layer_types[:4])
-    for made in (
+    for result in (
         plan(replace(MEASURED, capability=(8, 9))),
         plan(hopper, prefetch=False),
         plan(hopper, enable_expert_cache=False),
         plan(hopper, few),
         plan(LAPTOP),
     ):
-        assert not made.prefetch
+        assert not result.prefetch
 
 
-def test_what_was_not_measured_is_not_estimated() -> None:
-    made = plan()
-    assert made.expected_tokens_per_s is None
-    assert all(row.tokens_per_s is None for row in made.slot_estimates())
-    assert "GB/s" not in made.table()
+def test_without_measured_rates_nothing_is_estimated() -> None:
+    result = plan()
+    assert result.expected_tokens_per_s is None
+    assert all(row.tokens_per_s is None for row in result.slot_estimates())
+    assert "GB/s" not in result.table()
     assert "GB/s" in plan(MEASURED).table()
     assert plan(LAPTOP).slot_estimates() == []
     assert plan(LAPTOP).expected_tokens_per_s is None
 
 
-def test_a_table_ends_where_all_is_resident_or_nothing_is_left() -> None:
+def test_the_estimates_end_at_full_residency_and_at_no_slots() -> None:
     few = replace(MODEL, layer_types=MODEL.layer_types[:4])
     assert {row.gib for row in plan(MEASURED, few).slot_estimates()} == {-4, -2, 0}
     tight = plan(MEASURED, expert_slots=8)
     assert [row.gib for row in tight.slot_estimates()] == [0, 2, 4, 8]
 
 
-def test_slots_make_room_for_what_was_spilled() -> None:
-    made = plan()
-    each = MODEL.num_layers * (RECORD.nbytes + 4)
-    assert made.fewer_slots(1) == made.expert_slots - 1
-    assert made.fewer_slots(3 * each) == made.expert_slots - 3
-    assert made.fewer_slots(3 * each + 1) == made.expert_slots - 4
+def test_fewer_slots_compensate_for_spilled_bytes() -> None:
+    result = plan()
+    each = MODEL.num_layers * (LAYOUT.nbytes + 4)
+    assert result.fewer_slots(1) == result.expert_slots - 1
+    assert result.fewer_slots(3 * each) == result.expert_slots - 3
+    assert result.fewer_slots(3 * each + 1) == result.expert_slots - 4
     with pytest.raises(ConfigError, match=r"30\.00 GiB"):
-        made.fewer_slots(30 * GIB)
+        result.fewer_slots(30 * GIB)
 
 
-def test_a_card_that_lacks_a_little_is_told_how_little() -> None:
-    """Just enough is planned; a MiB less than that is refused, with both numbers."""
-    least = next(
+def test_a_slightly_too_small_card_is_refused_with_both_sizes() -> None:
+    """The smallest sufficient size is planned; one MiB less is refused with both numbers."""
+    smallest = next(
         size for size in range(8 * GIB, 31 * GIB, 1 << 20) if _fits(vram=size)
     )  # the reserve is a share of the budget: no formula
-    assert plan(vram=least).expert_slots == MODEL.top_k
+    assert plan(vram=smallest).expert_slots == MODEL.top_k
     with pytest.raises(DoesNotFit) as caught:
-        plan(vram=least - (1 << 20))
+        plan(vram=smallest - (1 << 20))
     need, left = re.findall(r"(\d+\.\d+) GiB", str(caught.value))[:2]
     assert 0 <= float(need) - float(left) <= 0.01
     assert 0 < caught.value.need - caught.value.limit <= 2 << 20
@@ -264,7 +264,7 @@ def _fits(**options: Any) -> bool:
     return True
 
 
-# -- what does not fit -----------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def _fits(**options: Any) -> bool:
         (LAPTOP, {"ram": 1 << 20}, ["host memory"]),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_numbers(
+def test_a_plan_that_does_not_fit_is_refused_with_its_numbers(
     machine: HardwareInfo, options: dict[str, Any], named: list[str]
 ) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -294,35 +294,35 @@ def test_what_does_not_fit_is_refused_with_the_numbers(
         assert word in str(caught.value)
 
 
-def test_the_kv_cache_that_is_asked_for_is_enough() -> None:
+def test_the_suggested_kv_cache_size_is_the_smallest_sufficient() -> None:
     with pytest.raises(ConfigError, match=r"Raise it to (\d+)") as caught:
         plan(kv_cache_mb=100, context=32768)
-    raised = int(str(caught.value).split("Raise it to ")[1].split(",")[0])
-    assert plan(kv_cache_mb=raised, context=32768).num_pages * 64 >= 32768
+    suggested = int(str(caught.value).split("Raise it to ")[1].split(",")[0])
+    assert plan(kv_cache_mb=suggested, context=32768).num_pages * 64 >= 32768
     with pytest.raises(ConfigError):
-        plan(kv_cache_mb=raised - 1, context=32768)
+        plan(kv_cache_mb=suggested - 1, context=32768)
 
 
-def test_a_context_that_nobody_says_is_what_the_keys_and_values_hold() -> None:
-    made = plan(kv_cache_mb=100)
-    assert made.context == made.num_pages * 64 < 32768
+def test_the_default_context_is_limited_by_the_kv_cache() -> None:
+    result = plan(kv_cache_mb=100)
+    assert result.context == result.num_pages * 64 < 32768
     assert plan(kv_cache_mb=4096).context == 32768 < plan(kv_cache_mb=4096).num_pages * 64
 
 
-def test_a_part_of_the_ram_is_kept_unless_told_otherwise() -> None:
+def test_some_ram_is_kept_free_by_default() -> None:
     free = 64 * GIB
     big = replace(LAPTOP, ram_available=free, ram_total=128 * GIB)
     small = replace(LAPTOP, ram_available=7 * GIB, ram_total=8 * GIB)
     few = replace(MODEL, layer_types=MODEL.layer_types[:4], num_experts=16)
     weights = [("embed", 1 << 20)]
     options = EngineConfig(context=512, prefill_chunk=16)
-    assert make_plan(few, RECORD, weights, options, big).ram_limit == free - 128 * GIB // 10
-    assert make_plan(few, RECORD, weights, options, small).ram_limit == 5 * GIB
-    told = replace(options, ram=63 * GIB)
-    assert make_plan(few, RECORD, weights, told, big).ram_limit == 63 * GIB
+    assert make_plan(few, LAYOUT, weights, options, big).ram_limit == free - 128 * GIB // 10
+    assert make_plan(few, LAYOUT, weights, options, small).ram_limit == 5 * GIB
+    explicit = replace(options, ram=63 * GIB)
+    assert make_plan(few, LAYOUT, weights, explicit, big).ram_limit == 63 * GIB
 
 
-# -- what the machine has --------------------------------------------------------------------------
+# -- hardware --------------------------------------------------------------------------------------
 
 
 def write(folder: Path, **files: object) -> None:
@@ -334,54 +334,52 @@ def write(folder: Path, **files: object) -> None:
 MIB = 1 << 20
 
 
-def test_without_limits_the_systems_memory_is_the_machines(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.write_text("0::/user\n")
+def test_without_cgroup_limits_available_ram_is_the_systems(tmp_path: Path) -> None:
+    current = tmp_path / "own"
+    current.write_text("0::/user\n")
     write(tmp_path / "user", memory__max="max", memory__current=5)
-    available, total = available_ram(tmp_path, own)
+    available, total = available_ram(tmp_path, current)
     assert total == psutil.virtual_memory().total
     assert 0 < available <= total
 
 
 @pytest.mark.parametrize("where", ["a/b", "a", ""])
-def test_a_cgroup_limit_holds_wherever_above_the_process_it_stands(
-    tmp_path: Path, where: str
-) -> None:
-    own = tmp_path / "own"
-    own.write_text("0::/a/b\n")
+def test_a_cgroup_limit_of_any_ancestor_holds(tmp_path: Path, where: str) -> None:
+    current = tmp_path / "own"
+    current.write_text("0::/a/b\n")
     write(tmp_path / "a/b", memory__max="max", memory__current=MIB)
     write(tmp_path / where, memory__max=100 * MIB, memory__current=30 * MIB)
-    assert available_ram(tmp_path, own) == (70 * MIB, 100 * MIB)
+    assert available_ram(tmp_path, current) == (70 * MIB, 100 * MIB)
 
 
 def test_cached_files_count_as_available(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.write_text("0::/\n")
+    current = tmp_path / "own"
+    current.write_text("0::/\n")
     stat = f"anon 1\nfile {60 * MIB}\ninactive_file {50 * MIB}"
     write(tmp_path, memory__max=100 * MIB, memory__current=90 * MIB, memory__stat=stat)
-    assert available_ram(tmp_path, own) == (60 * MIB, 100 * MIB)
+    assert available_ram(tmp_path, current) == (60 * MIB, 100 * MIB)
 
 
-def test_version_one_of_cgroups_is_read_too(tmp_path: Path) -> None:
-    own = tmp_path / "own"
-    own.write_text("9:name=systemd:/\n4:cpu,memory:/job\n1:cpu:/\n")
+def test_cgroup_v1_limits_are_read(tmp_path: Path) -> None:
+    current = tmp_path / "own"
+    current.write_text("9:name=systemd:/\n4:cpu,memory:/job\n1:cpu:/\n")
     write(
         tmp_path / "memory/job",
         memory__limit_in_bytes=100 * MIB,
         memory__usage_in_bytes=80 * MIB,
         memory__stat=f"inactive_file 1\ntotal_inactive_file {20 * MIB}",
     )
-    assert available_ram(tmp_path, own) == (40 * MIB, 100 * MIB)
+    assert available_ram(tmp_path, current) == (40 * MIB, 100 * MIB)
 
 
-def test_a_containers_limit_at_the_top_holds_though_its_own_path_is_not_there(
+def test_a_containers_root_limit_holds_without_its_own_path(
     tmp_path: Path,
 ) -> None:
-    own = tmp_path / "own"
-    own.write_text("0::/docker/0123\n")
+    current = tmp_path / "own"
+    current.write_text("0::/docker/0123\n")
     write(tmp_path, memory__max=100 * MIB, memory__current=MIB)
-    assert available_ram(tmp_path, own) == (99 * MIB, 100 * MIB)
+    assert available_ram(tmp_path, current) == (99 * MIB, 100 * MIB)
 
 
-def test_no_cgroups_at_all_are_no_limit(tmp_path: Path) -> None:
+def test_without_cgroups_there_is_no_limit(tmp_path: Path) -> None:
     assert available_ram(tmp_path / "none", tmp_path / "no")[1] == psutil.virtual_memory().total

@@ -1,4 +1,4 @@
-"""Seats and turns, without a model: who owns what, who is next, and that nobody is lost."""
+"""KV cache manager and scheduler without a model: ownership of pages and slots, order, progress."""
 
 import numpy as np
 import pytest
@@ -13,79 +13,79 @@ def request(tokens: int) -> Request:
 
 
 def compute(batch: Batch) -> list[Request]:
-    """Do what the engine does with a step; those who now have a new token."""
-    spoke = []
+    """Advance the batch like the engine does; returns the requests with a new token."""
+    with_new_token = []
     for one, count in batch.scheduled:
         one.num_computed_tokens += count
         if one.num_pending_tokens == 0:
             one.tokens.append(2)
-            spoke.append(one)
-    return spoke
+            with_new_token.append(one)
+    return with_new_token
 
 
-# -- seats -----------------------------------------------------------------------------------------
+# -- KV cache manager ------------------------------------------------------------------------------
 
 
 def test_a_request_has_as_many_pages_as_its_tokens_need() -> None:
-    seats, one = KVCacheManager(pages=10, page=4, slots=2), request(9)
-    assert seats.allocate_slot(one)
+    manager, one = KVCacheManager(pages=10, page=4, slots=2), request(9)
+    assert manager.allocate_slot(one)
     for tokens, pages in ((1, 1), (4, 1), (5, 2), (9, 3), (3, 3), (40, 10)):
-        assert seats.allocate_pages(one, tokens)
+        assert manager.allocate_pages(one, tokens)
         assert len(one.pages) == pages
-        assert seats.free_pages == 10 - pages
-    seats.free(one)
-    assert (seats.free_pages, seats.free_slots, one.pages, one.state_slot) == (10, 2, [], -1)
+        assert manager.free_pages == 10 - pages
+    manager.free(one)
+    assert (manager.free_pages, manager.free_slots, one.pages, one.state_slot) == (10, 2, [], -1)
 
 
-def test_growing_past_what_is_free_says_so_and_takes_nothing() -> None:
-    seats, one, two = KVCacheManager(pages=5, page=2, slots=2), request(1), request(1)
-    assert seats.allocate_slot(one) and seats.allocate_pages(one, 6)
-    assert seats.allocate_slot(two) and not seats.allocate_pages(two, 5)
-    assert (two.pages, seats.free_pages) == ([], 2)
-    assert seats.allocate_pages(two, 4)
+def test_allocating_more_than_free_pages_fails_and_takes_none() -> None:
+    manager, one, two = KVCacheManager(pages=5, page=2, slots=2), request(1), request(1)
+    assert manager.allocate_slot(one) and manager.allocate_pages(one, 6)
+    assert manager.allocate_slot(two) and not manager.allocate_pages(two, 5)
+    assert (two.pages, manager.free_pages) == ([], 2)
+    assert manager.allocate_pages(two, 4)
 
 
-def test_there_is_no_seat_without_a_slot() -> None:
-    seats = KVCacheManager(pages=5, page=2, slots=1)
+def test_a_request_without_a_free_slot_is_not_admitted() -> None:
+    manager = KVCacheManager(pages=5, page=2, slots=1)
     one, two = request(1), request(1)
-    assert seats.allocate_slot(one)
-    assert not seats.allocate_slot(two)
+    assert manager.allocate_slot(one)
+    assert not manager.allocate_slot(two)
     assert two.state_slot == -1
-    seats.free(one)
-    assert seats.allocate_slot(two)
+    manager.free(one)
+    assert manager.allocate_slot(two)
 
 
-def test_leaving_twice_gives_nothing_twice() -> None:
-    seats, one = KVCacheManager(pages=5, page=2, slots=2), request(1)
-    assert seats.allocate_slot(one) and seats.allocate_pages(one, 5)
-    seats.free(one)
-    seats.free(one)
-    assert (seats.free_pages, seats.free_slots) == (5, 2)
+def test_freeing_twice_frees_once() -> None:
+    manager, one = KVCacheManager(pages=5, page=2, slots=2), request(1)
+    assert manager.allocate_slot(one) and manager.allocate_pages(one, 5)
+    manager.free(one)
+    manager.free(one)
+    assert (manager.free_pages, manager.free_slots) == (5, 2)
 
 
 def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> None:
-    seats, sitting = KVCacheManager(pages=20, page=3, slots=5), list[Request]()
+    manager, admitted = KVCacheManager(pages=20, page=3, slots=5), list[Request]()
     for _ in range(2000):
-        what = rng.integers(0, 4)
-        if what == 0:
+        action = rng.integers(0, 4)
+        if action == 0:
             one = request(1)
-            assert seats.allocate_slot(one) == (len(sitting) < 5)
+            assert manager.allocate_slot(one) == (len(admitted) < 5)
             if one.state_slot >= 0:
-                sitting.append(one)
-        elif what == 1 and sitting:
-            seats.free(sitting.pop(int(rng.integers(0, len(sitting)))))
-        elif sitting:
-            seats.allocate_pages(
-                sitting[int(rng.integers(0, len(sitting)))], int(rng.integers(1, 30))
+                admitted.append(one)
+        elif action == 1 and admitted:
+            manager.free(admitted.pop(int(rng.integers(0, len(admitted)))))
+        elif admitted:
+            manager.allocate_pages(
+                admitted[int(rng.integers(0, len(admitted)))], int(rng.integers(1, 30))
             )
-        pages = [page for one in sitting for page in one.pages]
-        slots = [one.state_slot for one in sitting]
-        assert len(set(pages)) == len(pages) == 20 - seats.free_pages
-        assert len(set(slots)) == len(slots) == 5 - seats.free_slots
+        pages = [page for one in admitted for page in one.pages]
+        slots = [one.state_slot for one in admitted]
+        assert len(set(pages)) == len(pages) == 20 - manager.free_pages
+        assert len(set(slots)) == len(slots) == 5 - manager.free_slots
         assert set(pages) <= set(range(20)) and set(slots) <= set(range(5))
 
 
-# -- turns -----------------------------------------------------------------------------------------
+# -- scheduler -------------------------------------------------------------------------------------
 
 
 def scheduler(pages: int = 30, page: int = 4, slots: int = 3, chunk: int = 8) -> Scheduler:
@@ -97,109 +97,110 @@ def counts(batch: Batch | None) -> list[int]:
     return [count for _, count in batch.scheduled]
 
 
-def test_nothing_to_do_is_no_step() -> None:
+def test_without_requests_there_is_no_step() -> None:
     assert scheduler().schedule() is None
 
 
-def test_a_prompt_is_read_in_chunks_and_its_last_chunk_gives_a_token() -> None:
-    turns, one = scheduler(), request(19)
-    turns.add(one)
-    seen = []
+def test_a_prompt_is_computed_in_chunks_and_its_last_chunk_gives_a_token() -> None:
+    sched, one = scheduler(), request(19)
+    sched.add(one)
+    steps = []
     for _ in range(5):
-        batch = turns.schedule()
-        seen.append((counts(batch), bool(compute(batch)) if batch else None))
-    assert seen == [([8], False), ([8], False), ([3], True), ([1], True), ([1], True)]
+        batch = sched.schedule()
+        steps.append((counts(batch), bool(compute(batch)) if batch else None))
+    assert steps == [([8], False), ([8], False), ([3], True), ([1], True), ([1], True)]
 
 
-def test_between_two_chunks_everyone_who_decodes_gets_a_token() -> None:
-    turns = scheduler()
-    talkers = [request(1), request(1)]
-    for one in talkers:
-        turns.add(one)
-    batch = turns.schedule()
+def test_every_decoding_request_gets_a_token_between_two_chunks() -> None:
+    sched = scheduler()
+    decoding = [request(1), request(1)]
+    for one in decoding:
+        sched.add(one)
+    batch = sched.schedule()
     assert batch is not None
     compute(batch)
-    turns.add(request(30))
+    sched.add(request(30))
     for wanted in ([8], [1, 1], [8], [1, 1], [8], [1, 1], [6], [1, 1, 1], [1, 1, 1]):
-        batch = turns.schedule()
+        batch = sched.schedule()
         assert counts(batch) == wanted
         assert batch is not None
         compute(batch)
 
 
 def test_requests_wait_in_order_of_arrival() -> None:
-    turns = scheduler(slots=2)
-    four = [request(2) for _ in range(4)]
-    for one in four:
-        turns.add(one)
-    turns.schedule()
-    assert turns.running == four[:2]
-    assert list(turns.waiting) == four[2:]
-    turns.remove(four[1])
-    turns.schedule()
-    assert turns.running == [four[0], four[2]]
-    assert list(turns.waiting) == four[3:]
+    sched = scheduler(slots=2)
+    requests = [request(2) for _ in range(4)]
+    for one in requests:
+        sched.add(one)
+    sched.schedule()
+    assert sched.running == requests[:2]
+    assert list(sched.waiting) == requests[2:]
+    sched.remove(requests[1])
+    sched.schedule()
+    assert sched.running == [requests[0], requests[2]]
+    assert list(sched.waiting) == requests[3:]
 
 
-def test_who_would_only_be_sent_away_again_waits() -> None:
-    """Pages promised to others are as good as taken: no prompt is read only to be forgotten."""
-    turns = scheduler(pages=6, page=4)
+def test_a_request_that_would_be_preempted_at_once_waits() -> None:
+    """Pages reserved for running requests count as taken, so no prompt is computed only to be
+    preempted."""
+    sched = scheduler(pages=6, page=4)
     first, second, third = request(11), request(12), request(3)
     for one in (first, second, third):
-        turns.add(one)
+        sched.add(one)
 
     while len(first.tokens) < 16:
-        batch = turns.schedule()
+        batch = sched.schedule()
         assert batch is not None
         assert [one for one, _ in batch.scheduled] == [first]
         compute(batch)
 
-    assert list(turns.waiting) == [second, third]
-    turns.remove(first)
-    batch = turns.schedule()
-    assert turns.running == [second, third]  # four pages and one, of six
+    assert list(sched.waiting) == [second, third]
+    sched.remove(first)
+    batch = sched.schedule()
+    assert sched.running == [second, third]  # four pages and one, of six
 
 
-def test_a_waiting_request_that_is_removed_does_not_run() -> None:
-    turns = scheduler(slots=1)
-    three = [request(2) for _ in range(3)]
-    for one in three:
-        turns.add(one)
-    turns.schedule()
-    turns.remove(three[1])
-    turns.remove(three[0])
-    turns.schedule()
-    assert turns.running == [three[2]]
+def test_a_removed_waiting_request_does_not_run() -> None:
+    sched = scheduler(slots=1)
+    requests = [request(2) for _ in range(3)]
+    for one in requests:
+        sched.add(one)
+    sched.schedule()
+    sched.remove(requests[1])
+    sched.remove(requests[0])
+    sched.schedule()
+    assert sched.running == [requests[2]]
 
 
-def test_where_pages_run_out_the_last_to_come_makes_room_and_is_next_in_line() -> None:
-    turns = scheduler(pages=4, page=4)
+def test_without_free_pages_the_latest_request_is_preempted_and_queued_first() -> None:
+    sched = scheduler(pages=4, page=4)
     first, second, third = request(7), request(7), request(1)
-    turns.add(first)
-    turns.add(second)
+    sched.add(first)
+    sched.add(second)
     for wanted in ([7], [1], [7]):
-        batch = turns.schedule()
+        batch = sched.schedule()
         assert counts(batch) == wanted
         assert batch is not None
         compute(batch)
-    turns.add(third)
+    sched.add(third)
     assert (len(first.pages), len(second.pages)) == (2, 2)
-    batch = turns.schedule()  # both want to go on, and the ninth token of the first needs a page
+    batch = sched.schedule()  # both are ready, and the first's ninth token needs a page
     assert batch is not None
     assert batch.scheduled == [(first, 1)]
-    assert turns.running == [first]
-    assert list(turns.waiting) == [second, third]
+    assert sched.running == [first]
+    assert list(sched.waiting) == [second, third]
     assert (second.num_computed_tokens, second.pages, second.state_slot) == (0, [], -1)
-    assert len(second.tokens) == 8  # what it said is not forgotten
+    assert len(second.tokens) == 8  # its generated token is kept
 
 
 @pytest.mark.parametrize("pages", [12, 15, 40])
-def test_whatever_comes_everyone_ends_in_a_bounded_number_of_steps(
+def test_every_request_finishes_in_a_bounded_number_of_steps(
     rng: np.random.Generator, pages: int
 ) -> None:
-    """A context is 12 pages of 4: the tightest memory that a plan allows, and roomier ones."""
+    """A context takes 12 pages of 4 tokens: the smallest valid plan, and larger ones."""
     for _ in range(25):
-        turns = scheduler(pages=pages, page=4, slots=3, chunk=int(rng.choice([3, 8, 64])))
+        sched = scheduler(pages=pages, page=4, slots=3, chunk=int(rng.choice([3, 8, 64])))
         lengths = {}
         for _ in range(8):
             one = request(int(rng.integers(1, 40)))
@@ -207,22 +208,22 @@ def test_whatever_comes_everyone_ends_in_a_bounded_number_of_steps(
         arriving = list(lengths)
         for _ in range(5000):
             if arriving and rng.integers(0, 3) == 0:
-                turns.add(arriving.pop(0))
-            batch = turns.schedule()
+                sched.add(arriving.pop(0))
+            batch = sched.schedule()
             if batch is None:
-                if not arriving and not turns.waiting and not turns.running:
+                if not arriving and not sched.waiting and not sched.running:
                     break
                 continue
             owners = [one for one, _ in batch.scheduled]
             assert len(set(owners)) == len(owners) <= 3
-            assert sum(counts(batch)) <= turns.chunk
+            assert sum(counts(batch)) <= sched.chunk
             for one, count in batch.scheduled:
                 assert one.state_slot >= 0
                 assert 1 <= count <= one.num_pending_tokens
                 assert len(one.pages) * 4 >= one.num_computed_tokens + count
             for one in compute(batch):
                 if len(one.tokens) >= lengths[one]:
-                    turns.remove(one)
+                    sched.remove(one)
                     del lengths[one]
         assert not lengths
-        assert (turns.seats.free_pages, turns.seats.free_slots) == (pages, 3)
+        assert (sched.seats.free_pages, sched.seats.free_slots) == (pages, 3)

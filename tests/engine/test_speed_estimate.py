@@ -1,4 +1,4 @@
-"""The estimated speed of decoding, held to what `osmium bench` measured (LOG.md)."""
+"""Estimated decode speed against speeds measured by `osmium bench` (LOG.md)."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ LARGE, SMALL = "qwen3.5-122b-a10b", "qwen3.5-35b-a3b"
 H100 = HardwareInfo(
     True, 79 * GIB, 80 * GIB, 120 * GIB, 128 * GIB, 50.5 / LINK_SHARE, 2980, (9, 0), "H100"
 )
-"""Rates are those of the log: 50.5 and 51 GB/s by the fetch kernel, VRAM by a copy."""
+"""Measured rates: 50.5 and 51 GB/s by the fetch kernel, VRAM by a copy."""
 
 H200 = HardwareInfo(
     True, 139 * GIB, 141 * GIB, 120 * GIB, 128 * GIB, 51.0 / LINK_SHARE, 4160, (9, 0), "H200"
@@ -32,7 +32,7 @@ CARD_12: dict[str, Any] = {"vram": 12 * GIB}
 NO_PREFETCH: dict[str, Any] = {"prefetch": False}
 
 WIDE = {200: 15148, 500: 38016, 1000: 76089, 1500: 114220, 2000: 152294, 3400: 235929}
-"""Context by MiB of KV cache."""
+"""Context tokens by MiB of KV cache."""
 
 MEASURED = [
     # model, options, tokens of context, tok/s
@@ -94,8 +94,8 @@ def plan(hardware: HardwareInfo, model: str, options: dict[str, Any], context: i
     [*((row, 0.075) for row in MEASURED), *((row, ERROR) for row in HELD_OUT)],
     ids=lambda of: of if isinstance(of, float) else "-".join(map(str, (of[0].name, *of[1:4]))),
 )
-def test_an_estimate_is_close_to_what_was_measured(row: tuple[Any, ...], most: float) -> None:
-    """Rows that the constants are fitted to, and others by the stated error."""
+def test_an_estimate_is_close_to_the_measured_speed(row: tuple[Any, ...], most: float) -> None:
+    """Tight for rows that the constants are fitted to, within the stated error for others."""
     hardware, model, options, context, measured = row
     speed = plan(hardware, model, options, context).tokens_per_s_at(context)
     assert speed is not None
@@ -112,12 +112,12 @@ def test_the_parts_of_a_token_sum_to_its_time() -> None:
     assert resident is not None and resident.link_ms == resident.overlap_ms == 0
 
 
-def test_nothing_is_estimated_of_rates_that_are_not_known() -> None:
+def test_without_known_rates_nothing_is_estimated() -> None:
     for link, memory in ((0, 0), (50, 0), (0, 900)):
         assert TokenCost(1, 1, 1, 1, link, memory).tokens_per_s(0.5) is None
 
 
-def test_the_hit_rate_is_that_of_the_benchmarks() -> None:
+def test_the_estimated_hit_rate_is_close_to_the_benchmarks() -> None:
     """Measured .870, .770, .914 and .842 (LOG.md, 2026-11-26)."""
     for slots, measured in ((122, 0.870), (77, 0.770), (150, 0.914), (108, 0.842)):
         assert abs(hit_rate(slots / 256) - measured) < 0.005

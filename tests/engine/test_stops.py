@@ -1,4 +1,4 @@
-"""Stop texts, wherever the borders of tokens fall."""
+"""Stop strings at any split of the text into tokens."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,7 +11,7 @@ from tests.engine.fakes import ByteDecoder
 
 
 class Pieces:
-    """Token i is the i-th of some pieces of text."""
+    """A detokenizer whose token i is the i-th piece of a text."""
 
     def __init__(self, pieces: Sequence[str], rest: str = "") -> None:
         self.pieces, self.rest = pieces, rest
@@ -23,8 +23,9 @@ class Pieces:
         return self.rest
 
 
-def told(stops: StopMatcher, count: int) -> list[str]:
-    """What comes out, piece by piece, until a stop text has come or the tokens are at an end."""
+def matched_output(stops: StopMatcher, count: int) -> list[str]:
+    """The output after each token, until a stop string matches or the tokens end; then the
+    flush."""
     out = []
     for token in range(count):
         out.append(stops.push(token))
@@ -34,7 +35,7 @@ def told(stops: StopMatcher, count: int) -> list[str]:
     return out
 
 
-def cut(text: str, borders: Sequence[int]) -> list[str]:
+def split_at(text: str, borders: Sequence[int]) -> list[str]:
     return [text[a:b] for a, b in pairwise([0, *borders, len(text)])]
 
 
@@ -42,66 +43,68 @@ TEXT = "one two STOP three"
 
 
 @pytest.mark.parametrize("stop", ["STOP", "S", "two S", "o STOP thre", "P", " ", TEXT, "e"])
-def test_a_stop_text_is_found_at_every_split_and_never_given_out(stop: str) -> None:
+def test_a_stop_string_is_found_at_every_split_and_never_returned(stop: str) -> None:
     wanted = TEXT[: TEXT.index(stop)]
     for first in range(len(TEXT) + 1):
         for second in range(first, len(TEXT) + 1):
-            stops = StopMatcher(Pieces(cut(TEXT, [first, second])), (stop,))
-            assert "".join(told(stops, 3)) == wanted
+            stops = StopMatcher(Pieces(split_at(TEXT, [first, second])), (stop,))
+            assert "".join(matched_output(stops, 3)) == wanted
             assert stops.matched
 
 
-def test_without_a_stop_text_everything_comes_out_at_once() -> None:
+def test_without_a_stop_string_text_is_returned_at_once() -> None:
     stops = StopMatcher(Pieces(["a", "", "bc", "d"]), ())
-    assert told(stops, 4) == ["a", "", "bc", "d", ""]
+    assert matched_output(stops, 4) == ["a", "", "bc", "d", ""]
     assert not stops.matched
 
 
-def test_what_only_began_like_a_stop_text_comes_out_when_that_is_certain() -> None:
+def test_a_broken_partial_match_is_returned() -> None:
     stops = StopMatcher(Pieces(["a<", "|e", "n", "d.", "<|en"]), ("<|end|>",))
-    assert told(stops, 5) == ["a", "", "", "<|end.", "", "<|en"]
+    assert matched_output(stops, 5) == ["a", "", "", "<|end.", "", "<|en"]
     assert not stops.matched
 
 
-def test_a_beginning_inside_a_beginning_is_kept() -> None:
+def test_an_overlapping_partial_match_is_kept() -> None:
     stops = StopMatcher(Pieces(list("aabaabaaab")), ("aabaaa",))
-    assert "".join(told(stops, 10)) == "aab"
+    assert "".join(matched_output(stops, 10)) == "aab"
     assert stops.matched
 
 
-def test_what_the_decoder_still_held_may_complete_a_stop_text() -> None:
+def test_the_detokenizers_flush_may_complete_a_stop_string() -> None:
     stops = StopMatcher(Pieces(["ab", "c"], rest="d"), ("cd",))
-    assert told(stops, 2) == ["ab", "", ""]
+    assert matched_output(stops, 2) == ["ab", "", ""]
     assert stops.matched
 
 
-def test_any_text_any_stops_any_split_equal_the_restatement(rng: np.random.Generator) -> None:
-    """At every token: nothing once a stop text is in the text so far, and what came before the
-    first of them; else all but the longest end that could still become one."""
+def test_random_texts_and_splits_equal_a_reimplementation(rng: np.random.Generator) -> None:
+    """After each token the output ends before the first stop string in the text so far.
+
+    Without one, it ends before the longest suffix that could begin a stop string.
+    """
     for _ in range(600):
         text = "".join(rng.choice(list("abc"), int(rng.integers(1, 25))))
-        made = ["".join(rng.choice(list("abc"), int(rng.integers(1, 7)))) for _ in range(3)]
-        stop = tuple(made[: int(rng.integers(0, 4))])
+        candidates = ["".join(rng.choice(list("abc"), int(rng.integers(1, 7)))) for _ in range(3)]
+        stop = tuple(candidates[: int(rng.integers(0, 4))])
         borders = sorted(rng.integers(0, len(text) + 1, int(rng.integers(0, 12))).tolist())
-        pieces = cut(text, borders)
-        stops, given, so_far = StopMatcher(Pieces(pieces), stop), "", ""
+        pieces = split_at(text, borders)
+        stops, returned, so_far = StopMatcher(Pieces(pieces), stop), "", ""
         for token, piece in enumerate(pieces):
-            given += stops.push(token)
+            returned += stops.push(token)
             so_far += piece
             found = [so_far.index(one) for one in stop if one in so_far]
             assert stops.matched == bool(found)
             if found:
-                assert given == so_far[: min(found)]
+                assert returned == so_far[: min(found)]
                 break
-            held = max(
+            num_held = max(
                 n
                 for n in range(len(so_far) + 1)
                 if n == 0 or any(one.startswith(so_far[len(so_far) - n :]) for one in stop)
             )
-            assert given == so_far[: len(so_far) - held], (text, stop, borders)
+            assert returned == so_far[: len(so_far) - num_held], (text, stop, borders)
         else:
-            given += stops.flush()
-            assert given == text
+            returned += stops.flush()
+            assert returned == text
 
 
 def test_a_character_of_several_bytes_is_never_split() -> None:
@@ -115,14 +118,14 @@ def test_a_character_of_several_bytes_is_never_split() -> None:
     assert all("\ufffd" not in piece for piece in out)
 
 
-def test_bytes_that_never_became_a_character_come_at_the_end() -> None:
+def test_incomplete_bytes_are_returned_at_the_end() -> None:
     stops = StopMatcher(ByteDecoder(), ("zz",))
     out = [stops.push(byte) for byte in "ab→".encode()[:-1]]
     assert out == ["a", "b", "", ""]
     assert stops.flush() == "\ufffd"
 
 
-def test_without_a_decoder_there_is_no_text() -> None:
+def test_without_a_detokenizer_there_is_no_text() -> None:
     stops = StopMatcher(None, ("a",))
     assert stops.push(97) == ""
     assert stops.flush() == ""

@@ -1,4 +1,4 @@
-"""The watchdog: it barks once, says how much is left, and everybody is told."""
+"""The memory watchdog: it fires once with the numbers, and ends every request."""
 
 import subprocess
 import sys
@@ -15,34 +15,34 @@ from osmium.weights import DEMO
 
 GIB = 1 << 30
 
-needs_demo = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here")
+needs_demo = pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is missing")
 
 
-def test_it_stops_once_when_memory_falls_below_the_floor() -> None:
-    left = iter([4 * GIB, 2 * GIB, GIB, GIB // 2])
-    heard: list[str] = []
-    barked = threading.Event()
+def test_the_watchdog_fires_once_when_memory_falls_below_the_floor() -> None:
+    available = iter([4 * GIB, 2 * GIB, GIB, GIB // 2])
+    reasons: list[str] = []
+    fired = threading.Event()
 
-    def stop(why: str) -> None:
-        heard.append(why)
-        barked.set()
+    def stop(reason: str) -> None:
+        reasons.append(reason)
+        fired.set()
 
-    watchdog = Watchdog(stop, GIB, lambda: next(left), period=0.001)
-    assert barked.wait(5)
+    watchdog = Watchdog(stop, GIB, lambda: next(available), period=0.001)
+    assert fired.wait(5)
     watchdog.close()
-    (why,) = heard
-    assert "0.50 GiB" in why and "1.00 GiB" in why and "--min-free-ram" in why
+    (reason,) = reasons
+    assert "0.50 GiB" in reason and "1.00 GiB" in reason and "--min-free-ram" in reason
 
 
-def test_it_says_nothing_while_there_is_enough_and_after_it_is_closed() -> None:
-    heard: list[str] = []
-    left = [2 * GIB]
-    watchdog = Watchdog(heard.append, GIB, lambda: left[0], period=0.001)
+def test_the_watchdog_does_not_fire_above_the_floor_or_after_close() -> None:
+    reasons: list[str] = []
+    available = [2 * GIB]
+    watchdog = Watchdog(reasons.append, GIB, lambda: available[0], period=0.001)
     time.sleep(0.03)
     watchdog.close()
-    left[0] = 0
+    available[0] = 0
     time.sleep(0.03)
-    assert heard == []
+    assert reasons == []
 
 
 def test_the_floor_is_half_a_percent_and_at_least_half_a_gib() -> None:
@@ -51,15 +51,15 @@ def test_the_floor_is_half_a_percent_and_at_least_half_a_gib() -> None:
 
 
 @needs_demo
-def test_running_and_later_requests_are_told_why() -> None:
+def test_running_and_later_requests_raise_its_reason() -> None:
     engine = osmium.load(DEMO, "cpu")
-    left = [64 * GIB]
-    watchdog = Watchdog(engine.stop, GIB, lambda: left[0], period=0.005)
+    available = [64 * GIB]
+    watchdog = Watchdog(engine.stop, GIB, lambda: available[0], period=0.005)
     tokens = engine.generate([5, 6, 7], SamplingParams(temperature=0, ignore_eos=True))
     with pytest.raises(EngineStopped, match=r"0\.25 GiB"):
         for i, _ in enumerate(tokens):
             if i == 3:
-                left[0] = GIB // 4
+                available[0] = GIB // 4
     with pytest.raises(EngineStopped, match=r"0\.25 GiB"):
         engine.generate([5], SamplingParams())
     assert engine.failure is not None
@@ -68,14 +68,14 @@ def test_running_and_later_requests_are_told_why() -> None:
 
 
 @needs_demo
-def test_closing_is_no_failure() -> None:
+def test_closing_an_engine_is_not_a_failure() -> None:
     engine = osmium.load(DEMO, "cpu")
     engine.close()
     assert engine.failure is None and engine.stopped is not None
 
 
 @needs_demo
-def test_the_server_leaves_in_order_and_says_why() -> None:
+def test_the_server_exits_with_the_reason() -> None:
     command = [sys.executable, "-m", "osmium", "serve", "--device", "cpu", "--port", "0"]
     done = subprocess.run(
         [*command, "--min-free-ram", "900T"], capture_output=True, text=True, timeout=60

@@ -1,5 +1,7 @@
-"""The store on kernels, in the PTX interpreter, with other numbers of slots in each layer: the same
-experts in the same slots as on the reference, the records' own bytes there, the same output."""
+"""ExpertRunner on interpreted kernels, with uneven slots per layer.
+
+Slots, tables, counters and outputs equal the reference; every slot holds its packed expert.
+"""
 
 from typing import Any
 
@@ -17,7 +19,7 @@ from osmium.quant import int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32
 from tests.ops.cases import new_rows, normed_rows, records
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close
 
 LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
@@ -25,22 +27,24 @@ LAYERS, EXPERTS, TOP_K, SHARED = 3, 9, 2, 64
 
 def steps(
     ops: Ops,
-    record: ExpertLayout,
-    each: list[int],
+    layout: ExpertLayout,
+    slots_per_layer: list[int],
     counts: tuple[int, ...],
     seed: int,
-    guessed: bool,
+    with_prefetch: bool,
 ) -> tuple[list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
-    """What every call of `mlp` made of x, and the tables and counters at the end; with guesses,
-    of which some are right, and the last step's first, of a step of one row, is wrong."""
-    rng, hidden = np.random.default_rng(seed), record.hidden
-    made = np.stack([records(rng, record, EXPERTS) for _ in range(LAYERS)])
-    host = ops.empty_mapped(made.shape, np.uint8)
-    ops.host_view(host)[...] = made
-    arena = HostExperts(record, host)
-    cache = make_cache(ops, arena, sum(each) // LAYERS, TOP_K, each)
-    guess = make_prefetch_state(ops, LAYERS, EXPERTS, TOP_K) if guessed else None
-    store = ExpertRunner(ops, arena, cache, max(counts), TOP_K, guess)
+    """The output of every layer and step, and the final tables and counters.
+
+    With prefetch some predictions are right; the last step's first, of one row, is wrong.
+    """
+    rng, hidden = np.random.default_rng(seed), layout.hidden
+    packed = np.stack([records(rng, layout, EXPERTS) for _ in range(LAYERS)])
+    host = ops.empty_mapped(packed.shape, np.uint8)
+    ops.host_view(host)[...] = packed
+    host_experts = HostExperts(layout, host)
+    cache = make_cache(ops, host_experts, sum(slots_per_layer) // LAYERS, TOP_K, slots_per_layer)
+    prefetch = make_prefetch_state(ops, LAYERS, EXPERTS, TOP_K) if with_prefetch else None
+    store = ExpertRunner(ops, host_experts, cache, max(counts), TOP_K, prefetch)
     up, down = (
         (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32)
         for shape in ((2 * SHARED, hidden), (hidden, SHARED))
@@ -48,52 +52,52 @@ def steps(
 
     def matrix(w: npt.NDArray[np.float32]) -> LinearWeight:
         rows, columns = w.shape
-        if record.bits == 16:
+        if layout.bits == 16:
             return LinearWeight("bf16", rows, columns, ops.to_device(bf16_from_f32(w)))
         data, scale = int8.quantize(w)
         return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
 
-    shared = SharedExpert(matrix(up), matrix(down), column=0)
+    shared = SharedExpert(matrix(up), matrix(down), gate_column=0)
     norm, outputs = ops.to_device(rng.standard_normal(hidden, np.float32)), []
     for number, tokens in enumerate(counts, 1):
-        chosen = [
+        routed = [
             np.stack([rng.permutation(EXPERTS)[:TOP_K] for _ in range(tokens)])
             for _ in range(LAYERS + 1)
         ]
         with store.step(tokens):
-            for layer, ids in enumerate(chosen[:-1]):
-                likely = np.where(rng.random(ids.shape) < 0.6, chosen[layer + 1], ids)
+            for layer, ids in enumerate(routed[:-1]):
+                predicted = np.where(rng.random(ids.shape) < 0.6, routed[layer + 1], ids)
                 if layer == 0 and number == len(counts):
                     absent = np.flatnonzero(ops.copy_d2h(cache.expert_to_slot)[layer + 1] < 0)
-                    likely[:] = np.setdiff1d(absent, chosen[layer + 1])[:TOP_K]
+                    predicted[:] = np.setdiff1d(absent, routed[layer + 1])[:TOP_K]
                 weights = rng.random(ids.shape, np.float32)
-                if guess is not None:
-                    ops.copy_h2d(guess.ids[:tokens], likely.astype(np.uint16))
-                    ops.copy_h2d(guess.weights[:tokens], weights)
+                if prefetch is not None:
+                    ops.copy_h2d(prefetch.ids[:tokens], predicted.astype(np.uint16))
+                    ops.copy_h2d(prefetch.weights[:tokens], weights)
                 x = ops.to_device(rng.standard_normal((tokens, hidden), np.float32))
-                both, said, y = (
+                both, shared_out, y = (
                     ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
                 )
                 store.forward(
                     x, normed_rows(ops, x, norm), ops.to_device(ids.astype(np.uint16)),
                     ops.to_device(rng.random((tokens, TOP_K), np.float32)), layer, shared,
                     ops.to_device(rng.standard_normal((tokens, 1), np.float32)),
-                    new_rows(ops, tokens, SHARED), both, said, y, norm,
+                    new_rows(ops, tokens, SHARED), both, shared_out, y, norm,
                 )  # fmt: skip
                 outputs.append(np.array(ops.copy_d2h(x)))
-    assert verify(ops, cache, made, 1000, 0) > LAYERS
+    assert verify(ops, cache, packed, 1000, 0) > LAYERS
     tables = [cache.expert_to_slot, *cache.slot_to_expert, cache.last_used, cache.counters[:6]]
-    if guess is not None:
-        tables += [guess.expert, guess.slot, guess.start_signal]
-        _, _, _, _, made, right, pieces = ops.copy_d2h(cache.counters)
-        assert made > right > 0
-        # the reference is told of a step's guesses when that is over
+    if prefetch is not None:
+        tables += [prefetch.expert, prefetch.slot, prefetch.start_signal]
+        _, _, _, _, packed, right, pieces = ops.copy_d2h(cache.counters)
+        assert packed > right > 0
+        # the reference learns of a step's prefetch after it
         assert (pieces > 0) == isinstance(ops, GpuOps)
     return outputs, [np.array(ops.copy_d2h(table)) for table in tables]
 
 
 @pytest.mark.parametrize(
-    ("record", "guessed"),
+    ("layout", "with_prefetch"),
     [
         (ExpertLayout(16, 32, 16), True),
         (ExpertLayout(4, 128, 128), True),
@@ -101,17 +105,19 @@ def steps(
     ],
     ids=["bf16, prefetch", "int4, prefetch", "int4"],
 )
-def test_layers_with_slots_of_their_own(
-    rng: np.random.Generator, record: ExpertLayout, guessed: bool
+def test_interpreted_kernels_equal_the_reference_with_uneven_layers(
+    rng: np.random.Generator, layout: ExpertLayout, with_prefetch: bool
 ) -> None:
-    seed, each, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
-    how = (record, each, counts, seed)
-    wanted, tables = steps(ReferenceOps(keep=0), *how, guessed)
-    found, own = steps(GpuOps(InterpretedMachine(seed)), *how, guessed)
-    for mine, other in zip(own, tables, strict=True):
-        np.testing.assert_array_equal(mine, other)
-    for mine, other in zip(found, wanted, strict=True):
-        assert close(mine, other, "rows")
-    if guessed:  # guesses change where experts are, and nothing else
-        for mine, other in zip(wanted, steps(ReferenceOps(keep=0), *how, False)[0], strict=True):
-            np.testing.assert_array_equal(mine, other)
+    seed, slots_per_layer, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
+    arguments = (layout, slots_per_layer, counts, seed)
+    wanted, tables = steps(ReferenceOps(cache_bytes=0), *arguments, with_prefetch)
+    found, found_tables = steps(GpuOps(InterpretedRuntime(seed)), *arguments, with_prefetch)
+    for got, want in zip(found_tables, tables, strict=True):
+        np.testing.assert_array_equal(got, want)
+    for got, want in zip(found, wanted, strict=True):
+        assert close(got, want, "rows")
+    if with_prefetch:  # prefetch changes residency and nothing else
+        for got, want in zip(
+            wanted, steps(ReferenceOps(cache_bytes=0), *arguments, False)[0], strict=True
+        ):
+            np.testing.assert_array_equal(got, want)

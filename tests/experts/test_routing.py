@@ -1,4 +1,4 @@
-"""What is recorded of a running model, against its routers."""
+"""The recorded routing of a running model against its routers."""
 
 from typing import Any
 
@@ -10,20 +10,20 @@ from osmium.ops.formulas import matrix
 from osmium.ops.reference import ReferenceOps
 
 
-def test_predicted_is_the_next_router_on_the_rows_before_it(
+def test_recorded_predictions_are_the_next_router_on_this_layers_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """In steps of many rows and of one."""
+    """In prefill steps of several rows, and in decode steps of one."""
     layers: list[tuple[Any, list[Any]]] = [(None, []) for _ in range(4)]
     router = ReferenceOps.router
 
-    def spy(self: ReferenceOps, *args: Any, **more: Any) -> None:
+    def recording_router(self: ReferenceOps, *args: Any, **more: Any) -> None:
         h, w, layer = args[3], args[4], args[9]
         layers[layer] = w, [*layers[layer][1], h.f32.copy()]
         router(self, *args, **more)
 
     engine = osmium.load("synthetic:tiny", "cpu", context=128, prefill_chunk=8, expert_slots=4)
-    monkeypatch.setattr(ReferenceOps, "router", spy)
+    monkeypatch.setattr(ReferenceOps, "router", recording_router)
     recorder = engine.record_routing()
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     list(engine.generate(list(range(1, 20)), greedy))
@@ -39,7 +39,7 @@ def test_predicted_is_the_next_router_on_the_rows_before_it(
         scores = rows @ matrix(w.format, w.data, w.scale)[: engine.config.num_experts].T
         wanted = np.argsort(-scores, axis=1)[:, : engine.config.top_k]
         assert np.array_equal(predicted[:, layer + 1], wanted)
-        odds = np.exp(np.take_along_axis(scores, wanted, axis=1))
-        shares = odds / odds.sum(axis=1, keepdims=True)
-        np.testing.assert_allclose(weights[:, layer + 1], shares, rtol=1e-4)
+        exps = np.exp(np.take_along_axis(scores, wanted, axis=1))
+        probabilities = exps / exps.sum(axis=1, keepdims=True)
+        np.testing.assert_allclose(weights[:, layer + 1], probabilities, rtol=1e-4)
     assert not np.array_equal(predicted, ids)

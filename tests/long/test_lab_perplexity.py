@@ -1,4 +1,4 @@
-"""The lab model's perplexity on all of its text, and by decoding; the quick ring has less."""
+"""The lab model's perplexity on all of its text, and by decode."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.models.lab import LAB, lab_model
-from tests.models.run import Runner
+from tests.models.run import SequenceDriver
 from tests.models.test_lab_model import FLIPS, model, nll, oracle, prefill_nll, windows
 
 __all__ = ["model", "oracle"]
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def test_prefill_reaches_the_cards_perplexity_on_all_of_the_text(model: Runner) -> None:
+def test_prefill_reaches_the_cards_perplexity_on_all_of_the_text(model: SequenceDriver) -> None:
     mean = prefill_nll(model, windows("heldout.txt", 58_008))
     assert abs(np.exp(mean) / 19.5215 - 1) < 5e-3
     assert abs(mean - 2.971517) < FLIPS
 
 
 def test_decode_reaches_the_cards_perplexity(oracle: dict[str, Any]) -> None:
-    """All windows at once, a token each a step: decode, and in a batch."""
+    """All windows in one batch, one token each per step."""
     rows = windows("heldout_small.txt", 9018)
     model = lab_model(rows=len(rows), context=512, sequences=len(rows))
     total = 0.0

@@ -1,7 +1,7 @@
-"""Seeded models: a config and weights of every kind, as a checkpoint's tensors and as ours.
+"""Seeded models of every shape: a config, the checkpoint's tensors, and the loaded weights.
 
-The golden files hold logits only, so the weights must come out the same for ever: they are made of
-PCG64's raw words, whose stream NumPy keeps, by exact arithmetic.
+Golden files hold only logits, so the weights must never change. They come from PCG64's raw words, a
+stream that NumPy keeps stable, by exact arithmetic.
 """
 
 import hashlib
@@ -31,23 +31,23 @@ class Case:
     seed: int
     hidden: int
     kinds: str
-    """A letter a layer: d for a delta net, a for attention."""
+    """One letter per layer: d for delta net, a for attention."""
     heads: tuple[int, int, int]
-    """Query heads, key and value heads, their size."""
+    """Query heads, key/value heads, head size."""
     rotary: float
-    """Part of a head that turns."""
+    """Fraction of a head that RoPE rotates."""
     delta: tuple[int, int, int, int]
     """Key heads, value heads, key size, value size."""
     experts: tuple[int, int, int]
-    """Experts, how many a token activates, their inner size."""
+    """Number of experts, experts per token, intermediate size."""
     shared: int
     tied: bool
     prompt: int
-    """Tokens."""
+    """Prompt tokens."""
     theta: float = 1e7
     vocab: int = 96
     wide: bool = True
-    """A_log and the gated norm are F32, as in Qwen3.5, else BF16, as in Qwen3.6."""
+    """Whether A_log and the gated norm are F32, like in Qwen3.5, else BF16, like in Qwen3.6."""
 
 
 CASES = [
@@ -67,7 +67,7 @@ CASES = [
 
 
 def hf_config(case: Case) -> dict[str, Any]:
-    """config.json in the published nesting."""
+    """config.json with the published nesting."""
     types = {"d": "linear_attention", "a": "full_attention"}
     rope = {
         "rope_type": "default",
@@ -118,7 +118,7 @@ def hf_config(case: Case) -> dict[str, Any]:
     }
 
 
-class _Dice:
+class _RawWords:
     """Uniform numbers from PCG64's raw words."""
 
     def __init__(self, seed: int) -> None:
@@ -130,73 +130,73 @@ class _Dice:
         return (low + (high - low) * unit).astype(np.float32).reshape(shape)
 
     def matrix(self, *shape: int, gain: float = 1.0) -> Tensor:
-        """bf16, of a spread that keeps the size of what is multiplied."""
+        """A bf16 matrix whose gain keeps the scale of activations."""
         bound = gain * float(np.sqrt(3 / shape[-1]))
         return bf16_from_f32(self.uniform(-bound, bound, *shape))
 
 
 def hf_tensors(case: Case) -> dict[str, Tensor]:
-    """The checkpoint's text tensors in the published layout: BF16, and F32 where it says so."""
-    dice, hidden = _Dice(case.seed), case.hidden
+    """The checkpoint's text tensors in the published layout, BF16 or F32."""
+    words, hidden = _RawWords(case.seed), case.hidden
     heads, groups, size = case.heads
     key_heads, value_heads, key_size, value_size = case.delta
     experts, _, inner = case.experts
     keys, values = key_heads * key_size, value_heads * value_size
 
     def norm(width: int) -> Tensor:
-        return bf16_from_f32(dice.uniform(-0.4, 0.4, width))
+        return bf16_from_f32(words.uniform(-0.4, 0.4, width))
 
     def precise(x: npt.NDArray[np.float32]) -> Tensor:
         return x if case.wide else bf16_from_f32(x)
 
     root = "model.language_model."
-    found = {f"{root}embed_tokens.weight": bf16_from_f32(dice.uniform(-1, 1, case.vocab, hidden))}
+    found = {f"{root}embed_tokens.weight": bf16_from_f32(words.uniform(-1, 1, case.vocab, hidden))}
     for i, kind in enumerate(case.kinds):
         at = f"{root}layers.{i}."
         found[f"{at}input_layernorm.weight"] = norm(hidden)
         found[f"{at}post_attention_layernorm.weight"] = norm(hidden)
         if kind == "a":
-            own = f"{at}self_attn."
-            found[f"{own}q_proj.weight"] = dice.matrix(2 * heads * size, hidden)
-            found[f"{own}k_proj.weight"] = dice.matrix(groups * size, hidden)
-            found[f"{own}v_proj.weight"] = dice.matrix(groups * size, hidden)
-            found[f"{own}o_proj.weight"] = dice.matrix(hidden, heads * size)
-            found[f"{own}q_norm.weight"] = norm(size)
-            found[f"{own}k_norm.weight"] = norm(size)
+            module = f"{at}self_attn."
+            found[f"{module}q_proj.weight"] = words.matrix(2 * heads * size, hidden)
+            found[f"{module}k_proj.weight"] = words.matrix(groups * size, hidden)
+            found[f"{module}v_proj.weight"] = words.matrix(groups * size, hidden)
+            found[f"{module}o_proj.weight"] = words.matrix(hidden, heads * size)
+            found[f"{module}q_norm.weight"] = norm(size)
+            found[f"{module}k_norm.weight"] = norm(size)
         else:
-            own = f"{at}linear_attn."
-            found[f"{own}in_proj_qkv.weight"] = dice.matrix(2 * keys + values, hidden)
-            found[f"{own}in_proj_z.weight"] = dice.matrix(values, hidden)
-            found[f"{own}in_proj_a.weight"] = dice.matrix(value_heads, hidden)
-            found[f"{own}in_proj_b.weight"] = dice.matrix(value_heads, hidden)
-            found[f"{own}conv1d.weight"] = dice.matrix(2 * keys + values, 1, 4)
-            found[f"{own}A_log"] = precise(dice.uniform(-3, 1, value_heads))
-            found[f"{own}dt_bias"] = bf16_from_f32(dice.uniform(-2, 1, value_heads))
-            found[f"{own}norm.weight"] = precise(dice.uniform(0.5, 1.5, value_size))
-            found[f"{own}out_proj.weight"] = dice.matrix(hidden, values)
-        own = f"{at}mlp."
-        # A steep router: near-ties, which any arithmetic may flip, are rarer.
-        found[f"{own}gate.weight"] = dice.matrix(experts, hidden, gain=4)
-        found[f"{own}experts.gate_up_proj"] = dice.matrix(experts, 2 * inner, hidden)
-        found[f"{own}experts.down_proj"] = dice.matrix(experts, hidden, inner)
-        found[f"{own}shared_expert.gate_proj.weight"] = dice.matrix(case.shared, hidden)
-        found[f"{own}shared_expert.up_proj.weight"] = dice.matrix(case.shared, hidden)
-        found[f"{own}shared_expert.down_proj.weight"] = dice.matrix(hidden, case.shared)
-        found[f"{own}shared_expert_gate.weight"] = dice.matrix(1, hidden)
+            module = f"{at}linear_attn."
+            found[f"{module}in_proj_qkv.weight"] = words.matrix(2 * keys + values, hidden)
+            found[f"{module}in_proj_z.weight"] = words.matrix(values, hidden)
+            found[f"{module}in_proj_a.weight"] = words.matrix(value_heads, hidden)
+            found[f"{module}in_proj_b.weight"] = words.matrix(value_heads, hidden)
+            found[f"{module}conv1d.weight"] = words.matrix(2 * keys + values, 1, 4)
+            found[f"{module}A_log"] = precise(words.uniform(-3, 1, value_heads))
+            found[f"{module}dt_bias"] = bf16_from_f32(words.uniform(-2, 1, value_heads))
+            found[f"{module}norm.weight"] = precise(words.uniform(0.5, 1.5, value_size))
+            found[f"{module}out_proj.weight"] = words.matrix(hidden, values)
+        module = f"{at}mlp."
+        # A steep router has fewer near-ties, which another summation order may change.
+        found[f"{module}gate.weight"] = words.matrix(experts, hidden, gain=4)
+        found[f"{module}experts.gate_up_proj"] = words.matrix(experts, 2 * inner, hidden)
+        found[f"{module}experts.down_proj"] = words.matrix(experts, hidden, inner)
+        found[f"{module}shared_expert.gate_proj.weight"] = words.matrix(case.shared, hidden)
+        found[f"{module}shared_expert.up_proj.weight"] = words.matrix(case.shared, hidden)
+        found[f"{module}shared_expert.down_proj.weight"] = words.matrix(hidden, case.shared)
+        found[f"{module}shared_expert_gate.weight"] = words.matrix(1, hidden)
     found[f"{root}norm.weight"] = norm(hidden)
     if not case.tied:
-        found["lm_head.weight"] = dice.matrix(case.vocab, hidden)
+        found["lm_head.weight"] = words.matrix(case.vocab, hidden)
     return found
 
 
 def prompt(case: Case) -> npt.NDArray[np.int32]:
-    """The ids that the golden logits are of, i32 [prompt]."""
+    """The ids of the golden logits, i32 [prompt]."""
     words = np.random.PCG64(case.seed + 1000).random_raw(case.prompt)
     return (words % np.uint64(case.vocab)).astype(np.int32)
 
 
 def fingerprint(tensors: dict[str, Tensor]) -> str:
-    """sha256 over names and bytes: whether golden logits are of these weights."""
+    """sha256 over names and bytes, which ties golden logits to these weights."""
     total = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         total.update(name.encode() + tensor.tobytes())
@@ -204,7 +204,7 @@ def fingerprint(tensors: dict[str, Tensor]) -> str:
 
 
 def write_checkpoint(case: Case, folder: Path) -> None:
-    """config.json and one shard, as published."""
+    """Write config.json and one shard in the published layout."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(hf_config(case)))
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -221,65 +221,75 @@ def write_checkpoint(case: Case, folder: Path) -> None:
             file.write(tensor.tobytes())
 
 
-# -- the same weights by our names -----------------------------------------------------------------
+# -- the same weights by Osmium's names ------------------------------------------------------------
 
 
-def our_weights(
+def weights_of(
     config: ModelConfig, tensors: dict[str, Tensor]
 ) -> dict[str, LinearWeight | npt.NDArray[Any]]:
-    """What models/weights.py asks for, every matrix in bf16."""
+    """The weights that models/weights.py reads, every matrix in bf16."""
     root = "model.language_model."
-    ours: dict[str, LinearWeight | npt.NDArray[Any]] = {
+    weights: dict[str, LinearWeight | npt.NDArray[Any]] = {
         "embed": tensors[f"{root}embed_tokens.weight"],
         "norm": _wide(tensors[f"{root}norm.weight"]),
     }
     if not config.tie_word_embeddings:
-        ours["head"] = _linear(tensors["lm_head.weight"])
+        weights["head"] = _linear(tensors["lm_head.weight"])
     for i, mixer in enumerate(config.layer_types):
         at, to = f"{root}layers.{i}.", f"layers.{i}."
 
-        def take(*names: str, at: str = at) -> Tensor:
+        def concatenated(*names: str, at: str = at) -> Tensor:
             return np.concatenate([tensors[at + name] for name in names])
 
-        ours[f"{to}mixer_norm"] = _wide(take("input_layernorm.weight"))
-        ours[f"{to}moe_norm"] = _wide(take("post_attention_layernorm.weight"))
-        ours[f"{to}router"] = _linear(take("mlp.gate.weight", "mlp.shared_expert_gate.weight"))
-        own = "mlp.shared_expert."
-        ours[f"{to}shared_up"] = _linear(take(f"{own}gate_proj.weight", f"{own}up_proj.weight"))
-        ours[f"{to}shared_down"] = _linear(take(f"{own}down_proj.weight"))
+        weights[f"{to}mixer_norm"] = _wide(concatenated("input_layernorm.weight"))
+        weights[f"{to}moe_norm"] = _wide(concatenated("post_attention_layernorm.weight"))
+        weights[f"{to}router"] = _linear(
+            concatenated("mlp.gate.weight", "mlp.shared_expert_gate.weight")
+        )
+        module = "mlp.shared_expert."
+        weights[f"{to}shared_up"] = _linear(
+            concatenated(f"{module}gate_proj.weight", f"{module}up_proj.weight")
+        )
+        weights[f"{to}shared_down"] = _linear(concatenated(f"{module}down_proj.weight"))
         if mixer == "attention":
-            own = "self_attn."
-            ours[f"{to}qgkv"] = _linear(
-                take(f"{own}q_proj.weight", f"{own}k_proj.weight", f"{own}v_proj.weight")
+            module = "self_attn."
+            weights[f"{to}qgkv"] = _linear(
+                concatenated(
+                    f"{module}q_proj.weight", f"{module}k_proj.weight", f"{module}v_proj.weight"
+                )
             )
-            norms = take(f"{own}q_norm.weight", f"{own}k_norm.weight")
-            ours[f"{to}attention_norms"] = _wide(norms).reshape(2, config.head_dim)
-            ours[f"{to}attention_out"] = _linear(take(f"{own}o_proj.weight"))
+            norms = concatenated(f"{module}q_norm.weight", f"{module}k_norm.weight")
+            weights[f"{to}attention_norms"] = _wide(norms).reshape(2, config.head_dim)
+            weights[f"{to}attention_out"] = _linear(concatenated(f"{module}o_proj.weight"))
         else:
-            own = "linear_attn."
-            ours[f"{to}qkvz"] = _linear(take(f"{own}in_proj_qkv.weight", f"{own}in_proj_z.weight"))
-            ours[f"{to}ab"] = _linear(take(f"{own}in_proj_a.weight", f"{own}in_proj_b.weight"))
-            ours[f"{to}conv"] = _wide(take(f"{own}conv1d.weight")).reshape(-1, 4)
-            ours[f"{to}a_log"] = _wide(take(f"{own}A_log"))
-            ours[f"{to}dt_bias"] = _wide(take(f"{own}dt_bias"))
-            ours[f"{to}gated_norm"] = _wide(take(f"{own}norm.weight"))
-            ours[f"{to}delta_out"] = _linear(take(f"{own}out_proj.weight"))
-    return ours
+            module = "linear_attn."
+            weights[f"{to}qkvz"] = _linear(
+                concatenated(f"{module}in_proj_qkv.weight", f"{module}in_proj_z.weight")
+            )
+            weights[f"{to}ab"] = _linear(
+                concatenated(f"{module}in_proj_a.weight", f"{module}in_proj_b.weight")
+            )
+            weights[f"{to}conv"] = _wide(concatenated(f"{module}conv1d.weight")).reshape(-1, 4)
+            weights[f"{to}a_log"] = _wide(concatenated(f"{module}A_log"))
+            weights[f"{to}dt_bias"] = _wide(concatenated(f"{module}dt_bias"))
+            weights[f"{to}gated_norm"] = _wide(concatenated(f"{module}norm.weight"))
+            weights[f"{to}delta_out"] = _linear(concatenated(f"{module}out_proj.weight"))
+    return weights
 
 
-def our_records(
+def packed_experts_of(
     config: ModelConfig, tensors: dict[str, Tensor], bits: int
 ) -> tuple[ExpertLayout, npt.NDArray[np.uint8]]:
-    """Every routed expert, packed: u8 [L, E, record.nbytes]."""
-    record = ExpertLayout(bits, config.hidden_size, config.moe_intermediate_size)
-    records = np.zeros((config.num_layers, config.num_experts, record.nbytes), np.uint8)
+    """Every routed expert, packed: u8 [L, E, layout.nbytes]."""
+    layout = ExpertLayout(bits, config.hidden_size, config.moe_intermediate_size)
+    experts = np.zeros((config.num_layers, config.num_experts, layout.nbytes), np.uint8)
     for i in range(config.num_layers):
         at = f"model.language_model.layers.{i}.mlp.experts."
         for e in range(config.num_experts):
             up, down = tensors[f"{at}gate_up_proj"][e], tensors[f"{at}down_proj"][e]
-            _put(records[i, e], up, 0, record.up_scale, bits, record.up_group)
-            _put(records[i, e], down, record.down, record.down_scale, bits, record.down_group)
-    return record, records
+            _put(experts[i, e], up, 0, layout.up_scale, bits, layout.up_group)
+            _put(experts[i, e], down, layout.down, layout.down_scale, bits, layout.down_group)
+    return layout, experts
 
 
 def _put(

@@ -1,6 +1,6 @@
-"""The lab model as it lies on disk: a small trained checkpoint in ../shared, where there is one.
+"""The lab model: a small trained checkpoint in ../shared/lab-model, if present.
 
-Reads the tensors by itself, so that what it shows does not rest on osmium/weights.
+Reads tensors without osmium/weights, so that its tests do not depend on that code.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from osmium.config import ModelConfig
-from tests.models.build import Tensor, our_records, our_weights
-from tests.models.run import Runner
+from tests.models.build import Tensor, packed_experts_of, weights_of
+from tests.models.run import SequenceDriver
 
 LAB = Path(__file__).resolve().parents[2].parent / "shared" / "lab-model"
 
@@ -19,7 +19,7 @@ _DTYPES = {"BF16": np.uint16, "F32": np.float32}
 
 
 def tensors() -> dict[str, Tensor]:
-    """The text model's tensors, all shards."""
+    """The text model's tensors from all shards."""
     found: dict[str, Tensor] = {}
     for shard in sorted(LAB.glob("*.safetensors")):
         raw = shard.read_bytes()
@@ -35,12 +35,12 @@ def tensors() -> dict[str, Tensor]:
     return found
 
 
-def lab_model(bits: int = 16, **options: Any) -> Runner:
-    """The lab model on the CPU backend, with experts of `bits` bits."""
+def lab_model(bits: int = 16, **options: Any) -> SequenceDriver:
+    """The lab model on the CPU, with experts of `bits` bits."""
     config = ModelConfig.from_hf(
         json.loads((LAB / "config.json").read_text()),
         json.loads((LAB / "generation_config.json").read_text()),
     )
     read = tensors()
-    record, records = our_records(config, read, bits)
-    return Runner(config, our_weights(config, read), record, records, **options)
+    layout, experts = packed_experts_of(config, read, bits)
+    return SequenceDriver(config, weights_of(config, read), layout, experts, **options)

@@ -1,4 +1,4 @@
-"""A small driver of a model: sequences, their pages and slots, one step at a time."""
+"""Drives a model step by step: sequences with their pages and state slots."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,26 +17,26 @@ from osmium.models.weights import upload
 from osmium.ops import LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.expert_layout import ExpertLayout
-from tests.models.build import Case, hf_config, hf_tensors, our_records, our_weights
+from tests.models.build import Case, hf_config, hf_tensors, packed_experts_of, weights_of
 
 Logits = npt.NDArray[np.float32]
 
 POISON = 0xFF
-"""A byte that makes NaN of f32 and bf16 alike."""
+"""A byte that makes NaN in both f32 and bf16."""
 
 
 @dataclass
-class Runner:
-    """A model on any backend, with room for a few sequences.  Memory that nobody wrote is NaN."""
+class SequenceDriver:
+    """A model on any backend, for a few sequences. Memory that is not written is NaN."""
 
     config: ModelConfig
     weights: Mapping[str, LinearWeight | npt.NDArray[Any]]
-    """In the host's memory."""
-    record: ExpertLayout
-    records: npt.NDArray[np.uint8]
+    """In host memory."""
+    layout: ExpertLayout
+    experts: npt.NDArray[np.uint8]
     ops: Ops = field(default_factory=ReferenceOps)
     capacity: int | None = None
-    """Expert slots a layer; None for all experts."""
+    """Expert slots per layer; None for all experts."""
     rows: int = 256
     page: int = 16
     kv_dtype: str = "f32"
@@ -49,71 +49,72 @@ class Runner:
         host = isinstance(ops, ReferenceOps)
         shape = (config.num_layers, config.num_experts)
         if self.capacity is None or self.capacity == config.num_experts:
-            arena = None
+            host_experts = None
             slots = (
-                self.records
+                self.experts
                 if host
-                else load_resident_experts(ops, self.record, *shape, self.begin, None)
+                else load_resident_experts(ops, self.layout, *shape, self.begin, None)
             )
-            cache = resident_cache(ops, self.record, slots)
+            cache = resident_cache(ops, self.layout, slots)
         else:
-            arena = (
-                wrap_host_experts(self.record, self.records)
+            host_experts = (
+                wrap_host_experts(self.layout, self.experts)
                 if host
-                else load_host_experts(ops, self.record, *shape, self.begin, None)
+                else load_host_experts(ops, self.layout, *shape, self.begin, None)
             )
-            cache = make_cache(ops, arena, self.capacity, config.top_k)
-        self.store = self.store_type(ops, arena, cache, self.rows, config.top_k)
+            cache = make_cache(ops, host_experts, self.capacity, config.top_k)
+        self.store = self.store_type(ops, host_experts, cache, self.rows, config.top_k)
         weights = upload(ops, self.weights, embed_on_host=not host)
         self.model = model_class(config.model_type)(ops, config, weights, self.store, self.rows)
-        each = -(-self.context // self.page)
-        pages = each * self.sequences
+        pages_per_sequence = -(-self.context // self.page)
+        pages = pages_per_sequence * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)
-        for owner in (*self.state.layers, self.model.work):
-            for name, value in vars(owner).items():
+        for buffers in (*self.state.layers, self.model.work):
+            for name, value in vars(buffers).items():
                 arrays = vars(value).values() if isinstance(value, MatmulInput) else [value]
                 for array in arrays:
                     if name not in ("arrived", "parts") and hasattr(array, "dtype"):
                         ops.memset(array, POISON)
         self.out = ops.empty((self.rows, config.vocab_size), np.float32)
-        # Pages lie scattered, as they do after a while.
-        shuffled = np.random.default_rng(each).permutation(pages).astype(np.int32)
-        self.tables = shuffled.reshape(self.sequences, each)
+        # Pages are shuffled, as after some use.
+        shuffled = np.random.default_rng(pages_per_sequence).permutation(pages).astype(np.int32)
+        self.tables = shuffled.reshape(self.sequences, pages_per_sequence)
         self.past = [0] * self.sequences
 
     def begin(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
-        """Records of a layer, there at once."""
-        out[...] = self.records[layer, first : first + len(out)]
+        """Copy packed experts of a layer immediately."""
+        out[...] = self.experts[layer, first : first + len(out)]
         return lambda: None
 
     def step(self, parts: Mapping[int, npt.ArrayLike]) -> dict[int, Logits]:
-        """Feed ids to some sequences, in one step; the logits of every row, by sequence."""
-        put, owners = self.ops.to_device, list(parts)
-        ids = [np.asarray(parts[s], np.int32) for s in owners]
+        """Run one step with these ids per sequence; returns the logits of every row, by
+        sequence."""
+        upload_array, sequences = self.ops.to_device, list(parts)
+        ids = [np.asarray(parts[s], np.int32) for s in sequences]
         counts = [len(x) for x in ids]
-        past = np.array([self.past[s] for s in owners], np.int32)
+        past = np.array([self.past[s] for s in sequences], np.int32)
         starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         step = StepInputs(
             tokens=int(starts[-1]),
-            sequences=len(owners),
-            page=self.page,
-            ids=put(np.concatenate(ids)),
-            positions=put(
+            sequences=len(sequences),
+            page_size=self.page,
+            ids=upload_array(np.concatenate(ids)),
+            positions=upload_array(
                 np.concatenate(
                     [np.arange(p, p + n, dtype=np.int32) for p, n in zip(past, counts, strict=True)]
                 )
             ),
-            sequence_ids=put(np.repeat(np.arange(len(owners), dtype=np.int32), counts)),
-            query_start_loc=put(starts),
-            context_lens=put(past),
-            state_slots=put(np.array(owners, np.int32)),
-            page_table=put(self.tables[owners]),
+            sequence_ids=upload_array(np.repeat(np.arange(len(sequences), dtype=np.int32), counts)),
+            query_start_loc=upload_array(starts),
+            context_lens=upload_array(past),
+            state_slots=upload_array(np.array(sequences, np.int32)),
+            page_table=upload_array(self.tables[sequences]),
         )
         self.model.forward(step, self.state)
         logits = self.head(np.arange(step.tokens))
-        for s, n in zip(owners, counts, strict=True):
+        for s, n in zip(sequences, counts, strict=True):
             self.past[s] += n
-        return {s: logits[starts[i] : starts[i + 1]] for i, s in enumerate(owners)}
+        return {s: logits[starts[i] : starts[i + 1]] for i, s in enumerate(sequences)}
 
     def head(self, rows: npt.ArrayLike) -> Logits:
         """The logits of some rows of the last step."""
@@ -124,7 +125,7 @@ class Runner:
         return np.asarray(self.ops.copy_d2h(out), np.float32)
 
     def logits(self, ids: npt.ArrayLike, chunk: int, sequence: int = 0) -> Logits:
-        """The logits after every id of a new sequence, fed `chunk` at a time.  [T, vocab]"""
+        """The logits [T, vocab] after every id of a new sequence, computed in chunks."""
         all_ids = np.asarray(ids, np.int32)
         self.past[sequence] = 0
         parts = [
@@ -134,9 +135,9 @@ class Runner:
         return np.concatenate(parts)
 
 
-def runner(case: Case, bits: int = 16, **options: Any) -> Runner:
-    """A seeded model with experts of `bits` bits, on the CPU unless `ops` says otherwise."""
+def make_driver(case: Case, bits: int = 16, **options: Any) -> SequenceDriver:
+    """A seeded model with experts of `bits` bits, on the CPU unless `ops` is given."""
     config = ModelConfig.from_hf(hf_config(case))
     tensors = hf_tensors(case)
-    record, records = our_records(config, tensors, bits)
-    return Runner(config, our_weights(config, tensors), record, records, **options)
+    layout, experts = packed_experts_of(config, tensors, bits)
+    return SequenceDriver(config, weights_of(config, tensors), layout, experts, **options)

@@ -1,4 +1,4 @@
-"""Facts about whole models that need no reference but the model itself."""
+"""Properties of whole models that need no other reference."""
 
 from typing import Any
 
@@ -15,8 +15,8 @@ from osmium.ops import Array, Fill, LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.models.build import CASES, Case, prompt
-from tests.models.run import Logits, Runner, runner
-from tests.ptx.interpreter import InterpretedMachine
+from tests.models.run import Logits, SequenceDriver, make_driver
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close, distance
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -27,55 +27,60 @@ MIXED = CASES[0]
 @each_case
 def test_prefill_equals_repeated_decode(case: Case) -> None:
     ids = prompt(case)
-    whole = runner(case).logits(ids, len(ids))
-    steps = runner(case).logits(ids, 1)
-    assert close(steps, whole, "logits"), distance(steps, whole)
+    at_once = make_driver(case).logits(ids, len(ids))
+    steps = make_driver(case).logits(ids, 1)
+    assert close(steps, at_once, "logits"), distance(steps, at_once)
 
 
 @each_case
-def test_prefill_into_e4m3_pages_is_near_repeated_decode(case: Case) -> None:
-    """Where the last bits of a key differ it may round to another e4m3: those that read it feel it,
-    far less than they feel e4m3 (.3 to 3 % of f32's logits), and a flipped expert moves few."""
+def test_prefill_with_e4m3_kv_is_close_to_repeated_decode(case: Case) -> None:
+    """A key that differs in its last bits may round to another e4m3, so later tokens differ a
+    little.
+
+    That is far below e4m3's own error, .3 to 3 % of f32's logits; few tokens route to another
+    expert.
+    """
     ids = prompt(case)
-    whole, steps = (runner(case, kv_dtype="fp8_e4m3").logits(ids, n) for n in (len(ids), 1))
-    off = np.linalg.norm(steps - whole, axis=1) / np.linalg.norm(whole, axis=1)
-    assert np.median(off) < 1e-3
-    assert np.quantile(off, 0.9) < 1e-2
+    at_once, steps = (make_driver(case, kv_dtype="fp8_e4m3").logits(ids, n) for n in (len(ids), 1))
+    errors = np.linalg.norm(steps - at_once, axis=1) / np.linalg.norm(at_once, axis=1)
+    assert np.median(errors) < 1e-3
+    assert np.quantile(errors, 0.9) < 1e-2
 
 
 @each_case
 def test_prefill_in_chunks_equals_prefill_at_once(case: Case) -> None:
     ids = prompt(case)
-    whole = runner(case).logits(ids, len(ids))
-    for chunk in (2, 3, 4, 33):  # around the row count where the delta rule goes by chunks
-        parts = runner(case).logits(ids, chunk)
-        assert close(parts, whole, "logits"), (chunk, distance(parts, whole))
+    at_once = make_driver(case).logits(ids, len(ids))
+    for chunk in (2, 3, 4, 33):  # around the row count from which the delta rule runs in chunks
+        parts = make_driver(case).logits(ids, chunk)
+        assert close(parts, at_once, "logits"), (chunk, distance(parts, at_once))
 
 
 @pytest.mark.parametrize("page", [1, 3, 64])
 def test_any_page_size_gives_the_same_logits(page: int) -> None:
     ids = prompt(MIXED)
-    one = runner(MIXED, page=256).logits(ids, 40)
-    assert np.array_equal(runner(MIXED, page=page).logits(ids, 40), one)
+    one = make_driver(MIXED, page=256).logits(ids, 40)
+    assert np.array_equal(make_driver(MIXED, page=page).logits(ids, 40), one)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("bf16", 2e-2), ("fp8_e4m3", 5e-2)])
-def test_narrow_pages_stay_near_f32_pages(kind: str, most: float) -> None:
+@pytest.mark.parametrize(("kind", "max_distance"), [("bf16", 2e-2), ("fp8_e4m3", 5e-2)])
+def test_narrow_kv_is_close_to_f32_kv(kind: str, max_distance: float) -> None:
     ids = prompt(MIXED)
-    wide, narrow = (runner(MIXED, kv_dtype=one).logits(ids, 40) for one in ("f32", kind))
-    off = np.linalg.norm(narrow - wide, axis=1) / np.linalg.norm(wide, axis=1)
-    assert 0 < np.median(off) < most  # over tokens: a flipped expert moves a few of them far
+    wide, narrow = (make_driver(MIXED, kv_dtype=one).logits(ids, 40) for one in ("f32", kind))
+    errors = np.linalg.norm(narrow - wide, axis=1) / np.linalg.norm(wide, axis=1)
+    # median over tokens: another routed expert changes a few of them a lot
+    assert 0 < np.median(errors) < max_distance
 
 
 def test_e4m3_pages_of_any_size_and_in_a_batch_give_the_same_logits() -> None:
     first = prompt(MIXED)[:60]
     second = first[::-1][:31].copy()
-    alone = [runner(MIXED, kv_dtype="fp8_e4m3").logits(ids, 40)[-1] for ids in (first, second)]
-    together = runner(MIXED, kv_dtype="fp8_e4m3", page=3)
-    together.step({0: first[:40], 1: second[:20]})
+    alone = [make_driver(MIXED, kv_dtype="fp8_e4m3").logits(ids, 40)[-1] for ids in (first, second)]
+    batched = make_driver(MIXED, kv_dtype="fp8_e4m3", page=3)
+    batched.step({0: first[:40], 1: second[:20]})
     for ids, s in ((first[40:59], 0), (second[20:30], 1)):
-        together.step({s: ids})
-    out = together.step({0: first[59:], 1: second[30:]})
+        batched.step({s: ids})
+    out = batched.step({0: first[59:], 1: second[30:]})
     for s in range(2):
         assert close(out[s][-1], alone[s], "logits"), distance(out[s][-1], alone[s])
 
@@ -84,15 +89,16 @@ def test_e4m3_pages_of_any_size_and_in_a_batch_give_the_same_logits() -> None:
 def test_a_batch_equals_its_sequences_alone(case: Case) -> None:
     first = prompt(case)
     second = first[::-1][: len(first) // 2].copy()
-    alone = [runner(case).logits(ids, len(ids)) for ids in (first, second)]
-    together = runner(case)
+    alone = [make_driver(case).logits(ids, len(ids)) for ids in (first, second)]
+    batched = make_driver(case)
     split = len(second) - 9
-    a = together.step({0: first[:split]})[0]
-    b = together.step({2: second[:split], 0: first[split : split + 1]})  # prefill beside decode
+    a = batched.step({0: first[:split]})[0]
+    # prefill and decode in one batch
+    b = batched.step({2: second[:split], 0: first[split : split + 1]})
     parts = [[a, b[0]], [b[2]]]
-    for t in range(9):  # decode together
+    for t in range(9):  # decode in one batch
         at = split + 1 + t
-        out = together.step({0: first[at : at + 1], 2: second[split + t : split + t + 1]})
+        out = batched.step({0: first[at : at + 1], 2: second[split + t : split + t + 1]})
         parts[0].append(out[0])
         parts[1].append(out[2])
     for got, want in zip((np.concatenate(p) for p in parts), alone, strict=True):
@@ -100,11 +106,11 @@ def test_a_batch_equals_its_sequences_alone(case: Case) -> None:
 
 
 @each_case
-def test_a_new_sequence_finds_nothing_of_the_last_one(case: Case) -> None:
+def test_a_new_sequence_does_not_depend_on_the_last_one(case: Case) -> None:
     ids = prompt(case)
-    used = runner(case)
-    used.logits(ids[::-1], 50)
-    assert np.array_equal(used.logits(ids, 50), runner(case).logits(ids, 50))
+    driver = make_driver(case)
+    driver.logits(ids[::-1], 50)
+    assert np.array_equal(driver.logits(ids, 50), make_driver(case).logits(ids, 50))
 
 
 @pytest.mark.parametrize(
@@ -117,57 +123,57 @@ def test_a_new_sequence_finds_nothing_of_the_last_one(case: Case) -> None:
     ],
     ids=lambda value: value.name if isinstance(value, Case) else str(value),
 )
-def test_a_cold_expert_equals_a_hot_one(case: Case, bits: int) -> None:
+def test_a_fetched_expert_equals_a_resident_one(case: Case, bits: int) -> None:
     ids = prompt(case)
-    hot = runner(case, bits)
-    cold = runner(case, bits, capacity=case.experts[1])
-    # One row at a time: a row's experts are then computed by the same calls on both sides.
-    assert np.array_equal(cold.logits(ids, 1), hot.logits(ids, 1))
+    resident = make_driver(case, bits)
+    streamed = make_driver(case, bits, capacity=case.experts[1])
+    # One row at a time, so that both sides compute its experts by the same calls.
+    assert np.array_equal(streamed.logits(ids, 1), resident.logits(ids, 1))
     routed = len(ids) * case.experts[1] * len(case.kinds)
-    assert hot.store.counters().hit == routed
-    counted = cold.store.counters()
+    assert resident.store.counters().hit == routed
+    counted = streamed.store.counters()
     assert counted.routed == routed == counted.hit + counted.missed
     if case.experts[0] > case.experts[1]:
         assert counted.experts_copied > case.experts[1] * len(case.kinds)
 
 
-def test_the_head_computes_only_the_rows_asked_for() -> None:
+def test_the_head_computes_only_the_given_rows() -> None:
     ids = prompt(MIXED)
-    model = runner(MIXED)
+    model = make_driver(MIXED)
     every = model.logits(ids, len(ids))
     rows = [149, 0, 77]
     assert close(model.head(rows), every[rows], "f32")
 
 
-def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
+def test_a_forward_pass_allocates_no_device_memory() -> None:
     class Counting(ReferenceOps):
-        made = 0
+        num_allocations = 0
 
         def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-            self.made += 1
+            self.num_allocations += 1
             return super().empty(shape, dtype)
 
         def to_device(self, array: npt.NDArray[Any]) -> Array:
-            self.made += 1
+            self.num_allocations += 1
             return super().to_device(array)
 
         def empty_mapped(
             self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
         ) -> Array:
-            self.made += 1
+            self.num_allocations += 1
             return super().empty_mapped(shape, dtype, fill)
 
     ops = Counting()
-    given = runner(MIXED, ops=ops, capacity=4)
-    step, logits = one_sequence(given.page), np.empty((1, MIXED.vocab), np.float32)
-    before, read = ops.made, ops.bytes_to_host
-    given.model.forward(step, given.state)
-    given.model.head(logits, step.query_start_loc[:1])
+    driver = make_driver(MIXED, ops=ops, capacity=4)
+    step, logits = one_sequence(driver.page), np.empty((1, MIXED.vocab), np.float32)
+    before, read = ops.num_allocations, ops.bytes_to_host
+    driver.model.forward(step, driver.state)
+    driver.model.head(logits, step.query_start_loc[:1])
     assert before > 0
-    assert (ops.made, ops.bytes_to_host) == (before, read)
+    assert (ops.num_allocations, ops.bytes_to_host) == (before, read)
 
 
-def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
+def test_decode_uses_the_recurrent_rule_and_prefill_the_chunked_one() -> None:
     class Watching(ReferenceOps):
         def __init__(self) -> None:
             super().__init__()
@@ -188,14 +194,14 @@ def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:
         ({0: [1] * 37, 2: [3]}, "chunk"),
     ):
         ops = Watching()
-        runner(MIXED, ops=ops).step(parts)
+        make_driver(MIXED, ops=ops).step(parts)
         assert ops.rules == {rule}, parts
 
 
 @pytest.mark.parametrize("gpu", [True, False])
-def test_the_bytes_planned_are_the_bytes_allocated(gpu: bool) -> None:
-    config = runner(MIXED).config
-    ops: Ops = GpuOps(InterpretedMachine()) if gpu else ReferenceOps()
+def test_planned_bytes_equal_allocated_bytes(gpu: bool) -> None:
+    config = make_driver(MIXED).config
+    ops: Ops = GpuOps(InterpretedRuntime()) if gpu else ReferenceOps()
     work = make_workspace(ops, config, 17)
     made = [
         vars(value).values() if isinstance(value, MatmulInput) else [value]
@@ -222,8 +228,8 @@ def test_an_unknown_model_type_is_refused_by_name(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["embed", "norm", "layers.0.router", "layers.3.qgkv",
                                   "layers.1.conv", "layers.2.shared_down"])  # fmt: skip
-def test_a_weight_that_is_missing_or_misshapen_is_named(name: str) -> None:
-    good = runner(MIXED)
+def test_a_missing_or_misshapen_weight_is_named(name: str) -> None:
+    good = make_driver(MIXED)
     build = model_class(good.config.model_type)
     weights = dict(good.weights)
     taken = weights.pop(name)
@@ -237,10 +243,10 @@ def test_a_weight_that_is_missing_or_misshapen_is_named(name: str) -> None:
         build(good.ops, good.config, weights, good.store, 8)
 
 
-def test_512_delta_net_steps_stay_near_float64(rng: np.random.Generator) -> None:
+def test_512_delta_net_steps_are_close_to_float64(rng: np.random.Generator) -> None:
     tokens, keys, values, dk, dv = 512, 2, 4, 32, 64
     qkv = rng.standard_normal((tokens, 2 * keys * dk + values * dv)).astype(np.float32)
-    # From heads that forget within a token to heads that keep hundreds.
+    # From heads that decay within one token to heads that keep hundreds.
     spread = np.linspace(-7, 1, values) + rng.uniform(-1, 1, (tokens, values))
     decay = -np.exp(spread).astype(np.float32)
     beta = rng.uniform(0, 1, (tokens, values)).astype(np.float32)
@@ -257,7 +263,7 @@ def test_512_delta_net_steps_stay_near_float64(rng: np.random.Generator) -> None
 def delta_rule(
     qkv: Logits, decay: Logits, beta: Logits, keys: int, dk: int, dv: int
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """The gated delta rule in float64, head by head: out [T, V, dv], the state after it."""
+    """The gated delta rule in float64, head by head: out [T, V, dv] and the final state."""
     tokens, values = decay.shape
     wide = qkv.astype(np.float64)
     state = np.zeros((values, dk, dv))
@@ -276,7 +282,7 @@ def delta_rule(
 
 
 def one_sequence(tokens: int) -> StepInputs:
-    """A new sequence in slot 0 and page 0."""
+    """Inputs of a new sequence in slot 0 and page 0."""
     every, zero = np.arange(tokens, dtype=np.int32), np.zeros(1, np.int32)
     starts = np.array([0, tokens], np.int32)
     return StepInputs(
@@ -287,12 +293,12 @@ def one_sequence(tokens: int) -> StepInputs:
 @each_case
 @pytest.mark.parametrize("embed_on_host", [True, False])
 def test_uploaded_weights_give_the_same_logits(case: Case, embed_on_host: bool) -> None:
-    given = runner(case)
+    driver = make_driver(case)
     ids = prompt(case)
-    want = given.logits(ids, 40)
-    placed = upload(given.ops, given.weights, embed_on_host=embed_on_host)
+    want = driver.logits(ids, 40)
+    placed = upload(driver.ops, driver.weights, embed_on_host=embed_on_host)
     if embed_on_host:
-        assert not np.shares_memory(placed["embed"], given.weights["embed"])
-        assert "head" in placed  # a tied head is read whole: not from host memory
-    again = Runner(given.config, placed, given.record, given.records)
+        assert not np.shares_memory(placed["embed"], driver.weights["embed"])
+        assert "head" in placed  # a tied head is read completely, so it is not in host memory
+    again = SequenceDriver(driver.config, placed, driver.layout, driver.experts)
     assert np.array_equal(again.logits(ids, 40), want)

@@ -1,4 +1,4 @@
-"""Logits against transformers, in float32 on the CPU, for seeded models of every shape."""
+"""Logits of seeded models of every shape against transformers, in float32 on the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from tests.models.build import CASES, Case, fingerprint, hf_tensors, prompt
-from tests.models.run import Logits, runner
+from tests.models.run import Logits, make_driver
 from tests.tolerance import close, distance
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -34,23 +34,23 @@ def check(case: Case, logits: Logits) -> None:
 
 @each_case
 def test_prefill_at_once_gives_the_logits_of_transformers(case: Case) -> None:
-    check(case, runner(case).logits(prompt(case), chunk=case.prompt))
+    check(case, make_driver(case).logits(prompt(case), chunk=case.prompt))
 
 
 @each_case
 @pytest.mark.parametrize("chunk", [7, 32, 64])
 def test_prefill_in_chunks_gives_the_logits_of_transformers(case: Case, chunk: int) -> None:
-    check(case, runner(case, rows=chunk).logits(prompt(case), chunk))
+    check(case, make_driver(case, rows=chunk).logits(prompt(case), chunk))
 
 
 @each_case
 def test_teacher_forced_decode_gives_the_logits_of_transformers(case: Case) -> None:
-    check(case, runner(case, rows=1).logits(prompt(case), chunk=1))
+    check(case, make_driver(case, rows=1).logits(prompt(case), chunk=1))
 
 
 @each_case
 def test_a_cache_of_top_k_slots_gives_the_logits_of_transformers(case: Case) -> None:
-    small = runner(case, capacity=case.experts[1])
+    small = make_driver(case, capacity=case.experts[1])
     check(case, small.logits(prompt(case), chunk=64))
     counted = small.store.counters()
     assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)

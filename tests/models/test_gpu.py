@@ -1,4 +1,4 @@
-"""Whole models on a GPU against the CPU, token by token where both chose the same experts."""
+"""Whole models on a GPU against the CPU, for tokens that route to the same experts."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from osmium.experts.cache import resident, verify
 from osmium.experts.runner import ExpertRunner
 from osmium.ops import Array, Ops
 from tests.models.build import CASES, Case, prompt
-from tests.models.run import Logits, Runner, runner
+from tests.models.run import Logits, SequenceDriver, make_driver
 from tests.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +18,8 @@ pytestmark = pytest.mark.gpu
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-class Watched(ExpertRunner):
-    """Keeps which experts every layer was asked for."""
+class RecordingRunner(ExpertRunner):
+    """Records the routed experts of every layer."""
 
     seen: list[npt.NDArray[Any]]
 
@@ -28,9 +28,9 @@ class Watched(ExpertRunner):
         super().forward(x, h, ids, *more)
 
 
-def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
-    """Logits [T, vocab], and the experts of every token and layer, sorted, [T, L, A]."""
-    assert isinstance(model.store, Watched)
+def routed(model: SequenceDriver, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
+    """Logits [T, vocab], and the sorted routed experts of every token and layer [T, L, A]."""
+    assert isinstance(model.store, RecordingRunner)
     model.store.seen = []
     logits = model.logits(ids, chunk)
     layers = model.config.num_layers
@@ -40,18 +40,20 @@ def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logit
 
 def check(
     case: Case, gpu: Ops, chunk: int, bits: int, capacity: int | None = None, kv: str = "bf16"
-) -> Runner:
-    """The GPU's logits are the CPU's, over the tokens whose experts agree."""
+) -> SequenceDriver:
+    """Assert that GPU and CPU logits agree for tokens that route to the same experts."""
     ids = prompt(case)
-    cpu = runner(case, bits, kv_dtype=kv, store_type=Watched)
-    want, theirs = routed(cpu, ids, chunk)
-    model = runner(case, bits, ops=gpu, kv_dtype=kv, capacity=capacity, store_type=Watched)
-    got, ours = routed(model, ids, chunk)
+    cpu = make_driver(case, bits, kv_dtype=kv, store_type=RecordingRunner)
+    want, want_experts = routed(cpu, ids, chunk)
+    model = make_driver(
+        case, bits, ops=gpu, kv_dtype=kv, capacity=capacity, store_type=RecordingRunner
+    )
+    got, got_experts = routed(model, ids, chunk)
     assert np.isfinite(got).all()
-    agree = (ours == theirs).all(axis=(1, 2))
+    agree = (got_experts == want_experts).all(axis=(1, 2))
     assert agree.mean() > 0.9, f"experts agree for {agree.mean():.0%} of the tokens"
-    off = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
-    assert np.median(off[agree]) <= TOLERANCE["gpu_logits"], np.median(off[agree])
+    errors = np.linalg.norm(got - want, axis=1) / np.linalg.norm(want, axis=1)
+    assert np.median(errors[agree]) <= TOLERANCE["gpu_logits"], np.median(errors[agree])
     return model
 
 
@@ -73,16 +75,16 @@ def test_quantised_experts_give_the_cpus_logits(bits: int, gpu: Ops) -> None:
 
 
 @each_case
-def test_a_small_cache_gives_the_cpus_logits_and_its_slots_are_true(case: Case, gpu: Ops) -> None:
+def test_a_small_cache_gives_the_cpus_logits_and_its_slots_verify(case: Case, gpu: Ops) -> None:
     model = check(case, gpu, 33, bits=16, capacity=case.experts[1])
     counted = model.store.counters()
     assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)
     held = int(resident(gpu, model.store.cache).sum())
-    assert verify(gpu, model.store.cache, model.records, samples=held, seed=0) == held > 0
+    assert verify(gpu, model.store.cache, model.experts, samples=held, seed=0) == held > 0
 
 
-def test_only_what_is_asked_for_comes_back_to_the_host(gpu: Ops) -> None:
-    model = runner(CASES[0], ops=gpu, kv_dtype="bf16")
+def test_only_requested_logits_are_copied_to_the_host(gpu: Ops) -> None:
+    model = make_driver(CASES[0], ops=gpu, kv_dtype="bf16")
     before = gpu.bytes_to_host
     got = model.logits(prompt(CASES[0]), 50)
     assert gpu.bytes_to_host - before == got.nbytes

@@ -1,4 +1,4 @@
-"""The lab model against what its card says: ids, logits, greedy text, perplexity."""
+"""The lab model against its model card: ids, logits, greedy text, perplexity."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ import tokenizers
 from osmium.ops import Array
 from osmium.ops.reference import ReferenceOps
 from tests.models.lab import LAB, lab_model
-from tests.models.run import Logits, Runner
+from tests.models.run import Logits, SequenceDriver
 from tests.tolerance import close, distance
 
 pytestmark = pytest.mark.skipif(
@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 FLIPS = 2e-4
-"""Nats a token that near-ties of the router may move a mean by: one token in 512 has one, and a
-flipped expert moves its logits by 0.1.  All else agrees to more digits than this."""
+"""Nats per token by which near-ties of the router may change a mean. One token in 512 has such a
+near-tie, and another expert changes its logits by 0.1. Everything else agrees to more digits."""
 
 CASES = ["plain", "chat_no_think", "chat_think", "chat_tools"]
 
@@ -33,29 +33,29 @@ def oracle() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def model() -> Runner:
+def model() -> SequenceDriver:
     return lab_model(rows=512, context=512)
 
 
 @pytest.mark.parametrize("case", range(len(CASES)), ids=CASES)
 def test_the_oracles_logits_and_greedy_ids_are_reproduced(
-    case: int, oracle: dict[str, Any], model: Runner
+    case: int, oracle: dict[str, Any], model: SequenceDriver
 ) -> None:
     want = oracle["cases"][case]
     last = model.logits(want["ids"], chunk=512)[-1]
     top = want["top20"]
     assert np.argsort(-last)[:20].tolist() == top["ids"]
-    off = distance(last[top["ids"]], np.array(top["logits"]))
-    assert close(last[top["ids"]], np.array(top["logits"]), "logits"), off
+    errors = distance(last[top["ids"]], np.array(top["logits"]))
+    assert close(last[top["ids"]], np.array(top["logits"]), "logits"), errors
     greedy = []
-    for _ in want["greedy"]:  # no margin among them is under 0.03
+    for _ in want["greedy"]:  # no margin among these is below 0.03
         greedy.append(int(last.argmax()))
         last = model.step({0: greedy[-1:]})[0][-1]
     assert greedy == want["greedy"]
 
 
-class Routed(ReferenceOps):
-    """Keeps what the last row of each `route` was given."""
+class RecordingOps(ReferenceOps):
+    """Records the last row's output of each topk_softmax."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -69,14 +69,14 @@ class Routed(ReferenceOps):
 
 
 def test_the_oracles_router_choices_are_reproduced(oracle: dict[str, Any]) -> None:
-    ops = Routed()
+    ops = RecordingOps()
     model = lab_model(rows=512, context=512, ops=ops)
     for want in oracle["cases"]:
         ops.last.clear()
         model.logits(want["ids"], chunk=512)
-        for (ids, weights), said in zip(ops.last, want["router"], strict=True):
-            assert ids == said["experts"]
-            assert np.allclose(weights, said["weights"], atol=1e-5)
+        for (ids, weights), decoded in zip(ops.last, want["router"], strict=True):
+            assert ids == decoded["experts"]
+            assert np.allclose(weights, decoded["weights"], atol=1e-5)
 
 
 def nll(logits: Logits, targets: npt.NDArray[np.int32]) -> float:
@@ -88,7 +88,7 @@ def nll(logits: Logits, targets: npt.NDArray[np.int32]) -> float:
 
 
 def windows(file: str, ids_in_all: int) -> npt.NDArray[np.int32]:
-    """A text by the card's protocol: whole windows of 512 ids, the rest dropped.  i32 [W, 512]"""
+    """A text in the card's protocol: full windows of 512 ids, the rest dropped. i32 [W, 512]"""
     text = (LAB / file).read_text(encoding="utf-8")
     tokenizer = tokenizers.Tokenizer.from_file(str(LAB / "tokenizer.json"))
     ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int32)
@@ -96,19 +96,21 @@ def windows(file: str, ids_in_all: int) -> npt.NDArray[np.int32]:
     return ids[: len(ids) // 512 * 512].reshape(-1, 512)
 
 
-def prefill_nll(model: Runner, rows: npt.NDArray[np.int32]) -> float:
+def prefill_nll(model: SequenceDriver, rows: npt.NDArray[np.int32]) -> float:
     """Mean over the scored tokens, each window from an empty state."""
     return sum(nll(model.logits(w, chunk=512)[:-1], w[1:]) for w in rows) / rows[:, 1:].size
 
 
-def test_prefill_reaches_the_cards_perplexity(oracle: dict[str, Any], model: Runner) -> None:
+def test_prefill_reaches_the_cards_perplexity(
+    oracle: dict[str, Any], model: SequenceDriver
+) -> None:
     mean = prefill_nll(model, windows("heldout_small.txt", 9018))
     assert abs(np.exp(mean) / 16.7784 - 1) < 5e-3
     assert abs(mean - oracle["heldout_small"]["nll"]) < FLIPS
 
 
 @pytest.mark.parametrize("kind", ["bf16", "fp8_e4m3"])
-def test_narrow_kv_moves_perplexity_by_less_than_half_a_percent(
+def test_narrow_kv_changes_perplexity_by_less_than_half_a_percent(
     kind: str, oracle: dict[str, Any]
 ) -> None:
     model = lab_model(rows=512, context=512, kv_dtype=kind)

@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 
 from osmium.errors import KernelError
-from osmium.kernels import numba_compiler, python
+from osmium.kernels import numba_compiler, numba_kernels
 from osmium.kernels.numba_compiler import PACKAGES, PYTHON, compile_all, compile_kernel
+from osmium.kernels.numba_kernels import COMPILED, KERNELS, NumbaSource, cuda, python_kernel
 from osmium.kernels.ptx import Kernel, parse
-from osmium.kernels.python import COMPILED, KERNELS, Source, cuda, python_kernel
 from osmium.ops.gpu import check_kernels
 from tests import needs
 from tests.ptx.kernels import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-OURS = ("advance", "draw", "peaks", "place", "weigh")
+OURS = ("advance_step", "assign_slots", "logit_histogram", "sample_token", "slice_max")
 
 
 def double(out, n):  # type: ignore[no-untyped-def]
@@ -29,8 +29,8 @@ def double(out, n):  # type: ignore[no-untyped-def]
         out[i] *= 2
 
 
-def source(regs: int = 32, grid: str = "ceil(n / 128)") -> Source:
-    return Source(double, "void(CPointer(float32), uint32)", 128, grid, regs)
+def source(regs: int = 32, grid: str = "ceil(n / 128)") -> NumbaSource:
+    return NumbaSource(double, "void(CPointer(float32), uint32)", 128, grid, regs)
 
 
 def pinned() -> dict[str, str]:
@@ -43,12 +43,12 @@ def pinned() -> dict[str, str]:
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder of compiled texts is the test's own, and empty."""
-    monkeypatch.setattr(python, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr(numba_kernels, "COMPILED", tmp_path / "compiled")
     (tmp_path / "compiled").mkdir()
     return tmp_path / "compiled"
 
 
-# -- what is committed ---------------------------------------------------------------------------
+# -- what is committed -----------------------------------------------------------------------------
 
 
 def test_every_compiled_kernel_is_committed_and_of_the_present_source() -> None:
@@ -84,7 +84,7 @@ def test_the_check_covers_every_kernel_that_there_is() -> None:
     assert check_kernels() == len(NAMES) + len(OURS)
 
 
-# -- reading -------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkout", [True, False])
@@ -92,7 +92,9 @@ def test_a_missing_and_a_stale_text_say_what_to_run(
     elsewhere: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
 ) -> None:
     if not checkout:
-        monkeypatch.setattr(python, "__file__", str(elsewhere / "osmium" / "kernels" / "python.py"))
+        monkeypatch.setattr(
+            numba_kernels, "__file__", str(elsewhere / "osmium" / "kernels" / "numba_kernels.py")
+        )
     way_out = "tools/compile_kernels" if checkout else "Install osmium-serve again"
     with pytest.raises(KernelError, match=rf"double\.ptx cannot be read.*{way_out}"):
         source().text()
@@ -106,19 +108,19 @@ def test_a_missing_and_a_stale_text_say_what_to_run(
 def test_the_hash_covers_what_a_kernel_calls_and_its_modules_numbers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weigh = KERNELS["weigh"]
+    weigh = KERNELS["logit_histogram"]
     known, before = weigh.function.__globals__, weigh.key
     assert before == weigh.key
     monkeypatch.setitem(known, "WINDOW", known["WINDOW"] + 1)
     assert weigh.key != before
     monkeypatch.undo()
     monkeypatch.setitem(known, "running", double)
-    monkeypatch.setitem(python.FUNCTIONS, "running", double)
+    monkeypatch.setitem(numba_kernels.DEVICE_FUNCTIONS, "block_inclusive_scan", double)
     assert weigh.key != before
 
 
 def test_a_signature_must_fit_its_function() -> None:
-    wrong = Source(double, "void(CPointer(float32))", 128, "1", 32)
+    wrong = NumbaSource(double, "void(CPointer(float32))", 128, "1", 32)
     with pytest.raises(KernelError, match="2"):
         wrong.header()
 
@@ -129,7 +131,7 @@ def test_a_type_that_no_contract_has_is_refused_by_name() -> None:
         ("void(CPointer(float32), float64)", "n is float64"),
     ):
         with pytest.raises(KernelError, match=named):
-            Source(double, signature, 128, "1", 32).header()
+            NumbaSource(double, signature, 128, "1", 32).header()
 
 
 @pytest.fixture
@@ -146,7 +148,7 @@ def test_the_decorator_registers_and_reads_nothing(registry: None) -> None:
     assert KERNELS["double"].block == 64 and made.name == "double"
 
 
-# -- compiling -----------------------------------------------------------------------------------
+# -- compiling -------------------------------------------------------------------------------------
 
 
 def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:

@@ -48,7 +48,7 @@ def test_nothing_tells_people_to_install_another_project() -> None:
     assert seen > 3, "README names it, and so do others"
 
 
-# -- how it was installed ------------------------------------------------------------------------
+# -- how it was installed --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_in_a_checkout_the_checkout_is_installed() -> None:
     assert how_to_install("cu13", sys.prefix).endswith(f"-m pip install -e '{ROOT}[cu13]'")
 
 
-# -- the other osmium ----------------------------------------------------------------------------
+# -- the other osmium ------------------------------------------------------------------------------
 
 
 def test_the_other_project_beside_ours_is_found(tmp_path: Path) -> None:

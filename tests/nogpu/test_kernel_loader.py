@@ -9,7 +9,7 @@ import pytest
 
 from osmium.errors import KernelError
 from osmium.kernels.ptx import Expression, Kernel, check, kernel, parse
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.ptx.kernels import NAMES
 
 HEADER = """// out = x * scale, for the tests.
@@ -24,8 +24,8 @@ HEADER = """// out = x * scale, for the tests.
 //: param   x      u64  in  f32[rows, n]    align 8
 //: param   scale  f32
 //: param   n      u32  values a row        n % 4 == 0
-//: moves   rows * n * 8                    in and out
-//: order   fixed
+//: traffic rows * n * 8                    in and out
+//: determinism fixed
 """
 
 BODY = """.version 7.8
@@ -112,13 +112,17 @@ def test_bytes_moved_are_the_contracts_formula() -> None:
         ("//: grid    ceil(n / 64), rows", "//: grid    n.real", "n.real"),
         ("//: grid    ceil(n / 64), rows", "//: grid    n +", "n +"),
         ("//: block   64", "//: block   many", "many"),
-        ("//: order   fixed", "//: wishes  none", "wishes"),
+        ("//: determinism fixed", "//: wishes  none", "wishes"),
         ("//: block   64\n", "", "block"),
-        ("//: order   fixed\n", "//: order   fixed\n//: order   atomic\n", "order"),
+        (
+            "//: determinism fixed\n",
+            "//: determinism fixed\n//: determinism atomic\n",
+            "determinism",
+        ),
         ("//: dynamic n * 4", "//:dynamic n * 4", "//:dynamic n * 4"),
-        ("//: order   fixed", "//: order", "//: order"),
+        ("//: determinism fixed", "//: determinism", "//: determinism"),
         ("//: dynamic n * 4", "//: dynamic rows * 4", "rows"),
-        ("//: moves   rows * n * 8", "//: moves   rows * m * 8", "m is no"),
+        ("//: traffic rows * n * 8", "//: traffic rows * m * 8", "m is no"),
         ("//: grid    ceil(n / 64), rows", "//: grid    ceil(scale / 64), rows", "scale"),
         ("n % 4 == 0", "n % width == 0", "width"),
     ],
@@ -214,7 +218,7 @@ def test_every_kernel_has_a_contract_that_can_be_packed(name: str) -> None:
 
 
 def test_a_launch_goes_through_the_same_door_everywhere(rng: np.random.Generator) -> None:
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     a, b = (rng.standard_normal(1028).astype(np.float32) for _ in range(2))
     out, x = machine.empty((1028,), np.float32), machine.empty((1028,), np.float32)
     machine.copy_h2d(out, a)

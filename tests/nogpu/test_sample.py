@@ -1,6 +1,6 @@
 """sample and advance, the Numba kernels, against ReferenceOps: the same tokens, steps and mail.
 
-As in test_place.py the kernels run in Numba's simulator, in a process of their own:
+As in test_assign_slots.py the kernels run in Numba's simulator, in a process of their own:
 `python -m tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
 """
 
@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.kernels.python import cuda
-from osmium.kernels.sample import ADVANCE, DRAW
-from osmium.kernels.weigh import PEAKS, WEIGH
+from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
+from osmium.kernels.numba_kernels import cuda
+from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.ops.reference import ReferenceOps
 from tests import needs
 from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BINS, LIST = 32, 16
+BINS, MAX_CANDIDATES = 32, 16
 
 CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
 
@@ -34,7 +34,7 @@ class Simulated(ReferenceOps):
 
     def __init__(self) -> None:
         super().__init__()
-        self.kernels = simulated("peaks", "weigh", "draw", "advance")
+        self.kernels = simulated("slice_max", "logit_histogram", "sample_token", "advance_step")
 
     def sample(self, logits: Any, replies: Any) -> None:
         r, (rows, vocab) = replies, logits.shape
@@ -44,30 +44,30 @@ class Simulated(ReferenceOps):
         settings, chance = r.sampler_params.reshape(-1), r.uniforms.reshape(-1)
         counts, masses = r.bin_counts.reshape(-1), r.bin_weights.reshape(-1)
         ends, order = r.slice_bin_ends.reshape(-1), r.bin_order.reshape(-1)
-        self.kernels["peaks"][(slices, rows), 16](
+        self.kernels["slice_max"][(slices, rows), 16](
             best, where, counts, masses, flat, vocab, slices
         )  # fmt: skip
-        self.kernels["weigh"][(slices, rows), BINS // 2](
+        self.kernels["logit_histogram"][(slices, rows), BINS // 2](
             r.token, counts, masses, ends, order, flat, best, where, settings, vocab, slices
         )  # fmt: skip
-        self.kernels["draw"][rows, BINS](
+        self.kernels["sample_token"][rows, BINS](
             r.token, flat, best, settings, chance, r.decode_step, counts, masses, ends, order,
             vocab,
-            slices, r.ring,
+            slices, r.ring_size,
         )  # fmt: skip
 
     def advance(self, step: Any, replies: Any) -> None:
         r = replies
-        self.kernels["advance"][1, 32](
+        self.kernels["advance_step"][1, 32](
             step.ids, step.positions, step.context_lens, step.state_slots,
             step.page_table.reshape(-1), r.token,
             r.tokens_left, r.stop_on_eos, r.eos, r.decode_step, r.token_ring, step.tokens,
             step.page_table.shape[1], len(r.eos),
-            r.ring, r.null_slot, r.null_page,
+            r.ring_size, r.null_slot, r.null_page,
         )  # fmt: skip
 
 
-def add_to(array: Any, index: int, value: Any) -> None:
+def atomic_add(array: Any, index: int, value: Any) -> None:
     """The kernels' own name for it, in the simulator."""
     cuda.atomic.add(array, index, value)
 
@@ -78,17 +78,17 @@ def simulated(*chosen: str) -> dict[str, Any]:
     import numba
     from numba import cuda
 
-    from osmium.kernels.python import FUNCTIONS, KERNELS
+    from osmium.kernels.numba_kernels import DEVICE_FUNCTIONS, KERNELS
 
     kinds = ("int32", "int64", "uint16", "uint32", "uint64", "float32", "float64")
     known = {kind: getattr(numba, kind) for kind in kinds}
     known |= {"cuda": cuda, "exp2": np.exp2}
-    called = FUNCTIONS | {"add_to": add_to}
+    called = DEVICE_FUNCTIONS | {"atomic_add": atomic_add}
     functions = {name: KERNELS[name].function for name in chosen} | called
     every: dict[str, Any] = {}
     for function in functions.values():
         every |= function.__globals__
-    every |= known | {"BINS": BINS, "LIST": LIST}
+    every |= known | {"BINS": BINS, "MAX_CANDIDATES": MAX_CANDIDATES}
     for name, function in functions.items():
         made = types.FunctionType(function.__code__, every, name)
         every[name] = cuda.jit(made, device=name in called)
@@ -109,7 +109,17 @@ def compare_odd(rng: np.random.Generator) -> None:
     scratch.  Logits are far enough apart, or equal, for the few bins to tell."""
     rows, vocab = 3, int(rng.integers(40, 130))
     arrays = replies(rng, rows, vocab)
-    many = (1, 2, LIST - 1, LIST, LIST + 1, BINS, vocab - 1, vocab, vocab + 1)
+    many = (
+        1,
+        2,
+        MAX_CANDIDATES - 1,
+        MAX_CANDIDATES,
+        MAX_CANDIDATES + 1,
+        BINS,
+        vocab - 1,
+        vocab,
+        vocab + 1,
+    )
     logits = rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 5])
     shape = rng.integers(4)
     if shape == 0:
@@ -159,10 +169,11 @@ def test_the_kernels_draw_and_advance_as_the_reference_does(
 
 def test_the_compiled_kernels_keep_to_their_contracts() -> None:
     needs.numba_simulator()
-    assert [kernel.contract.entry for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
-        "peaks", "weigh", "draw", "advance",
+    kernels = (SLICE_MAX, LOGIT_HISTOGRAM, SAMPLE_TOKEN, ADVANCE_STEP)
+    assert [kernel.contract.entry for kernel in kernels] == [
+        "slice_max", "logit_histogram", "sample_token", "advance_step",
     ]  # fmt: skip
-    assert [kernel.contract.block for kernel in (PEAKS, WEIGH, DRAW, ADVANCE)] == [
+    assert [kernel.contract.block for kernel in kernels] == [
         256, 256, 512, 32,
     ]  # fmt: skip
 

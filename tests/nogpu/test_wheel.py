@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from osmium.distribution import NAME
-from osmium.kernels.python import KERNELS
+from osmium.kernels.numba_kernels import KERNELS
 from osmium.ops.gpu import check_kernels
 from tests.ptx.kernels import NAMES
 

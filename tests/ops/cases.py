@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.experts.cache import DECAY
-from osmium.kernels.weigh import BINS, SLICE
+from osmium.kernels.logit_histogram import BINS, SLICE
 from osmium.ops import (
     AttentionWeights,
     AttentionWorkspace,
@@ -162,7 +162,7 @@ def _step(size: Size, a: dict[str, Any]) -> StepInputs:
     )  # fmt: skip
 
 
-# -- rows ----------------------------------------------------------------------------------------
+# -- rows ------------------------------------------------------------------------------------------
 
 
 def embed(rng: np.random.Generator, size: Size) -> Case:
@@ -235,7 +235,7 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-# -- attention -----------------------------------------------------------------------------------
+# -- attention -------------------------------------------------------------------------------------
 
 
 def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kept: str) -> Arrays:
@@ -385,7 +385,7 @@ def sigmoid_gate(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, lambda ops, a: ops.sigmoid_gate(a["out"], a["qgkv"]), {"out": "f32"})
 
 
-# -- gated delta net -----------------------------------------------------------------------------
+# -- gated delta net -------------------------------------------------------------------------------
 
 
 def _channels(size: Size) -> int:
@@ -505,7 +505,7 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-# -- experts -------------------------------------------------------------------------------------
+# -- experts ---------------------------------------------------------------------------------------
 
 
 def route(rng: np.random.Generator, size: Size) -> Case:
@@ -711,7 +711,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             def fetch() -> None:
                 ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0)
 
-            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1, fetch=fetch)
+            experts_call(ops, a, form, plan, cache, ("hits", "rest"), 1, fetch=fetch)
 
         writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)
@@ -753,7 +753,7 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
-    halves = (new_rows(ops, tokens * top_k, cache.record.inner), new_rows(ops, tokens, inner))
+    halves = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()
@@ -789,7 +789,7 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-# -- replies -------------------------------------------------------------------------------------
+# -- replies ---------------------------------------------------------------------------------------
 
 RING = 3
 

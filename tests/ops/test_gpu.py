@@ -14,7 +14,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_making
+from tests.ptx import cases_attention, cases_linear, cases_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -24,15 +24,15 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{f"{name}, 122b": sized(name, DECODE) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
-    **cases_making.CASES,
-    **cases_making.LARGE,
+    **cases_weights.CASES,
+    **cases_weights.LARGE,
     **cases_attention.LONG,
 }
 
 
 def copies_in_bulk(gpu: GpuOps) -> None:
     """What is fetched early is copied in bulk."""
-    machine: Any = gpu.machine
+    machine: Any = gpu.runtime
     if machine.device.capability < MIN_BULK_COPY_CC:
         pytest.skip("bulk copies are for compute capability 9.0 and up")
 
@@ -45,7 +45,7 @@ def test_a_kernel_computes_its_reference_operation(
         copies_in_bulk(gpu)
     seed = int(rng.integers(1 << 32))
     case = ALL[name](np.random.default_rng(seed))
-    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     found = run(case, gpu)
     again = run(case, gpu)
     for output, kind in case.writes.items():
@@ -77,7 +77,7 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
 
     records = rng.integers(0, 256, (2, experts, record.nbytes), dtype=np.uint8)
     arena = HostExperts(record, gpu.empty_mapped(records.shape, np.uint8))
-    gpu.host_view(arena.records)[...] = records
+    gpu.host_view(arena.packed)[...] = records
     cache = make_cache(gpu, arena, 2 * top_k, top_k)
     first, asked, likely = (gpu.empty((1, top_k), np.uint16) for _ in range(3))
     plan = SlotAssignment(
@@ -103,15 +103,15 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
             gpu.copy_h2d(ids, rng.permutation(experts)[None, :top_k].astype(np.uint16))
         if turn % 3:
             gpu.copy(asked, likely)
-        with gpu.on_side_stream(early=True):
+        with gpu.on_side_stream(prefetch=True):
             gpu.prefetch_experts(cache, guess, arena)
         gpu.assign_slots(plan, cache, 0, first, guess)
-        gpu.fetch_experts(cache, plan, arena, 0, guess=guess)
+        gpu.fetch_experts(cache, plan, arena, 0, prefetch=guess)
         for _ in range(turn // 3):
             gpu.memset(pause, turn)
         gpu.assign_slots(plan, cache, 1, asked, guess)
-        gpu.fetch_experts(cache, plan, arena, 1, guess=guess)
-        gpu.join_side_stream(early=True)
+        gpu.fetch_experts(cache, plan, arena, 1, prefetch=guess)
+        gpu.join_side_stream(prefetch=True)
         # the first time kernels are loaded meanwhile, and no turn may come; else it may be too late
         state = gpu.copy_d2h(guess.state)[1] & ~(STOP | DROP)
         assert np.isin(state, (0, 1 | 1 << 15)).all()
@@ -121,4 +121,4 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
     assert begun > 24
     guessed, right, brought = gpu.copy_d2h(cache.counters)[4:]
     assert 0 < right <= guessed and 0 < brought <= right * record.nbytes // 2048
-    gpu.release(arena.records)
+    gpu.release(arena.packed)

@@ -10,14 +10,14 @@ from osmium.kernels import ptx
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_making
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx import cases_attention, cases_linear, cases_weights
+from tests.ptx.interpreter import InterpretedRuntime
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{name: sized(name, TINY) for name in CASES},
     **cases_linear.CASES,
     **cases_attention.CASES,
-    **cases_making.CASES,
+    **cases_weights.CASES,
 }
 
 
@@ -31,8 +31,8 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, name: str) -> None:
     seed = int(rng.integers(1 << 32))
     case = ALL[name](np.random.default_rng(seed))
-    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
-    found = run(case, GpuOps(InterpretedMachine(seed)))
+    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
+    found = run(case, GpuOps(InterpretedRuntime(seed)))
     for output, kind in case.writes.items():
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
 
@@ -47,7 +47,7 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(
     rng: np.random.Generator, name: str
 ) -> None:
     seed = int(rng.integers(1 << 32))
-    run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedMachine(seed, early=True)))
+    run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedRuntime(seed, early=True)))
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(
 def test_the_order_of_warps_changes_no_bit(rng: np.random.Generator, name: str) -> None:
     seed = int(rng.integers(1 << 32))
     first, second = (
-        run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedMachine(order)))
+        run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedRuntime(order)))
         for order in (1, 2)
     )
     assert all(first[output].tobytes() == second[output].tobytes() for output in first)

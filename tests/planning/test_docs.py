@@ -7,13 +7,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_the_page_of_plans_is_what_is_printed_now() -> None:
+def test_docs_plans_equals_the_current_output() -> None:
     command = [sys.executable, str(ROOT / "tools" / "plans"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
-def test_every_plan_on_the_page_is_one_screen() -> None:
+def test_every_plan_on_the_page_fits_one_screen() -> None:
     screens = (ROOT / "docs" / "plans.md").read_text().split("```")[1::2]
     assert len(screens) >= 6
     for screen in screens:

@@ -1,4 +1,4 @@
-"""`osmium plan`: equal to what a load does, for machines that are not here, and true advice."""
+"""`osmium plan`: equal to what loading does, also for other machines, with valid suggestions."""
 
 import json
 import os
@@ -47,7 +47,7 @@ def hub(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterat
 
 
 def listing(*folders: Path) -> dict[str, float]:
-    """Every file below some folders, and when it was written."""
+    """Every file in these folders, with its modification time."""
     return {
         str(path): path.stat().st_mtime_ns
         for folder in folders
@@ -60,11 +60,11 @@ def report(model: str, **options: Any) -> PlanReport:
     return plan_report(model, **options)
 
 
-# -- equal to what a load does ---------------------------------------------------------------------
+# -- equal to loading ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "gpu"])
-def test_a_plan_of_a_folder_and_of_the_hub_is_what_loading_goes_by(
+def test_plans_of_a_folder_and_of_the_hub_equal_the_loaded_plan(
     device: str,
     folder: Path,
     hub: StandInHub,
@@ -94,20 +94,20 @@ def test_a_plan_of_a_folder_writes_nothing(folder: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("name", [None, "synthetic:tiny:3"])
-def test_the_demo_and_made_up_models_are_planned_without_a_file(
+def test_the_demo_and_synthetic_models_are_planned_without_files(
     name: str | None, tmp_path: Path
 ) -> None:
     found = plan_report(name, device="cpu", cache_dir=str(tmp_path / "cache"))
     assert found.plan is not None and not list(tmp_path.iterdir())
 
 
-def test_the_demo_is_planned_with_more_context_than_it_was_trained_for() -> None:
+def test_the_demo_is_planned_beyond_its_trained_context() -> None:
     found = plan_report("demo", device="cpu", context=32768)
     assert found.plan is not None and found.plan.context == 32768
 
 
 @pytest.mark.parametrize("where", ["folder", "hub"])
-def test_a_model_that_cannot_fit_is_not_packed_and_not_downloaded(
+def test_a_model_that_cannot_fit_is_neither_packed_nor_downloaded(
     where: str, folder: Path, hub: StandInHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(planned_hardware, "available_ram", lambda: (100_000, 0))
@@ -119,10 +119,10 @@ def test_a_model_that_cannot_fit_is_not_packed_and_not_downloaded(
     assert not list((tmp_path / "cache").glob("*.osmium"))
 
 
-def test_a_loader_whose_engines_may_take_less_context_packs(
+def test_a_loader_packs_when_a_smaller_context_would_fit(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """A benchmark gives each engine its own context: the default's need not fit."""
+    """A benchmark gives each engine its own context, so the default's need not fit."""
     fits = sum(plan_for(folder, "cpu", **OPTIONS).ram.values())
     monkeypatch.setattr(planned_hardware, "available_ram", lambda: (fits, 0))
     options = {**OPTIONS, "ram": None, "context": 2048, "cache_dir": str(tmp_path / "cache")}
@@ -134,10 +134,10 @@ def test_a_loader_whose_engines_may_take_less_context_packs(
     made.close()
 
 
-# -- machines that are not here --------------------------------------------------------------------
+# -- other machines --------------------------------------------------------------------------------
 
 
-def test_a_gpu_by_name_needs_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_named_gpu_is_planned_without_a_local_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     def none(config: EngineConfig) -> None:
         raise AssertionError("this machine's GPU is not opened")
 
@@ -149,9 +149,9 @@ def test_a_gpu_by_name_needs_none_here(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.plan.expected_tokens_per_s is not None
 
 
-def test_another_amount_of_vram_is_another_plan_without_a_gpu() -> None:
+def test_each_vram_size_has_its_plan_without_a_gpu() -> None:
     plans = [plan_for(SMALL, vram=gib * GIB, ram=64 * GIB) for gib in (8, 12, 24, 32)]
-    assert len({plan.expert_slots for plan in plans}) == 3  # 24 and 32 hold everything
+    assert len({plan.expert_slots for plan in plans}) == 3  # 24 and 32 GiB hold every expert
     assert [plan.vram_limit for plan in plans] == [gib * GIB for gib in (8, 12, 24, 32)]
     speeds = [plan.expected_tokens_per_s or 0 for plan in plans]
     assert speeds == sorted(speeds) and speeds[0] > 0
@@ -160,7 +160,7 @@ def test_another_amount_of_vram_is_another_plan_without_a_gpu() -> None:
         assert word in said
 
 
-def test_without_a_gpu_and_flags_the_plan_is_the_cpus_and_says_how_to_get_another() -> None:
+def test_without_a_gpu_the_cpu_is_planned_with_a_hint_at_flags() -> None:
     found = plan_report(None)
     assert found.plan is not None and found.plan.device == "cpu"
     assert found.plan.expected_tokens_per_s is None
@@ -168,13 +168,13 @@ def test_without_a_gpu_and_flags_the_plan_is_the_cpus_and_says_how_to_get_anothe
     assert plan_report(None, "cpu").assumptions == ()
 
 
-def test_vram_of_a_named_gpu_is_at_most_what_it_has() -> None:
+def test_vram_of_a_named_gpu_is_limited_by_its_memory() -> None:
     assert plan_for(SMALL, gpu="4090", vram=12 * GIB, ram=64 * GIB).vram_limit == 12 * GIB
     with pytest.raises(ConfigError, match=r"--vram is 30\.00 GiB, 23\.52 GiB"):
         plan_for(SMALL, gpu="4090", vram=30 * GIB)
 
 
-def test_the_ram_is_this_machines_unless_told_and_that_is_said(
+def test_ram_defaults_to_this_machines_and_the_report_names_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planned_hardware, "available_ram", lambda: (100 * GIB, 128 * GIB))
@@ -184,7 +184,7 @@ def test_the_ram_is_this_machines_unless_told_and_that_is_said(
     assert report(LARGE, gpu="5090", ram=96 * GIB).plan is not None
 
 
-def test_the_link_can_be_told() -> None:
+def test_the_link_rate_can_be_set() -> None:
     speeds = [
         plan_for(LARGE, gpu="5090", ram=96 * GIB, link_gb_s=link).expected_tokens_per_s or 0
         for link in (12, 25, 53)
@@ -196,7 +196,7 @@ def test_the_link_can_be_told() -> None:
             plan_for(LARGE, gpu="5090", link_gb_s=bad)
 
 
-def test_the_links_rate_of_this_machines_gpu_can_be_told(
+def test_the_link_rate_of_the_local_gpu_can_be_set(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     FakeGpu(4 << 30).install(monkeypatch)
@@ -204,12 +204,12 @@ def test_the_links_rate_of_this_machines_gpu_can_be_told(
     assert found.hardware.link_gb_s == 12.5 and found.assumptions == ("a link of 12.5 GB/s",)
 
 
-def test_a_gpu_and_the_cpu_contradict_each_other() -> None:
+def test_a_named_gpu_with_the_cpu_device_is_refused() -> None:
     with pytest.raises(ConfigError, match="contradict"):
         plan_for(SMALL, "cpu", gpu="4090")
 
 
-# -- what it answers -------------------------------------------------------------------------------
+# -- answers ---------------------------------------------------------------------------------------
 
 
 def test_the_longest_context_fits_and_a_page_more_does_not() -> None:
@@ -238,7 +238,7 @@ def test_the_longest_context_fits_and_a_page_more_does_not() -> None:
         )  # fmt: skip
 
 
-def test_what_binds_is_what_takes_most_of_the_time() -> None:
+def test_the_bottleneck_is_the_largest_part_of_the_time() -> None:
     streaming = report(LARGE, gpu="RTX 4060 Ti 16GB", ram=64 * GIB, attention_quant="int4")
     assert streaming.binds == "link"
     assert report(SMALL, gpu="RTX A6000", ram=64 * GIB).binds == "vram"
@@ -246,7 +246,7 @@ def test_what_binds_is_what_takes_most_of_the_time() -> None:
     assert report(LARGE, gpu="3060 12GB", ram=64 * GIB).binds == "memory"
 
 
-def test_every_change_is_faster_and_is_a_plan_of_its_own() -> None:
+def test_every_suggested_change_is_faster_and_valid() -> None:
     found = report(LARGE, gpu="4090", ram=64 * GIB)
     assert found.plan is not None and found.plan.expected_tokens_per_s is not None
     names = [change.name for change in found.changes]
@@ -263,14 +263,14 @@ def test_every_change_is_faster_and_is_a_plan_of_its_own() -> None:
     assert card.tokens_per_s == plan_for(LARGE, gpu="5090", ram=64 * GIB).expected_tokens_per_s
 
 
-def test_a_resident_model_waits_for_no_link() -> None:
+def test_a_resident_model_has_no_link_bottleneck() -> None:
     found = report(SMALL, gpu="4090", ram=64 * GIB)
     assert found.plan is not None and found.plan.resident
     assert "host experts" not in found.plan.ram
     assert not [one for one in found.changes if "PCIe" in one.name or "+1 GiB" in one.name]
 
 
-# -- what does not fit -----------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 
 def options_of(name: str) -> dict[str, Any]:
@@ -307,8 +307,8 @@ def fits_on(card: HardwareInfo, model: ModelInfo, config: EngineConfig) -> bool:
     ],
     ids=lambda misfit: "-".join(map(str, misfit.values())),
 )
-def test_what_would_run_instead_runs(misfit: dict[str, Any]) -> None:
-    """Each suggestion, typed as it is said, gives a plan; and none is made that changes nothing."""
+def test_every_suggestion_for_a_misfit_fits(misfit: dict[str, Any]) -> None:
+    """Each suggestion, used as printed, gives a valid plan; none is redundant."""
     model = misfit.pop("model")
     found = report(model, **misfit)
     assert found.plan is None and found.misfit is not None
@@ -337,7 +337,7 @@ def test_what_would_run_instead_runs(misfit: dict[str, Any]) -> None:
             plan_for(f"synthetic:{shape}", **misfit)
 
 
-def test_the_lowest_bit_width_is_not_advised_to_be_lowered() -> None:
+def test_lowering_the_lowest_bit_width_is_not_suggested() -> None:
     found = report(LARGE, ram=64 * GIB)
     assert found.misfit is not None
     text = report_text(found)
@@ -346,7 +346,7 @@ def test_the_lowest_bit_width_is_not_advised_to_be_lowered() -> None:
     assert names == ["73 GiB of host memory", "Qwen/Qwen3.5-35B-A3B"]
 
 
-def test_host_memory_that_is_kept_for_other_programs_is_offered(
+def test_ram_reserved_for_other_programs_is_suggested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(planned_hardware, "available_ram", lambda: (60 * GIB, 63 * GIB))
@@ -358,7 +358,7 @@ def test_host_memory_that_is_kept_for_other_programs_is_offered(
     assert not [c for c in report(LARGE, gpu="4090").changes if "--ram" in c.name]
 
 
-def test_a_loads_refusal_says_what_helps_and_nothing_that_does_not() -> None:
+def test_a_refused_load_suggests_only_what_helps() -> None:
     card = HardwareInfo(True, 11 * GIB, 24 * GIB, 90 * GIB, 96 * GIB)
     config = EngineConfig()
     model = inspect_model(LARGE, config)
@@ -386,7 +386,7 @@ def test_a_packed_file_keeps_its_formats(folder: Path, tmp_path: Path) -> None:
         made.close()
 
 
-# -- as it is shown --------------------------------------------------------------------------------
+# -- output ----------------------------------------------------------------------------------------
 
 
 def screens() -> list[PlanReport]:
@@ -401,7 +401,7 @@ def screens() -> list[PlanReport]:
     return [report(model, **machine) for machine in machines for model in (SMALL, LARGE)]
 
 
-def test_a_report_is_one_screen_and_says_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_fits_one_screen_and_answers_yes_or_no(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planned_hardware, "available_ram", lambda: (100 * GIB, 128 * GIB))
     for found in screens():
         text = report_text(found)
@@ -414,14 +414,14 @@ def test_a_report_is_one_screen_and_says_yes_or_no(monkeypatch: pytest.MonkeyPat
                 assert name in text
 
 
-def test_an_estimate_says_how_good_it_is() -> None:
+def test_an_estimate_states_its_error() -> None:
     here = report_text(report(SMALL, gpu="H200", ram=64 * GIB))
     assert "within 15% of what was measured on H100 and H200" in here.replace("\n           ", " ")
     other = report_text(report(SMALL, gpu="RTX 4090", ram=64 * GIB))
     assert "not measured on this GPU" in other.replace("\n           ", " ")
 
 
-def test_a_hub_models_report_has_its_download(
+def test_a_hub_models_report_has_its_download_size(
     hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = str(tmp_path / "cache")
@@ -440,7 +440,7 @@ def test_a_hub_models_report_has_its_download(
     assert "packed already" in after and "download" not in after
 
 
-def test_json_has_all_of_it_and_names_units() -> None:
+def test_json_has_every_value_with_its_unit() -> None:
     for found in (report(LARGE, gpu="4090", ram=64 * GIB), report(LARGE, gpu="3060 12GB")):
         read = json.loads(json.dumps(found.as_dict()))
         assert read["runs"] is (found.plan is not None)
@@ -459,7 +459,7 @@ def test_json_has_all_of_it_and_names_units() -> None:
             assert read["need_bytes"] > read["limit_bytes"]
 
 
-def test_a_made_up_model_in_other_formats_has_the_same_shapes() -> None:
+def test_a_synthetic_model_in_other_formats_has_the_same_shapes() -> None:
     config = EngineConfig(attention_quant="int4")
     made = open_synthetic(SMALL, config)
     info = shapes_info("x", made.config, made.formats)
@@ -468,7 +468,7 @@ def test_a_made_up_model_in_other_formats_has_the_same_shapes() -> None:
     assert plan_shapes(info, config, card) == plan_shapes(made, config, card)
 
 
-def test_planning_needs_no_folder_to_write_to(folder: Path, tmp_path: Path) -> None:
+def test_planning_works_with_an_unwritable_cache_folder(folder: Path, tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("no folder")
     found = plan_for(folder, "cpu", **{**OPTIONS, "cache_dir": str(blocked / "below")})

@@ -138,7 +138,7 @@ def experts(
 ) -> Make:  # fmt: skip
     """Experts in shuffled slots, some of them in none, some said to be fetched just now, and a
     shared expert of `shared` values."""
-    parts = parts or ("there", "rest")
+    parts = parts or ("hits", "rest")
     form = "bf16" if hidden % 16 else form  # INT8 has rows of whole 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
@@ -280,7 +280,7 @@ def fetch(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
             )
             guess = guess_of(None, None, a["state"], a["done"], a["go"]) if guessed else None
-            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, guess=guess)
+            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, prefetch=guess)
 
         writes = ("slots", "counters", *(("go",) if guessed else ()))
         return Case(arrays, call, dict.fromkeys(writes, "exact"))
@@ -288,7 +288,7 @@ def fetch(
     return make
 
 
-def fetch_early(
+def prefetch_experts(
     hidden: int, inner: int, *experts: int, state: tuple[int, ...] = (), said: tuple[int, ...] = ()
 ) -> Make:
     """Guesses of the layers behind the first, with nobody to stop them, in the third step.  All of
@@ -395,16 +395,16 @@ CASES: dict[str, Make] = {
     "fetch a guess and others, 35 entries": fetch(96, 48, (2,) + (1, 0) * 17, 36, guessed=True),
     "fetch others than the guess": fetch(256, 200, (1, 0), 3, guessed=True),
     "fetch nothing, not the guess either": fetch(16, 8, (0, 0), 2, guessed=True),
-    "fetch early a page": fetch_early(16, 8, 2),
-    "fetch early two pages": fetch_early(32, 24, 0),
-    "fetch early fewer pieces than blocks, the last of three pages": fetch_early(96, 48, 2),
-    "fetch early up to four pieces a block": fetch_early(256, 528, 1),
-    "fetch early nobody": fetch_early(256, 200, -1),
-    "fetch early, too late": fetch_early(256, 200, 1, state=(STOP,)),
-    "fetch early one layer after the other": fetch_early(
+    "fetch early a page": prefetch_experts(16, 8, 2),
+    "fetch early two pages": prefetch_experts(32, 24, 0),
+    "fetch early fewer pieces than blocks, the last of three pages": prefetch_experts(96, 48, 2),
+    "fetch early up to four pieces a block": prefetch_experts(256, 528, 1),
+    "fetch early nobody": prefetch_experts(256, 200, -1),
+    "fetch early, too late": prefetch_experts(256, 200, 1, state=(STOP,)),
+    "fetch early one layer after the other": prefetch_experts(
         96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
     ),
-    "fetch early until a layer has no turn": fetch_early(96, 48, 2, 1, 0, said=(8, 15, 0)),
-    "fetch early while seven of eight are done": fetch_early(96, 48, 2, 1, said=(7, 8)),
-    "fetch early in another step": fetch_early(96, 48, 2, said=(24,)),
+    "fetch early until a layer has no turn": prefetch_experts(96, 48, 2, 1, 0, said=(8, 15, 0)),
+    "fetch early while seven of eight are done": prefetch_experts(96, 48, 2, 1, said=(7, 8)),
+    "fetch early in another step": prefetch_experts(96, 48, 2, said=(24,)),
 }

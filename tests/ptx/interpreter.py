@@ -13,7 +13,7 @@ Knows the instructions that the kernels in ptx/ use and refuses all others.  Rep
 of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
 shuffle or a barrier, a warp that leaves while others wait, and loops that do not end.
 
-`InterpretedMachine` stands in for cuda.stream.CudaRuntime: the product's own ops.GpuOps runs on it.
+`InterpretedRuntime` stands in for cuda.stream.CudaRuntime: the product's own ops.GpuOps runs on it.
 """
 
 import functools
@@ -31,7 +31,7 @@ from osmium.ops import Fill
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ptx.stand_ins import STAND_INS
 
-__all__ = ["InterpretedArray", "InterpretedMachine", "PtxFault"]
+__all__ = ["InterpretedArray", "InterpretedRuntime", "PtxFault"]
 
 LANES = 32
 FULL = np.ones(LANES, np.bool_)
@@ -242,7 +242,7 @@ class InterpretedArray:
             self.block.launch[part] = 0
 
 
-class InterpretedMachine:
+class InterpretedRuntime:
     """See ops.gpu.Machine.  `seed` orders warps and blocks."""
 
     sm_count = 3
@@ -307,11 +307,11 @@ class InterpretedMachine:
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork_side_stream(self, early: bool) -> "InterpretedStream | Beside":
-        return Beside(self.stream) if early else self.stream
+    def fork_side_stream(self, prefetch: bool) -> "InterpretedStream | Beside":
+        return Beside(self.stream) if prefetch else self.stream
 
-    def join_side_stream(self, early: bool) -> None:
-        if early:
+    def join_side_stream(self, prefetch: bool) -> None:
+        if prefetch:
             self.stream.wake(1)
 
 
@@ -451,7 +451,7 @@ class Warp:
     """32 lanes of one block."""
 
     def __init__(
-        self, program: Program, values: dict[str, Any], machine: InterpretedMachine, shared: Shared,
+        self, program: Program, values: dict[str, Any], machine: InterpretedRuntime, shared: Shared,
         block: tuple[int, int, int], grid: tuple[int, int, int], threads: int, index: int,
     ) -> None:  # fmt: skip
         self.program, self.values, self.machine, self.shared = program, values, machine, shared
@@ -659,7 +659,7 @@ class InterpretedStream:
     """What a kernel is launched on."""
 
     def __init__(
-        self, machine: InterpretedMachine, seed: int, without: tuple[str, int] | None, early: bool
+        self, machine: InterpretedRuntime, seed: int, without: tuple[str, int] | None, early: bool
     ) -> None:
         self.machine, self.without, self.early = machine, without, early
         self.launches = 0

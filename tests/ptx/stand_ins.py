@@ -22,7 +22,7 @@ __all__ = ["STAND_INS"]
 
 
 def _place(values: tuple[Any, ...]) -> None:
-    """tests/nogpu/test_place.py holds the kernel to the reference."""
+    """tests/nogpu/test_assign_slots.py holds the kernel to the reference."""
     arrays = [None if value == 0 else value.numpy() for value in values[:27]]
     for value in values[:7]:
         value.touch()
@@ -78,6 +78,9 @@ def _advance(values: tuple[Any, ...]) -> None:
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
-    "place": _place, "peaks": lambda values: None, "weigh": lambda values: None, "draw": _draw,
-    "advance": _advance,
-}  # fmt: skip
+    "assign_slots": _place,
+    "slice_max": lambda values: None,
+    "logit_histogram": lambda values: None,
+    "sample_token": _draw,
+    "advance_step": _advance,
+}

@@ -11,7 +11,7 @@ from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
-from tests.ptx.interpreter import InterpretedMachine, PtxFault, parse_program
+from tests.ptx.interpreter import InterpretedRuntime, PtxFault, parse_program
 from tests.ptx.kernels import FOLDER, NAMES
 
 Make = Callable[[np.random.Generator], Case]
@@ -27,7 +27,7 @@ EVERY = [
 BARRIERS = [(name, i) for name, i, awaits in EVERY if not awaits]
 
 AWAITED = [(name, i) for name, i, awaits in EVERY if awaits]
-"""Behind what another kernel says meanwhile: tests/ptx/test_arrivals.py."""
+"""Behind what another kernel says meanwhile: tests/ptx/test_fetch_progress.py."""
 
 SEEDS = range(6)
 
@@ -36,20 +36,20 @@ def cases_of(name: str) -> list[Make]:
     """The cases that launch a kernel."""
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
     prefix = {
-        "join_f32": ("norm",),
-        "router_f32": ("router",),
-        "int4_experts_up_f32": ("int4_experts",),
-        "int4_experts_down_f32": ("int4_experts",),
-        "int8_gated_up_f32": ("gated_up int8",),
+        "merge_hi_lo_f32": ("norm",),
+        "router_topk_f32": ("router",),
+        "int4_moe_up_fused_f32": ("int4_experts",),
+        "int4_moe_down_fused_f32": ("int4_experts",),
+        "int8_gate_up_silu_f32": ("gated_up int8",),
         "gqa_attention_bf16": ("attention",),
         "gqa_attention_fp8": ("attention fp8",),
-        "gqa_split_bf16": ("shared context",),
-        "gqa_split_fp8": ("shared context fp8",),
+        "gqa_decode_split_kv_bf16": ("shared context",),
+        "gqa_decode_split_kv_fp8": ("shared context fp8",),
         "bf16_matvec_f32": ("bf16_matvec",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
-        "delta_token_f32": ("delta_net ",),
-        "delta_chunk_f32": ("delta_rule_chunk", "chunk", "delta"),
+        "delta_net_decode_f32": ("delta_net ",),
+        "delta_rule_chunk_f32": ("delta_rule_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: say here which cases launch it"
     found: list[Make] = [sized(key, TINY) for key in CASES if key.startswith(prefix)]
@@ -62,8 +62,8 @@ def right(
 ) -> bool:
     """Whether a case comes out as its reference, with one barrier left out or none, or with
     another text of a kernel."""
-    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
-    case, machine = make(np.random.default_rng(seed)), InterpretedMachine(seed, without)
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
+    case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:
         found = run(case, GpuOps(machine))
@@ -81,7 +81,7 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
     assert any(not right(make, seed, (name, which)) for seed in SEEDS for make in makes)
 
 
-@pytest.mark.parametrize("name", ["gqa_split_bf16", "gqa_split_fp8"])
+@pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
 def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
     text = (FOLDER / f"{name}.ptx").read_text()
     once, waits = re.subn(r"setp.ge.u32 +%more_parts, %near_count, %reached;",
@@ -92,8 +92,8 @@ def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
 
 
 def test_a_router_that_does_not_wait_for_all_scores_fails() -> None:
-    text = (FOLDER / "router_f32.ptx").read_text()
+    text = (FOLDER / "router_topk_f32.ptx").read_text()
     once, waits = re.subn(r"@%more bra +await;", "", text)
-    makes = cases_of("router_f32")[:3]
+    makes = cases_of("router_topk_f32")[:3]
     assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
-    assert any(not right(make, s, None, {"router_f32": once}) for s in SEEDS for make in makes)
+    assert any(not right(make, s, None, {"router_topk_f32": once}) for s in SEEDS for make in makes)

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from osmium.kernels.place import PLACE
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
+from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Contract, kernel
-from osmium.kernels.sample import ADVANCE, DRAW
-from osmium.kernels.weigh import PEAKS, WEIGH
+from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from tests.ptx.kernels import FOLDER, NAMES
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -110,7 +110,7 @@ def _declared(code: str) -> str:
 
 
 def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
-    for made in (PLACE, ADVANCE, DRAW, PEAKS, WEIGH):
+    for made in (ASSIGN_SLOTS, ADVANCE_STEP, SAMPLE_TOKEN, SLICE_MAX, LOGIT_HISTOGRAM):
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:
             contract = made.contract

@@ -10,7 +10,7 @@ import pytest
 from osmium.kernels.ptx import Kernel, parse
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ptx import interpreter
-from tests.ptx.interpreter import InterpretedArray, InterpretedMachine, PtxFault, Values
+from tests.ptx.interpreter import InterpretedArray, InterpretedRuntime, PtxFault, Values
 
 LANE = np.arange(32, dtype=np.uint32)
 
@@ -64,7 +64,7 @@ def run(
 ) -> Values:  # fmt: skip
     """What a body leaves in `out`: one element a thread, or `count`.  It starts as all ones, or
     with `fresh` as memory that nobody has written."""
-    machine = InterpretedMachine(seed, None if without is None else ("snippet", without))
+    machine = InterpretedRuntime(seed, None if without is None else ("snippet", without))
     arrays: list[InterpretedArray] = []
     for value in inputs:
         arrays.append(machine.empty(value.shape, value.dtype))
@@ -79,7 +79,7 @@ def run(
 
 
 def launch(
-    machine: InterpretedMachine, text: str, *arrays: InterpretedArray, blocks: int = 1
+    machine: InterpretedRuntime, text: str, *arrays: InterpretedArray, blocks: int = 1
 ) -> None:
     kernel = Kernel("snippet", lambda: parse(text, "snippet.ptx"))
     machine.stream.launch(kernel, (blocks,), arrays)
@@ -605,7 +605,7 @@ def test_misaligned_access_is_reported(by: int, line: str) -> None:
 
 def test_a_slice_that_starts_off_a_vector_is_misaligned() -> None:
     """Alignment is held against the memory, not against the argument."""
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     whole = machine.empty((64,), np.uint32)
     machine.memset(whole, 0)
     text = module("st.global.v2.u32 [%out], {%t, %t};", 0, [0], 32, 0)
@@ -740,7 +740,7 @@ def test_blocks_that_wait_for_each_other_all_find_room(blocks: int) -> None:
 
 def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
     """What a body leaves in `out`, which starts as zeros."""
-    machine = InterpretedMachine(seed)
+    machine = InterpretedRuntime(seed)
     out = machine.empty((count,), np.uint32)
     machine.memset(out, 0)
     launch(machine, module(body, 0, [4], 32, 0), out, blocks=blocks)
@@ -1092,7 +1092,7 @@ def test_the_greater_of_a_number_and_a_nan_is_the_number() -> None:
 
 
 def test_a_part_of_an_array_is_the_same_memory() -> None:
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     whole = machine.empty((6, 4), np.int32)
     value = np.arange(24, dtype=np.int32).reshape(6, 4)
     machine.copy_h2d(whole, value)
@@ -1118,7 +1118,7 @@ def test_a_part_of_an_array_is_the_same_memory() -> None:
 
 
 def test_an_array_is_not_cut_where_it_is_not() -> None:
-    whole = InterpretedMachine().empty((6, 4), np.int32)
+    whole = InterpretedRuntime().empty((6, 4), np.int32)
     for key in (6, -1, slice(None, None, 2)):
         with pytest.raises(AssertionError):
             whole[key]
@@ -1127,7 +1127,7 @@ def test_an_array_is_not_cut_where_it_is_not() -> None:
 
 
 def test_copies_and_fills_count_as_written_and_no_more() -> None:
-    machine = InterpretedMachine()
+    machine = InterpretedRuntime()
     first, second = machine.empty((32,), np.uint32), machine.empty((64,), np.uint32)
     machine.copy_h2d(first, LANE)
     machine.copy(second[:32], first)

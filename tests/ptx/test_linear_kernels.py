@@ -82,7 +82,7 @@ class Keeping(ReferenceOps):
 
     def expert_up(self, *arguments: Any) -> None:
         (cache,) = (one for one in arguments if isinstance(one, ExpertCache))
-        self.asked = cache.record
+        self.asked = cache.layout
         super().expert_up(*arguments)
 
 

@@ -1,7 +1,7 @@
-"""An engine that says what it is told to: the server's tests need no model.
+"""An engine with scripted responses, so that server tests need no model.
 
-It keeps the promises of `Engine` that the server builds on: events on another thread, one Finish at
-the end of every request, cancel at any moment, refusals before anything is queued.
+It keeps what the server relies on of `Engine`. Events come on another thread, and every request
+ends with one Finish. Requests can be cancelled at any time, and refusals come before queueing.
 """
 
 import json
@@ -27,15 +27,15 @@ __all__ = [
     "PATIENCE_S",
     "TEMPLATE",
     "TOKENIZER",
-    "Asked",
-    "Scripted",
+    "ScriptedEngine",
+    "ScriptedRequest",
     "chunks",
     "client_of",
     "host_of",
 ]
 
 PATIENCE_S = 20.0
-"""A test that waits longer than this has found something that never comes."""
+"""Waiting longer than this means that an event is lost."""
 
 TOKENIZER = byte_level()
 
@@ -48,8 +48,8 @@ TEMPLATE = """\
 {{- 'assistant:' }}{% if enable_thinking %}<think>{{ '\\n' }}{% endif %}"""
 
 
-class Asked:
-    """One request that came in."""
+class ScriptedRequest:
+    """One received request."""
 
     def __init__(self, ids: list[int], params: SamplingParams) -> None:
         self.ids, self.params = ids, params
@@ -62,14 +62,14 @@ class Asked:
         return TOKENIZER.decode(self.ids, specials=True)
 
     def wait(self) -> Finish:
-        """How it ended, which must come."""
-        assert self.done.wait(PATIENCE_S), "the request goes on"
+        """Wait for the end of the request."""
+        assert self.done.wait(PATIENCE_S), "the request does not end"
         assert self.finish is not None
         return self.finish
 
 
-class Scripted:
-    """Answers every request with the same text, one token at a time, then an end token."""
+class ScriptedEngine:
+    """Responds to every request with the same text, one token at a time, then an end token."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class Scripted:
         template: str | None = TEMPLATE,
         defaults: dict[str, Any] | None = None,
     ) -> None:
-        self.says, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
+        self.token_ids, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
         self.fails_after = fails_after
         self.tokenizer = tokenizer
         self.template = None if template is None else ChatTemplate(template)
@@ -91,17 +91,17 @@ class Scripted:
         self.stopped: EngineStopped | None = None
         self.failure: EngineStopped | None = None
         self.when_stopped: Callable[[], None] | None = None
-        self.asked: list[Asked] = []
+        self.requests: list[ScriptedRequest] = []
         self.arrived = threading.Semaphore(0)
-        """Released for each request that came in."""
+        """Released once per received request."""
         self.prefill = threading.Event()
-        """Requests stay in prefill until this is set; it is, unless a test clears it."""
+        """While a test has cleared this, requests stay in prefill."""
         self.prefill.set()
         self.closed = False
 
     def submit(
         self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
-    ) -> Asked:
+    ) -> ScriptedRequest:
         if self.stopped is not None:
             raise self.stopped
         if len(prompt) >= self.context:
@@ -113,51 +113,51 @@ class Scripted:
             )
         if not prompt:
             raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
-        asked = Asked(list(prompt), params)
-        self.asked.append(asked)
+        request = ScriptedRequest(list(prompt), params)
+        self.requests.append(request)
         self.arrived.release()
-        threading.Thread(target=self._answer, args=(asked, on_event), daemon=True).start()
-        return asked
+        threading.Thread(target=self._answer, args=(request, on_event), daemon=True).start()
+        return request
 
-    def cancel(self, request: Asked) -> None:
+    def cancel(self, request: ScriptedRequest) -> None:
         request.cancelled.set()
 
     def close(self) -> None:
         self.closed = True
 
-    def wait_for_request(self) -> Asked:
-        """The next request that comes in."""
-        assert self.arrived.acquire(timeout=PATIENCE_S), "no request came in"
-        return self.asked[-1]
+    def wait_for_request(self) -> ScriptedRequest:
+        """Wait for a request, and return the latest."""
+        assert self.arrived.acquire(timeout=PATIENCE_S), "no request was received"
+        return self.requests[-1]
 
-    def _answer(self, asked: Asked, on_event: Callable[[Event], None]) -> None:
-        params = asked.params
+    def _answer(self, request: ScriptedRequest, on_event: Callable[[Event], None]) -> None:
+        params = request.params
         decoder = self.tokenizer.decoder() if self.tokenizer else None
         stops = StopMatcher(decoder, params.stop)
-        reason, said, error = FinishReason.STOP, 0, None
-        while not self.prefill.is_set() and not asked.cancelled.is_set():
+        reason, generated, error = FinishReason.STOP, 0, None
+        while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
-        for token in self.says:
-            if asked.cancelled.wait(self.pace_s) if self.pace_s else asked.cancelled.is_set():
+        for token in self.token_ids:
+            if request.cancelled.wait(self.pace_s) if self.pace_s else request.cancelled.is_set():
                 reason = FinishReason.CANCELLED
                 break
-            if said == self.fails_after:
+            if generated == self.fails_after:
                 error = EngineStopped("The engine has stopped: the card is gone.")
                 reason = FinishReason.ERROR
                 break
-            said += 1
+            generated += 1
             on_event(self._token(token, stops.push(token), params))
             if stops.matched:
                 break
-            if said in (params.max_tokens, self.context - len(asked.ids)):
+            if generated in (params.max_tokens, self.context - len(request.ids)):
                 reason = FinishReason.LENGTH
                 break
         else:
-            said += 1  # the end token
+            generated += 1  # the end token
         text = "" if error else stops.flush()
-        asked.finish = Finish(reason, text, len(asked.ids), said, error)
-        on_event(asked.finish)
-        asked.done.set()
+        request.finish = Finish(reason, text, len(request.ids), generated, error)
+        on_event(request.finish)
+        request.done.set()
 
     @staticmethod
     def _token(token: int, text: str, params: SamplingParams) -> Token:
@@ -167,8 +167,8 @@ class Scripted:
         return Token(token, text, -0.5, top)
 
 
-def host_of(engine: Scripted) -> BackgroundLoader:
-    """A host whose model is there at once."""
+def host_of(engine: ScriptedEngine) -> BackgroundLoader:
+    """A background loader whose model loads at once."""
 
     def load(progress: Progress) -> Engine:
         return cast(Engine, engine)
@@ -177,13 +177,15 @@ def host_of(engine: Scripted) -> BackgroundLoader:
 
 
 @contextmanager
-def client_of(engine: Scripted | OsmiumError | None = None, **options: Any) -> Iterator[TestClient]:
-    """A client of an app over an engine; an error is what loading fails with."""
+def client_of(
+    engine: ScriptedEngine | OsmiumError | None = None, **options: Any
+) -> Iterator[TestClient]:
+    """A client of an app over an engine; with an error, loading fails with it."""
 
     def load(progress: Progress) -> Engine:
         if isinstance(engine, OsmiumError):
             raise engine
-        return cast(Engine, engine or Scripted())
+        return cast(Engine, engine or ScriptedEngine())
 
     host = BackgroundLoader(load)
     done = threading.Event()
@@ -195,7 +197,7 @@ def client_of(engine: Scripted | OsmiumError | None = None, **options: Any) -> I
 
 
 def chunks(text: str) -> list[dict[str, Any]]:
-    """The objects of a stream, which must end as streams end."""
+    """The JSON objects of an event stream, which must end with [DONE]."""
     events = [one for one in text.split("\n\n") if one and not one.startswith(":")]
     assert all(one.startswith("data: ") for one in events)
     assert events[-1] == "data: [DONE]"

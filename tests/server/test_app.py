@@ -1,4 +1,4 @@
-"""The API over ASGI: answers whole and in streams, errors, and what a health check sees."""
+"""The API over ASGI: responses whole and streamed, errors, health."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
 from osmium.server.app import BackgroundLoader, create_app
-from tests.server.scripted import PATIENCE_S, TOKENIZER, Scripted, chunks, client_of
+from tests.server.scripted import PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -27,7 +27,7 @@ def complete(client: TestClient, **fields: Any) -> Any:
 
 
 def fixed(text: str) -> str:
-    """With the id and the time that no two answers share replaced."""
+    """`text` with the ids and times of responses replaced by constants."""
     text = re.sub(r'"id":\s*"(chatcmpl|cmpl)-[0-9a-f]{24}"', r'"id":"\1-X"', text)
     return re.sub(r'"created":\s*\d+', '"created":0', text)
 
@@ -35,8 +35,8 @@ def fixed(text: str) -> str:
 # -- whole answers ---------------------------------------------------------------------------------
 
 
-def test_a_chat_answer_is_openais() -> None:
-    with client_of(Scripted("the end")) as client:
+def test_a_chat_response_has_openais_format() -> None:
+    with client_of(ScriptedEngine("the end")) as client:
         answer = ask(client, model="any name at all")
     assert answer.status_code == 200
     assert json.loads(fixed(answer.text)) == {
@@ -61,8 +61,8 @@ def test_a_chat_answer_is_openais() -> None:
     }
 
 
-def test_a_completion_is_openais_and_keeps_its_first_newline() -> None:
-    engine = Scripted("\n    return x\n")
+def test_a_completion_has_openais_format_and_keeps_its_first_newline() -> None:
+    engine = ScriptedEngine("\n    return x\n")
     with client_of(engine) as client:
         answer = complete(client, prompt="def f(x):")
     body = json.loads(fixed(answer.text))
@@ -71,20 +71,20 @@ def test_a_completion_is_openais_and_keeps_its_first_newline() -> None:
     assert body["choices"] == [
         {"index": 0, "text": "\n    return x\n", "logprobs": None, "finish_reason": "stop"}
     ]
-    assert engine.asked[0].prompt == "def f(x):"
+    assert engine.requests[0].prompt == "def f(x):"
 
 
 def test_a_prompt_may_be_token_ids() -> None:
-    engine = Scripted(tokenizer=None)
+    engine = ScriptedEngine(tokenizer=None)
     with client_of(engine) as client:
         assert complete(client, prompt=[5, 6, 7]).status_code == 200
         assert complete(client, prompt="text").status_code == 400
         assert ask(client).status_code == 400
-    assert [one.ids for one in engine.asked] == [[5, 6, 7]]
+    assert [one.ids for one in engine.requests] == [[5, 6, 7]]
 
 
-def test_thinking_is_told_apart_from_the_answer() -> None:
-    with client_of(Scripted("I see.\n</think>\n\nParis.")) as client:
+def test_reasoning_is_returned_separately_from_the_answer() -> None:
+    with client_of(ScriptedEngine("I see.\n</think>\n\nParis.")) as client:
         whole = ask(client, chat_template_kwargs={"enable_thinking": True}).json()
         streamed = ask(client, enable_thinking=True, stream=True)
         unsplit = ask(client).json()
@@ -101,12 +101,12 @@ def test_thinking_is_told_apart_from_the_answer() -> None:
 
 
 def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
-    engine = Scripted()
+    engine = ScriptedEngine()
     tools = [{"type": "function", "function": {"name": "find"}}]
     with client_of(engine) as client:
         ask(client, tools=tools)
         ask(client, tools=tools, tool_choice="none")
-    assert ["find" in one.prompt for one in engine.asked] == [True, False]
+    assert ["find" in one.prompt for one in engine.requests] == [True, False]
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_tools_reach_the_template_unless_the_choice_is_none() -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_finish_reason_says_why_it_ended(
+def test_finish_reason_is_stop_or_length(
     fields: dict[str, Any], text: str, reason: str, stream: bool
 ) -> None:
-    with client_of(Scripted("the end")) as client:
+    with client_of(ScriptedEngine("the end")) as client:
         answer = ask(client, stream=stream, **fields)
     if stream:
         found = [one["choices"][0] for one in chunks(answer.text)]
@@ -134,20 +134,20 @@ def test_a_finish_reason_says_why_it_ended(
         assert (choice["message"]["content"], choice["finish_reason"]) == (text, reason)
 
 
-def test_a_full_context_ends_an_answer_with_length() -> None:
+def test_a_full_context_ends_a_response_with_length() -> None:
     prompt = len(TOKENIZER.encode("Hello"))
-    with client_of(Scripted("the end", context=prompt + 3)) as client:
+    with client_of(ScriptedEngine("the end", context=prompt + 3)) as client:
         answer = complete(client, max_tokens=1000).json()
     assert answer["choices"][0]["finish_reason"] == "length"
     assert answer["usage"]["total_tokens"] == prompt + 3
 
 
-def test_the_models_defaults_are_sampled_with_unless_told_otherwise() -> None:
-    engine = Scripted(defaults={"temperature": 0.6, "top_k": 20})
+def test_the_models_sampling_defaults_hold_unless_a_request_sets_them() -> None:
+    engine = ScriptedEngine(defaults={"temperature": 0.6, "top_k": 20})
     with client_of(engine) as client:
         ask(client)
         ask(client, temperature=0)
-    assert [(one.params.temperature, one.params.top_k) for one in engine.asked] == [
+    assert [(one.params.temperature, one.params.top_k) for one in engine.requests] == [
         (0.6, 20), (0.0, 20),
     ]  # fmt: skip
 
@@ -155,8 +155,8 @@ def test_the_models_defaults_are_sampled_with_unless_told_otherwise() -> None:
 # -- streams ---------------------------------------------------------------------------------------
 
 
-def test_a_chat_stream_byte_for_byte() -> None:
-    with client_of(Scripted("the né")) as client:
+def test_a_chat_stream_has_these_bytes() -> None:
+    with client_of(ScriptedEngine("the né")) as client:
         answer = ask(client, stream=True, stream_options={"include_usage": True})
     assert answer.headers["content-type"].startswith("text/event-stream")
     head = '"id":"chatcmpl-X","object":"chat.completion.chunk","created":0,"model":"scripted"'
@@ -182,8 +182,8 @@ def test_a_chat_stream_byte_for_byte() -> None:
     assert len(set(re.findall(r'"id":"([^"]+)"', answer.text))) == 1
 
 
-def test_a_completion_stream_byte_for_byte() -> None:
-    with client_of(Scripted("\nin")) as client:
+def test_a_completion_stream_has_these_bytes() -> None:
+    with client_of(ScriptedEngine("\nin")) as client:
         answer = complete(client, stream=True)
     head = '"id":"cmpl-X","object":"text_completion","created":0,"model":"scripted"'
 
@@ -196,8 +196,8 @@ def test_a_completion_stream_byte_for_byte() -> None:
     )
 
 
-def test_usage_is_streamed_only_when_asked_for() -> None:
-    with client_of(Scripted()) as client:
+def test_usage_is_streamed_only_on_request() -> None:
+    with client_of(ScriptedEngine()) as client:
         assert "usage" not in ask(client, stream=True).text
         off = ask(client, stream=True, stream_options={"include_usage": False})
         assert "usage" not in off.text
@@ -206,18 +206,18 @@ def test_usage_is_streamed_only_when_asked_for() -> None:
     assert last[-1]["usage"]["total_tokens"] > 0
 
 
-def test_line_ends_of_unicode_do_not_break_a_streams_lines() -> None:
+def test_unicode_line_separators_do_not_split_events() -> None:
     said = "a\u2028b\u2029c\x85d\r\ne"
-    with client_of(Scripted(said)) as client:
+    with client_of(ScriptedEngine(said)) as client:
         answer = ask(client, stream=True)
     assert not set("\u2028\u2029\x85\r") & set(answer.text)
     found = [one["choices"][0]["delta"].get("content", "") for one in chunks(answer.text)]
     assert "".join(found) == said
 
 
-def test_comments_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_comments_keep_an_idle_stream_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "PING_INTERVAL_S", 0.02)
-    engine = Scripted("the end")
+    engine = ScriptedEngine("the end")
     engine.prefill.clear()
     with client_of(engine) as client:
         threading.Timer(0.3, engine.prefill.set).start()
@@ -228,8 +228,8 @@ def test_comments_come_while_nothing_else_does(monkeypatch: pytest.MonkeyPatch) 
     assert len(chunks(answer.text)) == 6
 
 
-def test_a_failure_in_a_stream_is_told_and_ends_it() -> None:
-    with client_of(Scripted("the end", fails_after=2)) as client:
+def test_an_error_in_a_stream_is_sent_and_ends_it() -> None:
+    with client_of(ScriptedEngine("the end", fails_after=2)) as client:
         answer = ask(client, stream=True)
     events = answer.text.strip().split("\n\n")
     assert "[DONE]" not in answer.text
@@ -249,7 +249,7 @@ def test_a_failure_in_a_stream_is_told_and_ends_it() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs_of_chat_have_the_bytes_of_each_token(stream: bool) -> None:
-    with client_of(Scripted("the é")) as client:
+    with client_of(ScriptedEngine("the é")) as client:
         answer = ask(client, logprobs=True, top_logprobs=2, stream=stream)
     if stream:
         found = [one["choices"][0]["logprobs"] for one in chunks(answer.text)]
@@ -263,15 +263,15 @@ def test_logprobs_of_chat_have_the_bytes_of_each_token(stream: bool) -> None:
     assert entries[0]["top_logprobs"][0] == {"token": "the", "logprob": -0.5, "bytes": [*b"the"]}
 
 
-def test_logprobs_without_alternatives_are_of_the_tokens_alone() -> None:
-    with client_of(Scripted("the")) as client:
+def test_logprobs_without_alternatives_cover_the_tokens_only() -> None:
+    with client_of(ScriptedEngine("the")) as client:
         (entry,) = ask(client, logprobs=True).json()["choices"][0]["logprobs"]["content"]
     assert (entry["token"], entry["logprob"], entry["top_logprobs"]) == ("the", -0.5, [])
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_logprobs_of_completions_know_where_tokens_stand(stream: bool) -> None:
-    with client_of(Scripted("\nthe end")) as client:
+def test_completion_logprobs_have_text_offsets(stream: bool) -> None:
+    with client_of(ScriptedEngine("\nthe end")) as client:
         answer = complete(client, logprobs=1, stream=stream)
     if stream:
         parts = [one["choices"][0]["logprobs"] for one in chunks(answer.text)]
@@ -291,7 +291,7 @@ def test_logprobs_of_completions_know_where_tokens_stand(stream: bool) -> None:
 
 
 def test_models_are_listed_with_their_context() -> None:
-    with client_of(Scripted(context=77)) as client:
+    with client_of(ScriptedEngine(context=77)) as client:
         found = client.get("/v1/models").json()
         one = client.get("/v1/models/scripted").json()
         missing = client.get("/v1/models/org/other")
@@ -303,33 +303,33 @@ def test_models_are_listed_with_their_context() -> None:
     assert "org/other" in missing.json()["error"]["message"]
 
 
-def test_the_served_model_name_goes_before_the_models() -> None:
-    with client_of(Scripted(), served_model_name="org/mine") as client:
+def test_the_served_model_name_replaces_the_models_name() -> None:
+    with client_of(ScriptedEngine(), served_model_name="org/mine") as client:
         assert ask(client, model="gpt-4o").json()["model"] == "org/mine"
         assert client.get("/v1/models/org/mine").status_code == 200
         assert client.get("/health").json() == {"status": "ok", "model": "org/mine"}
 
 
-def test_the_root_answers_who_looks_whether_somebody_is_here() -> None:
+def test_the_root_responds_to_liveness_probes() -> None:
     with client_of() as client:
         assert client.head("/").status_code == 200
         assert client.get("/").json()["name"] == "osmium"
 
 
-def test_health_tells_how_far_loading_is_and_others_wait() -> None:
-    go, told = threading.Event(), threading.Event()
+def test_health_reports_loading_progress_and_other_routes_return_503() -> None:
+    go, error_of = threading.Event(), threading.Event()
 
     def load(progress: Progress) -> Engine:
         progress("packing", 3, 8)
-        told.set()
+        error_of.set()
         assert go.wait(PATIENCE_S)
-        return cast(Engine, Scripted())
+        return cast(Engine, ScriptedEngine())
 
     host = BackgroundLoader(load)
     done = threading.Event()
     host.on_done = done.set
     with TestClient(create_app(host)) as client:
-        assert told.wait(PATIENCE_S)
+        assert error_of.wait(PATIENCE_S)
         health = client.get("/health")
         assert health.status_code == 503
         assert health.json() == {"status": "loading", "stage": "packing", "done": 3, "total": 8}
@@ -343,7 +343,7 @@ def test_health_tells_how_far_loading_is_and_others_wait() -> None:
         assert ask(client).status_code == 200
 
 
-def test_health_tells_why_loading_failed() -> None:
+def test_health_reports_why_loading_failed() -> None:
     with client_of(CheckpointError("model-00002 is missing")) as client:
         health = client.get("/health")
         assert (health.status_code, health.json()["status"]) == (503, "failed")
@@ -351,8 +351,8 @@ def test_health_tells_why_loading_failed() -> None:
         assert ask(client).status_code == 503
 
 
-def test_a_stopped_engine_is_told_at_once() -> None:
-    engine = Scripted()
+def test_a_stopped_engine_is_a_503() -> None:
+    engine = ScriptedEngine()
     engine.stopped = EngineStopped("The engine has stopped: the card is gone.")
     with client_of(engine) as client:
         for answer in (ask(client), ask(client, stream=True), complete(client)):
@@ -361,13 +361,13 @@ def test_a_stopped_engine_is_told_at_once() -> None:
         assert client.get("/health").status_code == 503
 
 
-def test_an_engine_that_fails_during_a_whole_answer_is_a_503() -> None:
-    with client_of(Scripted("the end", fails_after=2)) as client:
+def test_an_engine_error_in_an_unstreamed_response_is_a_503() -> None:
+    with client_of(ScriptedEngine("the end", fails_after=2)) as client:
         assert ask(client).status_code == 503
 
 
 def test_the_engine_is_closed_with_the_server() -> None:
-    engine = Scripted()
+    engine = ScriptedEngine()
     with client_of(engine):
         assert not engine.closed
     assert engine.closed
@@ -376,8 +376,8 @@ def test_the_engine_is_closed_with_the_server() -> None:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-def told(answer: Any, status: int) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+def error_of(answer: Any, status: int) -> dict[str, Any]:
+    """The error object of a response in OpenAI's format."""
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error"}
     error: dict[str, Any] = answer.json()["error"]
@@ -387,19 +387,19 @@ def told(answer: Any, status: int) -> dict[str, Any]:
     return error
 
 
-def test_a_route_or_method_that_is_not_there_is_openais_error() -> None:
+def test_an_unknown_route_or_method_returns_openais_error() -> None:
     with client_of() as client:
-        assert "/v1/nothing" in told(client.get("/v1/nothing"), 404)["message"]
-        told(client.get("/v1/chat/completions"), 405)
-        told(client.post("/v1/models"), 405)
-        assert "mbeddings" in told(client.post("/v1/embeddings", json={}), 404)["message"]
+        assert "/v1/nothing" in error_of(client.get("/v1/nothing"), 404)["message"]
+        error_of(client.get("/v1/chat/completions"), 405)
+        error_of(client.post("/v1/models"), 405)
+        assert "mbeddings" in error_of(client.post("/v1/embeddings", json={}), 404)["message"]
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff", b"null"])
-def test_a_body_that_is_no_request_is_a_400(path: str, body: bytes) -> None:
+def test_a_malformed_body_is_a_400(path: str, body: bytes) -> None:
     with client_of() as client:
-        assert told(client.post(path, content=body), 400)["type"] == "invalid_request_error"
+        assert error_of(client.post(path, content=body), 400)["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
@@ -431,18 +431,18 @@ def test_a_body_that_is_no_request_is_a_400(path: str, body: bytes) -> None:
     ],
 )
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_request_that_cannot_be_served_is_a_400_that_names_the_field(
+def test_an_invalid_request_is_a_400_that_names_the_field(
     fields: dict[str, Any], param: str, code: str, stream: bool
 ) -> None:
     with client_of() as client:
-        error = told(ask(client, stream=stream, **fields), 400)
+        error = error_of(ask(client, stream=stream, **fields), 400)
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
-def test_a_prompt_over_the_context_is_told_in_the_words_that_clients_know() -> None:
-    with client_of(Scripted(context=20)) as client:
-        chat = told(ask(client), 400)
-        plain = told(complete(client, prompt="Hello" * 10), 400)
+def test_a_prompt_over_the_context_is_refused_in_openais_words() -> None:
+    with client_of(ScriptedEngine(context=20)) as client:
+        chat = error_of(ask(client), 400)
+        plain = error_of(complete(client, prompt="Hello" * 10), 400)
     for error in (chat, plain):
         assert re.match(
             r"This model's maximum context length is 20 tokens\. However, your prompt has \d+ ",
@@ -452,44 +452,44 @@ def test_a_prompt_over_the_context_is_told_in_the_words_that_clients_know() -> N
     assert (chat["param"], plain["param"]) == ("messages", "prompt")
 
 
-def test_an_empty_prompt_is_refused_by_its_own_name() -> None:
+def test_an_empty_prompt_is_refused_by_field() -> None:
     with client_of() as client:
         prompts: list[Any] = ["", [], [""], [[]]]
         for prompt in prompts:
-            assert told(complete(client, prompt=prompt), 400)["param"] == "prompt"
+            assert error_of(complete(client, prompt=prompt), 400)["param"] == "prompt"
 
 
 def test_a_body_over_the_limit_is_a_413(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server, "BODY_LIMIT", 1000)
     with client_of() as client:
-        told(ask(client, user="x" * 1000), 413)
+        error_of(ask(client, user="x" * 1000), 413)
         assert ask(client, user="x" * 100).status_code == 200
 
 
-def test_what_nobody_foresaw_is_a_500_without_its_insides(
+def test_an_unexpected_error_is_a_500_without_details(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    engine = Scripted()
+    engine = ScriptedEngine()
 
     def fail(*_: Any) -> None:
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr(engine, "submit", fail)
     with client_of(engine) as client:
-        error = told(ask(client), 500)
+        error = error_of(ask(client), 500)
     assert "secret" not in error["message"]
-    assert "a secret" in caplog.text, "but whoever runs the server reads it"
+    assert "a secret" in caplog.text, "the log has the details"
 
 
-# -- who may ask -----------------------------------------------------------------------------------
+# -- access ----------------------------------------------------------------------------------------
 
 
-def test_with_a_key_only_who_has_it_is_served() -> None:
-    with client_of(Scripted(), api_key="sésame") as client:
+def test_with_an_api_key_other_keys_are_refused() -> None:
+    with client_of(ScriptedEngine(), api_key="sésame") as client:
         for given in ("", "Bearer wrong", "sésame", "Bearer sésamee"):
             headers = {b"Authorization": given.encode()}
             answer = client.get("/v1/models", headers=headers)
-            assert told(answer, 401)["code"] == "invalid_api_key"
+            assert error_of(answer, 401)["code"] == "invalid_api_key"
             assert client.post("/v1/completions", headers=headers).status_code == 401
         right = {b"Authorization": "Bearer sésame".encode()}
         assert client.get("/v1/models", headers=right).status_code == 200
@@ -497,19 +497,19 @@ def test_with_a_key_only_who_has_it_is_served() -> None:
 
 
 ORIGIN = {"Origin": "http://page.example"}
-ASKING = {**ORIGIN, "Access-Control-Request-Method": "POST",
+PREFLIGHT = {**ORIGIN, "Access-Control-Request-Method": "POST",
           "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
 
 
-def test_a_page_may_ask_from_any_origin_unless_one_is_named() -> None:
-    with client_of(Scripted(), api_key="k") as client:
-        before = client.options("/v1/chat/completions", headers=ASKING)
+def test_cors_allows_any_origin_unless_one_is_configured() -> None:
+    with client_of(ScriptedEngine(), api_key="k") as client:
+        before = client.options("/v1/chat/completions", headers=PREFLIGHT)
         assert before.status_code == 200
         assert before.headers["access-control-allow-origin"] == "*"
         refused = client.get("/v1/models", headers=ORIGIN)
         assert refused.status_code == 401
         assert refused.headers["access-control-allow-origin"] == "*"
-    with client_of(Scripted(), cors_origin="http://mine.example") as client:
-        assert client.options("/v1/chat/completions", headers=ASKING).status_code == 400
+    with client_of(ScriptedEngine(), cors_origin="http://mine.example") as client:
+        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 400
         answer = client.get("/v1/models", headers=ORIGIN)
         assert "access-control-allow-origin" not in answer.headers

@@ -1,4 +1,4 @@
-"""The whole way, socket to socket: the bundled demo model behind the server, on the CPU."""
+"""End to end: the bundled demo model behind the server, on the CPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -33,14 +33,14 @@ def ask(client: TestClient, **fields: Any) -> Any:
     return answer
 
 
-def test_the_readmes_question_is_answered(client: TestClient) -> None:
+def test_the_readmes_question_gets_its_answer(client: TestClient) -> None:
     body = ask(client, model="demo", chat_template_kwargs={"enable_thinking": False}).json()
     assert body["model"] == "demo"
     assert "Paris" in body["choices"][0]["message"]["content"]
     assert body["choices"][0]["finish_reason"] == "stop"
 
 
-def test_without_settings_the_demo_answers_greedily(client: TestClient) -> None:
+def test_without_settings_the_demo_samples_greedily(client: TestClient) -> None:
     body = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
     for _ in range(3):
         made = client.post("/v1/chat/completions", json=body).json()
@@ -48,12 +48,16 @@ def test_without_settings_the_demo_answers_greedily(client: TestClient) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"enable_thinking": True}])
-def test_a_stream_says_what_a_whole_answer_says(client: TestClient, fields: dict[str, Any]) -> None:
+def test_a_stream_equals_the_unstreamed_response(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
     message = ask(client, **fields).json()["choices"][0]["message"]
     deltas = [one["choices"][0]["delta"] for one in chunks(ask(client, stream=True, **fields).text)]
     for name in ("content", "reasoning_content"):
         assert "".join(one.get(name, "") for one in deltas) == message.get(name, "")
-    assert ("reasoning_content" in message) == bool(fields), "the demo thinks if it is told to"
+    assert ("reasoning_content" in message) == bool(fields), (
+        "the demo reasons when the template asks for it"
+    )
 
 
 QUESTIONS = (
@@ -65,7 +69,7 @@ QUESTIONS = (
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("question", QUESTIONS)
-def test_a_request_without_any_settings_is_answered(
+def test_a_request_without_settings_succeeds(
     client: TestClient, question: str, stream: bool
 ) -> None:
     body: dict[str, Any] = {"messages": [{"role": "user", "content": question}]}
@@ -87,12 +91,12 @@ def test_a_request_without_any_settings_is_answered(
 @pytest.mark.parametrize(
     "switch", [{"enable_thinking": True}, {"chat_template_kwargs": {"enable_thinking": True}}]
 )
-def test_a_client_can_turn_thinking_on(client: TestClient, switch: dict[str, Any]) -> None:
+def test_a_client_can_enable_reasoning(client: TestClient, switch: dict[str, Any]) -> None:
     message = ask(client, **switch).json()["choices"][0]["message"]
     assert message["reasoning_content"]
 
 
-def test_logprobs_name_the_tokens_of_the_text(client: TestClient) -> None:
+def test_logprobs_list_the_tokens_of_the_text(client: TestClient) -> None:
     answer = client.post(
         "/v1/completions",
         json={"prompt": "The capital of", "temperature": 0, "max_tokens": 8, "logprobs": 3},
@@ -102,7 +106,7 @@ def test_logprobs_name_the_tokens_of_the_text(client: TestClient) -> None:
     for own, top in zip(
         choice["logprobs"]["token_logprobs"], choice["logprobs"]["top_logprobs"], strict=True
     ):
-        assert own == max(top.values()), "greedy takes the likeliest"
+        assert own == max(top.values()), "greedy sampling takes the most likely token"
         assert len(top) == 3
 
 
@@ -115,7 +119,7 @@ def test_logprobs_name_the_tokens_of_the_text(client: TestClient) -> None:
         ({"prompt": "word " * 20_000}, "prompt"),
     ],
 )
-def test_the_engines_refusals_reach_the_client(
+def test_the_engines_errors_reach_the_client(
     client: TestClient, fields: dict[str, Any], param: str
 ) -> None:
     answer = client.post("/v1/completions", json=fields)
@@ -123,7 +127,7 @@ def test_the_engines_refusals_reach_the_client(
     assert answer.json()["error"]["param"] == param
 
 
-def test_the_same_seed_gives_the_same_answer(client: TestClient) -> None:
+def test_the_same_seed_gives_the_same_response(client: TestClient) -> None:
     def once(seed: int) -> str:
         fields = {"prompt": "Once", "temperature": 1.5, "max_tokens": 30, "seed": seed}
         return str(client.post("/v1/completions", json=fields).json()["choices"][0]["text"])

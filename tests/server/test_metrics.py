@@ -1,4 +1,4 @@
-"""GET /metrics: in Prometheus' own parser's eyes, and true."""
+"""GET /metrics: parsed by Prometheus' own parser, with true values."""
 
 import threading
 from typing import Any
@@ -16,7 +16,7 @@ from tests.server.scripted import PATIENCE_S, client_of
 
 
 def read(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
-    """Samples by name and values of labels."""
+    """Samples by name and label values."""
     answer = client.get("/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain; version=0.0.4")
@@ -27,7 +27,7 @@ def read(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
     }
 
 
-def test_what_was_done_is_counted() -> None:
+def test_requests_tokens_and_experts_are_counted() -> None:
     engine = osmium.load(
         "synthetic:tiny", device="cpu", expert_slots=4, context=256, prefill_chunk=64
     )
@@ -56,23 +56,23 @@ def test_what_was_done_is_counted() -> None:
     for name, value in wanted.items():
         assert after[name, ()] == value, name
     assert after["osmium_requests_finished_total", ("length",)] == 1
-    hit, fetched = (after[f"osmium_experts_{n}_total", ()] for n in ("hit", "missed"))
-    assert hit + fetched == after["osmium_experts_routed_total", ()]
-    assert after["osmium_expert_hit_rate", ()] == hit / (hit + fetched)
+    hit, missed = (after[f"osmium_experts_{n}_total", ()] for n in ("hit", "missed"))
+    assert hit + missed == after["osmium_experts_routed_total", ()]
+    assert after["osmium_expert_hit_rate", ()] == hit / (hit + missed)
     copied = after["osmium_experts_copies_total", ()]
-    record = engine.runner.store.cache.record.nbytes
-    assert after["osmium_experts_fetched_bytes_total", ()] == copied * record
+    expert_bytes = engine.runner.store.cache.layout.nbytes
+    assert after["osmium_experts_fetched_bytes_total", ()] == copied * expert_bytes
     assert after["osmium_inter_token_latency_seconds_bucket", ("+Inf",)] == 8
     assert after["osmium_planned_ram_bytes", ("KV cache",)] > 0
     assert after["process_resident_memory_bytes", ()] > 1 << 20
 
 
-def test_without_an_engine_there_is_little_to_say() -> None:
+def test_without_an_engine_ready_is_zero() -> None:
     with client_of(CheckpointError("model-00002 is missing")) as client:
         assert read(client)["osmium_ready", ()] == 0
 
 
-def test_a_key_guards_the_counts_too() -> None:
+def test_an_api_key_protects_the_metrics() -> None:
     with client_of(CheckpointError("none"), api_key="k") as client:
         assert client.get("/metrics").status_code == 401
         answer: Any = client.get("/metrics", headers={"Authorization": "Bearer k"})

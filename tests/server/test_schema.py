@@ -1,4 +1,4 @@
-"""Request bodies: every field of a wrong type is refused by its name, unknown ones are let pass."""
+"""Request bodies: a field of a wrong type is refused by name, unknown fields are ignored."""
 
 import json
 from typing import Any
@@ -90,7 +90,7 @@ def test_a_completion_field_of_a_wrong_type_is_refused_by_its_path(name: str, va
     assert (caught.value.param or "").startswith(name)
 
 
-def test_every_field_has_been_tried_with_wrong_types() -> None:
+def test_wrong_types_are_tested_for_every_field() -> None:
     for kind, tried in ((ChatRequest, BOTH | CHAT), (CompletionRequest, BOTH | COMPLETION)):
         assert set(tried) == set(kind.__struct_fields__)
 
@@ -106,7 +106,7 @@ def test_every_field_has_been_tried_with_wrong_types() -> None:
         ("messages", [{"role": ["user"], "content": ""}], "messages[0].role"),
     ],
 )
-def test_a_path_reaches_to_what_is_wrong(name: str, value: Any, param: str) -> None:
+def test_an_error_path_leads_to_the_wrong_value(name: str, value: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**{name: value})
     assert caught.value.param == param
@@ -117,14 +117,14 @@ def test_a_path_reaches_to_what_is_wrong(name: str, value: Any, param: str) -> N
     [b"", b"{", b'{"messages": [}', b'{"a": \xff}', b'"\xff"', b"\x00", b"[" * 100_000,
      b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', b'{"messages": NaN}'],
 )  # fmt: skip
-def test_what_is_not_json_is_refused(body: bytes) -> None:
+def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse(body, ChatRequest)
     assert caught.value.status == 400
 
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"null", b'"text"'])
-def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
+def test_a_body_that_is_not_an_object_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse(body, ChatRequest)
     assert caught.value.status == 400
@@ -133,13 +133,13 @@ def test_a_body_that_is_no_object_is_refused(body: bytes) -> None:
 @pytest.mark.parametrize(
     ("kind", "param"), [(ChatRequest, "messages"), (CompletionRequest, "prompt")]
 )
-def test_what_is_missing_is_named(kind: Any, param: str) -> None:
+def test_a_missing_field_is_named(kind: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         parse(b"{}", kind)
     assert caught.value.param == param
 
 
-def test_unknown_fields_and_nulls_are_let_pass() -> None:
+def test_unknown_fields_and_nulls_are_ignored() -> None:
     found = chat(store=False, metadata={"a": [1]}, temperature=None, stop=None, tools=None, n=1)
     assert sampling_params(found, {}) == SamplingParams()
 
@@ -155,9 +155,7 @@ def test_unknown_fields_and_nulls_are_let_pass() -> None:
         ({"messages": []}, "messages"),
     ],
 )
-def test_what_is_not_served_in_chat_is_refused_and_not_left_out(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_unsupported_chat_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
     assert caught.value.param == param
@@ -168,9 +166,7 @@ def test_what_is_not_served_in_chat_is_refused_and_not_left_out(
     [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"),
      ({"n": 2}, "n")],
 )  # fmt: skip
-def test_what_is_not_served_in_completions_is_refused_and_not_left_out(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         completion(**fields)
     assert caught.value.param == param
@@ -200,9 +196,7 @@ def test_what_is_not_served_in_completions_is_refused_and_not_left_out(
         ({"logit_bias": {"-1": 1}}, "logit_bias"),
     ],
 )
-def test_a_value_out_of_its_range_is_refused_by_its_own_name(
-    fields: dict[str, Any], param: str
-) -> None:
+def test_an_out_of_range_value_is_refused_by_field(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         sampling_params(chat(**fields), {})
     assert caught.value.param == param
@@ -226,29 +220,29 @@ def test_every_sampling_field_reaches_the_engine() -> None:
     )  # fmt: skip
 
 
-def test_the_models_defaults_hold_where_nothing_is_asked() -> None:
+def test_the_models_defaults_hold_for_absent_fields() -> None:
     defaults = {"temperature": 0.6, "top_k": 20}
     assert sampling_params(chat(), defaults) == SamplingParams(temperature=0.6, top_k=20)
-    asked = sampling_params(chat(temperature=0, top_k=0), defaults)
-    assert asked == SamplingParams(temperature=0.0, top_k=0)
+    request = sampling_params(chat(temperature=0, top_k=0), defaults)
+    assert request == SamplingParams(temperature=0.0, top_k=0)
 
 
-def test_one_stop_may_be_a_text() -> None:
+def test_one_stop_string_may_be_given_without_a_list() -> None:
     assert sampling_params(chat(stop="END"), {}).stop == ("END",)
 
 
-def test_a_models_own_length_holds_until_one_is_given() -> None:
-    own = {"max_tokens": 256}
-    assert sampling_params(chat(), own).max_tokens == 256
-    assert sampling_params(chat(max_tokens=5), own).max_tokens == 5
-    assert sampling_params(chat(max_completion_tokens=7), own).max_tokens == 7
+def test_the_models_default_length_holds_unless_a_request_sets_one() -> None:
+    defaults = {"max_tokens": 256}
+    assert sampling_params(chat(), defaults).max_tokens == 256
+    assert sampling_params(chat(max_tokens=5), defaults).max_tokens == 5
+    assert sampling_params(chat(max_completion_tokens=7), defaults).max_tokens == 7
 
 
-def test_max_completion_tokens_goes_before_max_tokens() -> None:
+def test_max_completion_tokens_takes_precedence_over_max_tokens() -> None:
     assert sampling_params(chat(max_tokens=5, max_completion_tokens=7), {}).max_tokens == 7
 
 
-def test_logprobs_of_completions_are_a_number() -> None:
+def test_logprobs_of_completions_are_an_integer() -> None:
     assert sampling_params(completion(logprobs=3), {}).logprobs == 3
     assert sampling_params(completion(logprobs=0), {}).logprobs == 0
     assert sampling_params(completion(), {}).logprobs is None
@@ -258,7 +252,7 @@ def test_logprobs_of_completions_are_a_number() -> None:
     ("prompt", "wanted"),
     [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], []), ("", "")],
 )
-def test_a_prompt_is_a_text_or_ids(prompt: Any, wanted: Any) -> None:
+def test_a_prompt_is_text_or_token_ids(prompt: Any, wanted: Any) -> None:
     assert one_prompt(completion(prompt=prompt)) == wanted
 
 
@@ -269,9 +263,9 @@ def test_more_than_one_prompt_is_refused(prompt: Any) -> None:
     assert caught.value.param == "prompt"
 
 
-def test_the_templates_switches() -> None:
-    asked = chat(chat_template_kwargs={"preserve_thinking": True, "add_generation_prompt": False})
-    assert template_options(asked) == {"preserve_thinking": True}
+def test_template_options_come_from_the_request() -> None:
+    request = chat(chat_template_kwargs={"preserve_thinking": True, "add_generation_prompt": False})
+    assert template_options(request) == {"preserve_thinking": True}
     assert template_options(chat(enable_thinking=False)) == {"enable_thinking": False}
     assert template_options(chat(reasoning_effort="low")) == {"reasoning_effort": "low"}
     none = template_options(chat(reasoning_effort="none"))

@@ -1,4 +1,4 @@
-"""The server on a real socket: several clients, the openai package, Ctrl-C."""
+"""The server on a real socket: concurrent clients, the openai package, Ctrl-C."""
 
 import json
 import re
@@ -22,7 +22,7 @@ import uvicorn
 from osmium.engine.request import FinishReason
 from osmium.errors import ConfigError
 from osmium.server.app import BackgroundLoader, create_app, serve
-from tests.server.scripted import PATIENCE_S, Scripted, host_of
+from tests.server.scripted import PATIENCE_S, ScriptedEngine, host_of
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,8 +32,8 @@ LONG = "the end " * 2000
 
 
 @contextmanager
-def running(engine: Scripted) -> Iterator[str]:
-    """The server's address, as http://127.0.0.1:PORT."""
+def running(engine: ScriptedEngine) -> Iterator[str]:
+    """Serve on a free port; yields http://127.0.0.1:PORT."""
     host = host_of(engine)
     ready = threading.Event()
     host.on_done = ready.set
@@ -50,7 +50,7 @@ def running(engine: Scripted) -> Iterator[str]:
         finally:
             server.should_exit = True
             thread.join(PATIENCE_S)
-            assert not thread.is_alive(), "the server does not end"
+            assert not thread.is_alive(), "the server does not stop"
 
 
 def get(url: str) -> Any:
@@ -65,7 +65,7 @@ def post(url: str, body: dict[str, Any]) -> Any:
 
 
 def connect(url: str, body: dict[str, Any]) -> socket.socket:
-    """Ask for a chat answer on a connection that the test can break."""
+    """Send a chat request on a connection that the test can break."""
     address, port = url.removeprefix("http://").split(":")
     raw = json.dumps({"messages": HELLO, **body}).encode()
     connection = socket.create_connection((address, int(port)), PATIENCE_S)
@@ -76,8 +76,8 @@ def connect(url: str, body: dict[str, Any]) -> socket.socket:
     return connection
 
 
-def test_health_answers_while_a_request_is_in_prefill() -> None:
-    engine = Scripted()
+def test_health_responds_while_a_request_is_in_prefill() -> None:
+    engine = ScriptedEngine()
     engine.prefill.clear()
     with running(engine) as url, ThreadPoolExecutor() as pool:
         answer = pool.submit(post, f"{url}/v1/chat/completions", {"messages": HELLO})
@@ -90,8 +90,8 @@ def test_health_answers_while_a_request_is_in_prefill() -> None:
         assert answer.result(PATIENCE_S)["choices"][0]["message"]["content"] == "the end"
 
 
-def test_many_clients_at_once_each_get_their_own_answer() -> None:
-    engine = Scripted("the end", pace_s=0.01)
+def test_concurrent_clients_get_their_own_responses() -> None:
+    engine = ScriptedEngine("the end", pace_s=0.01)
     with running(engine) as url, ThreadPoolExecutor(40) as pool:
 
         def one(i: int) -> tuple[int, str]:
@@ -101,13 +101,13 @@ def test_many_clients_at_once_each_get_their_own_answer() -> None:
 
         found = list(pool.map(one, range(40)))
     assert found == [(i + 1, ["the", "the ", "the en"][i % 3]) for i in range(40)]
-    assert len(engine.asked) == 40
+    assert len(engine.requests) == 40
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prefill", [False, True])
-def test_a_broken_connection_cancels(stream: bool, prefill: bool) -> None:
-    engine = Scripted(LONG, context=10**6, pace_s=0.005)
+def test_a_broken_connection_cancels_the_request(stream: bool, prefill: bool) -> None:
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=0.005)
     if prefill:
         engine.prefill.clear()
     with running(engine) as url:
@@ -119,9 +119,9 @@ def test_a_broken_connection_cancels(stream: bool, prefill: bool) -> None:
         assert asked.wait().reason is FinishReason.CANCELLED
 
 
-def test_the_openai_package_is_served() -> None:
-    openai = pytest.importorskip("openai", reason="openai is of the dev extra alone")
-    engine = Scripted("I see.</think>the é 🙂")
+def test_the_openai_package_works_against_the_server() -> None:
+    openai = pytest.importorskip("openai", reason="openai is in the dev extra")
+    engine = ScriptedEngine("I see.</think>the é 🙂")
     with running(engine) as url:
         with closing(openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)) as client:
             (model,) = client.models.list().data
@@ -151,25 +151,25 @@ def test_the_openai_package_is_served() -> None:
             assert caught.value.code == "context_length_exceeded"
 
 
-def test_leaving_a_stream_of_the_openai_package_cancels() -> None:
-    openai = pytest.importorskip("openai", reason="openai is of the dev extra alone")
-    engine = Scripted(LONG, context=10**6, pace_s=0.005)
+def test_closing_a_stream_of_the_openai_package_cancels_the_request() -> None:
+    openai = pytest.importorskip("openai", reason="openai is in the dev extra")
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=0.005)
     with running(engine) as url:
         with closing(openai.OpenAI(base_url=f"{url}/v1", api_key="x", max_retries=0)) as client:
             with client.chat.completions.create(model="m", messages=HELLO, stream=True) as stream:
                 for i, _ in enumerate(stream):
                     if i == 3:
                         break
-            assert engine.asked[0].wait().reason is FinishReason.CANCELLED
+            assert engine.requests[0].wait().reason is FinishReason.CANCELLED
 
 
-# -- the whole of serve() --------------------------------------------------------------------------
+# -- serve() ---------------------------------------------------------------------------------------
 
 
 @contextmanager
 def process(kind: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """serve() in a process of its own, which is ended if a test has not."""
-    command = [sys.executable, "-m", "tests.server.served", kind, str(port)]
+    """serve() in a separate process, killed at the end of a test that left it running."""
+    command = [sys.executable, "-m", "tests.server.server_process", kind, str(port)]
     with subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as child:
@@ -180,7 +180,7 @@ def process(kind: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
 
 
 def address_of(child: subprocess.Popen[str]) -> str:
-    """Where it says that it serves."""
+    """The address that the server prints."""
     assert child.stderr is not None
     line = child.stderr.readline()
     found = re.search(r"scripted is served on (http://127\.0\.0\.1:\d+)/v1", line)
@@ -188,7 +188,7 @@ def address_of(child: subprocess.Popen[str]) -> str:
     return found[1]
 
 
-def test_a_port_in_use_is_told_before_the_model_is_loaded() -> None:
+def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:
     def load(progress: Any) -> Any:
         raise AssertionError("the model is loaded")
 
@@ -199,19 +199,19 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded() -> None:
 
 
 @pytest.mark.parametrize("port", [-1, 65536])
-def test_a_port_that_cannot_be_is_refused(port: int) -> None:
+def test_an_invalid_port_is_refused(port: int) -> None:
     with pytest.raises(ConfigError, match=str(port)):
-        serve(host_of(Scripted()), port=port)
+        serve(host_of(ScriptedEngine()), port=port)
 
 
-def test_an_address_that_is_not_ours_is_refused() -> None:
+def test_an_address_of_another_machine_is_refused() -> None:
     for address in ("203.0.113.7", "no.such.host.invalid"):
         with pytest.raises(ConfigError, match=address):
-            serve(host_of(Scripted()), address=address, port=0)
+            serve(host_of(ScriptedEngine()), address=address, port=0)
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
-def test_ctrl_c_ends_a_server_within_its_patience_though_answers_are_running(
+def test_ctrl_c_stops_a_server_with_running_requests_within_its_timeout(
     end: signal.Signals,
 ) -> None:
     with process("serves") as child:
@@ -229,7 +229,7 @@ def test_ctrl_c_ends_a_server_within_its_patience_though_answers_are_running(
         assert child.returncode == (130 if end is signal.SIGINT else -end)
 
 
-def test_ctrl_c_ends_a_server_that_is_still_loading() -> None:
+def test_ctrl_c_stops_a_server_that_is_loading() -> None:
     with process("slow") as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "loading\n"
@@ -239,7 +239,7 @@ def test_ctrl_c_ends_a_server_that_is_still_loading() -> None:
         assert child.returncode == 130
 
 
-def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
+def test_a_model_that_fails_to_load_stops_the_server_with_its_error() -> None:
     with process("fails") as child:
         out, err = child.communicate(timeout=PATIENCE_S)
         assert out.splitlines() == ["loading", "CheckpointError: model-00002 is missing"]
@@ -247,8 +247,8 @@ def test_a_model_that_cannot_be_loaded_ends_the_server_with_its_error() -> None:
         assert child.returncode == 2
 
 
-def test_an_error_of_the_server_reaches_urllib_as_json() -> None:
-    with running(Scripted()) as url:
+def test_an_error_response_reaches_urllib_as_json() -> None:
+    with running(ScriptedEngine()) as url:
         with pytest.raises(urllib.error.HTTPError) as caught:
             post(f"{url}/v1/chat/completions", {"messages": []})
         with caught.value:

@@ -1,5 +1,7 @@
-"""A synthetic model behind the server, so that a server can be measured in real shapes: the bundled
-model's tokenizer and template, and text for every id."""
+"""A synthetic model behind the server, for measurements in real shapes.
+
+It has the bundled model's tokenizer and template, and text for every id.
+"""
 
 import re
 from collections.abc import Iterator
@@ -15,7 +17,7 @@ from osmium.weights import synthetic
 from tests.server.scripted import chunks
 
 VOCAB = 24_000
-"""Most of it beyond the tokenizer's 8,192 ids, as in the published shapes."""
+"""Most ids are beyond the tokenizer's 8,192, like in the published shapes."""
 
 HELLO = {"messages": [{"role": "user", "content": "Hello, how are you?"}]}
 
@@ -49,15 +51,15 @@ def test_every_token_of_a_stream_has_its_text(client: TestClient) -> None:
     assert 0 < usage["usage"]["prompt_tokens"] < 60
     assert parts[-1]["choices"][0]["finish_reason"] == "length"
     deltas = [one["choices"][0]["delta"] for one in parts]
-    assert not any("reasoning_content" in one for one in deltas), "noise is no thought"
+    assert not any("reasoning_content" in one for one in deltas), "random output has no reasoning"
     text = "".join(one.get("content", "") for one in deltas)
     ids = [int(one) for one in ID.findall(text)]
-    # Two thirds of the vocabulary: 26 of 40 expected, 10 or fewer once in 10^7 runs.
+    # Two thirds of the vocabulary: 26 of 40 expected; 10 or fewer occur once in 10^7 runs.
     assert len(ids) > 10 and all(8192 <= one < VOCAB for one in ids)
     assert len([one for one in deltas if one.get("content")]) >= len(ids)
 
 
-def test_a_stream_says_what_a_whole_answer_says(client: TestClient) -> None:
+def test_a_stream_equals_the_unstreamed_response(client: TestClient) -> None:
     asked = {"max_tokens": 30, "seed": 5}
     whole = client.post("/v1/chat/completions", json={**HELLO, **asked}).json()
     parts = [one["choices"][0]["delta"] for one in streamed(client, **asked)[:-1]]
@@ -65,7 +67,7 @@ def test_a_stream_says_what_a_whole_answer_says(client: TestClient) -> None:
     assert "".join(one.get("content", "") for one in parts) == text != ""
 
 
-def test_a_request_that_names_no_length_ends(client: TestClient) -> None:
+def test_a_request_without_a_length_ends(client: TestClient) -> None:
     answer = client.post("/v1/chat/completions", json=HELLO).json()
     assert answer["usage"]["completion_tokens"] == 256
     assert answer["choices"][0]["finish_reason"] == "length"
@@ -73,14 +75,16 @@ def test_a_request_that_names_no_length_ends(client: TestClient) -> None:
     assert longer["usage"]["completion_tokens"] == 300
 
 
-def test_ids_beyond_the_tokenizer_are_named_in_log_probabilities(client: TestClient) -> None:
+def test_ids_beyond_the_tokenizer_have_names_in_log_probabilities(client: TestClient) -> None:
     asked = {"prompt": "Once", "max_tokens": 12, "logprobs": 3}
     (choice,) = client.post("/v1/completions", json=asked).json()["choices"]
     tokens = choice["logprobs"]["tokens"]
     assert len(tokens) == 12 and any(ID.fullmatch(one) for one in tokens)
 
 
-def test_a_synthetic_model_answers_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_synthetic_model_generates_on_the_command_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     for more in ([], ["--raw"]):
         asked = ["run", "--device", "cpu", "--context", "256", "--max-tokens", "9", *more]
         assert main([*asked, "SYNTHETIC:tiny:2", "hi"]) == 0

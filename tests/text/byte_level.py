@@ -1,4 +1,4 @@
-"""A byte-level tokenizer made on the spot: every byte is a token, a few merges, special tokens."""
+"""A byte-level tokenizer for tests: a token per byte, a few merges, special tokens."""
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
@@ -9,7 +9,7 @@ __all__ = ["SPECIALS", "byte_level", "byte_level_json"]
 
 SPECIALS = ("<|im_start|>", "<|im_end|>")
 MERGES = ("th", "the", "in", "en", "er", "ab")
-"""Letters that come as one token where they stand together."""
+"""Letters that merge into one token."""
 
 
 def byte_level(*, unknown_ids_as_text: bool = False) -> Tokenizer:
@@ -18,7 +18,8 @@ def byte_level(*, unknown_ids_as_text: bool = False) -> Tokenizer:
 
 
 def byte_level_json() -> bytes:
-    """Ids 0 .. 255 are bytes in their letters' order, then merges, specials, and think's marks."""
+    """Ids 0 .. 255 are bytes in the order of their letters, then merges, special tokens and think
+    tags."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate(letters)}
     merges = []

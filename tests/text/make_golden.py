@@ -1,4 +1,4 @@
-"""Writes tests/golden/chat anew: `python -m tests.text.make_golden`, with the dev extra."""
+"""Regenerate tests/golden/chat: `python -m tests.text.make_golden`, with the dev extra."""
 
 from tests.text.templates import CONVERSATIONS, SOURCES, by_transformers
 from tests.text.test_chat import GOLDEN

@@ -1,4 +1,4 @@
-"""A template of our own that uses what templates use, and conversations to render."""
+"""A template that uses the features of published templates, and conversations to render."""
 
 from collections.abc import Callable
 from typing import Any
@@ -113,7 +113,7 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
         {"tools": TOOLS},
     ),
 }
-"""Messages in the form that both renderers are given, and what else they get."""
+"""Messages as both renderers get them, and the other options."""
 
 
 def _demo() -> str:

@@ -1,4 +1,4 @@
-"""Chat templates: rendered as transformers renders them, from messages in any form clients send."""
+"""Chat templates: the same output as transformers, from messages in any form that clients send."""
 
 import json
 from pathlib import Path
@@ -11,14 +11,14 @@ from osmium.text.chat import ChatTemplate, normalise
 from tests.text.templates import CONVERSATIONS, SOURCES, TOKENS, by_transformers
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "chat"
-"""Written by transformers: `python -m tests.text.make_golden`."""
+"""Written by `python -m tests.text.make_golden` with transformers."""
 
 USER = {"role": "user", "content": "Hello"}
 
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_conversation_is_rendered_as_its_golden_text(source: str, case: str) -> None:
+def test_a_rendered_conversation_equals_its_golden_text(source: str, case: str) -> None:
     messages, options = CONVERSATIONS[case]
     options = dict(options)
     tools = options.pop("tools", None)
@@ -28,8 +28,8 @@ def test_a_conversation_is_rendered_as_its_golden_text(source: str, case: str) -
 
 @pytest.mark.parametrize("case", CONVERSATIONS)
 @pytest.mark.parametrize("source", SOURCES)
-def test_a_conversation_is_rendered_as_transformers_renders_it(source: str, case: str) -> None:
-    pytest.importorskip("transformers", reason="transformers is of the dev extra alone")
+def test_a_rendered_conversation_equals_that_of_transformers(source: str, case: str) -> None:
+    pytest.importorskip("transformers", reason="transformers is in the dev extra")
     messages, options = CONVERSATIONS[case]
     wanted = by_transformers(SOURCES[source](), messages, dict(options))
     options = dict(options)
@@ -37,16 +37,16 @@ def test_a_conversation_is_rendered_as_transformers_renders_it(source: str, case
     assert ChatTemplate(SOURCES[source](), TOKENS).render(messages, tools, **options) == wanted
 
 
-# -- where the template comes from -----------------------------------------------------------------
+# -- sources of the template -----------------------------------------------------------------------
 
 
-def test_the_file_goes_before_the_configuration() -> None:
+def test_the_template_file_takes_precedence_over_the_configuration() -> None:
     found = ChatTemplate.find(b"from the file", {"chat_template": "from the configuration"})
     assert found is not None
     assert found.render([USER]) == "from the file"
 
 
-def test_of_a_list_of_templates_the_default_counts() -> None:
+def test_the_default_of_a_list_of_templates_is_used() -> None:
     named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
     found = ChatTemplate.find(None, {"chat_template": named})
     assert found is not None
@@ -65,13 +65,13 @@ def test_special_tokens_come_from_the_configuration_as_text_or_as_object() -> No
     assert found.render([USER]) == "<s>|</s>|False"
 
 
-def test_no_template_is_none() -> None:
+def test_without_a_template_the_result_is_none() -> None:
     assert ChatTemplate.find(None, None) is None
     assert ChatTemplate.find(None, {"bos_token": "<s>"}) is None
 
 
 @pytest.mark.parametrize("source", ["{% if %}", "{{ messages", "{% nothing %}"])
-def test_a_template_that_is_not_one_is_refused(source: str) -> None:
+def test_an_invalid_template_is_refused(source: str) -> None:
     with pytest.raises(CheckpointError, match="template"):
         ChatTemplate(source)
 
@@ -93,14 +93,14 @@ def test_a_file_that_is_not_utf8_is_refused() -> None:
         ChatTemplate.find(b"\xff\xfe", None)
 
 
-def test_a_switch_has_the_models_default_until_it_is_given() -> None:
+def test_an_option_has_the_models_default_unless_given() -> None:
     found = ChatTemplate.find(b"{{ enable_thinking }}", None, {"enable_thinking": False})
     assert found is not None
     assert found.render([USER]) == "False"
     assert found.render([USER], enable_thinking=True) == "True"
 
 
-# -- what a template may do ------------------------------------------------------------------------
+# -- limits of templates ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -116,27 +116,27 @@ def test_a_switch_has_the_models_default_until_it_is_given() -> None:
         "{{ messages[0].content | tojson(no_such=1) }}",
     ],
 )
-def test_what_a_template_refuses_or_may_not_do_is_the_requests_error(source: str) -> None:
+def test_an_error_raised_by_a_template_is_a_request_error(source: str) -> None:
     with pytest.raises(RequestError) as caught:
         ChatTemplate(source).render([USER])
     assert caught.value.param == "messages"
     assert caught.value.status == 400
 
 
-def test_a_template_knows_the_date() -> None:
+def test_a_template_can_format_the_date() -> None:
     year = ChatTemplate("{{ strftime_now('%Y') }}").render([USER])
     assert year.isdigit()
     assert len(year) == 4
 
 
 @pytest.mark.parametrize("name", ["messages", "tools", "self", "documents"])
-def test_a_switch_of_any_name_is_harmless(name: str) -> None:
+def test_an_option_of_any_name_is_harmless(name: str) -> None:
     options: dict[str, Any] = {name: "mine"}
     text = ChatTemplate("{{ messages[0].content }}").render([USER], **options)
     assert text == "Hello"
 
 
-# -- messages in the form that templates agree on --------------------------------------------------
+# -- normalised messages ---------------------------------------------------------------------------
 
 
 def test_leading_system_and_developer_messages_become_one() -> None:
@@ -150,29 +150,29 @@ def test_leading_system_and_developer_messages_become_one() -> None:
     assert found == [{"role": "system", "content": "A\n\nB"}, USER]
 
 
-def test_a_later_system_message_is_told_as_a_users() -> None:
+def test_a_later_system_message_becomes_a_user_message() -> None:
     found = normalise([USER, {"role": "system", "content": "now"}])
     assert [one["role"] for one in found] == ["user", "user"]
 
 
-def test_parts_become_one_text() -> None:
+def test_text_parts_are_joined() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "input_text", "text": "b"}, "c"]
     assert normalise([{"role": "user", "content": parts}])[0]["content"] == "abc"
 
 
-def test_a_content_that_is_absent_is_empty() -> None:
+def test_absent_content_is_empty() -> None:
     for message in ({"role": "assistant"}, {"role": "assistant", "content": None}):
         assert normalise([USER, message])[1] == {"role": "assistant", "content": ""}
 
 
-def test_reasoning_is_known_under_both_its_names() -> None:
+def test_reasoning_is_accepted_under_both_its_names() -> None:
     for name in ("reasoning", "reasoning_content"):
         found = normalise([USER, {"role": "assistant", "content": "4", name: "2 + 2"}])
         assert found[1]["reasoning_content"] == "2 + 2"
 
 
 @pytest.mark.parametrize(
-    ("said", "wanted"),
+    ("arguments", "wanted"),
     [
         ('{"a": [1, "x"]}', {"a": [1, "x"]}),
         ("", {}),
@@ -181,12 +181,12 @@ def test_reasoning_is_known_under_both_its_names() -> None:
         ("[1]", {"arguments": "[1]"}),
     ],
 )
-def test_arguments_of_a_call_become_an_object(said: object, wanted: object) -> None:
-    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": said}}
+def test_call_arguments_become_an_object(arguments: object, wanted: object) -> None:
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
     before = json.dumps(call)
     found = normalise([USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert found[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": wanted}
-    assert json.dumps(call) == before, "the caller's own message is left as it was"
+    assert json.dumps(call) == before, "the caller's message is unchanged"
 
 
 @pytest.mark.parametrize(
@@ -199,14 +199,14 @@ def test_arguments_of_a_call_become_an_object(said: object, wanted: object) -> N
         (7, "messages[1].content[1]"),
     ],
 )
-def test_a_part_that_is_no_text_is_refused_by_its_place(part: object, param: str) -> None:
+def test_a_part_without_text_is_refused_by_its_path(part: object, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         normalise([USER, {"role": "user", "content": [{"type": "text", "text": "see"}, part]}])
     assert caught.value.param == param
 
 
 @pytest.mark.parametrize("content", [7, {"type": "text", "text": "a"}, True])
-def test_a_content_of_a_wrong_type_is_refused(content: object) -> None:
+def test_content_of_a_wrong_type_is_refused(content: object) -> None:
     with pytest.raises(RequestError) as caught:
         normalise([{"role": "user", "content": content}])
     assert caught.value.param == "messages[0].content"

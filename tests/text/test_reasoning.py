@@ -1,4 +1,4 @@
-"""Thinking told apart from the answer, wherever the text is cut."""
+"""Separation of reasoning and answer, at any split of the text."""
 
 import numpy as np
 import pytest
@@ -8,9 +8,9 @@ from osmium.text.reasoning import DisplayedResponse, ReasoningParser, starts_in_
 
 
 def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
-    thought = ReasoningParser(thinking)
-    parts = [thought.push(piece) for piece in pieces]
-    parts.append(thought.flush())
+    reasoning = ReasoningParser(thinking)
+    parts = [reasoning.push(piece) for piece in pieces]
+    parts.append(reasoning.flush())
     return "".join(a for a, _ in parts), "".join(b for _, b in parts)
 
 
@@ -26,7 +26,7 @@ def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
         ("a</think>b</think>c", ("a", "b</think>c")),
     ],
 )
-def test_a_reply_that_starts_in_thought_is_split_the_same_however_it_is_cut(
+def test_text_that_starts_in_reasoning_is_parsed_the_same_at_any_split(
     text: str, wanted: tuple[str, str], rng: np.random.Generator
 ) -> None:
     assert split([text], True) == wanted
@@ -38,24 +38,30 @@ def test_a_reply_that_starts_in_thought_is_split_the_same_however_it_is_cut(
 
 
 @pytest.mark.parametrize("text", ["\n    return x", "\n\n", "plain", "</think>", ""])
-def test_a_reply_that_does_not_start_in_thought_is_all_answer_as_it_is(text: str) -> None:
+def test_text_that_does_not_start_in_reasoning_is_all_answer(text: str) -> None:
     assert split(list(text), False) == ("", text)
 
 
-def test_thought_is_given_out_as_it_comes() -> None:
-    thought = ReasoningParser(True)
-    assert thought.push("one two") == ("one two", "")
+def test_reasoning_is_returned_as_it_arrives() -> None:
+    parser = ReasoningParser(True)
+    assert parser.push("one two") == ("one two", "")
 
 
-def test_a_prompt_that_leaves_think_open_starts_in_thought() -> None:
+def test_a_prompt_with_an_open_think_tag_starts_in_reasoning() -> None:
     assert starts_in_reasoning("<|im_start|>assistant\n<think>\n")
     assert not starts_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not starts_in_reasoning("<|im_start|>assistant\n")
 
 
-def test_sampling_defaults_are_what_generation_config_says() -> None:
-    said = {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95, "eos_token_id": [1]}
-    assert sampling_defaults(said) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+def test_sampling_defaults_come_from_generation_config() -> None:
+    config = {
+        "do_sample": True,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "eos_token_id": [1],
+    }
+    assert sampling_defaults(config) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     assert sampling_defaults({"do_sample": False, "temperature": 0.6}) == {"temperature": 0.0}
     assert sampling_defaults(None) == {}
     assert sampling_defaults({"temperature": None, "top_k": True, "top_p": "0.9"}) == {}
@@ -84,7 +90,7 @@ def shown(pieces: list[str], thinking: bool) -> tuple[str, str]:
         ("never ends", True, ("never ends", "")),
     ],
 )
-def test_no_unpaired_tag_is_shown_however_a_reply_is_cut(
+def test_no_unpaired_tag_is_shown_at_any_split(
     text: str, thinking: bool, wanted: tuple[str, str], rng: np.random.Generator
 ) -> None:
     assert shown([text], thinking) == wanted

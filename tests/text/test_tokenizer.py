@@ -1,4 +1,4 @@
-"""Text to ids and back, whole and piece by piece."""
+"""Text to token ids and back, whole and incrementally."""
 
 import threading
 from pathlib import Path
@@ -35,14 +35,16 @@ def some_text(rng: np.random.Generator) -> str:
     return "".join(letters)
 
 
-def test_a_text_comes_back_as_it_was(rng: np.random.Generator) -> None:
+def test_encoding_and_decoding_returns_the_same_text(rng: np.random.Generator) -> None:
     tokenizer = byte_level()
     for _ in range(200):
         text = some_text(rng)
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_pieces_together_are_the_whole_text(tokenizer: Tokenizer, rng: np.random.Generator) -> None:
+def test_incremental_pieces_join_to_the_text(
+    tokenizer: Tokenizer, rng: np.random.Generator
+) -> None:
     for _ in range(200):
         ids = tokenizer.encode(some_text(rng))
         decoder = tokenizer.decoder()
@@ -52,7 +54,7 @@ def test_pieces_together_are_the_whole_text(tokenizer: Tokenizer, rng: np.random
 
 
 @pytest.mark.parametrize("specials", [False, True])
-def test_pieces_of_random_ids_are_their_decoding_also_where_bytes_are_no_text(
+def test_incremental_pieces_of_random_ids_join_to_their_decoding(
     tokenizer: Tokenizer, rng: np.random.Generator, specials: bool
 ) -> None:
     for _ in range(300):
@@ -63,7 +65,7 @@ def test_pieces_of_random_ids_are_their_decoding_also_where_bytes_are_no_text(
         assert "".join(pieces) + decoder.flush() == tokenizer.decode(ids, specials), ids
 
 
-def test_a_character_is_given_out_only_once_it_is_whole() -> None:
+def test_a_character_is_returned_once_it_is_complete() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode("a🙂b")
     decoder = tokenizer.decoder()
@@ -71,16 +73,16 @@ def test_a_character_is_given_out_only_once_it_is_whole() -> None:
     assert decoder.flush() == ""
 
 
-def test_a_character_that_never_completes_comes_at_the_end_as_a_replacement() -> None:
+def test_an_incomplete_character_at_the_end_becomes_a_replacement() -> None:
     tokenizer = byte_level()
     decoder = tokenizer.decoder()
     pushed = [decoder.push(one) for one in tokenizer.encode("x🙂")[:-1]]
     assert pushed == ["x", "", "", ""]
     assert set(decoder.flush()) == {"\ufffd"}
-    assert decoder.flush() == "", "what was given out is not given out again"
+    assert decoder.flush() == "", "a second flush returns nothing"
 
 
-def test_special_tokens_are_left_out_unless_asked_for() -> None:
+def test_special_tokens_are_omitted_unless_requested() -> None:
     tokenizer = byte_level()
     ids = tokenizer.encode(f"{SPECIALS[0]}hi{SPECIALS[1]}")
     assert len(ids) == 4
@@ -90,7 +92,7 @@ def test_special_tokens_are_left_out_unless_asked_for() -> None:
         assert tokenizer.decode(ids, specials) == wanted
 
 
-def test_names_of_special_tokens_stay_text_in_a_plain_text() -> None:
+def test_names_of_special_tokens_in_plain_text_stay_text() -> None:
     tokenizer = byte_level()
     text = f"say {SPECIALS[1]}"
     assert tokenizer.id_of(SPECIALS[1]) in tokenizer.encode(text)
@@ -99,7 +101,7 @@ def test_names_of_special_tokens_stay_text_in_a_plain_text() -> None:
     assert tokenizer.decode(plain) == text
 
 
-def test_threads_that_want_specials_and_threads_that_do_not_do_not_disturb_each_other() -> None:
+def test_threads_with_and_without_special_tokens_are_independent() -> None:
     tokenizer = byte_level()
     text = f"{SPECIALS[0]} the end " * 50
     wanted = {flag: tokenizer.encode(text, flag) for flag in (True, False)}
@@ -121,8 +123,8 @@ def test_threads_that_want_specials_and_threads_that_do_not_do_not_disturb_each_
     assert not wrong
 
 
-def test_an_id_beyond_the_vocabulary_is_no_text() -> None:
-    """Heads are padded: a model may name ids that the tokenizer has not."""
+def test_an_id_beyond_the_vocabulary_has_no_text() -> None:
+    """Embeddings are padded: a model may generate ids that the tokenizer lacks."""
     tokenizer = byte_level()
     decoder = tokenizer.decoder()
     ids = tokenizer.encode("ab")
@@ -149,7 +151,7 @@ def test_ids_beyond_the_vocabulary_can_be_shown_as_ids(rng: np.random.Generator)
         assert text.count("⟨") == sum(one >= tokenizer.vocab_size for one in ids)
 
 
-def test_a_character_that_an_unknown_id_cuts_is_replaced_before_it() -> None:
+def test_a_character_interrupted_by_an_unknown_id_is_replaced() -> None:
     tokenizer = byte_level(unknown_ids_as_text=True)
     smile, beyond = tokenizer.encode("🙂"), tokenizer.vocab_size
     decoder = tokenizer.decoder()
@@ -158,7 +160,7 @@ def test_a_character_that_an_unknown_id_cuts_is_replaced_before_it() -> None:
     assert "".join(pushed[3:]) + decoder.flush() == "🙂"
 
 
-def test_the_pieces_of_tokens_are_the_bytes_of_their_text(
+def test_token_bytes_join_to_the_bytes_of_the_text(
     tokenizer: Tokenizer, rng: np.random.Generator
 ) -> None:
     for _ in range(50):
@@ -173,6 +175,6 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 
 
 @pytest.mark.parametrize("source", [b"", b"{}", b"\xff\xfe", Path("/nowhere/tokenizer.json")])
-def test_a_file_that_is_no_tokenizer_is_refused(source: bytes | Path) -> None:
+def test_an_invalid_tokenizer_file_is_refused(source: bytes | Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer(source)

@@ -1,4 +1,4 @@
-"""tools/environment.sh: which Python is taken, what is installed, and when again."""
+"""tools/environment.sh: choice of Python, installed packages, and reuse."""
 
 import os
 import shutil
@@ -24,10 +24,10 @@ case $1 in
         ;;
 esac
 """
-"""A Python that makes environments of itself, and whose pip notes what it is to install."""
+"""A Python whose venv copies itself, and whose pip logs its arguments."""
 
 BROKEN = "#!/bin/sh\nexit 127\n"
-"""A shim of a version that is not there."""
+"""A Python shim whose version is not installed."""
 
 NO_VENV = WORKS.replace('mkdir -p "$3/bin"', 'mkdir -p "$3/bin"; touch "$3/bin/python"; exit 1')
 
@@ -42,7 +42,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def path(tmp_path: Path, **programs: str) -> str:
-    """A PATH with these programs and the system's few that the script needs."""
+    """A PATH with these programs and the few system programs that the script needs."""
     folder = tmp_path / "bin"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -71,14 +71,16 @@ def log(clone: Path) -> list[str]:
     return (clone / "log").read_text().splitlines()
 
 
-def test_the_newest_python_that_works_is_taken(clone: Path, tmp_path: Path) -> None:
+def test_the_newest_working_python_is_used(clone: Path, tmp_path: Path) -> None:
     search = path(tmp_path, python3_13=BROKEN, python3_12=WORKS, python3_11=WORKS)
     done = run(clone, search, 'environment ""; command -v python')
     assert log(clone) == ["venv by python3.12", "-e ."]
-    assert done.stdout.strip() == str(clone / ".venv" / "bin" / "python"), "it is first on PATH"
+    assert done.stdout.strip() == str(clone / ".venv" / "bin" / "python"), (
+        "the environment is first on PATH"
+    )
 
 
-def test_development_takes_the_python_that_kernels_are_compiled_with(
+def test_the_dev_environment_uses_the_python_that_compiles_kernels(
     clone: Path, tmp_path: Path
 ) -> None:
     search = path(tmp_path, python3_13=WORKS, python3_11=WORKS)
@@ -89,13 +91,15 @@ def test_development_takes_the_python_that_kernels_are_compiled_with(
     assert log(clone)[2:] == ["venv by python3.13", "-e .[dev]"]
 
 
-def test_it_is_made_once_and_again_when_the_project_changes(clone: Path, tmp_path: Path) -> None:
+def test_the_environment_is_created_once_and_updated_when_the_project_changes(
+    clone: Path, tmp_path: Path
+) -> None:
     search = path(tmp_path, python3_12=WORKS)
     for _ in range(2):
         run(clone, search, "environment cu13")
     assert log(clone) == ["venv by python3.12", "-e .[cu13]"]
     run(clone, search, 'environment ""')
-    assert log(clone)[2:] == ["-e ."], "another extra is installed beside the first"
+    assert log(clone)[2:] == ["-e ."], "the other extra is installed into the same environment"
     (clone / "pyproject.toml").write_text("two")
     run(clone, search, "environment cu13")
     assert log(clone)[3:] == ["-e .[cu13]"]
@@ -103,18 +107,20 @@ def test_it_is_made_once_and_again_when_the_project_changes(clone: Path, tmp_pat
     assert log(clone)[4:] == ["venv by python3.12", "-e .[build]"]
 
 
-def test_without_python_or_its_venv_it_says_what_to_install(clone: Path, tmp_path: Path) -> None:
+def test_without_python_or_venv_the_error_says_what_to_install(clone: Path, tmp_path: Path) -> None:
     done = run(clone, path(tmp_path, python3=BROKEN), 'environment ""')
     assert done.returncode == 1 and "Python 3.11 or newer" in done.stderr
     done = run(clone, path(tmp_path, python3_12=NO_VENV), 'environment ""')
     assert done.returncode == 1 and "apt install python3-venv" in done.stderr
-    assert not (clone / ".venv").exists(), "an incomplete one would be taken for a complete one"
+    assert not (clone / ".venv").exists(), (
+        "an incomplete environment would be taken for a complete one"
+    )
 
 
 @pytest.mark.parametrize(
     ("driver", "extra"), [("580.65.06", "cu13"), ("570.133.20", "cu12"), (None, "")]
 )
-def test_the_extra_is_that_of_the_driver(
+def test_the_installed_extra_matches_the_driver(
     clone: Path, tmp_path: Path, driver: str | None, extra: str
 ) -> None:
     text = f"#!/bin/sh\necho {driver}\n" if driver else BROKEN

@@ -1,4 +1,4 @@
-"""Each tool runs: its --help, and where no GPU is needed a small run of what it does."""
+"""Every tool runs: its --help, and without a GPU a small run."""
 
 import ast
 import json
@@ -27,7 +27,7 @@ ALONE = ("dma_bandwidth.py", "package_size")
 """Python tools that need no environment."""
 
 GOLDEN = "make_golden.py"
-"""Its environment takes gigabytes, and imports torch."""
+"""Its environment takes gigabytes and imports torch."""
 
 
 def name(path: Path) -> str:
@@ -35,7 +35,7 @@ def name(path: Path) -> str:
 
 
 def tool(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """A Python tool in a process of its own."""
+    """Run a Python tool in a separate process."""
     first, *rest = arguments
     return subprocess.run(
         [sys.executable, str(TOOLS / first), *map(str, rest)],
@@ -45,7 +45,7 @@ def tool(*arguments: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProces
     )
 
 
-def test_every_file_is_a_tool_of_one_kind() -> None:
+def test_every_file_in_tools_is_of_a_known_kind() -> None:
     assert {*PYTHON, *BASH, TOOLS / "checkout.py"} == set(FILES)
     for path in FILES:
         runs = path.suffix != ".sh" and path.name != "checkout.py"
@@ -53,7 +53,7 @@ def test_every_file_is_a_tool_of_one_kind() -> None:
 
 
 @pytest.mark.parametrize("path", [one for one in PYTHON if one.name != GOLDEN], ids=name)
-def test_a_tool_says_how_it_is_used(
+def test_a_tools_help_shows_its_usage(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [str(path), "--help"])
@@ -66,7 +66,7 @@ def test_a_tool_says_how_it_is_used(
     assert out.startswith("usage: ") and doc and doc.splitlines()[0] in out
 
 
-def test_making_golden_files_explains_itself_before_it_installs_torch() -> None:
+def test_make_golden_prints_help_before_installing_torch() -> None:
     done = tool(GOLDEN, "--help")
     assert done.returncode == 0 and "golden logits" in done.stdout, done.stderr
 
@@ -78,7 +78,7 @@ def test_a_shell_tool_parses(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [*PYTHON, TOOLS / "checkout.py"], ids=name)
 def test_a_tool_reaches_its_environment_from_any_python(path: Path) -> None:
-    """Whatever `python3` is must parse it, and must need nothing before use_environment()."""
+    """Any `python3` must parse it, and it needs no package before use_environment()."""
     tree = ast.parse(path.read_text(), feature_version=(3, 8))
     if path.name in (*ALONE, "checkout.py"):
         return
@@ -99,7 +99,7 @@ def test_a_tool_reaches_its_environment_from_any_python(path: Path) -> None:
     assert ready
 
 
-# -- runs ----------------------------------------------------------------------------------------
+# -- runs ------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_trace_is_made(trace: Path) -> None:
+def test_make_trace_writes_a_trace(trace: Path) -> None:
     found = read_trace(trace, experts=16)
     assert found.ids.shape == (60, 3, 2) and list(found.starts) == [0, 30]
     assert found.predicted is not None and found.predicted.shape == found.ids.shape
@@ -123,7 +123,7 @@ def test_a_trace_is_made(trace: Path) -> None:
     assert ways.returncode == 2 and "300" in ways.stderr
 
 
-def test_cache_policies_are_simulated(trace: Path) -> None:
+def test_simulate_cache_prints_every_policy(trace: Path) -> None:
     few = ["--warmup-tokens", "8", "--resident-fractions", ".25", ".5"]
     done = tool("simulate_cache", trace, *few)
     assert done.returncode == 0, done.stderr
@@ -137,7 +137,7 @@ def test_cache_policies_are_simulated(trace: Path) -> None:
     assert done.returncode == 0 and "* as shipped" in done.stdout, done.stderr
 
 
-def test_the_simulator_says_what_is_wrong_in_one_line(trace: Path, tmp_path: Path) -> None:
+def test_simulate_cache_reports_errors_in_one_line(trace: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken.npz"
     data = bytearray(trace.read_bytes())
     data[100:200] = bytes(100)
@@ -155,7 +155,7 @@ def test_the_simulator_says_what_is_wrong_in_one_line(trace: Path, tmp_path: Pat
         assert len(done.stderr.splitlines()) == 1, done.stderr
 
 
-def test_a_pipe_that_closes_ends_a_tool_without_a_word(trace: Path) -> None:
+def test_a_closed_pipe_ends_a_tool_silently(trace: Path) -> None:
     command = f"{sys.executable} tools/simulate_cache {trace} --warmup-tokens 8"
     done = subprocess.run(
         ["bash", "-c", f"{command} | head -n 1"], cwd=ROOT, capture_output=True, text=True
@@ -163,7 +163,7 @@ def test_a_pipe_that_closes_ends_a_tool_without_a_word(trace: Path) -> None:
     assert done.stderr == ""
 
 
-def test_int4_clips_are_evaluated(tmp_path: Path) -> None:
+def test_eval_int4_clips_prints_an_error_per_variant(tmp_path: Path) -> None:
     folder = write(tmp_path / "model")
     _byte_tokenizer(folder / "tokenizer.json", 64)
     text = tmp_path / "text.txt"
@@ -172,7 +172,7 @@ def test_int4_clips_are_evaluated(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     found = {line.split()[0]: float(line.split()[1]) for line in done.stdout.splitlines()}
     assert list(found) == ["bf16", "nearest", "shipped", "finer"]
-    assert len(set(found.values())) == 4, "each variant quantizes in its own way"
+    assert len(set(found.values())) == 4, "each variant quantises differently"
     done = tool("eval_int4_clips", folder, "--text", tmp_path / "none.txt")
     assert done.returncode == 2 and "none.txt" in done.stderr
 
@@ -200,7 +200,7 @@ def _byte_tokenizer(path: Path, vocab: int) -> None:
     )  # fmt: skip
 
 
-def test_loading_is_measured_on_the_demo() -> None:
+def test_bench_load_measures_the_demo() -> None:
     done = tool("bench_load", "--device", "cpu", "--raw", "1M", "--context", "64")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -209,7 +209,7 @@ def test_loading_is_measured_on_the_demo() -> None:
     assert done.returncode == 2 and done.stderr.startswith("bench_load: /no/such/model")
 
 
-def test_packing_is_measured_on_the_cpu(tmp_path: Path) -> None:
+def test_bench_pack_measures_on_the_cpu(tmp_path: Path) -> None:
     sizes = ["--model", "synthetic:tiny", "--layers", "2", "--devices", "cpu"]
     done = tool("bench_pack", "--checkpoint", tmp_path / "model", *sizes)
     assert done.returncode == 0, done.stderr
@@ -217,13 +217,13 @@ def test_packing_is_measured_on_the_cpu(tmp_path: Path) -> None:
     assert list((tmp_path / "model-packed-cpu").glob("*.osmium"))
 
 
-def test_the_demo_is_made_of_a_checkpoint(tmp_path: Path) -> None:
+def test_make_demo_packs_a_checkpoint(tmp_path: Path) -> None:
     done = tool("make_demo.py", write(tmp_path / "model"), "--out", tmp_path / "made.osmium")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "made.osmium").stat().st_size > 1000
 
 
-def test_ptxas_reports_a_kernel() -> None:
+def test_ptxas_report_prints_a_kernel() -> None:
     done = tool("ptxas_report", "--filter", "add_f32")
     if done.returncode:
         assert "ptxas is not installed" in done.stderr
@@ -242,7 +242,7 @@ def test_ptxas_reports_a_kernel() -> None:
     ],
     ids=lambda arguments: arguments[0],
 )
-def test_a_tool_that_needs_a_gpu_says_so_in_one_line(arguments: list[str]) -> None:
+def test_a_tool_without_its_gpu_fails_with_one_line(arguments: list[str]) -> None:
     if cuda_version() is not None:
         pytest.skip("there is a GPU here")
     done = tool(*arguments)
@@ -251,12 +251,12 @@ def test_a_tool_that_needs_a_gpu_says_so_in_one_line(arguments: list[str]) -> No
     assert line.startswith(f"{arguments[0]}: ") and ("driver" in line or "cuda-bindings" in line)
 
 
-# -- the environment -----------------------------------------------------------------------------
+# -- the environment -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """As after git clone, with an environment.sh that makes a .venv out of this very Python."""
+    """A fresh clone whose environment.sh creates a .venv from the running Python."""
     root = tmp_path / "a clone"
     (root / "tools").mkdir(parents=True)
     for file in ("checkout.py", "make_trace.py"):
@@ -268,7 +268,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def environment(root: Path, python: str) -> None:
-    """`python` is what the .venv's interpreter does."""
+    """Run make_trace.py of the clone by a Python without packages."""
     (root / "tools" / "environment.sh").write_text(
         "gpu_extra() { echo cu13; }\n"
         "environment() {\n"
@@ -292,22 +292,22 @@ def bare(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_tool_makes_its_environment_and_runs_in_it(clone: Path) -> None:
+def test_a_tool_creates_its_environment_and_runs_in_it(clone: Path) -> None:
     sizes = "--tokens 8 --prompts 1 --layers 2 --experts 4 --top-k 1".split()
     done = bare(clone, "a trace.npz", *sizes)
     assert done.returncode == 0 and done.stdout == "", done.stderr
     assert read_trace(clone / "a trace.npz").ids.shape == (8, 2, 1)
-    assert (clone / "asked").read_text() == "cu13\n", "with what this machine's GPU needs"
+    assert (clone / "asked").read_text() == "cu13\n", "the extra that this machine's GPU needs"
 
 
-def test_an_environment_that_lacks_packages_does_not_lead_to_another(clone: Path) -> None:
+def test_an_incomplete_environment_is_an_error_without_a_retry(clone: Path) -> None:
     environment(clone, f'exec {sys.executable} -S "$@"')
     done = bare(clone, "trace.npz")
     assert done.returncode == 1 and "numpy" in done.stderr and "Traceback" not in done.stderr
     assert (clone / "asked").read_text() == "cu13\n"
 
 
-def test_an_environment_that_cannot_be_made_is_said_in_one_line(clone: Path) -> None:
+def test_an_environment_that_cannot_be_created_is_one_line(clone: Path) -> None:
     (clone / "tools" / "environment.sh").write_text(
         "environment() { echo no pip >&2; return 1; }\n"
     )

@@ -1,6 +1,6 @@
-"""Checkpoint folders as tests need them: whole, in shards, per expert, or broken.
+"""Checkpoint folders for tests: complete, sharded, per expert, or broken.
 
-Bytes are laid out here by hand, so that nothing that is tested writes what it is tested on.
+Bytes are laid out here without the code under test.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.models.build import Case, Tensor, hf_config, hf_tensors
 
 CASE = Case("small", 7, 64, "da", (2, 1, 32), 0.5, (1, 2, 32, 32), (4, 2, 32), 32, False, 20,
             vocab=64)  # fmt: skip
-"""A layer of each kind, some 150 kB."""
+"""One layer of each kind, about 150 kB."""
 
 TIED = Case("tied", 8, 64, "a", (2, 1, 32), 0.5, (1, 1, 32, 32), (3, 2, 32), 32, True, 20, vocab=64)
 
@@ -25,7 +25,7 @@ KINDS = {np.dtype(np.uint16): "BF16", np.dtype(np.float32): "F32", np.dtype(np.f
 
 
 def shard(tensors: Mapping[str, Tensor]) -> bytes:
-    """A safetensors file; u16 is BF16."""
+    """A safetensors file; u16 arrays become BF16."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
@@ -39,11 +39,11 @@ def shard(tensors: Mapping[str, Tensor]) -> bytes:
 
 
 def raw_shard(header: Mapping[str, Any] | bytes, data: bytes, length: int | None = None) -> bytes:
-    """A file with any header, and any length said of it."""
+    """A file with any header and any stated header length."""
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    said = len(text) if length is None else length
-    return said.to_bytes(8, "little") + text + data
+    stated_length = len(text) if length is None else length
+    return stated_length.to_bytes(8, "little") + text + data
 
 
 def write(
@@ -52,7 +52,7 @@ def write(
     case: Case = CASE,
     shards: int = 1,
 ) -> Path:
-    """A checkpoint folder; in more than one shard, tensors take turns and an index is written."""
+    """Write a checkpoint folder; with several shards, tensors alternate and an index is written."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = hf_tensors(case) if tensors is None else tensors
     (folder / "config.json").write_text(json.dumps(hf_config(case)))
@@ -72,7 +72,7 @@ def write(
 
 
 def per_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same model with its experts one by one, as save_pretrained writes them."""
+    """The same model with one tensor per expert, like save_pretrained writes."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if name.endswith("experts.gate_up_proj"):
@@ -90,5 +90,5 @@ def per_expert(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def wide(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same values in F32."""
+    """The same values as F32."""
     return {n: f32_from_bf16(t) if t.dtype == np.uint16 else t for n, t in tensors.items()}

@@ -1,7 +1,7 @@
-"""The two published checkpoints as a hub has them, without a byte of their weights.
+"""The published checkpoints as a hub serves them, without weights.
 
-Names, shapes and dtypes of the text model are those of the configs; vision and multi-token
-prediction, which are not read, are one tensor each, of what is missing to the published size.
+Names, shapes and dtypes of the text model follow the configs. Vision and multi-token prediction,
+which are not read, are one tensor each of the missing size.
 """
 
 import json
@@ -20,7 +20,7 @@ PUBLISHED = {
     "Qwen/Qwen3.5-35B-A3B": ("qwen3.5-35b-a3b", 14, 71_903_655_008),
     "Qwen/Qwen3.5-122B-A10B": ("qwen3.5-122b-a10b", 39, 250_173_007_840),
 }
-"""Shapes, shards, and bytes of all tensors, by hub id."""
+"""Per hub id: shapes, shards, and bytes of all tensors."""
 
 ROOT = "model.language_model."
 
@@ -28,10 +28,10 @@ TOKENIZER_BYTES = 12_807_982
 
 
 def published(name: str) -> dict[str, HubFile]:
-    """The files of a published model; its shards and its tokenizer are virtual."""
+    """The files of a published model; shards and tokenizer are virtual."""
     shapes, count, nbytes = PUBLISHED[name]
-    made_up = open_synthetic(f"synthetic:{shapes}", EngineConfig())
-    tensors = _tensors(made_up.config)
+    synthetic = open_synthetic(f"synthetic:{shapes}", EngineConfig())
+    tensors = _tensors(synthetic.config)
     held = sum(2 * math.prod(shape) for shape in tensors.values())
     tensors["model.visual.all"] = ((nbytes - held) // 4,)
     tensors["mtp.all"] = ((nbytes - held) // 2 - (nbytes - held) // 4,)
@@ -49,7 +49,7 @@ def published(name: str) -> dict[str, HubFile]:
         "weight_map": {tensor: file for file, shard in named.items() for tensor in shard},
     }
     small = {
-        "config.json": made_up.files["config.json"],
+        "config.json": synthetic.files["config.json"],
         "generation_config.json": b'{"eos_token_id": [248046, 248044]}',
         INDEX: json.dumps(index).encode(),
     }
@@ -61,7 +61,7 @@ def published(name: str) -> dict[str, HubFile]:
 
 
 def _tensors(config: Any) -> dict[str, tuple[int, ...]]:
-    """Hugging Face's names and shapes of the text model."""
+    """Names and shapes of the text model in Hugging Face's scheme."""
     found = {}
     for part in tensor_specs(config, Formats.of(EngineConfig(gpu_expert_bits=16))):
         for source, shape in part.sources:

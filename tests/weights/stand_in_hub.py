@@ -1,8 +1,8 @@
-"""A stand-in for the Hugging Face hub on 127.0.0.1, which counts what it serves.
+"""A Hugging Face hub on 127.0.0.1 that counts the bytes it serves.
 
-It answers what huggingface_hub asks: a model's list of files, HEAD and GET of a file with ranges.
-Large files are named by their sha256, small ones by git's hash, as on the hub.  A file may be
-virtual: it has a size and its first bytes, and to ask for more is an error.
+It implements the endpoints that huggingface_hub uses: a model's list of files, HEAD, and GET with
+ranges. Like on the hub, large files are identified by sha256, small ones by git's hash. A virtual
+file has a size and its first bytes; a request past them is an error.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ __all__ = ["HubFile", "StandInHub", "folder_files", "use"]
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file, whole or virtual."""
+    """A file, complete or virtual."""
 
     head: bytes
-    """All of it, or as much as may be asked for."""
+    """All bytes, or the first ones."""
     nbytes: int
 
     @classmethod
@@ -47,16 +47,16 @@ class StandInHub:
     served: dict[str, int] = field(default_factory=lambda: defaultdict(int))
     """Bytes of bodies, by path."""
     tensor_bytes: int = 0
-    """Bytes that lie behind the header of a .safetensors file."""
+    """Bytes served from behind the headers of .safetensors files."""
     gated: set[str] = field(default_factory=set)
     ranges: bool = True
-    """Whether the Range header is heeded."""
+    """Whether the Range header is honoured."""
     failures: int = 0
-    """So many requests of shards are answered by 503 first."""
+    """So many requests of shards get a 503 first."""
     delay_s: float = 0.0
-    """Between pieces of 16 KiB."""
+    """Seconds between pieces of 16 KiB."""
     tokens: set[str] = field(default_factory=set)
-    """Authorization headers that came."""
+    """Received Authorization headers."""
 
     def __enter__(self) -> "StandInHub":
         hub = self
@@ -78,21 +78,21 @@ class StandInHub:
 
     @property
     def total(self) -> int:
-        """Bytes of all bodies."""
+        """Bytes of all served bodies."""
         return sum(self.served.values())
 
     def revision(self, name: str) -> str:
-        """The commit: another one for other files."""
+        """The commit hash, which depends on the files."""
         text = json.dumps({f: etag(f, x) for f, x in sorted(self.models[name].items())})
         return hashlib.sha1(text.encode()).hexdigest()
 
     def environment(self, home: Path) -> dict[str, str]:
-        """What a process needs to use it."""
+        """Environment variables for a process that uses this hub."""
         return {"HF_ENDPOINT": self.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0"}
 
 
 def use(monkeypatch: pytest.MonkeyPatch, hub: StandInHub, cache: Path) -> None:
-    """Make this process's huggingface_hub use a stand-in, and a cache of its own."""
+    """Make huggingface_hub in this process use the stand-in, with a separate cache."""
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "ENDPOINT", hub.url)
@@ -104,12 +104,12 @@ def use(monkeypatch: pytest.MonkeyPatch, hub: StandInHub, cache: Path) -> None:
 
 
 def is_large(name: str) -> bool:
-    """Whether the hub keeps it in LFS."""
+    """Whether the hub stores it in LFS."""
     return name.endswith(".safetensors")
 
 
 def etag(name: str, file: HubFile) -> str:
-    """sha256 of a large file, of the head and size of a virtual one; git's hash of a small one."""
+    """sha256 of a large file, or of a virtual one's head and size; git's hash of a small one."""
     if is_large(name):
         more = b"" if file.nbytes == len(file.head) else str(file.nbytes).encode()
         return hashlib.sha256(file.head + more).hexdigest()
@@ -119,7 +119,8 @@ def etag(name: str, file: HubFile) -> str:
 class _Handler(BaseHTTPRequestHandler):
     stand_in: StandInHub
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for its headers' acknowledgement
+    # otherwise a body waits 40 ms for the acknowledgement of its headers
+    disable_nagle_algorithm = True
 
     def log_message(self, *args: Any) -> None:
         pass
@@ -207,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
         length: int | None = None,
         header: int | None = None,
     ) -> None:
-        """`header` bytes of the content are no tensor's."""
+        """The first `header` bytes of the content are not tensor data."""
         hub, path = self.stand_in, urlsplit(self.path).path
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream")
@@ -220,11 +221,11 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             for at in range(0, len(content), 16 << 10):
                 piece = content[at : at + (16 << 10)]
-                # counted first: the client may look at the counts as soon as it has the bytes
+                # counted first: the client may read the counts once it has the bytes
                 hub.served[path] += len(piece)
                 if header is not None:
                     hub.tensor_bytes += max(0, at + len(piece) - max(at, header))
                 self.wfile.write(piece)
                 time.sleep(hub.delay_s)
-        except OSError:  # the client has what it wants
+        except OSError:  # the client closed the connection
             self.close_connection = True

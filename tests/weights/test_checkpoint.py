@@ -1,4 +1,4 @@
-"""Names, shapes and formats: what a checkpoint becomes, and what is refused."""
+"""Tensor names, shapes and formats: what a checkpoint is packed to, and which ones are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +17,8 @@ from tests.models.build import (
     Tensor,
     hf_config,
     hf_tensors,
-    our_records,
-    our_weights,
+    packed_experts_of,
+    weights_of,
 )
 from tests.weights.files import CASE, ROOT, TIED, per_expert, wide, write
 
@@ -30,8 +30,8 @@ def pack(folder: Path, **options: object) -> PackedModel:
     return open_model(folder, config)
 
 
-def same(one: PackedModel, other: PackedModel) -> None:
-    """Every part and every record, bit for bit."""
+def assert_equal(one: PackedModel, other: PackedModel) -> None:
+    """Assert that every weight and every packed expert is equal, bit for bit."""
     assert one.names() == other.names()
     for name in one.names():
         a, b = one.tensor(name), other.tensor(name)
@@ -46,11 +46,13 @@ def same(one: PackedModel, other: PackedModel) -> None:
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_parts_and_records_are_those_of_the_recipe(case: Case, bits: int, tmp_path: Path) -> None:
+def test_weights_and_packed_experts_equal_the_seeded_model(
+    case: Case, bits: int, tmp_path: Path
+) -> None:
     tensors = hf_tensors(case)
     bf16 = {"shared_expert_quant": "bf16", "lm_head_quant": "bf16"}
     packed = pack(write(tmp_path / "m", tensors, case), gpu_expert_bits=bits, **bf16)
-    wanted = our_weights(packed.config, tensors)
+    wanted = weights_of(packed.config, tensors)
     assert set(packed.names()) == set(wanted)
     for name, right in wanted.items():
         found = packed.tensor(name)
@@ -65,52 +67,52 @@ def test_parts_and_records_are_those_of_the_recipe(case: Case, bits: int, tmp_pa
         else:
             assert not isinstance(found, LinearWeight)
             assert found.dtype == right.dtype and np.array_equal(found, right), name
-    record, records = our_records(packed.config, tensors, bits)
-    assert packed.record == record
-    assert np.array_equal(packed.all_records(), records)
+    layout, experts = packed_experts_of(packed.config, tensors, bits)
+    assert packed.record == layout
+    assert np.array_equal(packed.all_records(), experts)
 
 
-def test_a_tied_head_is_absent_and_a_copy_of_it_is_passed_over(tmp_path: Path) -> None:
+def test_a_tied_head_is_absent_and_its_copy_is_ignored(tmp_path: Path) -> None:
     tensors = hf_tensors(TIED)
     plain = pack(write(tmp_path / "a", tensors, TIED))
     assert "head" not in plain.names()
     copy = {**tensors, "lm_head.weight": tensors[f"{ROOT}embed_tokens.weight"]}
-    same(plain, pack(write(tmp_path / "b", copy, TIED)))
+    assert_equal(plain, pack(write(tmp_path / "b", copy, TIED)))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_experts_one_by_one_equal_fused_experts(bits: int, tmp_path: Path) -> None:
+def test_experts_in_separate_tensors_equal_fused_experts(bits: int, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     fused = pack(write(tmp_path / "fused", tensors), gpu_expert_bits=bits)
     single = write(tmp_path / "single", per_expert(tensors), shards=3)
-    same(fused, pack(single, gpu_expert_bits=bits))
+    assert_equal(fused, pack(single, gpu_expert_bits=bits))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_f32_tensors_of_the_same_values_give_the_same_bytes(bits: int, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     narrow = pack(write(tmp_path / "narrow", tensors), gpu_expert_bits=bits)
-    same(narrow, pack(write(tmp_path / "wide", wide(tensors)), gpu_expert_bits=bits))
+    assert_equal(narrow, pack(write(tmp_path / "wide", wide(tensors)), gpu_expert_bits=bits))
 
 
-def test_f16_and_mixed_dtypes_are_read_by_value(tmp_path: Path) -> None:
+def test_f16_and_mixed_dtypes_keep_their_values(tmp_path: Path) -> None:
     tensors = wide(hf_tensors(CASE))
-    # Values that f16, bf16 and f32 all hold.
+    # Values exact in f16, bf16 and f32.
     coarse = {n: np.round(t * 8).clip(-16, 16).astype(np.float32) / 8 for n, t in tensors.items()}
-    turns: list[Callable[[Tensor], Tensor]] = [
+    conversions: list[Callable[[Tensor], Tensor]] = [
         lambda t: t,
         lambda t: t.astype(np.float16),
         bf16_from_f32,
     ]
-    mixed: dict[str, Tensor] = {n: turns[i % 3](t) for i, (n, t) in enumerate(coarse.items())}
+    mixed: dict[str, Tensor] = {n: conversions[i % 3](t) for i, (n, t) in enumerate(coarse.items())}
     half: dict[str, Tensor] = {n: t.astype(np.float16) for n, t in coarse.items()}
     right = pack(write(tmp_path / "f32", coarse), **BF16)
-    same(right, pack(write(tmp_path / "mixed", mixed), **BF16))
-    same(right, pack(write(tmp_path / "f16", half), **BF16))
+    assert_equal(right, pack(write(tmp_path / "mixed", mixed), **BF16))
+    assert_equal(right, pack(write(tmp_path / "f16", half), **BF16))
 
 
 @pytest.mark.parametrize("root", ["model.", "language_model.model."])
-def test_other_roots_are_known(root: str, tmp_path: Path) -> None:
+def test_other_tensor_name_prefixes_are_accepted(root: str, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     nested = root.startswith("language_model")
     other = {
@@ -119,20 +121,22 @@ def test_other_roots_are_known(root: str, tmp_path: Path) -> None:
         else ("language_model." if nested else "") + n: t
         for n, t in tensors.items()
     }
-    same(pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", other)))
+    assert_equal(pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", other)))
 
 
-def test_vision_and_mtp_are_passed_over_even_in_dtypes_that_cannot_be_read(tmp_path: Path) -> None:
+def test_vision_and_mtp_tensors_are_ignored_in_any_dtype(tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     more: dict[str, Tensor] = {
         "model.visual.patch_embed.proj.weight": np.zeros((2, 3), np.float16),
         "visual.blocks.0.norm1.weight": np.zeros(3, np.uint16),
         "mtp.layers.0.mlp.experts.0.gate_proj.weight": np.zeros((2, 3), np.uint16),
     }
-    same(pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", {**tensors, **more})))
+    assert_equal(
+        pack(write(tmp_path / "a", tensors)), pack(write(tmp_path / "b", {**tensors, **more}))
+    )
 
 
-# -- what is refused -------------------------------------------------------------------------------
+# -- refusals --------------------------------------------------------------------------------------
 
 NAMES = sorted(hf_tensors(CASE))
 
@@ -141,7 +145,7 @@ NAMES = sorted(hf_tensors(CASE))
 def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     del tensors[name]
-    # Without the first fused tensor a checkpoint is taken to have its experts one by one.
+    # Without the first fused tensor the experts are taken for separate tensors.
     said = "experts.0.gate_proj" if name.endswith("0.mlp.experts.gate_up_proj") else name
     if name.endswith("embed_tokens.weight"):
         said = "embed_tokens.weight"
@@ -151,7 +155,7 @@ def test_a_missing_tensor_is_named(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_wrong_shape_is_named_with_what_was_found_and_wanted(name: str, tmp_path: Path) -> None:
+def test_a_wrong_shape_is_refused_with_found_and_expected_shape(name: str, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
     right = tensors[name]
     tensors[name] = np.concatenate([right, right[:1]])
@@ -173,7 +177,7 @@ def test_an_extra_tensor_is_named(name: str, tmp_path: Path) -> None:
     assert name in str(raised.value)
 
 
-def test_a_tensor_in_integers_is_named(tmp_path: Path) -> None:
+def test_an_integer_tensor_is_named(tmp_path: Path) -> None:
     folder = write(tmp_path / "m")
     raw = (folder / "model.safetensors").read_bytes()
     name = b'"lm_head.weight": {"dtype": "BF16"'
@@ -214,7 +218,7 @@ def test_a_malformed_config_is_refused_by_file(name: str, text: str, tmp_path: P
         pack(folder)
 
 
-def test_a_format_that_a_shape_does_not_suit_is_refused_before_anything_is_written(
+def test_a_format_that_does_not_divide_a_shape_is_refused_before_writing(
     tmp_path: Path,
 ) -> None:
     narrow = Case("narrow", 9, 64, "a", (2, 1, 32), 0.5, (1, 1, 32, 32), (3, 2, 16), 16, True, 20)

@@ -1,4 +1,4 @@
-"""Models on the hub: what is read before a download, what is said and refused, and what is kept."""
+"""Models on the hub: what is read before a download, refusals, downloads and the cache."""
 
 import json
 import shutil
@@ -56,7 +56,7 @@ def shapes(info: ModelInfo) -> tuple[Any, ...]:
 # -- before a download -----------------------------------------------------------------------------
 
 
-def test_no_byte_of_a_tensor_is_read_and_nothing_is_packed(
+def test_planning_reads_no_tensor_and_packs_nothing(
     hub: StandInHub, folder: Path, config: EngineConfig, tmp_path: Path
 ) -> None:
     info = inspect_model(NAME, config)
@@ -73,11 +73,11 @@ def test_no_byte_of_a_tensor_is_read_and_nothing_is_packed(
     assert hub.tensor_bytes == 0
     assert not (tmp_path / "cache").exists()
     assert not list((tmp_path / "hub").rglob("*.safetensors"))
-    assert hub.tokens >= {"Bearer hf_stand_in"}, "the token goes along"
+    assert hub.tokens >= {"Bearer hf_stand_in"}, "the token is sent"
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_model_is_known_by_less_than_a_megabyte(
+def test_a_published_model_is_described_by_less_than_a_megabyte(
     name: str, hub: StandInHub, config: EngineConfig
 ) -> None:
     hub.models[name] = published(name)
@@ -88,7 +88,7 @@ def test_a_published_model_is_known_by_less_than_a_megabyte(
     assert shapes(info) == shapes(inspect_model(f"synthetic:{PUBLISHED[name][0]}", config))
 
 
-def test_the_packed_files_size_is_known_before_it_is_made(
+def test_the_packed_files_size_is_computed_in_advance(
     hub: StandInHub, config: EngineConfig
 ) -> None:
     info = inspect_model(NAME, config)
@@ -97,7 +97,7 @@ def test_the_packed_files_size_is_known_before_it_is_made(
     assert 0 <= packed.path.stat().st_size - info.packed_bytes <= 2 * 4096
 
 
-def test_a_server_without_ranges_is_read_no_further_than_the_header(
+def test_a_server_without_ranges_is_read_only_up_to_the_header(
     hub: StandInHub, config: EngineConfig
 ) -> None:
     hub.ranges = False
@@ -106,7 +106,7 @@ def test_a_server_without_ranges_is_read_no_further_than_the_header(
     assert inspect_model(NAME, config).download_bytes
 
 
-def test_a_busy_server_is_asked_again(
+def test_requests_to_a_busy_server_are_retried(
     hub: StandInHub, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("osmium.weights.hub.time.sleep", lambda _: None)
@@ -131,7 +131,7 @@ def test_without_a_network_the_cached_config_is_enough_for_a_plan(
         open_model(NAME, config)
 
 
-def test_a_hub_that_does_not_answer_is_as_no_network(
+def test_an_unresponsive_hub_counts_as_no_network(
     hub: StandInHub, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inspect_model(NAME, config)
@@ -141,7 +141,7 @@ def test_a_hub_that_does_not_answer_is_as_no_network(
         inspect_model("owner/other", config)
 
 
-def test_a_model_that_is_in_the_cache_needs_no_network(
+def test_a_cached_model_needs_no_network(
     hub: StandInHub, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     download(look_up(NAME))
@@ -153,18 +153,20 @@ def test_a_model_that_is_in_the_cache_needs_no_network(
     assert hub.total == served
 
 
-# -- refused before the first byte -----------------------------------------------------------------
+# -- refusals before the first byte ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["owner/no-such-model", "another/" + NAME.split("/")[1]])
-def test_a_model_that_is_not_there_is_refused_by_name(
+def test_an_unknown_model_is_refused_by_name(
     name: str, hub: StandInHub, config: EngineConfig
 ) -> None:
     with pytest.raises(ConfigError, match=rf"no model {name}.*private"):
         inspect_model(name, config)
 
 
-def test_a_gated_model_is_refused_with_the_way_in(hub: StandInHub, config: EngineConfig) -> None:
+def test_a_gated_model_is_refused_with_how_to_get_access(
+    hub: StandInHub, config: EngineConfig
+) -> None:
     hub.gated.add(NAME)
     with pytest.raises(ConfigError, match=r"gated.*HF_TOKEN"):
         inspect_model(NAME, config)
@@ -184,22 +186,22 @@ def test_a_checkpoint_in_another_format_is_refused_by_its_headers(
 
 
 @pytest.mark.parametrize("free", [0.9, 1.9])
-def test_too_little_disk_is_refused_before_a_byte_of_a_weight(
+def test_too_little_disk_space_is_refused_before_the_download(
     free: float,
     hub: StandInHub,
     config: EngineConfig,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:
-    """Both files are on one disk here: room for one of them is not enough."""
+    """Both files are on one disk here; space for one of them is not enough."""
     size = inspect_model(NAME, config).checkpoint_bytes or 0
     monkeypatch.setattr(disk, "free_bytes", lambda folder: int(free * size))
     with pytest.raises(ConfigError) as refused:
         open_model(NAME, config)
-    said = str(refused.value)
+    log = str(refused.value)
     for word in ("HF_HOME", "--cache-dir", str(tmp_path / "hub"), str(tmp_path / "cache")):
-        assert word in said
-    assert disk.gb(size) in said and disk.gb(int(free * size)) in said
+        assert word in log
+    assert disk.gb(size) in log and disk.gb(int(free * size)) in log
     assert hub.tensor_bytes == 0
 
 
@@ -221,13 +223,13 @@ def test_a_check_can_stop_a_model_before_it_is_downloaded(
     assert hub.tensor_bytes == 0
     assert not list(Path(str(config.cache_dir)).glob("*.osmium"))
     open_model(folder, config)
-    open_model(folder, config, check=check)  # packed: nothing to stop
+    open_model(folder, config, check=check)  # already packed, so nothing is refused
 
 
 # -- a download ------------------------------------------------------------------------------------
 
 
-def test_what_is_downloaded_and_packed_is_said_and_is_the_folders(
+def test_a_downloaded_model_packs_to_the_same_file_as_its_folder(
     hub: StandInHub,
     folder: Path,
     config: EngineConfig,
@@ -237,8 +239,8 @@ def test_what_is_downloaded_and_packed_is_said_and_is_the_folders(
     stages: list[tuple[str, int, int]] = []
     packed = open_model(NAME, config, lambda *report: stages.append(report))
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    for said in (NAME, disk.gb(size), "3 files", str(tmp_path / "hub"), str(tmp_path / "cache")):
-        assert said in caplog.text
+    for log in (NAME, disk.gb(size), "3 files", str(tmp_path / "hub"), str(tmp_path / "cache")):
+        assert log in caplog.text
     done = [(at, of) for stage, at, of in stages if stage == "downloading"]
     assert done == sorted(done) and done[0] == (0, size) and done[-1] == (size, size)
     assert packed.path.name.startswith("Small-7B-A1B-")
@@ -251,7 +253,7 @@ def test_a_second_start_needs_neither_the_checkpoint_nor_the_hub(
     hub: StandInHub, config: EngineConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     first = open_model(NAME, config)
-    shutil.rmtree(tmp_path / "hub")  # to have the room
+    shutil.rmtree(tmp_path / "hub")  # frees disk space
     tensors = hub.tensor_bytes
     hub.models[NAME]["README.md"] = HubFile.whole(b"another commit")
     assert open_model(NAME, config).path == first.path
@@ -264,7 +266,7 @@ def test_a_second_start_needs_neither_the_checkpoint_nor_the_hub(
     assert inspect_model(NAME, config).is_packed
 
 
-def test_weights_that_have_changed_on_the_hub_are_packed_again(
+def test_weights_that_changed_on_the_hub_are_packed_again(
     hub: StandInHub, config: EngineConfig, tmp_path: Path
 ) -> None:
     first = open_model(NAME, config)
@@ -285,7 +287,7 @@ def test_a_changed_template_costs_no_download_of_the_weights(
 ) -> None:
     open_model(NAME, config)
     hub.models[NAME]["chat_template.jinja"] = HubFile.whole(b"new")
-    packed = open_model(NAME, config)  # from the cache, so packed anew
+    packed = open_model(NAME, config)  # packed again from the cached weights
     assert packed.file("chat_template.jinja") == b"new"
     shutil.rmtree(tmp_path / "hub")
     tensors = hub.tensor_bytes
@@ -312,8 +314,8 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_ends_a_download_at_once(hub: StandInHub, tmp_path: Path) -> None:
-    """Not when the file is whole: a shard of a large model takes minutes."""
+def test_ctrl_c_stops_a_download_immediately(hub: StandInHub, tmp_path: Path) -> None:
+    """Not at the end of a file: a shard of a large model takes minutes."""
     big = hf_tensors(CASE)
     head = folder_files(write(tmp_path / "big", big))["model.safetensors"]
     header = json.loads(head.head[8 : 8 + int.from_bytes(head.head[:8], "little")])
@@ -328,7 +330,7 @@ def test_ctrl_c_ends_a_download_at_once(hub: StandInHub, tmp_path: Path) -> None
     data = head.head[-end:] + bytes(16 << 20)
     files = folder_files(tmp_path / "big")
     files["model.safetensors"] = HubFile.whole(len(text).to_bytes(8, "little") + text + data)
-    hub.models[NAME], hub.delay_s = files, 0.02  # for 20 s
+    hub.models[NAME], hub.delay_s = files, 0.02  # takes 20 s
     run = subprocess.Popen(
         [sys.executable, "-c", STOPPED, NAME, str(tmp_path / "cache")],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -353,7 +355,7 @@ def test_ctrl_c_ends_a_download_at_once(hub: StandInHub, tmp_path: Path) -> None
 # -- names -----------------------------------------------------------------------------------------
 
 
-def test_a_hub_id_is_two_names_and_no_path_that_exists(
+def test_a_hub_id_is_two_names_and_not_an_existing_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -369,11 +371,11 @@ def test_an_index_without_its_shards_is_refused(hub: StandInHub) -> None:
         look_up(NAME)
 
 
-def test_a_model_without_safetensors_is_refused_as_what_it_is(hub: StandInHub) -> None:
+def test_a_model_without_safetensors_is_refused_with_its_format(hub: StandInHub) -> None:
     files = hub.models[NAME]
-    for other, said in (("model.gguf", "GGUF"), ("adapter_model.safetensors", "adapter")):
+    for other, log in (("model.gguf", "GGUF"), ("adapter_model.safetensors", "adapter")):
         hub.models[NAME] = {"README.md": HubFile.whole(b""), other: HubFile.whole(b"x")}
-        with pytest.raises(ConfigError, match=said):
+        with pytest.raises(ConfigError, match=log):
             look_up(NAME)
     hub.models[NAME] = {"config.json": files["config.json"]}
     with pytest.raises(CheckpointError, match=r"neither .* nor a \.safetensors file"):

@@ -1,4 +1,4 @@
-"""The packed file: what it carries, when it is made anew, and what damage is seen."""
+"""The packed file: contents, when it is packed again, and detection of damage."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def packed(model: Path, config: EngineConfig) -> PackedModel:
 
 
 def stamp(packed: PackedModel) -> tuple[int, int]:
-    """Changes when a file is written anew."""
+    """Changes when a file is written again."""
     stat = packed.path.stat()
     return stat.st_ino, stat.st_mtime_ns
 
@@ -43,13 +43,13 @@ def stamp(packed: PackedModel) -> tuple[int, int]:
 # -- a second start --------------------------------------------------------------------------------
 
 
-def test_a_second_start_reads_nothing_of_the_shards(
+def test_a_second_start_reads_no_shard(
     packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
     first, was = packed.all_records().copy(), stamp(packed)
     for shard in model.glob("*.safetensors"):
         stat = shard.stat()
-        shard.write_bytes(b"\0" * stat.st_size)  # of the same size and time, and nothing in it
+        shard.write_bytes(b"\0" * stat.st_size)  # same size and time, but zeros
         os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     again = open_model(model, config)
     again.verify()
@@ -75,7 +75,7 @@ def test_touched_shards_are_not_packed_again(
     assert stamp(open_model(model, config)) == was
 
 
-def test_the_packed_file_alone_is_enough(packed: PackedModel, model: Path, tmp_path: Path) -> None:
+def test_the_packed_file_is_complete(packed: PackedModel, model: Path, tmp_path: Path) -> None:
     texts = {name: (model / name).read_bytes() for name in FILES if (model / name).is_file()}
     assert {"config.json", "generation_config.json"} == set(texts)
     moved = tmp_path / "elsewhere.osmium"
@@ -118,7 +118,7 @@ def test_each_choice_of_formats_has_its_own_file(packed: PackedModel, model: Pat
     assert isinstance(linear, LinearWeight) and linear.format == "int8"
 
 
-def test_folders_of_one_name_have_files_of_their_own(tmp_path: Path, config: EngineConfig) -> None:
+def test_folders_of_the_same_name_have_separate_files(tmp_path: Path, config: EngineConfig) -> None:
     one, two = (open_model(write(tmp_path / at / "model"), config) for at in "ab")
     assert one.path != two.path
 
@@ -127,7 +127,7 @@ def test_folders_of_one_name_have_files_of_their_own(tmp_path: Path, config: Eng
     "flag", [{"gpu_expert_bits": 16}, {"attention_quant": "int4"},
              {"shared_expert_quant": "bf16"}, {"lm_head_quant": "int4"}],
 )  # fmt: skip
-def test_a_packed_file_refuses_flags_that_ask_for_other_formats(
+def test_a_packed_file_refuses_flags_for_other_formats(
     flag: dict[str, Any], packed: PackedModel
 ) -> None:
     (name,) = flag
@@ -135,7 +135,7 @@ def test_a_packed_file_refuses_flags_that_ask_for_other_formats(
         open_model(packed.path, EngineConfig(**flag))
 
 
-def test_a_packed_file_takes_flags_that_ask_for_what_it_has(model: Path, tmp_path: Path) -> None:
+def test_a_packed_file_accepts_flags_for_its_own_formats(model: Path, tmp_path: Path) -> None:
     asked = EngineConfig(
         cache_dir=str(tmp_path), gpu_expert_bits=8, attention_quant="int8", lm_head_quant="bf16"
     )
@@ -145,7 +145,7 @@ def test_a_packed_file_takes_flags_that_ask_for_what_it_has(model: Path, tmp_pat
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def test_records_are_read_into_the_callers_memory(packed: PackedModel) -> None:
+def test_experts_are_read_into_the_callers_memory(packed: PackedModel) -> None:
     for layer in range(packed.config.num_layers):
         mapped = packed.records(layer)
         out = np.full(mapped.shape, 0xAA, np.uint8)
@@ -154,7 +154,7 @@ def test_records_are_read_into_the_callers_memory(packed: PackedModel) -> None:
     assert np.array_equal(packed.all_records()[1], packed.records(1))
 
 
-def test_parts_start_at_whole_pages(packed: PackedModel) -> None:
+def test_weights_start_at_page_boundaries(packed: PackedModel) -> None:
     raw = packed.path.read_bytes()
     header = json.loads(raw[24 : 24 + int.from_bytes(raw[16:24], "little")])
     ends = [0]
@@ -182,7 +182,7 @@ def table(path: Path) -> list[dict[str, Any]]:
     return parts
 
 
-def test_cut_short_anywhere_it_is_refused(
+def test_a_truncated_file_is_refused(
     packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
@@ -195,7 +195,7 @@ def test_cut_short_anywhere_it_is_refused(
         open_packed(broken(packed, tmp_path, raw + b"\0"))
 
 
-def test_an_edited_byte_of_the_header_is_seen_at_once(
+def test_an_edited_byte_of_the_header_is_detected_when_opening(
     packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
@@ -207,7 +207,7 @@ def test_an_edited_byte_of_the_header_is_seen_at_once(
             open_packed(broken(packed, tmp_path, bytes(edited)))
 
 
-def test_an_edited_byte_of_any_part_is_named_when_it_is_read(
+def test_an_edited_byte_of_any_weight_is_detected_when_reading(
     packed: PackedModel, tmp_path: Path, rng: np.random.Generator
 ) -> None:
     raw = packed.path.read_bytes()
@@ -231,7 +231,7 @@ def test_an_edited_byte_of_any_part_is_named_when_it_is_read(
             open_packed(path).read_records(layer, out)
 
 
-def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
+def test_a_table_of_another_model_with_valid_checksums_is_refused(
     packed: PackedModel, tmp_path: Path
 ) -> None:
     raw = packed.path.read_bytes()
@@ -261,7 +261,7 @@ def test_a_table_of_another_model_is_refused_though_its_checksums_hold(
         ("part.name", None), ("part.nbytes", None), ("part", None),
     ],
 )  # fmt: skip
-def test_a_header_that_makes_no_sense_is_refused_though_its_checksum_holds(
+def test_an_inconsistent_header_with_a_valid_checksum_is_refused(
     packed: PackedModel, tmp_path: Path, key: str, value: object
 ) -> None:
     raw = packed.path.read_bytes()
@@ -318,7 +318,7 @@ def test_another_format_version_is_refused_by_number_and_packed_again_from_a_fol
     assert open_model(model, config).path.read_bytes() == whole
 
 
-def test_text_that_is_no_json_is_refused_by_name(model: Path, config: EngineConfig) -> None:
+def test_invalid_json_text_is_refused_by_name(model: Path, config: EngineConfig) -> None:
     for text in ("{", "[]", "[" * 100_000):
         (model / "tokenizer_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
@@ -328,7 +328,7 @@ def test_text_that_is_no_json_is_refused_by_name(model: Path, config: EngineConf
 # -- names of models -------------------------------------------------------------------------------
 
 
-def test_nothing_is_the_bundled_demo_and_it_is_whole() -> None:
+def test_without_a_model_the_bundled_demo_is_opened_and_intact() -> None:
     assert locate(None) == DEMO
     demo = open_model(None, EngineConfig())
     demo.verify()
@@ -337,7 +337,7 @@ def test_nothing_is_the_bundled_demo_and_it_is_whole() -> None:
         assert demo.file(name), name
 
 
-def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_path_without_a_model_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.osmium").write_text("hello")
     with pytest.raises(ConfigError, match="nowhere"):
@@ -348,8 +348,10 @@ def test_what_is_no_model_is_refused_by_name(tmp_path: Path) -> None:
         open_model(tmp_path / "text.osmium", EngineConfig())
 
 
-@pytest.mark.parametrize("name", ["nobody/no-such-model", "bad name/with spaces", "a--b/c..d"])
-def test_a_hub_id_that_cannot_be_had_offline_is_refused_by_name(
+@pytest.mark.parametrize(
+    "name", ["no-such-owner/no-such-model", "bad name/with spaces", "a--b/c..d"]
+)
+def test_a_hub_id_that_is_not_cached_is_refused_offline(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)

@@ -1,4 +1,4 @@
-"""Packing that is killed, meets a full disk, or is done by two at once."""
+"""Packing that is killed, runs out of disk space, or runs in two processes."""
 
 import os
 import subprocess
@@ -20,16 +20,16 @@ FOREVER = 1 << 40
 
 
 def command(*args: object) -> list[str]:
-    return [sys.executable, "-m", "tests.weights.stopping", *map(str, args)]
+    return [sys.executable, "-m", "tests.weights.interrupted_packing", *map(str, args)]
 
 
-def stop(*args: object) -> subprocess.CompletedProcess[str]:
+def interrupted(*args: object) -> subprocess.CompletedProcess[str]:
     run = [*command(*args)]
     return subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
 
 
 def only(cache: Path) -> Path:
-    """The one packed file there."""
+    """The only packed file in `cache`."""
     (found,) = cache.glob("*.osmium")
     return found
 
@@ -40,96 +40,109 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(model: Path) -> bytes:
-    """What an undisturbed packing gives."""
+def complete_file(model: Path) -> bytes:
+    """The file of an uninterrupted packing."""
     packed = open_model(model, EngineConfig(cache_dir=str(model.parent / "whole")))
     packed.verify()
     return packed.path.read_bytes()
 
 
 @pytest.fixture(scope="module")
-def writes(model: Path, whole: bytes) -> int:
-    """How often an undisturbed packing touches the disk."""
-    done = stop(model, model.parent / "counted", "kill", FOREVER)
+def num_writes(model: Path, complete_file: bytes) -> int:
+    """Number of disk writes of an uninterrupted packing."""
+    done = interrupted(model, model.parent / "counted", "kill", FOREVER)
     assert done.returncode == 0, done.stderr
-    assert only(model.parent / "counted").read_bytes() == whole
+    assert only(model.parent / "counted").read_bytes() == complete_file
     return int(done.stdout)
 
 
-def test_killed_at_any_write_the_next_start_gives_the_same_bytes(
-    model: Path, whole: bytes, writes: int, tmp_path: Path, rng: np.random.Generator
+def test_after_a_kill_at_any_write_the_next_start_gives_the_same_bytes(
+    model: Path, complete_file: bytes, num_writes: int, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    points = {1, 2, 3, writes - 2, writes - 1, writes, *rng.integers(4, writes - 2, 8).tolist()}
+    points = {
+        1,
+        2,
+        3,
+        num_writes - 2,
+        num_writes - 1,
+        num_writes,
+        *rng.integers(4, num_writes - 2, 8).tolist(),
+    }
     for point in sorted(points):
         cache = tmp_path / str(point)
-        killed = stop(model, cache, "kill", point)
+        killed = interrupted(model, cache, "kill", point)
         assert killed.returncode == -9, (point, killed)
-        assert point == writes or not list(cache.glob("*.osmium")), "renamed before it was whole"
+        assert point == num_writes or not list(cache.glob("*.osmium")), (
+            "the file is renamed only when complete"
+        )
         packed = open_model(model, EngineConfig(cache_dir=str(cache)))
         packed.verify()
-        assert packed.path.read_bytes() == whole, f"killed at write {point} of {writes}"
+        assert packed.path.read_bytes() == complete_file, f"killed at write {point} of {num_writes}"
         assert not list(cache.glob("*.partial")), point
 
 
-def test_killed_again_and_again_it_still_gets_there(
-    model: Path, whole: bytes, writes: int, tmp_path: Path
+def test_repeated_kills_do_not_prevent_completion(
+    model: Path, complete_file: bytes, num_writes: int, tmp_path: Path
 ) -> None:
     starts = 1
-    while stop(model, tmp_path, "kill", writes // 5).returncode == -9:
+    while interrupted(model, tmp_path, "kill", num_writes // 5).returncode == -9:
         starts += 1
-        assert starts < 40, "it gets nowhere"
-    assert 4 <= starts <= 10, "what an earlier run has finished must be kept"
-    assert only(tmp_path).read_bytes() == whole
+        assert starts < 40, "packing makes no progress"
+    assert 4 <= starts <= 10, "later runs keep what earlier ones finished"
+    assert only(tmp_path).read_bytes() == complete_file
 
 
-def test_a_partial_of_another_model_is_not_gone_on_with(
-    model: Path, whole: bytes, writes: int, tmp_path: Path
+def test_a_partial_file_of_another_model_is_not_resumed(
+    model: Path, complete_file: bytes, num_writes: int, tmp_path: Path
 ) -> None:
     cache, other = tmp_path / "cache", tmp_path / "other"
-    assert stop(model, cache, "kill", writes - 3).returncode == -9
-    ((kept,), (notes,)) = cache.glob("*.partial"), cache.glob("*.journal")
+    assert interrupted(model, cache, "kill", num_writes - 3).returncode == -9
+    ((partial,), (journal,)) = cache.glob("*.partial"), cache.glob("*.journal")
     tensors = hf_tensors(CASE)
     tensors["lm_head.weight"] = tensors["lm_head.weight"][::-1].copy()
     write(other, tensors)
     alone = open_model(other, EngineConfig(cache_dir=str(tmp_path / "alone")))
     target = cache / alone.path.name
-    kept.rename(cache / f"{target.name}.partial")
-    notes.rename(cache / f"{target.name}.journal")
+    partial.rename(cache / f"{target.name}.partial")
+    journal.rename(cache / f"{target.name}.journal")
     mixed = open_model(other, EngineConfig(cache_dir=str(cache)))
     assert mixed.path == target
-    assert mixed.path.read_bytes() == alone.path.read_bytes() != whole
+    assert mixed.path.read_bytes() == alone.path.read_bytes() != complete_file
 
 
 @pytest.mark.parametrize("cut", [1, 7, 40])
-def test_a_journal_cut_short_is_gone_on_with(
-    cut: int, model: Path, whole: bytes, writes: int, tmp_path: Path
+def test_a_truncated_journal_is_resumed(
+    cut: int, model: Path, complete_file: bytes, num_writes: int, tmp_path: Path
 ) -> None:
-    assert stop(model, tmp_path, "kill", writes // 2).returncode == -9
+    assert interrupted(model, tmp_path, "kill", num_writes // 2).returncode == -9
     (journal,) = tmp_path.glob("*.journal")
     journal.write_bytes(journal.read_bytes()[:-cut])
-    assert stop(model, tmp_path, "kill", writes // 4).returncode == -9  # appends to the torn line
-    assert open_model(model, EngineConfig(cache_dir=str(tmp_path))).path.read_bytes() == whole
+    # appends to the truncated line
+    assert interrupted(model, tmp_path, "kill", num_writes // 4).returncode == -9
+    assert (
+        open_model(model, EngineConfig(cache_dir=str(tmp_path))).path.read_bytes() == complete_file
+    )
 
 
 # -- a full disk -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("report", [1, 5, 20])
-def test_a_disk_that_fills_up_is_an_error_with_the_way_out_and_what_is_packed_is_kept(
-    report: int, model: Path, whole: bytes, tmp_path: Path
+def test_a_full_disk_is_an_error_with_advice_and_keeps_finished_bytes(
+    report: int, model: Path, complete_file: bytes, tmp_path: Path
 ) -> None:
-    full = stop(model, tmp_path, "full", report)
+    full = interrupted(model, tmp_path, "full", report)
     assert full.returncode == 2, full.stderr
     assert full.stdout.startswith("ConfigError") and "--cache-dir" in full.stdout
     assert not list(tmp_path.glob("*.osmium"))
     (journal,) = tmp_path.glob("*.journal")
     assert len(journal.read_bytes().splitlines()) >= report - 1
     packed = open_model(model, EngineConfig(cache_dir=str(tmp_path)))
-    assert packed.path.read_bytes() == whole
+    assert packed.path.read_bytes() == complete_file
 
 
 def small_disk(cache: Path, size: str, then: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run a command where `cache` is a disk of `size`; skips where no such disk can be made."""
+    """Run a command with `cache` on a disk of `size`; skips where no such disk can be created."""
     mount = f'mount -t tmpfs -o size={size} none "$0" || exit 99; exec "$@"'
     try:
         done = subprocess.run(
@@ -143,21 +156,21 @@ def small_disk(cache: Path, size: str, then: list[str]) -> subprocess.CompletedP
     return done
 
 
-def test_too_small_a_disk_is_refused_with_both_sizes_before_anything_is_written(
+def test_a_too_small_disk_is_refused_with_both_sizes_before_writing(
     model: Path, tmp_path: Path
 ) -> None:
-    # Killed at the second write; the first is the process's number in the lock.
+    # Killed at the second write; the first writes the process id into the lock.
     done = small_disk(tmp_path, "64k", command(model, tmp_path, "kill", 2))
     assert done.returncode == 2, (done.stdout, done.stderr)
     assert done.stdout.startswith("ConfigError") and "--cache-dir" in done.stdout
     assert "free" in done.stdout
 
 
-# -- two at once, and folders that cannot be used --------------------------------------------------
+# -- two processes, and unusable folders -----------------------------------------------------------
 
 
-def test_a_second_packer_waits_says_for_whom_and_takes_what_the_first_made(
-    model: Path, whole: bytes, tmp_path: Path
+def test_a_second_process_waits_for_the_first_and_uses_its_file(
+    model: Path, complete_file: bytes, tmp_path: Path
 ) -> None:
     first = subprocess.Popen(
         command(model, tmp_path, "hold"),
@@ -188,11 +201,11 @@ def test_a_second_packer_waits_says_for_whom_and_takes_what_the_first_made(
     finally:
         first.kill()
         first.stdout.close()
-    assert stages == [f"waiting for process {first.pid}"], "and nothing was packed twice"
-    assert results[0].path.read_bytes() == whole
+    assert stages == [f"waiting for process {first.pid}"], "nothing is packed twice"
+    assert results[0].path.read_bytes() == complete_file
 
 
-def test_progress_grows_to_the_whole(model: Path, tmp_path: Path) -> None:
+def test_progress_grows_to_the_total(model: Path, tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     config = EngineConfig(cache_dir=str(tmp_path))
     packed = open_model(model, config, lambda *report: seen.append(report))
@@ -202,17 +215,15 @@ def test_progress_grows_to_the_whole(model: Path, tmp_path: Path) -> None:
     assert done[0] == 0 and seen[-1][1] == seen[-1][2] <= packed.path.stat().st_size
 
 
-def test_a_cache_folder_that_is_a_file_is_refused_with_the_way_out(
-    model: Path, tmp_path: Path
-) -> None:
+def test_a_cache_folder_that_is_a_file_is_refused_with_advice(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     for cache in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(ConfigError, match="--cache-dir"):
             open_model(model, EngineConfig(cache_dir=str(cache)))
 
 
-def test_a_cache_folder_that_cannot_be_written_is_refused_with_the_way_out(model: Path) -> None:
-    # /proc takes no new files, not even from root.
+def test_an_unwritable_cache_folder_is_refused_with_advice(model: Path) -> None:
+    # /proc accepts no new files, not even from root.
     if not os.path.isdir("/proc/self"):
         pytest.skip("there is no /proc")
     for cache in ("/proc", "/proc/osmium"):

@@ -1,4 +1,4 @@
-"""Reading into memory that stays: whatever the way, the same bytes, or an error that says where."""
+"""Reading into existing memory: the same bytes in every mode, or an error with the offset."""
 
 import errno
 import mmap
@@ -38,7 +38,7 @@ def path(tmp_path: Path, data: npt.NDArray[np.uint8]) -> Path:
 
 
 def memory(nbytes: int, shift: int = 0) -> npt.NDArray[np.uint8]:
-    """Pages of its own, from `shift` bytes on."""
+    """Page-aligned memory, from `shift` bytes on."""
     return np.frombuffer(mmap.mmap(-1, nbytes + PAGE), np.uint8)[shift : shift + nbytes]
 
 
@@ -53,14 +53,14 @@ def direct(file: int) -> bool:
 
 
 def no_direct(file: int, buffers: Sequence[Any], offset: int) -> int:
-    """A file system that takes the flag and then refuses."""
+    """A file system that accepts O_DIRECT and then refuses reads."""
     if direct(file):
         raise OSError(errno.EINVAL, "Invalid argument")
     return REAL(file, buffers, offset)
 
 
-def strange_memory(*owners: npt.NDArray[np.uint8]) -> Preadv:
-    """Memory that direct I/O cannot reach."""
+def unreachable_memory(*owners: npt.NDArray[np.uint8]) -> Preadv:
+    """Memory that direct I/O cannot write to."""
 
     def preadv(file: int, buffers: Sequence[Any], offset: int) -> int:
         at = np.frombuffer(buffers[0], np.uint8)
@@ -72,7 +72,7 @@ def strange_memory(*owners: npt.NDArray[np.uint8]) -> Preadv:
 
 
 def short(file: int, buffers: Sequence[Any], offset: int) -> int:
-    """A file system that gives a part of what it is asked for."""
+    """A file system with short reads."""
     length = min(len(buffers[0]), 1 + offset * 7 % 9000)
     if direct(file):
         length = min(len(buffers[0]), max(512, length // 512 * 512))
@@ -81,8 +81,8 @@ def short(file: int, buffers: Sequence[Any], offset: int) -> int:
     return REAL(file, [buffers[0][:length]], offset)
 
 
-def holds(path: Path, data: npt.NDArray[np.uint8], **options: Any) -> str | None:
-    """Parts of the file, read into all sorts of places; which way it was."""
+def check_reads(path: Path, data: npt.NDArray[np.uint8], **options: Any) -> str | None:
+    """Read parts of the file into unaligned and aligned memory; returns the I/O mode."""
     with Reader(path, **options) as reader:
         for first, count in ((0, PAGES), (3, 1), (7, 16), (20, 33)):
             out = memory(count * PAGE)
@@ -95,25 +95,25 @@ def holds(path: Path, data: npt.NDArray[np.uint8], **options: Any) -> str | None
         return reader.io_mode
 
 
-def test_read_as_this_machine_reads(path: Path, data: npt.NDArray[np.uint8]) -> None:
-    assert holds(path, data) in ("direct", "cached")
+def test_this_machines_file_system_is_read(path: Path, data: npt.NDArray[np.uint8]) -> None:
+    assert check_reads(path, data) in ("direct", "cached")
 
 
-def test_memory_that_is_slow_to_read_is_written_once(
+def test_write_only_memory_is_filled_through_a_buffer(
     path: Path, data: npt.NDArray[np.uint8]
 ) -> None:
-    assert holds(path, data, write_only=True) in ("bounced", "cached")
+    assert check_reads(path, data, write_only=True) in ("bounced", "cached")
 
 
-def test_where_there_is_no_direct_io_the_cache_is_used(
+def test_without_direct_io_the_page_cache_is_used(
     path: Path, data: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "preadv", no_direct)
-    assert holds(path, data) == "cached"
-    assert holds(path, data, write_only=True) == "cached"
+    assert check_reads(path, data) == "cached"
+    assert check_reads(path, data, write_only=True) == "cached"
 
 
-def test_a_file_system_that_refuses_the_flag(
+def test_a_file_system_without_o_direct_is_read_through_the_page_cache(
     path: Path, data: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = os.open
@@ -124,21 +124,21 @@ def test_a_file_system_that_refuses_the_flag(
         return real(name, flags, *more)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert holds(path, data) == "cached"
+    assert check_reads(path, data) == "cached"
 
 
-def test_memory_that_the_disk_cannot_write_to_is_copied_to(
+def test_memory_that_direct_io_cannot_reach_is_filled_through_a_buffer(
     path: Path, data: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = memory(data.nbytes)
-    monkeypatch.setattr(os, "preadv", strange_memory(out))
+    monkeypatch.setattr(os, "preadv", unreachable_memory(out))
     with Reader(path) as reader:
         crc = reader.begin(out, 0)()
         assert reader.io_mode in ("bounced", "cached")
     assert np.array_equal(out, data) and crc == zlib.crc32(data.data)
 
 
-def test_memory_at_any_address(path: Path, data: npt.NDArray[np.uint8]) -> None:
+def test_memory_at_any_address_is_filled(path: Path, data: npt.NDArray[np.uint8]) -> None:
     for shift in (1, 16, 512):
         out = memory(data.nbytes, shift)
         with Reader(path) as reader:
@@ -146,32 +146,32 @@ def test_memory_at_any_address(path: Path, data: npt.NDArray[np.uint8]) -> None:
         assert np.array_equal(out, data)
 
 
-def test_short_reads_are_gone_on_with(
+def test_short_reads_are_continued(
     path: Path, data: npt.NDArray[np.uint8], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "preadv", short)
-    holds(path, data)
-    holds(path, data, write_only=True)
+    check_reads(path, data)
+    check_reads(path, data, write_only=True)
 
 
 @pytest.mark.parametrize("write_only", [False, True])
-@pytest.mark.parametrize("left", [0, 10, 4096, 30 * 4096, 30 * 4096 + 17])
-def test_a_file_that_shrinks_is_said_to_with_its_numbers(
-    path: Path, left: int, write_only: bool
+@pytest.mark.parametrize("remaining", [0, 10, 4096, 30 * 4096, 30 * 4096 + 17])
+def test_a_file_that_shrinks_is_refused_with_both_sizes(
+    path: Path, remaining: int, write_only: bool
 ) -> None:
     out = memory(PAGES * PAGE)
     with Reader(path, write_only) as reader:
-        os.truncate(path, left)
-        with pytest.raises(CheckpointError, match=rf"data ends at byte {left}; .*expected") as one:
+        os.truncate(path, remaining)
+        with pytest.raises(
+            CheckpointError, match=rf"data ends at byte {remaining}; .*expected"
+        ) as one:
             reader.begin(out, 0)()
-        assert f"{left % BLOCK} found" in str(one.value)
-        with pytest.raises(CheckpointError, match=f"data ends at byte {left};"):
+        assert f"{remaining % BLOCK} found" in str(one.value)
+        with pytest.raises(CheckpointError, match=f"data ends at byte {remaining};"):
             reader.checksum(0, PAGES * PAGE)
 
 
-def test_a_disk_that_fails_is_said_to_with_the_place(
-    path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_read_error_names_the_offset(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     at = 2 * BLOCK
 
     def broken(file: int, buffers: Sequence[Any], offset: int) -> int:
@@ -182,17 +182,17 @@ def test_a_disk_that_fails_is_said_to_with_the_place(
     monkeypatch.setattr(os, "preadv", broken)
     with Reader(path) as reader:
         wait = reader.begin(memory(PAGES * PAGE), 0)
-        for _ in range(2):  # whoever asks again is told again
+        for _ in range(2):  # a second wait raises the same error
             with pytest.raises(CheckpointError, match=rf"data .* byte {at}: Input/output error"):
                 wait()
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         Reader(tmp_path / "nowhere")
 
 
-def test_no_file_and_no_thread_is_left_open(path: Path) -> None:
+def test_closing_a_reader_closes_files_and_threads(path: Path) -> None:
     import threading
 
     files, names = len(os.listdir("/proc/self/fd")), threading.active_count()
@@ -202,7 +202,7 @@ def test_no_file_and_no_thread_is_left_open(path: Path) -> None:
     assert threading.active_count() == names
 
 
-def test_sums_of_parts_are_the_sum_of_the_whole(rng: np.random.Generator) -> None:
+def test_combined_checksums_equal_the_checksum_of_the_whole(rng: np.random.Generator) -> None:
     for _ in range(50):
         a, b = (rng.bytes(int(rng.integers(0, 5000))) for _ in range(2))
         assert crc32_combine(zlib.crc32(a), zlib.crc32(b), len(b)) == zlib.crc32(a + b)

@@ -1,4 +1,4 @@
-"""Safetensors files, whole and hostile."""
+"""Safetensors files: valid and malicious ones."""
 
 import json
 import struct
@@ -59,12 +59,12 @@ def test_a_hostile_file_is_refused_by_name(fault: str, tmp_path: Path) -> None:
         open_shards(tmp_path)
 
 
-def test_the_file_that_the_faults_are_made_of_is_read(tmp_path: Path) -> None:
+def test_the_unmodified_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "good.safetensors").write_bytes(raw_shard(ONE, DATA))
     assert open_shards(tmp_path).read("x").tolist() == [[0, 1], [2, 3]]
 
 
-def test_any_flipped_byte_of_a_header_is_an_error_of_ours_or_none(
+def test_a_flipped_byte_of_a_header_is_a_checkpoint_error_or_harmless(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     whole = shard({"a": np.zeros((3, 4), np.uint16), "b": np.ones(5, np.float32)})
@@ -87,7 +87,7 @@ def test_any_flipped_byte_of_a_header_is_an_error_of_ours_or_none(
     assert refused > 50
 
 
-def test_tensors_come_out_as_they_were_put_in_and_nothing_is_copied(tmp_path: Path) -> None:
+def test_tensors_are_views_with_their_written_values(tmp_path: Path) -> None:
     wanted = {**hf_tensors(CASE), "half": np.arange(6, dtype=np.float16).reshape(2, 3)}
     shards = open_shards(write(tmp_path, wanted, shards=3))
     assert set(shards.tensors) == set(wanted)
@@ -129,7 +129,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_shards(tmp_path)
 
 
-def test_a_tensor_that_the_index_promises_in_vain_is_named(tmp_path: Path) -> None:
+def test_a_tensor_missing_from_its_shard_is_named(tmp_path: Path) -> None:
     write(tmp_path, shards=2)
     edit_index(tmp_path, ghost="part0.safetensors")
     with pytest.raises(CheckpointError, match="ghost"):
@@ -155,7 +155,7 @@ def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../other.safetensors", "/etc/passwd", "", ".", "..", "a\0b", 7, None, ["x"], {"a": 1}]
 )
-def test_an_index_does_not_lead_out_of_its_folder(name: Any, tmp_path: Path) -> None:
+def test_an_index_may_not_name_files_outside_its_folder(name: Any, tmp_path: Path) -> None:
     inside = tmp_path / "model"
     write(inside, shards=2)
     (tmp_path / "other.safetensors").write_bytes(shard({"x": np.zeros(2, np.float32)}))

@@ -1,4 +1,4 @@
-"""Models made up in published shapes: sane numbers, the same every time, engines that run."""
+"""Synthetic models in published shapes: plausible values, reproducible bytes, working engines."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from osmium.ops.formulas import expert_matrices, matrix
 from osmium.ops.gpu import GpuOps
 from osmium.weights import open_packed
 from osmium.weights.synthetic import Synthetic, open_synthetic
-from tests.ptx.interpreter import InterpretedMachine
+from tests.ptx.interpreter import InterpretedRuntime
 
 PUBLISHED = {
     "35b-a3b": (34.661e9, 16_609_443_840),
@@ -43,13 +43,13 @@ def test_shapes_have_the_published_sizes(name: str) -> None:
         * config.num_layers
     )
     count = sum(math.prod(part.shape) for part in model.parts.values()) + experts
-    wanted, record_bytes = PUBLISHED[name]
+    wanted, expert_bytes = PUBLISHED[name]
     assert count == pytest.approx(wanted, rel=1e-4)
-    assert config.num_layers * config.num_experts * model.record.nbytes == record_bytes
+    assert config.num_layers * config.num_experts * model.record.nbytes == expert_bytes
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_every_part_is_finite_and_keeps_the_size_of_what_it_multiplies(bits: int) -> None:
+def test_weights_are_finite_and_keep_the_scale_of_activations(bits: int) -> None:
     model = tiny(gpu_expert_bits=bits, attention_quant="int4", lm_head_quant="int8")
     for name in model.names():
         value = model.tensor(name)
@@ -64,7 +64,7 @@ def test_every_part_is_finite_and_keeps_the_size_of_what_it_multiplies(bits: int
         assert 0.3 < np.sqrt((w.astype(np.float64) ** 2).mean() * w.shape[1]) < 3
 
 
-def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
+def test_weights_are_reproducible_and_experts_differ() -> None:
     one, other = tiny(), tiny()
     out = np.empty((one.config.num_experts, one.record.nbytes), np.uint8)
     one.read_records(2, out)
@@ -74,12 +74,12 @@ def test_a_part_is_the_same_every_time_and_no_two_experts_are_alike() -> None:
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_kernels_make_the_same_bytes(bits: int) -> None:
+def test_kernels_generate_the_same_bytes(bits: int) -> None:
     model = tiny(gpu_expert_bits=bits, attention_quant="int4")
-    machine = InterpretedMachine()
-    placed = model.upload(GpuOps(machine))
-    assert list(placed) == model.names()
-    for name, found in placed.items():
+    runtime = InterpretedRuntime()
+    uploaded = model.upload(GpuOps(runtime))
+    assert list(uploaded) == model.names()
+    for name, found in uploaded.items():
         wanted = model.tensor(name)
         if not isinstance(wanted, LinearWeight):
             assert np.array_equal(found.numpy(), wanted), name
@@ -87,12 +87,12 @@ def test_kernels_make_the_same_bytes(bits: int) -> None:
         assert replace(found, data=None, scale=None) == replace(wanted, data=None, scale=None)
         assert np.array_equal(found.data.numpy(), wanted.data), name
         assert wanted.scale is None or np.array_equal(found.scale.numpy(), wanted.scale), name
-    out = machine.empty_mapped((model.config.num_experts, model.record.nbytes), np.uint8)
-    model.generate_experts(GpuOps(machine), 3, out)
+    out = runtime.empty_mapped((model.config.num_experts, model.record.nbytes), np.uint8)
+    model.generate_experts(GpuOps(runtime), 3, out)
     assert np.array_equal(out.numpy(), np.stack([model.one_record(3, e) for e in range(8)]))
 
 
-def test_parts_and_layers_are_strangers_to_each_other() -> None:
+def test_weights_of_different_layers_are_uncorrelated() -> None:
     model = tiny(gpu_expert_bits=16)
     parts = [model.tensor(f"layers.{i}.router") for i in range(3)]
     words = np.concatenate(
@@ -100,37 +100,39 @@ def test_parts_and_layers_are_strangers_to_each_other() -> None:
     )
     words = np.concatenate([words, model.all_records().reshape(-1).view(np.uint16)])
     bits = (words[:, None] >> np.array([0, 1, 2, 3, 4, 5, 6, 15], np.uint16)) & 1
-    alike = np.corrcoef(bits, rowvar=False) - np.eye(8)
-    assert abs(bits.mean(axis=0) - 0.5).max() < 0.01 and abs(alike).max() < 0.02
+    correlation = np.corrcoef(bits, rowvar=False) - np.eye(8)
+    assert abs(bits.mean(axis=0) - 0.5).max() < 0.01 and abs(correlation).max() < 0.02
 
 
 @pytest.mark.parametrize("name", ["synthetic:tiny", "synthetic:tiny:3"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_packed_it_is_the_same_model(tmp_path: Path, name: str, bits: int) -> None:
+def test_a_packed_synthetic_model_equals_the_generated_one(
+    tmp_path: Path, name: str, bits: int
+) -> None:
     options: dict[str, Any] = {"gpu_expert_bits": bits, "cache_dir": str(tmp_path)}
-    seen: list[tuple[int, int]] = []
-    path = pack(name, "cpu", progress=lambda _, *at: seen.append(at), **options)
-    assert path.parent == tmp_path and seen[-1][0] == seen[-1][1]
-    packed, made_up = open_packed(path), open_synthetic(name, EngineConfig(**options))
+    reports: list[tuple[int, int]] = []
+    path = pack(name, "cpu", progress=lambda _, *at: reports.append(at), **options)
+    assert path.parent == tmp_path and reports[-1][0] == reports[-1][1]
+    packed, synthetic = open_packed(path), open_synthetic(name, EngineConfig(**options))
     packed.verify()
-    assert (packed.config, packed.formats) == (made_up.config, made_up.formats)
-    assert np.array_equal(packed.all_records(), made_up.all_records())
-    for part in made_up.parts.values():
-        for kind, array in made_up.arrays(part).items():
+    assert (packed.config, packed.formats) == (synthetic.config, synthetic.formats)
+    assert np.array_equal(packed.all_records(), synthetic.all_records())
+    for part in synthetic.parts.values():
+        for kind, array in synthetic.arrays(part).items():
             assert np.array_equal(packed._array(f"{part.name}.{kind}"), array), part.name
-    stamp = path.stat().st_mtime_ns
+    written_at = path.stat().st_mtime_ns
     assert pack(name, "cpu", **options) == path
-    assert path.stat().st_mtime_ns == stamp, "made once"
+    assert path.stat().st_mtime_ns == written_at, "an existing file is not written again"
 
 
-def test_packed_it_runs_and_replays_a_trace_of_more_layers(
+def test_a_packed_synthetic_model_replays_a_trace_of_more_layers(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     ids = np.stack([np.stack([rng.permutation(8)[:2] for _ in range(4)]) for _ in range(30)])
     np.savez(tmp_path / "trace.npz", ids=ids.astype(np.uint8))
     path = pack("synthetic:tiny:3", "cpu", cache_dir=str(tmp_path))
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    replies = []
+    responses = []
     for model in (path, "synthetic:tiny:3"):
         engine = osmium.load(
             model,
@@ -140,14 +142,14 @@ def test_packed_it_runs_and_replays_a_trace_of_more_layers(
             prefill_chunk=8,
             expert_slots=3,
         )
-        replies.append([token.id for token in engine.generate([1, 2, 3], greedy)])
+        responses.append([token.id for token in engine.generate([1, 2, 3], greedy)])
         engine.close()
-    assert replies[0] == replies[1]
+    assert responses[0] == responses[1]
     assert engine.name.startswith("synthetic") and path.name.startswith("synthetic-tiny-3-")
 
 
 @pytest.mark.parametrize("slots", [None, 3])
-def test_it_runs_with_its_own_routing_and_with_a_trace(
+def test_a_synthetic_model_runs_with_and_without_a_routing_trace(
     tmp_path: Path, slots: int | None, rng: np.random.Generator
 ) -> None:
     ids = np.stack([np.stack([rng.permutation(8)[:2] for _ in range(4)]) for _ in range(30)])
@@ -155,20 +157,20 @@ def test_it_runs_with_its_own_routing_and_with_a_trace(
     np.savez(path, ids=ids.astype(np.uint8))
     more: dict[str, Any] = {"context": 128, "prefill_chunk": 8, "expert_slots": slots}
     greedy = osmium.SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-    replies = []
+    responses = []
     for routing in (None, str(path)):
         engine = osmium.load("synthetic:tiny", "cpu", replay_routing=routing, **more)
         assert engine.name == "synthetic:tiny"
         recorder = engine.record_routing()
-        replies.append([token.id for token in engine.generate([1, 2, 3], greedy)])
+        responses.append([token.id for token in engine.generate([1, 2, 3], greedy)])
         engine.close()
         if routing:
-            told = recorder.ids()
-            assert np.array_equal(told, ids[: len(told)])
-    assert replies[0] != replies[1]
+            recorded = recorder.ids()
+            assert np.array_equal(recorded, ids[: len(recorded)])
+    assert responses[0] != responses[1]
 
 
-def test_what_is_not_known_is_refused_by_name(tmp_path: Path) -> None:
+def test_unknown_shapes_and_traces_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="llama"):
         open_synthetic("synthetic:llama", EngineConfig())
     for layers in ("0", "99", "x"):

@@ -1,4 +1,4 @@
-"""What Osmium does not run is refused in one line: what it is, and what to use instead."""
+"""Unsupported models are refused in one line: what they are, and what to use instead."""
 
 import json
 import os
@@ -27,7 +27,7 @@ Files = Mapping[str, str | bytes | dict[str, Any]]
 
 
 def write(folder: Path, files: Files) -> Path:
-    """A made-up folder."""
+    """Write a folder with these files."""
     folder.mkdir(exist_ok=True)
     for name, content in files.items():
         path = folder / name
@@ -39,7 +39,7 @@ def write(folder: Path, files: Files) -> Path:
 
 
 def refusal(model: str | Path, cache: Path) -> str:
-    """The one line that a start ends in; nothing is downloaded or packed."""
+    """The one-line error of opening a model; asserts that nothing is downloaded or packed."""
     with pytest.raises((ConfigError, CheckpointError)) as raised:
         open_model(model, EngineConfig(cache_dir=str(cache)))
     text = str(raised.value)
@@ -180,7 +180,7 @@ FOLDERS: dict[str, tuple[Files, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_a_folder_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, kind: str) -> None:
+def test_a_folder_of_another_kind_is_refused_by_kind(tmp_path: Path, kind: str) -> None:
     files, words = FOLDERS[kind]
     folder = write(tmp_path / "model", files)
     text = refusal(folder, tmp_path / "cache")
@@ -215,7 +215,7 @@ def test_a_quantised_checkpoint_is_refused_by_its_method(tmp_path: Path, kind: s
 
 
 @pytest.mark.parametrize("name", ["hf_quant_config.json", "quantize_config.json"])
-def test_a_quantised_checkpoint_is_told_by_a_file_beside_its_config(
+def test_a_quantised_checkpoint_is_recognised_by_a_file_next_to_its_config(
     tmp_path: Path, name: str
 ) -> None:
     write(tmp_path / "model", {"config.json": OURS, name: {}, "model.safetensors": b"x"})
@@ -225,19 +225,19 @@ def test_a_quantised_checkpoint_is_told_by_a_file_beside_its_config(
 @pytest.mark.parametrize(
     "name", ["Qwen3.5-35B-A3B-FP8", "Qwen3.5-35B-A3B-GPTQ-Int4", "Qwen3.5-35B-A3B-4bit"]
 )
-def test_a_quantised_model_is_told_its_plain_one(name: str) -> None:
+def test_refusing_a_quantised_model_names_the_plain_one(name: str) -> None:
     config = {**OURS, "quantization_config": {"quant_method": "x"}}
     with pytest.raises(CheckpointError, match=r"use Qwen/Qwen3\.5-35B-A3B, which"):
         refuse_config(config, f"someone/{name}")
 
 
 @pytest.mark.parametrize("empty", [None, {}, []])
-def test_an_empty_quantisation_is_none(empty: Any) -> None:
+def test_an_empty_quantisation_config_is_accepted(empty: Any) -> None:
     refuse_config({**OURS, "quantization_config": empty}, "x/y")
 
 
-def test_a_checkpoint_is_refused_by_nothing(tmp_path: Path) -> None:
-    """Also one that has other formats beside its own, as published repositories do."""
+def test_a_supported_checkpoint_is_accepted(tmp_path: Path) -> None:
+    """Also with files of other formats next to its own, as in published repositories."""
     write_checkpoint(CASES[0], tmp_path / "model")
     write(tmp_path / "model", {
         "consolidated.safetensors": b"x", "onnx/model.onnx": b"x", "original/params.json": "{}",
@@ -250,7 +250,7 @@ def test_a_checkpoint_is_refused_by_nothing(tmp_path: Path) -> None:
     found.verify()
 
 
-def test_the_files_of_a_repository_are_told_by_their_names() -> None:
+def test_repositories_are_checked_by_their_file_names() -> None:
     refuse_files(["config.json", "model-00001-of-00002.safetensors", "x.gguf"], "owner/name")
     with pytest.raises(ConfigError, match="owner/name holds GGUF"):
         refuse_files(["README.md", "BF16/x-00001-of-00002.gguf"], "owner/name")
@@ -280,7 +280,7 @@ FILES: dict[str, tuple[str, bytes, tuple[str, ...]]] = {
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_file_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, kind: str) -> None:
+def test_a_file_of_another_kind_is_refused_by_kind(tmp_path: Path, kind: str) -> None:
     name, content, words = FILES[kind]
     (tmp_path / name).write_bytes(content)
     text = refusal(tmp_path / name, tmp_path / "cache")
@@ -321,13 +321,13 @@ NAMES: dict[str, tuple[str, ...]] = {
     "./no/such/model": ("neither a folder",),
     "a/b/c": ("neither a folder",),
     "x" * 5000: ("cannot be opened",),
-    "~nobody-of-that-name/model": ("cannot be opened",),
+    "~no-such-user/model": ("cannot be opened",),
     "a\0b": ("neither", "folder"),
 }
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: name[:40])
-def test_a_name_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: str) -> None:
+def test_a_name_of_another_kind_is_refused_by_kind(tmp_path: Path, name: str) -> None:
     text = refusal(name, tmp_path)
     for word in NAMES[name]:
         assert word in text
@@ -338,11 +338,11 @@ def test_a_name_of_another_kind_is_refused_by_what_it_is(tmp_path: Path, name: s
     ["Qwen/Qwen3.5-35B-A3B", "owner/gguffy-model", "a-b/c.d", "x/exl20", "./x", "/a/b/c",
      "Tell me: why?", "What is gguf", "Why: because", "A \\ B", "mail me @home", "hi", "a:"],
 )  # fmt: skip
-def test_a_hub_id_a_path_and_a_sentence_are_refused_by_no_name(name: str) -> None:
+def test_hub_ids_paths_and_sentences_are_valid_names(name: str) -> None:
     refuse_name(name)
 
 
-def test_a_folder_of_the_name_goes_before_what_the_name_says(
+def test_an_existing_folder_takes_precedence_over_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -352,7 +352,7 @@ def test_a_folder_of_the_name_goes_before_what_the_name_says(
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
+def test_an_unreadable_folder_is_refused(tmp_path: Path) -> None:
     folder = write(tmp_path / "model", {"config.json": OURS})
     folder.chmod(0)
     try:
@@ -362,7 +362,7 @@ def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["Synthetic:tiny", "SYNTHETIC:Qwen3.5-35B-A3B:2"])
-def test_synthetic_is_synthetic_however_it_is_written(name: str) -> None:
+def test_synthetic_names_are_case_insensitive(name: str) -> None:
     assert synthetic_name(name) == name.lower()
     assert synthetic_name("owner/name") is None and synthetic_name(None) is None
 
@@ -373,8 +373,8 @@ def test_a_refusal_is_one_line_and_exit_code_two(
     folder = write(tmp_path / "model", {"x.gguf": b"GGUF"})
     for command in (["plan"], ["run", "--device", "cpu"], ["serve", "--device", "cpu"]):
         for model in (str(folder), "qwen3:8b", "unsloth/x-GGUF"):
-            asked = ["hi"] if command[0] == "run" else []
-            assert main([*command, model, *asked]) == 2
+            prompt = ["hi"] if command[0] == "run" else []
+            assert main([*command, model, *prompt]) == 2
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith("osmium: ") and "GGUF" in line
     assert issubclass(ConfigError, OsmiumError)

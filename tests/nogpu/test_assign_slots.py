@@ -1,0 +1,216 @@
+"""Numba kernel assign_slots against ReferenceOps.assign_slots: same plans, tables and counters.
+
+Numba's simulator runs the kernel in a separate process, because it replaces numba.cuda there.
+`python -m tests.nogpu.test_assign_slots SEED CASE` compares one random sequence of calls.
+"""
+
+import copy
+import os
+import subprocess
+import sys
+import types
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from osmium.kernels.assign_slots import ASSIGN_SLOTS
+from osmium.kernels.numba_kernels import KERNELS
+from osmium.ops import DecayConfig, ExpertCache, PrefetchState, SlotAssignment
+from osmium.ops.reference import ReferenceOps
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS
+from osmium.quant.expert_layout import ExpertLayout
+from tests import needs
+
+ROOT = Path(__file__).resolve().parents[2]
+
+PLAN = ("count", "expert", "slot", "fetch_flags", "uses", "pair_slots", "fetch_progress")
+TABLES = ("expert_to_slot", "slot_to_expert", "last_used", "step", "counters")
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """A random sequence of calls."""
+
+    experts: int
+    slots: int
+    top_k: int
+    tokens: int
+    """At most, a call; slots >= tokens * top_k, or all experts fit."""
+    half_life: float
+    long_half_life: float
+    calls: int
+    skew: float
+    """0 uses all experts alike; 6 a few far more than the rest."""
+    threads: int = 32
+    guessing: bool = False
+
+
+SEQUENCES = {
+    "evicting": Sequence(37, 13, 3, 4, 5.3, 60, 14, 3),
+    "thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 16, 0),
+    "resident": Sequence(17, 17, 2, 12, 16.0, 512, 8, 1),
+    "ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 16, 0),
+    "past one word of bits, past one turn of the block": Sequence(130, 70, 8, 8, 9.1, 80, 24, 0),
+    "more threads than experts": Sequence(9, 5, 1, 5, 3.0, 512, 20, 0, 64),
+    "guesses": Sequence(37, 13, 3, 4, 5.3, 60, 30, 3, guessing=True),
+    "guesses, thrashing": Sequence(20, 4, 4, 1, 1.7, 3.1, 30, 0, guessing=True),
+    "guesses, ties": Sequence(24, 9, 3, 3, 1e9, 1e9, 30, 0, guessing=True),
+    "guesses, past one word": Sequence(130, 70, 8, 8, 9.1, 80, 20, 0, 64, guessing=True),
+}
+
+
+def some_cache(rng: np.random.Generator, s: Sequence, layers: int) -> ExpertCache:
+    """Three quarters of the slots taken; heats are small integers, so that many are equal."""
+    slot_of = np.full((layers, s.experts), -1, np.int32)
+    expert_in = np.full((layers, s.slots), -1, np.int32)
+    taken = 3 * s.slots // 4
+    for layer in range(layers):
+        slots, held = rng.permutation(s.slots)[:taken], rng.permutation(s.experts)[:taken]
+        expert_in[layer, slots], slot_of[layer, held] = held, slots
+    return ExpertCache(
+        ExpertLayout(16, 8, 8), s.experts, DecayConfig(s.half_life, s.long_half_life, 0.35, 19),
+        slots=(),
+        expert_to_slot=slot_of,
+        slot_to_expert=tuple(expert_in),
+        short_count=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        long_count=rng.integers(0, 3, (layers, s.experts)).astype(np.float32),
+        last_used=rng.integers(47, 51, (layers, s.experts), dtype=np.int32),
+        step=np.array([50], np.int32),
+        counters=np.zeros(7, np.int64),
+    )  # fmt: skip
+
+
+def empty_plan(entries: int, pairs: int) -> SlotAssignment:
+    return SlotAssignment(*(np.full(n, -7, np.int32) for n in (1, *[entries] * 4, pairs, 2)))
+
+
+def empty_guess(pairs: int, layers: int) -> PrefetchState:
+    each = [np.full(layers, -1, np.int32) for _ in range(2)]
+    state = np.full((layers, FETCH_BLOCKS), 1 << 15 | 1, np.int32)
+    done = np.full((layers, FETCH_WARPS), 5, np.int32)
+    go = np.full((layers, FETCH_BLOCKS), 7, np.int32)
+    ids, weights = np.zeros(pairs, np.uint16), np.zeros(pairs, np.float32)
+    return PrefetchState(ids, weights, None, None, None, each[0], each[1], state, done, go)
+
+
+def some_guess(rng: np.random.Generator, s: Sequence, ids: npt.NDArray[np.uint16]) -> Any:
+    """As `ids`, but for some: what was guessed of them."""
+    wrong = rng.random(ids.shape) < 0.4
+    return np.where(wrong, rng.integers(0, s.experts, ids.shape), ids).astype(np.uint16)
+
+
+def some_ids(rng: np.random.Generator, s: Sequence) -> npt.NDArray[np.uint16]:
+    """u16 [T, A], the experts of a token distinct."""
+    p = rng.random(s.experts) ** s.skew
+    tokens = int(rng.integers(1, s.tokens + 1))
+    rows = [rng.choice(s.experts, s.top_k, replace=False, p=p / p.sum()) for _ in range(tokens)]
+    return np.stack(rows).astype(np.uint16)
+
+
+def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
+    """Run the sequence on both; assert that nothing differs but the last bits of heat."""
+    layers, reference = 3, ReferenceOps()
+    entries = min(s.experts, s.tokens * s.top_k)
+    pairs = s.tokens * s.top_k
+    a = some_cache(rng, s, layers)
+    b = copy.deepcopy(a)
+    guess = empty_guess(pairs, layers)
+    other = copy.deepcopy(guess)
+    evicted, ids = 0, some_ids(rng, s)
+    for call in range(s.calls):
+        layer = call % layers
+        on, last = (layer + 1) % layers, layer + 1 == layers
+        coming = some_ids(rng, s) if last else some_ids(rng, s)[: len(ids)]
+        if len(coming) < len(ids) and not last:
+            ids = ids[: len(coming)]
+        likely = some_guess(rng, s, coming).reshape(-1)
+        guess.ids[: likely.size] = other.ids[: likely.size] = likely
+        guess.weights[:] = other.weights[:] = rng.integers(1, 5, pairs) / 8  # many are equal
+        before = a.slot_to_expert[layer].copy()
+        x, y = empty_plan(entries, pairs), empty_plan(entries, pairs)
+        reference.assign_slots(x, a, layer, ids, guess if s.guessing else None)
+        kernel[1 + (s.guessing and not last), s.threads](
+            y.count, y.expert, y.slot, y.fetch_flags, y.uses, y.pair_slots, y.fetch_progress,
+            b.expert_to_slot[layer],
+            b.slot_to_expert[layer], b.short_count[layer], b.long_count[layer],
+            b.last_used[layer], b.step,
+            b.counters, ids.reshape(-1), b.expert_to_slot[on], b.slot_to_expert[on],
+            b.short_count[on],
+            b.long_count[on], b.last_used[on], other.ids, other.weights, other.expert, other.slot,
+            other.state.reshape(-1), other.segments_done.reshape(-1),
+            other.start_signal.reshape(-1), ids.size,
+            s.experts, s.slots, s.slots, on * s.slots, entries, layer, int(last), int(s.guessing),
+            FETCH_WARPS, b.decay.prior_steps, np.float32(1 / s.half_life),
+            np.float32(1 / s.long_half_life), np.float32(b.decay.long_scale),
+        )  # fmt: skip
+        for name in PLAN:
+            np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
+        for name in TABLES:
+            np.testing.assert_array_equal(getattr(b, name), getattr(a, name), f"{name}, {call}")
+        for name in ("short_count", "long_count"):
+            found, wanted = getattr(b, name), getattr(a, name)
+            np.testing.assert_allclose(found, wanted, rtol=1e-6, err_msg=f"{name}, {call}")
+        for name in ("expert", "slot", "state", "segments_done", "start_signal"):
+            found, wanted = getattr(other, name), getattr(guess, name)
+            np.testing.assert_array_equal(found, wanted, f"guess.{name}, {call}")
+        evicted += int(((before >= 0) & (a.slot_to_expert[layer] != before)).sum())
+        ids = coming
+    assert evicted or s.slots == s.experts, "nothing had to leave: the sequence proves little"
+    assert a.counters[1] > 0, "nothing was ever hit: the sequence proves little"
+    if s.guessing:
+        assert a.counters[4] > a.counters[5] > 0, "no guess was right: the sequence proves little"
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_the_kernel_places_experts_as_the_reference_does(
+    name: str, rng: np.random.Generator
+) -> None:
+    needs.numba_simulator()
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.nogpu.test_assign_slots", str(rng.integers(1 << 32)), name],
+        cwd=ROOT,
+        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_compiled_kernel_keeps_to_its_contract() -> None:
+    needs.numba_simulator()
+    contract = ASSIGN_SLOTS.contract
+    assert contract.entry == "assign_slots"
+    assert contract.block == 256
+    assert [p.name for p in contract.params if not p.is_array] == [
+        "num_pairs", "num_experts", "num_slots", "next_num_slots", "next_first_slot", "max_unique",
+        "layer", "is_last_layer", "has_prefetch", "fetch_warps", "prior_steps", "rate", "long_rate",
+        "long_scale",
+    ]  # fmt: skip
+
+
+def simulated(threads: int) -> Any:
+    """The kernel for numba's simulator, launched as kernel[blocks, threads](...)."""
+    from numba import cuda, float32, int32, uint32
+
+    names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
+    names["BLOCK_THREADS"] = threads
+
+    def atomic_add(array: Any, index: int, value: int) -> None:
+        array[index] += value
+
+    names["atomic_add"] = atomic_add
+    names["float_as_int"] = lambda x: np.float32(x).view(np.int32)
+    function = KERNELS["assign_slots"].function
+    known = {**function.__globals__, **names, "exp2": lambda x: np.exp2(np.float32(x))}
+    return cuda.jit(types.FunctionType(function.__code__, known, "assign_slots"))
+
+
+if __name__ == "__main__":
+    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
+    sys.setswitchinterval(5e-5)
+    sequence = SEQUENCES[sys.argv[2]]
+    compare(simulated(sequence.threads), np.random.default_rng(int(sys.argv[1])), sequence)

@@ -1,0 +1,47 @@
+"""A server in a separate process, for tests that send Ctrl-C.
+
+`python -m tests.server.server_process serves|slow|fails PORT`
+"""
+
+import sys
+import time
+from typing import Any, cast
+
+from osmium.config import Progress
+from osmium.engine.engine import Engine
+from osmium.errors import CheckpointError, OsmiumError
+from osmium.server.app import BackgroundLoader, serve
+from tests.server.scripted import ScriptedEngine
+
+
+def load(progress: Progress) -> Engine:
+    """By the first argument: a model that loads, loads slowly, or fails to load."""
+    print("loading", flush=True)
+    if sys.argv[1] == "fails":
+        raise CheckpointError("model-00002 is missing")
+    if sys.argv[1] == "slow":
+        progress("packing", 1, 2)
+        time.sleep(60)
+    return cast(Engine, ReportingEngine("the end " * 2000, context=10**6, pace_s=0.005))
+
+
+class ReportingEngine(ScriptedEngine):
+    """Prints when it is closed and when a request is cancelled."""
+
+    def close(self) -> None:
+        super().close()
+        print("closed", flush=True)
+
+    def cancel(self, request: Any) -> None:
+        super().cancel(request)
+        print("cancelled", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        serve(BackgroundLoader(load), port=int(sys.argv[2]))
+    except OsmiumError as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
