@@ -1,4 +1,4 @@
-"""LOG.md links every page of docs/experiments; a page has its parts, in short sentences."""
+"""LOG.md links every page of docs/experiments; pages have their sections and short sentences."""
 
 import re
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ on_each_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name
 
 
 def index_rows() -> list[tuple[str, str]]:
-    """(date, file name) of each row of LOG.md's table of experiments, in its order."""
+    """(date, file name) of each row of LOG.md's table of experiments, in order."""
     _, found, table = LOG.read_text().partition("\n## Experiments\n")
     assert found, "LOG.md has no section 'Experiments'"
     lines = [line for line in table.splitlines() if line.startswith("|")][2:]
@@ -33,13 +33,13 @@ def index_rows() -> list[tuple[str, str]]:
 
 
 def parts(page: str) -> dict[str, str]:
-    """The text of each part of a page, by its heading."""
+    """The text of each section of a page, by heading."""
     _, *sections = re.split(r"^## (.+)\n", page, flags=re.M)
     return dict(zip(sections[::2], sections[1::2], strict=True))
 
 
 def paragraphs(text: str) -> Iterator[str]:
-    """Prose without headings, tables and code blocks; a list item is a paragraph."""
+    """Prose without headings, tables and code blocks; a list item counts as a paragraph."""
     text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
     text = re.sub(r"^(#|\|).*$", "", text, flags=re.M)
     for block in re.split(r"\n\s*\n|\n(?=[-*] |\d+\. )", text):
@@ -48,7 +48,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Sentences of the prose.  A code span and a link's target count as one word and as none."""
+    """Sentences of the prose. A code span counts as one word, a link's target as none."""
     for paragraph in paragraphs(text):
         plain = re.sub(r"\]\([^)]*\)", "]", re.sub(r"`[^`]*`", "code", paragraph))
         yield from re.split(r"(?<=[.!?])[*_)\]]*\s+", plain)
@@ -58,7 +58,7 @@ def words(sentence: str) -> int:
     return sum(any(c.isalnum() for c in word) for word in sentence.split())
 
 
-def test_every_experiment_is_in_the_index_once_and_nothing_else_is() -> None:
+def test_the_index_lists_every_experiment_once() -> None:
     assert sorted(name for _, name in index_rows()) == [page.name for page in PAGES]
 
 
@@ -80,7 +80,7 @@ def test_a_page_is_named_by_date_and_topic(path: Path) -> None:
 
 
 @on_each_page
-def test_a_page_has_the_five_parts_in_order_and_none_is_empty(path: Path) -> None:
+def test_a_page_has_five_sections_in_order_and_none_is_empty(path: Path) -> None:
     page = path.read_text()
     assert page.startswith("# ")
     found = parts(page)
@@ -97,7 +97,7 @@ def test_the_set_up_names_date_machine_commit_and_command(path: Path) -> None:
 
 
 @on_each_document
-def test_links_lead_to_files(path: Path) -> None:
+def test_linked_files_exist(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
         assert (path.parent / target).is_file(), target
 
@@ -114,12 +114,12 @@ def test_sentences_outside_tables_and_code_are_short(path: Path) -> None:
     assert not long, f"{words(long[0])} words, at most {MAX_WORDS}: {long[0]}"
 
 
-def test_sentences_are_counted_over_lines_and_apart_in_lists() -> None:
+def test_sentences_span_lines_and_end_at_list_items() -> None:
     text = (
         "# No sentence\n\nOne two\nthree. `a b c` [four](five.md).\n\n- Six.\n- Seven\n  eight .9\n"
     )
     assert [words(one) for one in sentences(text)] == [3, 2, 1, 3]
 
 
-def test_tables_and_code_are_no_sentences() -> None:
+def test_tables_and_code_have_no_sentences() -> None:
     assert not list(sentences("| a | b |\n| --- | --- |\n\n```\nosmium bench\n```\n"))
