@@ -185,7 +185,7 @@ class Loader:
     @property
     def _arena_bytes(self) -> int:
         """Host memory that the experts take already, and that is planned for again."""
-        return 0 if self.gpu is None or self._arena is None else int(self._arena.records.nbytes)
+        return 0 if self.gpu is None or self._arena is None else int(self._arena.packed.nbytes)
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
         """Tokens of context that so many MiB of KV hold, up to the model's."""
@@ -331,10 +331,10 @@ class Loader:
         """Fill the slots with what was hot; what comes back keeps what is hot then.  None where
         nothing is kept."""
         path, store = self._heat_file(options), runner.store
-        if path is None or store.arena is None:
+        if path is None or store.host_experts is None:
             return None
         if heat is not None:
-            count = warm_cache(self.ops, store.cache, store.arena, heat)
+            count = warm_cache(self.ops, store.cache, store.host_experts, heat)
             LOG.info("%d frequently used experts are in the cache", count)
         fingerprint = self.packed.fingerprint
         # The store's cache as of then: slots may have been shared out anew.
@@ -370,7 +370,7 @@ class Loader:
             if self._arena is None:
                 self._arena = wrap_host_experts(record, packed.all_records(progress))
             if plan.expert_slots == experts:
-                return self._arena, resident_cache(ops, record, self._arena.records)
+                return self._arena, resident_cache(ops, record, self._arena.packed)
         elif plan.expert_slots == experts and self._arena is None:
             if isinstance(packed, Synthetic):
                 slots = self._generate_experts(packed, ops.empty)

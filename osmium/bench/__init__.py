@@ -1,1 +1,1 @@
-""""""
+"""Benchmarks: throughput, kernels, the profile of a token, and cache policies."""

@@ -1,4 +1,4 @@
-"""Where a measurement was made and of what: what every result says of its machine and code."""
+"""The machine and code of a measurement: part of every result."""
 
 import datetime
 import os
@@ -13,7 +13,7 @@ __all__ = ["environment"]
 
 
 def environment(device: str, gpu: Any = None) -> dict[str, Any]:
-    """`device` is its name, `gpu` the cuda.Device where there is one."""
+    """A document for JSON; `device` is the device's name, `gpu` its cuda.Device or None."""
     cuda = 0 if gpu is None else gpu.driver_version
     return {
         "device": device,
@@ -29,33 +29,35 @@ def environment(device: str, gpu: Any = None) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """Of the checkout, with a + where it has been changed; $OSMIUM_COMMIT where it is a copy
-    without its history; None of an installed package."""
-    if told := os.environ.get("OSMIUM_COMMIT"):
-        return told
+    """The commit of the checkout, with a + where files differ from it.
+
+    $OSMIUM_COMMIT overrides it, for a copy without history.  None in an installed package.
+    """
+    if commit := os.environ.get("OSMIUM_COMMIT"):
+        return commit
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
     try:
-        done = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(root), "describe", "--always", "--abbrev=12", "--dirty=+",
              "--exclude=*"],
             capture_output=True, text=True, check=True, timeout=10,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return described.stdout.strip() or None
 
 
 def _driver() -> str | None:
-    """The driver's own version, as 580.159, by NVML."""
+    """The driver's version from NVML, as 580.159; None without NVML."""
     try:
-        import pynvml  # not every machine has libnvidia-ml, and only this needs it
+        import pynvml  # only this function needs libnvidia-ml, and not every machine has it
 
         pynvml.nvmlInit()
         try:
             return str(pynvml.nvmlSystemGetDriverVersion())
         finally:
             pynvml.nvmlShutdown()
-    except Exception:  # NVML's own errors, of a library that may not be there: no word is a word
+    except Exception:  # NVML raises its own error types; the result is complete without a version
         return None

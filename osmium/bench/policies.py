@@ -1,19 +1,21 @@
-"""Cache policies on routing traces: what share of uses each would hit.
+"""Cache policies on routing traces: the hit rate of each.
 
-A simulator of the expert cache, all layers side by side.  Every miss is fetched and admitted, and
-an expert of the present token never leaves, as in ops.assign_slots.  Policies differ in who leaves:
+A simulator of the expert cache.  Each token updates all layers at once.  As in ops.assign_slots,
+every miss is fetched and admitted, and experts of the present token are never evicted.  A policy
+decides which expert is evicted:
 
-    static     nobody: the experts used most in the trace's first half stay, misses pass through
-    lru        who was used longest ago
-    decayed N  who has the least decayed count, half-life N tokens, ties to who was used longest ago
-    popular    decayed 16 and, on the same scale, the share of all tokens so far that used it
-    mixed      decayed 8 and, on the same scale, decayed 512: who was popular for long
-               (types.DecayConfig); what ships, until the engine has an idle moment
-    shared     mixed, slots shared out among layers by the heat after 1,024 tokens, 2,048, 4,096 and
-               so on: as shipped, on a first start, if the engine idles at each of these
-    quotas     decayed 24, slots shared out among layers by what they gain, found on the first half
-    both       mixed, slots shared out as by quotas
-    belady     who will be needed last: the bound for any that admits every miss (Belady 1966)
+    static     none: the slots hold the experts used most in the trace's first half
+    lru        the least recently used
+    decayed N  the least decayed count, half-life N tokens; ties by recency
+    popular    decayed 16 plus, on the same scale, uses / tokens so far
+    mixed      decayed 8 plus, on the same scale, decayed 512 (types.DecayConfig): what ships,
+               until the first rebalancing
+    shared     mixed, slots rebalanced between layers after 1,024, 2,048, 4,096 ... tokens: what
+               ships, on a first start, if the engine is idle at each of these points
+    quotas     decayed 24, slots per layer by their gain in hits on the first half of the trace
+    both       mixed, slots per layer as in quotas
+    belady     the expert whose next use is last: the bound of all policies that admit every miss
+               (Belady 1966)
 
 Where a trace has predicted experts, one per layer can be prefetched, as ops.assign_slots does.
 """
@@ -35,8 +37,8 @@ from osmium.experts.usage import (
 from osmium.ops.types import PREFETCH_SCORE_BIAS
 
 __all__ = [
-    "POLICIES", "RULES", "SHIPPED", "SHIPPED_RULE", "Guesses", "guess", "hit_rate", "recall",
-    "simulate", "warm_start_hit_rate",
+    "POLICIES", "RULES", "SHIPPED", "SHIPPED_RULE", "PrefetchTally", "hit_rate", "recall",
+    "simulate", "simulate_prefetch", "warm_start_hit_rate",
 ]  # fmt: skip
 
 F64 = npt.NDArray[np.float64]
@@ -46,52 +48,53 @@ HALF_LIVES = (4, 8, 16, 24, 32, 64, 128)
 
 @dataclass
 class PolicyState:
-    """What a policy sees: all arrays [L, E]."""
+    """The input of a score function: all arrays [L, E]."""
 
-    count: F64
+    short_count: F64
     """Decayed count of uses, as of the last use."""
     uses: F64
     """All uses so far."""
-    slow: F64
-    """Decayed count of uses with the long half-life of what ships, as of now."""
-    last: npt.NDArray[np.int64]
+    long_count: F64
+    """Decayed count of uses with DECAY's long half-life, as of token `now`."""
+    last_used: npt.NDArray[np.int64]
     """The token of the last use, -1 for never."""
-    after: npt.NDArray[np.int64]
+    next_use: npt.NDArray[np.int64]
     """The token of the next use."""
     now: int = 0
+    """The present token."""
 
 
 ScoreFn = Callable[[PolicyState], F64]
-"""How much each expert is worth keeping, [L, E]; the least leaves first."""
+"""The eviction score of each expert, [L, E]; the lowest is evicted first."""
 
 
-def _lru(cache: PolicyState) -> F64:
-    return cache.last.astype(np.float64)
+def _lru(state: PolicyState) -> F64:
+    return state.last_used.astype(np.float64)
 
 
-def _belady(cache: PolicyState) -> F64:
-    return -cache.after.astype(np.float64)
+def _belady(state: PolicyState) -> F64:
+    return -state.next_use.astype(np.float64)
 
 
 def _decayed(half_life: float) -> ScoreFn:
-    def worth(cache: PolicyState) -> F64:
-        faded = cache.count * np.exp2((cache.last - cache.now) / half_life)
-        return faded + 1e-9 * cache.last  # ties by recency
+    def score(state: PolicyState) -> F64:
+        decayed = state.short_count * np.exp2((state.last_used - state.now) / half_life)
+        return decayed + 1e-9 * state.last_used  # ties by recency
 
-    return worth
-
-
-def _popular(cache: PolicyState) -> F64:
-    recent = cache.count * np.exp2((cache.last - cache.now) / 16) * (1 - 2 ** (-1 / 16))
-    return recent + cache.uses / (cache.now + 20) + 1e-9 * cache.last
+    return score
 
 
-def _mixed(cache: PolicyState) -> F64:
-    recent = cache.count * np.exp2((cache.last - cache.now) / DECAY.half_life)
-    step = cache.now + 1  # the operation counts from 1
-    grown = 1 - 2 ** (-(step + DECAY.prior_steps) / DECAY.long_half_life)
-    warmth = grown * recent + DECAY.long_scale * cache.slow  # types.DecayConfig's
-    return np.asarray(warmth + 1e-9 * cache.last)
+def _popular(state: PolicyState) -> F64:
+    recent = state.short_count * np.exp2((state.last_used - state.now) / 16) * (1 - 2 ** (-1 / 16))
+    return recent + state.uses / (state.now + 20) + 1e-9 * state.last_used
+
+
+def _mixed(state: PolicyState) -> F64:
+    recent = state.short_count * np.exp2((state.last_used - state.now) / DECAY.half_life)
+    step = state.now + 1  # the operation counts from 1
+    long_weights = 1 - 2 ** (-(step + DECAY.prior_steps) / DECAY.long_half_life)
+    score = long_weights * recent + DECAY.long_scale * state.long_count  # types.DecayConfig
+    return np.asarray(score + 1e-9 * state.last_used)
 
 
 POLICIES = (
@@ -100,200 +103,222 @@ POLICIES = (
 )  # fmt: skip
 
 SHIPPED = "shared"
-"""What the engine does: ops.assign_slots evicts, SlotRebalancer moves slots between layers."""
+"""The policy of the engine: ops.assign_slots evicts, SlotRebalancer moves slots between layers."""
 
 RULES = ("shipped", "first", "warmest")
-"""Who of the predicted that are in no slot is guessed: by the square of the router's weight times
-warmth + COLD (by warmth where a trace has no weights), in the router's order, or by warmth."""
+"""Rules that pick the expert to prefetch among the predicted experts without a slot.
+
+    shipped  the largest weight² * (eviction score + PREFETCH_SCORE_BIAS), weight of the router's
+             prediction; a trace without weights has 1 / A for all
+    first    the first in the router's order
+    warmest  the highest eviction score
+"""
 
 SHIPPED_RULE = "shipped"
 """The rule by which ops.assign_slots picks the expert to prefetch."""
 
 
 @dataclass
-class Guesses:
-    """A guess a token in each layer but the first: from what, and what came of it, [L] each."""
+class PrefetchTally:
+    """Predictions of a trace, and counts [L] of one prefetch per token and layer but the first."""
 
     predicted: npt.NDArray[np.int64]
     """[T, L, A]."""
     weights: npt.NDArray[np.float32]
     """[T, L, A]."""
     rule: str
-    made: npt.NDArray[np.int64]
-    right: npt.NDArray[np.int64]
+    """One of RULES."""
+    prefetched: npt.NDArray[np.int64]
+    """Prefetches of each layer."""
+    prefetch_hits: npt.NDArray[np.int64]
+    """Prefetches of an expert that the token used."""
 
 
 def hit_rate(trace: RoutingTrace, slots: int, policy: str, skip: int = 256) -> float:
-    """The share of uses hit after the first `skip` tokens, by a policy of POLICIES."""
+    """Hits / uses after the first `skip` tokens, by a policy of POLICIES, `slots` per layer."""
     if policy == "static":
         return _static(trace, slots, skip)
-    each, worth, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
+    layer_slots, score, half_life = np.full(trace.ids.shape[1], slots), _decayed(24), 24.0
     if policy in ("quotas", "both"):
-        each = _quotas(trace, slots)
+        layer_slots = _quotas(trace, slots)
     if policy in ("mixed", "shared", "both"):
-        worth, half_life = _mixed, DECAY.half_life
+        score, half_life = _mixed, DECAY.half_life
     elif policy == "popular":
-        worth, half_life = _popular, 16
+        score, half_life = _popular, 16
     elif policy in ("lru", "belady"):
-        worth = _lru if policy == "lru" else _belady
+        score = _lru if policy == "lru" else _belady
     elif policy != "quotas":
         half_life = float(policy.removeprefix("decayed "))
-        worth = _decayed(half_life)
-    shared = policy == "shared"
-    return float(simulate(trace, each, worth, half_life, skip, shared=shared).mean())
+        score = _decayed(half_life)
+    rebalance = policy == "shared"
+    return float(simulate(trace, layer_slots, score, half_life, skip, rebalance=rebalance).mean())
 
 
 def simulate(
     trace: RoutingTrace,
     slots: npt.NDArray[np.int64],
-    worth: ScoreFn,
+    score: ScoreFn,
     half_life: float,
     skip: int,
-    guesses: Guesses | None = None,
-    shared: bool = False,
+    prefetch: PrefetchTally | None = None,
+    rebalance: bool = False,
 ) -> F64:
-    """The share of uses hit after `skip` tokens, a layer.  slots [L], at least A each.  A guess
-    that is right is no hit.  With `shared` slots are shared out anew as the engine does it, at an
-    idle moment after each number of tokens that it waits for."""
+    """Hits / uses of each layer [L] after `skip` tokens.  slots [L], at least A each.
+
+    A useful prefetch is no hit.  `prefetch` receives its counts.  With `rebalance` slots move
+    between layers as in the engine that is idle after each of its numbers of tokens.
+    """
     ids = trace.ids.astype(np.int64)
     tokens, layers, top_k = ids.shape
     assert (slots >= top_k).all(), "every layer needs a slot for each expert of a token"
     rows = np.arange(layers)[:, None]
-    after = _next_uses(ids, trace.experts)
+    next_use = _next_uses(ids, trace.experts)
     shape = (layers, trace.experts)
-    count, uses, slow = (np.zeros(shape) for _ in range(3))
-    cache = PolicyState(count, uses, slow, np.full(shape, -1), np.full(shape, tokens))
-    slower = 2 ** (-1 / DECAY.long_half_life)
-    inside = np.zeros(shape, bool)
-    hits, due = np.zeros(layers), FIRST_REBALANCE_TOKENS
+    short_count, uses, long_count = (np.zeros(shape) for _ in range(3))
+    state = PolicyState(short_count, uses, long_count, np.full(shape, -1), np.full(shape, tokens))
+    long_decay = 2 ** (-1 / DECAY.long_half_life)
+    resident = np.zeros(shape, bool)
+    hits, rebalance_at = np.zeros(layers), FIRST_REBALANCE_TOKENS
     for t in range(tokens):
-        mine = ids[t]
-        if shared and t == due:
-            slots, inside = _share(_heat_now(cache, inside), slots, top_k)
-            due *= 2
-        cache.now = t
-        cache.slow *= slower
-        if guesses is not None:
-            named, weights = guesses.predicted[t], guesses.weights[t].astype(np.float64)
-            who = _guess(named, weights, inside, worth(cache), slots, guesses.rule)
+        used = ids[t]
+        if rebalance and t == rebalance_at:
+            slots, resident = _rebalance(_snapshot(state, resident), slots, top_k)
+            rebalance_at *= 2
+        state.now = t
+        state.long_count *= long_decay
+        if prefetch is not None:
+            predicted, weights = prefetch.predicted[t], prefetch.weights[t].astype(np.float64)
+            chosen = _prefetch(predicted, weights, resident, score(state), slots, prefetch.rule)
             if t >= skip:
-                guesses.made += who >= 0
-                guesses.right += (mine == who[:, None]).any(axis=1)
-        hit = inside[rows, mine]
+                prefetch.prefetched += chosen >= 0
+                prefetch.prefetch_hits += (used == chosen[:, None]).any(axis=1)
+        hit = resident[rows, used]
         if t >= skip:
             hits += hit.sum(axis=1)
-        inside[rows, mine] = True
-        cache.count[rows, mine] = (
-            cache.count[rows, mine] * np.exp2((cache.last[rows, mine] - t) / half_life) + 1
+        resident[rows, used] = True
+        state.short_count[rows, used] = (
+            state.short_count[rows, used] * np.exp2((state.last_used[rows, used] - t) / half_life)
+            + 1
         )
-        cache.uses[rows, mine] += 1
-        cache.slow[rows, mine] += 1
-        cache.last[rows, mine] = t
-        cache.after[rows, mine] = after[t]
-        over = inside.sum(axis=1) - slots
-        most = int(over.max())
-        if most > 0:
-            value = np.where(inside, worth(cache), np.inf)
-            value[rows, mine] = np.inf
-            leaving = np.argpartition(value, most - 1, axis=1)[:, :most]
-            order = np.take_along_axis(value, leaving, axis=1).argsort(axis=1)
-            leaving = np.take_along_axis(leaving, order, axis=1)
-            goes = np.arange(most) < over[:, None]
-            inside[np.broadcast_to(rows, goes.shape)[goes], leaving[goes]] = False
+        state.uses[rows, used] += 1
+        state.long_count[rows, used] += 1
+        state.last_used[rows, used] = t
+        state.next_use[rows, used] = next_use[t]
+        num_over = resident.sum(axis=1) - slots
+        max_over = int(num_over.max())
+        if max_over > 0:
+            scores = np.where(resident, score(state), np.inf)
+            scores[rows, used] = np.inf
+            lowest = np.argpartition(scores, max_over - 1, axis=1)[:, :max_over]
+            order = np.take_along_axis(scores, lowest, axis=1).argsort(axis=1)
+            lowest = np.take_along_axis(lowest, order, axis=1)
+            evict = np.arange(max_over) < num_over[:, None]
+            resident[np.broadcast_to(rows, evict.shape)[evict], lowest[evict]] = False
     return np.asarray(hits / ((tokens - skip) * top_k))
 
 
-def _heat_now(cache: PolicyState, inside: npt.NDArray[np.bool_]) -> UsageSnapshot:
-    """As experts.heat has it, once the token `now` is done."""
-    used = cache.last >= 0
-    age = np.where(used, cache.now - cache.last, -1)
-    heat = np.where(used, cache.count * np.exp2(-age / DECAY.half_life), 0)
-    long_heat = cache.slow.astype(np.float32)
+def _snapshot(state: PolicyState, resident: npt.NDArray[np.bool_]) -> UsageSnapshot:
+    """The counts after the token `now`, as experts.usage.snapshot_usage returns them."""
+    used = state.last_used >= 0
+    age = np.where(used, state.now - state.last_used, -1)
+    short_count = np.where(used, state.short_count * np.exp2(-age / DECAY.half_life), 0)
+    long_count = state.long_count.astype(np.float32)
     return UsageSnapshot(
-        heat.astype(np.float32), long_heat, cache.now + 1, age.astype(np.int32), inside
+        short_count.astype(np.float32), long_count, state.now + 1, age.astype(np.int32), resident
     )
 
 
-def _share(
-    heat: UsageSnapshot, slots: npt.NDArray[np.int64], top_k: int
+def _rebalance(
+    usage: UsageSnapshot, slots: npt.NDArray[np.int64], top_k: int
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
-    """How many slots each layer has from now on, and who is in them: the warmest of all that were
-    ever used, if anything changes."""
-    each = rebalanced_slots(heat, slots.tolist(), top_k)
-    if each is None:
-        return slots, heat.resident
-    inside = np.zeros_like(heat.resident)
-    for layer, own in enumerate(each):
-        inside[layer, heat.top_experts(layer, own)] = True
-    return np.array(each), inside
+    """Slots per layer [L], and which experts are resident [L, E], after a rebalancing.
+
+    If the numbers change, the used or resident experts with the highest scores fill the slots.
+    """
+    layer_slots = rebalanced_slots(usage, slots.tolist(), top_k)
+    if layer_slots is None:
+        return slots, usage.resident
+    resident = np.zeros_like(usage.resident)
+    for layer, count in enumerate(layer_slots):
+        resident[layer, usage.top_experts(layer, count)] = True
+    return np.array(layer_slots), resident
 
 
-def _guess(
-    named: npt.NDArray[np.int64],
+def _prefetch(
+    predicted: npt.NDArray[np.int64],
     weights: F64,
-    inside: npt.NDArray[np.bool_],
-    value: F64,
+    resident: npt.NDArray[np.bool_],
+    scores: F64,
     slots: npt.NDArray[np.int64],
     rule: str,
 ) -> npt.NDArray[np.int64]:
-    """Who is guessed in each layer, or -1.  For its slot, if none is free, the coldest that was
-    not predicted leaves.  named, weights [L, A]    inside, value [L, E]"""
-    rows = np.arange(len(named))[:, None]
+    """The expert to prefetch in each layer [L], or -1.
+
+    If no slot is free, it evicts the lowest score among the experts not predicted, in `resident`.
+    predicted, weights [L, A]    resident, scores [L, E]
+    """
+    rows = np.arange(len(predicted))[:, None]
     if rule != "first":  # ties to the lower id
-        by_id = np.argsort(named, axis=1, kind="stable")
-        named, weights = named[rows, by_id], weights[rows, by_id]
-    likely = ~inside[rows, named]
-    held = inside.copy()
-    held[rows, named] = False
-    able = np.asarray(likely.any(axis=1))
-    able[0] = False
+        by_id = np.argsort(predicted, axis=1, kind="stable")
+        predicted, weights = predicted[rows, by_id], weights[rows, by_id]
+    absent = ~resident[rows, predicted]
+    evictable = resident.copy()
+    evictable[rows, predicted] = False
+    has_candidate = np.asarray(absent.any(axis=1))
+    has_candidate[0] = False
     gain = {
-        "shipped": weights**2 * (value[rows, named] + PREFETCH_SCORE_BIAS),
-        "first": np.zeros(named.shape),
-        "warmest": value[rows, named],
+        "shipped": weights**2 * (scores[rows, predicted] + PREFETCH_SCORE_BIAS),
+        "first": np.zeros(predicted.shape),
+        "warmest": scores[rows, predicted],
     }[rule]
-    who = named[rows[:, 0], np.where(likely, gain, -np.inf).argmax(axis=1)]
-    leaving = np.where(held, value, np.inf).argmin(axis=1)
-    leaves = able & (inside.sum(axis=1) >= slots)  # as likely ones are not inside, others are held
-    inside[leaves, leaving[leaves]] = False
-    return np.where(able, who, -1)
+    chosen = predicted[rows[:, 0], np.where(absent, gain, -np.inf).argmax(axis=1)]
+    lowest = np.where(evictable, scores, np.inf).argmin(axis=1)
+    # A full layer has an evictable expert, as a predicted one is absent.
+    evicts = has_candidate & (resident.sum(axis=1) >= slots)
+    resident[evicts, lowest[evicts]] = False
+    return np.where(has_candidate, chosen, -1)
 
 
-def guess(
+def simulate_prefetch(
     trace: RoutingTrace, slots: int, skip: int = 256, rule: str = SHIPPED_RULE
 ) -> tuple[float, float, float]:
-    """With mixed and a guess a token in each layer but the first: the share of uses hit after
-    `skip` tokens, guesses a layer and token, and the share of these that are right."""
-    assert trace.predicted is not None, "guesses are from what was predicted"
+    """ "mixed" with one prefetch per token in each layer but the first, after `skip` tokens.
+
+    Returns hits / uses, prefetches per layer and token, and the fraction of prefetches used.
+    """
+    assert trace.predicted is not None, "a prefetch needs a trace with predictions"
     tokens, layers, top_k = trace.ids.shape
-    weights, none = trace.predicted_weights, np.zeros(layers, np.int64)
+    weights, zeros = trace.predicted_weights, np.zeros(layers, np.int64)
     if weights is None:
         weights = np.full(trace.ids.shape, 1 / top_k, np.float32)
-    guesses = Guesses(trace.predicted.astype(np.int64), weights, rule, none, none.copy())
-    each = np.full(layers, slots)
-    hits = simulate(trace, each, _mixed, DECAY.half_life, skip, guesses)
-    made, right = int(guesses.made.sum()), int(guesses.right.sum())
-    return float(hits.mean()), made / ((tokens - skip) * (layers - 1)), right / max(made, 1)
+    tally = PrefetchTally(trace.predicted.astype(np.int64), weights, rule, zeros, zeros.copy())
+    layer_slots = np.full(layers, slots)
+    hits = simulate(trace, layer_slots, _mixed, DECAY.half_life, skip, tally)
+    prefetched, useful = int(tally.prefetched.sum()), int(tally.prefetch_hits.sum())
+    per_layer = prefetched / ((tokens - skip) * (layers - 1))
+    return float(hits.mean()), per_layer, useful / max(prefetched, 1)
 
 
 def recall(trace: RoutingTrace) -> F64:
-    """Of each layer, the share of the predicted experts that were asked for; the first has no
-    prediction."""
-    assert trace.predicted is not None, "a recall is of what was predicted"
-    found = (trace.predicted[..., None] == trace.ids[:, :, None]).any(axis=-1)
-    return np.asarray(found.mean(axis=(0, 2)))
+    """The fraction of predicted experts that were used, by layer [L].
+
+    Layer 0 has no prediction: RoutingRecorder records the used experts there.
+    """
+    assert trace.predicted is not None, "recall needs a trace with predictions"
+    used = (trace.predicted[..., None] == trace.ids[:, :, None]).any(axis=-1)
+    return np.asarray(used.mean(axis=(0, 2)))
 
 
 def _next_uses(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
     """[T, L, A]: the next token that uses the same expert in the same layer."""
     tokens, layers, _ = ids.shape
     rows = np.arange(layers)[:, None]
-    soonest = np.full((layers, experts), tokens)
-    after = np.empty_like(ids)
+    upcoming = np.full((layers, experts), tokens)
+    next_use = np.empty_like(ids)
     for t in range(tokens - 1, -1, -1):
-        after[t] = soonest[rows, ids[t]]
-        soonest[rows, ids[t]] = t
-    return after
+        next_use[t] = upcoming[rows, ids[t]]
+        upcoming[rows, ids[t]] = t
+    return next_use
 
 
 def _counts(ids: npt.NDArray[np.int64], experts: int) -> npt.NDArray[np.int64]:
@@ -306,43 +331,55 @@ def _static(trace: RoutingTrace, slots: int, skip: int) -> float:
     ids = trace.ids.astype(np.int64)
     half = len(ids) // 2
     order = np.argsort(-_counts(ids[:half], trace.experts), axis=1)[:, :slots]
-    inside = np.zeros((ids.shape[1], trace.experts), bool)
-    np.put_along_axis(inside, order, True, axis=1)
-    rest = ids[max(half, skip) :]
-    return float(inside[np.arange(ids.shape[1])[:, None], rest].mean())
+    resident = np.zeros((ids.shape[1], trace.experts), bool)
+    np.put_along_axis(resident, order, True, axis=1)
+    counted = ids[max(half, skip) :]
+    return float(resident[np.arange(ids.shape[1])[:, None], counted].mean())
 
 
 def warm_start_hit_rate(
     trace: RoutingTrace, slots: int, tokens: int, skip: int = 256
 ) -> tuple[float, float]:
-    """The share of uses hit after `tokens` + `skip` tokens by an engine that starts anew after
-    `tokens`, by mixed: slots the same in all layers, and by the heat of the first tokens."""
+    """Hits / uses of "mixed" in an engine that restarts after `tokens`, `skip` tokens later.
+
+    First with the same number of slots in all layers, then with slots by the saved usage counts.
+    """
     layers = trace.ids.shape[1]
-    rest, same = RoutingTrace(trace.ids[tokens:], np.array([0]), trace.experts), [slots] * layers
-    each = slots_per_layer(_heat(trace.ids[:tokens], trace.experts), slots, trace.ids.shape[2])
-    alike, shared = (
-        simulate(rest, np.array(one), _mixed, DECAY.half_life, skip).mean()
-        for one in (same, each or same)
+    counted, uniform = (
+        RoutingTrace(trace.ids[tokens:], np.array([0]), trace.experts),
+        [slots] * layers,
     )
-    return float(alike), float(shared)
+    usage = _usage(trace.ids[:tokens], trace.experts)
+    by_usage = slots_per_layer(usage, slots, trace.ids.shape[2])
+    uniform_rate, usage_rate = (
+        simulate(counted, np.array(layer_slots), _mixed, DECAY.half_life, skip).mean()
+        for layer_slots in (uniform, by_usage or uniform)
+    )
+    return float(uniform_rate), float(usage_rate)
 
 
-def _heat(ids: npt.NDArray[np.uint16], experts: int) -> UsageSnapshot:
-    """What is kept after these tokens [T, L, A], but for ages and places, which quotas ignore."""
+def _usage(ids: npt.NDArray[np.uint16], experts: int) -> UsageSnapshot:
+    """Usage counts after the tokens of ids [T, L, A].
+
+    Ages and residency are 0, as slots_per_layer ignores them.
+    """
     tokens, layers, _ = ids.shape
-    rows, none = np.arange(layers)[:, None], np.zeros((layers, experts), np.int32)
+    rows, zeros = np.arange(layers)[:, None], np.zeros((layers, experts), np.int32)
     counts = np.zeros((2, layers, experts))
-    fade = 2 ** (-1 / np.array([DECAY.half_life, DECAY.long_half_life]))
-    for mine in ids.astype(np.int64):
-        counts *= fade[:, None, None]
-        counts[:, rows, mine] += 1
+    decay = 2 ** (-1 / np.array([DECAY.half_life, DECAY.long_half_life]))
+    for used in ids.astype(np.int64):
+        counts *= decay[:, None, None]
+        counts[:, rows, used] += 1
     short, long = counts.astype(np.float32)
-    return UsageSnapshot(short, long, tokens, none, none > 0)
+    return UsageSnapshot(short, long, tokens, zeros, zeros > 0)
 
 
 def _quotas(trace: RoutingTrace, slots: int) -> npt.NDArray[np.int64]:
-    """Slots a layer, the same in all: by steps of 1/16 of a layer's, from the layer that loses
-    least to the one that gains most, on the first half of the trace."""
+    """Slots per layer [L], with the sum slots * L.
+
+    1/16 of `slots` moves at a time, from the layer that loses least hits to the layer that gains
+    most.  Hits are those of the trace's first half.
+    """
     half = RoutingTrace(trace.ids[: len(trace.ids) // 2], trace.starts, trace.experts)
     layers, top_k = trace.ids.shape[1:]
     step = max(1, slots // 16)

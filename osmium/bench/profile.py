@@ -1,13 +1,12 @@
-"""Where a token's time goes: every kind of launch of one decoded token, by itself.
+"""Where a token's time goes: each kind of launch of one decoded token, timed in isolation.
 
-Method.  The launches of one step are listed, not run, and put together by kernel and grid.  All
-launches of a kind, one a layer and each on its own layer's arrays, are recorded as one graph, which
-is timed, less what a graph of one small kernel takes: what the layers read is far more than L2
-holds, so nothing is measured from there.  What kinds do beside each other, and what a graph lets
-begin early, is not in the sum; the token's own time, measured in the same run, is beside it.
+Method.  The launches of one step are listed, not run, and grouped by kernel and grid.  One graph
+holds all launches of a group, one per layer on that layer's arrays.  Its time is measured, less the
+time of a graph of one small kernel.  The layers read far more than L2 holds, so the reads come from
+VRAM.  The sum has no overlap of side streams or by PDL; the token's own time stands beside it.
 
-The kernel that prefetches experts runs beside the whole token until other kernels stop it: it is
-listed without a time.  GB/s are left out where the bytes depend on which experts are resident.
+The kernel that prefetches experts runs on a side stream until other kernels stop it: its row has no
+time.  Rows whose bytes depend on which experts are resident have no GB/s.
 """
 
 import statistics
@@ -40,7 +39,7 @@ Launch = tuple[Any, tuple[int, ...], tuple[Any, ...]]
 
 @dataclass
 class LaunchRecorder:
-    """A stream that writes down what it is asked to launch."""
+    """Stands in for a stream: appends each launch to a list."""
 
     launches: list[Launch]
 
@@ -50,7 +49,7 @@ class LaunchRecorder:
 
 @dataclass
 class SerialStreams:
-    """A machine's fork and join with one stream: side streams are the main one."""
+    """The fork and join of a DeviceRuntime with one stream: side streams are the main stream."""
 
     stream: LaunchRecorder
 
@@ -63,11 +62,11 @@ class SerialStreams:
 
 @contextmanager
 def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
-    """Launches inside are listed, in order and of all streams, and do not run."""
-    machine: Any = ops.machine
+    """Inside, launches of all streams are listed in order and do not run."""
+    machine: Any = ops.runtime
     launches: list[Launch] = []
     streams = SerialStreams(LaunchRecorder(launches))
-    before = ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream
+    saved = ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream
     ops.stream = machine.stream = streams.stream
     machine.fork_side_stream, machine.join_side_stream = (
         streams.fork_side_stream,
@@ -76,12 +75,15 @@ def list_launches(ops: GpuOps) -> Iterator[list[Launch]]:
     try:
         yield launches
     finally:
-        ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream = before
+        ops.stream, machine.stream, machine.fork_side_stream, machine.join_side_stream = saved
 
 
 def profile(engine: Engine, depth: int) -> dict[str, Any]:
-    """One sequence at a depth; a document for JSON.  To be called when nothing else is measured
-    any more: experts and states are changed.  Raises: ConfigError without a GPU."""
+    """Profile the decode step of one sequence with `depth` tokens of context: a document for JSON.
+
+    Call it after all other measurements: it changes cached experts and states.
+    Raises: ConfigError without a GPU.
+    """
     return engine.run_on_engine_thread(lambda: _profile(engine, depth))
 
 
@@ -90,27 +92,27 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     ops = runner.ops
     if not isinstance(ops, GpuOps):
         raise ConfigError("--profile times a GPU's kernels; this engine runs on the CPU.")
-    machine: Any = ops.machine
+    machine: Any = ops.runtime
     replay = start_single_decode(runner, depth).replay
-    with list_launches(ops) as noted:
+    with list_launches(ops) as step_launches:
         runner.launch_decode_step(1)
-    main = machine.stream
-    kinds: dict[tuple[Any, ...], list[Launch]] = {}
-    for kernel, grid, values in noted:
-        kinds.setdefault((kernel.name, grid, _options(kernel, values)), []).append(
+    main_stream = machine.stream
+    groups: dict[tuple[Any, ...], list[Launch]] = {}
+    for kernel, grid, values in step_launches:
+        groups.setdefault((kernel.name, grid, _options(kernel, values)), []).append(
             (kernel, grid, values)
         )
     rows = []
-    empty = 1e3 * milliseconds(
-        machine, machine.capture_graph(lambda: _launch(main, [_smallest(noted)]))
+    overhead_us = 1e3 * milliseconds(
+        machine, machine.capture_graph(lambda: _launch(main_stream, [_smallest(step_launches)]))
     )
-    for (name, grid, _), launches in kinds.items():
+    for (name, grid, _), launches in groups.items():
         row: dict[str, Any] = {"kernel": name, "grid": list(grid), "launches": len(launches)}
         rows.append(row)
         if name == PREFETCH_EXPERTS.name:
             continue
-        again = machine.capture_graph(lambda launches=launches: _launch(main, launches))
-        us = max(0.5, 1e3 * milliseconds(machine, again) - empty) / len(launches)
+        graph = machine.capture_graph(lambda launches=launches: _launch(main_stream, launches))
+        us = max(0.5, 1e3 * milliseconds(machine, graph) - overhead_us) / len(launches)
         row |= {"us": round(us, 2), "share_us": round(us * len(launches), 1)}
         nbytes = 0 if bytes_depend_on_hits(launches[0]) else launch_bytes(launches[0])
         if nbytes:
@@ -118,7 +120,7 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
     rows.sort(key=lambda row: -row.get("share_us", 0.0))
     return {
         "depth": depth,
-        "nodes": len(noted),
+        "nodes": len(step_launches),
         "sum_ms": round(sum(row.get("share_us", 0.0) for row in rows) / 1e3, 3),
         "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
@@ -126,21 +128,21 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
 
 
 def start_single_decode(runner: ModelRunner, depth: int) -> DecodeSession:
-    """One sequence's decoding, from a depth on."""
+    """Start the decoding of one sequence with `depth` tokens of context, in state slot 0."""
     request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
     request.num_computed_tokens, request.state_slot = depth, 0
     request.pages = list(range(-(-(depth + 1) // runner.state.page)))
     return runner.start_decode(Batch([(request, 1)]))
 
 
-def profile_table(found: dict[str, Any]) -> str:
-    """For people."""
+def profile_table(document: dict[str, Any]) -> str:
+    """The document of profile() as a table of text."""
     lines = [
-        f"one token at a depth of {found['depth']}: {found['token_ms']:.3f} ms as one graph of "
-        f"{found['nodes']} kernels, {found['sum_ms']:.3f} ms kind by kind",
+        f"one token at a depth of {document['depth']}: {document['token_ms']:.3f} ms as one graph "
+        f"of {document['nodes']} kernels, {document['sum_ms']:.3f} ms as the sum of the rows",
         f"{'kernel':28}{'grid':>16}{'times':>7}{'us each':>10}{'us in all':>11}{'GB/s':>9}",
     ]
-    for row in found["rows"]:
+    for row in document["rows"]:
         line = f"{row['kernel']:28}{'x'.join(map(str, row['grid'])):>16}{row['launches']:7}"
         for key, width, digits in (("us", 10, 2), ("share_us", 11, 1), ("gb_s", 9, 1)):
             line += f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}"
@@ -149,21 +151,21 @@ def profile_table(found: dict[str, Any]) -> str:
 
 
 def bytes_depend_on_hits(launch: Launch) -> bool:
-    """Whether what it moves depends on where experts are: its contract counts as if all were."""
+    """Whether a launch's bytes depend on which experts are resident; its contract counts all."""
     kernel, _, values = launch
     named = {p.name: v for p, v in zip(kernel.contract.params, values, strict=True)}
     return bool(kernel.name == FETCH_EXPERTS.name or named.get("subset"))
 
 
 def _options(kernel: Any, values: tuple[Any, ...]) -> tuple[Any, ...]:
-    """What else kinds of launches of one kernel differ in: which part, and absent arrays."""
+    """Options that separate groups of one kernel: `which` part, and null array pointers."""
     named = zip(kernel.contract.params, values, strict=True)
     return tuple(v for p, v in named if p.name == "subset" or (p.is_array and v == 0))
 
 
 def _smallest(launches: list[Launch]) -> Launch:
-    """The launch of the fewest blocks: about what starting a graph costs."""
-    return min(launches, key=lambda one: int(np.prod(one[1])))
+    """The launch with the fewest blocks: its graph costs about what starting a graph costs."""
+    return min(launches, key=lambda launch: int(np.prod(launch[1])))
 
 
 def _launch(stream: Any, launches: list[Launch]) -> None:
@@ -172,7 +174,7 @@ def _launch(stream: Any, launches: list[Launch]) -> None:
 
 
 def milliseconds(machine: Any, run: Any) -> float:
-    """The median time of what `run` launches, after one round that does not count."""
+    """The median time in ms of what `run` launches, after one untimed round."""
     times = []
     for _ in range(ROUNDS + 1):
         start = Event(machine.device).record(machine.stream)
@@ -185,25 +187,25 @@ def milliseconds(machine: Any, run: Any) -> float:
 
 
 def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
-    """Microseconds of each of some calls of operations, as one graph, and what they launch."""
+    """Microseconds per call when one graph holds all calls, and the launches of the calls."""
 
     def run() -> None:
         for call in calls:
             call()
 
-    with list_launches(ops) as listing:
+    with list_launches(ops) as launches:
         run()
-    run()  # launched before it is recorded: modules are loaded at first use
+    run()  # before the capture, as the first use of a kernel loads its module
     ops.synchronize()
-    return 1e3 * milliseconds(ops.machine, ops.capture_graph(run)) / len(calls), listing
+    return 1e3 * milliseconds(ops.runtime, ops.capture_graph(run)) / len(calls), launches
 
 
 def launch_bytes(launch: Launch) -> int:
-    """Bytes that a launch moves, by its contract; 0 where the contract does not say."""
+    """Bytes that a launch moves by its contract; 0 for a contract without `moves`."""
     kernel, grid, values = launch
     contract = kernel.contract
     if contract.traffic_bytes is None:
-        return 0  # tables, not data
+        return 0
     named = {p.name: v for p, v in zip(contract.params, values, strict=True)}
     sizes = [_size(name, contract, grid, named) for name in contract.sizes]
     nbytes: int = kernel.bytes_moved((*sizes, *values))
@@ -211,8 +213,11 @@ def launch_bytes(launch: Launch) -> int:
 
 
 def _size(name: str, contract: Any, grid: tuple[int, ...], named: dict[str, Any]) -> int:
-    """A launcher size, from the axis of the grid that is it, or a multiple of it."""
+    """A launcher size, from the grid axis that equals it or is a multiple of it.
+
+    Raises: ValueError if no axis contains it.
+    """
     for axis, length in zip(contract.grid, grid, strict=True):
         if name in axis.names:
             return int(length // axis({**named, name: 1}))
-    raise ValueError(f"{contract.entry}: no axis gives {name}")
+    raise ValueError(f"{contract.entry}: no grid axis contains the size {name}")

@@ -1,4 +1,4 @@
-"""What `osmium bench` found, for people: one table, and the comparison of two."""
+"""Text of `osmium bench`: the table of one document, and the comparison of two."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ COLUMNS = (
     f"{'':8}{'depth':>8}{'seqs':>9}{'tok/s':>10}{'ms':>9}{'hit':>7}{'cold':>7}{'warm':>7}"
     f"{'MB/token':>10}{'prefetched':>12}{'link':>7}{'roofline':>10}"
 )
-"""The head of the rows that row_line makes."""
+"""The header of row_line's columns."""
 
 
 def row_line(row: dict[str, Any]) -> str:
-    """One row of a document."""
+    """The text of one row of a document."""
     if row["what"] == "prefill":
         return f"prefill {row['tokens']:8}{'':9}{row['tokens_per_s']:10.1f}"
     return (
@@ -25,26 +25,26 @@ def row_line(row: dict[str, Any]) -> str:
     )
 
 
-def summary(found: dict[str, Any]) -> str:
-    """What was measured, on what, by what rates."""
-    rates, (slots, experts) = found["rates"], found["expert_slots"]
+def summary(document: dict[str, Any]) -> str:
+    """Model, device, cache size and measured rates of a document."""
+    rates, (slots, experts) = document["rates"], document["expert_slots"]
     lines = [
-        f"{found['model']} on {found['device']} (driver {found['driver']}, CUDA {found['cuda']}), "
-        f"commit {found['commit']}, {found['date']}",
-        f"{slots} of {experts} experts per layer cached, KV {found['kv_dtype']}"
-        + (f", {found['kv_cache_mb']} MiB" if found.get("kv_cache_mb") else ""),
+        f"{document['model']} on {document['device']} (driver {document['driver']}, "
+        f"CUDA {document['cuda']}), commit {document['commit']}, {document['date']}",
+        f"{slots} of {experts} experts per layer cached, KV {document['kv_dtype']}"
+        + (f", {document['kv_cache_mb']} MiB" if document.get("kv_cache_mb") else ""),
     ]
     if rates["memory_gb_s"]:
         lines.append(
-            f"link {rates['link_gb_s']:.1f} GB/s ({found['host_memory']}), VRAM "
+            f"link {rates['link_gb_s']:.1f} GB/s ({document['host_memory']}), VRAM "
             f"{rates['memory_gb_s']:.0f} GB/s; "
-            f"{found['slots_verified']} slots verified"
+            f"{document['slots_verified']} slots verified"
         )
     return "\n".join(lines)
 
 
 def compare(first: Any, second: Any) -> str:
-    """Rows that both have, side by side, and the ratio of their speeds."""
+    """Rows of both documents side by side, and the ratio of their speeds."""
     lines = [f"{'':30}{'first':>10}{'second':>10}{'ratio':>8}"]
     before, after = _speeds(first), _speeds(second)
     for key, speed in before.items():
@@ -56,15 +56,16 @@ def compare(first: Any, second: Any) -> str:
     return "\n".join(lines)
 
 
-def _speeds(found: Any) -> dict[tuple[Any, ...], float]:
-    """tok/s by KV budget, what, and size; calls a second of the rows of `bench kernels`."""
+def _speeds(documents: Any) -> dict[tuple[Any, ...], float]:
+    """tok/s by KV budget, phase, size and temperature; calls/s for rows of `bench kernels`."""
     speeds: dict[tuple[Any, ...], float] = {}
-    for one in found if isinstance(found, list) else [found]:
-        for row in one["rows"]:
+    for document in documents if isinstance(documents, list) else [documents]:
+        for row in document["rows"]:
             if "op" in row:
                 speeds[row["model"], row["sequences"], row["op"]] = 1e6 / row["us"]
                 continue
             size = row.get("depth", row["tokens"]), row.get("sequences")
-            drawn = f"at {row['temperature']}" if row.get("temperature") else None
-            speeds[one.get("kv_cache_mb"), row["what"], *size, drawn] = row["tokens_per_s"]
+            temperature = f"at {row['temperature']}" if row.get("temperature") else None
+            key = document.get("kv_cache_mb"), row["what"], *size, temperature
+            speeds[key] = row["tokens_per_s"]
     return speeds

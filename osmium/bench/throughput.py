@@ -1,19 +1,19 @@
-"""How fast replies are written and prompts are read, end to end through the engine.
+"""Decode and prefill throughput, end to end through the engine.
 
 Method.  Decode: sequences with a context of --depth tokens, whose KV and states hold seeded random
 values, generate tokens, greedily without --temperature.  Where routers are random, expert ids come
-from a trace (--replay-routing).  Warm-up tokens are not timed.  Then the median of the repeats
-counts; each continues where the last one ended, so that no token of the trace is used twice.
+from a trace (--replay-routing).  Warm-up tokens are not timed.  The result is the median of the
+repeats; each continues where the last one ended, so that no token of the trace is used twice.
 Prefill: a prompt of random ids, timed from its submission to its first token.
-Every routed expert is computed: the counters of the three kernels that route, look up and copy must
-add up, and sampled slots must equal host memory byte for byte, or the benchmark fails.
+Every routed expert is computed.  The counters of router, slot assignment and fetch kernels must add
+up, and sampled slots must equal host memory byte for byte.  Otherwise the benchmark fails.
 
 The roofline of a token is max(bytes fetched / link rate, bytes read / VRAM rate).  Both rates are
 measured here: fetching experts with nothing else running, and a copy inside VRAM.  link_utilization
-compares a row with the same kernel fetching as many experts at once, alone.
+compares a row with the fetch kernel alone, fetching as many experts at once.
 
 Each decode row starts with an empty cache: its first 64 tokens are the cold start.  The warm start
-is 64 tokens after the repeats, a new sequence on the cache that they left.
+is 64 tokens after the repeats: new sequences on the cache as the repeats filled it.
 """
 
 import functools
@@ -46,27 +46,30 @@ SAMPLED_SLOTS = 8
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What to measure."""
+    """The rows to measure, and how."""
 
     depths: tuple[str, ...] = ("1k",)
-    """Tokens of context, as 1k, or a share of what the KV holds, as 90%."""
+    """Tokens of context, as 1k, or a fraction of the KV cache, as 90%."""
     tokens: int = 256
+    """Timed tokens of each repeat."""
     repeats: int = 3
+    """Repeats of each row; the median is the result."""
     warm_up: int = 256
+    """Untimed tokens of a decode row before its repeats."""
     parallel: tuple[int, ...] = (1,)
-    """Sequences at once."""
+    """Sequences of a decode row."""
     prompts: tuple[int, ...] = ()
-    """Tokens of prefill."""
+    """Prompt tokens of the prefill rows."""
     temperature: float = 0.0
-    """Of decoded tokens; above 0 with top-k 20 and top-p .95, as models of today ask for."""
+    """Temperature of decode rows; above 0 with top-k 20 and top-p .95, usual defaults of models."""
 
     @property
     def short_run(self) -> int:
-        """Tokens of the cold start, and of the warm one."""
+        """Tokens of the cold start, and of the warm start."""
         return min(64, self.warm_up, self.tokens)
 
     def sampling(self, tokens: int) -> SamplingParams:
-        """How so many tokens are drawn."""
+        """Sampling parameters of a request for `tokens` tokens."""
         greedy = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
         if self.temperature == 0:
             return greedy
@@ -74,8 +77,9 @@ class BenchConfig:
 
 
 OnRow = Callable[[dict[str, Any], int, float | None], None]
-"""Called with each row once it is measured, the number of rows left, and the seconds that these
-will take: None while a kind of row has not been timed yet."""
+"""Called after each row with the row, the number of rows left, and an estimate of their seconds.
+
+The estimate is None until both kinds of rows that are left have been timed."""
 
 
 def measure(
@@ -84,16 +88,16 @@ def measure(
     memory_gb_s: float = 0.0,
     on_row: OnRow | None = None,
 ) -> dict[str, Any]:
-    """A document for JSON; `memory_gb_s` is the rate of VRAM.
+    """Measure all rows: a document for JSON.  `memory_gb_s` is the measured rate of VRAM.
 
-    Raises: ConfigError where the sizes do not fit the engine.
+    Raises: ConfigError if sizes do not fit the engine, AssertionError if a check fails.
     """
-    for name, value, least in (
+    for name, value, minimum in (
         ("--tokens", settings.tokens, 2), ("--repeats", settings.repeats, 1),
         ("--warm-up", settings.warm_up, 1), ("--temperature", settings.temperature, 0),
     ):  # fmt: skip
-        if not value >= least:
-            raise ConfigError(f"{name} is {value}; it must be at least {least}.")
+        if not value >= minimum:
+            raise ConfigError(f"{name} is {value}; it must be at least {minimum}.")
     for tokens in settings.prompts:
         if tokens < 1 or tokens + 1 > engine.context:
             raise ConfigError(
@@ -109,7 +113,7 @@ def measure(
     rows = _rows(engine, settings, rates, on_row)
     checked = engine.run_on_engine_thread(lambda: _verify(engine))
     experts = engine.status()["experts"]
-    plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "machine", None), "device", None)
+    plan, gpu = engine.plan, getattr(getattr(engine.runner.ops, "runtime", None), "device", None)
     free, total = (0, 0) if gpu is None else engine.run_on_engine_thread(gpu.memory)
     return {
         "model": engine.name,
@@ -133,15 +137,17 @@ def measure(
 def _rows(
     engine: Engine, settings: BenchConfig, rates: dict[str, float], on_row: OnRow | None
 ) -> list[dict[str, Any]]:
-    """Every row; `on_row` is told each."""
+    """Measure every row; `on_row` is called after each."""
     prompts = [("prefill", tokens, 1, "") for tokens in settings.prompts]
     decodes = [
         ("decode", 1, count, depth) for count in settings.parallel for depth in settings.depths
     ]
-    asked = [*prompts, *decodes]
+    all_rows = [*prompts, *decodes]
     rows: list[dict[str, Any]] = []
-    cost: dict[str, float] = {}  # seconds of a kind's last row, a token of its prompt for prefill
-    for number, (what, tokens, count, depth) in enumerate(asked, 1):
+    cost: dict[
+        str, float
+    ] = {}  # seconds of the last row of each kind: a decode row, a prompt token
+    for number, (what, tokens, count, depth) in enumerate(all_rows, 1):
         start = time.perf_counter()
         if what == "prefill":
             rows.append(_prefill(engine, tokens, settings, rates))
@@ -149,7 +155,7 @@ def _rows(
             rows.append(_decode(engine, depth, count, settings, rates))
         cost[what] = (time.perf_counter() - start) / tokens
         if on_row is not None:
-            left = asked[number:]
+            left = all_rows[number:]
             known = all(kind in cost for kind, *_ in left)
             seconds = sum(cost.get(kind, 0) * size for kind, size, *_ in left)
             on_row(rows[-1], len(left), seconds if known else None)
@@ -157,24 +163,24 @@ def _rows(
 
 
 def seed_state(engine: Engine) -> None:
-    """Seeded random keys, values and recurrent states, in every page and slot."""
+    """Fill every KV page and state slot with seeded random values."""
     for array in arrays(engine.runner.state.layers):
         fill_noise(engine.runner.ops, array)
 
 
 def fill_noise(ops: Ops, array: Any) -> None:
-    """Seeded random numbers of a sane size, whatever an array holds: none is infinite."""
+    """Fill a device array with seeded random values, small and finite in each format of a dtype."""
     size = math.prod(array.shape)
-    some, whole = _noise(np.dtype(array.dtype)), array.reshape(size)
-    for start in range(0, size, len(some)):
-        part = whole[start : min(start + len(some), size)]
-        ops.copy_h2d(part, some[: part.shape[0]])
+    values, flat = _noise(np.dtype(array.dtype)), array.reshape(size)
+    for start in range(0, size, len(values)):
+        part = flat[start : min(start + len(values), size)]
+        ops.copy_h2d(part, values[: part.shape[0]])
 
 
 @functools.cache
 def _noise(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     rng, size = np.random.default_rng(7), 1 << 22
-    if dtype == np.uint8:  # as e4m3, and as halves of an f16, none of them NaN
+    if dtype == np.uint8:  # no NaN as e4m3, nor as halves of an f16
         return rng.integers(0, 256, size, np.uint8) & np.uint8(0xBF)
     if dtype == np.int8:
         return rng.integers(-127, 128, size, np.int8)
@@ -185,13 +191,13 @@ def _noise(dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 
 
 def arrays(value: Any) -> Iterator[Any]:
-    """Every array in a tree of dataclasses and tuples."""
+    """Yield every array in a tree of dataclasses and tuples."""
     if is_dataclass(value):
         for field in fields(value):
             yield from arrays(getattr(value, field.name))
     elif isinstance(value, tuple):
-        for one in value:
-            yield from arrays(one)
+        for item in value:
+            yield from arrays(item)
     elif hasattr(value, "nbytes"):
         yield value
 
@@ -201,180 +207,189 @@ def _prefill(
 ) -> dict[str, Any]:
     rng = np.random.default_rng(1)
     times, before = [], _experts(engine)
-    for turn in range(settings.repeats + 1):
-        if turn == 1:
+    for repeat in range(settings.repeats + 1):  # the first is not timed
+        if repeat == 1:
             before = _experts(engine)
-        ids = [int(one) for one in rng.integers(0, engine.config.vocab_size, tokens)]
+        ids = [int(token) for token in rng.integers(0, engine.config.vocab_size, tokens)]
         start = time.perf_counter()
         next(iter(engine.generate(ids, SamplingParams(temperature=0, max_tokens=1))))
         times.append(time.perf_counter() - start)
     total = _difference(before, _experts(engine))
-    _need(engine, total, settings.repeats * tokens)
-    spent = statistics.median(times[1:])
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
+    _check_routed(engine, total, settings.repeats * tokens)
+    seconds = statistics.median(times[1:])
+    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / settings.repeats
     link = rates["link_gb_s"] * 1e9
     return {
         "what": "prefill",
         "tokens": tokens,
-        "tokens_per_s": tokens / spent,
-        "ttft_ms": spent * 1e3,
-        "hit_rate": _hits(total),
+        "tokens_per_s": tokens / seconds,
+        "ttft_ms": seconds * 1e3,
+        "hit_rate": _hit_rate(total),
         **total,
         "mb_fetched": fetched / 1e6,
-        "link_gb_s": fetched / spent / 1e9,
-        "link_utilization": fetched / spent / link if link else 0.0,
+        "link_gb_s": fetched / seconds / 1e9,
+        "link_utilization": fetched / seconds / link if link else 0.0,
     }
 
 
 def _decode(
     engine: Engine, depth: str, count: int, settings: BenchConfig, rates: dict[str, float]
 ) -> dict[str, Any]:
-    few = settings.short_run
+    short_run = settings.short_run
     context = _depth(engine, depth, count, settings)
-    engine.run_on_engine_thread(lambda: _empty(engine))
-    engine.run_on_engine_thread(lambda: seed_state(engine))  # the row before has changed it
-    before, at, found = _experts(engine), context, []
-    slow = _run_decode(engine, at, count, few, settings)
+    engine.run_on_engine_thread(lambda: _reset_cache(engine))
+    engine.run_on_engine_thread(lambda: seed_state(engine))  # the last row has changed it
+    before, position, repeats = _experts(engine), context, []
+    cold_s = _run_decode(engine, position, count, short_run, settings)
     cold = _difference(before, _experts(engine))
-    if settings.warm_up > few:
-        _run_decode(engine, at + few, count, settings.warm_up - few, settings)
-    at += settings.warm_up
+    if settings.warm_up > short_run:
+        rest = settings.warm_up - short_run
+        _run_decode(engine, position + short_run, count, rest, settings)
+    position += settings.warm_up
     for _ in range(settings.repeats):
         before = _experts(engine)
-        seconds = _run_decode(engine, at, count, settings.tokens, settings)
-        after = _difference(before, _experts(engine))
-        found.append((seconds / (settings.tokens - 1), after))
-        at += settings.tokens
+        seconds = _run_decode(engine, position, count, settings.tokens, settings)
+        experts = _difference(before, _experts(engine))
+        repeats.append((seconds / (settings.tokens - 1), experts))
+        position += settings.tokens
     before = _experts(engine)
-    _run_decode(engine, at, count, few, settings)
+    _run_decode(engine, position, count, short_run, settings)
     warm = _difference(before, _experts(engine))
-    spent = statistics.median(one for one, _ in found)
-    total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
+    step_s = statistics.median(seconds for seconds, _ in repeats)
+    total = {name: sum(experts[name] for _, experts in repeats) for name in repeats[0][1]}
     steps = settings.repeats * settings.tokens
-    _need(engine, total, steps * count)
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / steps
+    _check_routed(engine, total, steps * count)
+    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
-    each = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
-    alike = 1e9 * engine.run_on_engine_thread(lambda: link_rate(engine, each))
-    floor = max(fetched / link if link else 0, read / memory if memory else 0)
+    fetch_batch = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
+    isolated = 1e9 * engine.run_on_engine_thread(lambda: link_rate(engine, fetch_batch))
+    roofline_s = max(fetched / link if link else 0, read / memory if memory else 0)
     return {
         "what": "decode",
         "depth": context,
         "sequences": count,
         "temperature": settings.temperature,
         "tokens": settings.tokens,
-        "tokens_per_s": count / spent,
-        "ms_per_token": spent * 1e3,
-        "samples_ms": [round(1e3 * one, 3) for one, _ in found],
-        "cold_ms_per_token": slow * 1e3 / max(1, few - 1),
-        "hit_rate_cold_64": _hits(cold),
-        "hit_rate_warm_64": _hits(warm),
-        "hit_rate": _hits(total),
+        "tokens_per_s": count / step_s,
+        "ms_per_token": step_s * 1e3,
+        "samples_ms": [round(1e3 * seconds, 3) for seconds, _ in repeats],
+        "cold_ms_per_token": cold_s * 1e3 / max(1, short_run - 1),
+        "hit_rate_cold_64": _hit_rate(cold),
+        "hit_rate_warm_64": _hit_rate(warm),
+        "hit_rate": _hit_rate(total),
         **total,
         "mb_fetched_per_token": fetched / 1e6,
         "mb_prefetched_per_token": total["prefetch_bytes"] / steps / 1e6,
         "prefetch_accuracy": total["prefetch_hits"] / max(1, total["prefetched"]),
-        "link_gb_s": fetched / spent / 1e9,
-        "fetch_batch": each,
-        "link_gb_s_isolated": alike / 1e9,
-        "link_utilization": fetched / spent / alike if alike else 0.0,
+        "link_gb_s": fetched / step_s / 1e9,
+        "fetch_batch": fetch_batch,
+        "link_gb_s_isolated": isolated / 1e9,
+        "link_utilization": fetched / step_s / isolated if isolated else 0.0,
         "mb_read_per_token": read / 1e6,
-        "vram_gb_s": read / spent / 1e9,
-        "vram_utilization": read / spent / memory if memory else 0.0,
-        "roofline_ms": floor * 1e3,
-        "roofline_fraction": floor / spent,
+        "vram_gb_s": read / step_s / 1e9,
+        "vram_utilization": read / step_s / memory if memory else 0.0,
+        "roofline_ms": roofline_s * 1e3,
+        "roofline_fraction": roofline_s / step_s,
     }
 
 
-def _empty(engine: Engine) -> None:
-    """The cache as after a start."""
-    if engine.runner.store.arena is not None:
+def _reset_cache(engine: Engine) -> None:
+    """Empty the expert cache, as after a first start."""
+    if engine.runner.store.host_experts is not None:
         reset_cache(engine.runner.ops, engine.runner.store.cache)
 
 
 def _depth(engine: Engine, depth: str, count: int, settings: BenchConfig) -> int:
-    """Tokens of context to stand at.  Raises: ConfigError."""
+    """Tokens of context of a decode row, from --depth.
+
+    Raises: ConfigError if `depth` is no size, or does not fit with the generated tokens.
+    """
     plan = engine.plan
-    more = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
-    room = min(engine.context, plan.num_pages * plan.page_size // count)
+    generated = settings.warm_up + settings.repeats * settings.tokens + settings.short_run
+    capacity = min(engine.context, plan.num_pages * plan.page_size // count)
     text = depth.lower()
     try:
         if text.endswith("%"):
-            tokens = int(room * float(text[:-1]) / 100)
+            tokens = int(capacity * float(text[:-1]) / 100)
         else:
             tokens = int(float(text.rstrip("k")) * (1024 if text.endswith("k") else 1))
     except ValueError:
         raise ConfigError(f"--depth is {depth!r}; write 1k, 4096 or 90%.") from None
-    most = room - more - count * SPACING
+    max_tokens = capacity - generated - count * SPACING
     if text.endswith("%"):
-        tokens = max(1, min(tokens, most))
-    if not 0 < tokens <= most or count > plan.max_num_seqs:
+        tokens = max(1, min(tokens, max_tokens))
+    if not 0 < tokens <= max_tokens or count > plan.max_num_seqs:
         raise ConfigError(
-            f"{count} sequences of {tokens} tokens, and {more} generated tokens each (--tokens "
-            f"{settings.tokens}, --repeats {settings.repeats}), do not fit: there is room for "
-            f"{plan.max_num_seqs} sequences of {room} tokens. "
+            f"{count} sequences of {tokens} tokens, and {generated} generated tokens each "
+            f"(--tokens {settings.tokens}, --repeats {settings.repeats}), do not fit: there is "
+            f"room for {plan.max_num_seqs} sequences of {capacity} tokens. "
             "Raise --context, --kv-cache-mb or --max-num-seqs, or lower --depth or --tokens."
         )
     return tokens
 
 
 SPACING = 768
-"""Tokens that sequences side by side stand apart: other prompts of a trace, at most four times."""
+"""Tokens between the positions of sequences that decode together.
+
+A quarter of a generated trace's 3,072 tokens: up to four sequences replay different routing."""
 
 
-def _run_decode(engine: Engine, at: int, count: int, tokens: int, settings: BenchConfig) -> float:
-    """Seconds from the first token to the last, of `count` sequences side by side."""
+def _run_decode(
+    engine: Engine, position: int, count: int, tokens: int, settings: BenchConfig
+) -> float:
+    """Seconds from the last sequence's first token to the last token, of `count` sequences."""
     params = settings.sampling(tokens)
     done = threading.Semaphore(0)
-    stamps: list[float] = []
+    times: list[float] = []
     errors: list[Exception] = []
 
     def on_event(event: Token | Finish) -> None:
         if isinstance(event, Token):
-            stamps.append(time.perf_counter())
+            times.append(time.perf_counter())
             return
         if event.error is not None:
             errors.append(event.error)
         done.release()
 
     for row in range(count):
-        prompt = [row + 1] * (at + row * SPACING + 1)
+        prompt = [row + 1] * (position + row * SPACING + 1)
         engine.submit(prompt, params, on_event, skip_prefill=True)
     for _ in range(count):
         done.acquire()
     if errors:
         raise errors[0]
-    stamps.sort()
-    return stamps[-1] - stamps[count - 1]
+    times.sort()
+    return times[-1] - times[count - 1]
 
 
 def _experts(engine: Engine) -> dict[str, int]:
-    found: dict[str, int] = engine.status()["experts"]
-    if found["routed"] != found["hit"] + found["missed"]:
-        raise AssertionError(f"the expert counters do not add up: {found}")
-    return found
+    """The expert counters.  Raises: AssertionError if they do not add up."""
+    counters: dict[str, int] = engine.status()["experts"]
+    if counters["routed"] != counters["hit"] + counters["missed"]:
+        raise AssertionError(f"the expert counters do not add up: {counters}")
+    return counters
 
 
 def _difference(before: dict[str, int], after: dict[str, int]) -> dict[str, int]:
     return {name: after[name] - before[name] for name in after}
 
 
-def _need(engine: Engine, experts: dict[str, int], tokens: int) -> None:
-    """Raises: AssertionError where fewer experts were asked for than so many tokens have."""
-    asked = tokens * engine.config.num_layers * engine.config.top_k
-    if experts["routed"] < asked:
+def _check_routed(engine: Engine, experts: dict[str, int], tokens: int) -> None:
+    """Raises: AssertionError if the counters have fewer routed experts than `tokens` need."""
+    expected = tokens * engine.config.num_layers * engine.config.top_k
+    if experts["routed"] < expected:
         raise AssertionError(
-            f"{tokens} tokens route to {asked} experts; the counters have {experts}"
+            f"{tokens} tokens route to {expected} experts; the counters have {experts}"
         )
 
 
-def _hits(experts: dict[str, int]) -> float:
+def _hit_rate(experts: dict[str, int]) -> float:
     return experts["hit"] / max(1, experts["routed"])
 
 
 def _bytes_read(engine: Engine, depth: int, count: int) -> float:
-    """Bytes of VRAM that a step of one token a sequence has to read or write at least."""
+    """The least bytes of VRAM that a decode step of `count` sequences reads or writes."""
     plan, config, cache = engine.plan, engine.config, engine.runner.store.cache
     state = engine.runner.state
     pages = state.pages * state.page
@@ -390,25 +405,26 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         if mixer != "attention"
         for array in arrays(layer)
     )
-    experts = config.num_layers * config.top_k * cache.record.nbytes
+    experts = config.num_layers * config.top_k * cache.layout.nbytes
     return float(plan.vram.get("weights", 0) + count * (kv + recurrent + experts))
 
 
-def link_rate(engine: Engine, records: int | None = None) -> float:
-    """GB/s of fetching so many records at once with nothing else running, as many as a step may
-    where none are named; 0 where nothing is ever fetched.
+def link_rate(engine: Engine, experts: int | None = None) -> float:
+    """GB/s of fetching `experts` packed experts at once with nothing else running.
 
-    Experts are fetched into the slots where they are: nothing changes.
+    None takes as many as a step may fetch.  0 if the engine never fetches.
+    Each resident expert is fetched into its own slot, so that no slot changes.
     """
     ops, store = engine.runner.ops, engine.runner.store
     cache, plan = store.cache, store.plan
-    machine = getattr(ops, "machine", None)
-    if store.arena is None or machine is None:
+    machine = getattr(ops, "runtime", None)
+    if store.host_experts is None or machine is None:
         return 0.0
     counters = ops.copy_d2h(cache.counters)
-    held: npt.NDArray[Any] = ops.copy_d2h(cache.slot_to_expert[0])
-    slots = np.arange(min(len(held), plan.expert.shape[0], records or len(held)), dtype=np.int32)
-    expert = np.where(held[slots] < 0, slots, held[slots])  # a free slot may hold anything
+    resident: npt.NDArray[Any] = ops.copy_d2h(cache.slot_to_expert[0])
+    count = min(len(resident), plan.expert.shape[0], experts or len(resident))
+    slots = np.arange(count, dtype=np.int32)
+    expert = np.where(resident[slots] < 0, slots, resident[slots])  # a free slot: any expert
     entries = np.zeros((4, plan.expert.shape[0]), np.int32)
     entries[0, : len(slots)], entries[1, : len(slots)], entries[2:, : len(slots)] = (
         expert, slots, 1,
@@ -422,17 +438,17 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
     for _ in range(9):
         start = Event(machine.device).record(machine.stream)
         for _ in range(4):
-            ops.fetch_experts(cache, plan, store.arena, 0)
+            ops.fetch_experts(cache, plan, store.host_experts, 0)
         end = Event(machine.device).record(machine.stream)
         times.append((end - start) / 4)
     ops.copy_h2d(cache.counters, counters)
-    return float(len(slots) * cache.record.nbytes / statistics.median(times) / 1e6)
+    return float(len(slots) * cache.layout.nbytes / statistics.median(times) / 1e6)
 
 
 def _verify(engine: Engine) -> int:
-    """Slots compared with their records in host memory; 0 where there is no arena."""
+    """Compare sampled slots with host memory: how many were compared, 0 without host experts."""
     store, ops = engine.runner.store, engine.runner.ops
-    if store.arena is None:
+    if store.host_experts is None:
         return 0
-    records: Any = ops.host_view(store.arena.records)
+    records: Any = ops.host_view(store.host_experts.packed)
     return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))

@@ -14,7 +14,7 @@ from osmium.cli.render import Display
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams, Token
 from osmium.errors import CheckpointError, ConfigError
-from osmium.text.reasoning import ShownReply, starts_in_thought
+from osmium.text.reasoning import DisplayedResponse, starts_in_reasoning
 from osmium.text.tokenizer import Tokenizer
 
 __all__ = ["Interrupt", "Rendered", "Response", "render", "respond", "tokenizer_of"]
@@ -98,7 +98,7 @@ def render(engine: Engine, messages: list[dict[str, Any]], think: bool | None) -
         raise ConfigError(f"{engine.name} has no chat template; use `osmium run --raw`.")
     more = {} if think is None else {"enable_thinking": think}
     text = engine.template.render(messages, **more)
-    return Rendered(tokenizer.encode(text), starts_in_thought(text))
+    return Rendered(tokenizer.encode(text), starts_in_reasoning(text))
 
 
 def respond(
@@ -114,7 +114,7 @@ def respond(
     """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = engine.submit(prompt.ids, params, events.put)
-    reply, thoughts, answers, tokens = ShownReply(prompt.thinking), [], [], 0
+    reply, thoughts, answers, tokens = DisplayedResponse(prompt.thinking), [], [], 0
     waiting = contextlib.ExitStack()
     try:
         progress = waiting.enter_context(progress_bar())

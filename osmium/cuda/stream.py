@@ -89,12 +89,14 @@ class Graph:
 class Stream:
     """Launches and copies, in order."""
 
-    def __init__(self, device: Device, first: bool = True) -> None:
+    def __init__(self, device: Device, high_priority: bool = True) -> None:
         """With `first` its blocks get multiprocessors before those of streams without."""
         self.device = device
         # 1: does not wait for the null stream.  The smaller the priority's number, the sooner.
         least, most = device.driver("cuCtxGetStreamPriorityRange")
-        self.handle = device.driver("cuStreamCreateWithPriority", 1, most if first else least)
+        self.handle = device.driver(
+            "cuStreamCreateWithPriority", 1, most if high_priority else least
+        )
         self._packed: dict[Launchable, tuple[Any, Any, int]] = {}
         self._capturing = False
         self._follows = False
@@ -233,7 +235,7 @@ class CudaRuntime:
         """What host memory of that kind and VRAM were measured to give; 0: not measured."""
         self.pool = DevicePool(device)
         self.stream = Stream(device)
-        self.side_streams = Stream(device, first=False), Stream(device)
+        self.side_streams = Stream(device, high_priority=False), Stream(device)
         """What is done beside: the second early, by blocks that come before others."""
         self._forked, self._joined = Event(device), Event(device)
         self.host_kind: HostKind = host_kind
@@ -324,17 +326,17 @@ class CudaRuntime:
         (graph,) = made
         return lambda: graph.replay(self.stream)
 
-    def fork_side_stream(self, early: bool = False) -> Stream:
+    def fork_side_stream(self, prefetch: bool = False) -> Stream:
         """A side stream, which goes on from where the main one is."""
         self._forked.record(self.stream)
-        self.side_streams[early].wait(self._forked)
-        return self.side_streams[early]
+        self.side_streams[prefetch].wait(self._forked)
+        return self.side_streams[prefetch]
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         """The main stream goes on when the side stream is done; its next kernel may still begin
         while its last one ends."""
         follows = self.stream._follows
-        self._joined.record(self.side_streams[early])
+        self._joined.record(self.side_streams[prefetch])
         self.stream.wait(self._joined)
         self.stream._follows = follows
 

@@ -401,10 +401,10 @@ class Engine:
 
     def _decode_on_device(self, batch: Batch) -> None:
         """Let the device go from token to token, until something else is to be done."""
-        reply = self._runner.start_decode(batch)
+        reply, lookahead = self._runner.start_decode(batch), self._runner.lookahead_steps
         reply.launch()
         while reply.in_flight:
-            while reply.in_flight <= self._runner.ahead and self._can_continue_decode(reply):
+            while reply.in_flight <= lookahead and self._can_continue_decode(reply):
                 reply.launch()
             for request, token in zip(reply.requests, reply.wait_tokens(), strict=True):
                 if request.done or token == -2:

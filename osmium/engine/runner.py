@@ -37,18 +37,20 @@ STALL_SECONDS = 2.0
 """Seconds without mail after which the host asks whether the device still works."""
 
 
-def runner_bytes(vocab: int, rows: int, sequences: int, table: int) -> int:
+def runner_bytes(vocab: int, rows: int, sequences: int, max_pages_per_seq: int) -> int:
     """Bytes of the runner's own arrays."""
     replies = sequences * 7 + 16
     scratch = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
         for shape, dtype in DecodeState.scratch(min(sequences, rows, LOGIT_ROWS), vocab).values()
     )
-    return 4 * (_integers(rows, sequences, table) + LOGIT_ROWS * vocab + replies) + scratch
+    return (
+        4 * (_integers(rows, sequences, max_pages_per_seq) + LOGIT_ROWS * vocab + replies) + scratch
+    )
 
 
-def _integers(rows: int, sequences: int, table: int) -> int:
-    return 4 * rows + 3 * sequences + 1 + sequences * table
+def _integers(rows: int, sequences: int, max_pages_per_seq: int) -> int:
+    return 4 * rows + 3 * sequences + 1 + sequences * max_pages_per_seq
 
 
 class ModelRunner:
@@ -61,8 +63,8 @@ class ModelRunner:
         store: ExpertRunner,
         state: ModelState,
         sequences: int,
-        table: int,
-        ahead: int = 0,
+        max_pages_per_seq: int,
+        lookahead_steps: int = 0,
     ) -> None:
         """Steps have at most the model's rows, of `sequences` sequences of `table` pages each.
 
@@ -70,12 +72,17 @@ class ModelRunner:
         `ahead` steps of a reply are launched before their predecessor's token is seen.
         Raises: OutOfMemory.
         """
-        assert 0 <= ahead < MAX_STEPS_IN_FLIGHT
+        assert 0 <= lookahead_steps < MAX_STEPS_IN_FLIGHT
         self.ops, self.model, self.store, self.state = ops, model, store, state
         rows = model.rows
-        self.rows, self.sequences, self.table, self.ahead = rows, sequences, table, ahead
-        self._block = ops.empty((_integers(rows, sequences, table),), np.int32)
-        self._host = np.zeros(_integers(rows, sequences, table), np.int32)
+        self.rows, self.sequences, self.max_pages_per_seq, self.lookahead_steps = (
+            rows,
+            sequences,
+            max_pages_per_seq,
+            lookahead_steps,
+        )
+        self._block = ops.empty((_integers(rows, sequences, max_pages_per_seq),), np.int32)
+        self._host = np.zeros(_integers(rows, sequences, max_pages_per_seq), np.int32)
         self._device_views, self._host_views = self._views(self._block), self._views(self._host)
         self._logits = ops.empty((LOGIT_ROWS, model.config.vocab_size), np.float32)
         self.replies = self._make_replies(min(sequences, rows, LOGIT_ROWS))
@@ -90,7 +97,7 @@ class ModelRunner:
     def _make_replies(self, rows: int) -> DecodeState:
         ops, eos = self.ops, self.model.config.eos_token_ids
         return DecodeState(
-            ring=MAX_STEPS_IN_FLIGHT,
+            ring_size=MAX_STEPS_IN_FLIGHT,
             null_slot=self.state.slots - 1,
             null_page=self.state.pages - 1,
             sampler_params=ops.empty((rows, 4), np.float32),
@@ -151,7 +158,7 @@ class ModelRunner:
         of slots, so they are captured again where they existed.
         """
         ops, store = self.ops, self.store
-        if store.arena is None:
+        if store.host_experts is None:
             return 0
         heat = snapshot_usage(ops, store.cache)  # and all is done that was launched
         each = rebalanced_slots(heat, [layer.shape[0] for layer in store.cache.slots], store.top_k)
@@ -165,7 +172,7 @@ class ModelRunner:
         self._ready = 0
         if self._prepared:
             self.capture_graphs()
-        count = warm_cache(ops, store.cache, store.arena, heat)
+        count = warm_cache(ops, store.cache, store.host_experts, heat)
         ops.copy_h2d(store.cache.counters, counters)
         return count
 
@@ -237,7 +244,7 @@ class ModelRunner:
 
     def set_page(self, row: int, entry: int, page: int) -> None:
         """Entry `entry` of a row's page table, for the steps launched from now on."""
-        at = row * self.table + entry
+        at = row * self.max_pages_per_seq + entry
         self.ops.copy_h2d(self._device_views["pages"][at : at + 1], np.array([page], np.int32))
 
     def logits(self, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
@@ -271,7 +278,7 @@ class ModelRunner:
             views["starts"][s + 1] = row + count
             views["past"][s] = past
             views["slots"][s] = request.state_slot
-            pages = views["pages"][s * self.table : (s + 1) * self.table]
+            pages = views["pages"][s * self.max_pages_per_seq : (s + 1) * self.max_pages_per_seq]
             pages[: len(request.pages)] = request.pages
             row += count
         self.ops.copy_h2d(self._block, self._host)
@@ -280,11 +287,11 @@ class ModelRunner:
     def _step_views(self, tokens: int, sequences: int) -> StepInputs:
         """The step that the block describes."""
         device = self._device_views
-        table = device["pages"].reshape(self.sequences, self.table)
+        table = device["pages"].reshape(self.sequences, self.max_pages_per_seq)
         return StepInputs(
             tokens=tokens,
             sequences=sequences,
-            page=self.state.page,
+            page_size=self.state.page,
             ids=device["ids"][:tokens],
             positions=device["positions"][:tokens],
             sequence_ids=device["sequence"][:tokens],
@@ -300,7 +307,7 @@ class ModelRunner:
         at, views = 0, {}
         for name, size in (
             ("ids", n), ("positions", n), ("sequence", n), ("wanted", n),
-            ("starts", s + 1), ("past", s), ("slots", s), ("pages", s * self.table),
+            ("starts", s + 1), ("past", s), ("slots", s), ("pages", s * self.max_pages_per_seq),
         ):  # fmt: skip
             views[name] = block[at : at + size]
             at += size

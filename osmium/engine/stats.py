@@ -91,7 +91,7 @@ class EngineStats:
 
     def __init__(self, scheduler: Scheduler, store: Any, link_gb_s: float = 0.0) -> None:
         self.scheduler, self._store, self.link_gb_s = scheduler, store, link_gb_s
-        self.record_bytes: int = store.cache.record.nbytes
+        self.record_bytes: int = store.cache.layout.nbytes
         self.tokens = {"prompt": 0, "completion": 0}
         self.finished = dict.fromkeys(FinishReason, 0)
         self.itl_s, self.ttft_s = Histogram(TOKEN_S), Histogram(FIRST_S)

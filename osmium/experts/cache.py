@@ -25,14 +25,18 @@ and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(
-    ops: Ops, arena: HostExperts, capacity: int, top_k: int, each: Sequence[int] | None = None
+    ops: Ops,
+    host_experts: HostExperts,
+    capacity: int,
+    top_k: int,
+    each: Sequence[int] | None = None,
 ) -> ExpertCache:
     """A cache of `capacity` slots a layer, or of `each` layer's own, as many in all: empty, or
     wholly resident and filled from the arena where there is a slot for every expert.
 
     Raises: ConfigError, OutOfMemory.
     """
-    layers, experts, nbytes = arena.records.shape
+    layers, experts, nbytes = host_experts.packed.shape
     if capacity < top_k:
         raise ConfigError(
             f"--expert-slots is {capacity}; it must be at least {top_k}, the experts per token."
@@ -42,22 +46,22 @@ def make_cache(
         each = [capacity] * layers if each is None else each
         assert sum(each) == layers * capacity and top_k <= min(each), f"{each} slots"
         slots = ops.empty((layers * capacity, nbytes), np.uint8)
-        return _cache(ops, arena.record, slots, each, experts)
+        return _cache(ops, host_experts.layout, slots, each, experts)
     slots = ops.empty((layers, capacity, nbytes), np.uint8)
     for layer in range(layers):
-        ops.copy(slots[layer : layer + 1], arena.records[layer : layer + 1])
-    return resident_cache(ops, arena.record, slots)
+        ops.copy(slots[layer : layer + 1], host_experts.packed[layer : layer + 1])
+    return resident_cache(ops, host_experts.layout, slots)
 
 
-def resident_cache(ops: Ops, record: ExpertLayout, slots: Array) -> ExpertCache:
+def resident_cache(ops: Ops, layout: ExpertLayout, slots: Array) -> ExpertCache:
     """A cache in which expert e of every layer is in slot e for good.
 
     slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
     """
-    layers, experts, nbytes = slots.shape
-    whole = slots.reshape(layers * experts, nbytes)
-    cache = _cache(ops, record, whole, [experts] * layers, experts)
-    everyone = np.arange(experts, dtype=np.int32)
+    layers, num_experts, nbytes = slots.shape
+    whole = slots.reshape(layers * num_experts, nbytes)
+    cache = _cache(ops, layout, whole, [num_experts] * layers, num_experts)
+    everyone = np.arange(num_experts, dtype=np.int32)
     ops.copy_h2d(cache.expert_to_slot, np.tile(everyone, (layers, 1)))
     for layer in cache.slot_to_expert:
         ops.copy_h2d(layer, everyone)
@@ -69,7 +73,7 @@ def resize_layers(cache: ExpertCache, each: Sequence[int]) -> ExpertCache:
     be said anew: tables keep what they held."""
     assert cache.storage is not None, "a cache that is not made here is cut once for all"
     slots, expert_in = cache.storage
-    assert sum(each) == slots.shape[0] and max(each) <= cache.experts, f"{each} slots"
+    assert sum(each) == slots.shape[0] and max(each) <= cache.num_experts, f"{each} slots"
     return replace(cache, slots=_parts(slots, each), slot_to_expert=_parts(expert_in, each))
 
 
@@ -80,20 +84,20 @@ def _parts(whole: Array, each: Sequence[int]) -> tuple[Array, ...]:
 
 
 def _cache(
-    ops: Ops, record: ExpertLayout, slots: Array, each: Sequence[int], experts: int
+    ops: Ops, layout: ExpertLayout, slots: Array, each: Sequence[int], num_experts: int
 ) -> ExpertCache:
     """An empty cache over all layers' `slots`.  Raises: OutOfMemory."""
     layers, expert_in = len(each), ops.empty((slots.shape[0],), np.int32)
     made = ExpertCache(
-        record=record,
-        experts=experts,
-        fading=DECAY,
+        layout=layout,
+        num_experts=num_experts,
+        decay=DECAY,
         slots=_parts(slots, each),
-        expert_to_slot=ops.empty((layers, experts), np.int32),
+        expert_to_slot=ops.empty((layers, num_experts), np.int32),
         slot_to_expert=_parts(expert_in, each),
-        short_count=ops.empty((layers, experts), np.float32),
-        long_count=ops.empty((layers, experts), np.float32),
-        last_used=ops.empty((layers, experts), np.int32),
+        short_count=ops.empty((layers, num_experts), np.float32),
+        long_count=ops.empty((layers, num_experts), np.float32),
+        last_used=ops.empty((layers, num_experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((7,), np.int64),
         storage=(slots, expert_in),
@@ -111,9 +115,9 @@ def reset_cache(ops: Ops, cache: ExpertCache) -> None:
         ops.memset(zero, 0)
 
 
-def cache_bytes(record: ExpertLayout, layers: int, experts: int, capacity: int) -> int:
+def cache_bytes(layout: ExpertLayout, layers: int, num_experts: int, capacity: int) -> int:
     """Bytes of the cache's arrays."""
-    return layers * (capacity * (record.nbytes + 4) + experts * 16) + 60
+    return layers * (capacity * (layout.nbytes + 4) + num_experts * 16) + 60
 
 
 def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:

@@ -26,15 +26,15 @@ u8 [n, nbytes]; what it returns waits until they are there, and raises what went
 
 def load_host_experts(
     ops: Ops,
-    record: ExpertLayout,
+    layout: ExpertLayout,
     layers: int,
-    experts: int,
+    num_experts: int,
     begin: StartRead,
     progress: Progress | None,
 ) -> HostExperts:
     """All experts in mapped host memory.  Raises: OutOfMemory, and what reading raises; then
     nothing is kept."""
-    shape = (layers, experts, record.nbytes)
+    shape = (layers, num_experts, layout.nbytes)
 
     def fill(memory: npt.NDArray[np.uint8]) -> None:
         view, waits = memory.reshape(shape), Waits()
@@ -48,14 +48,14 @@ def load_host_experts(
                     if progress:
                         progress("experts", layer, layers)
 
-    return HostExperts(record, ops.empty_mapped(shape, np.uint8, fill))
+    return HostExperts(layout, ops.empty_mapped(shape, np.uint8, fill))
 
 
 def load_resident_experts(
     ops: Ops,
-    record: ExpertLayout,
+    layout: ExpertLayout,
     layers: int,
-    experts: int,
+    num_experts: int,
     begin: StartRead,
     progress: Progress | None,
 ) -> Array:
@@ -64,27 +64,27 @@ def load_resident_experts(
     Read through one layer's worth of mapped memory, in two halves: one is copied to the device
     while the other is read.  Raises: OutOfMemory, and what reading raises; then nothing is kept.
     """
-    slots = ops.empty((layers, experts, record.nbytes), np.uint8)
-    flat = slots.reshape(layers * experts, record.nbytes)
-    half = -(-experts // 2)
-    staging = ops.empty_mapped((2, half, record.nbytes), np.uint8)
+    slots = ops.empty((layers, num_experts, layout.nbytes), np.uint8)
+    flat = slots.reshape(layers * num_experts, layout.nbytes)
+    half = -(-num_experts // 2)
+    staging = ops.empty_mapped((2, half, layout.nbytes), np.uint8)
     waits: Waits = []
     with _given_back_if_it_fails(ops, staging), waited_for(waits):
         rooms = np.asarray(ops.host_view(staging), np.uint8)
-        parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
+        parts = [(layer, first) for layer in range(layers) for first in range(0, num_experts, half)]
         for number in range(len(parts) + 1):
             if number < len(parts):
                 layer, first = parts[number]
-                waits.append(begin(layer, first, rooms[number % 2][: experts - first]))
+                waits.append(begin(layer, first, rooms[number % 2][: num_experts - first]))
             if number:
                 layer, first = parts[number - 1]
-                room = rooms[(number - 1) % 2][: experts - first]
+                room = rooms[(number - 1) % 2][: num_experts - first]
                 waits[0]()
                 waits.pop(0)
-                at = layer * experts + first
+                at = layer * num_experts + first
                 ops.copy_h2d(flat[at : at + len(room)], room)
                 ops.synchronize()  # the part after the next is read into it
-                if progress and first + half >= experts:
+                if progress and first + half >= num_experts:
                     progress("experts", layer + 1, layers)
     ops.release(staging)
     return slots
@@ -102,14 +102,14 @@ def _given_back_if_it_fails(ops: Ops, memory: Array) -> Iterator[None]:
         raise
 
 
-def wrap_host_experts(record: ExpertLayout, records: npt.NDArray[Any]) -> HostExperts:
+def wrap_host_experts(layout: ExpertLayout, packed: npt.NDArray[Any]) -> HostExperts:
     """An arena over records that are already in memory, or mapped from a file; nothing is copied.
 
     Raises: CheckpointError where they are not u8 [L, E, record.nbytes].
     """
-    if records.dtype != np.uint8 or records.ndim != 3 or records.shape[2] != record.nbytes:
+    if packed.dtype != np.uint8 or packed.ndim != 3 or packed.shape[2] != layout.nbytes:
         raise CheckpointError(
-            f"The expert records are {records.dtype} {list(records.shape)}; they must be uint8 "
-            f"[layers, experts, {record.nbytes}]."
+            f"The expert records are {packed.dtype} {list(packed.shape)}; they must be uint8 "
+            f"[layers, experts, {layout.nbytes}]."
         )
-    return HostExperts(record, records)
+    return HostExperts(layout, packed)

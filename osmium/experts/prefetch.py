@@ -21,9 +21,9 @@ def make_prefetch_state(ops: Ops, layers: int, experts: int, top_k: int) -> Pref
     made = PrefetchState(
         ids=ops.empty((ROWS, top_k), np.uint16),
         weights=ops.empty((ROWS, top_k), np.float32),
-        scores=ops.empty((ROWS, experts + 1), np.float32),
+        router_logits=ops.empty((ROWS, experts + 1), np.float32),
         counters=ops.empty((4,), np.int64),
-        arrived=ops.empty(ROUTER_BARRIER_SHAPE, np.int32),
+        barrier=ops.empty(ROUTER_BARRIER_SHAPE, np.int32),
         expert=ops.empty((layers,), np.int32),
         slot=ops.empty((layers,), np.int32),
         state=ops.empty((layers, FETCH_BLOCKS), np.int32),
@@ -33,7 +33,7 @@ def make_prefetch_state(ops: Ops, layers: int, experts: int, top_k: int) -> Pref
     ops.memset(made.expert, 0xFF)  # -1
     for zero in (
         made.counters,
-        made.arrived,
+        made.barrier,
         made.slot,
         made.state,
         made.segments_done,

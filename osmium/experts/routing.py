@@ -144,18 +144,18 @@ def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids |
 
 
 def predict_experts(
-    ops: Ops, h: MatmulInput, router: LinearWeight, experts: int, top_k: int
+    ops: Ops, h: MatmulInput, router: LinearWeight, num_experts: int, top_k: int
 ) -> tuple[Ids, F32]:
     """Whom a router would choose for rows h [T, D], u16 [T, A], and their weights, f32 [T, A], on
     the host.  Allocates and waits, as recording does."""
     tokens = h.f32.shape[0]
     ids, weights = ops.empty((tokens, top_k), np.uint16), ops.empty((tokens, top_k), np.float32)
-    scores, counters = (
+    router_logits, counters = (
         ops.empty((tokens, router.out_features), np.float32),
         ops.to_device(np.zeros(4, np.int64)),
     )
-    ops.linear(scores, h, router)
-    ops.topk_softmax(ids, weights, scores, experts, counters)
+    ops.linear(router_logits, h, router)
+    ops.topk_softmax(ids, weights, router_logits, num_experts, counters)
     chosen, by = ops.copy_d2h(ids), ops.copy_d2h(weights)
     return chosen.astype(np.uint16, copy=False), by.astype(np.float32, copy=False)
 

@@ -47,31 +47,31 @@ class ExpertRunner:
     def __init__(
         self,
         ops: Ops,
-        arena: HostExperts | None,
+        host_experts: HostExperts | None,
         cache: ExpertCache,
         rows: int,
         top_k: int,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
         """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
         at most `rows` at once.  With room for a guess an expert of the next layer is fetched while
         the link has nothing else to do.  Raises: OutOfMemory."""
-        resident = cache.capacity == cache.experts
-        assert resident or arena is not None, "experts that are not resident need an arena"
+        resident = cache.capacity == cache.num_experts
+        assert resident or host_experts is not None, "experts that are not resident need an arena"
         self.ops = ops
-        self.arena = None if resident else arena  # nothing is ever fetched
+        self.host_experts = None if resident else host_experts  # nothing is ever fetched
         self.trace: Array | None = None
         """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
         self.predicted: Array | None = None
         """u16 [N, L, A]: what is replayed of the routing that was guessed."""
         self.recorder: RoutingRecorder | None = None
         """Collects which experts are asked for, where somebody wants to know."""
-        self.block = _block(rows, cache.capacity, cache.experts, top_k)
+        self.block = _block(rows, cache.capacity, cache.num_experts, top_k)
         self.top_k = top_k
         self.set_cache(cache)
-        self._guess = self._asked = None if resident else guess
-        most = min(cache.experts, self.block * top_k)
-        self.inner = ops.empty_input(self.block * top_k, cache.record.inner)
+        self._guess = self._asked = None if resident else prefetch
+        most = min(cache.num_experts, self.block * top_k)
+        self.inner = ops.empty_input(self.block * top_k, cache.layout.inner)
         self.plan = SlotAssignment(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
@@ -88,7 +88,7 @@ class ExpertRunner:
         each = [layer.shape[0] for layer in cache.slots]
         assert min(each) >= self.top_k, f"{each} slots for a row's {self.top_k} experts"
         self.cache = cache
-        self.blocks = [_block(self.block, slots, cache.experts, self.top_k) for slots in each]
+        self.blocks = [_block(self.block, slots, cache.num_experts, self.top_k) for slots in each]
         """Rows at once of each layer."""
 
     def replay(self, trace: Array, predicted: Array | None) -> None:
@@ -118,13 +118,13 @@ class ExpertRunner:
     def step(self, tokens: int) -> Iterator[None]:
         """All layers of a step of so many rows: what they guess is fetched beside them."""
         guess = self.guess(tokens)
-        if guess is None or self.arena is None:
+        if guess is None or self.host_experts is None:
             yield
             return
-        with self.ops.on_side_stream(early=True):
-            self.ops.prefetch_experts(self.cache, guess, self.arena)
+        with self.ops.on_side_stream(prefetch=True):
+            self.ops.prefetch_experts(self.cache, guess, self.host_experts)
         yield
-        self.ops.join_side_stream(early=True)
+        self.ops.join_side_stream(prefetch=True)
 
     def forward(
         self,
@@ -134,13 +134,13 @@ class ExpertRunner:
         weights: Array,
         layer: int,
         shared: SharedExpert,
-        scores: Array,
+        router_logits: Array,
         shared_inner: MatmulInput,
-        both: Array,
-        said: Array,
+        gate_up: Array,
+        shared_out: Array,
         y: Array,
         norm: Array,
-        ahead: Array | None = None,
+        l2_prefetch: Array | None = None,
     ) -> None:
         """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], and the shared expert
         times its gate; h = norm(x).
@@ -149,11 +149,11 @@ class ExpertRunner:
         scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
         said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch_experts
         """
-        ops, cache, guess = self.ops, self.cache, self.guess(x.shape[0])
+        ops, cache, prefetch = self.ops, self.cache, self.guess(x.shape[0])
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_d2h(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
-        plan = None if self.arena is None else self.plan
+        plan = None if self.host_experts is None else self.plan
         block = self.blocks[layer]
         for start in range(0, tokens, block):
             rows = slice(start, min(start + block, tokens))
@@ -161,18 +161,18 @@ class ExpertRunner:
             pairs, own = self.inner[: some.shape[0] * top_k], shared_inner[rows]
             up = (pairs, own, h[rows], some, plan, cache, layer)
             down = (x[rows], pairs, own, some, weights[rows], plan, cache, layer)
-            with_up = (shared, both[rows])
-            with_down = (shared, scores[rows], said[rows], y[rows], h[rows], norm)
+            with_up = (shared, gate_up[rows])
+            with_down = (shared, router_logits[rows], shared_out[rows], y[rows], h[rows], norm)
             if plan is None:
                 ops.expert_up(*up, "all", *with_up)
                 ops.expert_down(*down, "all", *with_down)
                 continue
-            assert self.arena is not None, "what is placed is fetched from somewhere"
-            ops.assign_slots(plan, cache, layer, some, guess)
+            assert self.host_experts is not None, "what is placed is fetched from somewhere"
+            ops.assign_slots(plan, cache, layer, some, prefetch)
             with ops.on_side_stream():  # what was there, while the others are fetched
-                ops.expert_up(*up, "there", *with_up)
-                ops.expert_down(*down, "there", *with_down)
-            ops.fetch_experts(cache, plan, self.arena, layer, ahead, guess)
+                ops.expert_up(*up, "hits", *with_up)
+                ops.expert_down(*down, "hits", *with_down)
+            ops.fetch_experts(cache, plan, self.host_experts, layer, l2_prefetch, prefetch)
             ops.expert_up(*up, "rest", *with_up)
             ops.join_side_stream()
             ops.expert_down(*down, "rest", *with_down)
@@ -184,7 +184,7 @@ class ExpertRunner:
         """
         found = (int(n) for n in self.ops.copy_d2h(self.cache.counters))
         routed, hit, fetched, copied, guessed, right, pieces = found
-        if self.arena is None:
+        if self.host_experts is None:
             hit = routed  # nothing is placed, so nobody counts
         assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
         return ExpertCounters(

@@ -98,8 +98,8 @@ def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
         decay = np.exp2(-np.maximum(ages, 0).astype(np.float32) * np.float32(1 / half_life))
         return np.where(used, count * decay, 0).astype(np.float32)
 
-    short = faded(heat, cache.fading.half_life)
-    long = faded(long_heat, cache.fading.long_half_life)
+    short = faded(heat, cache.decay.half_life)
+    long = faded(long_heat, cache.decay.long_half_life)
     return UsageSnapshot(short, long, min(int(step[0]), MAX_STEPS), ages, slot_of >= 0)
 
 
@@ -201,7 +201,7 @@ def rebalanced_slots(heat: UsageSnapshot, now: Sequence[int], top_k: int) -> lis
     return each if MIN_MOVED_FRACTION * moved >= sum(now) else None
 
 
-def warm_cache(ops: Ops, cache: ExpertCache, arena: HostExperts, heat: UsageSnapshot) -> int:
+def warm_cache(ops: Ops, cache: ExpertCache, host_experts: HostExperts, heat: UsageSnapshot) -> int:
     """Put the heat into a cache that nobody has used, and the hottest experts into its slots;
     how many.  What was in the slots is out.
 
@@ -211,7 +211,7 @@ def warm_cache(ops: Ops, cache: ExpertCache, arena: HostExperts, heat: UsageSnap
     """
     slot_of = np.full(cache.expert_to_slot.shape, -1, np.int32)
     for layer, slots in enumerate(cache.slots):
-        expert_in, records = np.full(slots.shape[0], -1, np.int32), arena.records[layer]
+        expert_in, records = np.full(slots.shape[0], -1, np.int32), host_experts.packed[layer]
         for slot, expert in enumerate(heat.top_experts(layer, slots.shape[0])[::-1]):
             slot_of[layer, expert], expert_in[slot] = slot, expert
             ops.copy(slots[slot : slot + 1], records[int(expert) : int(expert) + 1])

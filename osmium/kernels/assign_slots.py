@@ -1,12 +1,12 @@
-"""place: which slot every needed expert has, who must leave for it, and what to fetch.
+"""assign_slots: gives every routed expert of a layer an expert slot, and lists what to fetch.
 
-One thread block does a layer; its threads take experts, slots and pairs in turns.  Memory is read
-at the start and no load waits for another; from there on all is in shared memory.  Knows nothing of
-bytes: `fetch` copies what the plan says.  A second block looks meanwhile for an expert of the next
-layer that is worth fetching before it is asked for; what it reads and writes is that layer's.
+One thread block handles a layer.  It reads global memory at the start, with all loads in flight at
+once, and works in shared memory from there on.  fetch_experts copies the bytes that the slot
+assignment lists.  A second thread block selects an expert of the next layer to prefetch; it writes
+the next layer's tables only.  Method: docs/expert-cache.md.
 
-Loops say `while`: for a range with a step Numba divides to count its turns, and keeps its index by
-ten instructions where one does.
+Loops are `while` loops: for a range with a step Numba emits a division for the trip count, and ten
+index instructions per iteration instead of one.
 """
 
 import math
@@ -29,13 +29,13 @@ BLOCK_THREADS = 256
 """Threads of a block."""
 
 STOP, DROP = 1 << 30, 1 << 29
-"""As of ops.values: the layer is placed; and the guess was wrong."""
+"""As in ops.types: the layer has its slots; the predicted expert is not needed."""
 
-PREFETCH_BONUS = 0.02
-"""As of ops.values: added to the warmth of who is guessed."""
+PREFETCH_SCORE_BIAS = 0.02
+"""As in ops.types: added to the eviction score of a predicted expert."""
 
 INT32_MAX = (1 << 31) - 1
-"""Past every slot, expert, and warmth as bits."""
+"""Larger than every slot, expert id and eviction score as bits."""
 
 
 @python_kernel(
@@ -55,297 +55,306 @@ def assign_slots(
     count: Any,
     expert: Any,
     slot: Any,
-    fetch: Any,
+    fetch_flags: Any,
     uses: Any,
-    pair: Any,
-    arrived: Any,
-    slot_of: Any,
-    expert_in: Any,
-    heat: Any,
-    long_heat: Any,
-    stamp: Any,
+    pair_slots: Any,
+    fetch_progress: Any,
+    expert_to_slot: Any,
+    slot_to_expert: Any,
+    short_count: Any,
+    long_count: Any,
+    last_used: Any,
     step: Any,
     counters: Any,
     ids: Any,
-    next_slot_of: Any,
-    next_expert_in: Any,
-    next_heat: Any,
-    next_long_heat: Any,
-    next_stamp: Any,
-    guess_ids: Any,
-    guess_weights: Any,
-    guess_expert: Any,
-    guess_slot: Any,
-    guess_state: Any,
-    guess_done: Any,
-    guess_go: Any,
-    pairs: int,
-    experts: int,
-    capacity: int,
-    next_capacity: int,
-    next_first: int,
-    entries: int,
+    next_expert_to_slot: Any,
+    next_slot_to_expert: Any,
+    next_short_count: Any,
+    next_long_count: Any,
+    next_last_used: Any,
+    prefetch_ids: Any,
+    prefetch_weights: Any,
+    prefetch_expert: Any,
+    prefetch_slot: Any,
+    prefetch_state: Any,
+    prefetch_done: Any,
+    start_signal: Any,
+    num_pairs: int,
+    num_experts: int,
+    num_slots: int,
+    next_num_slots: int,
+    next_first_slot: int,
+    max_unique: int,
     layer: int,
-    last: int,
-    guessing: int,
-    warps: int,
-    earlier: int,
+    is_last_layer: int,
+    has_prefetch: int,
+    fetch_warps: int,
+    prior_steps: int,
     rate: float,
     long_rate: float,
-    share: float,
+    long_scale: float,
 ) -> None:
-    """Ops.place: the plan is written, the layer's tables and the counters are brought up to date.
+    """Kernel of Ops.assign_slots: writes the slot assignment, updates the layer's tables and the
+    counters.  Arrays [shape], with E experts, S slots of the layer, U = max_unique, L layers:
 
-    count i32 [1], expert, slot, fetch, uses i32 [entries], pair i32 [pairs], arrived i32 [2]
-    slot_of i32 [E], expert_in i32 [S], heat, long_heat f32 [E], stamp i32 [E]    of the layer
-    step i32 [1], counters i64 [7]    of the cache    ids u16 [pairs]
-    next_...: the same of the next layer, for the second block; next_first: the number of its first
-    slot among all layers'    last: 1 at the last layer, else 0
-    guess_ids u16, guess_weights f32 [pairs]
-    guess_expert, guess_slot i32 [L], guess_state, guess_go i32 [L, warps / 8], guess_done i32
-    [L, warps]
-    guessing: 1 with a guess, 0 without: then there is one block, and those are never looked at
-    experts E <= 1024    capacity S <= E
-    earlier, share: of values.Fading    rate = 1 / half_life    long_rate = 1 / long_half_life
+    count i32 [1]; expert, slot, fetch_flags, uses i32 [U]; pair_slots i32 [num_pairs];
+    fetch_progress i32 [2]: of SlotAssignment
+    expert_to_slot i32 [E], slot_to_expert i32 [S], short_count, long_count f32 [E],
+    last_used i32 [E]: of the layer; next_...: of the next layer, for the second block
+    step i32 [1], counters i64 [7]: of ExpertCache; ids u16 [num_pairs]: routed experts
+    prefetch_ids u16, prefetch_weights f32 [num_pairs]: predicted for the next layer
+    prefetch_expert, prefetch_slot i32 [L], prefetch_state, start_signal i32 [L, fetch_warps / 8],
+    prefetch_done i32 [L, fetch_warps]: of PrefetchState
+    next_first_slot: number of the next layer's first slot among the slots of all layers
+    has_prefetch: 0 launches one block, and the arrays of PrefetchState are not accessed
+    num_experts E <= 1024    num_slots S <= E    is_last_layer: 1 or 0
+    prior_steps, long_scale: of DecayConfig; rate = 1 / half_life; long_rate = 1 / long_half_life
     """
-    tally = cuda.shared.array(1024, int32)  # uses of each expert by this call
-    needed = cuda.shared.array(32, uint32)  # bit e: this call uses expert e
-    absent = cuda.shared.array(32, uint32)  # bit e: and it is in no slot
-    hits = cuda.shared.array(1, int32)
-    place_of = cuda.shared.array(1024, int32)  # slot_of; then what pairs say of an expert
-    inside = cuda.shared.array(1024, int32)  # expert_in
-    recent = cuda.shared.array(1024, float32)  # heat
-    lasting = cuda.shared.array(1024, float32)  # long_heat
-    used = cuda.shared.array(1024, int32)  # stamp
-    warmth = cuda.shared.array(1024, float32)  # of a slot: its expert's as of now
-    given = cuda.shared.array(1024, int32)  # slots in the order in which they are given away
-    best = cuda.shared.array(4, int32)  # of a guess: likeliest, coldest; who, and which slot
-    kept = float32(math.inf)
-    me, looks_on = cuda.threadIdx.x, cuda.blockIdx.x > 0
+    use_counts = cuda.shared.array(1024, int32)  # routed pairs per expert in this call
+    needed_bits = cuda.shared.array(32, uint32)  # bit e: expert e is routed in this call
+    missing_bits = cuda.shared.array(32, uint32)  # bit e: and it has no slot
+    num_hits = cuda.shared.array(1, int32)
+    slot_table = cuda.shared.array(1024, int32)  # expert_to_slot; later the value for pair_slots
+    slot_experts = cuda.shared.array(1024, int32)  # slot_to_expert
+    short_table = cuda.shared.array(1024, float32)  # short_count
+    long_table = cuda.shared.array(1024, float32)  # long_count
+    last_table = cuda.shared.array(1024, int32)  # last_used
+    scores = cuda.shared.array(1024, float32)  # eviction score per slot, decayed to this step
+    eviction_order = cuda.shared.array(1024, int32)  # slots, lowest score first
+    selection = cuda.shared.array(4, int32)  # prefetch: best score, lowest slot score; expert, slot
+    pinned = float32(math.inf)
+    thread, is_prefetch_block = cuda.threadIdx.x, cuda.blockIdx.x > 0
 
-    # -- 1. all that is read of memory, on its way at once
-    now = step[0]  # raised below: a sum here would wait for it before the others are asked for
-    mine, counted, guessed, weight = 0, 0, int32(-1), float32(0)
-    if looks_on:
-        slot_of, expert_in, heat, long_heat = (
-            next_slot_of, next_expert_in, next_heat, next_long_heat,
+    # -- 1. issue all global loads
+    step_now = step[0]  # incremented below: an addition here would stall before the other loads
+    first_id, hit_counter, prefetched, weight = 0, 0, int32(-1), float32(0)
+    if is_prefetch_block:
+        expert_to_slot, slot_to_expert, short_count, long_count = (
+            next_expert_to_slot, next_slot_to_expert, next_short_count, next_long_count,
         )  # fmt: skip
-        stamp, ids, capacity = next_stamp, guess_ids, next_capacity
-        if me < pairs:
-            weight = guess_weights[me]
-    elif guessing > 0:
-        guessed = guess_expert[layer]
-    if me < pairs:
-        mine = int32(ids[me])
-    if me < 2 and not looks_on:
-        arrived[me] = 0
-    if me == 0:
-        counted = counters[1]
-        hits[0] = 0
-        best[0], best[1], best[2], best[3] = -1, INT32_MAX, INT32_MAX, INT32_MAX
-    if me < 32:
-        needed[me] = 0
-        absent[me] = 0
-    e = me
-    while e < experts:
-        held = int32(-1)
-        if e < capacity:
-            held = expert_in[e]
-        place_of[e], recent[e], lasting[e], used[e] = slot_of[e], heat[e], long_heat[e], stamp[e]
-        inside[e] = held
-        tally[e] = 0
+        last_used, ids, num_slots = next_last_used, prefetch_ids, next_num_slots
+        if thread < num_pairs:
+            weight = prefetch_weights[thread]
+    elif has_prefetch > 0:
+        prefetched = prefetch_expert[layer]
+    if thread < num_pairs:
+        first_id = int32(ids[thread])
+    if thread < 2 and not is_prefetch_block:
+        fetch_progress[thread] = 0
+    if thread == 0:
+        hit_counter = counters[1]
+        num_hits[0] = 0
+        selection[0], selection[1], selection[2], selection[3] = -1, INT32_MAX, INT32_MAX, INT32_MAX
+    if thread < 32:
+        needed_bits[thread] = 0
+        missing_bits[thread] = 0
+    e = thread
+    while e < num_experts:
+        expert_here = int32(-1)
+        if e < num_slots:
+            expert_here = slot_to_expert[e]
+        slot_table[e], short_table[e], long_table[e], last_table[e] = (
+            expert_to_slot[e],
+            short_count[e],
+            long_count[e],
+            last_used[e],
+        )
+        slot_experts[e] = expert_here
+        use_counts[e] = 0
         e += BLOCK_THREADS
-    cuda.syncthreads()  # the tables are here, the sums and sets are empty
-    now = int32(now + 1)
+    cuda.syncthreads()  # tables are loaded, counts and bit sets are zero
+    step_now = int32(step_now + 1)
 
-    # -- 2. who is used how often, and who of them is not here?
-    i, e = me, mine
-    while i < pairs:
+    # -- 2. count the uses of each expert; mark the missing ones
+    i, e = thread, first_id
+    while i < num_pairs:
         bit = uint32(1) << uint32(e & 31)
-        cuda.atomic.add(tally, e, 1)
-        cuda.atomic.or_(needed, e >> 5, uint32(bit))
-        if place_of[e] < 0:
-            cuda.atomic.or_(absent, e >> 5, uint32(bit))
+        cuda.atomic.add(use_counts, e, 1)
+        cuda.atomic.or_(needed_bits, e >> 5, uint32(bit))
+        if slot_table[e] < 0:
+            cuda.atomic.or_(missing_bits, e >> 5, uint32(bit))
         else:
-            cuda.atomic.add(hits, 0, 1)
+            cuda.atomic.add(num_hits, 0, 1)
         i += BLOCK_THREADS
-        if i < pairs:
+        if i < num_pairs:
             e = int32(ids[i])
-    cuda.syncthreads()  # the tally and both sets are whole
-    missing = hits[0] < pairs
-    grown = float32(1) - exp2(float32(-(now + earlier)) * long_rate)
+    cuda.syncthreads()  # counts and bit sets are complete
+    any_missing = num_hits[0] < num_pairs
+    short_scale = float32(1) - exp2(float32(-(step_now + prior_steps)) * long_rate)
 
-    # -- for the next layer: the likeliest of those that have no slot, and the slot that it gets
-    if looks_on:
-        i, e = me, mine
-        while i < pairs:
-            if place_of[e] < 0:
-                age = float32(used[e] - now)
-                short = recent[e] * exp2(age * rate)
-                warm = grown * short + share * (lasting[e] * exp2(age * long_rate))
-                warmth[i] = weight * weight * (warm + float32(PREFETCH_BONUS))
-                cuda.atomic.max(best, 0, float_as_int(warmth[i]))
+    # -- second block: of the next layer, the best expert without a slot, and the slot for it
+    if is_prefetch_block:
+        i, e = thread, first_id
+        while i < num_pairs:
+            if slot_table[e] < 0:
+                age = float32(last_table[e] - step_now)
+                short = short_table[e] * exp2(age * rate)
+                score = short_scale * short + long_scale * (long_table[e] * exp2(age * long_rate))
+                scores[i] = weight * weight * (score + float32(PREFETCH_SCORE_BIAS))
+                cuda.atomic.max(selection, 0, float_as_int(scores[i]))
             i += BLOCK_THREADS
-            if i < pairs:
-                e, weight = int32(ids[i]), guess_weights[i]
-        s = me
-        while s < capacity:
-            e, worth = inside[s], int32(INT32_MAX)
+            if i < num_pairs:
+                e, weight = int32(ids[i]), prefetch_weights[i]
+        s = thread
+        while s < num_slots:
+            e, score_bits = slot_experts[s], int32(INT32_MAX)
             if e < 0:
-                worth = int32(s - 1024)  # as below
-            elif tally[e] == 0:
-                age = float32(used[e] - now)
-                short = recent[e] * exp2(age * rate)
-                warm = grown * short + share * (lasting[e] * exp2(age * long_rate))
-                worth = float_as_int(warm)
-            given[s] = worth
-            cuda.atomic.min(best, 1, worth)
+                score_bits = int32(s - 1024)  # free slots first, as below
+            elif use_counts[e] == 0:
+                age = float32(last_table[e] - step_now)
+                short = short_table[e] * exp2(age * rate)
+                score = short_scale * short + long_scale * (long_table[e] * exp2(age * long_rate))
+                score_bits = float_as_int(score)
+            eviction_order[s] = score_bits
+            cuda.atomic.min(selection, 1, score_bits)
             s += BLOCK_THREADS
-        cuda.syncthreads()  # what the likeliest and the coldest have is known
-        i, e = me, mine
-        while i < pairs:
-            if place_of[e] < 0 and float_as_int(warmth[i]) == best[0]:
-                cuda.atomic.min(best, 2, e)
+        cuda.syncthreads()  # the best and the lowest score are known
+        i, e = thread, first_id
+        while i < num_pairs:
+            if slot_table[e] < 0 and float_as_int(scores[i]) == selection[0]:
+                cuda.atomic.min(selection, 2, e)
             i += BLOCK_THREADS
-            if i < pairs:
+            if i < num_pairs:
                 e = int32(ids[i])
-        s = me
-        while s < capacity:
-            if given[s] == best[1]:
-                cuda.atomic.min(best, 3, s)
+        s = thread
+        while s < num_slots:
+            if eviction_order[s] == selection[1]:
+                cuda.atomic.min(selection, 3, s)
             s += BLOCK_THREADS
-        cuda.syncthreads()  # and who they are
-        i = me
-        while i < warps:
-            guess_done[(layer + 1) * warps + i] = 0
-            if i < warps // 8:
-                guess_state[(layer + 1) * (warps // 8) + i] = 0
-                guess_go[(layer + 1) * (warps // 8) + i] = 16 * now
+        cuda.syncthreads()  # and their expert and slot
+        i = thread
+        while i < fetch_warps:
+            prefetch_done[(layer + 1) * fetch_warps + i] = 0
+            if i < fetch_warps // 8:
+                prefetch_state[(layer + 1) * (fetch_warps // 8) + i] = 0
+                start_signal[(layer + 1) * (fetch_warps // 8) + i] = 16 * step_now
             i += BLOCK_THREADS
-        if me == 0:
-            e, s = best[2], best[3]
-            if best[1] == INT32_MAX:
+        if thread == 0:
+            e, s = selection[2], selection[3]
+            if selection[1] == INT32_MAX:
                 e = INT32_MAX
             if e < INT32_MAX:
-                gone = inside[s]
-                if gone >= 0:
-                    slot_of[gone] = -1
-                    expert_in[s] = -1
-                guess_slot[layer + 1] = next_first + s
-                guess_expert[layer + 1] = e
+                evicted = slot_experts[s]
+                if evicted >= 0:
+                    expert_to_slot[evicted] = -1
+                    slot_to_expert[s] = -1
+                prefetch_slot[layer + 1] = next_first_slot + s
+                prefetch_expert[layer + 1] = e
                 atomic_add(counters, 4, 1)
             else:
-                guess_expert[layer + 1] = -1
+                prefetch_expert[layer + 1] = -1
         return
 
-    # -- and of this one: was the guess right?  If not, nobody need copy it any more
-    right = False
-    if guessing > 0 and me < warps // 8:
-        guess_go[layer * (warps // 8) + me] = 16 * now + 15
-    if guessed >= 0:
-        right = tally[guessed] > 0 and place_of[guessed] < 0
-        if me < warps // 8 and not right:
-            atomic_add(guess_state, layer * (warps // 8) + me, STOP + DROP)
+    # -- was the prefetched expert of this layer routed?  If not, DROP ends its copy
+    prefetch_hit = False
+    if has_prefetch > 0 and thread < fetch_warps // 8:
+        start_signal[layer * (fetch_warps // 8) + thread] = 16 * step_now + 15
+    if prefetched >= 0:
+        prefetch_hit = use_counts[prefetched] > 0 and slot_table[prefetched] < 0
+        if thread < fetch_warps // 8 and not prefetch_hit:
+            atomic_add(prefetch_state, layer * (fetch_warps // 8) + thread, STOP + DROP)
 
-    # -- 3. how warm is every slot?  Its place in the order is the number of slots before it
-    if missing:
-        s = me
-        while s < capacity:
-            e = inside[s]
+    # -- 3. rank the slots by eviction score: the rank is the number of slots with a lower one
+    if any_missing:
+        s = thread
+        while s < num_slots:
+            e = slot_experts[s]
             if e < 0:
-                warmth[s] = float32(s - 1024)  # free slots go first, from the lowest up
-            elif tally[e] > 0:
-                warmth[s] = kept  # an expert of this call never goes
+                scores[s] = float32(s - 1024)  # free slots rank first, lowest number first
+            elif use_counts[e] > 0:
+                scores[s] = pinned  # an expert of this call is never evicted
             else:
-                age = float32(used[e] - now)
-                short = recent[e] * exp2(age * rate)
-                warmth[s] = grown * short + share * (lasting[e] * exp2(age * long_rate))
+                age = float32(last_table[e] - step_now)
+                short = short_table[e] * exp2(age * rate)
+                scores[s] = short_scale * short + long_scale * (
+                    long_table[e] * exp2(age * long_rate)
+                )
             s += BLOCK_THREADS
-        cuda.syncthreads()  # all warmths are whole
-        s = me
-        while s < capacity:
-            warm = warmth[s]
-            if warm < kept:
-                before, alike, o = float32(0), float32(0), 0
-                while o < capacity:
-                    before += float32(warmth[o] < warm)
-                    alike += float32(warmth[o] == warm)
+        cuda.syncthreads()  # all scores are written
+        s = thread
+        while s < num_slots:
+            score = scores[s]
+            if score < pinned:
+                rank, ties, o = float32(0), float32(0), 0
+                while o < num_slots:
+                    rank += float32(scores[o] < score)
+                    ties += float32(scores[o] == score)
                     o += 1
-                if alike > 1:  # seldom: then by stamp, then by slot
+                if ties > 1:  # rare: order by last use, then by slot
                     o = 0
-                    while o < capacity:
-                        if warmth[o] == warm:
-                            older = used[inside[o]] - used[inside[s]]
-                            before += float32(older < 0 or (older == 0 and o < s))
+                    while o < num_slots:
+                        if scores[o] == score:
+                            older = last_table[slot_experts[o]] - last_table[slot_experts[s]]
+                            rank += float32(older < 0 or (older == 0 and o < s))
                         o += 1
-                given[int32(before)] = s
+                eviction_order[int32(rank)] = s
             s += BLOCK_THREADS
-        cuda.syncthreads()  # the order is whole before it is used
+        cuda.syncthreads()  # the order is complete
 
-    # -- 4. entry u of the plan is the u-th needed expert; the m-th absent one takes given[m].  The
-    #    slot that a guess has is the lowest of the free ones: given[0]
-    e = me
-    while e < experts:
-        times = tally[e]
-        if times > 0:
-            below = (uint32(1) << uint32(e & 31)) - uint32(1)
-            u = int32(cuda.popc(uint32(needed[e >> 5] & below)))
-            m = int32(cuda.popc(uint32(absent[e >> 5] & below)))
+    # -- 4. entry u of the slot assignment is the u-th routed expert; the m-th missing one gets
+    #    eviction_order[m].  A prefetched expert has the lowest free slot: eviction_order[0]
+    e = thread
+    while e < num_experts:
+        use_count = use_counts[e]
+        if use_count > 0:
+            lower_bits = (uint32(1) << uint32(e & 31)) - uint32(1)
+            u = int32(cuda.popc(uint32(needed_bits[e >> 5] & lower_bits)))
+            m = int32(cuda.popc(uint32(missing_bits[e >> 5] & lower_bits)))
             w = 0
             while w < e >> 5:
-                u += int32(cuda.popc(needed[w]))
-                m += int32(cuda.popc(absent[w]))
+                u += int32(cuda.popc(needed_bits[w]))
+                m += int32(cuda.popc(missing_bits[w]))
                 w += 1
-            if right and e <= guessed:  # it comes first
+            if prefetch_hit and e <= prefetched:  # it is entry 0
                 u, m = u + int32(1), m + int32(1)
-                if e == guessed:
+                if e == prefetched:
                     u, m = int32(0), int32(0)
-            s = place_of[e]
-            fetch[u] = 0
+            s = slot_table[e]
+            fetch_flags[u] = 0
             if s < 0:
-                fetch[u] = 2 if right and e == guessed else 1
-                s = given[m]
-                gone = inside[s]
-                if gone >= 0:
-                    slot_of[gone] = -1
-                slot_of[e] = s
-                expert_in[s] = e
-                place_of[e] = ~s
+                fetch_flags[u] = 2 if prefetch_hit and e == prefetched else 1
+                s = eviction_order[m]
+                evicted = slot_experts[s]
+                if evicted >= 0:
+                    expert_to_slot[evicted] = -1
+                expert_to_slot[e] = s
+                slot_to_expert[s] = e
+                slot_table[e] = ~s
             expert[u] = e
             slot[u] = s
-            uses[u] = times
-            age = float32(used[e] - now)
-            heat[e] = recent[e] * exp2(age * rate) + float32(times)
-            long_heat[e] = lasting[e] * exp2(age * long_rate) + float32(times)
-            stamp[e] = now
+            uses[u] = use_count
+            age = float32(last_table[e] - step_now)
+            short_count[e] = short_table[e] * exp2(age * rate) + float32(use_count)
+            long_count[e] = long_table[e] * exp2(age * long_rate) + float32(use_count)
+            last_used[e] = step_now
         e += BLOCK_THREADS
-    if missing:
-        cuda.syncthreads()  # every needed expert has its slot
-    i, e = me, mine
-    while i < pairs:
-        pair[i] = place_of[e]
+    if any_missing:
+        cuda.syncthreads()  # every routed expert has its slot
+    i, e = thread, first_id
+    while i < num_pairs:
+        pair_slots[i] = slot_table[e]
         i += BLOCK_THREADS
-        if i < pairs:
+        if i < num_pairs:
             e = int32(ids[i])
-    if right and me < warps // 8:
-        atomic_add(guess_state, layer * (warps // 8) + me, STOP)
-    if me < entries:
-        unique, w = 0, 0
-        while 32 * w < experts:
-            unique += cuda.popc(needed[w])
+    if prefetch_hit and thread < fetch_warps // 8:
+        atomic_add(prefetch_state, layer * (fetch_warps // 8) + thread, STOP)
+    if thread < max_unique:
+        num_unique, w = 0, 0
+        while 32 * w < num_experts:
+            num_unique += cuda.popc(needed_bits[w])
             w += 1
-        u = unique + me
-        while u < entries:
+        u = num_unique + thread
+        while u < max_unique:
             expert[u] = -1
             u += BLOCK_THREADS
-        if me == 0:
-            count[0] = unique
-            counters[1] = counted + hits[0]
-            if last > 0:
-                step[0] = now
-            if guessed >= 0:
-                guess_expert[layer] = -1
-                if right:
+        if thread == 0:
+            count[0] = num_unique
+            counters[1] = hit_counter + num_hits[0]
+            if is_last_layer > 0:
+                step[0] = step_now
+            if prefetched >= 0:
+                prefetch_expert[layer] = -1
+                if prefetch_hit:
                     atomic_add(counters, 5, 1)
 
 

@@ -1,12 +1,12 @@
 """Compiles the kernels written in Python to PTX, for the repository: `tools/compile_kernels`.
 
-Needs the `build` extra, which pins Numba and CUDA 12.8's compiler exactly; their PTX 8.7 is what
-every driver from 12.8 on takes.  The same source gives the same bytes with the same versions, in
-any process.  Numba reads Python's bytecode: under 3.12.1 the text of `place` is another one than
-under 3.11 and 3.13.  So PYTHON is the version of the committed texts, and the only one under which
-tests/nogpu/test_compiled_kernels.py compares bytes; elsewhere it checks the hash of the source.
+Needs the `build` extra, which pins Numba and CUDA 12.8's compiler exactly: every driver from 12.8
+on loads their PTX 8.7.  The same source and versions give the same bytes in any process.  Numba
+compiles Python's bytecode: 3.12.1 gives another text of assign_slots than 3.11 and 3.13.  So PYTHON
+is the version of the committed texts.  tests/nogpu/test_compiled_kernels.py compares bytes under it
+and elsewhere the hash of the source.
 
-Nothing else imports this, and nothing of it is needed at run time.
+No run-time module imports this one.
 """
 
 import importlib
@@ -28,16 +28,16 @@ PYTHON = "3.11"
 PACKAGES = (
     "numba-cuda", "numba", "llvmlite", "nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvrtc-cu12",
 )  # fmt: skip
-"""What the compiled text depends on: Numba, and the wheels that libnvvm and libnvrtc are of."""
+"""Packages that determine the compiled text: Numba, and the wheels with libnvvm and libnvrtc."""
 
 LATEST_PTX = (8, 7)
-"""What a 12.8 driver takes."""
+"""The newest PTX version that a 12.8 driver loads."""
 
 MODULES = ("assign_slots", "logit_histogram", "sample")
 
 
 def versions() -> str:
-    """The compiler's, as they follow on a text's first line.  Raises: KernelError."""
+    """The packages' versions, for a text's first line.  Raises: KernelError."""
     found = []
     for package in PACKAGES:
         try:
@@ -48,7 +48,7 @@ def versions() -> str:
 
 
 def compile_all(folder: Path = COMPILED) -> list[Path]:
-    """Write every kernel's text to `folder`, remove other texts; the files that changed.
+    """Write every kernel's text to `folder`, remove other texts; returns the changed files.
 
     Raises: KernelError.
     """
@@ -70,15 +70,15 @@ def compile_all(folder: Path = COMPILED) -> list[Path]:
 
 
 def compile_kernel(source: NumbaSource) -> str:
-    """The whole text of one kernel.  Raises: KernelError."""
+    """One kernel's text: first line, contract, PTX.  Raises: KernelError."""
     header = source.header()
     return f"{source.first_line}; {versions()}\n{header}{_compile(source)}"
 
 
 def _compile(source: NumbaSource) -> str:
-    """PTX by Numba, with our names for entry and parameters."""
+    """PTX by Numba, with the source's names of entry and parameters."""
     try:
-        import numba  # here: a test asks what is said where there is none
+        import numba  # here: a test checks the error without Numba
         import numba.cuda
         from numba.cuda import dispatcher, libdevice
     except ImportError as error:
@@ -94,19 +94,19 @@ def _compile(source: NumbaSource) -> str:
                 types.FunctionType(called.__code__, found, name)
             )
     function = types.FunctionType(source.function.__code__, found, source.name)
-    asked = dispatcher.get_current_device  # for what it calls, Numba asks a device's age
+    original = dispatcher.get_current_device  # Numba reads its compute capability
     dispatcher.get_current_device = lambda: types.SimpleNamespace(compute_capability=(8, 0))
     try:
         text, _ = numba.cuda.compile(
             function, source.signature, cc=(8, 0), device=False, abi="numba", output="ptx"
         )
     except (OSError, RuntimeError, ImportError) as error:  # a toolkit wheel is missing
-        said = " ".join(str(error).split())
+        cause = " ".join(str(error).split())
         raise KernelError(
-            f"{source.name}: {_missing(f'Numba finds no CUDA compiler ({said})')}"
+            f"{source.name}: {_missing(f'Numba finds no CUDA compiler ({cause})')}"
         ) from error
     finally:
-        dispatcher.get_current_device = asked
+        dispatcher.get_current_device = original
     return _renamed(source, text)
 
 
@@ -117,7 +117,7 @@ def _renamed(source: NumbaSource, text: str) -> str:
         raise KernelError(
             _missing(f"Numba's toolkit wrote PTX {wrote}, which a 12.8 driver refuses")
         )
-    # Numba declares a variable for each function, in the order of a set; no code refers to them.
+    # Numba declares a variable per function, in random order; no code refers to them.
     text = re.sub(r"^\.common \.global [^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.M)
     if "NumbaEnv" in text:
         raise KernelError(f"Numba compiled {source.name} to code that needs its environment.")
@@ -132,7 +132,7 @@ def _renamed(source: NumbaSource, text: str) -> str:
 
 
 def _atomic_add() -> Any:
-    """Numba's own atomics take arrays, and kernels have pointers."""
+    """Atomic addition through a pointer: Numba's own takes arrays only."""
     from numba import void
     from numba.cuda.extending import intrinsic
 
@@ -152,12 +152,12 @@ def _missing(what: str) -> str:
 
 
 def main() -> int:
-    """Write the texts; exit code 2 where that is not possible here."""
-    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    if here != PYTHON:
+    """Write the texts; exit code 2 where this machine cannot compile them."""
+    running = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    if running != PYTHON:
         print(
-            f"compile_kernels: this is Python {here}, and committed texts are of {PYTHON}: "
-            f"set PYTHON to one and remove .venv.",
+            f"compile_kernels: this is Python {running}; committed texts need Python {PYTHON}: "
+            f"set PYTHON to its path and remove .venv.",
             file=sys.stderr,
         )
         return 2

@@ -3,15 +3,15 @@
     @python_kernel("void(CPointer(int32), uint32)", block=256, grid="ceil(n / 256)")
     def count(out, n): ...
 
-Pointers and scalars only, no warp intrinsics: what a kernel shares across lanes goes through
-shared memory, and across blocks by `atomic_add`; what kernels have in common is a `device_function`.
-The contract is made from the signature and the function's own parameter names and stands on top of
-the compiled text, so a compiled kernel reads like a hand-written one.
+Parameters are pointers and scalars; there are no warp intrinsics.  Threads exchange values through
+shared memory, thread blocks through `atomic_add`.  Kernels share code as a `device_function`.
+The contract follows from the signature and the parameter names.  It stands on top of the compiled
+text, in the form of a hand-written kernel's.
 
-Nothing is compiled at run time, and Numba is not needed: the compiled text is in
-osmium/kernels/compiled, in the repository and in every install.  Its first line has a hash of the
-source.  A text of another source is refused; `tools/compile_kernels` (osmium.kernels.
-numba_compiler) writes all of them anew.
+Nothing is compiled at run time, and Numba is not needed.  osmium/kernels/compiled has the compiled
+texts, in the repository and in every install.  A text's first line has a hash of its source, and a
+text with another hash is refused.  `tools/compile_kernels` (osmium.kernels.numba_compiler) compiles
+all of them again.
 """
 
 import hashlib
@@ -26,23 +26,9 @@ from osmium.errors import KernelError
 from osmium.kernels.ptx import Contract, Kernel, parse
 
 __all__ = [
-    "COMPILED",
-    "DEVICE_FUNCTIONS",
-    "KERNELS",
-    "NumbaSource",
-    "atomic_add",
-    "cuda",
-    "device_function",
-    "exp2",
-    "float32",
-    "float64",
-    "float_as_int",
-    "int32",
-    "int64",
-    "python_kernel",
-    "uint16",
-    "uint32",
-    "uint64",
+    "COMPILED", "DEVICE_FUNCTIONS", "KERNELS", "NumbaSource", "atomic_add", "cuda",
+    "device_function", "exp2", "float32", "float64", "float_as_int", "int32", "int64",
+    "python_kernel", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
 cuda: Any = None
@@ -56,24 +42,24 @@ float64: Any = None
 exp2: Any = None
 float_as_int: Any = None
 atomic_add: Any = None
-"""Numba's names, float_as_int(float32), an int32, and atomic_add(pointer, index, value), an atomic sum in
-device memory, for a kernel's source to import; they mean something only while compiling."""
+"""Numba's names for a kernel's source to import, None at run time.  `float_as_int(float32)` is an
+int32 with the same bits; `atomic_add(pointer, index, value)` adds in device memory."""
 
 TARGETS = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 
 COMPILED = Path(__file__).with_name("compiled")
-"""The folder of the compiled texts."""
+"""Folder of the compiled texts."""
 
 COMMAND = "tools/compile_kernels"
 
 KERNELS: dict[str, "NumbaSource"] = {}
-"""Every decorated function, by name."""
+"""Every kernel, by name."""
 
 DEVICE_FUNCTIONS: dict[str, Callable[..., Any]] = {}
-"""What kernels call, by name."""
+"""Device functions, by name."""
 
 _TYPES = {"uint32": "u32", "int32": "u32", "float32": "f32"}
-"""Parameters have no sign in PTX: an int32 is for sizes, which are never below zero."""
+"""PTX types of scalars.  An int32 becomes u32: it is for sizes, which are not negative."""
 
 _POINTS_TO = {
     "int32": "i32", "uint32": "u32", "float32": "f32", "uint16": "u16", "int64": "i64",
@@ -83,7 +69,7 @@ _POINTS_TO = {
 
 
 class NumbaSource:
-    """A decorated function, and the text that was compiled from it."""
+    """A kernel's Python function, and the text compiled from it."""
 
     def __init__(
         self, function: Callable[..., None], signature: str, block: int, grid: str, regs: int
@@ -95,7 +81,7 @@ class NumbaSource:
 
     @property
     def key(self) -> str:
-        """A hash of the source that the compiled text follows from: the same under any Python."""
+        """Hash of the source, signature and constants: the same under any Python version."""
         parts = [inspect.getsource(self.function), self.signature, self.header()]
         for name, value in self.function.__globals__.items():
             if name in DEVICE_FUNCTIONS and DEVICE_FUNCTIONS[name] is value:
@@ -106,15 +92,15 @@ class NumbaSource:
 
     @property
     def first_line(self) -> str:
-        """How the compiled text begins; the compiler's versions follow."""
+        """Start of the compiled text; the compiler's versions follow."""
         return f"// {self.name}, compiled by {COMMAND} from source {self.key}"
 
     def contract(self) -> Contract:
-        """The compiled text's.  Raises: KernelError."""
+        """The contract of the compiled text.  Raises: KernelError."""
         return parse(self.text(), f"{self.name}.ptx (Numba)")
 
     def text(self) -> str:
-        """The compiled text.  Raises: KernelError where it is missing, or of another source."""
+        """The compiled text.  Raises: KernelError if it is missing or from another source."""
         path = COMPILED / f"{self.name}.ptx"
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
@@ -130,25 +116,25 @@ class NumbaSource:
         return text
 
     def parameters(self) -> list[tuple[str, str, str]]:
-        """(name, type, what it points to or "") of each parameter.  Raises: KernelError."""
+        """(name, PTX type, dtype pointed to or "") per parameter.  Raises: KernelError."""
         kinds = re.findall(r"(CPointer\(\w+\)|\w+)(?=[,)])", self.signature.partition("(")[2])
         names = list(inspect.signature(self.function).parameters)
         if len(kinds) != len(names):
             raise KernelError(
                 f"{self.name} has {len(names)} parameters, its signature {len(kinds)}."
             )
-        made = []
+        parameters = []
         for name, kind in zip(names, kinds, strict=True):
             pointed = re.match(r"CPointer\((\w+)\)", kind)
             known = _POINTS_TO if pointed else _TYPES
-            found = known.get(pointed[1] if pointed else kind)
-            if found is None:
+            dtype = known.get(pointed[1] if pointed else kind)
+            if dtype is None:
                 raise KernelError(f"{self.name}: {name} is {kind}; known are {', '.join(known)}.")
-            made.append((name, "u64", found) if pointed else (name, found, ""))
-        return made
+            parameters.append((name, "u64", dtype) if pointed else (name, dtype, ""))
+        return parameters
 
     def header(self) -> str:
-        """The contract, as a hand-written kernel has it."""
+        """The contract lines."""
         lines = [f"entry   {self.name}", f"grid    {self.grid}", f"block   {self.block}"]
         lines += [f"regs    {self.regs}", f"target  {TARGETS}"]
         for name, kind, pointed in self.parameters():
@@ -157,7 +143,7 @@ class NumbaSource:
 
 
 def _way_out() -> str:
-    """What makes the compiled texts whole: compiling in a checkout, a new install elsewhere."""
+    """How to repair compiled texts: compile in a checkout, else reinstall."""
     root = Path(__file__).parents[2]
     if (root / COMMAND).is_file():
         return f"Run {COMMAND}, which compiles all of them."
@@ -165,7 +151,7 @@ def _way_out() -> str:
 
 
 def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let kernels of its module call it; it is compiled into each."""
+    """Make a function callable from kernels of its module; it is inlined into each."""
     DEVICE_FUNCTIONS[function.__name__] = function
     return function
 
@@ -173,9 +159,9 @@ def device_function(function: Callable[..., Any]) -> Callable[..., Any]:
 def python_kernel(
     signature: str, *, block: int, grid: str, regs: int = 255
 ) -> Callable[[Callable[..., None]], Kernel]:
-    """Make a Kernel of a function.
+    """Decorator: a Python function becomes a Kernel.
 
-    signature  Numba's: void of CPointer(type) and uint32, int32 or float32
+    signature  Numba's: void(...) of CPointer(type), uint32, int32 or float32
     grid       as in a contract, over the parameters and launcher sizes
     """
 

@@ -1,21 +1,22 @@
-"""A kernel: its text, its contract, and its launch.
+"""A kernel: its PTX text, its contract, and its launch.
 
-A kernel's signature is written once, in the `//:` lines at the top of its file in ptx/.  It is read
-here, held against the `.entry` of the same text, and used to check and pack a launch's arguments.
-Knows nothing of what a kernel computes, nor of where it runs: a stream does that.
+The `//:` lines at the top of a file in ptx/ are the kernel's contract.  They are parsed here,
+checked against the `.entry` of the text, and used to check and pack the arguments of a launch.
+How to write a kernel: docs/add-a-kernel.md.
 
-    entry    the entry's name, which is the file's
-    grid     axes, separated by commas: expressions over the parameters, and over launcher sizes:
-             names that are no parameters, passed first, in the order in which they appear
+    entry    name of the entry and of the file
+    grid     comma-separated axes: expressions of parameters and launcher sizes.  Launcher sizes are
+             names that are not parameters; a caller passes them first, in order of appearance
     block    threads, equal to .maxntid
-    shared   static bytes                dynamic  bytes asked for at launch, an expression
-    regs     ceiling, by ptxas           target   architectures on which that holds
+    shared   static shared memory, bytes          dynamic  dynamic shared memory, an expression
+    regs     most registers, by ptxas             target   architectures for which that holds
     param    name  type  [direction dtype[shape]]  [align n]  [rule]
-    traffic  bytes read and written, an expression
-    determinism  fixed: the same bits in every run; or why not
+    traffic  bytes read and written in memory, an expression
+    max_blocks_per_sm  thread blocks of a grid row that an SM may run at once
+    determinism  fixed: the same bits in every run; or the reason why not
 
-After two spaces a line speaks to people.  Expressions know + - * // % comparisons, min, max and
-ceil(a / b), all in integers.
+Text after two spaces is a comment.  Expressions are integer arithmetic: + - * // % comparisons,
+min, max and ceil(a / b).
 """
 
 import ast
@@ -33,10 +34,10 @@ import numpy as np
 
 from osmium.distribution import REINSTALL
 from osmium.errors import KernelError
+from osmium.kernels.pdl import pdl_text
 
 __all__ = [
-    "Contract", "Expression", "Kernel", "Parameter", "entry_body_offset", "kernel", "parse",
-    "pdl_text",
+    "Contract", "Expression", "Kernel", "Parameter", "kernel", "parse", "pdl_text",
 ]  # fmt: skip
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -47,26 +48,26 @@ DTYPES: dict[str, np.dtype[Any]] = {
         "i64": np.int64, "u64": np.uint64,
     }.items()
 }  # fmt: skip
-"""What an array holds; bf16 is kept as u16."""
+"""dtypes of arrays; bf16 is stored as u16."""
 
 KEYS = "entry grid block shared dynamic max_blocks_per_sm regs target param traffic determinism"
 """What a contract's lines begin with."""
 
 _CODES = {"u64": "Q", "u32": "I", "s32": "i", "f32": "f"}
-"""A parameter's type, for struct."""
+"""struct format of a parameter type."""
 
 _FOLDERS = (Path(__file__).parents[1] / "ptx", Path(__file__).parents[2] / "ptx")
-"""Where kernels lie: in an installed package, in a checkout."""
+"""Folders of the kernels: in an installed package, in a checkout."""
 
 
 class Stream(Protocol):
-    """What runs a launch: cuda.Stream, or the tests' interpreter."""
+    """Runs launches: cuda.Stream, or the tests' PTX interpreter."""
 
     def launch(self, kernel: "Kernel", grid: tuple[int, ...], values: tuple[Any, ...]) -> None: ...
 
 
 class Expression:
-    """Integer arithmetic over named sizes."""
+    """Integer arithmetic on named sizes.  Raises: KernelError for anything else."""
 
     def __init__(self, text: str, where: str) -> None:
         self.text = text.strip()
@@ -75,14 +76,14 @@ class Expression:
             self.names = tuple(_names(tree))
             self._code = compile(ast.fix_missing_locations(_Integers().visit(tree)), where, "eval")
         except (SyntaxError, ValueError) as error:
-            raise KernelError(f"{where}: {self.text!r} is no expression: {error}") from None
+            raise KernelError(f"{where}: {self.text!r} is not an expression: {error}") from None
 
     def __call__(self, sizes: dict[str, Any]) -> int:
         return int(eval(self._code, {"__builtins__": {}, "min": min, "max": max}, sizes))
 
 
 class _Integers(ast.NodeTransformer):
-    """ceil(a / b) becomes -(-a // b), and every other division a floor division."""
+    """ceil(a / b) becomes -(-a // b); every other division becomes a floor division."""
 
     ALLOWED = (
         ast.Expression, ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.Name, ast.Load,
@@ -114,7 +115,7 @@ class _Integers(ast.NodeTransformer):
 
 
 def _names(tree: ast.AST) -> list[str]:
-    """Names in the order in which they are written, each once."""
+    """Names in order of appearance, each once."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     found.sort(key=lambda node: (node.lineno, node.col_offset))
     return [n for n in dict.fromkeys(node.id for node in found) if n not in ("ceil", "min", "max")]
@@ -132,9 +133,9 @@ class Parameter:
     dtype: str = ""
     shape: tuple[str, ...] = ()
     align: int = 0
-    """Bytes; 0 asks for nothing."""
+    """Required alignment in bytes; 0: none."""
     rule: Expression | None = None
-    """A scalar's condition, over all sizes."""
+    """Condition on a scalar, over all sizes."""
 
     @property
     def is_array(self) -> bool:
@@ -143,59 +144,59 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Contract:
-    """What a kernel's header promises and asks for."""
+    """A kernel's parsed `//:` lines."""
 
     entry: str
     text: str
-    """The whole module, as the driver gets it."""
+    """PTX of the whole module."""
     grid: tuple[Expression, ...]
     block: int
     params: tuple[Parameter, ...]
     shared: int = 0
     dynamic: Expression | None = None
     max_blocks_per_sm: int = 0
-    """Blocks of a row of the grid that a multiprocessor has, at most; 0: as many as find room."""
+    """Most thread blocks of a grid row per multiprocessor (SM); 0: no limit."""
     regs: int = 255
     targets: tuple[str, ...] = ()
     traffic_bytes: Expression | None = None
     determinism: str = "fixed"
     where: str = field(default="", compare=False)
-    """The file, for errors."""
+    """File name, for errors."""
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:
-        """Launcher sizes: what the caller passes before the parameters."""
+        """Names of the launcher sizes: a caller passes them before the parameters."""
         mine = {p.name for p in self.params}
         names = dict.fromkeys(name for axis in self.grid for name in axis.names)
         return tuple(name for name in names if name not in mine)
 
     @cached_property
     def pdl_text(self) -> str:
-        """The text for devices on which a kernel may start while the one before it ends."""
+        """The text with programmatic dependent launch, for sm_90 and up."""
         return pdl_text(self.text)
 
     @cached_property
     def layout(self) -> struct.Struct:
-        """The parameters' places in memory: each aligned to its own size, as the ABI asks."""
+        """Layout of the parameter buffer: each aligned to its own size (PTX ABI)."""
         return struct.Struct("@" + "".join(_CODES[p.type] for p in self.params))
 
     @cached_property
     def offsets(self) -> tuple[int, ...]:
-        """Bytes from the start of the parameters to each."""
-        made, at = [], 0
+        """Byte offset of each parameter."""
+        offsets, at = [], 0
         for p in self.params:
             size = struct.calcsize(_CODES[p.type])
             at = -(-at // size) * size
-            made.append(at)
+            offsets.append(at)
             at += size
-        return tuple(made)
+        return tuple(offsets)
 
 
 # -- reading ---------------------------------------------------------------------------------------
 
 
 def parse(text: str, where: str) -> Contract:
-    """A module's contract, held against its entry.  Raises: KernelError naming file and rule."""
+    """Parse a module's contract and check it against its entry.  Raises: KernelError."""
     lines = _lines(text, where)
     for key in ("entry", "grid", "block", "param"):
         if key not in lines:
@@ -213,7 +214,7 @@ def parse(text: str, where: str) -> Contract:
     def formula(key: str) -> Expression | None:
         return Expression(word(key, ""), lines[key][0][0]) if key in lines else None
 
-    made = Contract(
+    contract = Contract(
         entry=word("entry", ""),
         text=text,
         grid=tuple(Expression(axis, lines["grid"][0][0]) for axis in _split(word("grid", ""))),
@@ -228,13 +229,13 @@ def parse(text: str, where: str) -> Contract:
         determinism=word("determinism", "fixed"),
         where=where,
     )
-    _check_names(made)
-    _check_entry(made)
-    return made
+    _check_names(contract)
+    _check_entry(contract)
+    return contract
 
 
 def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
-    """The contract's lines by key: ("file:line", what follows the key)."""
+    """The contract's lines by key: ("file:line", rest of the line)."""
     known = set(KEYS.split())
     lines: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
@@ -242,10 +243,10 @@ def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
             continue
         at, found = f"{where}:{number}", re.match(r"//:\s+(\w+)\s+(\S.*)$", line)
         if not found:
-            raise KernelError(f"{at}: {line!r} is no contract line; write '//: key   value'.")
+            raise KernelError(f"{at}: {line!r} is not a contract line; write '//: key   value'.")
         key = found[1]
         if key not in known:
-            raise KernelError(f"{at}: the contract has {key!r}; known are {sorted(known)}.")
+            raise KernelError(f"{at}: the contract has {key!r}; known keys are {sorted(known)}.")
         if key in lines and key != "param":
             raise KernelError(f"{at}: the contract has {key!r} a second time.")
         lines.setdefault(key, []).append((at, found[2].rstrip()))
@@ -253,7 +254,7 @@ def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Split at commas outside of brackets."""
     parts, depth = [""], 0
     for letter in text:
         depth += (letter in "([") - (letter in ")]")
@@ -285,8 +286,8 @@ def _parameter(line: str, where: str) -> Parameter:
 
 
 def _check_names(contract: Contract) -> None:
-    """What is computed at a launch knows whole numbers among the parameters, and `traffic` and rules
-    the launcher sizes too."""
+    """Check that expressions use integer parameters only; traffic and rules may also use launcher
+    sizes."""
     whole = {p.name for p in contract.params if p.type in ("u32", "s32")}
     others = {p.name for p in contract.params} - whole
     formulas = [("grid", axis, set(axis.names) - others) for axis in contract.grid]
@@ -301,13 +302,13 @@ def _check_names(contract: Contract) -> None:
         unknown = [name for name in formula.names if name not in known]
         if unknown:
             raise KernelError(
-                f"{contract.where}: {what} is {formula.text!r}; {unknown[0]} is no whole number "
+                f"{contract.where}: {what} is {formula.text!r}; {unknown[0]} is not an integer "
                 "that is known there."
             )
 
 
 def _check_entry(contract: Contract) -> None:
-    """The header against the `.entry` of the same text."""
+    """Check the contract against the `.entry` of the text."""
     where, code = contract.where, re.sub(r"//[^\n]*", "", contract.text)
     entries = re.findall(r"\.visible\s+\.entry\s+(\w+)\s*\((.*?)\)", code, re.S)
     if [name for name, _ in entries] != [contract.entry]:
@@ -334,7 +335,7 @@ def _check_entry(contract: Contract) -> None:
 
 
 class Kernel:
-    """One kernel; calling it launches it on a stream."""
+    """A kernel; calling it launches it on a stream."""
 
     def __init__(self, name: str, load: Callable[[], Contract]) -> None:
         self.name = name
@@ -342,30 +343,30 @@ class Kernel:
 
     @cached_property
     def contract(self) -> Contract:
-        """Read and checked at first use.  Raises: KernelError."""
+        """Parsed at first use.  Raises: KernelError."""
         return self._load()
 
     @cached_property
     def buffer(self) -> bytearray:
-        """The one place where a launch's arguments are packed."""
+        """Parameter buffer, reused by every launch."""
         return bytearray(self.contract.layout.size)
 
     @cached_property
     def _grid(self) -> Callable[..., tuple[int, ...]]:
-        """The grid as one function of everything that is passed, in that order."""
+        """Function from the passed values to the grid."""
         contract = self.contract
         names = [*contract.sizes, *(p.name for p in contract.params)]
         axes = [
-            f"_whole({ast.unparse(_Integers().visit(ast.parse(axis.text, mode='eval').body))})"
+            f"_index({ast.unparse(_Integers().visit(ast.parse(axis.text, mode='eval').body))})"
             for axis in contract.grid
         ]
-        made: Callable[..., tuple[int, ...]] = eval(
-            f"lambda {', '.join(names)}: ({', '.join(axes)},)", {"_whole": operator.index}
+        grid: Callable[..., tuple[int, ...]] = eval(
+            f"lambda {', '.join(names)}: ({', '.join(axes)},)", {"_index": operator.index}
         )
-        return made
+        return grid
 
     def __call__(self, stream: Stream, *values: Any) -> None:
-        """Launch: the launcher sizes, then the contract's parameters.  Raises: KernelError."""
+        """Launch with the launcher sizes, then the parameters.  Raises: KernelError."""
         contract = self.contract
         first = len(contract.sizes)
         if len(values) != first + len(contract.params):
@@ -377,10 +378,12 @@ class Kernel:
             for size, value in zip(contract.sizes, values, strict=False):
                 if not isinstance(value, int | np.integer):
                     raise KernelError(
-                        f"{self.name}: {size} is {value!r}; it must be whole."
+                        f"{self.name}: {size} is {value!r}; it must be an integer."
                     ) from None
             self._raise_bad_argument([getattr(value, "ptr", value) for value in values[first:]])
-            raise KernelError(f"{self.name}: the grid of {values} is none: {error}.") from None
+            raise KernelError(
+                f"{self.name}: the grid of {values} cannot be computed: {error}."
+            ) from None
         if min(grid) < 1:
             raise KernelError(f"{self.name}: the grid is {grid}; every axis must be at least 1.")
         if CHECK:
@@ -388,7 +391,7 @@ class Kernel:
         stream.launch(self, grid, values[first:])
 
     def pack(self, values: tuple[Any, ...]) -> bytearray:
-        """The parameters' values in `buffer`, as the ABI lays them out.  Raises: KernelError."""
+        """Write the parameters into `buffer`, in the ABI's layout.  Raises: KernelError."""
         layout = self.contract.layout
         plain = [getattr(value, "ptr", value) for value in values]
         try:
@@ -409,46 +412,15 @@ class Kernel:
                 ) from None
 
     def bytes_moved(self, values: tuple[Any, ...]) -> int:
-        """What a launch with these values moves through memory, by the contract."""
+        """Bytes of memory traffic of a launch, by the contract.  Raises: KernelError."""
         contract = self.contract
         if contract.traffic_bytes is None:
             raise KernelError(f"{contract.where}: the contract has no traffic line.")
         return contract.traffic_bytes(_known(contract, values))
 
 
-WAIT = "griddepcontrol.wait;"
-"""Where a kernel waits for the one before it, which it may overlap from sm_90 on."""
-LAUNCH_DEPENDENTS = "griddepcontrol.launch_dependents;"
-"""Where a block has asked for all that it reads; the next kernel starts when all blocks came here.
-Always behind the wait: before its own a kernel may read what was written two kernels ago."""
-
-
-def entry_body_offset(text: str) -> int:
-    """Where the code of a module's entry begins: behind declarations, and comments between them."""
-    body = text.index("{", text.index(".entry"))
-    start = re.compile(r"\{(?:\s*//[^\n]*|\s*\.(?:reg|shared)[^;]*;)*").match(text, body)
-    assert start is not None, "a body starts with a brace"
-    return start.end()
-
-
-def pdl_text(text: str) -> str:
-    """A module's text for sm_90 and up with programmatic dependent launch (PTX ISA 7.8,
-    griddepcontrol).  It waits for the previous kernel at lines `// -- pdl wait`, or at its start, and
-    releases the next at `// -- pdl launch_dependents` or `// -- pdl launch_dependents, if %predicate`, or after the wait."""
-    text = re.sub(r"^\.target sm_80", ".target sm_90", text, count=1, flags=re.M)
-    wait = WAIT if "// -- pdl launch_dependents" in text else f"{WAIT} {LAUNCH_DEPENDENTS}"
-    leaving = re.compile(r"^( *)// -- pdl launch_dependents(?:, if (%\w+))?.*$", re.M)
-    text = leaving.sub(
-        lambda at: f"{at[1]}{f'@{at[2]} ' if at[2] else ''}{LAUNCH_DEPENDENTS}", text
-    )
-    if "// -- pdl wait" in text:
-        return re.sub(r"^( *)// -- pdl wait.*$", rf"\1{wait}", text, flags=re.M)
-    start = entry_body_offset(text)
-    return f"{text[:start]}\n    {wait}{text[start:]}"
-
-
 CHECK = os.environ.get("OSMIUM_CHECK_LAUNCHES") == "1"
-"""Whether every launch checks shapes, dtypes, alignment and rules."""
+"""Whether each launch checks shapes, dtypes, alignment and rules."""
 
 
 def _known(contract: Contract, values: tuple[Any, ...]) -> dict[str, int]:
@@ -460,12 +432,12 @@ def _known(contract: Contract, values: tuple[Any, ...]) -> dict[str, int]:
 
 
 def check(contract: Contract, values: tuple[Any, ...]) -> None:
-    """Hold a launch's values to everything the contract says.  Raises: KernelError."""
+    """Check a launch's values against the contract.  Raises: KernelError."""
     sizes, name = _known(contract, values), contract.entry
     for p, value in zip(contract.params, values[len(contract.sizes) :], strict=True):
         if p.rule is not None and not p.rule(sizes):
             raise KernelError(f"{name}: {p.name} is {value}; the rule is {p.rule.text}.")
-        if not p.is_array or (isinstance(value, int) and value == 0):  # 0: there is none
+        if not p.is_array or (isinstance(value, int) and value == 0):  # 0: absent
             continue
         if not hasattr(value, "dtype"):
             raise KernelError(f"{name}: {p.name} is {value!r}; it must be an array.")
@@ -477,7 +449,7 @@ def check(contract: Contract, values: tuple[Any, ...]) -> None:
         for axis in p.shape:
             expression = Expression(axis, contract.where) if axis != "." else None
             if expression is None or not set(expression.names) <= set(sizes):
-                need = 0  # an axis that only the caller knows
+                need = 0  # an axis known to the caller only
                 break
             need *= expression(sizes)
         if value.nbytes < need:
@@ -487,16 +459,16 @@ def check(contract: Contract, values: tuple[Any, ...]) -> None:
 
 
 def kernel(name: str) -> Kernel:
-    """The kernel in ptx/`name`.ptx; the file is read at first use."""
+    """The kernel in ptx/`name`.ptx; reads the file at first use."""
 
     def load() -> Contract:
         for folder in _FOLDERS:
             path = folder / f"{name}.ptx"
             if path.is_file():
-                made = parse(path.read_text(encoding="utf-8"), path.name)
-                if made.entry != name:
-                    raise KernelError(f"{path.name}: its entry is {made.entry}; it must be {name}.")
-                return made
+                contract = parse(path.read_text(encoding="utf-8"), path.name)
+                if contract.entry == name:
+                    return contract
+                raise KernelError(f"{path.name}: its entry is {contract.entry}; it must be {name}.")
         raise KernelError(f"No {name}.ptx in {' or '.join(map(str, _FOLDERS))}. {REINSTALL}")
 
     return Kernel(name, load)

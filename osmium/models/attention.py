@@ -49,8 +49,8 @@ class Attention:
         Keys and values of the step are kept before any is read."""
         ops, h = self.ops, work.h
         ops.linear(work.qgkv, h, self.qgkv)
-        room = AttentionWorkspace(work.q, work.attn_out, work.partial, work.parts)
-        ops.gated_attention(x, h, norm, work.qgkv, self.weights, state, room, step)
+        workspace = AttentionWorkspace(work.q, work.attn_out, work.partial, work.split_counters)
+        ops.gated_attention(x, h, norm, work.qgkv, self.weights, state, workspace, step)
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:

@@ -47,9 +47,9 @@ class DeltaNet:
         The sequences' states become those after the step."""
         ops, h = self.ops, work.h
         ops.linear(work.qkvz, h, self.qkvz)
-        room = DeltaNetWorkspace(work.qkv, work.ab, work.decay, work.beta, work.delta_out)
+        workspace = DeltaNetWorkspace(work.qkv, work.ab, work.decay, work.beta, work.delta_out)
         # starts is on the device: the longest run of rows is known only to be at most this + 1.
         chunks = step.tokens - step.sequences > MAX_EXTRA_RECURRENT_ROWS
         ops.delta_net(
-            x, h, norm, work.qkvz, self.weights, state.conv, state.delta, room, step, chunks
+            x, h, norm, work.qkvz, self.weights, state.conv, state.delta, workspace, step, chunks
         )

@@ -28,22 +28,22 @@ class MoeBlock:
         self.shared = SharedExpert(
             up=weights.linear("shared_up", 2 * inner, hidden),
             down=weights.linear("shared_down", hidden, inner),
-            column=config.num_experts,
+            gate_column=config.num_experts,
         )
         self.next_router: LinearWeight | None = None
         """The next layer's router."""
 
     def forward(
-        self, x: Array, step: StepInputs, work: Workspace, norm: Array, ahead: Array
+        self, x: Array, step: StepInputs, work: Workspace, norm: Array, l2_prefetch: Array
     ) -> None:
         """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
         ahead: the weights that are read next"""
         store = self.store
-        guess = None if self.next_router is None else store.router_prefetch_buffers(step.tokens)
+        prefetch = None if self.next_router is None else store.router_prefetch_buffers(step.tokens)
         self.ops.router(
             work.ids, work.weights, work.router_logits, work.h, self.router, self.experts,
-            store.cache.counters, work.arrived, store.trace, self.layer, step.positions,
-            guess, self.next_router, store.predicted,
+            store.cache.counters, work.router_barrier, store.trace, self.layer, step.positions,
+            prefetch, self.next_router, store.predicted,
         )  # fmt: skip
         if store.recorder is not None and store.trace is None and self.next_router is not None:
             top_k = work.ids.shape[1]
@@ -53,5 +53,5 @@ class MoeBlock:
             store.recorder.add_predicted(self.layer + 1, predicted, weights)
         store.forward(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.router_logits,
-            work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, ahead,
+            work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, l2_prefetch,
         )  # fmt: skip

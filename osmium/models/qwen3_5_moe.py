@@ -90,9 +90,11 @@ class Model:
         after = [(layer.mixer_norm, layer.mixer.first_weight.data) for layer in self.layers[1:]]
         after.append((self.norm, self.head_matrix.data))
         with self.store.step(step.tokens):
-            for layer, own, (norm, ahead) in zip(self.layers, state.layers, after, strict=True):
+            for layer, own, (norm, l2_prefetch) in zip(
+                self.layers, state.layers, after, strict=True
+            ):
                 layer.mixer.forward(x, step, own, work, layer.moe_norm)
-                layer.moe.forward(x, step, work, norm, ahead)
+                layer.moe.forward(x, step, work, norm, l2_prefetch)
 
     def head(self, out: Array, rows: Array | None = None) -> None:
         """The logits of some rows of the last step; of its first ones, if right after it.

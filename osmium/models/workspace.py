@@ -61,30 +61,35 @@ class Workspace:
 
     partial: Array
     """f32 [SPLITS, H, d + 2], what blocks that share contexts leave."""
-    parts: Array
+    split_counters: Array
     """i32 [SPLIT_ROWS, H, 8], 0: how many of them have."""
-    arrived: Array
+    router_barrier: Array
     """i32 [ARRIVED], 0: what of the router's scores has arrived."""
 
     def first_rows(self, tokens: int) -> "Workspace":
         """The same, cut to a step's rows."""
-        whole = {name: getattr(self, name) for name in ("partial", "parts", "arrived")}
+        whole = {
+            name: getattr(self, name) for name in ("partial", "split_counters", "router_barrier")
+        }
         cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in whole}
         return Workspace(**cut, **whole)
 
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
     """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    parts, arrived = ops.empty(_parts(config), np.int32), ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
-    for words in (parts, arrived):
+    split_counters, router_barrier = (
+        ops.empty(_split_counters(config), np.int32),
+        ops.empty(ROUTER_BARRIER_SHAPE, np.int32),
+    )
+    for words in (split_counters, router_barrier):
         ops.memset(words, 0)
     arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
     return Workspace(
         **arrays,
         **{name: ops.empty_input(rows, width, eps) for name, (width, eps) in _rows(config).items()},
         partial=ops.empty(_partial(config), np.float32),
-        parts=parts,
-        arrived=arrived,
+        split_counters=split_counters,
+        router_barrier=router_barrier,
     )
 
 
@@ -92,7 +97,7 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
     """Bytes that make_workspace asks for on a backend."""
     wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
     read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    whole = (_partial(config), _parts(config), ROUTER_BARRIER_SHAPE)
+    whole = (_partial(config), _split_counters(config), ROUTER_BARRIER_SHAPE)
     return rows * (wide + read) + 4 * sum(map(math.prod, whole))
 
 
@@ -100,7 +105,7 @@ def _partial(config: ModelConfig) -> tuple[int, ...]:
     return (SPLITS, config.num_heads, config.head_dim + 2)
 
 
-def _parts(config: ModelConfig) -> tuple[int, ...]:
+def _split_counters(config: ModelConfig) -> tuple[int, ...]:
     return (SPLIT_KV_MAX_SEQS, config.num_heads, 8)
 
 

@@ -104,11 +104,11 @@ class Ops(Protocol):
         nor wait, and everything in it must have been launched once before.
         """
 
-    def on_side_stream(self, early: bool = False) -> AbstractContextManager[None]:
+    def on_side_stream(self, prefetch: bool = False) -> AbstractContextManager[None]:
         """What is launched inside follows all that was launched before, but what is launched
         outside, until `join`, does not wait for it.  Two such ways do not wait for each other."""
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         """What is launched from here on waits for all that was launched beside, that way."""
 
     bytes_to_host: int
@@ -202,7 +202,7 @@ class Ops(Protocol):
         qgkv: Array,
         weights: AttentionWeights,
         kv: PagedKV,
-        room: AttentionWorkspace,
+        workspace: AttentionWorkspace,
         step: StepInputs,
     ) -> None:
         """q = rope_append(qgkv);  read = sigmoid_gate(attention(q));
@@ -261,11 +261,11 @@ class Ops(Protocol):
         norm: Array,
         u: Array,
         weights: DeltaWeights,
-        inputs: Array,
+        conv_state: Array,
         state: Array,
-        room: DeltaNetWorkspace,
+        workspace: DeltaNetWorkspace,
         step: StepInputs,
-        chunks: bool,
+        chunked: bool,
     ) -> None:
         """A delta net behind its first matrix:
             qkv = conv(u);  decay, beta = delta_gates(h @ ab.T)
@@ -305,18 +305,18 @@ class Ops(Protocol):
         self,
         ids: Array,
         weights: Array,
-        scores: Array,
+        router_logits: Array,
         h: MatmulInput,
         w: LinearWeight,
-        experts: int,
+        num_experts: int,
         counters: Array,
-        arrived: Array,
+        barrier: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: PrefetchState | None = None,
-        after: LinearWeight | None = None,
-        predicted: Array | None = None,
+        prefetch: PrefetchState | None = None,
+        next_router: LinearWeight | None = None,
+        predicted_trace: Array | None = None,
     ) -> None:
         """scores = h @ W.T; route; and where there is a trace, replay.  With a guess the same once
         more with `after`, the next layer's router, into guess.ids, of which `predicted` is a trace.
@@ -326,7 +326,7 @@ class Ops(Protocol):
         """
 
     def topk_softmax(
-        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+        self, ids: Array, weights: Array, logits: Array, num_experts: int, counters: Array
     ) -> None:
         """p = softmax(logits[:, :experts]); ids the A largest, descending, ties to the lower id;
         weights = p[ids] / sum(p[ids]).
@@ -346,7 +346,7 @@ class Ops(Protocol):
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
         """Assign a slot of `layer` to every expert of `ids`; updates plan, cache and counters.
 
@@ -362,10 +362,10 @@ class Ops(Protocol):
         self,
         cache: ExpertCache,
         plan: SlotAssignment,
-        arena: HostExperts,
+        host_experts: HostExperts,
         layer: int,
         l2_prefetch: Array | None = None,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
         """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch_flags is set;
         where it is 2, without the segments that guess.segments_done counts.
@@ -376,7 +376,7 @@ class Ops(Protocol):
         """
 
     def prefetch_experts(
-        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+        self, cache: ExpertCache, prefetch: PrefetchState, host_experts: HostExperts
     ) -> None:
         """slots[guess.slot[layer]] = records[layer, guess.expert[layer]] for each layer but the
         first whose expert is not -1, from its guess.start_signal until guess.state has STOP.  Ends
@@ -391,16 +391,16 @@ class Ops(Protocol):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        both: Array,
+        gate_up: Array,
     ) -> None:
         """inner[t, a] = silu(gate_e h[t]) * (up_e h[t]), e = ids[t, a], from the experts' slots;
         shared_inner = gated_up(h, shared.up).
 
-        Without a plan every expert is in the slot of its number.  "there" may do the pairs whose
+        Without a plan every expert is in the slot of its number.  "hits" may do the pairs whose
         expert was in its slot before this call, and nothing of the others, and does the shared
-        expert; "rest" does what "there" has left.
+        expert; "rest" does what "hits" has left.
 
         inner [T * A, I]    shared_inner [T, Is]    h [T, D]    ids u16 [T, A]
         both f32 [T, 2 Is], scratch
@@ -416,10 +416,10 @@ class Ops(Protocol):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        scores: Array,
-        said: Array,
+        router_logits: Array,
+        shared_out: Array,
         y: Array,
         h: MatmulInput,
         norm: Array,
@@ -427,7 +427,7 @@ class Ops(Protocol):
         """x[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
         sigmoid(scores[t, column]) * (shared.down shared_inner[t]); then h = norm(x).
 
-        "there" may leave in y the shared expert's and those of the pairs whose expert was in its
+        "hits" may leave in y the shared expert's and those of the pairs whose expert was in its
         slot before; "rest" then does what is left.
 
         x f32 [T, D]    inner [T * A, I]    ids u16 [T, A]    weights f32 [T, A]
@@ -436,7 +436,7 @@ class Ops(Protocol):
         """
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
     ) -> None:
         """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of w's rows, up the second.
 
@@ -457,7 +457,7 @@ class Ops(Protocol):
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: DecodeState) -> None:
+    def sample(self, logits: Array, decode_state: DecodeState) -> None:
         """replies.token[r] = a token drawn from row r: the likeliest (the lower id of equals) at
         temperature 0; else with p = softmax(logits / temperature), in order of p, ties to the lower
         id: the top-k likeliest; of these as few as reach top-p of their sum; of these what has at
@@ -467,7 +467,7 @@ class Ops(Protocol):
         logits f32 [R, vocab]
         """
 
-    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
+    def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
         """Write each row's token where the next step reads it, one position on, and mail it.
 
         A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2

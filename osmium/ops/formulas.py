@@ -48,24 +48,24 @@ def matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
     return int8.dequantize(data, scale) if format == "int8" else int4.dequantize(data, scale)
 
 
-def expert_matrices(record: ExpertLayout, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
+def expert_matrices(layout: ExpertLayout, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
     """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
-    up, down = (2 * record.inner, record.hidden), (record.hidden, record.inner)
-    parts = []
-    for (n, k), start, scales in ((up, 0, record.up_scale), (down, record.down, record.down_scale)):
-        raw = data[start : start + n * k * record.bits // 8]
-        if record.bits == 16:
-            parts.append(matrix("bf16", raw.view(np.uint16).reshape(n, k), None))
-        elif record.bits == 8:
+    up, down = (2 * layout.inner, layout.hidden), (layout.hidden, layout.inner)
+    matrices = []
+    for (n, k), start, scales in ((up, 0, layout.up_scale), (down, layout.down, layout.down_scale)):
+        data_bytes = data[start : start + n * k * layout.bits // 8]
+        if layout.bits == 16:
+            matrices.append(matrix("bf16", data_bytes.view(np.uint16).reshape(n, k), None))
+        elif layout.bits == 8:
             scale = data[scales : scales + 4 * n].view(np.float32)
-            parts.append(matrix("int8", raw.view(np.int8).reshape(n, k), scale))
+            matrices.append(matrix("int8", data_bytes.view(np.int8).reshape(n, k), scale))
         else:
             groups = k // (
-                record.up_group if k == record.hidden and start == 0 else record.down_group
+                layout.up_group if k == layout.hidden and start == 0 else layout.down_group
             )
             scale16 = data[scales : scales + 2 * n * groups].view(np.float16).reshape(n, groups)
-            parts.append(matrix("int4", raw.reshape(n, k // 2), scale16))
-    return parts[0], parts[1]
+            matrices.append(matrix("int4", data_bytes.reshape(n, k // 2), scale16))
+    return matrices[0], matrices[1]
 
 
 def slots_of(ids: Array, plan: SlotAssignment | None) -> Array:
@@ -94,8 +94,8 @@ def gather_kv(pages: Array, scales: Array | None, table: Array, length: int) -> 
     """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
     rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
     if scales is not None:
-        of = scales[table].reshape(-1, pages.shape[2])[:length].swapaxes(0, 1)
-        return cast(F32, f32_from_e4m3(rows) * of.astype(np.float32)[..., None])
+        row_scales = scales[table].reshape(-1, pages.shape[2])[:length].swapaxes(0, 1)
+        return cast(F32, f32_from_e4m3(rows) * row_scales.astype(np.float32)[..., None])
     return f32_from_bf16(rows) if pages.dtype == np.uint16 else cast(F32, rows)
 
 
@@ -117,8 +117,8 @@ def heads_of(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:
     q = unit(qkv[:, :key_width].reshape(t, key_heads, dk)) * np.float32(dk**-0.5)
     k = unit(qkv[:, key_width : 2 * key_width].reshape(t, key_heads, dk))
     v = qkv[:, 2 * key_width :].reshape(t, value_heads, dv)
-    each = value_heads // key_heads
-    return np.repeat(q, each, axis=1), np.repeat(k, each, axis=1), v
+    repeats = value_heads // key_heads
+    return np.repeat(q, repeats, axis=1), np.repeat(k, repeats, axis=1), v
 
 
 def delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[F32, F32]:
@@ -129,18 +129,18 @@ def delta_chunk(q: F32, k: F32, v: F32, g: F32, beta: F32, state: F32) -> tuple[
     size = q.shape[1]
     total = np.cumsum(g, axis=1, dtype=np.float64)  # differences of large sums: f32 would cancel
     lower = np.tri(size, dtype=bool)
-    gap = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
-    fade = np.exp(gap).astype(np.float32)  # D
-    a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * fade, -1)
-    gain = np.exp(total).astype(np.float32)[..., None]
-    solved = np.concatenate([v, gain * k], axis=2) * beta[..., None]
+    log_decay = np.where(lower, total[:, :, None] - total[:, None], -np.inf)
+    decay = np.exp(log_decay).astype(np.float32)  # D
+    a = np.tril(np.matmul(beta[..., None] * k, k.swapaxes(1, 2)) * decay, -1)
+    decay_from_start = np.exp(total).astype(np.float32)[..., None]
+    u_and_w = np.concatenate([v, decay_from_start * k], axis=2) * beta[..., None]
     for i in range(1, size):  # forward substitution: row i needs the rows above it
-        solved[:, i] -= np.matmul(a[:, i, None, :i], solved[:, :i])[:, 0]
-    u, w = solved[..., : v.shape[2]], solved[..., v.shape[2] :]
+        u_and_w[:, i] -= np.matmul(a[:, i, None, :i], u_and_w[:, :i])[:, 0]
+    u, w = u_and_w[..., : v.shape[2]], u_and_w[..., v.shape[2] :]
     new = u - np.matmul(w, state)
-    out = np.matmul(q * gain, state)
-    out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * fade, new)
-    after = fade[:, -1, :, None]  # exp(G_last - G)
-    state = state * gain[:, -1:]
-    state += np.matmul((k * after).swapaxes(1, 2), new)
+    out = np.matmul(q * decay_from_start, state)
+    out += np.matmul(np.matmul(q, k.swapaxes(1, 2)) * decay, new)
+    decay_to_end = decay[:, -1, :, None]  # exp(G_last - G)
+    state = state * decay_from_start[:, -1:]
+    state += np.matmul((k * decay_to_end).swapaxes(1, 2), new)
     return out, state

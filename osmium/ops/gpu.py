@@ -52,24 +52,24 @@ def check_kernels() -> int:
     60 ms the first time, and then nothing: contracts are kept.
     Raises: KernelError where a text is missing, broken or stale.
     """
-    found: dict[str, Kernel] = {}
-    for names in (vars(gpu_rows), vars(gpu_experts), globals()):
-        for value in names.values():
-            for one in value.values() if isinstance(value, dict) else (value,):
-                if isinstance(one, Kernel):
-                    found[one.name] = one
-    for one in found.values():
-        _ = one.contract
-    return len(found)
+    kernels: dict[str, Kernel] = {}
+    for module in (vars(gpu_rows), vars(gpu_experts), globals()):
+        for value in module.values():
+            for item in value.values() if isinstance(value, dict) else (value,):
+                if isinstance(item, Kernel):
+                    kernels[item.name] = item
+    for item in kernels.values():
+        _ = item.contract
+    return len(kernels)
 
 
 class GpuOps(GpuExperts):
     """See ops.Ops for every method's formula, shapes and source."""
 
-    def __init__(self, machine: DeviceRuntime) -> None:
+    def __init__(self, runtime: DeviceRuntime) -> None:
         """Raises: KernelError where a kernel's text is missing: before anything is loaded."""
         check_kernels()
-        super().__init__(machine)
+        super().__init__(runtime)
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -88,15 +88,15 @@ class GpuOps(GpuExperts):
             self.stream, tokens, q, *_arrays(kv), qgkv, norms, frequencies,
             step.positions, step.sequence_ids, step.page_table,
             heads, kv.k.shape[2], dim, 2 * frequencies.shape[0],
-            step.page, step.page_table.shape[1], eps,
+            step.page_size, step.page_table.shape[1], eps,
         )  # fmt: skip
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
         GQA_ATTENTION[kv_format(kv)](
             self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence_ids,
-            step.page_table,
-            heads, kv.k.shape[2], dim, step.page, step.page_table.shape[1], scale,
+            step.page_table, heads, kv.k.shape[2], dim, step.page_size, step.page_table.shape[1],
+            scale,
         )  # fmt: skip
 
     def gated_attention(
@@ -107,37 +107,36 @@ class GpuOps(GpuExperts):
         qgkv: Array,
         weights: AttentionWeights,
         kv: PagedKV,
-        room: AttentionWorkspace,
+        workspace: AttentionWorkspace,
         step: StepInputs,
     ) -> None:
-        w, read, (tokens, heads, dim), groups = weights, room.attn_out, room.q.shape, kv.k.shape[2]
-        if not is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, room.partial.shape[0]):
-            seen = read.f32.reshape(tokens, heads, dim)
-            self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
-            self.attention(seen, room.q, kv, step, w.scale)
-            self.sigmoid_gate(seen, qgkv)
-            self.prepare_input(read)
-            self.linear_add_rms_norm(x, read, w.out, h, norm)
+        w, attn_out = weights, workspace.attn_out
+        (tokens, heads, dim), groups = workspace.q.shape, kv.k.shape[2]
+        if not is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
+            heads_out = attn_out.f32.reshape(tokens, heads, dim)
+            self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
+            self.attention(heads_out, workspace.q, kv, step, w.scale)
+            self.sigmoid_gate(heads_out, qgkv)
+            self.prepare_input(attn_out)
+            self.linear_add_rms_norm(x, attn_out, w.out, h, norm)
             return
-        rows = groups * -(-heads // (16 * groups))
+        blocks = groups * -(-heads // (16 * groups))
         splits = num_kv_splits(
-            self.machine, room.partial.shape[0] // tokens, tokens * rows,
-            FETCH_BLOCKS if self.fetches_early else 0,
+            self.runtime, workspace.partial.shape[0] // tokens, tokens * blocks,
+            FETCH_BLOCKS if self.prefetch_is_active else 0,
         )  # fmt: skip
         # 128 values of a head are a group of digits, which their block can make for all
-        digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
+        store_digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
         GQA_DECODE_SPLIT_KV[kv_format(kv)](
-            self.stream, tokens, read.hi_lo, room.partial, room.split_counters, *_arrays(kv),
-            qgkv, w.norms,
-            w.frequencies, step.positions, step.sequence_ids, step.page_table, heads, groups, dim,
-            2 * w.frequencies.shape[0], step.page, step.page_table.shape[1], splits, int(digits),
-            w.eps,
-            w.scale,
+            self.stream, tokens, attn_out.hi_lo, workspace.partial, workspace.split_counters,
+            *_arrays(kv), qgkv, w.norms, w.frequencies, step.positions, step.sequence_ids,
+            step.page_table, heads, groups, dim, 2 * w.frequencies.shape[0], step.page_size,
+            step.page_table.shape[1], splits, int(store_digits), w.eps, w.scale,
         )  # fmt: skip
-        if digits:
-            self.matvec(x, read, w.out, h, norm, made=True)
+        if store_digits:
+            self.matvec(x, attn_out, w.out, h, norm, has_digits=True)
         else:
-            self.linear_add_rms_norm(x, read, w.out, h, norm)
+            self.linear_add_rms_norm(x, attn_out, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, dim = out.shape
@@ -170,37 +169,38 @@ class GpuOps(GpuExperts):
         norm: Array,
         u: Array,
         weights: DeltaWeights,
-        inputs: Array,
+        conv_state: Array,
         state: Array,
-        room: DeltaNetWorkspace,
+        workspace: DeltaNetWorkspace,
         step: StepInputs,
-        chunks: bool,
+        chunked: bool,
     ) -> None:
-        w, qkv, read, (_, value_heads, dk, dv) = weights, room.qkv, room.read, state.shape
+        w, qkv, delta_out = weights, workspace.qkv, workspace.delta_out
+        _, value_heads, dk, dv = state.shape
         if not is_decode(step) or w.ab.format != "bf16":
-            heads = read.f32.reshape(read.f32.shape[0], value_heads, dv)
-            self.plain_linear(room.ab, self.merge_hi_lo(h), w.ab, 0)
-            self.causal_conv1d(qkv, u, w.conv, inputs, step)
-            self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
-            rule = self.delta_rule_chunk if chunks else self.delta_rule_recurrent
-            rule(heads, qkv, room.decay, room.beta, state, step)
+            heads = delta_out.f32.reshape(delta_out.f32.shape[0], value_heads, dv)
+            self.generic_linear(workspace.ab, self.merge_hi_lo(h), w.ab, 0)
+            self.causal_conv1d(qkv, u, w.conv, conv_state, step)
+            self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
+            rule = self.delta_rule_chunk if chunked else self.delta_rule_recurrent
+            rule(heads, qkv, workspace.decay, workspace.beta, state, step)
             self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
-            self.prepare_input(read)
-            self.linear_add_rms_norm(x, read, w.out, h, norm)
+            self.prepare_input(delta_out)
+            self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         # a head of 128 values is a group of digits, which its block can make for all
-        digits = dv == 128 and w.out.format == "int4" and supports_matvec(w.out)
+        store_digits = dv == 128 and w.out.format == "int4" and supports_matvec(w.out)
         DELTA_NET_DECODE(
-            self.stream, step.sequences, read.hi_lo, u, h.hi_lo, h.square_sums or 0, w.conv, inputs,
-            w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.context_lens, step.state_slots,
-            key_heads,
-            value_heads, dk, dv, u.shape[1], w.ab.in_features, int(digits), h.eps, w.eps,
+            self.stream, step.sequences, delta_out.hi_lo, u, h.hi_lo, h.square_sums or 0, w.conv,
+            conv_state, w.ab.data, w.a_log, w.dt_bias, state, w.norm, step.context_lens,
+            step.state_slots, key_heads, value_heads, dk, dv, u.shape[1], w.ab.in_features,
+            int(store_digits), h.eps, w.eps,
         )  # fmt: skip
-        if digits:
-            self.matvec(x, read, w.out, h, norm, made=True)
+        if store_digits:
+            self.matvec(x, delta_out, w.out, h, norm, has_digits=True)
         else:
-            self.linear_add_rms_norm(x, read, w.out, h, norm)
+            self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
 
     def delta_rule_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
@@ -208,12 +208,12 @@ class GpuOps(GpuExperts):
         self._delta(DELTA_RULE_CHUNK, out, qkv, decay, beta, state, step)
 
     def _delta(
-        self, kernel: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
+        self, rule: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,
         step: StepInputs,
     ) -> None:  # fmt: skip
         _, value_heads, dk, dv = state.shape
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
-        kernel(
+        rule(
             self.stream, step.sequences, out, qkv, decay, beta, state,
             step.query_start_loc, step.context_lens, step.state_slots, key_heads, value_heads, dk,
             dv,
@@ -227,8 +227,8 @@ class GpuOps(GpuExperts):
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: DecodeState) -> None:
-        r, (rows, vocab) = replies, logits.shape
+    def sample(self, logits: Array, decode_state: DecodeState) -> None:
+        r, (rows, vocab) = decode_state, logits.shape
         slices = r.slice_max.shape[1]
         SLICE_MAX(
             self.stream,
@@ -248,18 +248,17 @@ class GpuOps(GpuExperts):
         )  # fmt: skip
         SAMPLE_TOKEN(
             self.stream, rows, r.token, logits, r.slice_max, r.sampler_params, r.uniforms,
-            r.decode_step, r.bin_counts,
-            r.bin_weights, r.slice_bin_ends, r.bin_order, vocab, slices, r.ring,
+            r.decode_step, r.bin_counts, r.bin_weights, r.slice_bin_ends, r.bin_order, vocab,
+            slices, r.ring_size,
         )  # fmt: skip
 
-    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
+    def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
         ADVANCE_STEP(
             self.stream, step.ids, step.positions, step.context_lens, step.state_slots,
-            step.page_table,
-            replies.token, replies.tokens_left, replies.stop_on_eos, replies.eos,
-            replies.decode_step, replies.token_ring,
-            step.tokens, step.page_table.shape[1], replies.eos.shape[0], replies.ring,
-            replies.null_slot, replies.null_page,
+            step.page_table, decode_state.token, decode_state.tokens_left, decode_state.stop_on_eos,
+            decode_state.eos, decode_state.decode_step, decode_state.token_ring, step.tokens,
+            step.page_table.shape[1], decode_state.eos.shape[0], decode_state.ring_size,
+            decode_state.null_slot, decode_state.null_page,
         )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ ADD_SIGMOID_GATED = kernel("add_sigmoid_gated_f32")
 ROUTER_EXPERTS = 256
 """Experts up to which the router picks, too: eight a lane."""
 
-EXPERT_SUBSETS = ("all", "there", "rest")
+EXPERT_SUBSETS = ("all", "hits", "rest")
 """Of the experts, by the number that kernels know them by."""
 
 
@@ -66,73 +66,91 @@ class GpuExperts(GpuRows):
         self,
         ids: Array,
         weights: Array,
-        scores: Array,
+        router_logits: Array,
         h: MatmulInput,
         w: LinearWeight,
-        experts: int,
+        num_experts: int,
         counters: Array,
-        arrived: Array,
+        barrier: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: PrefetchState | None = None,
-        after: LinearWeight | None = None,
-        predicted: Array | None = None,
+        prefetch: PrefetchState | None = None,
+        next_router: LinearWeight | None = None,
+        predicted_trace: Array | None = None,
     ) -> None:
-        (tokens, top_k), form = ids.shape, (w.format, w.out_features, w.in_features)
-        few = tokens <= MATVEC_MAX_TOKENS and experts <= ROUTER_EXPERTS
-        alike = after is None or (after.format, after.out_features, after.in_features) == form
-        if not (few and alike and w.format == "bf16" and supports_matvec(w) and self.fits(h)):
-            self._plain_router(
-                ids, weights, scores, h, w, experts, counters, trace, layer, positions
+        (tokens, top_k), shape = ids.shape, (w.format, w.out_features, w.in_features)
+        is_decode_sized = tokens <= MATVEC_MAX_TOKENS and num_experts <= ROUTER_EXPERTS
+        same_shape = (
+            next_router is None
+            or (next_router.format, next_router.out_features, next_router.in_features) == shape
+        )
+        if not (
+            is_decode_sized
+            and same_shape
+            and w.format == "bf16"
+            and supports_matvec(w)
+            and self.fits_norm(h)
+        ):
+            self._generic_router(
+                ids, weights, router_logits, h, w, num_experts, counters, trace, layer, positions
             )
-            if guess is not None and after is not None:
-                self._plain_router(
-                    guess.ids[:tokens], guess.weights[:tokens], guess.scores[:tokens], h, after,
-                    experts, guess.counters, predicted, layer + 1, positions,
+            if prefetch is not None and next_router is not None:
+                self._generic_router(
+                    prefetch.ids[:tokens], prefetch.weights[:tokens],
+                    prefetch.router_logits[:tokens], h, next_router, num_experts, prefetch.counters,
+                    predicted_trace, layer + 1, positions,
                 )  # fmt: skip
             return
-        sets, second, matrix = 1, (0, 0, 0, 0, 0), 0
-        if guess is not None and after is not None:
-            second = guess.ids, guess.weights, guess.scores, guess.counters, guess.arrived
-            sets, matrix = 2, after.data
-        told = predicted if trace is None else trace
-        count, layers = (0, 0) if told is None else told.shape[:2]
-        assert predicted is None or predicted.shape[:2] == (count, layers), "one N, L for both"
-        some = self.share(w)
+        num_routers, next_outputs, next_data = 1, (0, 0, 0, 0, 0), 0
+        if prefetch is not None and next_router is not None:
+            next_outputs = (
+                prefetch.ids,
+                prefetch.weights,
+                prefetch.router_logits,
+                prefetch.counters,
+                prefetch.barrier,
+            )
+            num_routers, next_data = 2, next_router.data
+        any_trace = predicted_trace if trace is None else trace
+        trace_tokens, layers = (0, 0) if any_trace is None else any_trace.shape[:2]
+        assert predicted_trace is None or predicted_trace.shape[:2] == (trace_tokens, layers), (
+            "one N, L for both"
+        )
+        tiling = self.tile(w)
         ROUTER_TOPK(
-            self.stream, some.blocks, sets, ids, weights, scores, counters, arrived, *second,
-            h.hi_lo, h.square_sums or 0, w.data, matrix, 0 if trace is None else trace,
-            0 if predicted is None else predicted, positions, tokens, some.rows(tokens),
-            w.out_features,
-            w.in_features, experts, top_k, count, layers, layer, h.eps,
+            self.stream, tiling.blocks, num_routers, ids, weights, router_logits, counters, barrier,
+            *next_outputs, h.hi_lo, h.square_sums or 0, w.data, next_data,
+            0 if trace is None else trace, 0 if predicted_trace is None else predicted_trace,
+            positions, tokens, tiling.tokens_per_block(tokens), w.out_features, w.in_features,
+            num_experts, top_k, trace_tokens, layers, layer, h.eps,
         )  # fmt: skip
 
-    def _plain_router(
+    def _generic_router(
         self,
         ids: Array,
         weights: Array,
-        scores: Array,
+        router_logits: Array,
         h: MatmulInput,
         w: LinearWeight,
-        experts: int,
+        num_experts: int,
         counters: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
     ) -> None:
         """What `router` does with one matrix, of any form, and for any number of tokens."""
-        self.linear(scores, h, w)
-        self.topk_softmax(ids, weights, scores, experts, counters)
+        self.linear(router_logits, h, w)
+        self.topk_softmax(ids, weights, router_logits, num_experts, counters)
         if trace is not None:
             self.replay_routing(ids, trace, layer, positions)
 
     def topk_softmax(
-        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+        self, ids: Array, weights: Array, logits: Array, num_experts: int, counters: Array
     ) -> None:
         tokens, top_k = ids.shape
         TOPK_SOFTMAX(
-            self.stream, tokens, ids, weights, logits, counters, experts, top_k, logits.shape[1]
+            self.stream, tokens, ids, weights, logits, counters, num_experts, top_k, logits.shape[1]
         )
 
     def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
@@ -146,67 +164,69 @@ class GpuExperts(GpuRows):
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
-        fading, on = cache.fading, layer + 1
-        last = on == cache.expert_to_slot.shape[0]
-        after: tuple[Array | int, ...] = (0,) * 5
-        guessed: tuple[Array | int, ...] = (0,) * 7
-        blocks, capacity, first = 1, 0, 0
-        if guess is not None:
-            guessed = (guess.ids, guess.weights, guess.expert, guess.slot, guess.state,
-            guess.segments_done,
-                       guess.start_signal)  # fmt: skip
-            if not last:
-                blocks, capacity = 2, cache.slots[on].shape[0]
-                first = sum(cache.slots[i].shape[0] for i in range(on))
-                after = (cache.expert_to_slot[on], cache.slot_to_expert[on], cache.short_count[on],
-                         cache.long_count[on], cache.last_used[on])  # fmt: skip
+        decay, next_layer = cache.decay, layer + 1
+        is_last = next_layer == cache.expert_to_slot.shape[0]
+        next_tables: tuple[Array | int, ...] = (0,) * 5
+        prefetch_arrays: tuple[Array | int, ...] = (0,) * 7
+        blocks, capacity, first_slot = 1, 0, 0
+        if prefetch is not None:
+            p = prefetch
+            prefetch_arrays = (
+                p.ids, p.weights, p.expert, p.slot, p.state, p.segments_done, p.start_signal,
+            )  # fmt: skip
+            if not is_last:
+                blocks, capacity = 2, cache.slots[next_layer].shape[0]
+                first_slot = sum(cache.slots[i].shape[0] for i in range(next_layer))
+                next_tables = (
+                    cache.expert_to_slot[next_layer], cache.slot_to_expert[next_layer],
+                    cache.short_count[next_layer], cache.long_count[next_layer],
+                    cache.last_used[next_layer],
+                )  # fmt: skip
         ASSIGN_SLOTS(
             self.stream, blocks, plan.count, plan.expert, plan.slot, plan.fetch_flags, plan.uses,
             plan.pair_slots, plan.fetch_progress, cache.expert_to_slot[layer],
-            cache.slot_to_expert[layer],
-            cache.short_count[layer], cache.long_count[layer], cache.last_used[layer], cache.step,
-            cache.counters, ids, *after, *guessed, ids.nbytes // 2, cache.experts,
-            cache.slots[layer].shape[0], capacity, first, plan.expert.shape[0], layer, int(last),
-            int(guess is not None), FETCH_WARPS, fading.prior_steps, 1 / fading.half_life,
-            1 / fading.long_half_life, fading.long_scale,
+            cache.slot_to_expert[layer], cache.short_count[layer], cache.long_count[layer],
+            cache.last_used[layer], cache.step, cache.counters, ids, *next_tables, *prefetch_arrays,
+            ids.nbytes // 2, cache.num_experts, cache.slots[layer].shape[0], capacity, first_slot,
+            plan.expert.shape[0], layer, int(is_last), int(prefetch is not None), FETCH_WARPS,
+            decay.prior_steps, 1 / decay.half_life, 1 / decay.long_half_life, decay.long_scale,
         )  # fmt: skip
 
     def fetch_experts(
         self,
         cache: ExpertCache,
         plan: SlotAssignment,
-        arena: HostExperts,
+        host_experts: HostExperts,
         layer: int,
         l2_prefetch: Array | None = None,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
-        near = 0 if l2_prefetch is None else min(l2_prefetch.nbytes, self.machine.l2 // 2)
-        guessed: tuple[Array | int, ...] = (0, 0, 0)
-        if guess is not None:
-            last = layer + 1 == cache.expert_to_slot.shape[0]
-            guessed = (
-                guess.state[layer],
-                guess.segments_done[layer],
-                0 if last else guess.start_signal[layer + 1],
+        l2_bytes = 0 if l2_prefetch is None else min(l2_prefetch.nbytes, self.runtime.l2 // 2)
+        prefetch_arrays: tuple[Array | int, ...] = (0, 0, 0)
+        if prefetch is not None:
+            is_last = layer + 1 == cache.expert_to_slot.shape[0]
+            prefetch_arrays = (
+                prefetch.state[layer],
+                prefetch.segments_done[layer],
+                0 if is_last else prefetch.start_signal[layer + 1],
             )
         FETCH_EXPERTS(
-            self.stream, FETCH_BLOCKS, cache.slots[layer], arena.records[layer],
-            plan.expert, plan.slot, plan.fetch_flags, plan.uses, plan.count, cache.counters,
-            plan.fetch_progress, *guessed, 0 if l2_prefetch is None else l2_prefetch,
-            plan.expert.shape[0],
-            cache.record.nbytes, cache.record.down, near,
+            self.stream, FETCH_BLOCKS, cache.slots[layer], host_experts.packed[layer], plan.expert,
+            plan.slot, plan.fetch_flags, plan.uses, plan.count, cache.counters, plan.fetch_progress,
+            *prefetch_arrays, 0 if l2_prefetch is None else l2_prefetch, plan.expert.shape[0],
+            cache.layout.nbytes, cache.layout.down, l2_bytes,
         )  # fmt: skip
 
     def prefetch_experts(
-        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+        self, cache: ExpertCache, prefetch: PrefetchState, host_experts: HostExperts
     ) -> None:
-        layers, experts, _ = arena.records.shape
+        layers, experts, _ = host_experts.packed.shape
         PREFETCH_EXPERTS(
-            self.stream, FETCH_BLOCKS, cache.slots[0], arena.records, guess.expert, guess.slot,
-            guess.state, guess.segments_done, guess.start_signal, cache.step, cache.record.nbytes,
-            layers, experts,
+            self.stream, FETCH_BLOCKS, cache.slots[0], host_experts.packed, prefetch.expert,
+            prefetch.slot, prefetch.state, prefetch.segments_done, prefetch.start_signal,
+            cache.step, cache.layout.nbytes, layers, experts,
         )  # fmt: skip
 
     def expert_up(
@@ -218,46 +238,55 @@ class GpuExperts(GpuRows):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        both: Array,
+        gate_up: Array,
     ) -> None:
-        record, (tokens, top_k) = cache.record, ids.shape
-        if not supports_fused_experts(record, tokens):
-            if part != "there":
-                self._plain_up(inner, h, ids, cache, layer)
-            if part != "rest":
-                self.gate_up_silu(shared_inner, h, shared.up, both)
+        layout, (tokens, top_k) = cache.layout, ids.shape
+        if not supports_fused_experts(layout, tokens):
+            if subset != "hits":
+                self._generic_up(inner, h, ids, cache, layer)
+            if subset != "rest":
+                self.gate_up_silu(shared_inner, h, shared.up, gate_up)
             return
-        wide, size, part_of = 0, shared.up.out_features // 2, 0.0
-        if part != "rest":
+        shared_blocks, shared_size, shared_fraction = 0, shared.up.out_features // 2, 0.0
+        if subset != "rest":
             if fits_shared(shared):
                 # a tile of INT8 is twice the bytes of one of INT4
-                part_of = 2 * size / (2 * size + top_k * record.inner)
-                wide = tile_matrix(self.machine, size, record.hidden, 4, False, part_of).blocks
+                shared_fraction = 2 * shared_size / (2 * shared_size + top_k * layout.inner)
+                shared_blocks = tile_matrix(
+                    self.runtime, shared_size, layout.hidden, 4, False, shared_fraction
+                ).blocks
             else:
-                self.gate_up_silu(shared_inner, h, shared.up, both)
-        some = tile_matrix(
-            self.machine, top_k * record.inner, record.hidden, 4, True, 1 - part_of, EXPERT_TILES
+                self.gate_up_silu(shared_inner, h, shared.up, gate_up)
+        tiling = tile_matrix(
+            self.runtime,
+            top_k * layout.inner,
+            layout.hidden,
+            4,
+            True,
+            1 - shared_fraction,
+            EXPERT_TILES,
         )
         MOE_UP_FUSED(
-            self.stream, some.blocks + wide, tokens, inner.hi_lo, shared_inner.hi_lo, h.hi_lo,
-            h.square_sums or 0, ids, *_placed(plan, part), cache.slots[layer],
-            *((shared.up.data, shared.up.scale) if wide else (0, 0)),
-            record.hidden, record.inner, size, top_k, record.nbytes, record.up_scale,
-            EXPERT_SUBSETS.index(part), wide, some.tiles, FETCH_WARPS, h.eps,
+            self.stream, tiling.blocks + shared_blocks, tokens, inner.hi_lo, shared_inner.hi_lo,
+            h.hi_lo, h.square_sums or 0, ids, *_placed(plan, subset), cache.slots[layer],
+            *((shared.up.data, shared.up.scale) if shared_blocks else (0, 0)), layout.hidden,
+            layout.inner, shared_size, top_k, layout.nbytes, layout.up_scale,
+            EXPERT_SUBSETS.index(subset), shared_blocks, tiling.tiles, FETCH_WARPS, h.eps,
         )  # fmt: skip
 
-    def _plain_up(
+    def _generic_up(
         self, inner: MatmulInput, h: MatmulInput, ids: Array, cache: ExpertCache, layer: int
     ) -> None:
-        record, (tokens, top_k) = cache.record, ids.shape
-        more: tuple[int, ...] = ()
-        if record.bits != 16:
-            more = (record.up_scale,) if record.bits == 8 else (record.up_scale, record.up_group)
-        MOE_UP_GENERIC[record.bits](
+        layout, (tokens, top_k) = cache.layout, ids.shape
+        offsets: tuple[int, ...] = ()
+        if layout.bits != 16:
+            offsets = (layout.up_scale,) if layout.bits == 8 else (layout.up_scale, layout.up_group)
+        MOE_UP_GENERIC[layout.bits](
             self.stream, tokens, inner.f32, self.merge_hi_lo(h), ids, cache.slots[layer],
-            cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+            cache.expert_to_slot[layer], layout.hidden, layout.inner, top_k, layout.nbytes,
+            *offsets,
         )  # fmt: skip
 
     def expert_down(
@@ -270,39 +299,40 @@ class GpuExperts(GpuRows):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        scores: Array,
-        said: Array,
+        router_logits: Array,
+        shared_out: Array,
         y: Array,
         h: MatmulInput,
         norm: Array,
     ) -> None:
-        record, (tokens, top_k) = cache.record, ids.shape
-        if not supports_fused_experts(record, tokens):
-            if part == "there":
+        layout, (tokens, top_k) = cache.layout, ids.shape
+        if not supports_fused_experts(layout, tokens):
+            if subset == "hits":
                 return
-            self._plain_down(y, inner, ids, weights, cache, layer)
-            self.linear(said, shared_inner, shared.down)
-            self.add_sigmoid_gated(y, said, scores, shared.column)
+            self._generic_down(y, inner, ids, weights, cache, layer)
+            self.linear(shared_out, shared_inner, shared.down)
+            self.add_sigmoid_gated(y, shared_out, router_logits, shared.gate_column)
             self.add(x, y)
             self.rms_norm(h, x, norm)
             return
-        wide = fits_shared(shared)
-        if not wide and part != "rest":
-            self.linear(said, shared_inner, shared.down)
-        own = shared.down.in_features if wide else 0
-        some, ring = tile_expert_down(self.machine, record, tokens, top_k, own)
+        is_fused = fits_shared(shared)
+        if not is_fused and subset != "rest":
+            self.linear(shared_out, shared_inner, shared.down)
+        shared_size = shared.down.in_features if is_fused else 0
+        tiling, stage_bytes = tile_expert_down(self.runtime, layout, tokens, top_k, shared_size)
         MOE_DOWN_FUSED(
-            self.stream, some.blocks, tokens, x, inner.hi_lo, ids,
-            *_placed(plan, part), weights, cache.slots[layer], shared_inner.hi_lo,
-            *((shared.down.data, shared.down.scale, 0) if wide else (0, 0, said)),
-            scores, y, h.hi_lo, norm, h.square_sums, record.hidden, record.inner, own, top_k,
-            record.nbytes, record.down, record.down_scale, shared.column, scores.shape[1],
-            some.tiles, EXPERT_SUBSETS.index(part), FETCH_WARPS, ring,
+            self.stream, tiling.blocks, tokens, x, inner.hi_lo, ids, *_placed(plan, subset),
+            weights, cache.slots[layer], shared_inner.hi_lo,
+            *((shared.down.data, shared.down.scale, 0) if is_fused else (0, 0, shared_out)),
+            router_logits, y, h.hi_lo, norm, h.square_sums, layout.hidden, layout.inner,
+            shared_size, top_k, layout.nbytes, layout.down, layout.down_scale, shared.gate_column,
+            router_logits.shape[1], tiling.tiles, EXPERT_SUBSETS.index(subset), FETCH_WARPS,
+            stage_bytes,
         )  # fmt: skip
 
-    def _plain_down(
+    def _generic_down(
         self,
         y: Array,
         inner: MatmulInput,
@@ -311,31 +341,32 @@ class GpuExperts(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        record, (tokens, top_k) = cache.record, ids.shape
-        more: tuple[int, ...] = (record.down,)
-        if record.bits == 8:
-            more += (record.down_scale,)
-        elif record.bits == 4:
-            more += (record.down_scale, record.down_group)
-        MOE_DOWN_GENERIC[record.bits](
+        layout, (tokens, top_k) = cache.layout, ids.shape
+        offsets: tuple[int, ...] = (layout.down,)
+        if layout.bits == 8:
+            offsets += (layout.down_scale,)
+        elif layout.bits == 4:
+            offsets += (layout.down_scale, layout.down_group)
+        MOE_DOWN_GENERIC[layout.bits](
             self.stream, tokens, y, inner.f32, ids, weights, cache.slots[layer],
-            cache.expert_to_slot[layer], record.hidden, record.inner, top_k, record.nbytes, *more,
+            cache.expert_to_slot[layer], layout.hidden, layout.inner, top_k, layout.nbytes,
+            *offsets,
         )  # fmt: skip
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
     ) -> None:
-        tokens, size = inner.f32.shape
-        if w.format != "int8" or w.in_features % 64 or size % 4 or not self.fits(a):
-            self.linear(both, a, w)
-            self.silu_and_mul(inner.f32, both)
+        tokens, shared_size = inner.f32.shape
+        if w.format != "int8" or w.in_features % 64 or shared_size % 4 or not self.fits_norm(a):
+            self.linear(gate_up, a, w)
+            self.silu_and_mul(inner.f32, gate_up)
             self.prepare_input(inner)
             return
-        some = tile_matrix(self.machine, size, w.in_features, 4, False)
+        tiling = tile_matrix(self.runtime, shared_size, w.in_features, 4, False)
         GATE_UP_SILU(
-            self.stream, some.blocks, inner.hi_lo, a.hi_lo, a.square_sums or 0, w.data, w.scale,
-            tokens,
-            some.rows(tokens), size, w.in_features, some.tiles, a.eps,
+            self.stream, tiling.blocks, inner.hi_lo, a.hi_lo, a.square_sums or 0, w.data, w.scale,
+            tokens, tiling.tokens_per_block(tokens), shared_size, w.in_features, tiling.tiles,
+            a.eps,
         )  # fmt: skip
 
     def silu_and_mul(self, out: Array, x: Array) -> None:
@@ -347,8 +378,8 @@ class GpuExperts(GpuRows):
         ADD_SIGMOID_GATED(self.stream, tokens, out, x, gate, dim, gate.shape[1], column)
 
 
-def _placed(plan: SlotAssignment | None, part: str) -> tuple[Array | int, Array | int]:
+def _placed(plan: SlotAssignment | None, subset: str) -> tuple[Array | int, Array | int]:
     """Where experts are, and of those that are being fetched what says that they have arrived."""
     if plan is None:
         return 0, 0
-    return plan.pair_slots, plan.fetch_progress if part == "rest" else 0
+    return plan.pair_slots, plan.fetch_progress if subset == "rest" else 0

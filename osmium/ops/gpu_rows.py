@@ -35,36 +35,36 @@ MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4"
 class GpuRows:
     """See ops.Ops for every method's formula, shapes and source."""
 
-    def __init__(self, machine: DeviceRuntime) -> None:
-        self.machine = machine
-        self.stream = machine.stream
+    def __init__(self, runtime: DeviceRuntime) -> None:
+        self.runtime = runtime
+        self.stream = runtime.stream
         self.bytes_to_host = 0
-        self.fetches_early = False
+        self.prefetch_is_active = False
         """Whether something is launched early, beside others, and not joined yet."""
 
     # -- memory ----------------------------------------------------------------------------------
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.empty(shape, dtype)
+        return self.runtime.empty(shape, dtype)
 
     def to_device(self, array: npt.NDArray[Any]) -> Array:
-        made = self.machine.empty(array.shape, array.dtype)
-        self.machine.copy_h2d(made, np.ascontiguousarray(array))
-        return made
+        out = self.runtime.empty(array.shape, array.dtype)
+        self.runtime.copy_h2d(out, np.ascontiguousarray(array))
+        return out
 
     def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
     ) -> Array:
-        return self.machine.empty_mapped(shape, dtype, fill)
+        return self.runtime.empty_mapped(shape, dtype, fill)
 
     def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        return self.machine.zeros_mapped(shape, dtype)
+        return self.runtime.zeros_mapped(shape, dtype)
 
     def host_view(self, array: Array) -> npt.NDArray[Any]:
-        return self.machine.host_view(array)
+        return self.runtime.host_view(array)
 
     def release(self, array: Array) -> None:
-        self.machine.release(array)
+        self.runtime.release(array)
 
     def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
         return MatmulInput(
@@ -75,36 +75,36 @@ class GpuRows:
         )
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
-        self.machine.copy_h2d(out, source)
+        self.runtime.copy_h2d(out, source)
 
     def copy_d2h(self, source: Array) -> npt.NDArray[Any]:
         self.bytes_to_host += source.nbytes
-        return self.machine.copy_d2h(source)
+        return self.runtime.copy_d2h(source)
 
     def copy(self, out: Array, source: Array) -> None:
-        self.machine.copy(out, source)
+        self.runtime.copy(out, source)
 
     def memset(self, out: Array, byte: int) -> None:
-        self.machine.memset(out, byte)
+        self.runtime.memset(out, byte)
 
     def synchronize(self) -> None:
-        self.machine.synchronize()
+        self.runtime.synchronize()
 
     @contextlib.contextmanager
-    def on_side_stream(self, early: bool = False) -> Iterator[None]:
-        self.stream = self.machine.fork_side_stream(early)
-        self.fetches_early |= early
+    def on_side_stream(self, prefetch: bool = False) -> Iterator[None]:
+        self.stream = self.runtime.fork_side_stream(prefetch)
+        self.prefetch_is_active |= prefetch
         try:
             yield
         finally:
-            self.stream = self.machine.stream
+            self.stream = self.runtime.stream
 
-    def join_side_stream(self, early: bool = False) -> None:
-        self.machine.join_side_stream(early)
-        self.fetches_early &= not early
+    def join_side_stream(self, prefetch: bool = False) -> None:
+        self.runtime.join_side_stream(prefetch)
+        self.prefetch_is_active &= not prefetch
 
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
-        return self.machine.capture_graph(run)
+        return self.runtime.capture_graph(run)
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -136,21 +136,21 @@ class GpuRows:
     # -- matrices --------------------------------------------------------------------------------
 
     def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
-        if supports_matvec(w) and self.fits(a):
+        if supports_matvec(w) and self.fits_norm(a):
             self.matvec(out, a, w, None, None)
         else:
-            self.plain_linear(out, self.merge_hi_lo(a), w, 0)
+            self.generic_linear(out, self.merge_hi_lo(a), w, 0)
 
     def linear_add_rms_norm(
         self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
     ) -> None:
-        if supports_matvec(w) and w.out_features % 8 == 0 and self.fits(a):
+        if supports_matvec(w) and w.out_features % 8 == 0 and self.fits_norm(a):
             self.matvec(x, a, w, h, norm)
         else:
-            self.plain_linear(x, self.merge_hi_lo(a), w, 1)
+            self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
 
-    def plain_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
+    def generic_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
         """Any shape, f32 rows."""
         sizes = (x.shape[0], w.out_features, w.in_features)
         if w.format == "bf16":
@@ -167,27 +167,27 @@ class GpuRows:
         w: LinearWeight,
         h: MatmulInput | None,
         norm: Array | None,
-        made: bool = False,
+        has_digits: bool = False,
     ) -> None:
         """`made`: a.split holds digits, as ptx/int4_matvec_f32.ptx has them."""
-        to = (0, 0, 0) if h is None else (h.hi_lo, norm, h.square_sums)
-        tokens, some = a.f32.shape[0], self.share(w)
+        norm_out = (0, 0, 0) if h is None else (h.hi_lo, norm, h.square_sums)
+        tokens, tiling = a.f32.shape[0], self.tile(w)
         MATVEC[w.format](
-            self.stream, some.blocks, out, a.hi_lo, a.square_sums or 0, w.data,
-            *([] if w.scale is None else [w.scale]), *to,
-            tokens, some.rows(tokens), w.out_features, w.in_features, some.tiles,
+            self.stream, tiling.blocks, out, a.hi_lo, a.square_sums or 0, w.data,
+            *([] if w.scale is None else [w.scale]), *norm_out,
+            tokens, tiling.tokens_per_block(tokens), w.out_features, w.in_features, tiling.tiles,
             int(h is not None),
-            *([int(made)] if w.format == "int4" else []), a.eps,
+            *([int(has_digits)] if w.format == "int4" else []), a.eps,
         )  # fmt: skip
 
     @staticmethod
-    def fits(a: MatmulInput) -> bool:
+    def fits_norm(a: MatmulInput) -> bool:
         """Whether the matrices for few tokens can divide by its norm."""
         return a.square_sums is None or a.f32.shape[1] <= MATVEC_NORM
 
-    def share(self, w: LinearWeight) -> Tiling:
+    def tile(self, w: LinearWeight) -> Tiling:
         """How blocks share out a matrix in tiles of eight rows."""
-        return tile_matrix(self.machine, w.out_features, w.in_features, 8, w.format == "int4")
+        return tile_matrix(self.runtime, w.out_features, w.in_features, 8, w.format == "int4")
 
     # -- making weights --------------------------------------------------------------------------
 

@@ -58,11 +58,11 @@ __all__ = ["ReferenceOps"]
 class ReferenceOps(ReferenceQuantOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
-    def __init__(self, keep: int = 4 << 30) -> None:
+    def __init__(self, cache_bytes: int = 4 << 30) -> None:
         """`keep` bytes may hold f32 copies of matrices; past that they are made at each use."""
         self.bytes_to_host = 0
-        self._room = keep
-        self._kept: dict[int, tuple[LinearWeight, F32]] = {}
+        self._cache_bytes_left = cache_bytes
+        self._matrices: dict[int, tuple[LinearWeight, F32]] = {}
         self._experts: dict[int, tuple[Array, F32, F32]] = {}
         """By the address of a slot, which it keeps from being used again."""
 
@@ -104,7 +104,7 @@ class ReferenceOps(ReferenceQuantOps):
 
     def copy(self, out: Array, source: Array) -> None:
         out[...] = source
-        self._forget(out)
+        self._drop_cached(out)
 
     def memset(self, out: Array, byte: int) -> None:
         out.view(np.uint8)[...] = byte
@@ -113,10 +113,10 @@ class ReferenceOps(ReferenceQuantOps):
         pass
 
     @contextlib.contextmanager
-    def on_side_stream(self, early: bool = False) -> Iterator[None]:
+    def on_side_stream(self, prefetch: bool = False) -> Iterator[None]:
         yield
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         pass
 
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
@@ -149,14 +149,14 @@ class ReferenceOps(ReferenceQuantOps):
         self.rms_norm(h, x, norm)
 
     def _f32(self, w: LinearWeight) -> F32:
-        kept = self._kept.get(id(w))
-        if kept is not None:
-            return kept[1]
-        made = matrix(w.format, w.data, w.scale)
-        if made.nbytes <= self._room:
-            self._room -= made.nbytes
-            self._kept[id(w)] = w, made  # holding w keeps its id from being used again
-        return made
+        cached = self._matrices.get(id(w))
+        if cached is not None:
+            return cached[1]
+        matrix_f32 = matrix(w.format, w.data, w.scale)
+        if matrix_f32.nbytes <= self._cache_bytes_left:
+            self._cache_bytes_left -= matrix_f32.nbytes
+            self._matrices[id(w)] = w, matrix_f32  # holding w keeps its id from being used again
+        return matrix_f32
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -172,8 +172,8 @@ class ReferenceOps(ReferenceQuantOps):
         cos, sin = np.cos(angle), np.sin(angle)
         q[...] = rope(normed(gated[:, :, 0], eps) * (1 + norms[0]), cos, sin)
         k = rope(normed(new[:, 0], eps) * (1 + norms[1]), cos, sin)
-        page = step.page_table[step.sequence_ids, step.positions // step.page]
-        row = step.positions % step.page
+        page = step.page_table[step.sequence_ids, step.positions // step.page_size]
+        row = step.positions % step.page_size
         write_kv(kv.k, kv.k_scales, page, row, k)
         write_kv(kv.v, kv.v_scales, page, row, new[:, 1])
 
@@ -184,19 +184,19 @@ class ReferenceOps(ReferenceQuantOps):
             rows = slice(int(step.query_start_loc[s]), int(step.query_start_loc[s + 1]))
             positions = step.positions[rows]
             length = int(positions[-1]) + 1
-            pages = step.page_table[s, : -(-length // step.page)]
+            pages = step.page_table[s, : -(-length // step.page_size)]
             k = gather_kv(kv.k, kv.k_scales, pages, length)  # [G, n, d]
             v = gather_kv(kv.v, kv.v_scales, pages, length)
-            mine = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
+            queries = q[rows].reshape(-1, groups, heads // groups, size).transpose(1, 2, 0, 3)
             keys = k[:, None].swapaxes(-1, -2)
-            scores = np.matmul(mine, keys) * np.float32(scale)  # [G, r, t, n]
+            scores = np.matmul(queries, keys) * np.float32(scale)  # [G, r, t, n]
             if len(positions) > 1:
                 scores[..., np.arange(length) > positions[:, None]] = -np.inf
             scores -= scores.max(axis=-1, keepdims=True)
             np.exp(scores, out=scores)
             scores /= scores.sum(axis=-1, keepdims=True)
-            mixed = np.matmul(scores, v[:, None])  # [G, r, t, d]
-            out[rows] = mixed.transpose(2, 0, 1, 3).reshape(-1, heads, size)
+            values = np.matmul(scores, v[:, None])  # [G, r, t, d]
+            out[rows] = values.transpose(2, 0, 1, 3).reshape(-1, heads, size)
 
     def gated_attention(
         self,
@@ -206,14 +206,14 @@ class ReferenceOps(ReferenceQuantOps):
         qgkv: Array,
         weights: AttentionWeights,
         kv: PagedKV,
-        room: AttentionWorkspace,
+        workspace: AttentionWorkspace,
         step: StepInputs,
     ) -> None:
-        w, heads = weights, room.attn_out.f32.reshape(room.q.shape)
-        self.rope_append(room.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
-        self.attention(heads, room.q, kv, step, w.scale)
+        w, heads = weights, workspace.attn_out.f32.reshape(workspace.q.shape)
+        self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
+        self.attention(heads, workspace.q, kv, step, w.scale)
         self.sigmoid_gate(heads, qgkv)
-        self.linear_add_rms_norm(x, room.attn_out, w.out, h, norm)
+        self.linear_add_rms_norm(x, workspace.attn_out, w.out, h, norm)
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
         tokens, heads, size = out.shape
@@ -259,18 +259,19 @@ class ReferenceOps(ReferenceQuantOps):
             state[s] = carried
 
     def delta_net(
-        self, x: Array, h: MatmulInput, norm: Array, u: Array, weights: DeltaWeights, inputs: Array,
-        state: Array, room: DeltaNetWorkspace, step: StepInputs, chunks: bool,
+        self, x: Array, h: MatmulInput, norm: Array, u: Array, weights: DeltaWeights,
+        conv_state: Array, state: Array, workspace: DeltaNetWorkspace, step: StepInputs,
+        chunked: bool,
     ) -> None:  # fmt: skip
-        w, qkv = weights, room.qkv
-        read = room.read.f32.reshape(-1, state.shape[1], state.shape[3])
-        self.linear(room.ab, h, w.ab)
-        self.causal_conv1d(qkv, u, w.conv, inputs, step)
-        self.delta_gates(room.decay, room.beta, room.ab, w.a_log, w.dt_bias)
-        rule = self.delta_rule_chunk if chunks else self.delta_rule_recurrent
-        rule(read, qkv, room.decay, room.beta, state, step)
-        self.gated_rms_norm(read, read, u, qkv.shape[1], w.norm, w.eps)
-        self.linear_add_rms_norm(x, room.read, w.out, h, norm)
+        w, qkv = weights, workspace.qkv
+        rule_out = workspace.delta_out.f32.reshape(-1, state.shape[1], state.shape[3])
+        self.linear(workspace.ab, h, w.ab)
+        self.causal_conv1d(qkv, u, w.conv, conv_state, step)
+        self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
+        rule = self.delta_rule_chunk if chunked else self.delta_rule_recurrent
+        rule(rule_out, qkv, workspace.decay, workspace.beta, state, step)
+        self.gated_rms_norm(rule_out, rule_out, u, qkv.shape[1], w.norm, w.eps)
+        self.linear_add_rms_norm(x, workspace.delta_out, w.out, h, norm)
 
     def delta_rule_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
@@ -297,35 +298,38 @@ class ReferenceOps(ReferenceQuantOps):
         self,
         ids: Array,
         weights: Array,
-        scores: Array,
+        router_logits: Array,
         h: MatmulInput,
         w: LinearWeight,
-        experts: int,
+        num_experts: int,
         counters: Array,
-        arrived: Array,
+        barrier: Array,
         trace: Array | None,
         layer: int,
         positions: Array,
-        guess: PrefetchState | None = None,
-        after: LinearWeight | None = None,
-        predicted: Array | None = None,
+        prefetch: PrefetchState | None = None,
+        next_router: LinearWeight | None = None,
+        predicted_trace: Array | None = None,
     ) -> None:
-        self.linear(scores, h, w)
-        self.topk_softmax(ids, weights, scores, experts, counters)
+        self.linear(router_logits, h, w)
+        self.topk_softmax(ids, weights, router_logits, num_experts, counters)
         if trace is not None:
             self.replay_routing(ids, trace, layer, positions)
-        if guess is not None and after is not None:
-            of, likely = ids.shape[0], guess.scores[: ids.shape[0]]
-            self.linear(likely, h, after)
-            self.topk_softmax(guess.ids[:of], guess.weights[:of], likely, experts, guess.counters)
-            if predicted is not None:
-                self.replay_routing(guess.ids[:of], predicted, layer + 1, positions)
+        if prefetch is not None and next_router is not None:
+            next_ids, next_weights, next_logits = (
+                array[: len(ids)]
+                for array in (prefetch.ids, prefetch.weights, prefetch.router_logits)
+            )
+            self.linear(next_logits, h, next_router)
+            self.topk_softmax(next_ids, next_weights, next_logits, num_experts, prefetch.counters)
+            if predicted_trace is not None:
+                self.replay_routing(next_ids, predicted_trace, layer + 1, positions)
 
     def topk_softmax(
-        self, ids: Array, weights: Array, logits: Array, experts: int, counters: Array
+        self, ids: Array, weights: Array, logits: Array, num_experts: int, counters: Array
     ) -> None:
         top_k = ids.shape[1]
-        scores = logits[:, :experts]
+        scores = logits[:, :num_experts]
         chosen = np.argsort(-scores, axis=1, kind="stable")[:, :top_k]
         top = np.take_along_axis(scores, chosen, axis=1)
         p = np.exp(top - top[:, :1])  # the softmax's denominator over all E cancels
@@ -342,50 +346,50 @@ class ReferenceOps(ReferenceQuantOps):
         cache: ExpertCache,
         layer: int,
         ids: Array,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
-        slot_assignment.assign_slots(plan, cache, layer, ids, guess)
+        slot_assignment.assign_slots(plan, cache, layer, ids, prefetch)
 
     def fetch_experts(
         self,
         cache: ExpertCache,
         plan: SlotAssignment,
-        arena: HostExperts,
+        host_experts: HostExperts,
         layer: int,
         l2_prefetch: Array | None = None,
-        guess: PrefetchState | None = None,
+        prefetch: PrefetchState | None = None,
     ) -> None:
         for u in np.flatnonzero(plan.fetch_flags[: int(plan.count[0])]):
             slot = int(plan.slot[u])
-            cache.slots[layer][slot] = arena.records[layer, plan.expert[u]]
-            self._forget(cache.slots[layer][slot])
+            cache.slots[layer][slot] = host_experts.packed[layer, plan.expert[u]]
+            self._drop_cached(cache.slots[layer][slot])
             cache.counters[2] += int(plan.uses[u])
             cache.counters[3] += 1
-            if guess is not None and plan.fetch_flags[u] == 2:
-                cache.counters[6] += int(guess.segments_done[layer].sum())
-        if guess is not None and layer + 1 < cache.expert_to_slot.shape[0]:
-            guess.start_signal[layer + 1] |= 8 * (guess.start_signal[layer + 1] % 16 < 8)
+            if prefetch is not None and plan.fetch_flags[u] == 2:
+                cache.counters[6] += int(prefetch.segments_done[layer].sum())
+        if prefetch is not None and layer + 1 < cache.expert_to_slot.shape[0]:
+            prefetch.start_signal[layer + 1] |= 8 * (prefetch.start_signal[layer + 1] % 16 < 8)
 
     def prefetch_experts(
-        self, cache: ExpertCache, guess: PrefetchState, arena: HostExperts
+        self, cache: ExpertCache, prefetch: PrefetchState, host_experts: HostExperts
     ) -> None:
-        pieces, blocks = -(-cache.record.nbytes // FETCH_SEGMENT_BYTES), np.arange(FETCH_BLOCKS)
-        first = 0
+        segments, blocks = -(-cache.layout.nbytes // FETCH_SEGMENT_BYTES), np.arange(FETCH_BLOCKS)
+        first_slot = 0
         for layer, slots in enumerate(cache.slots):
-            expert, slot = int(guess.expert[layer]), int(guess.slot[layer]) - first
-            first += len(slots)
-            said = int(guess.start_signal[layer][0]) - 16 * (int(cache.step[0]) + 1)
-            if not layer or said == 15:
+            expert, slot = int(prefetch.expert[layer]), int(prefetch.slot[layer]) - first_slot
+            first_slot += len(slots)
+            signal = int(prefetch.start_signal[layer][0]) - 16 * (int(cache.step[0]) + 1)
+            if not layer or signal == 15:
                 continue
-            if said != 8:
+            if signal != 8:
                 return
-            stopped = guess.state[layer][0] & STOP
-            guess.state[layer] += 1 + (1 << 15)
+            stopped = prefetch.state[layer][0] & STOP
+            prefetch.state[layer] += 1 + (1 << 15)
             if not stopped and expert >= 0:
-                slots[slot] = arena.records[layer, expert]
-                self._forget(slots[slot])
-                guess.segments_done[layer] = np.repeat(
-                    (pieces - blocks + len(blocks) - 1) // len(blocks), 8
+                slots[slot] = host_experts.packed[layer, expert]
+                self._drop_cached(slots[slot])
+                prefetch.segments_done[layer] = np.repeat(
+                    (segments - blocks + len(blocks) - 1) // len(blocks), 8
                 )
 
     def expert_up(
@@ -397,21 +401,21 @@ class ReferenceOps(ReferenceQuantOps):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        both: Array,
+        gate_up: Array,
     ) -> None:
-        top_k, size = ids.shape[1], cache.record.inner
+        top_k, inner_size = ids.shape[1], cache.layout.inner
         slots = slots_of(ids, plan)
         for slot in np.unique(slots):
-            if (part == "there" and slot < 0) or (part == "rest" and slot >= 0):
+            if (subset == "hits" and slot < 0) or (subset == "rest" and slot >= 0):
                 continue
             up, _ = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
-            mine = np.flatnonzero(slots == slot)
-            gates = h.f32[mine // top_k] @ up.T
-            inner.f32[mine] = silu(gates[:, :size]) * gates[:, size:]
-        if part != "rest":
-            self.gate_up_silu(shared_inner, h, shared.up, both)
+            pairs_of_slot = np.flatnonzero(slots == slot)
+            projected = h.f32[pairs_of_slot // top_k] @ up.T
+            inner.f32[pairs_of_slot] = silu(projected[:, :inner_size]) * projected[:, inner_size:]
+        if subset != "rest":
+            self.gate_up_silu(shared_inner, h, shared.up, gate_up)
 
     def expert_down(
         self,
@@ -423,54 +427,54 @@ class ReferenceOps(ReferenceQuantOps):
         plan: SlotAssignment | None,
         cache: ExpertCache,
         layer: int,
-        part: Literal["all", "there", "rest"],
+        subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
-        scores: Array,
-        said: Array,
+        router_logits: Array,
+        shared_out: Array,
         y: Array,
         h: MatmulInput,
         norm: Array,
     ) -> None:
-        if part == "there":
+        if subset == "hits":
             return
         slots = slots_of(ids, plan)
-        pairs = np.empty((ids.size, x.shape[1]), np.float32)
+        outputs = np.empty((ids.size, x.shape[1]), np.float32)
         for slot in np.unique(slots):
             _, down = self._expert(cache, layer, int(slot if slot >= 0 else ~slot))
-            mine = np.flatnonzero(slots == slot)
-            pairs[mine] = inner.f32[mine] @ down.T
-        pairs *= weights.reshape(-1, 1)
-        by_token = pairs.reshape(*ids.shape, -1)
+            pairs_of_slot = np.flatnonzero(slots == slot)
+            outputs[pairs_of_slot] = inner.f32[pairs_of_slot] @ down.T
+        outputs *= weights.reshape(-1, 1)
+        by_token = outputs.reshape(*ids.shape, -1)
         y[...] = by_token[:, 0]
         for a in range(1, ids.shape[1]):
             y += by_token[:, a]
-        self.linear(said, shared_inner, shared.down)
-        self.add_sigmoid_gated(y, said, scores, shared.column)
+        self.linear(shared_out, shared_inner, shared.down)
+        self.add_sigmoid_gated(y, shared_out, router_logits, shared.gate_column)
         x += y
         self.rms_norm(h, x, norm)
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, both: Array
+        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
     ) -> None:
-        self.linear(both, a, w)
-        self.silu_and_mul(inner.f32, both)
+        self.linear(gate_up, a, w)
+        self.silu_and_mul(inner.f32, gate_up)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:
-        there = cache.slots[layer][slot]
-        kept = self._experts.get(there.ctypes.data)
-        if kept is not None:
-            return kept[1], kept[2]
-        up, down = expert_matrices(cache.record, there)
-        if up.nbytes + down.nbytes <= self._room:
-            self._room -= up.nbytes + down.nbytes
-            self._experts[there.ctypes.data] = there, up, down
+        data = cache.slots[layer][slot]
+        cached = self._experts.get(data.ctypes.data)
+        if cached is not None:
+            return cached[1], cached[2]
+        up, down = expert_matrices(cache.layout, data)
+        if up.nbytes + down.nbytes <= self._cache_bytes_left:
+            self._cache_bytes_left -= up.nbytes + down.nbytes
+            self._experts[data.ctypes.data] = data, up, down
         return up, down
 
-    def _forget(self, slot: Array) -> None:
+    def _drop_cached(self, data: Array) -> None:
         """Its bytes have changed."""
-        kept = self._experts.pop(slot.ctypes.data, None)
-        if kept is not None:
-            self._room += kept[1].nbytes + kept[2].nbytes
+        cached = self._experts.pop(data.ctypes.data, None)
+        if cached is not None:
+            self._cache_bytes_left += cached[1].nbytes + cached[2].nbytes
 
     def silu_and_mul(self, out: Array, x: Array) -> None:
         size = out.shape[1]
@@ -481,16 +485,16 @@ class ReferenceOps(ReferenceQuantOps):
 
     # -- replies -----------------------------------------------------------------------------------
 
-    def sample(self, logits: Array, replies: DecodeState) -> None:
-        chances = replies.uniforms[int(replies.decode_step[0]) % replies.ring]
-        for row, scores in enumerate(logits):
-            if not np.isfinite(scores.max()):
-                replies.token[row] = -1
+    def sample(self, logits: Array, decode_state: DecodeState) -> None:
+        uniforms = decode_state.uniforms[int(decode_state.decode_step[0]) % decode_state.ring_size]
+        for row, row_logits in enumerate(logits):
+            if not np.isfinite(row_logits.max()):
+                decode_state.token[row] = -1
                 continue
-            temperature, top_k, top_p, min_p = (float(x) for x in replies.sampler_params[row])
-            wide, lot = scores.astype(np.float64), float(chances[row])
-            token = sampling.sample_from_logits(wide, temperature, top_k, top_p, min_p, lot)
-            replies.token[row] = token
+            temperature, top_k, top_p, min_p = (float(x) for x in decode_state.sampler_params[row])
+            logits64, uniform = row_logits.astype(np.float64), float(uniforms[row])
+            token = sampling.sample_from_logits(logits64, temperature, top_k, top_p, min_p, uniform)
+            decode_state.token[row] = token
 
-    def advance_step(self, step: StepInputs, replies: DecodeState) -> None:
-        sampling.advance_step(step, replies)
+    def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
+        sampling.advance_step(step, decode_state)

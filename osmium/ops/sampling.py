@@ -11,31 +11,32 @@ F64 = npt.NDArray[np.float64]
 
 
 def sample_from_logits(
-    scores: F64, temperature: float, top_k: float, top_p: float, min_p: float, chance: float
+    logits: F64, temperature: float, top_k: float, top_p: float, min_p: float, uniform: float
 ) -> int:
     """A token by Ops.sample's rule; scores f64 [vocab], chance in [0, 1)."""
     if temperature == 0:
-        return int(scores.argmax())
-    ids, p = _filtered(scores, temperature, int(top_k), top_p, min_p)
-    at = int(np.searchsorted(np.cumsum(p), chance, side="right"))
-    return int(ids[min(at, len(ids) - 1)])
+        return int(logits.argmax())
+    ids, p = _filtered(logits, temperature, int(top_k), top_p, min_p)
+    index = int(np.searchsorted(np.cumsum(p), uniform, side="right"))
+    return int(ids[min(index, len(ids) - 1)])
 
 
 def _filtered(
-    scores: F64, temperature: float, top_k: int, top_p: float, min_p: float
+    logits: F64, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[npt.NDArray[np.intp], F64]:
     """The tokens that may be drawn, likeliest first, and their probabilities."""
-    count = len(scores)
+    count = len(logits)
     if 0 < top_k < count:
-        least = np.partition(scores, count - top_k)[count - top_k]
-        kept = np.flatnonzero(scores >= least)  # equals at the border: the lower ids stay, below
+        threshold = np.partition(logits, count - top_k)[count - top_k]
+        # the sort below keeps the lower ids among those equal to the threshold
+        candidates = np.flatnonzero(logits >= threshold)
     else:
-        kept = np.arange(count)
-    ids = kept[np.lexsort((kept, -scores[kept]))]
+        candidates = np.arange(count)
+    ids = candidates[np.lexsort((candidates, -logits[candidates]))]
     if top_k > 0:
         ids = ids[:top_k]
     with np.errstate(over="ignore"):  # far below the best at next to no temperature: exp(-inf) = 0
-        p = np.exp((scores[ids] - scores[ids[0]]) / temperature)
+        p = np.exp((logits[ids] - logits[ids[0]]) / temperature)
     p /= p.sum()
     if top_p < 1:  # the token that crosses the mark is kept
         p = p[: int(np.searchsorted(np.cumsum(p), top_p)) + 1]
@@ -44,20 +45,21 @@ def _filtered(
     return ids[: len(p)], p / p.sum()
 
 
-def advance_step(step: StepInputs, replies: DecodeState) -> None:
+def advance_step(step: StepInputs, decode_state: DecodeState) -> None:
     """See ops.Ops.advance_step."""
-    said = np.where(replies.tokens_left > 0, replies.token, -2)
-    over = (said == -1) | (replies.tokens_left == 1)
-    over |= (replies.stop_on_eos != 0) & np.isin(said, replies.eos)
-    gone, on = over & (said != -2), ~over & (said != -2)
-    for array in (step.ids, step.positions, step.context_lens, replies.tokens_left):
-        array[gone] = 0
-    step.state_slots[gone], step.page_table[gone, 0] = replies.null_slot, replies.null_page
-    step.ids[on] = said[on]
-    step.positions[on] += 1
-    step.context_lens[on] += 1
-    replies.tokens_left[on] -= 1
-    rows, turn = len(said), int(replies.decode_step[0])
-    at = 1 + turn % replies.ring * rows
-    replies.token_ring[at : at + rows] = said
-    replies.decode_step[0] = replies.token_ring[0] = turn + 1
+    tokens = np.where(decode_state.tokens_left > 0, decode_state.token, -2)
+    ends = (tokens == -1) | (decode_state.tokens_left == 1)
+    ends |= (decode_state.stop_on_eos != 0) & np.isin(tokens, decode_state.eos)
+    ended, continues = ends & (tokens != -2), ~ends & (tokens != -2)
+    for array in (step.ids, step.positions, step.context_lens, decode_state.tokens_left):
+        array[ended] = 0
+    step.state_slots[ended] = decode_state.null_slot
+    step.page_table[ended, 0] = decode_state.null_page
+    step.ids[continues] = tokens[continues]
+    step.positions[continues] += 1
+    step.context_lens[continues] += 1
+    decode_state.tokens_left[continues] -= 1
+    rows, decode_step = len(tokens), int(decode_state.decode_step[0])
+    start = 1 + decode_step % decode_state.ring_size * rows
+    decode_state.token_ring[start : start + rows] = tokens
+    decode_state.decode_step[0] = decode_state.token_ring[0] = decode_step + 1

@@ -1,4 +1,4 @@
-"""Which slot every expert has, in NumPy: what kernels/assign_slots.py does, and its specification."""
+"""Slot assignment in NumPy: the specification of kernels/assign_slots.py."""
 
 import numpy as np
 import numpy.typing as npt
@@ -19,83 +19,91 @@ F32 = npt.NDArray[np.float32]
 
 
 def assign_slots(
-    plan: SlotAssignment, cache: ExpertCache, layer: int, ids: Array, guess: PrefetchState | None
+    plan: SlotAssignment, cache: ExpertCache, layer: int, ids: Array, prefetch: PrefetchState | None
 ) -> None:
     """See ops.Ops.assign_slots."""
-    now = int(cache.step[0]) + 1
-    slot_of, expert_in = cache.expert_to_slot[layer], cache.slot_to_expert[layer]
+    step = int(cache.step[0]) + 1
+    expert_to_slot, slot_to_expert = cache.expert_to_slot[layer], cache.slot_to_expert[layer]
     experts, uses = np.unique(ids, return_counts=True)
-    assert len(experts) <= len(expert_in), f"{len(experts)} experts, {len(expert_in)} slots"
-    absent = slot_of[experts] < 0
-    cache.counters[1] += int(uses[~absent].sum())
-    guessed = -1 if guess is None else int(guess.expert[layer])
-    right = guessed in experts[absent]
-    if right:  # it comes first
-        order = np.argsort(experts != guessed, kind="stable")
-        experts, uses, absent = experts[order], uses[order], absent[order]
-    missing = experts[absent]
-    short, long, warmth = _heats(cache, layer, now)
-    if len(missing):
-        free = np.flatnonzero(expert_in < 0)
-        held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, experts))
-        who = expert_in[held]
-        victims = held[np.lexsort((held, cache.last_used[layer][who], warmth[who]))]
-        taken = np.concatenate([free, victims])[: len(missing)]
-        gone = expert_in[taken]
-        slot_of[gone[gone >= 0]] = -1
-        slot_of[missing] = taken
-        expert_in[taken] = missing
-    cache.short_count[layer][experts] = short[experts] + uses.astype(np.float32)
-    cache.long_count[layer][experts] = long[experts] + uses.astype(np.float32)
-    cache.last_used[layer][experts] = now
+    num_slots = len(slot_to_expert)
+    assert len(experts) <= num_slots, f"{len(experts)} experts, {num_slots} slots"
+    is_miss = expert_to_slot[experts] < 0
+    cache.counters[1] += int(uses[~is_miss].sum())
+    prefetched = -1 if prefetch is None else int(prefetch.expert[layer])
+    is_prefetch_hit = prefetched in experts[is_miss]
+    if is_prefetch_hit:  # it comes first
+        order = np.argsort(experts != prefetched, kind="stable")
+        experts, uses, is_miss = experts[order], uses[order], is_miss[order]
+    misses = experts[is_miss]
+    short_count, long_count, scores = _decayed_counts(cache, layer, step)
+    if len(misses):
+        free = np.flatnonzero(slot_to_expert < 0)
+        evictable = np.flatnonzero((slot_to_expert >= 0) & ~np.isin(slot_to_expert, experts))
+        held = slot_to_expert[evictable]
+        order = np.lexsort((evictable, cache.last_used[layer][held], scores[held]))
+        victims = evictable[order]
+        assigned = np.concatenate([free, victims])[: len(misses)]
+        evicted = slot_to_expert[assigned]
+        expert_to_slot[evicted[evicted >= 0]] = -1
+        expert_to_slot[misses] = assigned
+        slot_to_expert[assigned] = misses
+    cache.short_count[layer][experts] = short_count[experts] + uses.astype(np.float32)
+    cache.long_count[layer][experts] = long_count[experts] + uses.astype(np.float32)
+    cache.last_used[layer][experts] = step
     plan.count[0] = len(experts)
     plan.fetch_progress[:] = 0
     plan.expert[: len(experts)] = experts
     plan.expert[len(experts) :] = -1
-    plan.slot[: len(experts)] = slot_of[experts]
-    plan.fetch_flags[: len(experts)] = np.where(right & (experts == guessed), 2, absent)
+    plan.slot[: len(experts)] = expert_to_slot[experts]
+    flags = np.where(is_prefetch_hit & (experts == prefetched), 2, is_miss)
+    plan.fetch_flags[: len(experts)] = flags
     plan.uses[: len(experts)] = uses
-    slots = slot_of[ids.reshape(-1)]
-    new = np.isin(ids.reshape(-1), missing)
-    plan.pair_slots.reshape(-1)[: ids.size] = np.where(new, ~slots, slots)
-    if guess is not None:
-        guess.start_signal[layer] = 16 * now + 15
-        if guessed >= 0:
-            guess.state[layer] += STOP if right else STOP + DROP
-            guess.expert[layer] = -1
-            cache.counters[5] += right
+    slots = expert_to_slot[ids.reshape(-1)]
+    is_missed_pair = np.isin(ids.reshape(-1), misses)
+    plan.pair_slots.reshape(-1)[: ids.size] = np.where(is_missed_pair, ~slots, slots)
+    if prefetch is not None:
+        prefetch.start_signal[layer] = 16 * step + 15
+        if prefetched >= 0:
+            prefetch.state[layer] += STOP if is_prefetch_hit else STOP + DROP
+            prefetch.expert[layer] = -1
+            cache.counters[5] += is_prefetch_hit
         if layer + 1 < len(cache.slot_to_expert):
-            _guess(cache, layer + 1, guess, ids.size, now)
+            _pick_prefetch(cache, layer + 1, prefetch, ids.size, step)
     if layer + 1 == len(cache.slot_to_expert):
-        cache.step[0] = now
+        cache.step[0] = step
 
 
-def _guess(cache: ExpertCache, layer: int, guess: PrefetchState, pairs: int, now: int) -> None:
+def _pick_prefetch(
+    cache: ExpertCache, layer: int, prefetch: PrefetchState, pairs: int, step: int
+) -> None:
     """Whom to fetch before `layer` is placed, and where to."""
-    slot_of, expert_in = cache.expert_to_slot[layer], cache.slot_to_expert[layer]
-    named, weights = (np.ravel(array)[:pairs] for array in (guess.ids, guess.weights))
-    likely, weights = named[slot_of[named] < 0], weights[slot_of[named] < 0]
-    _, _, warmth = _heats(cache, layer, now)
-    guess.state[layer], guess.segments_done[layer], guess.start_signal[layer] = 0, 0, 16 * now
-    free = np.flatnonzero(expert_in < 0)
-    held = np.flatnonzero((expert_in >= 0) & ~np.isin(expert_in, named))
-    if not len(likely) or not len(free) + len(held):
-        guess.expert[layer] = -1
+    expert_to_slot, slot_to_expert = cache.expert_to_slot[layer], cache.slot_to_expert[layer]
+    predicted, weights = (np.ravel(array)[:pairs] for array in (prefetch.ids, prefetch.weights))
+    is_absent = expert_to_slot[predicted] < 0
+    candidates, weights = predicted[is_absent], weights[is_absent]
+    _, _, scores = _decayed_counts(cache, layer, step)
+    prefetch.state[layer] = prefetch.segments_done[layer] = 0
+    prefetch.start_signal[layer] = 16 * step
+    free = np.flatnonzero(slot_to_expert < 0)
+    evictable = np.flatnonzero((slot_to_expert >= 0) & ~np.isin(slot_to_expert, predicted))
+    if not len(candidates) or not len(free) + len(evictable):
+        prefetch.expert[layer] = -1
         return
-    slot = free[0] if len(free) else held[np.argmin(warmth[expert_in[held]])]
-    if expert_in[slot] >= 0:
-        slot_of[expert_in[slot]] = expert_in[slot] = -1
-    guess.slot[layer] = sum(map(len, cache.slot_to_expert[:layer])) + slot
-    worth = weights * weights * (warmth[likely] + np.float32(PREFETCH_SCORE_BIAS))
-    guess.expert[layer] = likely[worth == worth.max()].min()
+    slot = free[0] if len(free) else evictable[np.argmin(scores[slot_to_expert[evictable]])]
+    if slot_to_expert[slot] >= 0:
+        expert_to_slot[slot_to_expert[slot]] = slot_to_expert[slot] = -1
+    prefetch.slot[layer] = sum(map(len, cache.slot_to_expert[:layer])) + slot
+    value = weights * weights * (scores[candidates] + np.float32(PREFETCH_SCORE_BIAS))
+    prefetch.expert[layer] = candidates[value == value.max()].min()
     cache.counters[4] += 1
 
 
-def _heats(cache: ExpertCache, layer: int, now: int) -> tuple[F32, F32, F32]:
+def _decayed_counts(cache: ExpertCache, layer: int, step: int) -> tuple[F32, F32, F32]:
     """Of every expert: heat and long heat as of now, and its warmth."""
-    fading, age = cache.fading, (cache.last_used[layer] - now).astype(np.float32)
-    rate, long_rate = np.float32(1 / fading.half_life), np.float32(1 / fading.long_half_life)
-    short = cache.short_count[layer] * np.exp2(age * rate)
-    long = cache.long_count[layer] * np.exp2(age * long_rate)
-    grown = 1 - np.exp2(np.float32(-(now + fading.prior_steps)) * long_rate)
-    return short, long, np.asarray(grown * short + np.float32(fading.long_scale) * long, np.float32)
+    decay, age = cache.decay, (cache.last_used[layer] - step).astype(np.float32)
+    rate, long_rate = np.float32(1 / decay.half_life), np.float32(1 / decay.long_half_life)
+    short_count = cache.short_count[layer] * np.exp2(age * rate)
+    long_count = cache.long_count[layer] * np.exp2(age * long_rate)
+    short_scale = 1 - np.exp2(np.float32(-(step + decay.prior_steps)) * long_rate)
+    scores = short_scale * short_count + np.float32(decay.long_scale) * long_count
+    return short_count, long_count, np.asarray(scores, np.float32)

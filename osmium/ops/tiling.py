@@ -63,58 +63,64 @@ class Tiling:
     blocks: int
     tiles: int
     """Tiles that a block does, at most."""
-    most: int
+    max_tokens: int
     """Tokens that a block does, at most."""
 
-    def rows(self, tokens: int) -> int:
+    def tokens_per_block(self, tokens: int) -> int:
         """Tokens that a block does, of so many."""
-        return min(tokens, self.most)
+        return min(tokens, self.max_tokens)
 
 
 def tile_matrix(
-    machine: DeviceRuntime,
-    rows: int,
-    columns: int,
-    high: int,
-    scaled: bool,
-    part: float = 1.0,
-    tiles: int | None = None,
+    runtime: DeviceRuntime,
+    out_features: int,
+    in_features: int,
+    tile_rows: int,
+    has_digits: bool,
+    fraction: float = 1.0,
+    max_tiles: int | None = None,
 ) -> Tiling:
     """Tiles of `high` rows of a matrix [rows, columns] over two blocks a multiprocessor, or one
     where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
     block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs,
     so in digits.  No block does more than `tiles`, if that is said."""
-    total = -(-rows // high)
-    fixed, row, most = WEIGHT_STAGE_BYTES, REDUCTION_BYTES + 4 * columns, MATVEC_MAX_TOKENS
-    if scaled:
-        fixed, row, most = fixed + SCALES, row + 2 * REDUCTION_BYTES, INT4_MAX_TOKENS
-    each = 2 if machine.max_shared_per_block >= 2 * (fixed + row) else 1
-    blocks = min(total, max(1, round(part * each * machine.sm_count)))
-    if scaled:
-        blocks = max(blocks, -(-total * columns // (8 * SCALES)))
-    if tiles is not None:
-        blocks = max(blocks, -(-total // tiles))
+    num_tiles = -(-out_features // tile_rows)
+    shared_bytes, token_bytes = WEIGHT_STAGE_BYTES, REDUCTION_BYTES + 4 * in_features
+    max_tokens = MATVEC_MAX_TOKENS
+    if has_digits:
+        shared_bytes += SCALES
+        token_bytes += 2 * REDUCTION_BYTES
+        max_tokens = INT4_MAX_TOKENS
+    blocks_per_sm = 2 if runtime.max_shared_per_block >= 2 * (shared_bytes + token_bytes) else 1
+    blocks = min(num_tiles, max(1, round(fraction * blocks_per_sm * runtime.sm_count)))
+    if has_digits:
+        blocks = max(blocks, -(-num_tiles * in_features // (8 * SCALES)))
+    if max_tiles is not None:
+        blocks = max(blocks, -(-num_tiles // max_tiles))
     return Tiling(
         blocks,
-        -(-total // blocks),
-        max(1, min(most, (machine.max_shared_per_block - fixed) // row)),
+        -(-num_tiles // blocks),
+        max(1, min(max_tokens, (runtime.max_shared_per_block - shared_bytes) // token_bytes)),
     )
 
 
 def tile_expert_down(
-    machine: DeviceRuntime, record: ExpertLayout, tokens: int, top_k: int, own: int
+    runtime: DeviceRuntime, layout: ExpertLayout, tokens: int, top_k: int, shared_size: int
 ) -> tuple[Tiling, int]:
     """The experts' second half and that of a shared expert of `own` values: a block a
     multiprocessor for each token, whose warps make the digits of every input once.  And bytes of
     shared memory for the pieces on their way: two rings, as it has twice the warps, or one where a
     multiprocessor has no room for that, with two tokens twice."""
-    total = record.hidden // 8
-    blocks = min(total, machine.sm_count)
-    tiles = -(-total // blocks)
-    routed = top_k * (record.inner // 128)
-    others = SUMS_DOWN + 544 * (routed + own // 64) + tiles * (16 * routed + 32)
-    roomy = machine.max_shared_per_block >= min(tokens, 2) * (2 * WEIGHT_STAGE_BYTES + others)
-    return Tiling(blocks, tiles, 1), 2 * WEIGHT_STAGE_BYTES if roomy else WEIGHT_STAGE_BYTES
+    num_tiles = layout.hidden // 8
+    blocks = min(num_tiles, runtime.sm_count)
+    tiles = -(-num_tiles // blocks)
+    routed_groups = top_k * (layout.inner // 128)
+    other_bytes = (
+        SUMS_DOWN + 544 * (routed_groups + shared_size // 64) + tiles * (16 * routed_groups + 32)
+    )
+    two_rings = 2 * WEIGHT_STAGE_BYTES
+    has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
+    return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
 
 
 def is_decode(step: StepInputs) -> bool:
@@ -123,15 +129,15 @@ def is_decode(step: StepInputs) -> bool:
 
 
 def supports_matvec(w: LinearWeight) -> bool:
-    whole = w.format != "int4" or w.out_features % 8 == 0
-    return whole and w.in_features % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+    whole_tiles = w.format != "int4" or w.out_features % 8 == 0
+    return whole_tiles and w.in_features % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
 
 
-def supports_fused_experts(record: ExpertLayout, tokens: int) -> bool:
+def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:
     """Whether the experts' kernels for few tokens do it."""
-    groups = record.up_group == record.down_group == 128
+    groups = layout.up_group == layout.down_group == 128
     return (
-        record.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and record.hidden <= MATVEC_NORM
+        layout.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and layout.hidden <= MATVEC_NORM
     )
 
 
@@ -149,13 +155,13 @@ def kv_format(kv: PagedKV) -> str:
     raise ConfigError(f"KV is {dtype}; the GPU keeps fp8_e4m3 or bf16, --kv-dtype f32 is for CPUs.")
 
 
-def num_kv_splits(machine: DeviceRuntime, most: int, blocks: int, beside: int) -> int:
+def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blocks: int) -> int:
     """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
     without: all of them at once, so that none runs alone at the end, nor waits in vain for those
     it adds up; on the smallest GPUs at least those of one context.  `beside`: blocks that copy
     meanwhile; on a multiprocessor that has room for one of these they leave none."""
-    if machine.max_shared_per_block >= 2 * SPLIT_SHARED:
-        room = 2 * machine.sm_count
+    if runtime.max_shared_per_block >= 2 * SPLIT_SHARED:
+        capacity = 2 * runtime.sm_count
     else:
-        room = machine.sm_count - beside
-    return min(most, max(MIN_KV_SPLITS, room // blocks))
+        capacity = runtime.sm_count - copy_blocks
+    return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))

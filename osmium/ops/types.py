@@ -139,7 +139,7 @@ class DeltaNetWorkspace:
     """f32 [T, V]."""
     beta: Array
     """f32 [T, V]."""
-    read: MatmulInput
+    delta_out: MatmulInput
     """[T, V * dv], what the rule reads from its state, normed and gated."""
 
 
@@ -180,7 +180,7 @@ class SharedExpert:
     """[2 Is, D], gate then up."""
     down: LinearWeight
     """[D, Is]."""
-    column: int
+    gate_column: int
     """Column of the router's scores that, through a sigmoid, is its weight."""
 
 
@@ -214,7 +214,7 @@ class StepInputs:
     """T."""
     sequences: int
     """S."""
-    page: int
+    page_size: int
     """Tokens a page of KV."""
     ids: Array
     """i32 [T], token ids."""
@@ -240,8 +240,8 @@ class HostExperts:
     On the GPU `records` is the device's view of mapped host memory.
     """
 
-    record: ExpertLayout
-    records: Array
+    layout: ExpertLayout
+    packed: Array
     """u8 [L, E, record.nbytes]."""
 
 
@@ -287,10 +287,10 @@ class ExpertCache:
     a long heat the same with its own half-life.
     """
 
-    record: ExpertLayout
-    experts: int
+    layout: ExpertLayout
+    num_experts: int
     """E."""
-    fading: DecayConfig
+    decay: DecayConfig
     """What makes an expert warm."""
     slots: Sequence[Array]
     """u8 [S, record.nbytes] of each layer, which may have more or fewer than another."""
@@ -338,18 +338,18 @@ class PrefetchState:
     """u16 [rows, A], whom the next layer's router would choose."""
     weights: Array
     """f32 [rows, A], and by how much."""
-    scores: Array
+    router_logits: Array
     """f32 [rows, N], scratch."""
     counters: Array
     """i64 [4], scratch."""
-    arrived: Array
+    barrier: Array
     """i32 [ARRIVED], 0."""
     expert: Array
     """i32 [L], who it is, or -1; -1 again once the layer is placed."""
     slot: Array
     """i32 [L], its slot, which the cache's tables call free; counted over all layers."""
     state: Array
-    """i32 [L, FETCH_BLOCKS], a block of `prefetch_experts` each: 1 once it has begun with the layer,
+    """i32 [L, FETCH_BLOCKS], per block of `prefetch_experts`: 1 once it has begun with the layer,
     2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
     wrong."""
     segments_done: Array
@@ -395,7 +395,7 @@ class DecodeState:
     them.
     """
 
-    ring: int
+    ring_size: int
     """Turns that may be on their way at once."""
     null_slot: int
     """State slot that is no sequence's: where rows that have ended write."""
@@ -449,11 +449,13 @@ class DecodeState:
         return replace(
             self,
             sampler_params=self.sampler_params[:rows],
-            uniforms=self.uniforms.reshape(-1)[: self.ring * rows].reshape(self.ring, rows),
+            uniforms=self.uniforms.reshape(-1)[: self.ring_size * rows].reshape(
+                self.ring_size, rows
+            ),
             token=self.token[:rows],
             tokens_left=self.tokens_left[:rows],
             stop_on_eos=self.stop_on_eos[:rows],
-            token_ring=self.token_ring[: 1 + self.ring * rows],
+            token_ring=self.token_ring[: 1 + self.ring_size * rows],
             slice_max=self.slice_max[:rows],
             slice_argmax=self.slice_argmax[:rows],
             bin_counts=self.bin_counts[:rows],

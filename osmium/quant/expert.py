@@ -13,25 +13,25 @@ __all__ = ["pack_expert"]
 
 
 def pack_expert(
-    out: npt.NDArray[np.uint8], record: ExpertLayout, up: npt.NDArray[Any], down: npt.NDArray[Any]
+    out: npt.NDArray[np.uint8], layout: ExpertLayout, up: npt.NDArray[Any], down: npt.NDArray[Any]
 ) -> None:
     """out u8 [nbytes]; up [2I, D], gate rows first, and down [D, I], bf16 (u16) or f32."""
     out[...] = 0  # the padding too: the same expert is the same bytes
     for w, start, scales, group in (
-        (up, 0, record.up_scale, record.up_group),
-        (down, record.down, record.down_scale, record.down_group),
+        (up, 0, layout.up_scale, layout.up_group),
+        (down, layout.down, layout.down_scale, layout.down_group),
     ):
-        if record.bits == 16:
+        if layout.bits == 16:
             _write(out, start, w if w.dtype == np.uint16 else bf16_from_f32(w))
             continue
-        wide = f32_from_bf16(w) if w.dtype == np.uint16 else w
-        if record.bits == 8:
-            bytes_, scale8 = int8.quantize(wide)
-            _write(out, start, bytes_)
+        w_f32 = f32_from_bf16(w) if w.dtype == np.uint16 else w
+        if layout.bits == 8:
+            int8_data, scale8 = int8.quantize(w_f32)
+            _write(out, start, int8_data)
             _write(out, scales, scale8)
         else:
-            nibbles, scale4 = int4.quantize(wide, group)
-            _write(out, start, nibbles)
+            int4_data, scale4 = int4.quantize(w_f32, group)
+            _write(out, start, int4_data)
             _write(out, scales, scale4)
 
 

@@ -49,14 +49,14 @@ def f32_from_e4m3(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 def _e4m3() -> npt.NDArray[np.float32]:
     """Every e4m3, by its bits."""
-    every = np.arange(256)
-    exponent, mantissa = every >> 3 & 15, every & 7
+    codes = np.arange(256)
+    exponent, mantissa = codes >> 3 & 15, codes & 7
     value = np.where(
         exponent == 0, np.ldexp(mantissa, -9), np.ldexp(8 + mantissa, np.maximum(exponent, 1) - 10)
     )
-    value[every & 0x7F == 0x7F] = np.nan
-    made = np.where(every & 0x80, -value, value).astype(np.float32)
-    return cast(npt.NDArray[np.float32], made)
+    value[codes & 0x7F == 0x7F] = np.nan
+    values = np.where(codes & 0x80, -value, value).astype(np.float32)
+    return cast(npt.NDArray[np.float32], values)
 
 
 _E4M3 = _e4m3()

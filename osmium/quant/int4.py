@@ -107,8 +107,8 @@ def _sum(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     while len(x) > 1:
         half = len(x) // 2
         x = np.add(x[:half], x[half:], out=x[:half])
-    found: npt.NDArray[np.float32] = x[0].copy()  # `x` is room that is used again
-    return found
+    total: npt.NDArray[np.float32] = x[0].copy()  # `x` is room that is used again
+    return total
 
 
 def dequantize(packed: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -43,24 +43,24 @@ ALL_BITS = BitPattern(_WHOLE, 0)
 """Every bit random: bytes and nibbles of every value."""
 
 
-def bf16(size: float) -> BitPattern:
+def bf16(magnitude: float) -> BitPattern:
     """bf16 numbers of either sign from 2^e to 2^(e + 1), e = floor(log2(size))."""
-    return _each(16, 0x807F, (127 + math.floor(math.log2(size))) << 7)
+    return _each(16, 0x807F, (127 + math.floor(math.log2(magnitude))) << 7)
 
 
-def f16_scales(size: float) -> BitPattern:
+def f16_scales(magnitude: float) -> BitPattern:
     """f16 numbers above 0, evenly spread over an octave whose mean is near `size`, to a root of 2.
     Nothing below 2^-14."""
-    return _each(16, 0x03FF, max(1, 15 + _octave(size)) << 10)
+    return _each(16, 0x03FF, max(1, 15 + _octave(magnitude)) << 10)
 
 
-def f32_scales(size: float) -> BitPattern:
+def f32_scales(magnitude: float) -> BitPattern:
     """The same in f32."""
-    return _each(32, 0x007FFFFF, (127 + _octave(size)) << 23)
+    return _each(32, 0x007FFFFF, (127 + _octave(magnitude)) << 23)
 
 
-def _octave(size: float) -> int:
-    return round(math.log2(size / 1.5))
+def _octave(magnitude: float) -> int:
+    return round(math.log2(magnitude / 1.5))
 
 
 def _each(bits: int, mask: int, base: int) -> BitPattern:

@@ -1,1 +1,1 @@
-""""""
+"""The HTTP server: OpenAI's API, /health and /metrics."""

@@ -1,6 +1,6 @@
-"""The HTTP server: routes, streams, and what happens when a client goes away.
+"""The HTTP server: routes, streams, and the cancellation of requests on a disconnect.
 
-`create_app(host)` makes a Starlette app of a `BackgroundLoader`, which loads its model on a thread
+`create_app(loader)` returns a Starlette app.  The `BackgroundLoader` loads the model on a thread
 while the socket is already open; /health reports the progress.
 """
 
@@ -44,21 +44,21 @@ from osmium.server.schema import (
     sampling_params,
     template_options,
 )
-from osmium.text.reasoning import starts_in_thought
+from osmium.text.reasoning import starts_in_reasoning
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
 
 log = logging.getLogger("osmium.server")
 
 BODY_LIMIT = 64 << 20
-"""Bytes of a request's body."""
+"""The largest body of a request, bytes."""
 
-PING = 10
-"""Seconds of silence in a stream before a comment: clients give up on silence."""
+PING_INTERVAL_S = 10
+"""Seconds without an event before a stream sends a comment; clients time out on silent streams."""
 
 
 class BackgroundLoader:
-    """A model that is being loaded, is there, or could not be."""
+    """Loads an engine on its own thread and holds it, or the error that stopped the loading."""
 
     def __init__(self, load: Callable[[Progress], Engine]) -> None:
         self._load = load
@@ -67,11 +67,11 @@ class BackgroundLoader:
         self.progress: tuple[str, int, int] = ("starting", 0, 0)
         self.created = int(time.time())
         self.on_done: Callable[[], None] | None = None
-        """Called on the loading thread once the model is there or has failed."""
+        """Called on the loading thread after the model is loaded or has failed to load."""
         self._thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin to load; more than once is harmless."""
+        """Start the loading thread; a second call does nothing."""
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="osmium-load", daemon=True)
             self._thread.start()
@@ -79,7 +79,7 @@ class BackgroundLoader:
     def _run(self) -> None:
         try:
             self.engine = self._load(self._report)
-        except BaseException as error:  # told to whoever asks; serve() raises it again
+        except BaseException as error:  # /health reports it; serve() raises it again
             self.failure = error
         if self.on_done is not None:
             self.on_done()
@@ -88,13 +88,13 @@ class BackgroundLoader:
         self.progress = (stage, done, total)
 
     def ready(self) -> Engine:
-        """The engine.  Raises: EngineStopped while it is not there."""
+        """The engine.  Raises: EngineStopped while it loads, or after loading failed."""
         if self.failure is not None:
             raise EngineStopped(f"The model could not be loaded: {self.failure}")
         if self.engine is None:
             stage, done, total = self.progress
-            share = f", {100 * done // total} %" if total else ""
-            raise EngineStopped(f"The model is still loading ({stage}{share}); try again soon.")
+            percent = f", {100 * done // total} %" if total else ""
+            raise EngineStopped(f"The model is still loading ({stage}{percent}); try again soon.")
         return self.engine
 
     def close(self) -> None:
@@ -103,19 +103,19 @@ class BackgroundLoader:
 
 
 def create_app(
-    host: BackgroundLoader,
+    loader: BackgroundLoader,
     *,
     api_key: str | None = None,
     cors_origin: str = "*",
     served_model_name: str | None = None,
 ) -> Starlette:
-    """The app.  With an `api_key`, everything but /health wants `Authorization: Bearer KEY`."""
+    """The app.  With an `api_key`, all routes but /health need `Authorization: Bearer KEY`."""
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        host.start()
+        loader.start()
         yield
-        await run_in_threadpool(host.close)
+        await run_in_threadpool(loader.close)
 
     cors = Middleware(
         CORSMiddleware, allow_origins=[cors_origin], allow_methods=["*"], allow_headers=["*"]
@@ -126,32 +126,32 @@ def create_app(
             Route("/health", health, methods=["GET"]),
             Route("/metrics", metrics, methods=["GET"]),
             Route("/v1/models", models, methods=["GET"]),
-            Route("/v1/models/{name:path}", one_model, methods=["GET"]),
+            Route("/v1/models/{name:path}", model, methods=["GET"]),
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
         ],
         middleware=[cors, *([Middleware(ApiKeyMiddleware, key=api_key)] if api_key else [])],
         exception_handlers={
-            OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_gone,
-            Exception: on_bug,
+            OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect,
+            Exception: on_internal_error,
         },
         lifespan=lifespan,
     )  # fmt: skip
-    app.state.host, app.state.served_model_name = host, served_model_name
+    app.state.loader, app.state.served_model_name = loader, served_model_name
     return app
 
 
 class ApiKeyMiddleware:
-    """Turns away who has no key."""
+    """Answers 401 to requests without the API key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self.key = app, key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health":
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, b"Bearer " + self.key):
+            header = dict(scope["headers"]).get(b"authorization", b"")
+            if not hmac.compare_digest(header, b"Bearer " + self.key):
                 error = RequestError("The API key is missing or wrong.", code="invalid_api_key")
                 response = JSONResponse(error_body(error), 401, {"WWW-Authenticate": "Bearer"})
                 await response(scope, receive, send)
@@ -163,98 +163,99 @@ class ApiKeyMiddleware:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """What Osmium refuses, in OpenAI's form."""
-    assert isinstance(error, OsmiumError), "registered for these alone"
+    """Osmium's errors as OpenAI's error object."""
+    assert isinstance(error, OsmiumError), "registered for OsmiumError"
     headers = {"Retry-After": "5"} if isinstance(error, EngineStopped) else None
     return JSONResponse(error_body(error), error_status(error), headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Unknown routes and methods."""
-    assert isinstance(error, HTTPException), "registered for these alone"
+    """Unknown routes and methods as OpenAI's error object."""
+    assert isinstance(error, HTTPException), "registered for HTTPException"
     text = f"{request.method} {request.url.path}: {error.detail}."
     return JSONResponse(error_body(RequestError(text)), error.status_code, error.headers)
 
 
-async def on_gone(request: Request, error: Exception) -> Response:
-    """The client left while it was still sending: nobody reads this."""
+async def on_disconnect(request: Request, error: Exception) -> Response:
+    """The client disconnected while it sent the request; no client receives this response."""
     return Response(status_code=499)
 
 
-async def on_bug(request: Request, error: Exception) -> Response:
-    """The last door: what nobody foresaw."""
+async def on_internal_error(request: Request, error: Exception) -> Response:
+    """Any other exception: a bug.  Logs the traceback and answers 500."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
     return JSONResponse(error_body(OsmiumError(f"Internal error: {type(error).__name__}.")), 500)
 
 
-# -- looking ---------------------------------------------------------------------------------------
+# -- status ----------------------------------------------------------------------------------------
 
 
 async def root(request: Request) -> Response:
-    """Somebody is here."""
+    """The server's name and the path of its API."""
     return JSONResponse({"name": "osmium", "api": "/v1"})
 
 
 async def health(request: Request) -> Response:
-    """200 once requests can be served; 503 with how far loading is before that."""
-    host: BackgroundLoader = request.app.state.host
-    if host.failure is not None:
-        return JSONResponse({"status": "failed", "error": str(host.failure)}, 503)
-    if host.engine is None:
-        stage, done, total = host.progress
-        told = {"status": "loading", "stage": stage, "done": done, "total": total}
-        return JSONResponse(told, 503)
-    stopped = host.engine.stopped
+    """200 if requests can be served, else 503: while loading, with the progress."""
+    loader: BackgroundLoader = request.app.state.loader
+    if loader.failure is not None:
+        return JSONResponse({"status": "failed", "error": str(loader.failure)}, 503)
+    if loader.engine is None:
+        stage, done, total = loader.progress
+        body = {"status": "loading", "stage": stage, "done": done, "total": total}
+        return JSONResponse(body, 503)
+    stopped = loader.engine.stopped
     if stopped is not None:
         return JSONResponse({"status": "failed", "error": str(stopped)}, 503)
-    return JSONResponse({"status": "ok", "model": _name(request, host.engine)})
+    return JSONResponse({"status": "ok", "model": _name(request, loader.engine)})
 
 
 async def metrics(request: Request) -> Response:
-    """Counts for Prometheus."""
-    host: BackgroundLoader = request.app.state.host
-    return Response(exposition(host.engine), media_type=CONTENT_TYPE)
+    """Metrics in the Prometheus text format."""
+    loader: BackgroundLoader = request.app.state.loader
+    return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
 
 
 def _name(request: Request, engine: Engine) -> str:
     return str(request.app.state.served_model_name or engine.name)
 
 
-def _described(request: Request) -> dict[str, Any]:
-    host: BackgroundLoader = request.app.state.host
-    engine = host.ready()
-    return model_body(_name(request, engine), engine.context, host.created)
+def _served_model(request: Request) -> dict[str, Any]:
+    """The model's entry.  Raises: EngineStopped."""
+    loader: BackgroundLoader = request.app.state.loader
+    engine = loader.ready()
+    return model_body(_name(request, engine), engine.context, loader.created)
 
 
 async def models(request: Request) -> Response:
-    """The one model."""
-    return JSONResponse({"object": "list", "data": [_described(request)]})
+    """The list of models: one entry."""
+    return JSONResponse({"object": "list", "data": [_served_model(request)]})
 
 
-async def one_model(request: Request) -> Response:
-    """The same by its name."""
-    found = _described(request)
-    wanted = request.path_params["name"]
-    if wanted != found["id"]:
+async def model(request: Request) -> Response:
+    """The model's entry.  Raises: RequestError for another name."""
+    served = _served_model(request)
+    name = request.path_params["name"]
+    if name != served["id"]:
         raise RequestError(
-            f"There is no model {wanted!r}; {found['id']!r} is served.",
+            f"There is no model {name!r}; {served['id']!r} is served.",
             param="model",
             code="model_not_found",
             status=404,
         )
-    return JSONResponse(found)
+    return JSONResponse(served)
 
 
 async def embeddings(request: Request) -> Response:
-    """Not what this server does."""
+    """Always 404, as Osmium has no embeddings."""
     raise RequestError("Embeddings are not served.", code="unsupported_endpoint", status=404)
 
 
-# -- replies ---------------------------------------------------------------------------------------
+# -- responses -------------------------------------------------------------------------------------
 
 
-async def _body(request: Request) -> bytes:
-    """The request's body, up to a limit.  Raises: RequestError."""
+async def _read_body(request: Request) -> bytes:
+    """The request's body.  Raises: RequestError above BODY_LIMIT."""
     parts, size = [], 0
     async for part in request.stream():
         size += len(part)
@@ -268,40 +269,42 @@ async def _body(request: Request) -> bytes:
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    asked = parse(await _body(request), ChatRequest)
-    engine = request.app.state.host.ready()
+    body = parse(await _read_body(request), ChatRequest)
+    engine = request.app.state.loader.ready()
     if engine.tokenizer is None or engine.template is None:
         raise RequestError(f"{engine.name} has no chat template; use /v1/completions.",
                            param="messages", code="no_chat_template")  # fmt: skip
-    params = sampling_params(asked, engine.defaults)
+    params = sampling_params(body, engine.defaults)
 
     def prepare() -> tuple[list[int], bool]:
-        tools = None if asked.tool_choice == "none" else asked.tools
-        prompt = engine.template.render(asked.messages, tools, **template_options(asked))
-        return engine.tokenizer.encode(prompt), starts_in_thought(prompt)
+        tools = None if body.tool_choice == "none" else body.tools
+        prompt = engine.template.render(body.messages, tools, **template_options(body))
+        return engine.tokenizer.encode(prompt), starts_in_reasoning(prompt)
 
     ids, thinking = await run_in_threadpool(prepare)
-    reply = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=True, thinking=thinking)
-    return await _answer(request, engine, asked, ids, params, reply)
+    response = ResponseBuilder(
+        _name(request, engine), engine.tokenizer, chat=True, thinking=thinking
+    )
+    return await _answer(request, engine, body, ids, params, response)
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions"""
-    asked = parse(await _body(request), CompletionRequest)
-    engine = request.app.state.host.ready()
-    params = sampling_params(asked, engine.defaults)
-    prompt = one_prompt(asked)
+    body = parse(await _read_body(request), CompletionRequest)
+    engine = request.app.state.loader.ready()
+    params = sampling_params(body, engine.defaults)
+    prompt = one_prompt(body)
     if isinstance(prompt, list):
         ids = prompt
     elif engine.tokenizer is None:
         raise RequestError(f"{engine.name} has no tokenizer; send token ids.", param="prompt")
     else:
         ids = await run_in_threadpool(engine.tokenizer.encode, prompt)
-    reply = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=False)
+    response = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=False)
     try:
-        return await _answer(request, engine, asked, ids, params, reply)
+        return await _answer(request, engine, body, ids, params, response)
     except RequestError as error:
-        if error.param == "messages":  # the engine's word for a prompt
+        if error.param == "messages":  # the engine's name for a prompt
             error.param = "prompt"
         raise
 
@@ -309,12 +312,12 @@ async def completions(request: Request) -> Response:
 async def _answer(
     request: Request,
     engine: Engine,
-    asked: ChatRequest | CompletionRequest,
+    body: ChatRequest | CompletionRequest,
     ids: list[int],
     params: SamplingParams,
-    reply: ResponseBuilder,
+    response: ResponseBuilder,
 ) -> Response:
-    """Submit, and answer whole or in a stream; who goes away is cancelled."""
+    """Submit the request, and answer with JSON or a stream.  A disconnect cancels the request."""
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[Event | None] = asyncio.Queue()
 
@@ -322,36 +325,36 @@ async def _answer(
         try:
             loop.call_soon_threadsafe(events.put_nowait, event)
         except RuntimeError:
-            pass  # the loop is closed: nobody is there to read it
+            pass  # the server has stopped, and its event loop is closed
 
-    running = engine.submit(ids, params, on_event)
-    if asked.stream:
-        usage = bool(asked.stream_options and asked.stream_options.include_usage)
+    handle = engine.submit(ids, params, on_event)
+    if body.stream:
+        usage = bool(body.stream_options and body.stream_options.include_usage)
         return EventSourceResponse(
-            _stream(engine, running, events, reply, usage),
+            _stream(engine, handle, events, response, usage),
             sep="\n",
-            background=BackgroundTask(engine.cancel, running),  # the stream may never have begun
-            ping=PING,
+            background=BackgroundTask(engine.cancel, handle),  # for a stream that never started
+            ping=PING_INTERVAL_S,
             ping_message_factory=lambda: ServerSentEvent(comment="keep-alive", sep="\n"),
             headers={"Cache-Control": "no-cache"},
         )
     watch = asyncio.create_task(_watch(request, events))
     try:
-        while reply.finish is None:
+        while response.finish is None:
             event = await events.get()
             if event is None:
                 return Response(status_code=499)
-            reply.push(event)
+            response.push(event)
     finally:
         watch.cancel()
-        engine.cancel(running)
-    if reply.finish.error is not None:
-        raise reply.finish.error
-    return JSONResponse(reply.body())
+        engine.cancel(handle)
+    if response.finish.error is not None:
+        raise response.finish.error
+    return JSONResponse(response.body())
 
 
 async def _watch(request: Request, events: "asyncio.Queue[Event | None]") -> None:
-    """Puts None among the events once the client has gone."""
+    """Queue None after the client has disconnected."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
     events.put_nowait(None)
@@ -359,19 +362,19 @@ async def _watch(request: Request, events: "asyncio.Queue[Event | None]") -> Non
 
 async def _stream(
     engine: Engine,
-    running: Any,
+    handle: Any,
     events: "asyncio.Queue[Event | None]",
-    reply: ResponseBuilder,
+    response: ResponseBuilder,
     usage: bool,
 ) -> AsyncIterator[dict[str, str]]:
-    """Server-sent events of one reply.  Leaving it, in whatever way, cancels the request."""
+    """Yield one response as server-sent events.  Its end, for any reason, cancels the request."""
     try:
-        if reply.chat:
-            yield _data(reply.first())
+        if response.chat:
+            yield _data(response.first())
         while True:
             event = await events.get()
-            assert event is not None, "nobody watches a stream but the response itself"
-            for chunk in reply.push(event):
+            assert event is not None, "_watch runs for responses without a stream"
+            for chunk in response.push(event):
                 yield _data(chunk)
             if isinstance(event, Finish):
                 if event.error is not None:
@@ -379,26 +382,26 @@ async def _stream(
                     return
                 break
         if usage:
-            yield _data(reply.usage_chunk())
+            yield _data(response.usage_chunk())
         yield {"data": "[DONE]"}
     finally:
-        engine.cancel(running)
+        engine.cancel(handle)
 
 
 def _data(value: dict[str, Any]) -> dict[str, str]:
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return {"data": text.translate(_LINES)}
+    return {"data": text.translate(_LINE_ENDS)}
 
 
-_LINES = {ord(one): f"\\u{ord(one):04x}" for one in "\x85\u2028\u2029"}
-"""Unicode's own line ends, which JSON lets stand and some clients break a stream's lines at."""
+_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
+"""Unicode line ends, escaped: JSON allows them, but some clients split the stream's lines there."""
 
 
-# -- running ---------------------------------------------------------------------------------------
+# -- start -----------------------------------------------------------------------------------------
 
 
 def serve(
-    host: BackgroundLoader,
+    loader: BackgroundLoader,
     *,
     address: str = "127.0.0.1",
     port: int = 8012,
@@ -406,50 +409,50 @@ def serve(
     cors_origin: str = "*",
     served_model_name: str | None = None,
 ) -> None:
-    """Serve until Ctrl-C.  The port is taken before the model is loaded.
+    """Serve until Ctrl-C.  The port is bound before the model is loaded.
 
-    Raises: ConfigError where the port is in use, and whatever loading the model raised.
+    Raises: ConfigError if the port is in use, and the error that stopped the loading or the engine.
     """
     listening = _listen(address, port)
     app = create_app(
-        host, api_key=api_key, cors_origin=cors_origin, served_model_name=served_model_name
+        loader, api_key=api_key, cors_origin=cors_origin, served_model_name=served_model_name
     )
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
     )
     server = uvicorn.Server(config)
 
-    def leave() -> None:
+    def stop() -> None:
         server.should_exit = True
 
-    def loaded() -> None:
-        if host.failure is not None:
+    def on_done() -> None:
+        if loader.failure is not None:
             server.should_exit = True
-        elif host.engine is not None:
-            host.engine.on_stopped = leave
-            if host.engine.stopped is not None:
-                leave()
-            where = f"[{address}]" if ":" in address else address
+        elif loader.engine is not None:
+            loader.engine.on_stopped = stop
+            if loader.engine.stopped is not None:
+                stop()
+            url_host = f"[{address}]" if ":" in address else address
             print(
-                f"{served_model_name or host.engine.name} is served on "
-                f"http://{where}:{listening.getsockname()[1]}/v1",
+                f"{served_model_name or loader.engine.name} is served on "
+                f"http://{url_host}:{listening.getsockname()[1]}/v1",
                 file=sys.stderr,
                 flush=True,
             )
 
-    host.on_done = loaded
+    loader.on_done = on_done
     try:
         server.run(sockets=[listening])
     finally:
         listening.close()
-    if host.failure is not None:
-        raise host.failure
-    if host.engine is not None and host.engine.failure is not None:
-        raise host.engine.failure
+    if loader.failure is not None:
+        raise loader.failure
+    if loader.engine is not None and loader.engine.failure is not None:
+        raise loader.engine.failure
 
 
 def _listen(address: str, port: int) -> socket.socket:
-    """A listening socket.  Raises: ConfigError."""
+    """A listening socket.  Raises: ConfigError if the port is in use or not allowed."""
     if not 0 <= port <= 65535:
         raise ConfigError(f"--port is {port}; it must be from 0 to 65535.")
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
@@ -462,8 +465,8 @@ def _listen(address: str, port: int) -> socket.socket:
         listening.close()
         if error.errno == errno.EADDRINUSE:
             raise ConfigError(
-                f"Port {port} on {address} is in use; stop what uses it, or choose another "
-                "with --port."
+                f"Port {port} on {address} is in use; stop the process that uses it, or choose "
+                "another with --port."
             ) from None
         raise ConfigError(f"Cannot listen on {address}:{port}: {error}") from None
     return listening

@@ -1,6 +1,6 @@
 """GET /metrics: the engine's counters in the Prometheus text format.
 
-Each scrape formats numbers that exist anyway.  After the first one the engine reads the experts'
+A scrape only formats the engine's counters.  After the first scrape the engine reads the expert
 counters once a second.  Names and units follow Prometheus: seconds, bytes, _total for counters.
 """
 
@@ -20,23 +20,23 @@ from prometheus_client.registry import Collector
 from osmium.engine.engine import Engine
 from osmium.engine.stats import EngineStats, Histogram
 
-__all__ = ["CONTENT_TYPE", "EVERY_S", "exposition"]
+__all__ = ["CONTENT_TYPE", "POLL_INTERVAL_S", "exposition"]
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
-EVERY_S = 1.0
-"""Seconds between looks at the experts' counters once somebody has asked."""
+POLL_INTERVAL_S = 1.0
+"""Seconds between reads of the expert counters after the first scrape."""
 
 
 def exposition(engine: Engine | None) -> bytes:
-    """The text; without an engine, that there is none."""
+    """The metrics' text; without an engine, osmium_ready 0 and the process's memory."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Collected(engine))
+    registry.register(_EngineCollector(engine))
     return generate_latest(registry)
 
 
-class _Collected(Collector):
-    """An engine's numbers as families of metrics."""
+class _EngineCollector(Collector):
+    """An engine's counters as families of metrics."""
 
     def __init__(self, engine: Engine | None) -> None:
         self._engine = engine
@@ -52,8 +52,8 @@ class _Collected(Collector):
         if engine is None:
             return
         meter = engine.meter
-        if meter.poll_interval_s is None or meter.poll_interval_s > EVERY_S:
-            meter.poll_interval_s = EVERY_S
+        if meter.poll_interval_s is None or meter.poll_interval_s > POLL_INTERVAL_S:
+            meter.poll_interval_s = POLL_INTERVAL_S
         yield from _requests(meter)
         yield from _experts(meter)
         yield from _memory(engine)
@@ -153,8 +153,8 @@ def _memory(engine: Engine) -> Iterator[Metric]:
 
 
 def _histogram(name: str, text: str, values: Histogram) -> Metric:
-    buckets, below = [], 0
+    buckets, cumulative = [], 0
     for edge, count in zip((*values.edges, float("inf")), tuple(values.counts), strict=True):
-        below += count
-        buckets.append(("+Inf" if edge == float("inf") else str(edge), float(below)))
+        cumulative += count
+        buckets.append(("+Inf" if edge == float("inf") else str(edge), float(cumulative)))
     return HistogramMetricFamily(name, text, buckets=buckets, sum_value=values.sum)

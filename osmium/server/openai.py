@@ -45,19 +45,22 @@ def model_body(name: str, context: int, created: int) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """One reply in OpenAI's form, whole or in chunks: `push` each event, read what it gives."""
+    """Builds one response in OpenAI's form: `push` each event; it returns the chunks.
+
+    body() is the complete response, after the event that finishes it.
+    """
 
     def __init__(
         self, name: str, tokenizer: Tokenizer | None, *, chat: bool, thinking: bool = False
     ) -> None:
         self.chat = chat
-        self.thought = ReasoningParser(thinking)
+        self.reasoning = ReasoningParser(thinking)
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
         self._texts = {"reasoning": "", "content": ""}
         self._logprobs: list[dict[str, Any]] = []
-        self._plain: list[tuple[Token, int]] = []
-        """Completions: each token and how much text came before it."""
+        self._completion_tokens: list[tuple[Token, int]] = []
+        """Completions: each token, and the characters of text before it."""
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -66,31 +69,31 @@ class ResponseBuilder:
             "model": name,
         }
 
-    # -- in chunks ---------------------------------------------------------------------------------
+    # -- chunks of a stream ------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """The chunk that opens a chat stream, before anything is known."""
+        """The first chunk of a chat stream, sent before the prefill."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def push(self, event: Token | Finish) -> list[dict[str, Any]]:
-        """The chunks that an event makes."""
-        thought, answer = self.thought.push(event.text)
+        """The chunks of an event; none if it has no text."""
+        reasoning, answer = self.reasoning.push(event.text)
         if isinstance(event, Finish):
-            more = self.thought.flush()
-            thought, answer = thought + more[0], answer + more[1]
+            rest = self.reasoning.flush()
+            reasoning, answer = reasoning + rest[0], answer + rest[1]
             self.finish = event
         before = len(self._texts["content"])
-        self._texts["reasoning"] += thought
+        self._texts["reasoning"] += reasoning
         self._texts["content"] += answer
         logprobs = None
         if isinstance(event, Token) and event.logprob is not None:
-            self._plain.append((event, before))
+            self._completion_tokens.append((event, before))
             entry = self._logprob(event)
             self._logprobs.append(entry)
-            logprobs = {"content": [entry]} if self.chat else self._plain_logprobs(-1)
+            logprobs = {"content": [entry]} if self.chat else self._completion_logprobs(-1)
         chunks = []
-        if thought:
-            chunks.append(self._chunk({"reasoning_content": thought, "reasoning": thought}))
+        if reasoning:
+            chunks.append(self._chunk({"reasoning_content": reasoning, "reasoning": reasoning}))
         if answer or logprobs is not None:
             delta = {"content": answer} if self.chat else answer
             chunks.append(self._chunk(delta, logprobs=logprobs))
@@ -99,44 +102,44 @@ class ResponseBuilder:
         return chunks
 
     def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream whose usage was asked for."""
-        return {**self._chunked(), "choices": [], "usage": self.usage()}
+        """The last chunk of a stream with stream_options.include_usage."""
+        return {**self._chunk_head(), "choices": [], "usage": self.usage()}
 
     def _chunk(
         self, delta: Any, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        part = {"delta": delta} if self.chat else {"text": delta}
-        choice = {"index": 0, **part, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._chunked(), "choices": [choice]}
+        text = {"delta": delta} if self.chat else {"text": delta}
+        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self._chunk_head(), "choices": [choice]}
 
-    def _chunked(self) -> dict[str, Any]:
+    def _chunk_head(self) -> dict[str, Any]:
         if not self.chat:
             return self._head
         return {**self._head, "object": "chat.completion.chunk"}
 
-    # -- whole -------------------------------------------------------------------------------------
+    # -- complete response -------------------------------------------------------------------------
 
     def body(self) -> dict[str, Any]:
-        """The whole reply."""
-        assert self.finish is not None, "a reply is whole once it has finished"
+        """The complete response."""
+        assert self.finish is not None, "the response has not finished"
         content = self._texts["content"]
         if self.chat:
             message: dict[str, Any] = {"role": "assistant", "content": content}
             if self._texts["reasoning"]:
                 message["reasoning_content"] = self._texts["reasoning"]
                 message["reasoning"] = self._texts["reasoning"]
-            part: dict[str, Any] = {"message": message}
+            text: dict[str, Any] = {"message": message}
             logprobs: Any = {"content": self._logprobs} if self._logprobs else None
         else:
-            part = {"text": content}
-            logprobs = self._plain_logprobs(0) if self._plain else None
+            text = {"text": content}
+            logprobs = self._completion_logprobs(0) if self._completion_tokens else None
         reason = _reason(self.finish)
-        choice = {"index": 0, **part, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [choice], "usage": self.usage()}
 
     def usage(self) -> dict[str, Any]:
-        """Tokens read and written."""
-        assert self.finish is not None, "usage is known once a reply has finished"
+        """Prompt tokens and generated tokens."""
+        assert self.finish is not None, "the response has not finished"
         prompt, completion = self.finish.prompt_tokens, self.finish.completion_tokens
         return {
             "prompt_tokens": prompt,
@@ -148,12 +151,12 @@ class ResponseBuilder:
     # -- log-probabilities -------------------------------------------------------------------------
 
     def _logprob(self, token: Token) -> dict[str, Any]:
-        """Chat's form of one token's."""
-        assert token.logprob is not None, "only tokens that carry one"
-        top = [self._named(one, logprob) for one, logprob in token.top]
-        return {**self._named(token.id, token.logprob), "top_logprobs": top}
+        """A token's log-probability in the form of chat completions."""
+        assert token.logprob is not None, "called for tokens with a logprob"
+        top = [self._token_entry(other, logprob) for other, logprob in token.top]
+        return {**self._token_entry(token.id, token.logprob), "top_logprobs": top}
 
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+    def _token_entry(self, token: int, logprob: float) -> dict[str, Any]:
         raw = self.tokenizer.token_bytes(token) if self.tokenizer else b""
         return {
             "token": raw.decode("utf-8", errors="replace"),
@@ -161,16 +164,17 @@ class ResponseBuilder:
             "bytes": list(raw),
         }
 
-    def _plain_logprobs(self, start: int) -> dict[str, Any]:
-        """Completions' form, of the tokens from `start` on."""
-        some = self._plain[start:]
+    def _completion_logprobs(self, start: int) -> dict[str, Any]:
+        """Log-probabilities in the form of completions, of the tokens from `start` on."""
+        tokens = self._completion_tokens[start:]
         return {
-            "tokens": [self._named(t.id, 0)["token"] for t, _ in some],
-            "token_logprobs": [t.logprob for t, _ in some],
+            "tokens": [self._token_entry(t.id, 0)["token"] for t, _ in tokens],
+            "token_logprobs": [t.logprob for t, _ in tokens],
             "top_logprobs": [
-                {self._named(one, 0)["token"]: logprob for one, logprob in t.top} for t, _ in some
+                {self._token_entry(other, 0)["token"]: logprob for other, logprob in t.top}
+                for t, _ in tokens
             ],
-            "text_offset": [before for _, before in some],
+            "text_offset": [before for _, before in tokens],
         }
 
 

@@ -1,6 +1,6 @@
 """OpenAI's JSON in: request bodies as types, and from them prompts and sampling parameters.
 
-No HTTP and no engine here.  Unknown fields are let pass, wrong types are refused with their path.
+No HTTP and no engine here.  Unknown fields are ignored; errors for wrong types name their path.
 """
 
 import re
@@ -18,13 +18,13 @@ __all__ = [
 
 
 class StreamOptions(msgspec.Struct):
-    """What a stream carries besides its text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
 
 
 class BaseRequest(msgspec.Struct, kw_only=True):
-    """What both kinds of request share."""
+    """Fields of both kinds of request."""
 
     model: str | None = None
     temperature: float | None = None
@@ -64,7 +64,7 @@ class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | int | list[int]]
-    """A text, token ids, or a list that holds one of either."""
+    """A text, token ids, or a list with one text or one list of token ids."""
     logprobs: int | None = None
     echo: bool | None = None
     suffix: str | None = None
@@ -77,14 +77,14 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """A request out of its body.  Raises: RequestError naming the path of what is wrong."""
+    """Decode a body.  Raises: RequestError that names the path of the wrong value."""
     try:
         request = msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
         text = str(error)
-        found = re.search(r" - at `\$\.?(.*?)`$", text)
+        path = re.search(r" - at `\$\.?(.*?)`$", text)
         missing = re.search(r"missing required field `(\w+)`", text)
-        param = missing[1] if missing else found[1] if found else None
+        param = missing[1] if missing else path[1] if path else None
         raise RequestError(
             f"{param or 'The body'}: {text.split(' - at ')[0]}.", param=param, code="invalid_type"
         ) from None
@@ -95,22 +95,22 @@ def parse(body: bytes, kind: type[Body]) -> Body:
 
 
 def _check(request: BaseRequest) -> None:
-    """Refuse what is asked for and not done, rather than to leave it out in silence."""
+    """Raises: RequestError for options that Osmium does not have; it ignores none of them."""
     if request.n not in (None, 1):
-        raise _unsupported("n", request.n, "one reply a request is what is served; send it again")
+        raise _unsupported("n", request.n, "a request has one choice; send several requests")
     if isinstance(request, CompletionRequest):
         for name, value in (("echo", request.echo), ("suffix", request.suffix)):
             if value:
-                raise _unsupported(name, value, "leave it out")
+                raise _unsupported(name, value, "omit it")
         if request.best_of not in (None, 1):
-            raise _unsupported("best_of", request.best_of, "leave it out")
+            raise _unsupported("best_of", request.best_of, "omit it")
     if isinstance(request, ChatRequest):
-        form = (request.response_format or {}).get("type", "text")
-        if form != "text":
-            raise _unsupported("response_format", form, "only 'text' is served yet")
+        format_type = (request.response_format or {}).get("type", "text")
+        if format_type != "text":
+            raise _unsupported("response_format", format_type, "use 'text'")
         choice = request.tool_choice
         if choice not in (None, "auto", "none"):
-            raise _unsupported("tool_choice", choice, "only 'auto' and 'none' are served yet")
+            raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
         for i, message in enumerate(request.messages):
             if message.get("role") not in _ROLES:
                 raise RequestError(
@@ -121,34 +121,34 @@ def _check(request: BaseRequest) -> None:
                 )
         if not request.messages:
             raise RequestError(
-                "messages is empty; it needs at least one.", param="messages", code="invalid_value"
+                "messages is empty; send at least one.", param="messages", code="invalid_value"
             )
 
 
 def one_prompt(request: CompletionRequest) -> str | list[int]:
-    """The text or the ids of a completion's prompt.  Raises: RequestError for more than one."""
+    """A completion's prompt, text or token ids.  Raises: RequestError for more than one prompt."""
     prompt = request.prompt
     if isinstance(prompt, str):
         return prompt
-    ids = [one for one in prompt if isinstance(one, int)]
+    ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
         return ids
     if len(prompt) > 1:
-        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one a request")
-    (only,) = prompt
-    assert not isinstance(only, int), "a list of ids was returned above"
-    return only
+        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one per request")
+    (single,) = prompt
+    assert not isinstance(single, int), "a list of ids was returned above"
+    return single
 
 
-def _unsupported(name: str, value: object, way_out: str) -> RequestError:
+def _unsupported(name: str, value: object, fix: str) -> RequestError:
     return RequestError(
-        f"{name} is {value!r}, which is not supported: {way_out}.",
+        f"{name} is {value!r}, which is not supported: {fix}.",
         param=name,
         code="unsupported_value",
     )
 
 
-_PLAIN: tuple[
+_PASSED_ON: tuple[
     Literal["temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
             "repetition_penalty", "seed"], ...
 ] = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty",
@@ -156,16 +156,19 @@ _PLAIN: tuple[
 
 
 def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingParams:
-    """How to sample: the model's defaults, and over them what was asked.  Raises: RequestError."""
+    """Sampling parameters: the request's values, else the model's defaults.
+
+    Raises: RequestError.
+    """
     given: dict[str, Any] = {
-        name: getattr(request, name) for name in _PLAIN if getattr(request, name) is not None
+        name: getattr(request, name) for name in _PASSED_ON if getattr(request, name) is not None
     }
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
     if request.max_tokens is not None:
         given["max_tokens"] = request.max_tokens
     names: dict[str | None, str] = {}
-    """The engine's names that are not the client's."""
+    """The client's name of each parameter that the engine names differently."""
     if isinstance(request, ChatRequest):
         if request.max_completion_tokens is not None:
             given["max_tokens"] = request.max_completion_tokens
@@ -206,7 +209,7 @@ def _token_id(key: str) -> int:
 
 
 def template_options(request: ChatRequest) -> dict[str, Any]:
-    """The chat template's own switches."""
+    """Variables of the chat template."""
     options = dict(request.chat_template_kwargs or {})
     if request.enable_thinking is not None:
         options["enable_thinking"] = request.enable_thinking
@@ -214,5 +217,5 @@ def template_options(request: ChatRequest) -> dict[str, Any]:
         options["reasoning_effort"] = request.reasoning_effort
         if request.reasoning_effort == "none":
             options.setdefault("enable_thinking", False)
-    options.pop("add_generation_prompt", None)  # a reply is what is asked for
+    options.pop("add_generation_prompt", None)  # the prompt always ends with it
     return options

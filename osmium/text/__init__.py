@@ -1,1 +1,1 @@
-""""""
+"""Text: tokenizer, chat template, and reasoning split from the answer."""

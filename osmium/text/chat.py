@@ -1,7 +1,7 @@
 """Chat templates: messages to the text that the model was trained on.
 
-The template is the model's own, Jinja in a sandbox, with what transformers gives it.  Before that,
-messages are put into the one form that templates agree on.
+The template is the model's own, in Jinja's sandbox, with the filters and functions of transformers.
+normalise() first converts messages to the form that templates expect.
 """
 
 import datetime
@@ -19,17 +19,17 @@ from osmium.errors import CheckpointError, RequestError
 
 __all__ = ["ChatTemplate", "normalise"]
 
-_FAULTS = (
+_TEMPLATE_ERRORS = (
     jinja2.TemplateError, TypeError, ValueError, AttributeError, LookupError, ArithmeticError,
     RecursionError,
 )  # fmt: skip
-"""What a template raises when messages are not what it expects."""
+"""Exceptions of a template whose messages have an unexpected form."""
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 class _Generation(Extension):
-    """{% generation %} marks what an assistant says, for training; here its body is just text."""
+    """{% generation %} marks the assistant's text for training; its body is rendered as it is."""
 
     tags = {"generation"}  # noqa: RUF012
 
@@ -39,7 +39,7 @@ class _Generation(Extension):
 
 
 class ChatTemplate:
-    """One template."""
+    """A model's chat template."""
 
     def __init__(
         self,
@@ -47,8 +47,11 @@ class ChatTemplate:
         tokens: Mapping[str, str] | None = None,
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        """`tokens` are bos_token, eos_token and the like; `defaults` are switches such as
-        enable_thinking, for those that `render` is not given.  Raises: CheckpointError."""
+        """Compile the template.
+
+        `tokens` are bos_token, eos_token and others.  `defaults` are variables such as
+        enable_thinking; arguments of `render` override them.  Raises: CheckpointError.
+        """
         env = ImmutableSandboxedEnvironment(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -70,22 +73,25 @@ class ChatTemplate:
         config: Mapping[str, Any] | None,
         defaults: Mapping[str, Any] | None = None,
     ) -> "ChatTemplate | None":
-        """From chat_template.jinja, else from tokenizer_config.json: a text, or a list of named
-        ones of which `default` counts.  None where there is neither.  Raises: CheckpointError."""
+        """The template of chat_template.jinja, else of tokenizer_config.json, else None.
+
+        The latter holds a text, or a list of named templates, of which `default` is used.
+        Raises: CheckpointError for a template that cannot be read.
+        """
         config = config or {}
         try:
             source: Any = jinja.decode() if jinja is not None else config.get("chat_template")
         except UnicodeDecodeError as error:
             raise CheckpointError(f"chat_template.jinja is not UTF-8: {error}.") from None
         if isinstance(source, list):
-            named = [one for one in source if isinstance(one, Mapping)]
-            source = next((o.get("template") for o in named if o.get("name") == "default"), source)
+            named = [item for item in source if isinstance(item, Mapping)]
+            source = next((t.get("template") for t in named if t.get("name") == "default"), source)
         if source is None:
             return None
         if not isinstance(source, str):
             raise CheckpointError(
-                "chat_template in tokenizer_config.json is neither a text nor a list with one "
-                "that is named default."
+                "chat_template in tokenizer_config.json is neither a text nor a list with a "
+                "template named default."
             )
         tokens = {}
         for name in _TOKENS:
@@ -103,27 +109,27 @@ class ChatTemplate:
         /,
         *,
         add_generation_prompt: bool = True,
-        **more: Any,
+        **variables: Any,
     ) -> str:
-        """The prompt.  `more` are the template's own switches, such as enable_thinking.
+        """The prompt.  `variables` are the template's own, such as enable_thinking.
 
-        Raises: RequestError where the template refuses the messages.
+        Raises: RequestError if the template fails on the messages.
         """
         try:
             return self._template.render(
                 {
                     **self._tokens,
                     **self._defaults,
-                    **more,
+                    **variables,
                     "messages": normalise(messages),
                     "tools": list(tools) if tools else None,
                     "documents": None,
                     "add_generation_prompt": add_generation_prompt,
                 }
             )
-        except _FAULTS as error:
+        except _TEMPLATE_ERRORS as error:
             raise RequestError(
-                f"The model's chat template refuses these messages: {error}",
+                f"The model's chat template fails on these messages: {error}",
                 param="messages",
                 code="template_error",
             ) from None
@@ -132,45 +138,45 @@ class ChatTemplate:
 def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates expect them.
 
-    Leading system and developer messages become one; a later one is told as a user's.  Contents in
-    parts become text.  A tool call's arguments become an object.  `reasoning` becomes
-    `reasoning_content`.  Raises: RequestError naming the message.
+    Leading system and developer messages are merged into one; later ones get the role "user".
+    Contents in parts become text.  A tool call's arguments become an object.  `reasoning` is copied
+    to `reasoning_content`.  Raises: RequestError that names the message.
     """
     if not messages:
-        raise RequestError("messages is empty; it needs at least one.", param="messages",
+        raise RequestError("messages is empty; send at least one.", param="messages",
                            code="invalid_value")  # fmt: skip
-    found: list[dict[str, Any]] = []
-    for i, message in enumerate(messages):
-        one = {key: value for key, value in message.items() if value is not None}
-        role = str(one.get("role", ""))
-        one["content"] = _text(one.get("content", ""), f"messages[{i}].content")
+    normalised: list[dict[str, Any]] = []
+    for i, given in enumerate(messages):
+        message = {key: value for key, value in given.items() if value is not None}
+        role = str(message.get("role", ""))
+        message["content"] = _text(message.get("content", ""), f"messages[{i}].content")
         if role == "developer":
             role = "system"
         if role == "system":
-            if len(found) == 1 and found[0]["role"] == "system":
-                found[0]["content"] += "\n\n" + one["content"]
+            if len(normalised) == 1 and normalised[0]["role"] == "system":
+                normalised[0]["content"] += "\n\n" + message["content"]
                 continue
-            if found:
+            if normalised:
                 role = "user"
-        one["role"] = role
-        if "reasoning" in one and "reasoning_content" not in one:
-            one["reasoning_content"] = one["reasoning"]
-        if "tool_calls" in one:
-            one["tool_calls"] = [_call(call, i) for call in one["tool_calls"]]
-        found.append(one)
-    return found
+        message["role"] = role
+        if "reasoning" in message and "reasoning_content" not in message:
+            message["reasoning_content"] = message["reasoning"]
+        if "tool_calls" in message:
+            message["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
+        normalised.append(message)
+    return normalised
 
 
-def _text(content: Any, where: str) -> str:
+def _text(content: Any, param: str) -> str:
     """A content's text.  Raises: RequestError for parts that are not text."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list | tuple):
-        raise RequestError(f"{where} is {type(content).__name__}; it must be a text or parts.",
-                           param=where, code="invalid_type")  # fmt: skip
+        raise RequestError(f"{param} is {type(content).__name__}; it must be a text or parts.",
+                           param=param, code="invalid_type")  # fmt: skip
     pieces = []
     for j, part in enumerate(content):
-        at = f"{where}[{j}]"
+        part_param = f"{param}[{j}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else part
         if kind in (None, "text", "input_text", "output_text") and isinstance(text, str):
@@ -179,30 +185,28 @@ def _text(content: Any, where: str) -> str:
             pieces.append(str(part.get("refusal", "")))
         else:
             raise RequestError(
-                f"{at} has type {kind!r}; this model reads text alone.",
-                param=at,
+                f"{part_param} has type {kind!r}; this model supports only text.",
+                param=part_param,
                 code="unsupported_content",
             )
     return "".join(pieces)
 
 
-def _call(call: Any, i: int) -> dict[str, Any]:
-    """A tool call with its arguments as an object."""
+def _tool_call(call: Any, i: int) -> dict[str, Any]:
+    """A tool call with its arguments as an object.  Raises: RequestError."""
     if not isinstance(call, Mapping):
         raise RequestError(f"messages[{i}].tool_calls holds {call!r}; calls are objects.",
                            param=f"messages[{i}].tool_calls", code="invalid_type")  # fmt: skip
-    one = dict(call)
-    function = dict(one.get("function") or {})
+    function = dict(call.get("function") or {})
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
             parsed = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
             parsed = None
-        # What a model once wrote wrongly must not end the conversation.
+        # Invalid arguments that a model generated earlier must not end the conversation.
         function["arguments"] = parsed if isinstance(parsed, dict) else {"arguments": arguments}
-    one["function"] = function
-    return one
+    return {**call, "function": function}
 
 
 def _tojson(
@@ -212,7 +216,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes what HTML would not like."""
+    """Plain JSON: Jinja's own filter escapes HTML characters."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

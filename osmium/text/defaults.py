@@ -1,4 +1,4 @@
-"""What a model's makers recommend for sampling: generation_config.json."""
+"""A model's recommended sampling parameters, from generation_config.json."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +9,7 @@ _FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
 def sampling_defaults(generation: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Sampling parameters by name; do_sample false is temperature 0.  Empty if nothing is said."""
+    """Sampling parameters by name; do_sample false is temperature 0.  Empty without the file."""
     generation = generation or {}
     if generation.get("do_sample") is False:
         return {"temperature": 0.0}

@@ -1,6 +1,6 @@
-"""From a model's small files to what its text needs: tokenizer, chat template, sampling defaults.
+"""Tokenizer, chat template and sampling defaults, from a model's small files.
 
-Reads no weights, so that a model without a tokenizer is refused before they are loaded.
+Reads no weights, so that a missing tokenizer is an error before the weights are loaded.
 """
 
 from collections.abc import Collection
@@ -16,15 +16,16 @@ from osmium.text.tokenizer import Tokenizer
 __all__ = ["Need", "SmallFiles", "TextFiles", "read_text_files"]
 
 Need = Literal["tokenizer", "chat_template"]
-"""What a command cannot do without."""
+"""A file that a command requires."""
 
 
 NO_THINKING = {"enable_thinking": False}
-"""Switches of the chat template, unless a request sets them: of the demo, whose thinking does not
-end in an answer, and of synthetic models, whose text is all answer."""
+"""Chat template variables of the demo and of synthetic models, unless a request sets them.
+
+The demo's reasoning does not end in an answer; synthetic models have no reasoning."""
 
 SYNTHETIC_MAX_TOKENS = 256
-"""Tokens after which a reply of a synthetic model ends unless a request says: no token ends it."""
+"""Default max_tokens of a synthetic model, which has no end-of-sequence token."""
 
 
 class SmallFiles(Protocol):
@@ -38,12 +39,12 @@ class SmallFiles(Protocol):
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What they say."""
+    """The text part of a model."""
 
     tokenizer: Tokenizer | None
     template: ChatTemplate | None
     defaults: dict[str, Any]
-    """Sampling parameters that the model's makers recommend."""
+    """The model's recommended sampling parameters."""
 
 
 def read_text_files(
@@ -53,18 +54,18 @@ def read_text_files(
     demo: bool = False,
     synthetic: bool = False,
 ) -> TextFiles:
-    """Read and check them.  Ids that the tokenizer of a synthetic model lacks become text.
+    """Read and check the files.  Ids that a synthetic model's tokenizer lacks become text.
 
     Raises: CheckpointError for a file that cannot be used, or that is needed and missing.
     """
     raw, config = files.file("tokenizer.json"), files.json("tokenizer_config.json")
     if raw is None and "tokenizer" in needs:
         raise CheckpointError(
-            f"{files.path} has no tokenizer.json, so text cannot become token ids; put the file "
-            "beside the model's config.json and load that folder."
+            f"{files.path} has no tokenizer.json, which text input needs; put the file beside "
+            "the model's config.json and load that folder."
         )
-    switches = NO_THINKING if demo or synthetic else None
-    template = ChatTemplate.find(files.file("chat_template.jinja"), config, switches)
+    variables = NO_THINKING if demo or synthetic else None
+    template = ChatTemplate.find(files.file("chat_template.jinja"), config, variables)
     if template is None and "chat_template" in needs:
         raise CheckpointError(
             f"{files.path} has no chat template; put chat_template.jinja beside the model's "
@@ -72,7 +73,7 @@ def read_text_files(
         )
     defaults = sampling_defaults(files.json("generation_config.json"))
     if demo:
-        defaults = {**defaults, "temperature": 0.0}  # sampled, so small a model often errs
+        defaults = {**defaults, "temperature": 0.0}  # a model this small often errs when sampled
     if synthetic:
         defaults = {"max_tokens": SYNTHETIC_MAX_TOKENS, **defaults}
     tokenizer = None if raw is None else Tokenizer(raw, unknown_ids_as_text=synthetic)

@@ -1,39 +1,40 @@
-"""Thinking told apart from the answer, as the text comes.
+"""Reasoning split from the answer, while the text streams.
 
-A template that ends its prompt inside <think> makes the reply start in thought; </think> ends it.
+If the prompt ends inside <think>, the response starts with reasoning, up to </think>.
 """
 
-__all__ = ["ReasoningParser", "ShownReply", "starts_in_thought"]
+__all__ = ["DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
 
 _BEGIN, _END = "<think>", "</think>"
 
 
-def starts_in_thought(prompt: str) -> bool:
+def starts_in_reasoning(prompt: str) -> bool:
     """Whether a rendered prompt leaves <think> open."""
     return prompt.rstrip().endswith("<think>")
 
 
 class ReasoningParser:
-    """Splits one reply."""
+    """Splits the text of one response into reasoning and answer."""
 
     def __init__(self, thinking: bool) -> None:
         self.thinking = thinking
         self._held = ""
-        self._fresh = thinking
-        """Nothing of this part has been given out: its leading newlines are the template's.  A
-        reply that does not start in thought is all answer, and keeps its own."""
+        self._at_start = thinking
+        """Whether the present part has no text yet: its leading newlines are the template's.
+
+        A response that does not start with reasoning is all answer, and keeps its newlines."""
 
     def push(self, text: str) -> tuple[str, str]:
-        """(thought, answer) that are certain once `text` is there."""
+        """Add `text`; returns the (reasoning, answer) that no later text can change."""
         if not self.thinking:
             return "", self._trim(text)
         self._held += text
         at = self._held.find(_END)
         if at >= 0:
-            thought, rest = self._held[:at].rstrip("\n"), self._held[at + len(_END) :]
-            thought = self._trim(thought)
-            self.thinking, self._fresh, self._held = False, True, ""
-            return thought, self._trim(rest)
+            reasoning, rest = self._held[:at].rstrip("\n"), self._held[at + len(_END) :]
+            reasoning = self._trim(reasoning)
+            self.thinking, self._at_start, self._held = False, True, ""
+            return reasoning, self._trim(rest)
         keep = max((n for n in range(1, len(_END)) if self._held.endswith(_END[:n])), default=0)
         cut = len(self._held) - keep
         while cut and self._held[cut - 1] == "\n":
@@ -42,36 +43,39 @@ class ReasoningParser:
         return self._trim(out), ""
 
     def flush(self) -> tuple[str, str]:
-        """What was held back, at the end of the reply."""
+        """The (reasoning, answer) still held back, at the end of the response."""
         held, self._held = self._held, ""
         return (self._trim(held), "") if self.thinking else ("", self._trim(held))
 
     def _trim(self, text: str) -> str:
-        if self._fresh:
+        if self._at_start:
             text = text.lstrip("\n")
-            self._fresh = not text
+            self._at_start = not text
         return text
 
 
-class ShownReply:
-    """Splits one reply for people to read: a reply that opens <think> itself is split as well, and
-    a </think> without its <think> is left out of the answer."""
+class DisplayedResponse:
+    """Splits one response for display.
+
+    Unlike ReasoningParser, it also splits a response that starts with <think>, and drops a </think>
+    without its <think> from the answer.
+    """
 
     def __init__(self, thinking: bool) -> None:
-        self._thought = ReasoningParser(thinking)
+        self._parser = ReasoningParser(thinking)
         self._start: str | None = None if thinking else ""
-        """What came so far, while it may be the beginning of <think>; None afterwards."""
+        """The text so far, while it may be the beginning of <think>; None afterwards."""
         self._tag = ""
         """The end of the answer, while it may be the beginning of a tag."""
         self._open = 0
-        """<think> in the answer that have no </think> yet."""
+        """Number of <think> in the answer without a </think> so far."""
 
     @property
     def thinking(self) -> bool:
-        return self._thought.thinking
+        return self._parser.thinking
 
     def push(self, text: str) -> tuple[str, str]:
-        """(thought, answer) that are certain once `text` is there."""
+        """Add `text`; returns the (reasoning, answer) that no later text can change."""
         if self._start is not None:
             text = self._start + text
             if _BEGIN.startswith(text.lstrip()):
@@ -79,23 +83,23 @@ class ShownReply:
                 return "", ""
             self._start = None
             if text.lstrip().startswith(_BEGIN):
-                self._thought, text = ReasoningParser(True), text.lstrip()[len(_BEGIN) :]
-        thought, answer = self._thought.push(text)
-        return thought, self._paired(answer)
+                self._parser, text = ReasoningParser(True), text.lstrip()[len(_BEGIN) :]
+        reasoning, answer = self._parser.push(text)
+        return reasoning, self._paired(answer)
 
     def flush(self) -> tuple[str, str]:
-        """What was held back, at the end of the reply."""
+        """The (reasoning, answer) still held back, at the end of the response."""
         start, self._start = self._start or "", None
-        thought, answer = self._thought.flush()
+        reasoning, answer = self._parser.flush()
         answer = self._paired(start + answer) + self._tag
         self._tag = ""
-        return thought, answer
+        return reasoning, answer
 
     def _paired(self, text: str) -> str:
-        """The answer without an unpaired </think>."""
+        """The part of the answer that is certain, without an unpaired </think>."""
         text, out = self._tag + text, ""
-        while found := [(text.find(tag), tag) for tag in (_BEGIN, _END) if tag in text]:
-            at, tag = min(found)
+        while tags := [(text.find(tag), tag) for tag in (_BEGIN, _END) if tag in text]:
+            at, tag = min(tags)
             out += text[:at]
             if tag == _BEGIN or self._open:
                 out += tag

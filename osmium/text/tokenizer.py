@@ -14,15 +14,15 @@ __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
 
 class Tokenizer:
-    """One tokenizer.json."""
+    """A model's tokenizer.json."""
 
     def __init__(
         self, source: bytes | str | os.PathLike[str], unknown_ids_as_text: bool = False
     ) -> None:
         """`source` is the file's contents, or its path.
 
-        Ids that the tokenizer lacks have no text, as the padding of a real model's head; with
-        `unknown_ids_as_text` they become "⟨12345⟩".  Raises: CheckpointError.
+        Ids that the tokenizer lacks have no text, like the padding rows of a real model's head.
+        With `unknown_ids_as_text` they become "⟨12345⟩".  Raises: CheckpointError.
         """
         try:
             raw = source if isinstance(source, bytes) else Path(source).read_bytes()
@@ -35,27 +35,31 @@ class Tokenizer:
         self._unknown_ids_as_text = unknown_ids_as_text
 
     @cached_property
-    def _plain(self) -> tokenizers.Tokenizer:
-        """A second one for plain texts: the switch is the tokenizer's, which threads share."""
-        other = tokenizers.Tokenizer.from_str(self._inner.to_str())
-        other.encode_special_tokens = True
-        return other
+    def _without_specials(self) -> tokenizers.Tokenizer:
+        """A copy that encodes names of special tokens as text.
+
+        The option belongs to the tokenizer, and threads share a tokenizer.
+        """
+        copy = tokenizers.Tokenizer.from_str(self._inner.to_str())
+        copy.encode_special_tokens = True
+        return copy
 
     @property
-    def vocab(self) -> int:
-        """Ids, added tokens included."""
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as it stands in the vocabulary."""
-        found = self._inner.token_to_id(token)
-        return None if found is None else int(found)
+        """The id of a token, spelled as in the vocabulary; None if there is none."""
+        token_id = self._inner.token_to_id(token)
+        return None if token_id is None else int(token_id)
 
     def encode(self, text: str, specials: bool = True) -> list[int]:
-        """Ids of a text.  With `specials`, names of special tokens in it become those tokens, as a
-        rendered chat template wants; without, they stay text, as in a plain text to be scored.
+        """Token ids of a text.
 
-        Raises: RequestError for a text that is not Unicode, as half a surrogate pair is not.
+        With `specials`, names of special tokens in it become those tokens, as in a rendered chat
+        template.  Without, they stay text, as in a plain text to be scored.
+        Raises: RequestError for half a surrogate pair, which is not Unicode.
         """
         try:
             text.encode()
@@ -65,18 +69,18 @@ class Tokenizer:
                 "send whole characters.",
                 code="invalid_text",
             ) from None
-        inner = self._inner if specials else self._plain
+        inner = self._inner if specials else self._without_specials
         return list(inner.encode(text, add_special_tokens=False).ids)
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
-        """The text of ids; special tokens are left out unless asked for."""
+        """The text of token ids, without special tokens unless `specials`."""
         if not self._unknown_ids_as_text:
             return str(self._inner.decode(list(ids), skip_special_tokens=not specials))
         decoder = self.decoder(specials)
-        return "".join(decoder.push(one) for one in ids) + decoder.flush()
+        return "".join(decoder.push(token) for token in ids) + decoder.flush()
 
     def token_bytes(self, token: int) -> bytes:
-        """The bytes of one token: part of a character, perhaps."""
+        """The bytes of one token, which may be part of a character."""
         name = self._inner.id_to_token(token)
         if name is None:
             return _id_text(token).encode() if self._unknown_ids_as_text else b""
@@ -87,55 +91,55 @@ class Tokenizer:
         return self.decode([token], specials=True).encode()
 
     def decoder(self, specials: bool = False) -> "IncrementalDetokenizer":
-        """Ids back to text as they come."""
+        """A detokenizer for one response."""
         return IncrementalDetokenizer(self._inner, specials, self._unknown_ids_as_text)
 
 
 def _id_text(token: int) -> str:
-    """What stands for an id that has no text; Markdown and terminals show it as it is."""
+    """The text of an id that the tokenizer lacks, without Markdown's or a terminal's characters."""
     return f"⟨{token}⟩"
 
 
 class IncrementalDetokenizer:
-    """One reply's ids, back to text piece by piece; a character is given out once it is whole."""
+    """Converts one response's ids to text as they stream; it returns complete characters."""
 
     def __init__(
         self, inner: tokenizers.Tokenizer, specials: bool, unknown_ids_as_text: bool = False
     ) -> None:
         self._inner, self._specials = inner, specials
         self._unknown_ids_as_text = unknown_ids_as_text
-        self._restart()
+        self._reset()
 
-    def _restart(self) -> None:
+    def _reset(self) -> None:
         self._stream = DecodeStream(skip_special_tokens=not self._specials)
         self._ids: list[int] = []
-        self._given = 0
-        """Characters given out."""
+        self._num_returned = 0
+        """Characters of `_ids` that push and flush have returned."""
 
     def push(self, token: int) -> str:
-        """The text that is certain once `token` is there."""
+        """Add a token; returns the text that no later token can change."""
         if self._unknown_ids_as_text and self._inner.id_to_token(token) is None:
             before = self.flush()  # no later token completes a character across this one
-            self._restart()
+            self._reset()
             return before + _id_text(token)
         self._ids.append(token)
         text = str(self._stream.step(self._inner, token) or "")
-        self._given += len(text)
+        self._num_returned += len(text)
         return text
 
     def flush(self) -> str:
-        """What is left at the end; bytes that never became a character come as U+FFFD."""
-        whole = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
-        rest = whole[self._given :]
-        self._given = len(whole)
+        """The rest of the text; bytes of an incomplete character become U+FFFD."""
+        text = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
+        rest = text[self._num_returned :]
+        self._num_returned = len(text)
         return rest
 
 
 def _byte_letters() -> dict[str, int]:
-    """The letters by which byte-level BPE writes bytes.  Radford et al. 2019 (GPT-2)."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in plain}
-    others = [byte for byte in range(256) if byte not in set(plain)]
+    """The byte of each letter of byte-level BPE.  Radford et al. 2019 (GPT-2)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    letters = {chr(byte): byte for byte in printable}
+    others = [byte for byte in range(256) if byte not in set(printable)]
     letters.update({chr(256 + i): byte for i, byte in enumerate(others)})
     return letters
 

@@ -1,9 +1,12 @@
-"""From what the user names to weights: a folder, a file, a hub id, a made-up model, or nothing.
+"""Resolves the model argument, and opens, downloads or packs its weights.
 
-A checkpoint folder is packed once into the cache folder, by NumPy, or by the kernels of the `ops`
-that are passed along; a later start opens the packed file and reads nothing of the checkpoint but
-the sizes and times of its shards.  A hub model is downloaded and packed; a later start compares
-etags with the hub, if that can be reached, and needs nothing of the hub's cache.
+The argument is a checkpoint folder, a packed file, a hub id, `synthetic:NAME`, or None for the
+bundled model.  A checkpoint folder is quantised once into a packed file in the cache folder, by
+NumPy or by the kernels of `ops`.  A later start opens the packed file; of the checkpoint it reads
+only the sizes and times of the shards.
+
+A hub model is downloaded and packed.  A later start compares etags with the hub, if it can be
+reached, and needs nothing of the hub's cache.
 """
 
 import contextlib
@@ -52,24 +55,24 @@ __all__ = [
 LOG = logging.getLogger("osmium.weights")
 
 ModelSource = PackedModel | Synthetic
-"""What a model is loaded from."""
+"""The source of a model's weights."""
 
 
 DEMO = Path(__file__).parents[1] / "demo" / "demo.osmium"
 """The bundled model."""
 
 TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
-"""What a synthetic model takes from it."""
+"""Files of the bundled model that synthetic models use."""
 
 
 class CheckpointFiles:
-    """The small files of a checkpoint folder, as of Packed."""
+    """The small files of a checkpoint folder, with the methods of PackedModel."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def file(self, name: str) -> bytes | None:
-        """None where it is not there.  Raises: CheckpointError."""
+        """A file's bytes; None if it is missing.  Raises: CheckpointError."""
         try:
             return (self.path / name).read_bytes()
         except FileNotFoundError:
@@ -78,7 +81,7 @@ class CheckpointFiles:
             raise CheckpointError(f"{self.path / name} cannot be read: {error}") from None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The same, parsed: an object.  Raises: CheckpointError."""
+        """A file parsed as a JSON object; None if it is missing.  Raises: CheckpointError."""
         return read_json(self.path / name) if (self.path / name).is_file() else None
 
 
@@ -90,18 +93,21 @@ class HubFiles:
         self.path = Path(model.name)
 
     def file(self, name: str) -> bytes | None:
-        """None where the hub has no such file.  Raises: ConfigError."""
+        """A file's bytes; None if the hub has no such file.  Raises: ConfigError."""
         path = small_file(self._model, name)
         return None if path is None else path.read_bytes()
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The same, parsed: an object.  Raises: ConfigError, CheckpointError."""
+        """A file parsed as a JSON object; None if the hub has no such file.
+
+        Raises: ConfigError, CheckpointError.
+        """
         path = small_file(self._model, name)
         return None if path is None else read_json(path)
 
 
 Check = Callable[[ModelInfo, CheckpointFiles | HubFiles], None]
-"""Called before weights are downloaded or packed; what it raises stops that."""
+"""Called before weights are downloaded or packed; an error that it raises prevents both."""
 
 
 def open_weights(
@@ -111,13 +117,13 @@ def open_weights(
     ops: Ops | None = None,
     check: Check | None = None,
 ) -> ModelSource:
-    """What a model is loaded from: its packed file, or for `synthetic:NAME` something made up.
+    """The packed file of a model, or a Synthetic for `synthetic:NAME`; see open_model.
 
     Raises: ConfigError, CheckpointError.
     """
     synthetic = synthetic_name(model)
     if synthetic is not None:
-        return _made_up(synthetic, config)
+        return _open_synthetic(synthetic, config)
     return open_model(model, config, progress, ops, check)
 
 
@@ -128,54 +134,53 @@ def open_model(
     ops: Ops | None = None,
     check: Check | None = None,
 ) -> PackedModel:
-    """The packed file of a model; downloads a hub model, and packs a checkpoint, or
-    `synthetic:NAME`, where that has not been done: with `ops` by its kernels.
+    """The packed file of a model.
 
-    Raises: ConfigError, CheckpointError.
+    If there is none yet, a hub model is downloaded, and a checkpoint or `synthetic:NAME` is packed:
+    with `ops` by its kernels, else by NumPy.  Raises: ConfigError, CheckpointError.
     """
     synthetic = synthetic_name(model)
     if synthetic is not None:
-        made_up = _made_up(synthetic, config)
-        target = _target(config, synthetic.replace(":", "-"), synthetic)
+        generated = _open_synthetic(synthetic, config)
+        target = _packed_path(config, synthetic.replace(":", "-"), synthetic)
         with _writing(target, progress):
-            return _packed_synthetic(target, made_up, progress)
+            return _pack_synthetic(target, generated, progress)
     path = locate(model)
     if isinstance(path, str):
         return _open_hub(path, config, progress, ops, check)
     if path.is_file():
         packed = open_packed(path)
-        _same_formats(packed, config)
+        _check_formats(packed, config)
         return packed
-    target = _target(config, folder_name(path), str(path.resolve()))
+    target = _packed_path(config, folder_name(path), str(path.resolve()))
     with _writing(target, progress):
-        if found := _reusable(target, path):
-            return found
+        if packed_before := _reusable(target, path):
+            return packed_before
         refuse_checkpoint(path)
         checkpoint = _checkpoint(path, config)
         if check:
             shards, shapes = checkpoint.shards, (checkpoint.config, checkpoint.formats)
             info = folder_info(path, str(model), *shapes, shards, target)
             check(info, CheckpointFiles(path))
-        return _packed_checkpoint(target, checkpoint, progress, ops)
+        return _pack_checkpoint(target, checkpoint, progress, ops)
 
 
-def _made_up(name: str, config: EngineConfig) -> Synthetic:
-    """A synthetic model with the bundled model's tokenizer and chat template, so that it can be
-    served."""
-    found = open_synthetic(name, config)
+def _open_synthetic(name: str, config: EngineConfig) -> Synthetic:
+    """A synthetic model that can be served: it has the bundled tokenizer and chat template."""
+    synthetic = open_synthetic(name, config)
     if DEMO.is_file():
         demo = open_packed(DEMO)
         texts = {name: demo.file(name) for name in TEXT_FILES}
-        found.files |= {name: raw for name, raw in texts.items() if raw is not None}
-    return found
+        synthetic.files |= {name: raw for name, raw in texts.items() if raw is not None}
+    return synthetic
 
 
 def inspect_model(
     model: str | os.PathLike[str] | None, config: EngineConfig, progress: Progress | None = None
 ) -> ModelInfo:
-    """What is known of a model without its weights.  Downloads no weights, packs and writes
-    nothing but the hub's cache of small files.
+    """Shapes, formats, sizes and paths of a model, without its weights.
 
+    Downloads only small files into the hub's cache; packs and writes nothing else.
     Raises: ConfigError, CheckpointError.
     """
     synthetic = synthetic_name(model)
@@ -184,46 +189,47 @@ def inspect_model(
     path = locate(model)
     if isinstance(path, str):
         target = _hub_target(config, path)
-        found = _look_up(path, target)
-        if isinstance(found, PackedModel):
-            return packed_info(path, found, "hub")
-        _hub_checkpoint(found, config, progress)
-        return hub_info(found, _hub_config(found), Formats.of(config), target)
+        source = _look_up(path, target)
+        if isinstance(source, PackedModel):
+            return packed_info(path, source, "hub")
+        _check_hub_headers(source, config, progress)
+        return hub_info(source, _hub_config(source), Formats.of(config), target)
     if path.is_file():
         packed = open_packed(path)
-        _same_formats(packed, config)
+        _check_formats(packed, config)
         return packed_info("demo" if model is None else str(model), packed)
-    target = _target(config, path.resolve().name, str(path.resolve()))
+    target = _packed_path(config, path.resolve().name, str(path.resolve()))
     if reusable := _reusable(target, path):
         return packed_info(str(model), reusable, "folder")
     refuse_checkpoint(path)
-    made = _checkpoint(path, config)
-    return folder_info(path, str(model), made.config, made.formats, made.shards, target)
+    checkpoint = _checkpoint(path, config)
+    shapes = (checkpoint.config, checkpoint.formats)
+    return folder_info(path, str(model), *shapes, checkpoint.shards, target)
 
 
 @contextlib.contextmanager
 def _writing(target: Path, progress: Progress | None) -> Iterator[None]:
-    """The right to write `target`, in a folder that is there.  Raises: ConfigError."""
+    """Create the folder of `target` and lock `target` for writing.  Raises: ConfigError."""
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"{target.parent} cannot be made ({error}); choose another folder with --cache-dir."
+            f"{target.parent} cannot be created ({error}); choose another folder with --cache-dir."
         ) from None
     with locked(target, progress):
         yield
 
 
 def _checkpoint(folder: Path, config: EngineConfig) -> Checkpoint:
-    """A checkpoint folder, its headers read."""
+    """Read the headers of a checkpoint folder.  Raises: CheckpointError."""
     shards = open_shards(folder)
     generation = folder / "generation_config.json"
-    read = read_json(generation) if generation.is_file() else None
-    model_config = ModelConfig.from_hf(read_json(folder / "config.json"), read)
+    defaults = read_json(generation) if generation.is_file() else None
+    model_config = ModelConfig.from_hf(read_json(folder / "config.json"), defaults)
     return Checkpoint(shards, model_config, Formats.of(config))
 
 
-def _packed_checkpoint(
+def _pack_checkpoint(
     target: Path,
     checkpoint: Checkpoint,
     progress: Progress | None,
@@ -250,45 +256,51 @@ def _open_hub(
     ops: Ops | None,
     check: Check | None,
 ) -> PackedModel:
-    """A hub model's packed file.  Logs what will be downloaded, and raises before the first byte of
-    a weight where names, formats, memory (by `check`) or disk do not suit."""
+    """A hub model's packed file, downloaded and packed if needed.
+
+    Logs the download's size.  Raises before the first byte of a weight if tensor names, formats,
+    memory (`check`) or disk space do not fit.
+    """
     target = _hub_target(config, name)
     with _writing(target, progress):
-        found = _look_up(name, target)
-        if isinstance(found, PackedModel):
-            return found
-        info = hub_info(found, _hub_config(found), Formats.of(config), target)
+        source = _look_up(name, target)
+        if isinstance(source, PackedModel):
+            return source
+        info = hub_info(source, _hub_config(source), Formats.of(config), target)
         if check:
-            check(info, HubFiles(found))
-        _hub_checkpoint(found, config, progress)
-        _announce(found, info)
-        checkpoint = _checkpoint(download(found, progress), config)
-        hub = {"id": name, "revision": found.revision, "etags": found.etags}
-        return _packed_checkpoint(target, checkpoint, progress, ops, hub)
+            check(info, HubFiles(source))
+        _check_hub_headers(source, config, progress)
+        _log_download(source, info)
+        checkpoint = _checkpoint(download(source, progress), config)
+        hub = {"id": name, "revision": source.revision, "etags": source.etags}
+        return _pack_checkpoint(target, checkpoint, progress, ops, hub)
 
 
 def _look_up(name: str, target: Path) -> HubModel | PackedModel:
-    """The packed file of a hub model if it was made from the hub's current files, or if the hub
-    cannot be reached; else what the hub has."""
+    """The packed file of a hub model, else the model on the hub.
+
+    The packed file is used if it was made from the hub's current weights, or if the hub cannot be
+    reached.
+    """
     packed = None
     if target.is_file():
         with contextlib.suppress(CheckpointError):  # damaged or of another version: packed again
             packed = open_packed(target)
     try:
-        found = look_up(name)
+        on_hub = look_up(name)
     except ConfigError:
         if packed is None:
             raise
         return packed
     if packed is None or packed.hub is None:
-        return found
-    then, now = packed.hub["etags"], found.etags
-    if not found.online or then == now:
+        return on_hub
+    then, now = packed.hub["etags"], on_hub.etags
+    if not on_hub.online or then == now:
         return packed
-    if any(then.get(shard) != now[shard] for shard in found.shards):
-        return found
-    if set(found.missing).isdisjoint(found.shards):
-        return found  # packing again costs no download
+    if any(then.get(shard) != now[shard] for shard in on_hub.shards):
+        return on_hub
+    if set(on_hub.missing).isdisjoint(on_hub.shards):
+        return on_hub  # packing again costs no download
     changed = sorted(file for file in {*then, *now} if then.get(file) != now.get(file))
     LOG.warning(
         "%s: %s changed on the hub since it was packed; its weights did not. Using %s as it is; "
@@ -302,20 +314,22 @@ def _hub_config(model: HubModel) -> ModelConfig:
     return ModelConfig.from_hf(model.texts[FILES[0]], model.texts.get(FILES[1]))
 
 
-def _hub_checkpoint(model: HubModel, config: EngineConfig, progress: Progress | None) -> None:
-    """Hold names, shapes and dtypes to the config, as far as headers can be had.
+def _check_hub_headers(model: HubModel, config: EngineConfig, progress: Progress | None) -> None:
+    """Check tensor names, shapes and dtypes against the config, if the headers can be read.
 
     Raises: CheckpointError.
     """
-    model_config = _hub_config(model)  # before 14 to 94 headers are asked for
+    model_config = _hub_config(model)  # first, as the headers take 14 to 94 requests
     shards = hub_shards(model, progress)
     if shards is not None:
         Checkpoint(shards, model_config, Formats.of(config))
 
 
-def _announce(model: HubModel, info: ModelInfo) -> None:
-    """Log what will be downloaded and written, and where.  Raises: ConfigError where a disk has too
-    little room."""
+def _log_download(model: HubModel, info: ModelInfo) -> None:
+    """Log the bytes to download and to write, and their folders.
+
+    Raises: ConfigError if a disk has too little free space.
+    """
     needs, count = info.disk_needs, len(model.missing)
     fetch = f"downloading {gb(info.download_bytes or 0)} ({count} files) to {model.cache}, then "
     LOG.warning(
@@ -326,34 +340,37 @@ def _announce(model: HubModel, info: ModelInfo) -> None:
     check_disk(needs)
 
 
-def _packed_synthetic(target: Path, made_up: Synthetic, progress: Progress | None) -> PackedModel:
-    """A made-up model on disk, to measure reading one; the file of an older way is made anew."""
+def _pack_synthetic(target: Path, synthetic: Synthetic, progress: Progress | None) -> PackedModel:
+    """A synthetic model's packed file, for benchmarks of loading.
+
+    A file whose weights another version generated is written again.
+    """
+    fingerprint = synthetic.fingerprint
     with contextlib.suppress(CheckpointError):
-        if target.is_file() and (packed := open_packed(target)).fingerprint == made_up.fingerprint:
+        if target.is_file() and (packed := open_packed(target)).fingerprint == fingerprint:
             return packed
-    write_packed(target, made_up, Provenance(made_up.fingerprint, made_up.files), progress)
+    write_packed(target, synthetic, Provenance(fingerprint, synthetic.files), progress)
     return open_packed(target)
 
 
-def _same_formats(packed: PackedModel, config: EngineConfig) -> None:
-    """A packed file has its formats; a flag that asks for others is refused.  Defaults ask for
-    nothing.  Raises: ConfigError."""
-    default, asked = EngineConfig(), packed.formats
+def _check_formats(packed: PackedModel, config: EngineConfig) -> None:
+    """Raises: ConfigError if a flag other than its default differs from a packed file's format."""
+    default, formats = EngineConfig(), packed.formats
     for name, stored in (
-        ("gpu_expert_bits", asked.expert_bits), ("attention_quant", asked.attention),
-        ("shared_expert_quant", asked.shared), ("lm_head_quant", asked.head),
+        ("gpu_expert_bits", formats.expert_bits), ("attention_quant", formats.attention),
+        ("shared_expert_quant", formats.shared), ("lm_head_quant", formats.head),
     ):  # fmt: skip
-        wanted = getattr(config, name)
-        if wanted not in (getattr(default, name), stored):
+        value = getattr(config, name)
+        if value not in (getattr(default, name), stored):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
-                f"{packed.path.name} is packed with {flag} {stored}, not {wanted}; leave the flag "
-                "out, or give the checkpoint's folder."
+                f"{packed.path.name} is packed with {flag} {stored}, not {value}; omit the flag, "
+                "or give the checkpoint's folder."
             )
 
 
 def _reusable(target: Path, folder: Path) -> PackedModel | None:
-    """The packed file if it is there, whole, of this version and of this checkpoint."""
+    """The packed file if it exists, is complete, and matches this version and this checkpoint."""
     if not target.is_file():
         return None
     try:
@@ -372,13 +389,15 @@ def _reusable(target: Path, folder: Path) -> PackedModel | None:
     if texts and (now == packed.sources or not any(folder.glob("*.safetensors"))):
         return packed
     if texts and packed.fingerprint == _fingerprint(folder, open_shards(folder)):
-        return packed  # copied or touched, but the same
+        return packed  # the checkpoint was copied or touched, its contents are the same
     return None
 
 
 def _fingerprint(folder: Path, shards: Shards) -> str:
-    """sha256 over config, tensor names, dtypes and shapes, and 4 KiB of every 16 MiB of every
-    tensor, so that a fine-tune of the same shapes is another model.  250 GB take 16,000 reads."""
+    """sha256 over config, tensor names, dtypes and shapes, and 4 KiB of each 16 MiB of a tensor.
+
+    The samples distinguish a fine-tune of the same shapes.  250 GB take 16,000 reads.
+    """
     total = hashlib.sha256(json.dumps(read_json(folder / "config.json"), sort_keys=True).encode())
     files = {file: open(file, "rb") for file in shards.files}
     try:
@@ -394,19 +413,19 @@ def _fingerprint(folder: Path, shards: Shards) -> str:
     return total.hexdigest()
 
 
-def _target(config: EngineConfig, name: str, where: str) -> Path:
-    """The packed file of a model that is called `name`, and comes from `where`."""
-    short = hashlib.sha256(where.encode()).hexdigest()[:8]
+def _packed_path(config: EngineConfig, name: str, origin: str) -> Path:
+    """The path of the packed file of model `name`; `origin` distinguishes models of one name."""
+    short = hashlib.sha256(origin.encode()).hexdigest()[:8]
     return cache_folder(config) / f"{name}-{short}-{Formats.of(config)}.osmium"
 
 
 def _hub_target(config: EngineConfig, name: str) -> Path:
-    """The packed file of a hub model: one for its id, whatever its commit."""
-    return _target(config, name.split("/")[1], f"hub:{name}")
+    """The path of a hub model's packed file, the same for all its commits."""
+    return _packed_path(config, name.split("/")[1], f"hub:{name}")
 
 
 def cache_folder(config: EngineConfig) -> Path:
-    """--cache-dir, or osmium in $XDG_CACHE_HOME."""
+    """--cache-dir, else the user's cache folder, osmium in $XDG_CACHE_HOME."""
     if config.cache_dir:
         return Path(config.cache_dir)
     return user_cache()
@@ -434,7 +453,7 @@ def locate(model: str | os.PathLike[str] | None) -> Path | str:
 
 
 def _existing(model: str | os.PathLike[str] | None) -> Path | None:
-    """A packed file or a checkpoint folder that is here; None where there is nothing of that name.
+    """A packed file or a checkpoint folder on this machine; None if the path does not exist.
 
     Raises: ConfigError for a file or a folder of another kind.
     """
@@ -444,14 +463,11 @@ def _existing(model: str | os.PathLike[str] | None) -> Path | None:
         path = Path(model).expanduser()
         is_file, is_dir = path.is_file(), path.is_dir()
         has_config = is_dir and (path / "config.json").is_file()
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # no access, too long, ~nobody, a null byte
-        name, why = str(model), getattr(error, "strerror", None) or str(error).rstrip(".")
+    except (OSError, RuntimeError, ValueError) as error:
+        # no access, a name that is too long, an unknown user after ~, a null byte
+        name, reason = str(model), getattr(error, "strerror", None) or str(error).rstrip(".")
         short = name if len(name) <= 100 else f"{name[:100]}..."
-        raise ConfigError(f"{short!r} cannot be opened: {why}.") from None
+        raise ConfigError(f"{short!r} cannot be opened: {reason}.") from None
     if is_file:
         refuse_file(path)
     elif is_dir and not has_config:

@@ -1,8 +1,7 @@
-"""A checkpoint's tensors, by our names and in our formats.
+"""A checkpoint's tensors, by Osmium's names and in its formats.
 
-The only place that knows Hugging Face's tensor names.  `inventory` says what a model consists of;
-a `Checkpoint` makes each part of it out of the shards.  What each name is for is in
-models/weights.py.
+The only module with Hugging Face's tensor names.  `tensor_specs` lists the parts of a model;
+a `Checkpoint` converts the shards to each part.  models/weights.py describes the parts.
 """
 
 import math
@@ -28,7 +27,7 @@ Format = Literal["f32", "bf16", "int8", "int4"]
 
 @dataclass(frozen=True)
 class Formats:
-    """How the parts of a model are stored."""
+    """Storage formats of the parts of a model."""
 
     expert_bits: int
     attention: Format
@@ -37,7 +36,7 @@ class Formats:
 
     @classmethod
     def of(cls, config: EngineConfig) -> "Formats":
-        """The user's choices, with auto resolved."""
+        """The formats of an engine's settings, with auto resolved."""
         auto: Format = "bf16" if config.gpu_expert_bits == 16 else "int8"
         shared, head = (
             auto if choice == "auto" else cast(Format, choice)
@@ -57,15 +56,15 @@ class TensorSpec:
     shape: tuple[int, ...]
     format: Format
     matrix: bool
-    """A Linear; else a plain array in f32, or bf16 for the embedding."""
+    """A LinearWeight; else a plain array in f32, or bf16 for the embedding."""
     sources: tuple[tuple[str, tuple[int, ...]], ...]
-    """Tensors that are joined along the first axis: name without root, and shape."""
+    """Tensors to concatenate along the first axis: name without root, and shape."""
     root: bool = True
     """Whether the tensors' names start with the text model's root."""
 
     @property
     def arrays(self) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
-        """What it is stored as: data, and a matrix's scale."""
+        """Shape and dtype of its arrays: data, and a matrix's scale."""
         if self.format in ("f32", "bf16"):
             dtype = np.dtype(np.float32 if self.format == "f32" else np.uint16)
             return {"data": (self.shape, dtype)}
@@ -87,8 +86,10 @@ class TensorSpec:
 
 
 def tensor_specs(config: ModelConfig, formats: Formats) -> list[TensorSpec]:
-    """Everything but the routed experts.  Raises: CheckpointError for a shape that does not suit
-    its format."""
+    """All parts but the routed experts.
+
+    Raises: CheckpointError for a shape that does not fit its format.
+    """
     parts = [
         _array(
             "embed",
@@ -116,51 +117,57 @@ def tensor_specs(config: ModelConfig, formats: Formats) -> list[TensorSpec]:
 
 def _layer(config: ModelConfig, formats: Formats, i: int) -> Iterator[TensorSpec]:
     """The parts of one layer."""
-    hidden, at, to = config.hidden_size, f"layers.{i}.", f"layers.{i}."
+    hidden, prefix = config.hidden_size, f"layers.{i}."  # of Osmium's names and of the sources
 
     def array(name: str, *sources: tuple[str, tuple[int, ...]]) -> TensorSpec:
-        return _array(to + name, tuple((at + source, shape) for source, shape in sources))
+        return _array(prefix + name, tuple((prefix + source, shape) for source, shape in sources))
 
     def matrix(name: str, form: Format, columns: int, *sources: tuple[str, int]) -> TensorSpec:
-        wanted = tuple((at + source, (rows, columns)) for source, rows in sources)
-        return TensorSpec(to + name, (sum(r for _, r in sources), columns), form, True, wanted)
+        shape = (sum(rows for _, rows in sources), columns)
+        shapes = tuple((prefix + source, (rows, columns)) for source, rows in sources)
+        return TensorSpec(prefix + name, shape, form, True, shapes)
 
     yield array("mixer_norm", ("input_layernorm.weight", (hidden,)))
     yield array("moe_norm", ("post_attention_layernorm.weight", (hidden,)))
     gates = (("mlp.gate.weight", config.num_experts), ("mlp.shared_expert_gate.weight", 1))
     yield matrix("router", "bf16", hidden, *gates)
-    own, size = "mlp.shared_expert.", config.shared_intermediate_size
-    both = ((f"{own}gate_proj.weight", size), (f"{own}up_proj.weight", size))
-    yield matrix("shared_up", formats.shared, hidden, *both)
-    yield matrix("shared_down", formats.shared, size, (f"{own}down_proj.weight", hidden))
+    block, size = "mlp.shared_expert.", config.shared_intermediate_size
+    gate_up = ((f"{block}gate_proj.weight", size), (f"{block}up_proj.weight", size))
+    yield matrix("shared_up", formats.shared, hidden, *gate_up)
+    yield matrix("shared_down", formats.shared, size, (f"{block}down_proj.weight", hidden))
     if config.layer_types[i] == "attention":
-        own, d = "self_attn.", config.head_dim
+        block, d = "self_attn.", config.head_dim
         q, kv = 2 * config.num_heads * d, config.num_kv_heads * d
         qgkv = (
-            (f"{own}q_proj.weight", q),
-            (f"{own}k_proj.weight", kv),
-            (f"{own}v_proj.weight", kv),
+            (f"{block}q_proj.weight", q),
+            (f"{block}k_proj.weight", kv),
+            (f"{block}v_proj.weight", kv),
         )
         yield matrix("qgkv", formats.attention, hidden, *qgkv)
-        yield array("attention_norms", (f"{own}q_norm.weight", (d,)), (f"{own}k_norm.weight", (d,)))
+        yield array(
+            "attention_norms", (f"{block}q_norm.weight", (d,)), (f"{block}k_norm.weight", (d,))
+        )
         yield matrix(
             "attention_out",
             formats.attention,
             config.num_heads * d,
-            (f"{own}o_proj.weight", hidden),
+            (f"{block}o_proj.weight", hidden),
         )
     else:
-        own, heads = "linear_attn.", config.value_heads
+        block, heads = "linear_attn.", config.value_heads
         values = heads * config.value_dim
-        qkvz = ((f"{own}in_proj_qkv.weight", config.channels), (f"{own}in_proj_z.weight", values))
+        qkvz = (
+            (f"{block}in_proj_qkv.weight", config.channels),
+            (f"{block}in_proj_z.weight", values),
+        )
         yield matrix("qkvz", formats.attention, hidden, *qkvz)
-        ab = ((f"{own}in_proj_a.weight", heads), (f"{own}in_proj_b.weight", heads))
+        ab = ((f"{block}in_proj_a.weight", heads), (f"{block}in_proj_b.weight", heads))
         yield matrix("ab", "bf16", hidden, *ab)
-        yield array("conv", (f"{own}conv1d.weight", (config.channels, 1, 4)))
-        yield array("a_log", (f"{own}A_log", (heads,)))
-        yield array("dt_bias", (f"{own}dt_bias", (heads,)))
-        yield array("gated_norm", (f"{own}norm.weight", (config.value_dim,)))
-        yield matrix("delta_out", formats.attention, values, (f"{own}out_proj.weight", hidden))
+        yield array("conv", (f"{block}conv1d.weight", (config.channels, 1, 4)))
+        yield array("a_log", (f"{block}A_log", (heads,)))
+        yield array("dt_bias", (f"{block}dt_bias", (heads,)))
+        yield array("gated_norm", (f"{block}norm.weight", (config.value_dim,)))
+        yield matrix("delta_out", formats.attention, values, (f"{block}out_proj.weight", hidden))
 
 
 def _array(
@@ -185,11 +192,11 @@ _SKIPPED = (
     "model.mtp.",
     "language_model.mtp.",
 )
-"""Vision and multi-token prediction: there, and not used."""
+"""Vision and multi-token prediction, which Osmium does not use."""
 
 
 class Checkpoint:
-    """The parts of one model, made out of its shards."""
+    """The parts of one model, converted from its shards."""
 
     def __init__(self, shards: Shards, config: ModelConfig, formats: Formats) -> None:
         """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
@@ -215,14 +222,14 @@ class Checkpoint:
         return nested if nested in self.shards.tensors else source
 
     def _check(self) -> None:
-        wanted: dict[str, tuple[int, ...]] = {}
+        expected: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
             for source, shape in part.sources:
-                wanted[self._name(part, source)] = shape
+                expected[self._name(part, source)] = shape
         config = self.config
         for i in range(config.num_layers):
-            wanted.update(self._expert_shapes(i))
-        for name, shape in wanted.items():
+            expected.update(self._expert_shapes(i))
+        for name, shape in expected.items():
             tensor = self.shards.tensors.get(name)
             if tensor is None:
                 raise CheckpointError(
@@ -230,7 +237,7 @@ class Checkpoint:
                 )
             if tensor.shape != shape:
                 raise CheckpointError(
-                    f"{name} is {list(tensor.shape)} in {tensor.file.name}; config.json makes it "
+                    f"{name} is {list(tensor.shape)} in {tensor.file.name}; config.json requires "
                     f"{list(shape)}."
                 )
             if tensor.dtype not in ("BF16", "F32", "F16"):
@@ -244,14 +251,14 @@ class Checkpoint:
             else set()
         )
         for name in self.shards.tensors:
-            if name not in wanted and name not in tied and not name.startswith(_SKIPPED):
+            if name not in expected and name not in tied and not name.startswith(_SKIPPED):
                 raise CheckpointError(
                     f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
                     f"{config.model_type} with this config.json."
                 )
 
     def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        config, at = self.config, f"{self.root}layers.{layer}.mlp.experts."
+        config, prefix = self.config, f"{self.root}layers.{layer}.mlp.experts."
         experts, inner, hidden = (
             config.num_experts,
             config.moe_intermediate_size,
@@ -259,12 +266,12 @@ class Checkpoint:
         )
         if self.fused:
             return {
-                f"{at}gate_up_proj": (experts, 2 * inner, hidden),
-                f"{at}down_proj": (experts, hidden, inner),
+                f"{prefix}gate_up_proj": (experts, 2 * inner, hidden),
+                f"{prefix}down_proj": (experts, hidden, inner),
             }
         shapes = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
         return {
-            f"{at}{e}.{kind}_proj.weight": shape
+            f"{prefix}{e}.{kind}_proj.weight": shape
             for e in range(experts)
             for kind, shape in shapes.items()
         }
@@ -276,54 +283,56 @@ class Checkpoint:
         return all(self.shards.tensors[name].dtype == "BF16" for name in names)
 
     def expert_names(self, layer: int) -> list[list[str]]:
-        """The tensors of a layer's experts: gate and up in one and down, of all of them; or gate,
-        up and down of each."""
+        """The tensor names of a layer's experts.
+
+        Fused: one list, [gate_up, down] of all experts.  Else [gate, up, down] of each expert.
+        """
         names = list(self._expert_shapes(layer))
         step = 2 if self.fused else 3
         return [names[i : i + step] for i in range(0, len(names), step)]
 
     def concatenated(self, part: TensorSpec) -> npt.NDArray[Any]:
-        """A part as the checkpoint has it: bf16, f16 or f32."""
+        """A part in the checkpoint's dtype: bf16, f16, or f32 if its sources' dtypes differ."""
         sources = [self.shards.read(self._name(part, source)) for source, _ in part.sources]
-        joined = sources[0] if len(sources) == 1 else np.concatenate(_alike(sources))
-        return joined.reshape(part.shape)
+        array = sources[0] if len(sources) == 1 else np.concatenate(_one_dtype(sources))
+        return array.reshape(part.shape)
 
     def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
-        joined = self.concatenated(part)
+        array = self.concatenated(part)
         if part.format == "f32":
-            return {"data": _f32(joined)}
+            return {"data": _f32(array)}
         if part.format == "bf16":
-            return {"data": joined if joined.dtype == np.uint16 else bf16_from_f32(_f32(joined))}
+            return {"data": array if array.dtype == np.uint16 else bf16_from_f32(_f32(array))}
         if part.format == "int8":
-            data8, scale8 = int8.quantize(_f32(joined))
+            data8, scale8 = int8.quantize(_f32(array))
             return {"data": data8, "scale": scale8}
-        data4, scale4 = int4.quantize(_f32(joined), group_of(part.shape[1]))
+        data4, scale4 = int4.quantize(_f32(array), group_of(part.shape[1]))
         return {"data": data4, "scale": scale4}
 
     def pack_expert(self, out: npt.NDArray[np.uint8], layer: int, expert: int) -> None:
-        """One routed expert's record, u8 [record.nbytes]."""
-        at = f"{self.root}layers.{layer}.mlp.experts."
+        """Quantise and pack one routed expert into u8 [record.nbytes]."""
+        prefix = f"{self.root}layers.{layer}.mlp.experts."
         if self.fused:
-            up = self.shards.read(f"{at}gate_up_proj")[expert]
-            down = self.shards.read(f"{at}down_proj")[expert]
+            up = self.shards.read(f"{prefix}gate_up_proj")[expert]
+            down = self.shards.read(f"{prefix}down_proj")[expert]
         else:
-            one = f"{at}{expert}."
-            both = [self.shards.read(f"{one}{kind}_proj.weight") for kind in ("gate", "up")]
-            up = np.concatenate(_alike(both))
-            down = self.shards.read(f"{one}down_proj.weight")
-        pack_expert(out, self.record, _plain(up), _plain(down))
+            prefix = f"{prefix}{expert}."
+            gate_up = [self.shards.read(f"{prefix}{kind}_proj.weight") for kind in ("gate", "up")]
+            up = np.concatenate(_one_dtype(gate_up))
+            down = self.shards.read(f"{prefix}down_proj.weight")
+        pack_expert(out, self.record, _bf16_or_f32(up), _bf16_or_f32(down))
 
 
 def _f32(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
     return f32_from_bf16(x) if x.dtype == np.uint16 else x.astype(np.float32, copy=False)
 
 
-def _plain(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """bf16 as it is, the rest in f32."""
+def _bf16_or_f32(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """bf16 unchanged, other dtypes as f32."""
     return x if x.dtype == np.uint16 else _f32(x)
 
 
-def _alike(arrays: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
-    """Of one dtype, so that they can be joined: bf16 must not be taken for integers."""
+def _one_dtype(arrays: list[npt.NDArray[Any]]) -> list[npt.NDArray[Any]]:
+    """Arrays of one dtype, f32 if theirs differ: NumPy would convert bf16 as integers."""
     return arrays if len({x.dtype for x in arrays}) == 1 else [_f32(x) for x in arrays]

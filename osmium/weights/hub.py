@@ -1,9 +1,10 @@
-"""Models on the Hugging Face hub: what one is, without its weights, and how it is downloaded.
+"""Models on the Hugging Face hub: look-up without weights, and download.
 
-`look_up` reads the list of files, config.json, generation_config.json and the index; `hub_shards`
-the headers of the shards, by HTTP ranges; neither reads a byte of a tensor.  All requests are
-huggingface_hub's: HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME, tokens and its cache mean what they do
-everywhere else.  The package takes half a second to import, so it is imported when it is needed.
+`look_up` reads the list of files, config.json, generation_config.json and the index.  `hub_shards`
+reads the headers of the shards by HTTP ranges.  Neither reads a byte of a tensor.
+
+All requests go through huggingface_hub: HF_ENDPOINT, HF_HUB_OFFLINE, HF_HOME, tokens and its cache
+have their usual meaning.  Its import takes half a second, so functions import it at first use.
 """
 
 import contextlib
@@ -35,17 +36,19 @@ from osmium.weights.unsupported import refuse_files
 __all__ = ["HubFile", "HubModel", "download", "hub_id", "hub_shards", "look_up", "small_file"]
 
 TIMEOUT_S = 20.0
-"""For an answer to begin."""
+"""Seconds until a response must begin."""
 
 TRIES = 3
-"""Of a range that a broken connection or a busy server does not give."""
+"""Attempts to read a range when the connection breaks or the server is busy."""
 
 RANGES = 8
-"""Requests for headers at once."""
+"""Concurrent requests for headers."""
 
 DOWNLOADS = 4
-"""Files at once.  The hub drops a file that is stopped midway, so a few at once are better than
-many: they bring the same rate and lose less."""
+"""Concurrent downloads.
+
+huggingface_hub discards a file that was stopped midway.  Few downloads have the same rate as many
+and lose less."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,23 @@ class HubFile:
     """One file on the hub."""
 
     nbytes: int | None
-    """None where neither the hub nor the cache has it."""
+    """Size; None if neither the hub nor the cache has it."""
     etag: str
-    """sha256 of a large file, git's hash of a small one: another for other contents."""
+    """Hash of the contents: sha256 of a large file, git's hash of a small one."""
 
 
 @dataclass(frozen=True)
 class HubModel:
-    """A model on the hub, as it is now or, without a network, as the cache has it."""
+    """A model on the hub: its present state or, without a network, the state in the cache."""
 
     name: str
     """owner/name."""
     revision: str
     """The commit."""
     texts: dict[str, dict[str, Any]]
-    """config.json, and generation_config.json and the index where there are any, parsed."""
+    """Parsed config.json, and generation_config.json and the index if they exist."""
     files: dict[str, HubFile]
-    """Of what is loaded: shards, index and the small files of packed.FILES."""
+    """The files to download: shards, index and the small files of packed.FILES."""
     shards: tuple[str, ...]
     cache: Path
     """The hub's cache, for all models."""
@@ -77,17 +80,17 @@ class HubModel:
 
     @property
     def folder(self) -> Path:
-        """This model's place in the cache."""
+        """The model's folder in the cache."""
         return self.cache / ("models--" + self.name.replace("/", "--"))
 
     @property
     def snapshot(self) -> Path:
-        """The folder of this revision's files, as far as they are cached."""
+        """The folder of this revision's cached files."""
         return self.folder / "snapshots" / self.revision
 
     @property
     def etags(self) -> dict[str, str]:
-        """What a packed file was made from."""
+        """The etag of each file, which a packed file records."""
         return {name: file.etag for name, file in sorted(self.files.items())}
 
     @property
@@ -102,12 +105,12 @@ class HubModel:
 
     @property
     def checkpoint_bytes(self) -> int | None:
-        """Bytes of all shards; None where that is not known."""
+        """Bytes of all shards; None if unknown."""
         return _sum(self.files[name] for name in self.shards)
 
     @property
     def download_bytes(self) -> int | None:
-        """Bytes of what is not in the cache; None where that is not known."""
+        """Bytes of the files that are not in the cache; None if unknown."""
         return _sum(self.files[name] for name in self.missing)
 
 
@@ -124,32 +127,32 @@ def hub_id(model: str | os.PathLike[str] | None) -> str | None:
     return None if Path(text).exists() else text
 
 
-# -- looking up ------------------------------------------------------------------------------------
+# -- look-up ---------------------------------------------------------------------------------------
 
 
 def look_up(name: str) -> HubModel:
-    """A model by its hub id; what the cache has of it where the hub cannot be reached.
+    """A model by its hub id, from the cache if the hub cannot be reached.
 
     Raises: ConfigError, CheckpointError.
     """
     try:
-        with _refusals(name):
-            return _listed(name)
+        with _hub_errors(name):
+            return _from_hub(name)
     except ConfigError:
-        found = _cached(name)
-        if found is None:
+        cached = _from_cache(name)
+        if cached is None:
             raise
-        return found
+        return cached
 
 
-def _listed(name: str) -> HubModel:
-    """As the hub has it now."""
+def _from_hub(name: str) -> HubModel:
+    """The model in its present state on the hub."""
     from huggingface_hub import HfApi, constants, hf_hub_download
 
     info = HfApi().model_info(name, files_metadata=True, timeout=TIMEOUT_S)
     listed = {
-        one.rfilename: HubFile(one.size, one.lfs.sha256 if one.lfs else one.blob_id or "")
-        for one in info.siblings or []
+        file.rfilename: HubFile(file.size, file.lfs.sha256 if file.lfs else file.blob_id or "")
+        for file in info.siblings or []
     }
     texts = {
         file: read_json(Path(hf_hub_download(name, file)))
@@ -159,8 +162,8 @@ def _listed(name: str) -> HubModel:
     return _model(name, info.sha or "", texts, listed, Path(constants.HF_HUB_CACHE), True)
 
 
-def _cached(name: str) -> HubModel | None:
-    """As the cache has it, with its shards or without; None where it has nothing of it."""
+def _from_cache(name: str) -> HubModel | None:
+    """The model as cached, with or without its shards; None if it is not in the cache."""
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -192,7 +195,7 @@ def _model(
     cache: Path,
     online: bool,
 ) -> HubModel:
-    """What is loaded of all that is listed.  Raises: CheckpointError."""
+    """A model with the files to download of all `listed` files.  Raises: CheckpointError."""
     if FILES[0] not in texts:
         refuse_files(listed, name)
         raise CheckpointError(f"{name} has no {FILES[0]} on the hub, so it is no checkpoint.")
@@ -211,8 +214,8 @@ def _model(
 
 
 @contextlib.contextmanager
-def _refusals(name: str) -> Iterator[None]:
-    """What huggingface_hub raises, as ConfigError with the way out."""
+def _hub_errors(name: str) -> Iterator[None]:
+    """Convert exceptions of huggingface_hub to ConfigError with a fix."""
     from huggingface_hub import constants
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -223,7 +226,7 @@ def _refusals(name: str) -> Iterator[None]:
         RepositoryNotFoundError,
     )
 
-    # HTTPError of httpx or httpx2, whichever this hub is built on: a line that breaks midway.
+    # HTTPError of httpx or httpx2, whichever huggingface_hub uses: a connection that breaks.
     transport: type[Exception] = HfHubHTTPError.__mro__[1]
     site = constants.ENDPOINT
     try:
@@ -232,7 +235,7 @@ def _refusals(name: str) -> Iterator[None]:
         offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{site} does not answer"
         raise ConfigError(
             f"{name} is not in the hub's cache {constants.HF_HUB_CACHE}, and {offline}. Download "
-            "it where there is a network, or give a folder."
+            "it with a network connection, or give a folder."
         ) from None
     except GatedRepoError:
         raise ConfigError(
@@ -250,7 +253,7 @@ def _refusals(name: str) -> Iterator[None]:
 
 
 def small_file(model: HubModel, name: str) -> Path | None:
-    """A small file, downloaded into the cache; None where the model has no such file.
+    """A small file, downloaded into the cache; None if the model has no such file.
 
     Raises: ConfigError.
     """
@@ -258,7 +261,7 @@ def small_file(model: HubModel, name: str) -> Path | None:
 
     if name not in model.files:
         return None
-    with _refusals(model.name):
+    with _hub_errors(model.name):
         return Path(hf_hub_download(model.name, name, revision=model.revision))
 
 
@@ -266,27 +269,27 @@ def small_file(model: HubModel, name: str) -> Path | None:
 
 
 def hub_shards(model: HubModel, progress: Progress | None = None) -> Shards | None:
-    """A model's tensors, without their bytes; None where neither the hub nor the cache has them.
+    """A model's tensors without their bytes; None if neither the hub nor the cache has the shards.
 
-    Two ranges of each shard are read that is not in the cache: eight bytes, and the header.
+    Of each shard outside the cache it requests two ranges: eight bytes, and the header.
     Raises: ConfigError, CheckpointError.
     """
     done, lock = 0, threading.Lock()
 
     def header(name: str) -> tuple[Path, dict[str, Tensor]]:
         nonlocal done
-        found = _header(model, name)
+        tensors = _header(model, name)
         with lock:
             done += 1
             if progress:
                 progress("headers", done, len(model.shards))
-        return Path(name), found
+        return Path(name), tensors
 
     if not model.shards or (
         not model.online and any(name in model.missing for name in model.shards)
     ):
         return None
-    with _refusals(model.name), ThreadPoolExecutor(RANGES) as pool:
+    with _hub_errors(model.name), ThreadPoolExecutor(RANGES) as pool:
         headers = dict(pool.map(header, model.shards))
     listed = listed_shards(model.texts[INDEX], model.name) if INDEX in model.texts else {}
     return shards_of(Path(model.name), headers, listed)
@@ -297,7 +300,7 @@ def _header(model: HubModel, name: str) -> dict[str, Tensor]:
 
     def read(start: int, stop: int) -> bytes:
         if not local.is_file():
-            return _range(model, name, start, stop)
+            return _read_range(model, name, start, stop)
         with open(local, "rb") as raw:
             raw.seek(start)
             return raw.read(stop - start)
@@ -309,8 +312,11 @@ def _header(model: HubModel, name: str) -> dict[str, Tensor]:
     return parse_header(text, Path(name), 8 + size if file.nbytes is None else file.nbytes)
 
 
-def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
-    """Bytes of a file on the hub.  Raises: what _refusals turns into ConfigError."""
+def _read_range(model: HubModel, name: str, start: int, stop: int) -> bytes:
+    """Bytes `start` to `stop` of a file on the hub.
+
+    Raises: CheckpointError, and exceptions that _hub_errors converts.
+    """
     from huggingface_hub import hf_hub_url
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -326,20 +332,20 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
         try:
             with http.get_session().stream(
                 "GET", url, headers=headers, timeout=TIMEOUT_S
-            ) as answer:
-                http.hf_raise_for_status(answer)
-                # A server without ranges sends all of the file: stop early.  Else read to the end,
-                # so that the connection is reused.
-                whole = answer.status_code != 206
-                skip = start if whole else 0
-                need, found = skip + stop - start, bytearray()
-                for piece in answer.iter_bytes():
-                    found += piece
-                    if len(found) > need or (whole and len(found) == need):
+            ) as response:
+                http.hf_raise_for_status(response)
+                # A server without ranges sends the whole file: stop early.  Otherwise read to the
+                # end, so that the connection can be reused.
+                whole_file = response.status_code != 206
+                skip = start if whole_file else 0
+                need, received = skip + stop - start, bytearray()
+                for piece in response.iter_bytes():
+                    received += piece
+                    if len(received) > need or (whole_file and len(received) == need):
                         break
-            if len(found) < need:
+            if len(received) < need:
                 raise CheckpointError(f"{name} of {model.name} ends inside its header.")
-            return bytes(found[skip:need])
+            return bytes(received[skip:need])
         except transport as error:
             status = getattr(getattr(error, "response", None), "status_code", 503)
             if left == 0 or (status < 500 and status != 429):
@@ -348,31 +354,31 @@ def _range(model: HubModel, name: str, start: int, stop: int) -> bytes:
     raise AssertionError("the last try returns or raises")
 
 
-# -- downloading -----------------------------------------------------------------------------------
+# -- download --------------------------------------------------------------------------------------
 
 
 def _utils() -> Any:
-    """huggingface_hub.utils, which is documented but does not say what it exports."""
+    """huggingface_hub.utils: documented, but its exports are not declared for type checkers."""
     return importlib.import_module("huggingface_hub.utils")
 
 
 class _Stopped(Exception):
-    """Raised in the threads of a download that is given up."""
+    """Raised in the threads of a download that Ctrl-C stops."""
 
 
 def download(model: HubModel, progress: Progress | None = None) -> Path:
-    """The folder of a model's files, downloaded into the hub's cache as far as they are not there.
+    """The folder of a model's files; missing files are downloaded into the hub's cache.
 
-    Reports ("downloading", bytes, bytes in all).  Raises: ConfigError.
+    Reports ("downloading", bytes, total bytes).  Raises: ConfigError.
     """
     if all((model.snapshot / name).is_file() for name in model.files):
         return model.snapshot
     if not model.online:
-        have = sum((model.snapshot / name).is_file() for name in model.shards)
+        cached = sum((model.snapshot / name).is_file() for name in model.shards)
         raise ConfigError(
-            f"Of {model.name} the hub's cache {model.cache} has {have} of "
+            f"Of {model.name} the hub's cache {model.cache} has {cached} of "
             f"{len(model.shards) or 'the'} .safetensors files, and the hub cannot be reached. "
-            "Start again where there is a network."
+            "Start again with a network connection."
         )
     stop, outcome = threading.Event(), dict[str, Any]()
 
@@ -380,17 +386,17 @@ def download(model: HubModel, progress: Progress | None = None) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            with _refusals(model.name):
+            with _hub_errors(model.name):
                 outcome["folder"] = snapshot_download(
                     model.name,
                     allow_patterns=list(model.files),
                     max_workers=DOWNLOADS,
                     tqdm_class=_bar(stop, quiet=progress is not None),
                 )
-        except BaseException as error:  # it belongs to the thread that waits
+        except BaseException as error:  # the calling thread raises it
             outcome["error"] = error
 
-    # On a thread of its own: the hub's executor ends a file before it lets Ctrl-C through.
+    # On a separate thread: huggingface_hub's executor finishes a file before Ctrl-C takes effect.
     thread = threading.Thread(target=run, name="osmium-download", daemon=True)
     before, total = _on_disk(model), model.download_bytes or 0
     thread.start()
@@ -411,8 +417,10 @@ def download(model: HubModel, progress: Progress | None = None) -> Path:
 
 
 def _bar(stop: threading.Event, quiet: bool) -> Any:
-    """A progress bar for huggingface_hub, which moves with every piece: each then looks whether
-    the download is to stop."""
+    """A progress bar class that stops the download: each update checks `stop`.
+
+    huggingface_hub updates its bars with every piece of a file.
+    """
     hub_bar: Any = _utils().tqdm
 
     class Bar(hub_bar):  # type: ignore[misc]
@@ -422,17 +430,17 @@ def _bar(stop: threading.Event, quiet: bool) -> Any:
         def update(self, n: float | None = 1) -> bool | None:
             if stop.is_set():
                 raise _Stopped
-            moved: bool | None = super().update(n)
-            return moved
+            refreshed: bool | None = super().update(n)
+            return refreshed
 
     return Bar
 
 
 def _on_disk(model: HubModel) -> int:
-    """Bytes that the cache holds of a model, files that are on their way included."""
+    """Bytes of a model in the cache, unfinished files included."""
     total = 0
     with contextlib.suppress(OSError):
         for file in (model.folder / "blobs").iterdir():
-            with contextlib.suppress(OSError):  # renamed since
+            with contextlib.suppress(OSError):  # renamed meanwhile
                 total += file.stat().st_blocks * 512
     return total

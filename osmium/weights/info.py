@@ -1,4 +1,4 @@
-"""What is known of a model without its weights: shapes, files, and where they are or will be."""
+"""A model without its weights: shapes, file sizes, and paths of files that exist or will exist."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -25,42 +25,42 @@ Kind = Literal["packed", "folder", "hub", "synthetic"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model before it is loaded.  `config`, `formats`, `record` and `parts` are as Packed's."""
+    """A model before it is loaded; `config`, `formats`, `record`, `parts` as in PackedModel."""
 
     name: str
-    """As it was named: a path, a hub id, synthetic:NAME."""
+    """The model argument: a path, a hub id, or synthetic:NAME."""
     kind: Kind
     config: ModelConfig
     formats: Formats
     record: ExpertLayout
     parts: dict[str, TensorSpec]
-    """Everything but the routed experts, by our names."""
+    """All tensors but the routed experts', by Osmium's names."""
     packed_path: Path | None = None
-    """Where the packed file is or will be; None for what needs none."""
+    """Path of the packed file, existing or not; None for a synthetic model."""
     packed_bytes: int = 0
-    """Its size, which is what a start reads."""
+    """Size of the packed file, which a start reads."""
     is_packed: bool = True
-    """Whether it is there."""
+    """Whether the packed file exists."""
     checkpoint_bytes: int | None = 0
-    """Of the .safetensors files; 0 where there are none, None where that is not known."""
+    """Size of the .safetensors files; 0 without such files, None if unknown."""
     download_bytes: int | None = 0
-    """Of what is not on this machine yet; None where that is not known."""
+    """Size of the files that are not on this machine yet; None if unknown."""
     download_to: Path | None = None
-    """The hub's cache, where something is downloaded."""
+    """The hub's cache, if something is downloaded."""
 
     @property
     def disk_needs(self) -> list[DiskNeed]:
-        """What loading it writes to disk, beyond what a stopped packing has left to go on from."""
+        """What loading writes to disk, less what an interrupted packing has already written."""
         if self.is_packed or self.packed_path is None:
             return []
         partial = self.packed_path.with_name(self.packed_path.name + ".partial")
-        begun = partial.stat().st_blocks * 512 if partial.is_file() else 0
-        pack = max(0, self.packed_bytes - begun)
-        found = [DiskNeed("the packed file", self.packed_path.parent, pack, "--cache-dir")]
+        written = partial.stat().st_blocks * 512 if partial.is_file() else 0
+        pack = max(0, self.packed_bytes - written)
+        needs = [DiskNeed("the packed file", self.packed_path.parent, pack, "--cache-dir")]
         if self.download_to is not None and self.download_bytes:
-            fetch = self.download_bytes
-            found.insert(0, DiskNeed("the checkpoint", self.download_to, fetch, "HF_HOME"))
-        return found
+            download = self.download_bytes
+            needs.insert(0, DiskNeed("the checkpoint", self.download_to, download, "HF_HOME"))
+        return needs
 
 
 def shapes_info(
@@ -69,19 +69,22 @@ def shapes_info(
     formats: Formats,
     kind: Kind = "synthetic",
 ) -> ModelInfo:
-    """A model of these shapes.  Raises: CheckpointError, ConfigError where formats do not suit."""
-    record = ExpertLayout(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
+    """A model of these shapes.
+
+    Raises: CheckpointError, ConfigError if a shape does not fit its format.
+    """
+    layout = ExpertLayout(formats.expert_bits, config.hidden_size, config.moe_intermediate_size)
     parts = {part.name: part for part in tensor_specs(config, formats)}
-    return ModelInfo(name, kind, config, formats, record, parts)
+    return ModelInfo(name, kind, config, formats, layout, parts)
 
 
-def synthetic_info(made_up: Synthetic) -> ModelInfo:
-    """Of a made-up model, which needs no file."""
-    return shapes_info(str(made_up.path), made_up.config, made_up.formats)
+def synthetic_info(synthetic: Synthetic) -> ModelInfo:
+    """The info of a synthetic model, which has no file."""
+    return shapes_info(str(synthetic.path), synthetic.config, synthetic.formats)
 
 
 def packed_info(name: str, packed: PackedModel, kind: Kind = "packed") -> ModelInfo:
-    """Of a packed file, or of a model whose packed file is there."""
+    """The info of a packed file, or of a model whose packed file exists."""
     return ModelInfo(
         name, kind, packed.config, packed.formats, packed.record, packed.parts,
         packed.path, packed.path.stat().st_size,
@@ -91,17 +94,17 @@ def packed_info(name: str, packed: PackedModel, kind: Kind = "packed") -> ModelI
 def folder_info(
     folder: Path, name: str, config: ModelConfig, formats: Formats, shards: Shards, target: Path
 ) -> ModelInfo:
-    """Of a checkpoint folder that is not packed yet."""
+    """The info of a checkpoint folder that is not packed yet."""
     sizes = {file: (folder / file).stat().st_size for file in FILES if (folder / file).is_file()}
     checkpoint = sum(file.stat().st_size for file in shards.files)
     return _unpacked(name, "folder", config, formats, target, sizes, checkpoint)
 
 
 def hub_info(model: HubModel, config: ModelConfig, formats: Formats, target: Path) -> ModelInfo:
-    """Of a model on the hub that is not packed yet."""
+    """The info of a hub model that is not packed yet."""
     sizes = {file: model.files[file].nbytes or 0 for file in FILES if file in model.files}
-    made = _unpacked(model.name, "hub", config, formats, target, sizes, model.checkpoint_bytes)
-    return replace(made, download_bytes=model.download_bytes, download_to=model.cache)
+    info = _unpacked(model.name, "hub", config, formats, target, sizes, model.checkpoint_bytes)
+    return replace(info, download_bytes=model.download_bytes, download_to=model.cache)
 
 
 def _unpacked(
@@ -113,11 +116,11 @@ def _unpacked(
     files: Mapping[str, int],
     checkpoint_bytes: int | None,
 ) -> ModelInfo:
-    made = shapes_info(name, config, formats, kind)
+    info = shapes_info(name, config, formats, kind)
     return replace(
-        made,
+        info,
         packed_path=target,
-        packed_bytes=packed_size(made, files),
+        packed_bytes=packed_size(info, files),
         is_packed=False,
         checkpoint_bytes=checkpoint_bytes,
     )

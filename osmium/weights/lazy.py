@@ -1,4 +1,4 @@
-"""A model's tensors by name, each made or mapped when it is read."""
+"""A model's tensors by name, each generated or mapped when it is read."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ class _Model(Protocol):
 
 
 class LazyTensors(Mapping[str, Any]):
-    """Everything but the routed experts; reading them one after the other is reported."""
+    """All tensors but the routed experts'; each read is reported as progress."""
 
     def __init__(self, model: _Model, progress: Progress | None) -> None:
         self._model, self._progress = model, progress
@@ -39,4 +39,4 @@ class LazyTensors(Mapping[str, Any]):
         return len(self._model.names())
 
     def __contains__(self, name: object) -> bool:
-        return name in self._model.parts  # Mapping's own would read it
+        return name in self._model.parts  # Mapping's own method would read the tensor

@@ -1,7 +1,8 @@
-"""Packed models in the cache folder: what is there, when it was last used, and removing it.
+"""Packed models in the cache folder: list, last use, removal.
 
-Beside NAME.osmium lie NAME.osmium.lock, held while it is packed, NAME.osmium.used, whose time of
-change is the last load, and FINGERPRINT.usage, the expert counts.  All but the model may be lost.
+Files beside NAME.osmium: NAME.osmium.lock, locked during packing; NAME.osmium.used, whose
+modification time is the last load; FINGERPRINT.usage, the expert counts.  Only NAME.osmium is
+needed.
 """
 
 import contextlib
@@ -26,27 +27,28 @@ SUFFIX = ".osmium"
 
 @dataclass(frozen=True)
 class LocalModel:
-    """One packed file, or what an interrupted packing has left of one."""
+    """A packed file, or the part that an interrupted packing has written."""
 
     name: str
-    """What the commands call it; unique in its folder."""
+    """The name in commands; unique in its folder."""
     path: Path
-    """The packed file, or where it will be."""
+    """Path of the packed file, existing or not."""
     nbytes: int
-    """On disk, or written so far."""
+    """Bytes on disk."""
     total: int
-    """Bytes when it is whole."""
+    """Bytes of the complete file."""
     formats: Formats | None
-    """None where the file cannot be read."""
+    """None if the file cannot be read."""
     fingerprint: str | None
+    """None if the file cannot be read."""
     last_used: float | None
-    """Seconds since 1970; None where it was not loaded yet."""
+    """Seconds since 1970; None if it was never loaded."""
     problem: str = ""
-    """Why it cannot be loaded as it is."""
+    """Why it cannot be loaded; empty if it can."""
 
 
 def local_models(folder: Path) -> list[LocalModel]:
-    """The packed models of a folder, the latest used first.  Raises: ConfigError."""
+    """The packed models of a folder, the most recently used first.  Raises: ConfigError."""
     try:
         files = sorted(folder.glob(f"*{SUFFIX}")) if folder.is_dir() else []
         partial = sorted(folder.glob(f"*{SUFFIX}.partial")) if folder.is_dir() else []
@@ -55,17 +57,17 @@ def local_models(folder: Path) -> list[LocalModel]:
     paths = [path for path in files if path.is_file()]
     stopped = [path.with_name(path.name.removesuffix(".partial")) for path in partial]
     stopped = [path for path in stopped if path not in paths]
-    shown = [display_name(path) for path in (*paths, *stopped)]
-    found = []
+    names = [display_name(path) for path in (*paths, *stopped)]
+    models = []
     for path in (*paths, *stopped):
         name = display_name(path)
-        if shown.count(name) > 1:  # the same model in several formats
+        if names.count(name) > 1:  # the same model in several formats
             name = path.name.removesuffix(SUFFIX)
-        found.append(_stopped(name, path) if path in stopped else _whole(name, path))
-    return sorted(found, key=lambda one: (-(one.last_used or 0), one.name))
+        models.append(_stopped(name, path) if path in stopped else _packed(name, path))
+    return sorted(models, key=lambda model: (-(model.last_used or 0), model.name))
 
 
-def _whole(name: str, path: Path) -> LocalModel:
+def _packed(name: str, path: Path) -> LocalModel:
     size = path.stat().st_size
     try:
         packed = open_packed(path)
@@ -76,10 +78,9 @@ def _whole(name: str, path: Path) -> LocalModel:
 
 def _stopped(name: str, path: Path) -> LocalModel:
     partial = path.with_name(path.name + ".partial")
-    total = partial.stat().st_size  # allocated in one piece when packing begins
+    total = partial.stat().st_size  # the full size is allocated when packing starts
     done = _journaled(path.with_name(path.name + ".journal"), total)
-    busy = _is_locked(path)
-    problem = "being packed" if busy else "not finished"
+    problem = "being packed" if _is_locked(path) else "not finished"
     return LocalModel(name, path, done, total, None, None, None, problem)
 
 
@@ -94,7 +95,7 @@ def _journaled(journal: Path, total: int) -> int:
 
 
 def display_name(path: Path) -> str:
-    """What a packed file's model is called: the checkpoint's name, without hash and formats."""
+    """The model's name from a packed file's name: without hash and formats."""
     stem = path.name.removesuffix(SUFFIX)
     parts = stem.split("-")
     formats = [i for i, part in enumerate(parts) if part.startswith("experts")]
@@ -102,8 +103,10 @@ def display_name(path: Path) -> str:
 
 
 def folder_name(folder: Path) -> str:
-    """What a checkpoint folder's model is called: the folder's name, or of a snapshot in the hub's
-    cache, models--OWNER--NAME/snapshots/REVISION, NAME."""
+    """The model's name from a checkpoint folder: the folder's name.
+
+    NAME for a snapshot in the hub's cache, models--OWNER--NAME/snapshots/REVISION.
+    """
     folder = folder.resolve()
     repository = folder.parent.parent.name
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
@@ -112,13 +115,15 @@ def folder_name(folder: Path) -> str:
 
 
 def usage_file(folder: Path, fingerprint: str) -> Path:
-    """Where the expert counts of a model are kept."""
+    """The path of a model's expert counts."""
     return folder / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.usage"
 
 
 def mark_used(path: Path, folder: Path) -> None:
-    """Note that a packed file was loaded now, if it is in the cache folder.  Where that cannot be
-    written, nothing is noted."""
+    """Record that a packed file in the cache folder was loaded now.
+
+    Other files, and errors on writing, are ignored.
+    """
     with contextlib.suppress(OSError):
         if path.is_file() and path.resolve().parent == folder.resolve():
             path.with_name(path.name + ".used").touch()
@@ -132,17 +137,17 @@ def _last_used(path: Path) -> float | None:
 
 
 def remove(model: LocalModel, others: list[LocalModel]) -> int:
-    """Delete a model's files; returns the bytes of disk that are free again.
+    """Delete a model's files; returns the bytes of disk space that this frees.
 
-    The expert counts go where none of `others` is of the same checkpoint.
-    Raises: ConfigError where the model is being packed, or a file cannot be deleted.
+    The expert counts are deleted too, unless one of `others` has the same checkpoint.
+    Raises: ConfigError if the model is being packed, or a file cannot be deleted.
     """
     path = model.path
     if _is_locked(path):
         raise ConfigError(f"{model.name} is being packed by another process; stop that first.")
-    names = [path.name + more for more in ("", ".partial", ".journal", ".used", ".lock")]
+    names = [path.name + suffix for suffix in ("", ".partial", ".journal", ".used", ".lock")]
     files = [path.with_name(name) for name in names]
-    if model.fingerprint and model.fingerprint not in [one.fingerprint for one in others]:
+    if model.fingerprint and model.fingerprint not in [other.fingerprint for other in others]:
         files.append(usage_file(path.parent, model.fingerprint))
     freed = 0
     for file in files:
@@ -158,7 +163,7 @@ def remove(model: LocalModel, others: list[LocalModel]) -> int:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a process holds the right to write a packed file (packing.locked)."""
+    """Whether a process has locked a packed file for writing (packing.locked)."""
     try:
         handle = os.open(path.with_name(path.name + ".lock"), os.O_RDONLY)
     except OSError:

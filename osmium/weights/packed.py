@@ -1,13 +1,13 @@
-"""The packed file: a model quantised once, laid out as it is loaded.
+"""The packed file: a model quantised once, in the layout that a start loads.
 
     0        magic "OSMIUM\\0\\1", u32 format version, u32 crc32 of the JSON, u64 its length
     24       JSON: fingerprint, formats, parts, sources; padded to 4 KiB
     ...      parts, each from a multiple of 4 KiB on
 
-A part is an array [name, dtype, shape, offset, nbytes, crc32].  Matrices are `name.data` and
-`name.scale`; the routed experts are one part a layer, `experts.{i}`, of records [E, nbytes] as
-quant/expert_layout.py lays them out; `file.config.json` and its like are what a start needs
-besides, so that the packed file stands alone.
+A part is an array [name, dtype, shape, offset, nbytes, crc32].  A matrix is `name.data` and
+`name.scale`.  A layer's routed experts are one part, `experts.{i}`: packed experts u8 [E, nbytes]
+in the layout of quant/expert_layout.py.  Small files such as `file.config.json` are parts too, so
+that a start needs no other file.
 """
 
 import json
@@ -34,14 +34,14 @@ __all__ = ["FILES", "PackedModel", "PackedReader", "open_packed"]
 
 MAGIC = b"OSMIUM\0\1"
 VERSION = 1
-FIXED = 24
+PREAMBLE_BYTES = 24
 """Bytes before the JSON."""
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
     "chat_template.jinja",
 )  # fmt: skip
-"""Small files of a checkpoint that travel along."""
+"""Small files of a checkpoint that the packed file contains."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -60,7 +60,7 @@ class Entry:
 
 
 class _Row(msgspec.Struct, frozen=True):
-    """A part as the header's JSON has it."""
+    """A part's entry in the header's JSON."""
 
     name: str
     dtype: Literal["|u1", "|i1", "<u2", "<f2", "<f4"]
@@ -93,15 +93,15 @@ class _Header(msgspec.Struct, frozen=True):
 
 
 class PackedModel:
-    """An open packed file, mapped; `reading` reads it into memory of its own."""
+    """An open packed file, mapped; `reading` reads it into other memory."""
 
     def __init__(self, path: Path, header: _Header) -> None:
         self.path = path
         self.fingerprint = header.fingerprint
         self.sources = header.sources
-        """Size and time of change of each shard that it was made from."""
+        """Size and modification time of each shard of the checkpoint."""
         self.hub = header.hub
-        """Of a model from the hub: its id, commit, and the etag of each file."""
+        """Of a hub model: its id, commit, and the etag of each file; else None."""
         formats = header.formats
         self.formats = Formats(formats.expert_bits, formats.attention, formats.shared, formats.head)
         self._entries = {row.name: row.entry for row in header.parts}
@@ -112,7 +112,7 @@ class PackedModel:
         self._checked: set[str] = set()
         config, generation = (self.json(name) for name in FILES[:2])
         if config is None:
-            raise CheckpointError(f"{path} carries no config.json.")
+            raise CheckpointError(f"{path} contains no config.json; pack the model again.")
         self.config = ModelConfig.from_hf(config, generation)
         self.record = ExpertLayout(
             self.formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
@@ -123,36 +123,36 @@ class PackedModel:
         self._check()
 
     def _check(self) -> None:
-        """Raises: CheckpointError where the table is not that of the config."""
-        wanted: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
+        """Raises: CheckpointError if the parts differ from those that the config requires."""
+        expected: dict[str, tuple[tuple[int, ...], np.dtype[Any]]] = {
             f"{part.name}.{kind}": (shape, dtype)
             for part in self.parts.values()
             for kind, (shape, dtype) in part.arrays.items()
         }
-        records = (self.config.num_experts, self.record.nbytes)
+        layer_shape = (self.config.num_experts, self.record.nbytes)
         for layer in range(self.config.num_layers):
-            wanted[f"experts.{layer}"] = (records, np.dtype(np.uint8))
-        for name, (shape, dtype) in wanted.items():
+            expected[f"experts.{layer}"] = (layer_shape, np.dtype(np.uint8))
+        for name, (shape, dtype) in expected.items():
             entry = self._entries.get(name)
             if entry is None or (entry.shape, np.dtype(entry.dtype)) != (shape, dtype):
                 found = f"{entry.dtype} {list(entry.shape)}" if entry else "missing"
                 raise CheckpointError(
-                    f"{self.path}: {name} is {found}; its config makes it {dtype.str} "
+                    f"{self.path}: {name} is {found}; its config.json requires {dtype.str} "
                     f"{list(shape)}. Pack it again."
                 )
 
     def names(self) -> list[str]:
-        """Everything but the routed experts."""
+        """Names of all tensors but the routed experts'."""
         return list(self.parts)
 
     def tensor(self, name: str) -> LinearWeight | npt.NDArray[Any]:
-        """A Linear, or an array: f32, or bf16 for the embedding.  Raises: CheckpointError."""
+        """A LinearWeight, or an array: f32, or bf16 for the embedding.  Raises: CheckpointError."""
         return self.assembled(name, self._array)
 
     def assembled(
         self, name: str, array: Callable[[str], npt.NDArray[Any]]
     ) -> LinearWeight | npt.NDArray[Any]:
-        """`tensor`, of the arrays `name.data` and `name.scale` that `array` gives."""
+        """Like `tensor`, from the arrays that `array` returns for `name.data` and `name.scale`."""
         part = self.parts[name]
         data = array(f"{name}.data")
         if not part.matrix:
@@ -164,11 +164,11 @@ class PackedModel:
         return LinearWeight(part.format, rows, columns, data, scale, group)
 
     def records(self, layer: int) -> npt.NDArray[np.uint8]:
-        """The experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
+        """The packed experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
         return self._array(f"experts.{layer}")
 
     def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
-        """The experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
+        """The packed experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
         for layer in range(self.config.num_layers):
             if progress:
                 progress("experts", layer, self.config.num_layers)
@@ -179,18 +179,22 @@ class PackedModel:
         return self._map[first.offset : end].reshape(shape)
 
     def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
-        """Read a layer's experts into u8 [E, nbytes].  Raises: CheckpointError where the bytes are
-        not those that were written."""
+        """Read a layer's packed experts into u8 [E, nbytes].
+
+        Raises: CheckpointError if the checksum differs.
+        """
         with self.reading() as reading:
             reading.records(layer, 0, out)()
 
     def reading(self, write_only: bool = False) -> "PackedReader":
-        """To read experts and tensors past the map; `with write_only` into memory that is slow to
-        read back.  Raises: CheckpointError."""
+        """A reader of experts and tensors that does not use the mapping.
+
+        `write_only` declares that the destination is slow to read back.  Raises: CheckpointError.
+        """
         return PackedReader(self, write_only)
 
     def entry(self, name: str) -> Entry:
-        """Where an array lies."""
+        """Offset, shape and dtype of an array."""
         return self._entries[name]
 
     def file(self, name: str) -> bytes | None:
@@ -199,14 +203,14 @@ class PackedModel:
         return self._array(key).tobytes() if key in self._entries else None
 
     def json(self, name: str) -> dict[str, Any] | None:
-        """The same, parsed: an object.  Raises: CheckpointError."""
+        """A small file parsed as a JSON object, or None.  Raises: CheckpointError."""
         raw = self.file(name)
         try:
             value = None if raw is None else json.loads(raw)
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{name} in {self.path} is not JSON: {error}") from None
         if value is not None and not isinstance(value, dict):
-            raise CheckpointError(f"{name} in {self.path} holds no object.")
+            raise CheckpointError(f"{name} in {self.path} is no JSON object.")
         return value
 
     def verify(self) -> None:
@@ -215,8 +219,11 @@ class PackedModel:
             self._array(name)
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        """An array, mapped.  Its bytes are summed first, by reads, which many threads can do at
-        once and which end in an error, not a signal, where the file has been cut."""
+        """An array, mapped, after its checksum has been verified.
+
+        The checksum uses reads: several threads share them, and a truncated file causes an error
+        instead of a signal.
+        """
         entry = self._entries[name]
         if name not in self._checked:
             with Reader(self.path) as reader:
@@ -225,26 +232,26 @@ class PackedModel:
         return raw.view(entry.dtype).reshape(entry.shape)
 
     def verify_crc(self, name: str, crc: int) -> None:
-        """Hold a part to its checksum.  Raises: CheckpointError."""
+        """Compare a part's crc32 with the header's.  Raises: CheckpointError."""
         if crc != self._crcs[name]:
             raise CheckpointError(
-                f"{self.path}: {name} has checksum {crc:08x}, {self._crcs[name]:08x} was written. "
+                f"{self.path}: {name} has checksum {crc:08x}, its header {self._crcs[name]:08x}. "
                 "The file is damaged; delete it and pack again."
             )
         self._checked.add(name)
 
 
 class PackedReader:
-    """A packed file on its way into memory that stays; see reading.Reader for how.
+    """Reads a packed file into memory that stays (reading.Reader), and verifies checksums.
 
-    What it reads is held to its checksums: a layer's experts when the last of them are there.
+    A layer's experts are verified when the last of them has been read.
     """
 
     def __init__(self, packed: PackedModel, write_only: bool) -> None:
         self._packed = packed
         self._reader = Reader(packed.path, write_only)
         self._sums: dict[str, dict[int, tuple[int, int]]] = {}
-        """Of arrays that are there in part: crc32 and length by offset."""
+        """crc32 and length by offset, of arrays that have been read in part."""
 
     def __enter__(self) -> "PackedReader":
         return self
@@ -254,21 +261,26 @@ class PackedReader:
 
     @property
     def io_mode(self) -> str | None:
-        """How bytes get to where they stay: direct, bounced or cached; None before any do."""
+        """How bytes reach their memory: direct, bounced or cached; None before the first read."""
         return self._reader.io_mode
 
     def records(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
-        """Begin to read the experts of a layer from number `first` on into u8 [n, nbytes].  What
-        comes back waits for them, and raises CheckpointError."""
+        """Start to read the packed experts of a layer from number `first` on into u8 [n, nbytes].
+
+        Returns a function that waits for them; it raises CheckpointError.
+        """
         entry = self._packed.entry(f"experts.{layer}")
         start = first * out.shape[1]
-        assert out.shape[1:] == entry.shape[1:], f"records of {out.shape[1:]} bytes"
+        assert out.shape[1:] == entry.shape[1:], f"packed experts of {out.shape[1:]} bytes"
         assert start + out.nbytes <= entry.nbytes, f"{len(out)} experts from {first} on"
         return self.part(entry, start, out.reshape(-1))
 
     def part(self, entry: Entry, start: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
-        """Begin to read an array from a byte of it on into u8 [n], which may be longer than what
-        is left of it by less than a page.  What comes back waits, and raises CheckpointError."""
+        """Start to read an array from its byte `start` on into u8 [n].
+
+        `out` may exceed the rest of the array by less than a page.
+        Returns a function that waits for the bytes; it raises CheckpointError.
+        """
         length = min(out.nbytes, entry.nbytes - start)
         finish = self._reader.begin(out, entry.offset + start, length)
 
@@ -285,7 +297,10 @@ class PackedReader:
 
 
 def _header(path: Path, text: bytes, size: int) -> _Header:
-    """The header's JSON, and whether its parts lie inside of the file.  Raises: CheckpointError."""
+    """Decode the header's JSON, and check that its parts lie inside the file.
+
+    Raises: CheckpointError.
+    """
     try:
         header = msgspec.json.decode(text, type=_Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -294,40 +309,43 @@ def _header(path: Path, text: bytes, size: int) -> _Header:
         ) from None
     if header.size != size:
         raise CheckpointError(
-            f"{path} has {size} bytes, {header.size} were written; delete it and pack again."
+            f"{path} has {size} bytes, its header {header.size}; delete it and pack again."
         )
     for row in header.parts:
         nbytes = math.prod(row.shape) * np.dtype(row.dtype).itemsize
-        inside = FIXED + len(text) <= row.offset and row.offset + row.nbytes <= size
+        inside = PREAMBLE_BYTES + len(text) <= row.offset and row.offset + row.nbytes <= size
         if nbytes != row.nbytes or not inside or row.offset % IO_ALIGNMENT:
             raise CheckpointError(
                 f"{path}: {row.name} is {row.dtype} {row.shape} in {row.nbytes} bytes from "
-                f"{row.offset} on, which does not add up in a file of {size}. Pack it again."
+                f"{row.offset} on, which does not fit a file of {size} bytes. Pack it again."
             )
     if len({row.name for row in header.parts}) != len(header.parts):
-        raise CheckpointError(f"{path}: the header names a part twice. Pack it again.")
+        raise CheckpointError(f"{path}: the header has a part twice. Pack it again.")
     return header
 
 
 def open_packed(path: Path) -> PackedModel:
-    """Open and check header, version and size; parts are checked as they are read.
+    """Open a packed file; check header, version and size.  A part is checked at its first read.
 
     Raises: CheckpointError.
     """
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
-            fixed = file.read(FIXED)
-            if len(fixed) < FIXED or fixed[:8] != MAGIC:
+            preamble = file.read(PREAMBLE_BYTES)
+            if len(preamble) < PREAMBLE_BYTES or preamble[:8] != MAGIC:
                 raise CheckpointError(f"{path} is not a packed file of Osmium.")
-            version, crc = (int.from_bytes(fixed[i : i + 4], "little") for i in (8, 12))
-            length = int.from_bytes(fixed[16:24], "little")
+            version, crc = (int.from_bytes(preamble[i : i + 4], "little") for i in (8, 12))
+            length = int.from_bytes(preamble[16:24], "little")
             if version != VERSION:
                 raise CheckpointError(
                     f"{path} has format {version}, this version reads {VERSION}; pack it again."
                 )
             if length > min(size, 1 << 28):
-                raise CheckpointError(f"{path} is cut short: its header has {length} bytes.")
+                raise CheckpointError(
+                    f"{path} is truncated or damaged: its header has {length} bytes, the file "
+                    f"{size}. Delete it and pack again."
+                )
             text = file.read(length)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None

@@ -1,8 +1,8 @@
-"""Writing the packed file: a checkpoint quantised once, or a made-up model.
+"""Writes the packed file of a quantised checkpoint or of a synthetic model.
 
-It is written under a temporary name beside a journal of finished parts, each entered after its
-bytes have reached the disk, and renamed when whole: whoever is stopped at any moment goes on from
-there.  What lies where is in packed.py.
+The file has a temporary name until it is complete.  A part enters a journal beside it after its
+bytes have reached the disk, and an interrupted run continues from there.  packed.py describes the
+format.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from osmium.config import ModelConfig, Progress
 from osmium.errors import ConfigError
 from osmium.quant.expert_layout import IO_ALIGNMENT, ExpertLayout
 from osmium.weights.checkpoint import Checkpoint, Formats, TensorSpec, tensor_specs
-from osmium.weights.packed import FILES, FIXED, MAGIC, VERSION, Entry
+from osmium.weights.packed import FILES, MAGIC, PREAMBLE_BYTES, VERSION, Entry
 
 __all__ = [
     "CpuQuantizer",
@@ -36,11 +36,11 @@ __all__ = [
     "write_packed",
 ]
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Shapes(Protocol):
-    """What the size of a packed file follows from."""
+    """Shapes and formats, which determine the size of a packed file."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -53,39 +53,42 @@ class Shapes(Protocol):
 
 
 class PackSource(Shapes, Protocol):
-    """What a packed file is made from."""
+    """The source of a packed file: a checkpoint's quantizer, or a synthetic model."""
 
     def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
+        """The packed experts of the layers `wanted`, u8 [E, nbytes] each.
+
+        Two buffers alternate: an array is overwritten two layers later.
+        """
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a packed file says of where it comes from."""
+    """The origin that a packed file's header records."""
 
     fingerprint: str
     files: dict[str, bytes]
-    """Small files that travel along."""
+    """Small files that the packed file contains."""
     stamps: dict[str, list[int]] = field(default_factory=dict)
-    """Size and time of change of each shard."""
+    """Size and modification time of each shard."""
     hub: dict[str, Any] | None = None
-    """Of a model from the hub: its id, commit, and the etag of each file."""
+    """Of a hub model: its id, commit, and the etag of each file; else None."""
 
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, fingerprint: str, hub: dict[str, Any] | None = None
     ) -> "Provenance":
-        """A checkpoint's."""
+        """The origin of a checkpoint."""
         folder = checkpoint.shards.folder
         files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
         return cls(fingerprint, files, _stamps(checkpoint.shards.files), hub)
 
 
 class CpuQuantizer:
-    """A checkpoint quantised with NumPy."""
+    """Quantises a checkpoint with NumPy."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
@@ -94,58 +97,62 @@ class CpuQuantizer:
         self.arrays = checkpoint.arrays
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The records of each layer; NumPy lets go of the GIL, so threads help."""
+        """As PackSource.layers; NumPy releases the GIL, so threads are faster."""
         count, pack = self.config.num_experts, self.checkpoint.pack_expert
         out = np.empty((2, count, self.record.nbytes), np.uint8)
         for i, layer in enumerate(wanted):
-            records = out[i % 2]
+            experts = out[i % 2]
 
-            def one(expert: int, layer: int = layer, records: Any = records) -> None:
-                pack(records[expert], layer, expert)
+            def pack_one(expert: int, layer: int = layer, experts: Any = experts) -> None:
+                pack(experts[expert], layer, expert)
 
             with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-                list(pool.map(one, range(count)))
-            yield records
+                list(pool.map(pack_one, range(count)))
+            yield experts
 
 
 class _FileLayout:
-    """Where everything will lie, before a byte is written."""
+    """Offsets of all parts, computed before a byte is written."""
 
     def __init__(self, source: Shapes, origin: Provenance) -> None:
         self.files = origin.files
-        config, record = source.config, source.record
+        config, layout = source.config, source.record
         self.parts = tensor_specs(config, source.formats)
-        wanted: list[tuple[str, str, tuple[int, ...], int]] = [
+        arrays: list[tuple[str, str, tuple[int, ...], int]] = [
             (f"file.{name}", "|u1", (len(raw),), len(raw)) for name, raw in self.files.items()
         ]
         for part in self.parts:
             for kind, (shape, dtype) in part.arrays.items():
                 nbytes = int(np.prod(shape)) * dtype.itemsize
-                wanted.append((f"{part.name}.{kind}", dtype.str, shape, nbytes))
+                arrays.append((f"{part.name}.{kind}", dtype.str, shape, nbytes))
         for layer in range(config.num_layers):
-            shape = (config.num_experts, record.nbytes)
-            wanted.append((f"experts.{layer}", "|u1", shape, config.num_experts * record.nbytes))
+            shape = (config.num_experts, layout.nbytes)
+            arrays.append((f"experts.{layer}", "|u1", shape, config.num_experts * layout.nbytes))
         self.head: dict[str, Any] = {
             "fingerprint": origin.fingerprint,
             "formats": vars(source.formats),
             "sources": origin.stamps,
             **({} if origin.hub is None else {"hub": origin.hub}),
         }
-        # Offsets need the header's length and the header holds the offsets: once round is enough
-        # unless a number gains a digit.
+        # The offsets depend on the header's length, and the header contains the offsets.  One
+        # iteration is enough unless an offset gains a digit.
         length = 0
         while True:
-            self.entries = _lay_out(wanted, -(-(FIXED + length) // IO_ALIGNMENT) * IO_ALIGNMENT)
+            self.entries = _lay_out(
+                arrays, -(-(PREAMBLE_BYTES + length) // IO_ALIGNMENT) * IO_ALIGNMENT
+            )
             text = self.header({})
             if len(text) <= length:
                 break
-            length = -(-(FIXED + len(text)) // IO_ALIGNMENT) * IO_ALIGNMENT - FIXED
+            length = (
+                -(-(PREAMBLE_BYTES + len(text)) // IO_ALIGNMENT) * IO_ALIGNMENT - PREAMBLE_BYTES
+            )
         self.size = (
             self.entries[-1].offset + -(-self.entries[-1].nbytes // IO_ALIGNMENT) * IO_ALIGNMENT
         )
 
     def header(self, crcs: dict[str, int]) -> bytes:
-        """The JSON, of the same length whatever the checksums."""
+        """The header's JSON; its length does not depend on the checksums."""
         parts = [
             {**vars(e), "shape": list(e.shape), "crc": f"{crcs.get(e.name, 0):08x}"}
             for e in self.entries
@@ -156,102 +163,105 @@ class _FileLayout:
 
     @property
     def key(self) -> str:
-        """What a journal must be of, to be gone on with."""
+        """Identifies the model and layout; a journal with another key is discarded."""
         return f"{zlib.crc32(self.header({})):08x}-{self.head['fingerprint']}"
 
 
 def packed_size(shapes: Shapes, files: Mapping[str, int]) -> int:
-    """Bytes of a model's packed file, to within its header's few hundred kB.
+    """Bytes of a model's packed file; the header, some hundred kB, is estimated.
 
-    `files` are the bytes of the small files that travel along.
+    `files` are the sizes of the small files that the packed file contains.
     """
     return _FileLayout(
         shapes, Provenance("", {name: bytes(size) for name, size in files.items()})
     ).size
 
 
-def _lay_out(wanted: list[tuple[str, str, tuple[int, ...], int]], start: int) -> list[Entry]:
+def _lay_out(arrays: list[tuple[str, str, tuple[int, ...], int]], start: int) -> list[Entry]:
     entries = []
-    for name, dtype, shape, nbytes in wanted:
+    for name, dtype, shape, nbytes in arrays:
         entries.append(Entry(name, dtype, shape, start, nbytes))
         start += -(-nbytes // IO_ALIGNMENT) * IO_ALIGNMENT
     return entries
 
 
 def _stamps(files: list[Path]) -> dict[str, list[int]]:
-    found = {file.name: file.stat() for file in files}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+    stats = {file.name: file.stat() for file in files}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
 def write_packed(
     path: Path, source: PackSource, origin: Provenance, progress: Progress | None
 ) -> None:
-    """Write a model to `path`.  What a stopped run has finished is kept and gone on from.
+    """Write a model to `path`, continuing an interrupted run.
 
-    One layer is made while the one before it is written; two are held beyond what is mapped.
-    Raises: ConfigError where the disk is full or the folder cannot be written, CheckpointError.
+    One layer is quantised while the previous one is written; two are in memory, besides mappings.
+    Raises: ConfigError if the disk is full or the folder cannot be written, CheckpointError.
     """
-    plan = _FileLayout(source, origin)
-    partial, journal = (
-        path.with_name(path.name + ".partial"),
-        path.with_name(path.name + ".journal"),
-    )
+    layout = _FileLayout(source, origin)
+    partial = path.with_name(path.name + ".partial")
+    journal = path.with_name(path.name + ".journal")
     try:
-        crcs = _resume(partial, journal, plan)
-        _room_for(path, plan.size, partial)
+        crcs = _resume(partial, journal, layout)
+        _check_free_space(path, layout.size, partial)
         with open(partial, "r+b" if partial.exists() else "w+b") as file:
             with contextlib.suppress(AttributeError):
-                os.posix_fallocate(file.fileno(), 0, plan.size)
-            with open(journal, "ab") as notes:
+                os.posix_fallocate(file.fileno(), 0, layout.size)
+            with open(journal, "ab") as journal_file:
                 if not crcs:
-                    _note(
-                        notes, {"key": plan.key, "nbytes": {e.name: e.nbytes for e in plan.entries}}
+                    _append_journal(
+                        journal_file,
+                        {"key": layout.key, "nbytes": {e.name: e.nbytes for e in layout.entries}},
                     )
-                _write_parts(file, notes, plan, source, crcs, progress)
-            text = plan.header(crcs)
-            fixed = MAGIC + VERSION.to_bytes(4, "little") + zlib.crc32(text).to_bytes(4, "little")
+                _write_parts(file, journal_file, layout, source, crcs, progress)
+            text = layout.header(crcs)
+            crc = zlib.crc32(text).to_bytes(4, "little")
+            length = len(text).to_bytes(8, "little")
             file.seek(0)
-            file.write(fixed + len(text).to_bytes(8, "little") + text)
+            file.write(MAGIC + VERSION.to_bytes(4, "little") + crc + length + text)
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
         _sync_folder(path.parent)
         journal.unlink()
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in _DISK_FULL:
             raise ConfigError(
                 f"The disk of {path.parent} is full; the packed file takes "
-                f"{plan.size / 1e9:.2f} GB. Free space, or choose another disk with "
-                "--cache-dir; what is packed is kept."
+                f"{layout.size / 1e9:.2f} GB. Free space, or choose another disk with "
+                "--cache-dir; the next start continues this file."
             ) from None
         raise ConfigError(
             f"{path.parent} cannot be written ({error}); choose another folder with --cache-dir."
         ) from None
 
 
-def _resume(partial: Path, journal: Path, plan: _FileLayout) -> dict[str, int]:
-    """Checksums of the parts that an earlier run finished; none if it packed another model."""
+def _resume(partial: Path, journal: Path, layout: _FileLayout) -> dict[str, int]:
+    """Checksums of the parts that an earlier run finished.
+
+    Files of another model are deleted.
+    """
     crcs: dict[str, int] = {}
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []
-    notes = []
-    for line in lines:  # a line cut short has no end and is left out above
+    entries = []
+    for line in lines:  # without the last line, which may be incomplete
         with contextlib.suppress(ValueError):
-            notes.append(json.loads(line))
-    if partial.is_file() and notes and notes[0].get("key") == plan.key:
-        for note in notes[1:]:
-            crcs.update(note)
+            entries.append(json.loads(line))
+    if partial.is_file() and entries and entries[0].get("key") == layout.key:
+        for entry in entries[1:]:
+            crcs.update(entry)
         return crcs
     journal.unlink(missing_ok=True)
     partial.unlink(missing_ok=True)
     return {}
 
 
-def _room_for(path: Path, size: int, partial: Path) -> None:
-    """Raises: ConfigError where the disk has too little."""
+def _check_free_space(path: Path, size: int, partial: Path) -> None:
+    """Raises: ConfigError if the disk has too little free space."""
     stat = os.statvfs(path.parent)
     free = stat.f_bavail * stat.f_frsize
-    have = partial.stat().st_blocks * 512 if partial.is_file() else 0
-    if size - have > free:
+    written = partial.stat().st_blocks * 512 if partial.is_file() else 0
+    if size - written > free:
         raise ConfigError(
             f"The packed file takes {size / 1e9:.2f} GB and {path.parent} has {free / 1e9:.2f} GB "
             "free. Free space, or choose another disk with --cache-dir."
@@ -259,71 +269,73 @@ def _room_for(path: Path, size: int, partial: Path) -> None:
 
 
 Unit = list[tuple[str, npt.NDArray[Any]]]
-"""Arrays by name, that are made, written and entered in the journal together."""
+"""Arrays by name that are quantised, written and journaled together."""
 
 
 def _write_parts(
     file: BinaryIO,
-    notes: BinaryIO,
-    plan: _FileLayout,
+    journal_file: BinaryIO,
+    layout: _FileLayout,
     source: PackSource,
     crcs: dict[str, int],
     progress: Progress | None,
 ) -> None:
-    """Every part that `crcs` lacks, each written while the next is made."""
-    total = sum(e.nbytes for e in plan.entries)
-    entries = {e.name: e for e in plan.entries}
+    """Write every part that `crcs` lacks, each while the next is quantised."""
+    total = sum(e.nbytes for e in layout.entries)
+    entries = {e.name: e for e in layout.entries}
     done = sum(entry.nbytes for name, entry in entries.items() if name in crcs)
-    made = _units(plan, source, set(crcs))
+    units = _units(layout, source, set(crcs))
     with (
-        ThreadPoolExecutor(2, thread_name_prefix="osmium-pack") as pool,  # one writes, one sums
-        contextlib.closing(made),
+        ThreadPoolExecutor(
+            2, thread_name_prefix="osmium-pack"
+        ) as pool,  # one writes, one computes crc32
+        contextlib.closing(units),
     ):
-        going = None
+        writing = None
         if progress:
             progress("packing", done, total)
         try:
-            for unit in made:
-                if going is not None:
-                    crcs.update(going.result())
-                going = pool.submit(_write, file, notes, entries, unit, pool)
+            for unit in units:
+                if writing is not None:
+                    crcs.update(writing.result())
+                writing = pool.submit(_write, file, journal_file, entries, unit, pool)
                 done += sum(entries[name].nbytes for name, _ in unit)
                 if progress:
                     progress("packing", done, total)
-        finally:  # after Ctrl-C, too: a pool that is shut down takes no more work from `_write`
-            if going is not None:
-                crcs.update(going.result())
+        finally:  # also after Ctrl-C: `_write` submits work, which a pool in shutdown refuses
+            if writing is not None:
+                crcs.update(writing.result())
 
 
 def _write(
-    file: BinaryIO, notes: BinaryIO, entries: dict[str, Entry], unit: Unit, pool: Executor
+    file: BinaryIO, journal_file: BinaryIO, entries: dict[str, Entry], unit: Unit, pool: Executor
 ) -> dict[str, int]:
-    """Bytes to the disk, then their names into the journal.  Returns their checksums."""
-    fresh: dict[str, int] = {}
+    """Write a unit to the disk, then journal it; returns its checksums."""
+    crcs: dict[str, int] = {}
     for name, array in unit:
         raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         entry = entries[name]
         assert raw.nbytes == entry.nbytes, f"{name}: {raw.nbytes} bytes, {entry.nbytes} planned"
-        total = pool.submit(zlib.crc32, raw)
+        crc = pool.submit(zlib.crc32, raw)
         _pwrite(file, raw, entry.offset)
-        fresh[name] = total.result()
+        crcs[name] = crc.result()
     os.fdatasync(file.fileno())
-    _note(notes, fresh)
-    return fresh
+    _append_journal(journal_file, crcs)
+    return crcs
 
 
-def _units(plan: _FileLayout, source: PackSource, done: set[str]) -> Generator[Unit]:
-    """What is not done: the small files, each part, each layer's experts."""
-    files = [(f"file.{name}", np.frombuffer(raw, np.uint8)) for name, raw in plan.files.items()]
+def _units(layout: _FileLayout, source: PackSource, done: set[str]) -> Generator[Unit]:
+    """The units that are not in `done`: the small files, each part, each layer's experts."""
+    files = [(f"file.{name}", np.frombuffer(raw, np.uint8)) for name, raw in layout.files.items()]
     if not done.issuperset(name for name, _ in files):
         yield files
-    for part in plan.parts:
+    for part in layout.parts:
         if not done.issuperset(f"{part.name}.{kind}" for kind in part.arrays):
             arrays = source.arrays(part)
             yield [(f"{part.name}.{kind}", array) for kind, array in arrays.items()]
-    left = [i for i in range(source.config.num_layers) if f"experts.{i}" not in done]
-    for layer, records in zip(left, source.layers(left), strict=True):
-        yield [(f"experts.{layer}", records)]
+    layers = [i for i in range(source.config.num_layers) if f"experts.{i}" not in done]
+    for layer, experts in zip(layers, source.layers(layers), strict=True):
+        yield [(f"experts.{layer}", experts)]
 
 
 def _pwrite(file: BinaryIO, raw: memoryview, offset: int) -> None:
@@ -332,10 +344,10 @@ def _pwrite(file: BinaryIO, raw: memoryview, offset: int) -> None:
         raw, offset = raw[written:], offset + written
 
 
-def _note(notes: BinaryIO, what: dict[str, Any]) -> None:
-    notes.write(json.dumps(what).encode() + b"\n")
-    notes.flush()
-    os.fsync(notes.fileno())
+def _append_journal(journal_file: BinaryIO, what: dict[str, Any]) -> None:
+    journal_file.write(json.dumps(what).encode() + b"\n")
+    journal_file.flush()
+    os.fsync(journal_file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:
@@ -348,7 +360,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, progress: Progress | None) -> Iterator[None]:
-    """Hold the right to write `path`; waits for whoever has it, and says so."""
+    """Lock `path` for writing.  Waits for a process that holds the lock, and reports its id.
+
+    Raises: ConfigError.
+    """
     lock = path.with_name(path.name + ".lock")
     try:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
@@ -360,9 +375,9 @@ def locked(path: Path, progress: Progress | None) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            who = os.pread(handle, 64, 0).decode(errors="replace").strip()
+            pid = os.pread(handle, 64, 0).decode(errors="replace").strip()
             if progress:
-                progress(f"waiting for process {who or '?'}", 0, 0)
+                progress(f"waiting for process {pid or '?'}", 0, 0)
             fcntl.flock(handle, fcntl.LOCK_EX)
         except OSError as error:
             raise ConfigError(

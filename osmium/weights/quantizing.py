@@ -1,9 +1,8 @@
-"""A checkpoint quantised by kernels, while what comes next is read.
+"""Quantises a checkpoint on the GPU, while the disk reads the next batch of experts.
 
-Two buffers of page-locked memory are read into by turns, by several threads past the mapped file;
-a copy, a kernel for each matrix and a copy back take a tenth of the time that a disk takes to fill
-one.  All memory is taken at the start and given back at the end.  The bytes are those that
-Checkpoint makes with NumPy.
+Several threads read into two page-locked buffers in alternation.  A copy, a kernel per matrix and a
+copy back take a tenth of the time that a disk takes to fill a buffer.  All memory is allocated at
+the start and freed at the end.  The result equals Checkpoint's with NumPy, byte for byte.
 """
 
 import math
@@ -20,8 +19,8 @@ from osmium.weights.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["GpuQuantizer"]
 
-ROOM = 256 << 20
-"""Bytes of bf16 in one turn, at most, unless a single expert has more."""
+BATCH_BYTES = 256 << 20
+"""The largest batch, bytes of bf16, unless a single expert has more."""
 
 _READERS = 8
 _PIECE = 16 << 20
@@ -29,152 +28,158 @@ _PIECE = 16 << 20
 
 
 class GpuQuantizer:
-    """A checkpoint with bf16 tensors, made into parts and records by `ops`; close it at the end."""
+    """Quantises a checkpoint with bf16 tensors by the kernels of `ops`; close it at the end."""
 
-    def __init__(self, ops: Ops, checkpoint: Checkpoint, room: int = ROOM) -> None:
+    def __init__(self, ops: Ops, checkpoint: Checkpoint, batch_bytes: int = BATCH_BYTES) -> None:
         """Raises: OutOfMemory."""
         self.ops, self.checkpoint = ops, checkpoint
         self.config, self.formats = checkpoint.config, checkpoint.formats
         self.record = checkpoint.record
-        self.one = 3 * self.record.inner * self.record.hidden
-        """Values of an expert."""
-        self.count = max(1, min(self.config.num_experts, room // (2 * self.one)))
-        """Experts a turn."""
+        self.expert_values = 3 * self.record.inner * self.record.hidden
+        """Values of an expert's three matrices."""
+        self.batch_experts = max(
+            1, min(self.config.num_experts, batch_bytes // (2 * self.expert_values))
+        )
+        """Experts of a batch."""
         widest = max((part.shape[1] for part in checkpoint.parts if part.matrix), default=0)
-        size = max(self.count * self.one, 16 * widest)
-        nbytes = -(-max(self.count * self.record.nbytes, size) // 16) * 16
+        size = max(self.batch_experts * self.expert_values, 16 * widest)
+        nbytes = -(-max(self.batch_experts * self.record.nbytes, size) // 16) * 16
         self._w, self._out = ops.empty((size,), np.uint16), ops.empty((nbytes,), np.uint8)
         self._clips = ops.to_device(np.array(int4.CLIPS, np.float32))
         self._in = [ops.zeros_mapped((size,), np.uint16) for _ in range(2)]
         self._back = ops.zeros_mapped((nbytes,), np.uint8)
         self._views: list[npt.NDArray[Any]] = [ops.host_view(array) for array in self._in]
-        self._made: Any = ops.host_view(self._back)
+        self._back_view: Any = ops.host_view(self._back)
 
     def close(self) -> None:
-        """Give the memory back; more than once is harmless."""
-        held, self._in, self._views = self._in, [], []
-        for array in [*held, *([self._back] if held else [])]:
+        """Free the memory; a second call does nothing."""
+        buffers, self._in, self._views = self._in, [], []
+        for array in [*buffers, *([self._back] if buffers else [])]:
             self.ops.release(array)
-        self._w = self._out = self._clips = self._back = self._made = None
+        self._w = self._out = self._clips = self._back = self._back_view = None
 
     # -- parts -------------------------------------------------------------------------------------
 
     def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
         """A part in its format: data, and a matrix's scale."""
         if part.format in ("int8", "int4"):
-            joined = self.checkpoint.concatenated(part)
-            if joined.dtype == np.uint16:
-                return self._matrix(part, joined)
+            matrix = self.checkpoint.concatenated(part)
+            if matrix.dtype == np.uint16:
+                return self._matrix(part, matrix)
         return self.checkpoint.arrays(part)
 
     def _matrix(self, part: TensorSpec, w: npt.NDArray[Any]) -> dict[str, npt.NDArray[Any]]:
-        """bf16 [N, K] in as many turns as it takes."""
+        """Quantise bf16 [N, K] in batches of rows."""
         rows, columns = w.shape
         kinds = part.arrays
-        made = {kind: np.empty(shape, dtype) for kind, (shape, dtype) in kinds.items()}
+        arrays = {kind: np.empty(shape, dtype) for kind, (shape, dtype) in kinds.items()}
         widths = {
             kind: math.prod(shape[1:]) * dtype.itemsize for kind, (shape, dtype) in kinds.items()
         }
-        some = min(rows, self._w.shape[0] // columns, self._out.shape[0] // sum(widths.values()))
-        while some > 1 and _spread(some, widths)[1] > self._out.shape[0]:
-            some -= 1
-        for start in range(0, rows, some):
-            mine = w[start : start + some]
-            at, nbytes = _spread(len(mine), widths)
-            self._views[0][: mine.size] = mine.reshape(-1)
-            self._send(0, mine.size)
+        batch = min(rows, self._w.shape[0] // columns, self._out.shape[0] // sum(widths.values()))
+        while batch > 1 and _scale_bounds(batch, widths)[1] > self._out.shape[0]:
+            batch -= 1
+        for start in range(0, rows, batch):
+            values = w[start : start + batch]
+            scale, nbytes = _scale_bounds(len(values), widths)
+            self._views[0][: values.size] = values.reshape(-1)
+            self._copy_in(0, values.size)
             out = self._out[:nbytes].reshape(1, nbytes)
-            matrix = self._w[: mine.size].reshape(1, len(mine), columns)
-            self._quantize(part.format == "int4", out, 0, at, matrix)
-            self._fetch(nbytes)
-            for kind, first in (("data", 0), ("scale", at)):
-                raw = self._made[first : first + len(mine) * widths[kind]]
-                room = made[kind][start : start + some]
-                room[...] = raw.view(room.dtype).reshape(room.shape)
-        return made
+            matrix = self._w[: values.size].reshape(1, len(values), columns)
+            self._quantize(part.format == "int4", out, 0, scale, matrix)
+            self._copy_out(nbytes)
+            for kind, offset in (("data", 0), ("scale", scale)):
+                raw = self._back_view[offset : offset + len(values) * widths[kind]]
+                target = arrays[kind][start : start + batch]
+                target[...] = raw.view(target.dtype).reshape(target.shape)
+        return arrays
 
     # -- experts -----------------------------------------------------------------------------------
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-        """The experts of some layers, u8 [E, nbytes] each; good until the next but one."""
+        """The packed experts of the layers `wanted`, u8 [E, nbytes] each.
+
+        Two buffers alternate: an array is overwritten two layers later.
+        """
         experts, shape = self.config.num_experts, (2, self.config.num_experts, self.record.nbytes)
-        turns = [(layer, e) for layer in wanted for e in range(0, experts, self.count)]
+        batches = [(layer, e) for layer in wanted for e in range(0, experts, self.batch_experts)]
         out = np.empty(shape, np.uint8)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="osmium-shard") as pool:
 
-            def begin(turn: int) -> list[Future[None]]:
-                layer, first = turns[turn]
-                last = min(experts, first + self.count)
-                room = self._views[turn % 2]
-                pieces = self._pieces(layer, first, last, room.view(np.uint8))
+            def begin(batch: int) -> list[Future[None]]:
+                layer, first = batches[batch]
+                last = min(experts, first + self.batch_experts)
+                buffer = self._views[batch % 2]
+                pieces = self._pieces(layer, first, last, buffer.view(np.uint8))
                 read = self.checkpoint.shards.read_into
                 return [pool.submit(read, *piece) for piece in pieces]
 
-            coming = [begin(turn) for turn in range(min(2, len(turns)))]
-            for turn, (layer, first) in enumerate(turns):
-                for piece in coming[turn]:
+            reads = [begin(batch) for batch in range(min(2, len(batches)))]
+            for batch, (layer, first) in enumerate(batches):
+                for piece in reads[batch]:
                     piece.result()
-                last = min(experts, first + self.count)
-                records = out[wanted.index(layer) % 2]
-                self._records(turn % 2, records[first:last])
-                if turn + 2 < len(turns):
-                    coming.append(begin(turn + 2))
+                last = min(experts, first + self.batch_experts)
+                packed = out[wanted.index(layer) % 2]
+                self._pack(batch % 2, packed[first:last])
+                if batch + 2 < len(batches):
+                    reads.append(begin(batch + 2))
                 if last == experts:
-                    yield records
+                    yield packed
 
     def _pieces(
-        self, layer: int, first: int, last: int, room: npt.NDArray[np.uint8]
+        self, layer: int, first: int, last: int, buffer: npt.NDArray[np.uint8]
     ) -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
-        """Tensor, first byte and where to: gate and up of every expert, then down of every one."""
-        third = 2 * self.record.inner * self.record.hidden
+        """Reads (tensor, first byte, target): gate and up of all experts, then down of all."""
+        matrix_bytes = 2 * self.record.inner * self.record.hidden
         names, at = self.checkpoint.expert_names(layer), 0
         wanted: list[tuple[str, int, int]] = []
         if self.checkpoint.fused:
-            both, down = names[0]
-            wanted = [(both, 2 * third * first, 2 * third * (last - first))]
-            wanted.append((down, third * first, third * (last - first)))
+            gate_up, down = names[0]
+            wanted = [(gate_up, 2 * matrix_bytes * first, 2 * matrix_bytes * (last - first))]
+            wanted.append((down, matrix_bytes * first, matrix_bytes * (last - first)))
         else:
             for columns in (slice(0, 2), slice(2, 3)):
-                wanted += [(n, 0, third) for one in names[first:last] for n in one[columns]]
+                matrices = [name for expert in names[first:last] for name in expert[columns]]
+                wanted += [(name, 0, matrix_bytes) for name in matrices]
         for name, start, nbytes in wanted:
             for i in range(0, nbytes, _PIECE):
                 size = min(_PIECE, nbytes - i)
-                yield name, start + i, room[at + i : at + i + size]
+                yield name, start + i, buffer[at + i : at + i + size]
             at += nbytes
 
-    def _records(self, turn: int, records: npt.NDArray[np.uint8]) -> None:
-        """Quantise what has been read in a turn into u8 [n, nbytes]."""
-        count, nbytes = records.shape
-        record = self.record
-        ups = count * 2 * record.inner * record.hidden
-        self._send(turn, count * self.one)
+    def _pack(self, buffer: int, packed: npt.NDArray[np.uint8]) -> None:
+        """Quantise the experts in buffer 0 or 1 into u8 [n, nbytes]."""
+        count, nbytes = packed.shape
+        layout = self.record
+        ups = count * 2 * layout.inner * layout.hidden
+        self._copy_in(buffer, count * self.expert_values)
         out = self._out[: count * nbytes].reshape(count, nbytes)
-        self.ops.memset(out, 0)  # the padding too: the same expert is the same bytes
-        up = self._w[:ups].reshape(count, 2 * record.inner, record.hidden)
-        down = self._w[ups : count * self.one].reshape(count, record.hidden, record.inner)
-        four = record.bits == 4
-        self._quantize(four, out, 0, record.up_scale, up)
-        self._quantize(four, out, record.down, record.down_scale, down)
-        self._fetch(count * nbytes)
-        records[...] = self._made[: count * nbytes].reshape(count, nbytes)
+        self.ops.memset(out, 0)  # also the padding, so that equal experts have equal bytes
+        up = self._w[:ups].reshape(count, 2 * layout.inner, layout.hidden)
+        down = self._w[ups : count * self.expert_values].reshape(count, layout.hidden, layout.inner)
+        int4_experts = layout.bits == 4
+        self._quantize(int4_experts, out, 0, layout.up_scale, up)
+        self._quantize(int4_experts, out, layout.down, layout.down_scale, down)
+        self._copy_out(count * nbytes)
+        packed[...] = self._back_view[: count * nbytes].reshape(count, nbytes)
 
-    # -- both --------------------------------------------------------------------------------------
+    # -- parts and experts -------------------------------------------------------------------------
 
-    def _send(self, turn: int, size: int) -> None:
-        self.ops.copy(self._w[:size], self._in[turn][:size])
+    def _copy_in(self, buffer: int, size: int) -> None:
+        self.ops.copy(self._w[:size], self._in[buffer][:size])
 
-    def _fetch(self, nbytes: int) -> None:
+    def _copy_out(self, nbytes: int) -> None:
         self.ops.copy(self._back[:nbytes], self._out[:nbytes])
         self.ops.synchronize()
 
-    def _quantize(self, four: bool, out: Array, data: int, scale: int, w: Array) -> None:
-        if four:
+    def _quantize(self, to_int4: bool, out: Array, data: int, scale: int, w: Array) -> None:
+        if to_int4:
             self.ops.quantize_int4(out, data, scale, w, self._clips)
         else:
             self.ops.quantize_int8(out, data, scale, w)
 
 
-def _spread(rows: int, widths: dict[str, int]) -> tuple[int, int]:
-    """Where the scales of so many rows begin, and where they end, in sixteens of bytes."""
-    at = -(-rows * widths["data"] // 16) * 16
-    return at, at + -(-rows * widths["scale"] // 16) * 16
+def _scale_bounds(rows: int, widths: dict[str, int]) -> tuple[int, int]:
+    """First byte and end of the scales behind the data of `rows` rows, multiples of 16."""
+    start = -(-rows * widths["data"] // 16) * 16
+    return start, start + -(-rows * widths["scale"] // 16) * 16

@@ -1,8 +1,8 @@
-"""Safetensors files: which tensors a checkpoint folder has, and their bytes as mapped arrays.
+"""Safetensors files: the tensors of a checkpoint folder, and their bytes as mapped arrays.
 
-Each file is validated by the safetensors package.  Its NumPy side has no BF16, so bytes are then
-mapped by the offsets of the header that it has accepted.  Knows names, shapes and bytes; knows
-nothing of models.  Format: github.com/huggingface/safetensors.
+The safetensors package validates each file.  Its NumPy API has no BF16, so this module maps the
+bytes by the offsets of the validated header.  It handles names, shapes and bytes, not models.
+Format: github.com/huggingface/safetensors.
 """
 
 import json
@@ -27,21 +27,21 @@ __all__ = [
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(np.uint16), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
 }  # fmt: skip
-"""What can be read; bf16 is kept as u16."""
+"""Supported dtypes; bf16 is read as u16."""
 
 INDEX = "model.safetensors.index.json"
 
 MAX_HEADER = 100_000_000
-"""Bytes of a header at most, by the safetensors package."""
+"""Largest header, bytes: the limit of the safetensors package."""
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies."""
+    """Location, dtype and shape of one tensor."""
 
     name: str
     dtype: str
-    """As in the file: BF16, F32, F16, I32, F8_E4M3 ..."""
+    """The file's name of the dtype: BF16, F32, F16, I32, F8_E4M3 ..."""
     shape: tuple[int, ...]
     file: Path
     offset: int
@@ -50,7 +50,7 @@ class Tensor:
 
 
 class Shards:
-    """The tensors of a checkpoint, over all of its files."""
+    """The tensors of all files of a checkpoint."""
 
     def __init__(self, folder: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
         self.folder, self.files, self.tensors = folder, files, tensors
@@ -62,7 +62,7 @@ class Shards:
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(
-                f"{name} is {tensor.dtype} in {tensor.file.name}; BF16, F32 and F16 can be read."
+                f"{name} is {tensor.dtype} in {tensor.file.name}; BF16, F32 and F16 are supported."
             )
         if tensor.file not in self._maps:
             self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, mode="r")
@@ -70,9 +70,9 @@ class Shards:
         return raw.view(dtype).reshape(tensor.shape)
 
     def read_into(self, name: str, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Bytes of a tensor from `start` on into u8 [n], past the map; any thread may call this.
+        """Read a tensor from its byte `start` on into u8 [n], without the mapping; thread-safe.
 
-        Raises: CheckpointError where the file ends before.
+        Raises: CheckpointError if the file is too short.
         """
         tensor, done = self.tensors[name], 0
         assert start + out.nbytes <= tensor.nbytes, f"{name} has {tensor.nbytes} bytes"
@@ -80,12 +80,12 @@ class Shards:
             while done < out.nbytes:
                 at = tensor.offset + start + done
                 try:
-                    got = os.preadv(file.fileno(), [out[done:].data], at)
+                    count = os.preadv(file.fileno(), [out[done:].data], at)
                 except OSError as error:
                     raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
-                if not got:
+                if not count:
                     raise CheckpointError(f"{tensor.file} ends inside {name}.")
-                done += got
+                done += count
 
 
 def open_shards(folder: Path) -> Shards:
@@ -101,14 +101,14 @@ def open_shards(folder: Path) -> Shards:
             raise CheckpointError(f"{folder} has neither {INDEX} nor a .safetensors file.")
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"{INDEX} names {file.name}, which is not in {folder}.")
+            raise CheckpointError(f"{INDEX} lists {file.name}, which is not in {folder}.")
     return shards_of(folder, {file: _header(file) for file in files}, listed)
 
 
 def shards_of(
     folder: Path, headers: Mapping[Path, Mapping[str, Tensor]], listed: Mapping[str, str]
 ) -> Shards:
-    """A checkpoint of files whose headers have been read, held to its index if it has one.
+    """A checkpoint from the headers of its files, checked against its index if it has one.
 
     Raises: CheckpointError.
     """
@@ -118,23 +118,23 @@ def shards_of(
             if name in tensors:
                 raise CheckpointError(f"{name} is in {tensors[name].file.name} and {file.name}.")
             tensors[name] = tensor
-    for name, where in listed.items():
-        if name not in tensors or tensors[name].file.name != where:
-            raise CheckpointError(f"{INDEX} says that {name} is in {where}; it is not there.")
+    for name, file_name in listed.items():
+        if name not in tensors or tensors[name].file.name != file_name:
+            raise CheckpointError(f"{INDEX} lists {name} in {file_name}; it is not in that file.")
     return Shards(folder, list(headers), tensors)
 
 
 def listed_shards(index: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The file of each tensor, by an index.  Raises: CheckpointError.
+    """The file name of each tensor, from an index.  Raises: CheckpointError.
 
-    A file is a name without a path in it: an index must not lead out of its folder.
+    A name with a path is an error: an index must not point outside its folder.
     """
     listed = index.get("weight_map", {})
     if not isinstance(listed, Mapping) or not listed:
         raise CheckpointError(f"{INDEX} in {where} has no weight_map.")
     for name in listed.values():
         if not isinstance(name, str) or not name or Path(name).name != name:
-            raise CheckpointError(f"{INDEX} in {where} names the file {name!r}.")
+            raise CheckpointError(f"{INDEX} in {where} lists {name!r}, which is no file name.")
     return dict(listed)
 
 
@@ -144,7 +144,7 @@ def _header(file: Path) -> dict[str, Tensor]:
         with safe_open(str(file), framework="numpy"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{file.name} is not a whole safetensors file: {error}") from None
+        raise CheckpointError(f"{file.name} is no complete safetensors file: {error}") from None
     with open(file, "rb") as raw:
         size = int.from_bytes(raw.read(8), "little")
         return parse_header(raw.read(size), file, file.stat().st_size)
@@ -153,43 +153,43 @@ def _header(file: Path) -> dict[str, Tensor]:
 def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
     """The tensors of a file of `nbytes` bytes whose header is `text`.
 
-    Raises: CheckpointError where the header does not describe such a file.
+    Raises: CheckpointError if the header does not describe such a file.
     """
-    found: dict[str, Tensor] = {}
+    tensors: dict[str, Tensor] = {}
     try:
         for name, entry in json.loads(text).items():
             if name == "__metadata__":
                 continue
             start, end = entry["data_offsets"]
             shape, at = tuple(int(n) for n in entry["shape"]), 8 + len(text)
-            found[name] = Tensor(name, str(entry["dtype"]), shape, file, at + start, end - start)
+            tensors[name] = Tensor(name, str(entry["dtype"]), shape, file, at + start, end - start)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} has no header of safetensors: {error!r}") from None
-    for tensor in found.values():
+        raise CheckpointError(f"{file.name} has no safetensors header: {error!r}") from None
+    for tensor in tensors.values():
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
             raise CheckpointError(
-                f"{file.name} is not a whole safetensors file: {tensor.name} is {tensor.dtype} "
+                f"{file.name} is no complete safetensors file: {tensor.name} is {tensor.dtype} "
                 f"{list(tensor.shape)} in {tensor.nbytes} bytes."
             )
     end = 8 + len(text)
-    for tensor in sorted(found.values(), key=lambda t: (t.offset, t.nbytes)):
+    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
         if tensor.offset != end or tensor.nbytes < 0:
             raise CheckpointError(
-                f"{file.name} is not a whole safetensors file: {tensor.name} begins at byte "
-                f"{tensor.offset}, the tensor before it ends at byte {end}."
+                f"{file.name} is no complete safetensors file: {tensor.name} begins at byte "
+                f"{tensor.offset}, the previous tensor ends at byte {end}."
             )
         end += tensor.nbytes
     if end != nbytes:
         raise CheckpointError(
-            f"{file.name} is not a whole safetensors file: it has {nbytes} bytes, its header "
+            f"{file.name} is no complete safetensors file: it has {nbytes} bytes, its header "
             f"describes {end}."
         )
-    return found
+    return tensors
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object out of a file.  Raises: CheckpointError."""
+    """Read a JSON object from a file.  Raises: CheckpointError."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

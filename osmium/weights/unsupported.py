@@ -1,7 +1,7 @@
-"""Models that a user may name or own and that Osmium does not run, told by names and small files.
+"""Recognises models that Osmium does not run, by names and small files.
 
-Each refusal is one line: what it is, that it is not supported, what to use instead.  Reads file
-names, config.json and first bytes; no weights, and nothing over a network.
+Each error is one line: the kind of model, that it is not supported, and the alternative.  These
+functions read file names, config.json and first bytes, without weights and network.
 """
 
 import difflib
@@ -19,7 +19,7 @@ __all__ = [
 ]  # fmt: skip
 
 SUPPORTED = ("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-397B-A17B")
-"""Hub ids of the published models that run."""
+"""Hub ids of the supported models."""
 
 MODEL_TYPE = "qwen3_5_moe"
 
@@ -28,10 +28,10 @@ _QUANTISES = f"{_USE}, which Osmium quantises itself (--gpu-expert-bits 4)"
 
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 SMALL = 4096
-"""Bytes: a pointer of git-lfs has 130."""
+"""Bytes; larger files are no git-lfs pointers, which have 130."""
 
-MOST_ENTRIES = 2000
-"""Names of a folder that are looked at."""
+MAX_ENTRIES = 2000
+"""Files of a folder that are examined, at most."""
 
 
 # -- names ---------------------------------------------------------------------------------------
@@ -47,9 +47,9 @@ _EXL = re.compile(r"(?:^|[-_. ])exl[23](?:$|[-_.:@ ])", re.I)
 
 
 def refuse_name(name: str) -> None:
-    """Refuse a name that is neither on this machine nor a hub id that could be downloaded.
+    """Raise an error for a model argument that is no path on this machine and no hub id.
 
-    Raises: ConfigError.
+    Raises: ConfigError.  Returns for names that are not recognised.
     """
     _refuse_windows_path(name)
     if any(map(str.isspace, name)):
@@ -68,13 +68,13 @@ def refuse_name(name: str) -> None:
     owner, slash, rest = name.rpartition("/")
     _refuse_format(name, rest)
     if name.startswith((".", "/", "~")) or "/" in owner:
-        return  # a path, and nothing is there
+        return  # a path that does not exist
     version = re.fullmatch(r"([\w.-]+)([:@])([\w.:-]+)", rest)
     base, mark, tag = version.groups() if version else (rest, "", "")
     if mark and slash:
         what = "tag" if mark == ":" else "revision"
         raise ConfigError(
-            f"{name} has the {what} {tag!r}, which a hub id does not take; give {owner}/{base}, or "
+            f"{name} has the {what} {tag!r}, which a hub id cannot have; give {owner}/{base}, or "
             "download that version and give its folder."
         )
     if mark == ":":
@@ -84,19 +84,19 @@ def refuse_name(name: str) -> None:
             f"{name} looks like a model of Ollama, whose GGUF files are not supported yet; {_USE}."
         )
     if not slash:
-        for one in SUPPORTED:
-            if rest.lower() == one.partition("/")[2].lower():
+        for supported in SUPPORTED:
+            if rest.lower() == supported.partition("/")[2].lower():
                 raise ConfigError(
-                    f"{name} is neither here nor a hub id; hub ids have an owner: {one}"
+                    f"{name} is no path on this machine, and hub ids have an owner: {supported}"
                 )
 
 
 def _refuse_windows_path(name: str) -> None:
     drive, wsl = _DRIVE.fullmatch(name), _WSL.fullmatch(name)
     if drive:
-        here = f"/mnt/{drive[1].lower()}/{drive[2]}"
+        linux_path = f"/mnt/{drive[1].lower()}/{drive[2]}"
     elif wsl:
-        here = f"/{wsl[1]}"
+        linux_path = f"/{wsl[1]}"
     elif name.startswith("\\\\"):
         raise ConfigError(
             f"{name} is a Windows path on the network; copy the model to a local disk and give "
@@ -106,11 +106,12 @@ def _refuse_windows_path(name: str) -> None:
         raise ConfigError(f"{name} has backslashes; write {name.replace(chr(92), '/')}")
     else:
         return
-    raise ConfigError(f"{name} is a Windows path; under WSL write {here.replace(chr(92), '/')}")
+    linux_path = linux_path.replace("\\", "/")
+    raise ConfigError(f"{name} is a Windows path; under WSL write {linux_path}")
 
 
 def _refuse_format(name: str, words: str) -> None:
-    """Formats that a repository's or file's name tells."""
+    """Recognise a format by words of a repository's or file's name.  Raises: ConfigError."""
     if _GGUF.search(words):
         _refuse_gguf(name, "is a GGUF model")
     if _EXL.search(words):
@@ -135,7 +136,7 @@ _OF_A_CHECKPOINT = (
 
 
 def refuse_file(path: Path) -> None:
-    """Refuse a file that is no packed file and is recognised.  Raises: ConfigError."""
+    """Raise an error for a file that is recognised and no packed file.  Raises: ConfigError."""
     try:
         with open(path, "rb") as file:
             head = file.read(64)
@@ -167,10 +168,9 @@ def refuse_file(path: Path) -> None:
 
 
 def refuse_files(names: Collection[str], where: str, base: str | None = None) -> None:
-    """Refuse a folder or repository by the names of its files, relative to it, if they are those of
-    something else than a safetensors checkpoint.  `base` is the model of an adapter.
+    """Raise an error for a folder or repository whose files are no safetensors checkpoint.
 
-    Raises: ConfigError.
+    `names` are relative to it.  `base` is the base model of an adapter.  Raises: ConfigError.
     """
     lower = [name.lower() for name in names]
     top = {name for name in lower if "/" not in name}
@@ -221,7 +221,7 @@ def _is_checkpoint_shard(name: str) -> bool:
 
 
 def refuse_folder(path: Path) -> NoReturn:
-    """Say what a folder without a config.json is.  Raises: ConfigError."""
+    """Raise an error that names the kind of a folder without config.json.  Raises: ConfigError."""
     names = _names(path)
     if not names:
         raise ConfigError(
@@ -233,9 +233,9 @@ def refuse_folder(path: Path) -> NoReturn:
         raise ConfigError(f"{path} is a folder of packed files; give one: {path / packed[0]}")
     inside = sorted({str(PurePosixPath(n).parent) for n in names if n.endswith("/config.json")})
     if inside:
-        more = f" (or another of the {len(inside)} in it)" if len(inside) > 1 else ""
+        others = f" (or another of the {len(inside)} in it)" if len(inside) > 1 else ""
         raise ConfigError(
-            f"{path} holds a checkpoint in a folder of its own; give {path / inside[0]}{more}"
+            f"{path} has a checkpoint in a subfolder; give {path / inside[0]}{others}"
         )
     if any(name.endswith(".safetensors") for name in names):
         raise ConfigError(
@@ -250,7 +250,7 @@ def refuse_folder(path: Path) -> NoReturn:
 
 
 def refuse_checkpoint(path: Path) -> None:
-    """Refuse a folder that is no checkpoint which can be packed.
+    """Raise an error for a folder that is no supported checkpoint.
 
     Raises: ConfigError, CheckpointError.
     """
@@ -267,7 +267,7 @@ def refuse_checkpoint(path: Path) -> None:
     if not any(_is_checkpoint_shard(name) for name in names):
         raise CheckpointError(
             f"{path} has a config.json and no .safetensors file; the download is not complete: "
-            "fetch the weights too."
+            "download the weights too."
         )
 
 
@@ -276,13 +276,13 @@ def _refuse_pointers(where: object, what: str, folder: Path) -> NoReturn:
 
 
 def _names(path: Path) -> list[str]:
-    """Files of a folder and of the folders in it, two deep, relative; those that can be read."""
-    found: list[str] = []
+    """Relative paths of the readable files of a folder and of its subfolders, two levels deep."""
+    names: list[str] = []
     folders = [(path, 0)]
-    while folders and len(found) < MOST_ENTRIES:
+    while folders and len(names) < MAX_ENTRIES:
         folder, depth = folders.pop(0)
         try:
-            entries = sorted(folder.iterdir())[:MOST_ENTRIES]
+            entries = sorted(folder.iterdir())[:MAX_ENTRIES]
         except OSError as error:
             if folder == path:
                 raise ConfigError(f"{path} cannot be read: {error.strerror}.") from None
@@ -294,8 +294,8 @@ def _names(path: Path) -> list[str]:
                 if depth < 2:
                     folders.append((entry, depth + 1))
             else:
-                found.append(entry.relative_to(path).as_posix())
-    return found
+                names.append(entry.relative_to(path).as_posix())
+    return names
 
 
 def _is_pointer(path: Path) -> bool:
@@ -309,7 +309,7 @@ def _is_pointer(path: Path) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any] | None:
-    """A small JSON object; None where there is none that can be read, which others report."""
+    """A small JSON object; None if it is missing or invalid, which other functions report."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -339,8 +339,10 @@ _QUANTISED = re.compile(
 
 
 def refuse_config(config: Mapping[str, Any], where: str, names: Collection[str] = ()) -> None:
-    """Refuse a config.json of another model family, or of a quantised checkpoint.  `names` are the
-    files beside it.  Raises: CheckpointError."""
+    """Raise an error for a config.json of another model family or a quantised checkpoint.
+
+    `names` are the files beside it.  Raises: CheckpointError.
+    """
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         if "_class_name" in config:
@@ -349,8 +351,7 @@ def refuse_config(config: Mapping[str, Any], where: str, names: Collection[str] 
                 f"not supported; Osmium runs language models: {_USE}."
             )
         raise CheckpointError(
-            f"config.json of {where} has no model_type, so it is no model that Osmium knows; "
-            f"{_USE}."
+            f"config.json of {where} has no model_type, so Osmium cannot run it; {_USE}."
         )
     if model_type.removesuffix("_text") != MODEL_TYPE:
         raise CheckpointError(
@@ -360,15 +361,15 @@ def refuse_config(config: Mapping[str, Any], where: str, names: Collection[str] 
     method = _quantisation(config, names)
     if method:
         plain = _QUANTISED.sub("", where.rstrip("/").rpartition("/")[2])
-        known = [one for one in SUPPORTED if one.endswith("/" + plain)]
-        instead = f"use {known[0]}, which Osmium quantises itself" if known else _QUANTISES
+        matches = [name for name in SUPPORTED if name.endswith("/" + plain)]
+        fix = f"use {matches[0]}, which Osmium quantises itself" if matches else _QUANTISES
         raise CheckpointError(
-            f"{where} is quantised ({method}), which is not supported yet; {instead}."
+            f"{where} is quantised ({method}), which is not supported yet; {fix}."
         )
 
 
 def _family(config: Mapping[str, Any]) -> str:
-    """What kind of model it is, in words."""
+    """The kind of model in words, for the error."""
     text = config.get("text_config")
     configs = [config, text] if isinstance(text, Mapping) else [config]
     ffn = config.get("ffn_config")
@@ -379,16 +380,16 @@ def _family(config: Mapping[str, Any]) -> str:
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name and not name.endswith(_GENERATES):
         return f"no text-generation model but {name}"
-    for one in configs:
+    for section in configs:
         for key in _EXPERT_COUNTS:
-            count = one.get(key)
+            count = section.get(key)
             if isinstance(count, int) and count > 1:
                 return f"a Mixture-of-Experts model of another family, of {count} experts"
     return "a dense model"
 
 
 def _quantisation(config: Mapping[str, Any], names: Collection[str]) -> str | None:
-    """How a checkpoint's weights are quantised; None where they are not."""
+    """The quantisation method of a checkpoint; None for one in full precision."""
     for key in ("quantization_config", "quantization"):  # of transformers, and of MLX
         value = config.get(key)
         if not isinstance(value, Mapping) or not value:

@@ -1,7 +1,7 @@
-"""A packed file's weights, all but the experts, to where kernels reach them fast.
+"""Uploads a packed file's weights, all but the experts, to VRAM.
 
-The embedding is read into the host memory in which it stays.  The rest goes through a room of host
-memory in two halves: while one is uploaded the other is read, so that the disk never waits.
+The embedding is read into the host memory in which it stays.  The rest passes through a staging
+buffer of two halves: one half is uploaded while the disk fills the other.
 """
 
 from collections import deque
@@ -23,29 +23,29 @@ __all__ = ["upload_packed"]
 
 @dataclass(frozen=True)
 class _Piece:
-    """Bytes of an array of the file, and where they go."""
+    """Bytes of an array of the file, and their destination."""
 
     entry: Entry
     start: int
     out: Array
     """u8 [n], on the device."""
-    room: slice
-    """Of the half that it is read into, in whole pages."""
+    staging: slice
+    """Bytes of a staging half, in multiples of IO_ALIGNMENT."""
 
 
 def upload_packed(
     ops: Ops,
     packed: PackedModel,
     reading: PackedReader,
-    room: Array,
+    staging: Array,
     progress: Progress | None = None,
 ) -> dict[str, LinearWeight | Array]:
-    """Every part by its name, as models/weights.upload would place it.
+    """Every part by its name, in the memory where models/weights.upload places it.
 
-    room u8 [n], page-locked; nobody must read into it any more when it is given back, so leave
-    `reading` first.  Raises: OutOfMemory; CheckpointError where bytes are not those written.
+    staging u8 [n], page-locked; close `reading` before it is freed, as its threads write to it.
+    Raises: OutOfMemory, or CheckpointError if a checksum differs.
     """
-    placed: dict[str, LinearWeight | Array] = {}
+    uploaded: dict[str, LinearWeight | Array] = {}
     entries: list[tuple[Entry, Array]] = []
     for name, part in packed.parts.items():
         if name == "embed":
@@ -56,53 +56,53 @@ def upload_packed(
             arrays[entry.name] = ops.empty(entry.shape, entry.dtype)
             flat: Any = arrays[entry.name].reshape(-1)
             entries.append((entry, flat.view(np.uint8)))
-        placed[name] = packed.assembled(name, arrays.__getitem__)
-    half = room.nbytes // 2 // IO_ALIGNMENT * IO_ALIGNMENT
-    view = np.asarray(ops.host_view(room), np.uint8)
+        uploaded[name] = packed.assembled(name, arrays.__getitem__)
+    half = staging.nbytes // 2 // IO_ALIGNMENT * IO_ALIGNMENT
+    view = np.asarray(ops.host_view(staging), np.uint8)
     halves = [view[:half], view[half : 2 * half]]
-    begun: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
+    pending: deque[tuple[list[_Piece], npt.NDArray[np.uint8], list[Any]]] = deque()
     embed = packed.entry("embed.data")
 
-    uploaded, total = 0, sum(entry.nbytes for entry, _ in entries)
+    uploaded_bytes, total = 0, sum(entry.nbytes for entry, _ in entries)
 
     def upload() -> None:
-        nonlocal uploaded
-        pieces, side, waits = begun.popleft()
+        nonlocal uploaded_bytes
+        pieces, staged, waits = pending.popleft()
         for wait in waits:
             wait()
         for piece in pieces:
-            ops.copy_h2d(piece.out, side[piece.room][: piece.out.nbytes])
+            ops.copy_h2d(piece.out, staged[piece.staging][: piece.out.nbytes])
         if progress:
-            uploaded += sum(piece.out.nbytes for piece in pieces)
-            progress("uploading", uploaded, total)
+            uploaded_bytes += sum(piece.out.nbytes for piece in pieces)
+            progress("uploading", uploaded_bytes, total)
 
-    def fill(there: npt.NDArray[np.uint8]) -> None:
-        """The embedding, and all others meanwhile."""
-        wait = reading.part(embed, 0, there)
+    def fill(embedding: npt.NDArray[np.uint8]) -> None:
+        """Read the embedding, and meanwhile upload all other parts."""
+        wait = reading.part(embed, 0, embedding)
         with waited_for([wait]):
-            for number, pieces in enumerate(_filling(entries, half)):
-                ops.synchronize()  # what was in this half has been uploaded
-                side = halves[number % 2]
-                waits = [reading.part(one.entry, one.start, side[one.room]) for one in pieces]
-                begun.append((pieces, side, waits))
+            for number, pieces in enumerate(_batches(entries, half)):
+                ops.synchronize()  # the copies out of this half have ended
+                staged = halves[number % 2]
+                waits = [reading.part(p.entry, p.start, staged[p.staging]) for p in pieces]
+                pending.append((pieces, staged, waits))
                 if number:
                     upload()
-            while begun:
+            while pending:
                 upload()
         wait()
 
-    placed["embed"] = ops.empty_mapped(embed.shape, embed.dtype, fill)
-    if "head" not in placed:  # it is the embedding, and is read whole: a copy of its own
+    uploaded["embed"] = ops.empty_mapped(embed.shape, embed.dtype, fill)
+    if "head" not in uploaded:  # tied to the embedding; matmuls read a copy in VRAM
         rows, columns = embed.shape
         head = ops.empty(embed.shape, embed.dtype)
-        ops.copy(head, placed["embed"])
-        placed["head"] = LinearWeight("bf16", rows, columns, head)
+        ops.copy(head, uploaded["embed"])
+        uploaded["head"] = LinearWeight("bf16", rows, columns, head)
     ops.synchronize()
-    return placed
+    return uploaded
 
 
-def _filling(entries: list[tuple[Entry, Array]], half: int) -> Iterator[list[_Piece]]:
-    """Arrays cut into what a half of the room takes at once, in the file's order."""
+def _batches(entries: list[tuple[Entry, Array]], half: int) -> Iterator[list[_Piece]]:
+    """Pieces of arrays that fill one half of `half` bytes after another, in the file's order."""
     pieces: list[_Piece] = []
     used = 0
     for entry, out in entries:

@@ -18,6 +18,8 @@ from tests.ptx.interpreter import InterpretedRuntime
 
 OPERATIONS = OpCases.names()
 
+RATES = {"VRAM": 1.0, "link": 1.0}
+
 
 class OnTheCpu(OpCases):
     """KV in the CPU's format."""
@@ -30,21 +32,21 @@ class OnTheCpu(OpCases):
 @pytest.mark.parametrize("tokens", [1, 2])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_accepts_its_benchmark_inputs(name: str, tokens: int) -> None:
-    cases = OnTheCpu(ReferenceOps(), "tiny", tokens, room=20_000, depth=70)
-    calls = cases.make(name)
+    cases = OnTheCpu(ReferenceOps(), "tiny", tokens, sets_bytes=20_000, depth=70)
+    calls = cases.make_calls(name)
     assert len(calls) >= 4
     with np.errstate(over="ignore", invalid="ignore"):
         for call in calls[:4]:
             call()
-    assert cases.uncounted(name) >= 0
+    assert cases.uncounted_bytes(name) >= 0
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_launches_kernels_with_known_traffic(name: str) -> None:
     """Lists the launches without running them, as `bench kernels` does to count bytes."""
     ops = GpuOps(InterpretedRuntime())
-    cases = OpCases(ops, "tiny", 1, room=4_000, depth=70)
-    calls = cases.make(name)
+    cases = OpCases(ops, "tiny", 1, sets_bytes=4_000, depth=70)
+    calls = cases.make_calls(name)
     recorded: list[Any] = []
     ops.stream = LaunchRecorder(recorded)
     for call in calls:
@@ -54,13 +56,13 @@ def test_every_operation_launches_kernels_with_known_traffic(name: str) -> None:
     assert nbytes > 0 or name in ("place", "sample")
     if name.startswith("fetch"):
         count = 1 if name == "fetch 1" else 2
-        assert nbytes == 2 * count * cases.record.nbytes
+        assert nbytes == 2 * count * cases.layout.nbytes
 
 
 def test_a_row_has_time_bytes_rate_and_utilization(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(profile, "milliseconds", lambda machine, run: run() or 0.008)
     ops = GpuOps(InterpretedRuntime())
-    row = kernels._time(ops, "router", OpCases(ops, "tiny", 1, room=4), {"VRAM": 1.0, "link": 1.0})
+    row = kernels._time(ops, "router", OpCases(ops, "tiny", 1, sets_bytes=4), RATES)
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
     assert row["kernels"] and row["bytes"] > 9 * 64 * 2
     assert row["gb_s"] == pytest.approx(row["bytes"] / 2e3, abs=0.06)
@@ -71,8 +73,8 @@ def test_a_row_has_time_bytes_rate_and_utilization(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("tokens", [1, 4])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) -> None:
-    cases = OpCases(gpu, "qwen3.5-35b-a3b:4", tokens, room=1 << 20)
-    row = kernels._time(gpu, name, cases, {"VRAM": 1.0, "link": 1.0})
+    cases = OpCases(gpu, "qwen3.5-35b-a3b:4", tokens, sets_bytes=1 << 20)
+    row = kernels._time(gpu, name, cases, RATES)
     assert row["us"] > 0 and row["sets"] >= 4 and row["kernels"]
     assert (row["bytes"] > 0) == (name != "place")
 

@@ -131,7 +131,7 @@ def test_simulated_prefetch_equals_assign_slots(rng: np.random.Generator, slots:
             ReferenceOps().assign_slots(plan, cache, layer, token[layer : layer + 1], prefetch)
     hit, num_prefetched, right = cache.counters[[1, 4, 5]]
     assert num_prefetched and right, "some prefetches are made, and some are right"
-    result = policies.guess(t, slots, skip)
+    result = policies.simulate_prefetch(t, slots, skip)
     each = (tokens - skip) * (layers - 1)
     assert result[0] == pytest.approx(hit / ((tokens - skip) * layers * top_k), abs=2e-3)
     assert result[1] == pytest.approx(num_prefetched / each, abs=2e-3)
@@ -171,7 +171,7 @@ def test_prefetch_rules_choose_different_experts(
         each = np.full(ids.shape, 1 / 3, np.float32)
         each[3, 1] = weights
     t = RoutingTrace(ids, np.array([0]), 9, predicted, each)
-    hits, num_prefetched, result = policies.guess(t, 3, 3, rule)
+    hits, num_prefetched, result = policies.simulate_prefetch(t, 3, 3, rule)
     assert (num_prefetched, result) == (1, right)
     assert hits == pytest.approx((2 + 1) / 6), "the prefetch evicted one of two resident experts"
 

@@ -90,16 +90,16 @@ def test_a_response_after_a_profile_runs_its_launches(
     assert isinstance(ops, GpuOps)
     before = (
         ops.stream,
-        ops.machine.stream,
-        ops.machine.fork_side_stream(True),
-        ops.machine.join_side_stream,
+        ops.runtime.stream,
+        ops.runtime.fork_side_stream(True),
+        ops.runtime.join_side_stream,
     )
     profile(engine, 64)
     assert (
         ops.stream,
-        ops.machine.stream,
-        ops.machine.fork_side_stream(True),
-        ops.machine.join_side_stream,
+        ops.runtime.stream,
+        ops.runtime.fork_side_stream(True),
+        ops.runtime.join_side_stream,
     ) == before
     gpu.launched.clear()
     engine.run_on_engine_thread(lambda: engine.runner.launch_decode_step(1))
@@ -118,7 +118,7 @@ def test_list_launches_records_without_running(
     with pytest.raises(ZeroDivisionError), list_launches(ops):
         raise ZeroDivisionError
     ops.copy_h2d(engine.runner.replies.decode_step, np.zeros(1, np.int32))
-    assert isinstance(ops.machine, CudaRuntime) and ops.stream is ops.machine.stream
+    assert isinstance(ops.runtime, CudaRuntime) and ops.stream is ops.runtime.stream
 
 
 def parameters(method: Any) -> list[tuple[str, Any]]:

@@ -111,9 +111,11 @@ class HistoryModel:
             assert (step.sequence_ids[first:end] == s).all()
             assert (step.positions[first:end] == np.arange(past, past + end - first)).all()
             for row, position in enumerate(range(past, past + end - first), first):
-                self.pages[table[position // step.page], position % step.page] = step.ids[row]
+                self.pages[table[position // step.page_size], position % step.page_size] = step.ids[
+                    row
+                ]
             at = np.arange(past + end - first)
-            ids = self.pages[table[at // step.page], at % step.page].tolist()
+            ids = self.pages[table[at // step.page_size], at % step.page_size].tolist()
             if past:
                 assert self.slots[slot] == (past, hash(tuple(ids[:past]))), (
                     "the slot of another sequence"

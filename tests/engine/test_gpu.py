@@ -116,8 +116,8 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
     engine = demo(expert_slots=8)
     try:
         ops = engine._runner.ops
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        pool = ops.machine.pool
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        pool = ops.runtime.pool
         assert pool.frozen
         used = pool.used
         responses(engine, prompts(engine, rng, 3))
@@ -138,8 +138,8 @@ def test_every_kind_of_host_memory_holds_the_files_experts(
         if slots is None:
             assert verify(runner.ops, runner.store.cache, experts, 10**6, 0) == experts[..., 0].size
         else:
-            assert runner.store.arena is not None
-            assert np.array_equal(runner.ops.host_view(runner.store.arena.records), experts)
+            assert runner.store.host_experts is not None
+            assert np.array_equal(runner.ops.host_view(runner.store.host_experts.packed), experts)
     finally:
         engine.close()
 
@@ -184,8 +184,8 @@ def test_rebalancing_slots_between_responses_changes_none(
     try:
         runner = engine.runner
         ops, store = runner.ops, runner.store
-        assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
-        all_prompts, used = prompts(engine, rng, 10), ops.machine.pool.used
+        assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+        all_prompts, used = prompts(engine, rng, 10), ops.runtime.pool.used
         before = [responses(engine, [ids]) for ids in all_prompts]
         counters_before, captured = engine.status()["experts"], dict(runner._replays)
         usage = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
@@ -209,7 +209,7 @@ def test_rebalancing_slots_between_responses_changes_none(
         usage_after = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
         assert np.allclose(usage_after.heat, usage.heat, rtol=1e-5)
         assert np.allclose(usage_after.long_heat, usage.long_heat, rtol=1e-5)
-        assert engine.status()["experts"] == counters_before and ops.machine.pool.used == used
+        assert engine.status()["experts"] == counters_before and ops.runtime.pool.used == used
         assert runner._replays, "captured again"
         assert all(run is not captured.get(key) for key, run in runner._replays.items())
 

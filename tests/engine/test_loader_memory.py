@@ -71,8 +71,8 @@ def test_resident_experts_are_loaded_through_one_layer_of_host_memory(
         packed.path, "gpu", progress=lambda *one: seen.append(one), **options(packed.path)
     )
     cache = engine.runner.store.cache
-    assert cache.capacity == cache.experts
-    count = cache.experts * len(CASE.kinds)
+    assert cache.capacity == cache.num_experts
+    count = cache.num_experts * len(CASE.kinds)
     assert verify(engine.runner.ops, cache, all_experts(packed), 10**6, 0) == count
     planned = sum(engine.plan.ram.values())
     assert set(engine.plan.ram) == {"embedding", "loading buffer"}
@@ -92,8 +92,8 @@ def test_host_experts_hold_every_packed_expert(
     gpu.install(monkeypatch, kind)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
-    assert runner.store.arena is not None
-    host_bytes = runner.ops.host_view(runner.store.arena.records)
+    assert runner.store.host_experts is not None
+    host_bytes = runner.ops.host_view(runner.store.host_experts.packed)
     assert np.array_equal(host_bytes, all_experts(packed))
     assert gpu.peak_bytes["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
     engine.close()
@@ -174,7 +174,7 @@ def test_a_loader_can_be_used_again_after_out_of_memory(
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     model_loader.engine(**more).close()
     gc.collect()
-    host_bytes = 0 if model_loader._arena is None else model_loader._arena.records.nbytes
+    host_bytes = 0 if model_loader._arena is None else model_loader._arena.packed.nbytes
     weights = gpu.bytes_of("cuMemAlloc")
     gpu.refuse = gpu.num_allocations + 3
     with pytest.raises(OutOfMemory):
@@ -184,7 +184,7 @@ def test_a_loader_can_be_used_again_after_out_of_memory(
     assert gpu.host_bytes() <= host_bytes + model_loader.packed.parts["embed"].nbytes + 16 * 4096
     engine = model_loader.engine(**more)
     cache = engine.runner.store.cache
-    assert cache.capacity == (slots or cache.experts)
+    assert cache.capacity == (slots or cache.num_experts)
     engine.close()
     model_loader.close()
     assert not gpu.held

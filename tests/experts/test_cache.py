@@ -109,7 +109,7 @@ def mlp(
     shared_expert = SharedExpert(
         LinearWeight("bf16", 16, hidden, np.zeros((16, hidden), np.uint16)),
         LinearWeight("bf16", hidden, 8, np.zeros((hidden, 8), np.uint16)),
-        column=0,
+        gate_column=0,
     )
     out, scores = np.ones_like(x), np.zeros((tokens, 1), np.float32)
     both, inner = np.empty((tokens, 16), np.float32), OPS.empty_input(tokens, 8)
@@ -229,7 +229,7 @@ def test_host_experts_and_resident_slots_are_loaded_layer_by_layer(
         seen.append((stage, done, total))
 
     host_experts = load_host_experts(OPS, LAYOUT, LAYERS, EXPERTS, begin, progress)
-    assert np.array_equal(host_experts.records, source)
+    assert np.array_equal(host_experts.packed, source)
     assert seen == [("experts", n, LAYERS) for n in range(1, LAYERS + 1)]
     slots = load_resident_experts(OPS, LAYOUT, LAYERS, EXPERTS, begin, None)
     assert np.array_equal(slots, source)
@@ -238,7 +238,7 @@ def test_host_experts_and_resident_slots_are_loaded_layer_by_layer(
 def test_a_resident_cache_on_the_cpu_copies_nothing(rng: np.random.Generator) -> None:
     source = make_experts(rng)
     source.flags.writeable = False  # like a mapped file
-    cache = resident_cache(OPS, LAYOUT, wrap_host_experts(LAYOUT, source).records)
+    cache = resident_cache(OPS, LAYOUT, wrap_host_experts(LAYOUT, source).packed)
     assert all(np.shares_memory(layer, source) for layer in cache.slots)
     store = ExpertRunner(OPS, None, cache, 8, TOP_K)
     for layer in range(LAYERS):

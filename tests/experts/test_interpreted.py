@@ -57,7 +57,7 @@ def steps(
         data, scale = int8.quantize(w)
         return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
 
-    shared = SharedExpert(matrix(up), matrix(down), column=0)
+    shared = SharedExpert(matrix(up), matrix(down), gate_column=0)
     norm, outputs = ops.to_device(rng.standard_normal(hidden, np.float32)), []
     for number, tokens in enumerate(counts, 1):
         routed = [
@@ -110,7 +110,7 @@ def test_interpreted_kernels_equal_the_reference_with_uneven_layers(
 ) -> None:
     seed, slots_per_layer, counts = int(rng.integers(1 << 32)), [4, 4, 7], (1, 2, 3, *[1] * 4)
     arguments = (layout, slots_per_layer, counts, seed)
-    wanted, tables = steps(ReferenceOps(keep=0), *arguments, with_prefetch)
+    wanted, tables = steps(ReferenceOps(cache_bytes=0), *arguments, with_prefetch)
     found, found_tables = steps(GpuOps(InterpretedRuntime(seed)), *arguments, with_prefetch)
     for got, want in zip(found_tables, tables, strict=True):
         np.testing.assert_array_equal(got, want)
@@ -118,6 +118,6 @@ def test_interpreted_kernels_equal_the_reference_with_uneven_layers(
         assert close(got, want, "rows")
     if with_prefetch:  # prefetch changes residency and nothing else
         for got, want in zip(
-            wanted, steps(ReferenceOps(keep=0), *arguments, False)[0], strict=True
+            wanted, steps(ReferenceOps(cache_bytes=0), *arguments, False)[0], strict=True
         ):
             np.testing.assert_array_equal(got, want)

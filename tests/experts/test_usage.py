@@ -49,7 +49,7 @@ def eviction_order(cache: ExpertCache, layer: int) -> list[int]:
     ids = cache.slot_to_expert[layer]
     slots = np.flatnonzero(ids >= 0)
     ids = ids[slots]
-    decay, next_step = cache.fading, cache.step[0] + 1
+    decay, next_step = cache.decay, cache.step[0] + 1
     age = (cache.last_used[layer][ids] - next_step).astype(np.float32)
     usage = cache.short_count[layer][ids] * np.exp2(age * np.float32(1 / decay.half_life))
     long = cache.long_count[layer][ids] * np.exp2(age * np.float32(1 / decay.long_half_life))
@@ -76,7 +76,7 @@ def test_a_saved_snapshot_reads_back_equal(
     assert np.array_equal(restored.resident, resident(OPS, cache))
     never = cache.last_used == 0
     assert (restored.age[never] == -1).all() and restored.steps == cache.step[0]
-    ages, decay = cache.step[0] - cache.last_used, cache.fading
+    ages, decay = cache.step[0] - cache.last_used, cache.decay
     for found, count, half_life in (
         (restored.heat, cache.short_count, decay.half_life),
         (restored.long_heat, cache.long_count, decay.long_half_life),

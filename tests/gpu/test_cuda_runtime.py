@@ -30,8 +30,8 @@ ADD = kernel("add_f32")
 
 @pytest.fixture
 def runtime(gpu: GpuOps) -> Iterator[CudaRuntime]:
-    assert isinstance(gpu.machine, CudaRuntime)
-    yield gpu.machine
+    assert isinstance(gpu.runtime, CudaRuntime)
+    yield gpu.runtime
 
 
 def test_copies_round_trip(runtime: CudaRuntime, rng: np.random.Generator) -> None:

@@ -20,12 +20,12 @@ pytestmark = pytest.mark.gpu
 
 
 def test_released_host_memory_is_unmapped(gpu: GpuOps) -> None:
-    assert isinstance(gpu.machine, CudaRuntime)
-    held = len(gpu.machine._buffers)
+    assert isinstance(gpu.runtime, CudaRuntime)
+    held = len(gpu.runtime._buffers)
     for make, shape in ((gpu.empty_mapped, (3, 5)), (gpu.zeros_mapped, (1 << 20,))):
         made = make(shape, np.float32)
         gpu.release(made)
-        assert len(gpu.machine._buffers) == held
+        assert len(gpu.runtime._buffers) == held
         with pytest.raises(KeyError):
             gpu.host_view(made)
 
@@ -87,7 +87,7 @@ def test_a_synthetic_model_equals_its_packed_file(
             responses.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
             if loader._arena is not None and loader.gpu is not None:
-                found = loader.gpu.copy_d2h(loader._arena.records)
+                found = loader.gpu.copy_d2h(loader._arena.packed)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()

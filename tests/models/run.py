@@ -97,7 +97,7 @@ class SequenceDriver:
         step = StepInputs(
             tokens=int(starts[-1]),
             sequences=len(sequences),
-            page=self.page,
+            page_size=self.page,
             ids=upload_array(np.concatenate(ids)),
             positions=upload_array(
                 np.concatenate(

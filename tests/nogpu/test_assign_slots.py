@@ -176,10 +176,10 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
             int(last),
             int(s.with_prefetch),
             FETCH_WARPS,
-            b.fading.prior_steps,
+            b.decay.prior_steps,
             np.float32(1 / s.half_life),
             np.float32(1 / s.long_half_life),
-            np.float32(b.fading.long_scale),
+            np.float32(b.decay.long_scale),
         )
         for name in PLAN:
             np.testing.assert_array_equal(getattr(y, name), getattr(x, name), f"{name}, {call}")
@@ -220,8 +220,9 @@ def test_the_compiled_kernel_matches_its_contract() -> None:
     assert contract.entry == "assign_slots"
     assert contract.block == 256
     assert [p.name for p in contract.params if not p.is_array] == [
-        "pairs", "experts", "capacity", "next_capacity", "next_first", "entries", "layer", "last",
-        "guessing", "warps", "earlier", "rate", "long_rate", "share",
+        "num_pairs", "num_experts", "num_slots", "next_num_slots", "next_first_slot", "max_unique",
+        "layer", "is_last_layer", "has_prefetch", "fetch_warps", "prior_steps", "rate", "long_rate",
+        "long_scale",
     ]  # fmt: skip
 
 
@@ -230,7 +231,7 @@ def simulated(threads: int) -> Any:
     from numba import cuda, float32, int32, uint32
 
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
-    names["WIDTH"] = threads
+    names["BLOCK_THREADS"] = threads
 
     def atomic_add(array: Any, index: int, value: int) -> None:
         array[index] += value

@@ -24,7 +24,7 @@ from tests.ops.cases import TINY, Case, advance_step, as_decode_state, decode_ar
 
 ROOT = Path(__file__).resolve().parents[2]
 
-BINS, LIST = 32, 16
+BINS, MAX_CANDIDATES = 32, 16
 
 CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
 
@@ -73,7 +73,7 @@ class Simulated(ReferenceOps):
             order,
             vocab,
             slices,
-            r.ring,
+            r.ring_size,
         )
 
     def advance(self, step: Any, replies: Any) -> None:
@@ -93,7 +93,7 @@ class Simulated(ReferenceOps):
             step.tokens,
             step.page_table.shape[1],
             len(r.eos),
-            r.ring,
+            r.ring_size,
             r.null_slot,
             r.null_page,
         )
@@ -122,7 +122,7 @@ def simulated(*chosen: str) -> dict[str, Any]:
     namespace: dict[str, Any] = {}
     for function in functions.values():
         namespace |= function.__globals__
-    namespace |= known | {"BINS": BINS, "LIST": LIST}
+    namespace |= known | {"BINS": BINS, "MAX_CANDIDATES": MAX_CANDIDATES}
     for name, function in functions.items():
         simulated_function = types.FunctionType(function.__code__, namespace, name)
         namespace[name] = cuda.jit(simulated_function, device=name in called)
@@ -148,7 +148,17 @@ def compare_odd(rng: np.random.Generator) -> None:
     """
     rows, vocab = 3, int(rng.integers(40, 130))
     arrays = decode_arrays(rng, rows, vocab)
-    many = (1, 2, LIST - 1, LIST, LIST + 1, BINS, vocab - 1, vocab, vocab + 1)
+    many = (
+        1,
+        2,
+        MAX_CANDIDATES - 1,
+        MAX_CANDIDATES,
+        MAX_CANDIDATES + 1,
+        BINS,
+        vocab - 1,
+        vocab,
+        vocab + 1,
+    )
     logits = rng.standard_normal((rows, vocab)) * rng.choice([0.1, 1, 5])
     shape = rng.integers(4)
     if shape == 0:

@@ -736,7 +736,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             def fetch() -> None:
                 ops.fetch_experts(cache, plan, HostExperts(layout, a["host_experts"]), 0)
 
-            experts_call(ops, a, form, plan, cache, ("there", "rest"), 1, fetch=fetch)
+            experts_call(ops, a, form, plan, cache, ("hits", "rest"), 1, fetch=fetch)
 
         writes = {"out": "f32", "next": "f32", "counters": "exact", "cache_slots": "exact"}
         return Case(arrays, call, writes)
@@ -780,7 +780,7 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
-    inputs = (new_rows(ops, tokens * top_k, cache.record.inner), new_rows(ops, tokens, inner))
+    inputs = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()

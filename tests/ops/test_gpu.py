@@ -32,7 +32,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
 
 def require_bulk_copies(gpu: GpuOps) -> None:
     """Skip on GPUs without bulk copies, which prefetch needs."""
-    machine: Any = gpu.machine
+    machine: Any = gpu.runtime
     if machine.device.capability < MIN_BULK_COPY_CC:
         pytest.skip("bulk copies are for compute capability 9.0 and up")
 
@@ -45,7 +45,7 @@ def test_a_kernel_computes_its_reference_operation(
         require_bulk_copies(gpu)
     seed = int(rng.integers(1 << 32))
     case = ALL[name](np.random.default_rng(seed))
-    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     found = run(case, gpu)
     repeated = run(case, gpu)
     for output, kind in case.writes.items():
@@ -77,7 +77,7 @@ def test_experts_are_complete_whenever_prefetch_stops(
 
     packed = rng.integers(0, 256, (2, experts, layout.nbytes), dtype=np.uint8)
     host_experts = HostExperts(layout, gpu.empty_mapped(packed.shape, np.uint8))
-    gpu.host_view(host_experts.records)[...] = packed
+    gpu.host_view(host_experts.packed)[...] = packed
     cache = make_cache(gpu, host_experts, 2 * top_k, top_k)
     first_ids, routed_ids, predicted_ids = (gpu.empty((1, top_k), np.uint16) for _ in range(3))
     plan = SlotAssignment(
@@ -103,15 +103,15 @@ def test_experts_are_complete_whenever_prefetch_stops(
             gpu.copy_h2d(ids, rng.permutation(experts)[None, :top_k].astype(np.uint16))
         if step % 3:
             gpu.copy(routed_ids, predicted_ids)
-        with gpu.on_side_stream(early=True):
+        with gpu.on_side_stream(prefetch=True):
             gpu.prefetch_experts(cache, prefetch, host_experts)
         gpu.assign_slots(plan, cache, 0, first_ids, prefetch)
-        gpu.fetch_experts(cache, plan, host_experts, 0, guess=prefetch)
+        gpu.fetch_experts(cache, plan, host_experts, 0, prefetch=prefetch)
         for _ in range(step // 3):
             gpu.memset(busy_buffer, step)
         gpu.assign_slots(plan, cache, 1, routed_ids, prefetch)
-        gpu.fetch_experts(cache, plan, host_experts, 1, guess=prefetch)
-        gpu.join_side_stream(early=True)
+        gpu.fetch_experts(cache, plan, host_experts, 1, prefetch=prefetch)
+        gpu.join_side_stream(prefetch=True)
         # in the first step kernels are loaded, and prefetch may not start; later it may start too
         # late
         state = gpu.copy_d2h(prefetch.state)[1] & ~(STOP | DROP)
@@ -124,4 +124,4 @@ def test_experts_are_complete_whenever_prefetch_stops(
     assert (
         0 < num_right <= num_prefetched and 0 < segments_copied <= num_right * layout.nbytes // 2048
     )
-    gpu.release(host_experts.records)
+    gpu.release(host_experts.packed)

@@ -33,7 +33,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, name: str) -> None:
     seed = int(rng.integers(1 << 32))
     case = ALL[name](np.random.default_rng(seed))
-    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(ALL[name](np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     found = run(case, GpuOps(InterpretedRuntime(seed)))
     for output, kind in case.writes.items():
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output

@@ -67,7 +67,7 @@ def test_a_small_cache_of_converted_matrices_changes_nothing(rng: np.random.Gene
     seed = int(rng.integers(1 << 32))
     for name in ("linear int4", "experts int8"):
         kept, anew = (
-            run(CASES[name](np.random.default_rng(seed), TINY), ReferenceOps(keep=keep))
+            run(CASES[name](np.random.default_rng(seed), TINY), ReferenceOps(cache_bytes=keep))
             for keep in (1 << 30, 0)
         )
         assert np.array_equal(kept["out"], anew["out"])

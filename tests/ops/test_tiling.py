@@ -84,13 +84,13 @@ def test_attention_leaves_sms_free_until_the_prefetch_stream_is_joined() -> None
                    for k, kind in case.writes.items())  # fmt: skip
 
     assert right()
-    with ops.on_side_stream(early=True):
+    with ops.on_side_stream(prefetch=True):
         pass
     assert right()
     with ops.on_side_stream():
         pass
     ops.join_side_stream()
     assert right()
-    ops.join_side_stream(early=True)
+    ops.join_side_stream(prefetch=True)
     assert right()
     assert splits == [9, 5, 5, 9]

@@ -140,7 +140,7 @@ def experts(
 ) -> Make:  # fmt: skip
     """Experts in shuffled slots, some not resident, some fetched in this step, and a shared expert
     of size `shared`."""
-    parts = parts or ("there", "rest")
+    parts = parts or ("hits", "rest")
     form = "bf16" if hidden % 16 else form  # INT8 rows are multiples of 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
@@ -294,7 +294,7 @@ def fetch(
                 else None
             )
             ops.fetch_experts(
-                cache, assignment, HostExperts(layout, a["host_experts"]), 0, guess=guess
+                cache, assignment, HostExperts(layout, a["host_experts"]), 0, prefetch=guess
             )
 
         writes = ("slots", "counters", *(("start_signal",) if with_prefetch else ()))

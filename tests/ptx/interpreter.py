@@ -310,11 +310,11 @@ class InterpretedRuntime:
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork_side_stream(self, early: bool) -> "InterpretedStream | SideStream":
-        return SideStream(self.stream) if early else self.stream
+    def fork_side_stream(self, prefetch: bool) -> "InterpretedStream | SideStream":
+        return SideStream(self.stream) if prefetch else self.stream
 
-    def join_side_stream(self, early: bool) -> None:
-        if early:
+    def join_side_stream(self, prefetch: bool) -> None:
+        if prefetch:
             self.stream.wake(1)
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from tests.ptx.test_contracts import find_ptxas
 
@@ -26,6 +27,7 @@ PDL_TARGETS = ("sm_90", "sm_100", "sm_120")
 READ_TEXTS = """
 import json, sys
 from pathlib import Path
+from typing import NamedTuple
 from osmium.kernels.ptx import pdl_text
 root = Path(sys.argv[1])
 paths = [*(root / "ptx").glob("*.ptx"), *(root / "osmium/kernels/compiled").glob("*.ptx")]
@@ -46,9 +48,17 @@ class MachineCode:
     """Size of section .nv.constant0.ENTRY, which ends with the parameters."""
 
 
-def sections(cubin: bytes) -> Iterator[tuple[str, int, int, bytes]]:
-    """(name, size, sh_info, content) of each section of an ELF64 file; content of .bss-like
-    sections (type NOBITS) is empty.  Source: the ELF-64 object file format."""
+class Section(NamedTuple):
+    """A section of an ELF file; the content of sections without bytes in the file is empty."""
+
+    name: str
+    size: int
+    info: int
+    content: bytes
+
+
+def sections(cubin: bytes) -> Iterator[Section]:
+    """The sections of an ELF64 file.  Source: the ELF-64 object file format."""
     offset = struct.unpack_from("<Q", cubin, 0x28)[0]
     size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
     headers = [struct.unpack_from("<IIQQQQII", cubin, offset + i * size) for i in range(count)]
@@ -56,7 +66,7 @@ def sections(cubin: bytes) -> Iterator[tuple[str, int, int, bytes]]:
     for name, kind, _, _, at, length, _, info in headers:
         end = cubin.index(b"\0", table + name)
         content = b"" if kind == 8 else cubin[at : at + length]
-        yield cubin[table + name : end].decode(), length, info, content
+        yield Section(cubin[table + name : end].decode(), length, info, content)
 
 
 def machine_code(text: str, target: str) -> MachineCode:
@@ -74,15 +84,15 @@ def machine_code(text: str, target: str) -> MachineCode:
         )
         if done.returncode:
             raise ValueError(f"ptxas -arch={target}: {done.stderr.strip()}")
-        found = {name: rest for name, *rest in sections(cubin.read_bytes())}
+        found = {section.name: section for section in sections(cubin.read_bytes())}
     entry = re.search(r"\.entry\s+(\w+)", text)
     assert entry is not None, "a module has an entry"
-    _, info, content = found[f".text.{entry[1]}"]
+    code, shared = found[f".text.{entry[1]}"], found.get(f".nv.shared.{entry[1]}")
     return MachineCode(
-        code=hashlib.sha256(content).hexdigest(),
-        registers=info >> 24,
-        shared_bytes=found.get(f".nv.shared.{entry[1]}", [0])[0],
-        param_bytes=found[f".nv.constant0.{entry[1]}"][0],
+        code=hashlib.sha256(code.content).hexdigest(),
+        registers=code.info >> 24,
+        shared_bytes=0 if shared is None else shared.size,
+        param_bytes=found[f".nv.constant0.{entry[1]}"].size,
     )
 
 

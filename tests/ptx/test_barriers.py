@@ -61,7 +61,7 @@ def is_right(
 ) -> bool:
     """Whether a case equals its reference, optionally without one barrier or with another kernel
     text."""
-    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:

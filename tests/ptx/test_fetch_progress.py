@@ -54,7 +54,7 @@ def run_fetch(
     With prefetch some segments are copied before.
     """
     ops, used = GpuOps(InterpretedRuntime(int(rng.integers(99)))), len(fetch)
-    ops.machine.stream.programs["fetch_experts"] = parse_program(text)
+    ops.runtime.stream.programs["fetch_experts"] = parse_program(text)
     experts = rng.integers(0, 256, (1, used, layout.nbytes), dtype=np.uint8)
     before = rng.integers(0, 256, (1, used, layout.nbytes), dtype=np.uint8)
     slot = rng.permutation(used).astype(np.int32)
@@ -74,7 +74,9 @@ def run_fetch(
         np.int32)),
         None, words,
     )  # fmt: skip
-    ops.fetch_experts(cache, plan, HostExperts(layout, ops.to_device(experts)), 0, guess=prefetch)
+    ops.fetch_experts(
+        cache, plan, HostExperts(layout, ops.to_device(experts)), 0, prefetch=prefetch
+    )
     fetched_ids = np.flatnonzero(fetch)
     after = ops.copy_d2h(slots)
     return (
@@ -149,7 +151,7 @@ def right_when_data_arrives_late(
     Optionally without one barrier, or with the last progress word incomplete.
     """
     make = CASES["int4_experts in parts"]
-    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(keep=0))
+    wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     down, call = ExpertLayout(4, 256, 128).down, case.call
 

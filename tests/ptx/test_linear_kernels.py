@@ -83,7 +83,7 @@ class RecordingOps(ReferenceOps):
 
     def expert_up(self, *arguments: Any) -> None:
         (cache,) = (one for one in arguments if isinstance(one, ExpertCache))
-        self.layout = cache.record
+        self.layout = cache.layout
         super().expert_up(*arguments)
 
 

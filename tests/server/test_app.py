@@ -216,7 +216,7 @@ def test_unicode_line_separators_do_not_split_events() -> None:
 
 
 def test_comments_keep_an_idle_stream_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "PING", 0.02)
+    monkeypatch.setattr(server, "PING_INTERVAL_S", 0.02)
     engine = ScriptedEngine("the end")
     engine.prefill.clear()
     with client_of(engine) as client:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from osmium.text.defaults import sampling_defaults
-from osmium.text.reasoning import ReasoningParser, ShownReply, starts_in_thought
+from osmium.text.reasoning import DisplayedResponse, ReasoningParser, starts_in_reasoning
 
 
 def split(pieces: list[str], thinking: bool) -> tuple[str, str]:
@@ -48,9 +48,9 @@ def test_reasoning_is_returned_as_it_arrives() -> None:
 
 
 def test_a_prompt_with_an_open_think_tag_starts_in_reasoning() -> None:
-    assert starts_in_thought("<|im_start|>assistant\n<think>\n")
-    assert not starts_in_thought("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not starts_in_thought("<|im_start|>assistant\n")
+    assert starts_in_reasoning("<|im_start|>assistant\n<think>\n")
+    assert not starts_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert not starts_in_reasoning("<|im_start|>assistant\n")
 
 
 def test_sampling_defaults_come_from_generation_config() -> None:
@@ -68,9 +68,9 @@ def test_sampling_defaults_come_from_generation_config() -> None:
 
 
 def shown(pieces: list[str], thinking: bool) -> tuple[str, str]:
-    parser = ShownReply(thinking)
-    parts = [parser.push(piece) for piece in pieces]
-    parts.append(parser.flush())
+    reply = DisplayedResponse(thinking)
+    parts = [reply.push(piece) for piece in pieces]
+    parts.append(reply.flush())
     return "".join(a for a, _ in parts), "".join(b for _, b in parts)
 
 

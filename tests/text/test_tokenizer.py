@@ -58,7 +58,7 @@ def test_incremental_pieces_of_random_ids_join_to_their_decoding(
     tokenizer: Tokenizer, rng: np.random.Generator, specials: bool
 ) -> None:
     for _ in range(300):
-        high = tokenizer.vocab if rng.random() < 0.5 else 256
+        high = tokenizer.vocab_size if rng.random() < 0.5 else 256
         ids = rng.integers(0, high, int(rng.integers(1, 30))).tolist()
         decoder = tokenizer.decoder(specials)
         pieces = [decoder.push(one) for one in ids]
@@ -128,32 +128,32 @@ def test_an_id_beyond_the_vocabulary_has_no_text() -> None:
     tokenizer = byte_level()
     decoder = tokenizer.decoder()
     ids = tokenizer.encode("ab")
-    said = [decoder.push(one) for one in (*ids, tokenizer.vocab + 7, *ids)]
+    said = [decoder.push(one) for one in (*ids, tokenizer.vocab_size + 7, *ids)]
     assert "".join(said) + decoder.flush() == "abab"
-    assert tokenizer.token_bytes(tokenizer.vocab + 7) == b""
+    assert tokenizer.token_bytes(tokenizer.vocab_size + 7) == b""
 
 
 def test_ids_beyond_the_vocabulary_can_be_shown_as_ids(rng: np.random.Generator) -> None:
     tokenizer = byte_level(unknown_ids_as_text=True)
     (a,) = tokenizer.encode("a")
-    beyond = tokenizer.vocab + 7
+    beyond = tokenizer.vocab_size + 7
     decoder = tokenizer.decoder()
     assert [decoder.push(one) for one in (a, beyond, beyond, a)] == [
         "a", f"⟨{beyond}⟩", f"⟨{beyond}⟩", "a",
     ]  # fmt: skip
     assert tokenizer.token_bytes(beyond) == f"⟨{beyond}⟩".encode()
     for _ in range(100):
-        ids = rng.integers(0, 2 * tokenizer.vocab, int(rng.integers(1, 30))).tolist()
+        ids = rng.integers(0, 2 * tokenizer.vocab_size, int(rng.integers(1, 30))).tolist()
         decoder = tokenizer.decoder()
         text = "".join(decoder.push(one) for one in ids) + decoder.flush()
         assert text == tokenizer.decode(ids)
         text.encode("utf-8")
-        assert text.count("⟨") == sum(one >= tokenizer.vocab for one in ids)
+        assert text.count("⟨") == sum(one >= tokenizer.vocab_size for one in ids)
 
 
 def test_a_character_interrupted_by_an_unknown_id_is_replaced() -> None:
     tokenizer = byte_level(unknown_ids_as_text=True)
-    smile, beyond = tokenizer.encode("🙂"), tokenizer.vocab
+    smile, beyond = tokenizer.encode("🙂"), tokenizer.vocab_size
     decoder = tokenizer.decoder()
     pushed = [decoder.push(one) for one in (*smile[:2], beyond, *smile)]
     assert pushed[:2] == ["", ""] and set(pushed[2].removesuffix(f"⟨{beyond}⟩")) == {"\ufffd"}

@@ -66,7 +66,9 @@ def test_any_number_of_experts_per_launch_gives_the_same_bytes(
     for buffer_bytes in (1, 3 * expert_bytes, 1 << 30):
         ops = BACKENDS[backend]()
         with contextlib.closing(GpuQuantizer(ops, checkpoint, buffer_bytes)) as files:
-            assert files.count == min(max(1, buffer_bytes // expert_bytes), model.num_experts)
+            assert files.batch_experts == min(
+                max(1, buffer_bytes // expert_bytes), model.num_experts
+            )
             order = [1, 0]
             for layer, experts in zip(order, files.layers(order), strict=True):
                 assert np.array_equal(experts, wanted[layer])

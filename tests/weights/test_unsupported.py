@@ -121,12 +121,12 @@ FOLDERS: dict[str, tuple[Files, tuple[str, ...]]] = {
     "archive": ({"model.tar.gz": b"x"}, ("archive", "unpack")),
     "one inside": (
         {"README.md": "x", "Qwen3.5/config.json": OURS, "Qwen3.5/model.safetensors": b"x"},
-        ("of its own", "/Qwen3.5"),
+        ("in a subfolder", "/Qwen3.5"),
     ),
     "a hub cache": (
         {"refs/main": "abc", "snapshots/abc/config.json": OURS,
          "snapshots/abc/model.safetensors": b"x"},
-        ("of its own", "/snapshots/abc"),
+        ("in a subfolder", "/snapshots/abc"),
     ),
     "several inside": (
         {"a/config.json": OURS, "b/config.json": OURS}, ("/a", "another of the 2"),
