@@ -43,7 +43,7 @@ def complete_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return path.read_bytes(), time.monotonic() - start
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_packing_resumes_after_every_kill(
     folder: Path,
     complete_file: tuple[bytes, float],

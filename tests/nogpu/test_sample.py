@@ -186,7 +186,7 @@ def compare_odd(rng: np.random.Generator) -> None:
     for _ in range(2):
         found.token[:] = -7
         simulated.sample(logits, found)
-        label = f"{shape} {vocab} {arrays['settings']}"
+        label = f"{shape} {vocab} {arrays['sampler_params']}"
         np.testing.assert_array_equal(found.token, wanted.token, label)
     sampled = arrays["sampler_params"][:, 0] != 0
     counts = found.bin_counts.reshape(-1)[: rows * BINS].reshape(rows, BINS).sum(axis=1)
