@@ -101,12 +101,12 @@ def test_only_logits_come_back(rng: np.random.Generator) -> None:
         ops = engine._runner.ops
         list(engine.generate(ids, GREEDY))
         engine.status()  # whatever that reply still reads has come by now
-        before = ops.bytes_to_host
+        before = ops.d2h_bytes
         count = len(list(engine.generate(ids, GREEDY)))
         assert count == GREEDY.max_tokens
         engine.status()
         counters = 3 * engine._runner.store.cache.counters.nbytes  # two looks and a status
-        came = ops.bytes_to_host - before - counters
+        came = ops.d2h_bytes - before - counters
         assert came == engine.config.vocab_size * 4, "the first token's logits"
     finally:
         engine.close()

@@ -160,11 +160,11 @@ def test_a_forward_pass_allocates_nothing_through_its_operations() -> None:
     ops = Counting()
     given = runner(MIXED, ops=ops, capacity=4)
     step, logits = one_sequence(given.page), np.empty((1, MIXED.vocab), np.float32)
-    before, read = ops.made, ops.bytes_to_host
+    before, read = ops.made, ops.d2h_bytes
     given.model.forward(step, given.state)
     given.model.head(logits, step.query_start_loc[:1])
     assert before > 0
-    assert (ops.made, ops.bytes_to_host) == (before, read)
+    assert (ops.made, ops.d2h_bytes) == (before, read)
 
 
 def test_decode_goes_by_steps_and_prefill_by_chunks() -> None:

@@ -83,6 +83,6 @@ def test_a_small_cache_gives_the_cpus_logits_and_its_slots_are_true(case: Case, 
 
 def test_only_what_is_asked_for_comes_back_to_the_host(gpu: Ops) -> None:
     model = runner(CASES[0], ops=gpu, kv_dtype="bf16")
-    before = gpu.bytes_to_host
+    before = gpu.d2h_bytes
     got = model.logits(prompt(CASES[0]), 50)
-    assert gpu.bytes_to_host - before == got.nbytes
+    assert gpu.d2h_bytes - before == got.nbytes
