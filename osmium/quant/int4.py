@@ -28,7 +28,8 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 CLIPS = (-8.0, 7.0, -7.5, 7.5, -8.5, 8.0, -9.0, 8.5, -9.5, 9.0, -10.2, 9.8, -11.0, 10.6)
 """Candidate scales: the group's largest value divided by each of these.  q is clipped to -8 .. 7.
-The test model's held-out perplexity rises by 1.4 % with this grid, by 2.7 % with round-to-nearest."""
+The test model's held-out perplexity rises by 1.4 % with this grid, by 2.7 % with rounding to
+nearest."""
 
 _BLOCK = 1 << 13
 """Groups per block: 4 MiB of f32, which fit the CPU's cache."""
