@@ -331,7 +331,7 @@ class Ops(Protocol):
         """p = softmax(logits[:, :experts]); ids the A largest, descending, ties to the lower id;
         weights = p[ids] / sum(p[ids]).
 
-        ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= experts]    counters[0] += T * A
+        ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= E]    counters[0] += T * A
         """
 
     def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
@@ -430,7 +430,7 @@ class Ops(Protocol):
         "hits" may sum the shared expert and resident experts into y; "rest" adds the others.
 
         x f32 [T, D]    inner [T * A, I]    ids u16 [T, A]    weights f32 [T, A]
-        router_logits f32 [T, >= E + 1]    shared_out f32 [T, D], scratch
+        router_logits f32 [T, columns]    shared_out f32 [T, D], scratch
         y f32 [T, D], kept from "hits" to "rest"    h [T, D]    norm f32 [D]
         """
 

@@ -175,9 +175,10 @@ class GpuRows:
         """out = a @ W.T, or with `h` out += a @ W.T; h = rms_norm(out, norm).
 
         With `has_digits`, INT4 only, a.hi_lo holds each group of 128 values as 512 bytes: 3 x 128
-        i8 digits, then the f32 unit.  value = (d0 + 256 d1 + 65536 d2) * unit.  Digit row i starts
-        at byte 128 i.  Inputs j to j + 7 are bytes j to j + 7 of a row, in the order 0, 4, 1, 5, 2,
-        6, 3, 7; row 1 swaps neighbouring units of 16 bytes.  Bytes 388 to 511 are unspecified.
+        i8 digits, then the f32 unit.  value = 16 * unit * (d0 + 256 d1 + 65536 d2); the kernel's
+        weights are 16 * (q - 8).  Digit row i starts at byte 128 i.  Inputs j to j + 7 are bytes j
+        to j + 7 of a row, in the order 0, 4, 1, 5, 2, 6, 3, 7; row 1 swaps neighbouring units of 16
+        bytes.  The other bytes are unspecified.
         """
         norm_out = (0, 0, 0) if h is None else (h.hi_lo, norm, h.square_sums)
         tokens, tiling = a.f32.shape[0], self.tile(w)

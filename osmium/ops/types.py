@@ -5,8 +5,8 @@ shape, dtype, nbytes, slices along the first axis and reshape.  No models, files
 
 Layouts: an array's docstring starts with its dtype and shape, as in `f32 [T, H, d]`.  Arrays are
 row-major.  Names after a colon are the entries of the last axis, in order.  bf16 is stored as
-uint16, e4m3 as uint8 (quant/floats.py).  tests/ops/test_layouts.py compares each of these lines
-with the allocated arrays, and element orders with bytes that kernels write.
+uint16, e4m3 as uint8 (quant/floats.py).  tests/ops/test_layouts.py compares these lines with the
+allocated arrays; test_element_order.py compares element orders with the bytes of kernels.
 
 Letters: T tokens and S sequences of a step; D hidden size; N, K outputs and inputs of a matrix; L
 layers; E experts; A experts per token; I, Is inner sizes of a routed and the shared expert; H query
@@ -187,9 +187,9 @@ class AttentionWorkspace:
     partial: Array
     """f32 [splits, H, d + 2], the capacity of the split-KV partial sums, one flat array.
 
-    A step of T tokens, whose contexts are cut into s parts each, uses T * s of the splits.  First
-    come the weighted value sums, [T, H, s, d]; behind them the pair (largest score, sum of
-    exponentials), [T, H, s, 2]."""
+    A step of T tokens with s parts per context uses T * s of the splits.  First come the sums of
+    v * 2^(score - largest), [T, H, s, d].  Behind them come [T, H, s, 2]: largest, total.  total is
+    the sum of 2^(score - largest); with e4m3 pages `largest` includes log2 of v's scale."""
     split_counters: Array
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], zero between steps; split-KV arrival counters, one flat array.
 
@@ -202,7 +202,7 @@ class SharedExpert:
     """The expert that every token uses."""
 
     up: LinearWeight
-    """[2 Is, D], gate rows, then up rows."""
+    """[2Is, D], gate rows, then up rows."""
     down: LinearWeight
     """[D, Is]."""
     gate_column: int
