@@ -1,5 +1,6 @@
 """Documented layouts against the arrays that the product allocates, reads and writes."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,10 @@ KINDS: list[type] = [
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
+
+
+UNLIKE = replace(TINY, hidden=96, key_heads=2, value_heads=4, value_dim=64, inner=160, slots=6)
+"""No two sizes of an operation are equal, so that no two letters can be confused."""
 
 
 class ComparedReference(Compared, ReferenceOps):
@@ -105,9 +110,9 @@ def test_an_array_that_is_as_documented_passes() -> None:
 def test_operations_get_the_arrays_that_their_docstrings_state(rng: np.random.Generator) -> None:
     """Every documented field and argument, in the reference's arrays, over all operations."""
     ops = ComparedReference()
-    for make in (*(sized(name, TINY) for name in CASES), *cases_making.CASES.values()):
+    for make in (*(sized(name, UNLIKE) for name in CASES), *cases_making.CASES.values()):
         run(make(rng), ops)
-    model = runner(MODELS[0], ops=ops, capacity=4, page=8)
+    model = runner(MODELS[0], ops=ops, capacity=6, page=8)
     model.store._guess = model.store._asked = make_prefetch_state(ops, 4, 8, 2)
     model.step({0: prompt(MODELS[0])[:2]})
     model.step({0: [5]})
