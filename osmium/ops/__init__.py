@@ -380,7 +380,7 @@ class Ops(Protocol):
     ) -> None:
         """slots[prefetch.slot[layer]] = host_experts.packed[layer, prefetch.expert[layer]] for each
         layer from 1 on with an expert >= 0.  A layer starts at its prefetch.start_signal and stops
-        when prefetch.state has STOP.  Ends if no signal comes within 20 ms."""
+        when prefetch.state has PREFETCH_STOP.  Ends if no signal comes within 20 ms."""
 
     def expert_up(
         self,

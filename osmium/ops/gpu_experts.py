@@ -6,8 +6,8 @@ from osmium.kernels.place import PLACE
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.tiling import (
-    EXPERT_TILES,
     MATVEC_MAX_TOKENS,
+    MAX_EXPERT_TILES,
     fits_shared,
     supports_fused_experts,
     supports_matvec,
@@ -266,7 +266,7 @@ class GpuExperts(GpuRows):
             4,
             True,
             1 - shared_fraction,
-            EXPERT_TILES,
+            MAX_EXPERT_TILES,
         )
         EXPERTS_UP(
             self.stream, tiling.blocks + shared_blocks, tokens, inner.hi_lo, shared_inner.hi_lo,

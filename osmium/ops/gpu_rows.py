@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from osmium.kernels.ptx import kernel
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.tiling import MATVEC_NORM, Tiling, supports_matvec, tile_matrix
+from osmium.ops.tiling import MAX_NORM_K, Tiling, supports_matvec, tile_matrix
 from osmium.ops.types import Array, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
@@ -193,7 +193,7 @@ class GpuRows:
     @staticmethod
     def fits_norm(a: MatmulInput) -> bool:
         """Whether the matvec kernels can apply the norm of `a` themselves."""
-        return a.square_sums is None or a.f32.shape[1] <= MATVEC_NORM
+        return a.square_sums is None or a.f32.shape[1] <= MAX_NORM_K
 
     def tile(self, w: LinearWeight) -> Tiling:
         """The tiling of a matrix by tiles of eight rows."""

@@ -32,7 +32,7 @@ from osmium.ops.reference_quant import ReferenceQuantOps
 from osmium.ops.types import (
     FETCH_BLOCKS,
     FETCH_SEGMENT_BYTES,
-    STOP,
+    PREFETCH_STOP,
     Array,
     AttentionWeights,
     AttentionWorkspace,
@@ -383,7 +383,7 @@ class ReferenceOps(ReferenceQuantOps):
                 continue
             if signal != 8:
                 return
-            stopped = prefetch.state[layer][0] & STOP
+            stopped = prefetch.state[layer][0] & PREFETCH_STOP
             prefetch.state[layer] += 1 + (1 << 15)
             if not stopped and expert >= 0:
                 slots[slot] = host_experts.packed[layer, expert]

@@ -4,9 +4,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops.types import (
-    DROP,
+    PREFETCH_DISCARD,
     PREFETCH_SCORE_BIAS,
-    STOP,
+    PREFETCH_STOP,
     Array,
     ExpertCache,
     PrefetchState,
@@ -64,7 +64,9 @@ def assign_slots(
     if prefetch is not None:
         prefetch.start_signal[layer] = 16 * step + 15
         if prefetched >= 0:
-            prefetch.state[layer] += STOP if is_prefetch_hit else STOP + DROP
+            prefetch.state[layer] += (
+                PREFETCH_STOP if is_prefetch_hit else PREFETCH_STOP + PREFETCH_DISCARD
+            )
             prefetch.expert[layer] = -1
             cache.counters[5] += is_prefetch_hit
         if layer + 1 < len(cache.slot_to_expert):

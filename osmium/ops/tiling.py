@@ -11,24 +11,24 @@ from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "EXPERT_TILES", "KV_DTYPES", "MATVEC_MAX_TOKENS", "SPLIT_KV_MAX_SEQS", "Tiling",
+    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
     "fits_shared", "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts",
     "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
-MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
+MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
 """The matvec kernels need K to be a multiple of this; the generic kernels take other K."""
 
 MATVEC_MAX_TOKENS = 8
 """Most tokens per block of a matvec kernel: half of the 16 rows of an mma tile."""
 
-EXPERT_TILES = 32
+MAX_EXPERT_TILES = 32
 """Most expert tiles per block: one lane holds the address of one tile."""
 
 INT4_MAX_TOKENS = 5
 """Most tokens per block of the INT4 matvec kernel: three digits each in an mma tile's 16 rows."""
 
-MATVEC_NORM = 4096
+MAX_NORM_K = 4096
 """Largest K for which the kernels for few tokens apply the norm of their input."""
 
 WEIGHT_STAGE_BYTES = 32 << 10
@@ -37,10 +37,10 @@ WEIGHT_STAGE_BYTES = 32 << 10
 REDUCTION_BYTES = 2 << 10
 """Bytes of shared memory per token for the sums of a block's warps."""
 
-SUMS_DOWN = 4608
+DOWN_REDUCTION_BYTES = 4608
 """Bytes of shared memory of the expert down kernel for its sums and the first warp's state."""
 
-SCALES = 16 << 10
+MAX_SCALE_BYTES = 16 << 10
 """Most bytes of shared memory for a block's INT4 scales."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
@@ -49,7 +49,7 @@ KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 SPLIT_KV_MAX_SEQS = 8
 """Most sequences of a split-KV step; more sequences fill a GPU without splits."""
 
-SPLIT_SHARED = 96 << 10
+SPLIT_KV_SHARED_BYTES = 96 << 10
 """Most bytes of shared memory of a split-KV block."""
 
 MIN_KV_SPLITS = 4
@@ -91,13 +91,13 @@ def tile_matrix(
     shared_bytes, token_bytes = WEIGHT_STAGE_BYTES, REDUCTION_BYTES + 4 * in_features
     max_tokens = MATVEC_MAX_TOKENS
     if has_digits:
-        shared_bytes += SCALES
+        shared_bytes += MAX_SCALE_BYTES
         token_bytes += 2 * REDUCTION_BYTES
         max_tokens = INT4_MAX_TOKENS
     blocks_per_sm = 2 if runtime.max_shared_per_block >= 2 * (shared_bytes + token_bytes) else 1
     blocks = min(num_tiles, max(1, round(fraction * blocks_per_sm * runtime.sm_count)))
     if has_digits:
-        blocks = max(blocks, -(-num_tiles * in_features // (8 * SCALES)))
+        blocks = max(blocks, -(-num_tiles * in_features // (8 * MAX_SCALE_BYTES)))
     if max_tiles is not None:
         blocks = max(blocks, -(-num_tiles // max_tiles))
     return Tiling(
@@ -121,7 +121,9 @@ def tile_expert_down(
     tiles = -(-num_tiles // blocks)
     routed_groups = top_k * (layout.inner // 128)
     other_bytes = (
-        SUMS_DOWN + 544 * (routed_groups + shared_size // 64) + tiles * (16 * routed_groups + 32)
+        DOWN_REDUCTION_BYTES
+        + 544 * (routed_groups + shared_size // 64)
+        + tiles * (16 * routed_groups + 32)
     )
     two_rings = 2 * WEIGHT_STAGE_BYTES
     has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
@@ -136,14 +138,14 @@ def is_decode(step: StepInputs) -> bool:
 def supports_matvec(w: LinearWeight) -> bool:
     """Whether the matvec kernel of the format takes this matrix."""
     whole_tiles = w.format != "int4" or w.out_features % 8 == 0
-    return whole_tiles and w.in_features % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+    return whole_tiles and w.in_features % MATVEC_K_MULTIPLE[w.format] == 0 and w.group in (0, 128)
 
 
 def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:
     """Whether the fused expert kernels, for few tokens, take this layout."""
     groups = layout.up_group == layout.down_group == 128
     return (
-        layout.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and layout.hidden <= MATVEC_NORM
+        layout.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and layout.hidden <= MAX_NORM_K
     )
 
 
@@ -168,7 +170,7 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     GPUs that holds for the blocks of one context.  `copy_blocks` prefetch blocks run in parallel;
     where a multiprocessor fits one block, each of them takes a whole multiprocessor.
     """
-    if runtime.max_shared_per_block >= 2 * SPLIT_SHARED:
+    if runtime.max_shared_per_block >= 2 * SPLIT_KV_SHARED_BYTES:
         capacity = 2 * runtime.sm_count
     else:
         capacity = runtime.sm_count - copy_blocks

@@ -25,8 +25,8 @@ from osmium.kernels.weigh import BINS, SLICE
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "DROP", "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_SCORE_BIAS",
-    "ROUTER_BARRIER_SHAPE", "STOP", "Array", "AttentionWeights", "AttentionWorkspace",
+    "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_DISCARD", "PREFETCH_SCORE_BIAS",
+    "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
     "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
     "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
     "SlotAssignment", "StepInputs", "rows_bytes",
@@ -54,9 +54,9 @@ i % FETCH_BLOCKS; each of its eight warps copies an eighth."""
 PREFETCH_SCORE_BIAS = 0.02
 """Added to an expert's eviction score when a prefetch is picked: about the score of one old use."""
 
-STOP, DROP = 1 << 30, 1 << 29
-"""Bits of PrefetchState.state.  STOP: the layer's slots are assigned.  DROP: the prefetched expert
-was not routed."""
+PREFETCH_STOP, PREFETCH_DISCARD = 1 << 30, 1 << 29
+"""Bits of PrefetchState.state.  Stop: the layer's slots are assigned.  Discard: the prefetched
+expert was not routed."""
 
 MIN_LOGIT_SLICES = 128
 """Fewest slices into which the sampler cuts a row of logits; one thread block searches each."""
@@ -373,7 +373,8 @@ class PrefetchState:
     """i32 [L], its slot, numbered over all layers; the cache's tables list it as free."""
     state: Array
     """i32 [L, FETCH_BLOCKS], progress of each prefetch block: 1 once it has begun the layer, plus
-    2^15 once it has ended it.  Slot assignment adds STOP, and DROP if the expert was not routed."""
+    2^15 once it has ended it.  Slot assignment adds PREFETCH_STOP, and PREFETCH_DISCARD if the
+    expert was not routed."""
     segments_done: Array
     """i32 [L, FETCH_WARPS], segments of which the prefetch has copied each fetch warp's eighth."""
     start_signal: Array

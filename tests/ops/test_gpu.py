@@ -11,7 +11,7 @@ from osmium.experts.prefetch import MIN_BULK_COPY_CC
 from osmium.ops import HostExperts, PrefetchState, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_making
@@ -113,7 +113,7 @@ def test_experts_arrive_whole_whenever_what_is_fetched_early_stops(
         gpu.fetch_experts(cache, plan, arena, 1, prefetch=guess)
         gpu.join_side_stream(prefetch=True)
         # the first time kernels are loaded meanwhile, and no turn may come; else it may be too late
-        state = gpu.copy_d2h(guess.state)[1] & ~(STOP | DROP)
+        state = gpu.copy_d2h(guess.state)[1] & ~(PREFETCH_STOP | PREFETCH_DISCARD)
         assert np.isin(state, (0, 1 | 1 << 15)).all()
         begun += turn > 0 and bool(state.all())
         assert resident(gpu, cache)[1, gpu.copy_d2h(asked)[0]].all()

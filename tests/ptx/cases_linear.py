@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
+from osmium.ops.types import (
+    FETCH_BLOCKS,
+    FETCH_SEGMENT_BYTES,
+    FETCH_WARPS,
+    PREFETCH_DISCARD,
+    PREFETCH_STOP,
+)
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
@@ -264,7 +270,9 @@ def fetch(
         if guessed:
             begun = rng.permutation(FETCH_BLOCKS) > 3
             done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
-            arrays["state"] = words_of(begun, STOP if fetched[0] == 2 else STOP + DROP)[None]
+            arrays["state"] = words_of(
+                begun, PREFETCH_STOP if fetched[0] == 2 else PREFETCH_STOP + PREFETCH_DISCARD
+            )[None]
             arrays["done"] = done[None].astype(np.int32)
             arrays["go"] = 16 * np.arange(2 * FETCH_BLOCKS, dtype=np.int32).reshape(2, -1)
             arrays["go"][:, ::3] += 15  # then nothing is said
@@ -400,9 +408,9 @@ CASES: dict[str, Make] = {
     "fetch early fewer pieces than blocks, the last of three pages": fetch_early(96, 48, 2),
     "fetch early up to four pieces a block": fetch_early(256, 528, 1),
     "fetch early nobody": fetch_early(256, 200, -1),
-    "fetch early, too late": fetch_early(256, 200, 1, state=(STOP,)),
+    "fetch early, too late": fetch_early(256, 200, 1, state=(PREFETCH_STOP,)),
     "fetch early one layer after the other": fetch_early(
-        96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
+        96, 48, 2, -1, 0, 1, 1, state=(0, 0, PREFETCH_STOP + PREFETCH_DISCARD, 0, 0)
     ),
     "fetch early until a layer has no turn": fetch_early(96, 48, 2, 1, 0, said=(8, 15, 0)),
     "fetch early while seven of eight are done": fetch_early(96, 48, 2, 1, said=(7, 8)),

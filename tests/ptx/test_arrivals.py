@@ -12,7 +12,7 @@ from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH, FETCH_EARLY
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import CASES, cache_of, came, guess_of, pieces_of, words_of
@@ -54,7 +54,7 @@ def fetched(
         done = rng.integers(0, pieces_of(record) + 1).astype(np.int32)
         there = came(record, done)
         before[0, slot[0], there] = arena[0, 0, there]
-        state = words_of(np.ones((1, FETCH_BLOCKS)), STOP)
+        state = words_of(np.ones((1, FETCH_BLOCKS)), PREFETCH_STOP)
         guess = guess_of(None, None, ops.to_device(state), ops.to_device(done[None]))
     slots, words = ops.to_device(before), ops.to_device(np.zeros(2, np.int32))
     counters = ops.to_device(np.zeros(7, np.int64))
@@ -204,7 +204,7 @@ def test_what_is_fetched_early_ends_at_the_next_piece() -> None:
     record, cut = ExpertLayout(16, 256, 528), False
     most = pieces_of(record)
     for seed in range(8):
-        found, before = told(seed, STOP)
+        found, before = told(seed, PREFETCH_STOP)
         done, slot = found["done"][1], before["slot"][1] - 3
         wanted, there = before["slots"].copy(), came(record, done)
         wanted[1, slot, there] = before["arena"][1, before["expert"][1], there]
@@ -218,7 +218,7 @@ def test_what_nobody_asked_for_ends_inside_of_a_piece() -> None:
     """The guess was wrong: each block has stored what it had begun, in order, and left."""
     cut = False
     for seed in range(8):
-        found, before = told(seed, STOP + DROP)
+        found, before = told(seed, PREFETCH_STOP + PREFETCH_DISCARD)
         slot, expert = before["slot"][1] - 3, before["expert"][1]
         after, old, new = (
             rows.reshape(-1, 4096)

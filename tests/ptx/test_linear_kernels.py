@@ -12,7 +12,7 @@ import pytest
 
 from osmium.ops import ExpertCache
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import STOP
+from osmium.ops.types import PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import f32_from_bf16
 from tests.ops.cases import Arrays, Case, run
@@ -156,7 +156,7 @@ def test_an_early_fetch_copies_the_guess_and_nothing_else(
     want, said = a["slots"].copy(), a["go"][:, 0] - 48
     for layer, expert in enumerate(a["expert"].tolist()):
         comes = layer > 0 and said[layer] == 8 and np.isin(said[1:layer], (8, 15)).all()
-        copies = comes and expert >= 0 and not a["state"][layer, 0] & STOP
+        copies = comes and expert >= 0 and not a["state"][layer, 0] & PREFETCH_STOP
         if copies:
             want[layer, a["slot"][layer] - 3 * layer] = a["arena"][layer, expert]
         assert (out["done"][layer].max() > 0) == copies
