@@ -11,7 +11,7 @@ from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH_EXPERTS, PREFETCH_EXPERTS
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import (
@@ -63,7 +63,7 @@ def run_fetch(
         done = rng.integers(0, segments_of(layout) + 1).astype(np.int32)
         copied = copied_bytes(layout, done)
         before[0, slot[0], copied] = experts[0, 0, copied]
-        state = state_words(np.ones((1, FETCH_BLOCKS)), STOP)
+        state = state_words(np.ones((1, FETCH_BLOCKS)), PREFETCH_STOP)
         prefetch = prefetch_of(None, None, ops.to_device(state), ops.to_device(done[None]))
     slots, words = ops.to_device(before), ops.to_device(np.zeros(2, np.int32))
     counters = ops.to_device(np.zeros(7, np.int64))
@@ -234,7 +234,7 @@ def test_a_stopped_prefetch_ends_after_a_whole_segment() -> None:
     layout, stopped_midway = ExpertLayout(16, 256, 528), False
     most = segments_of(layout)
     for seed in range(8):
-        found, before = stopped_prefetch(seed, STOP)
+        found, before = stopped_prefetch(seed, PREFETCH_STOP)
         done, slot = found["segments_done"][1], before["slot"][1] - 3
         wanted, copied = before["slots"].copy(), copied_bytes(layout, done)
         wanted[1, slot, copied] = before["host_experts"][1, before["expert"][1], copied]
@@ -248,7 +248,7 @@ def test_a_dropped_prefetch_ends_inside_of_a_segment() -> None:
     """The prediction was wrong; each block has stored what it had started, in order, and ended."""
     stopped_midway = False
     for seed in range(8):
-        found, before = stopped_prefetch(seed, STOP + DROP)
+        found, before = stopped_prefetch(seed, PREFETCH_STOP + PREFETCH_DISCARD)
         slot, expert = before["slot"][1] - 3, before["expert"][1]
         after, old, new = (
             rows.reshape(-1, 4096)
