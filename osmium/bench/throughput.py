@@ -211,7 +211,9 @@ def _prefill(
     total = _difference(before, _experts(engine))
     _need(engine, total, settings.repeats * tokens)
     spent = statistics.median(times[1:])
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / settings.repeats
+    fetched = (
+        total["experts_copied"] * engine.runner.expert_runner.cache.record.nbytes / settings.repeats
+    )
     link = rates["link_gb_s"] * 1e9
     return {
         "what": "prefill",
@@ -252,7 +254,7 @@ def _decode(
     total = {name: sum(one[name] for _, one in found) for name in found[0][1]}
     steps = settings.repeats * settings.tokens
     _need(engine, total, steps * count)
-    fetched = total["experts_copied"] * engine.runner.store.cache.record.nbytes / steps
+    fetched = total["experts_copied"] * engine.runner.expert_runner.cache.record.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
     each = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
@@ -289,8 +291,8 @@ def _decode(
 
 def _empty(engine: Engine) -> None:
     """The cache as after a start."""
-    if engine.runner.store.arena is not None:
-        reset_cache(engine.runner.ops, engine.runner.store.cache)
+    if engine.runner.expert_runner.host_experts is not None:
+        reset_cache(engine.runner.ops, engine.runner.expert_runner.cache)
 
 
 def _depth(engine: Engine, depth: str, count: int, settings: BenchConfig) -> int:
@@ -375,9 +377,9 @@ def _hits(experts: dict[str, int]) -> float:
 
 def _bytes_read(engine: Engine, depth: int, count: int) -> float:
     """Bytes of VRAM that a step of one token a sequence has to read or write at least."""
-    plan, config, cache = engine.plan, engine.config, engine.runner.store.cache
+    plan, config, cache = engine.plan, engine.config, engine.runner.expert_runner.cache
     state = engine.runner.state
-    pages = state.pages * state.page
+    pages = state.num_pages * state.page_size
     kv = sum(
         array.nbytes / pages * depth
         for layer, mixer in zip(state.layers, config.layer_types, strict=True)
@@ -385,7 +387,7 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         for array in arrays(layer)
     )
     recurrent = sum(
-        2 * array.nbytes / state.slots
+        2 * array.nbytes / state.num_slots
         for layer, mixer in zip(state.layers, config.layer_types, strict=True)
         if mixer != "attention"
         for array in arrays(layer)
@@ -400,10 +402,10 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
 
     Experts are fetched into the slots where they are: nothing changes.
     """
-    ops, store = engine.runner.ops, engine.runner.store
-    cache, plan = store.cache, store.plan
+    ops, store = engine.runner.ops, engine.runner.expert_runner
+    cache, plan = store.cache, store.assignment
     machine = getattr(ops, "machine", None)
-    if store.arena is None or machine is None:
+    if store.host_experts is None or machine is None:
         return 0.0
     counters = ops.copy_d2h(cache.counters)
     held: npt.NDArray[Any] = ops.copy_d2h(cache.slot_to_expert[0])
@@ -422,7 +424,7 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
     for _ in range(9):
         start = Event(machine.device).record(machine.stream)
         for _ in range(4):
-            ops.fetch_experts(cache, plan, store.arena, 0)
+            ops.fetch_experts(cache, plan, store.host_experts, 0)
         end = Event(machine.device).record(machine.stream)
         times.append((end - start) / 4)
     ops.copy_h2d(cache.counters, counters)
@@ -431,8 +433,8 @@ def link_rate(engine: Engine, records: int | None = None) -> float:
 
 def _verify(engine: Engine) -> int:
     """Slots compared with their records in host memory; 0 where there is no arena."""
-    store, ops = engine.runner.store, engine.runner.ops
-    if store.arena is None:
+    store, ops = engine.runner.expert_runner, engine.runner.ops
+    if store.host_experts is None:
         return 0
-    records: Any = ops.host_view(store.arena.records)
+    records: Any = ops.host_view(store.host_experts.records)
     return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))

@@ -16,9 +16,9 @@ EVERY_S = 5.0
 
 def enable_timing(engine: Engine) -> None:
     """Print on the engine's thread, until the engine is closed."""
-    engine.meter.on_request_stats = lambda took: _print("response", took)
-    engine.meter.poll_interval_s = EVERY_S
-    engine.meter.on_interval_stats = _RateLimited()
+    engine.stats.on_request_stats = lambda took: _print("response", took)
+    engine.stats.poll_interval_s = EVERY_S
+    engine.stats.on_interval_stats = _RateLimited()
 
 
 class ResponseTimes:
@@ -27,7 +27,7 @@ class ResponseTimes:
 
     def __init__(self, engine: Engine) -> None:
         self._took: queue.SimpleQueue[IntervalStats] = queue.SimpleQueue()
-        engine.meter.on_request_stats = self._took.put
+        engine.stats.on_request_stats = self._took.put
 
     def print_next(self) -> None:
         """Print the line of the response that has just ended."""

@@ -113,7 +113,7 @@ def test_listed_launches_do_not_run(start: Callable[..., tuple[FakeGpu, Engine]]
     assert launches and not gpu.launched
     with pytest.raises(ZeroDivisionError), list_launches(ops):
         raise ZeroDivisionError
-    ops.copy_h2d(engine.runner.replies.decode_step, np.zeros(1, np.int32))
+    ops.copy_h2d(engine.runner.decode_state.decode_step, np.zeros(1, np.int32))
     assert isinstance(ops.machine, CudaRuntime) and ops.stream is ops.machine.stream
 
 

@@ -41,7 +41,7 @@ def test_a_row_adds_up(engine: Any) -> None:
     assert row["routed"] == 2 * 6 * config.num_layers * config.top_k
     assert row["routed"] == row["hit"] + row["missed"]
     assert row["hit_rate"] == pytest.approx(row["hit"] / row["routed"])
-    record = engine.runner.store.cache.record.nbytes
+    record = engine.runner.expert_runner.cache.record.nbytes
     assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(row["experts_copied"] * record / 12)
     assert row["tokens_per_s"] > 0
     assert found["slots_verified"] == 8
@@ -97,7 +97,7 @@ def test_a_row_starts_cold(engine: Any) -> None:
 def test_prefill_says_what_it_fetched(engine: Any) -> None:
     (row,) = measure(engine, BenchConfig(depths=(), prompts=(40,), repeats=2))["rows"]
     assert row["routed"] == 2 * 40 * engine.config.num_layers * engine.config.top_k
-    record = engine.runner.store.cache.record.nbytes
+    record = engine.runner.expert_runner.cache.record.nbytes
     assert row["mb_fetched"] * 1e6 == pytest.approx(row["experts_copied"] * record / 2)
     assert row["ttft_ms"] > 0
 
@@ -105,7 +105,7 @@ def test_prefill_says_what_it_fetched(engine: Any) -> None:
 def test_counters_that_disagree_fail_the_bench(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, status = engine.runner.store, engine.status
+    store, status = engine.runner.expert_runner, engine.status
 
     def dropping() -> dict[str, Any]:
         found: dict[str, Any] = status()
@@ -206,10 +206,10 @@ def test_the_link_is_timed_and_nothing_changes(
         runner.ops, "machine", SimpleNamespace(device=None, stream=None), raising=False
     )
     before = engine.status()["experts"]
-    record = runner.store.cache.record.nbytes
+    record = runner.expert_runner.cache.record.nbytes
     assert throughput.link_rate(engine, 2) == 2 * record / 0.25 / 1e6, (
         "4 fetches of 2 records a tick"
     )
     assert engine.status()["experts"] == before
-    records = runner.ops.host_view(runner.store.arena.records)
-    assert verify(runner.ops, runner.store.cache, records, 1000, 0) > 0
+    records = runner.ops.host_view(runner.expert_runner.host_experts.records)
+    assert verify(runner.ops, runner.expert_runner.cache, records, 1000, 0) > 0

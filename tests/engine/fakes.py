@@ -221,12 +221,12 @@ class Bench:
         self.model = HistoryModel(rule, pages + 1, page, sequences + 1, chunk)
         if gate is not None:
             self.model.before = gate
-        self.seats = KVCacheManager(pages, page, sequences)
+        self.kv_cache = KVCacheManager(pages, page, sequences)
         state = ModelState(page, pages + 1, sequences + 1, ())
         model, store = cast(Any, self.model), cast(Any, _Store())
         runner = ModelRunner(ReferenceOps(), model, store, state, sequences, table, ahead)
         options.setdefault("tokenizer", ByteTokenizer())
-        self.engine = Engine(runner, self.seats, name="fake", context=context, **options)
+        self.engine = Engine(runner, self.kv_cache, name="fake", context=context, **options)
 
     def ask(self, prompt: list[int], params: SamplingParams = GREEDY) -> "Reply":
         reply = Reply()
@@ -236,8 +236,8 @@ class Bench:
     def close(self) -> None:
         """End the engine; nothing may be left taken."""
         self.engine.close()
-        assert self.seats.free_pages == self.seats.pages, "pages were lost"
-        assert self.seats.free_slots == self.seats.slots, "slots were lost"
+        assert self.kv_cache.free_pages == self.kv_cache.num_pages, "pages were lost"
+        assert self.kv_cache.free_slots == self.kv_cache.num_slots, "slots were lost"
 
 
 class Reply:

@@ -314,7 +314,7 @@ def test_many_random_requests_and_cancels_leave_every_seat_free(
     status = one.engine.status()
     assert (status["running"], status["waiting"]) == (0, 0)
     assert status["free_pages"] == status["pages"] == 20
-    assert one.seats.free_slots == one.seats.slots
+    assert one.kv_cache.free_slots == one.kv_cache.num_slots
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -462,18 +462,18 @@ def test_a_step_that_fails_ends_its_requests_and_the_engine_goes_on(
     again = one.ask([1] * 12)
     assert again.wait().error is None
     assert again.ids == follow(scrambled, [1] * 12, 8)
-    assert one.seats.free_pages == one.seats.pages
+    assert one.kv_cache.free_pages == one.kv_cache.num_pages
 
 
 def test_a_cuda_error_that_leaves_the_context_whole_ends_one_step_only(bench: Make) -> None:
     one = bench()
-    one.model.before = Failing(1, CudaError("busy", call="c", name="N", code=1, lost=False))
+    one.model.before = Failing(1, CudaError("busy", call="c", name="N", code=1, context_lost=False))
     assert isinstance(one.ask([1]).wait().error, CudaError)
     assert one.ask([1]).wait().error is None
 
 
 def lost() -> CudaError:
-    return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, lost=True)
+    return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, context_lost=True)
 
 
 def test_a_lost_context_stops_the_engine_for_everybody(bench: Make) -> None:

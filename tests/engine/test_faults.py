@@ -68,7 +68,7 @@ def test_a_watchdog_that_fires_tells_everybody_and_the_thread_ends(bench: Any) -
     watchdog = Watchdog(one.engine.stop, GIB, lambda: left[0], period=0.002)
     left[0] = GIB // 4
     end = time.monotonic() + PATIENCE_S
-    while one.engine._why is None:
+    while one.engine._stop_reason is None:
         assert time.monotonic() < end, "nobody barked"
         time.sleep(0.001)
     gate.open()
@@ -81,7 +81,7 @@ def test_a_watchdog_that_fires_tells_everybody_and_the_thread_ends(bench: Any) -
     with pytest.raises(EngineStopped, match=r"0\.25 GiB"):
         one.ask([1])
     assert one.engine.failure is not None
-    assert one.engine.meter.finished[FinishReason.ERROR] == 3
+    assert one.engine.stats.finished[FinishReason.ERROR] == 3
     watchdog.close()
 
 

@@ -50,7 +50,7 @@ def test_replies_of_the_device_are_those_of_the_host(rng: np.random.Generator) -
     """Asked for log-probabilities, the host looks at every row of logits and draws itself."""
     engine = demo()
     try:
-        assert engine._runner._replays, "a token was recorded before anybody is served"
+        assert engine._runner._graphs, "a token was recorded before anybody is served"
         for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}):
             params = replace(GREEDY, **settings)  # type: ignore[arg-type]
             for ids in prompts(engine, rng, 3):
@@ -105,7 +105,7 @@ def test_only_logits_come_back(rng: np.random.Generator) -> None:
         count = len(list(engine.generate(ids, GREEDY)))
         assert count == GREEDY.max_tokens
         engine.status()
-        counters = 3 * engine._runner.store.cache.counters.nbytes  # two looks and a status
+        counters = 3 * engine._runner.expert_runner.cache.counters.nbytes  # two looks and a status
         came = ops.bytes_to_host - before - counters
         assert came == engine.config.vocab_size * 4, "the first token's logits"
     finally:
@@ -136,10 +136,15 @@ def test_every_kind_of_host_memory_is_filled_with_the_file(
         records = open_packed(DEMO).all_records()
         runner = engine.runner
         if slots is None:
-            assert verify(runner.ops, runner.store.cache, records, 10**6, 0) == records[..., 0].size
+            assert (
+                verify(runner.ops, runner.expert_runner.cache, records, 10**6, 0)
+                == records[..., 0].size
+            )
         else:
-            assert runner.store.arena is not None
-            assert np.array_equal(runner.ops.host_view(runner.store.arena.records), records)
+            assert runner.expert_runner.host_experts is not None
+            assert np.array_equal(
+                runner.ops.host_view(runner.expert_runner.host_experts.records), records
+            )
     finally:
         engine.close()
 
@@ -153,7 +158,7 @@ def test_a_second_start_hits_what_was_hot(tmp_path: Path) -> None:
         """What twenty tokens and their reply hit; at the start slots hold what they should."""
         engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
         try:
-            ops, store = engine.runner.ops, engine.runner.store
+            ops, store = engine.runner.ops, engine.runner.expert_runner
             there = engine.run_on_engine_thread(lambda: int(resident(ops, store.cache).sum()))
             assert (
                 engine.run_on_engine_thread(lambda: verify(ops, store.cache, records, 10**6, 0))
@@ -181,11 +186,11 @@ def test_slots_shared_out_between_two_replies_change_neither(
     engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
     try:
         runner = engine.runner
-        ops, store = runner.ops, runner.store
+        ops, store = runner.ops, runner.expert_runner
         assert isinstance(ops, GpuOps) and isinstance(ops.machine, CudaRuntime)
         asked, used = prompts(engine, rng, 10), ops.machine.pool.used
         before = [replies(engine, [ids]) for ids in asked]
-        counted, recorded = engine.status()["experts"], dict(runner._replays)
+        counted, recorded = engine.status()["experts"], dict(runner._graphs)
         heat = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
 
         count = engine.run_on_engine_thread(runner.rebalance_slots)
@@ -200,11 +205,11 @@ def test_slots_shared_out_between_two_replies_change_neither(
         for layer, own in enumerate(each):
             assert set(np.flatnonzero(there[layer])) == set(heat.top_experts(layer, own).tolist())
         again = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
-        assert np.allclose(again.heat, heat.heat, rtol=1e-5)
-        assert np.allclose(again.long_heat, heat.long_heat, rtol=1e-5)
+        assert np.allclose(again.short_count, heat.short_count, rtol=1e-5)
+        assert np.allclose(again.long_count, heat.long_count, rtol=1e-5)
         assert engine.status()["experts"] == counted and ops.machine.pool.used == used
-        assert runner._replays, "recorded again"
-        assert all(run is not recorded.get(key) for key, run in runner._replays.items())
+        assert runner._graphs, "recorded again"
+        assert all(run is not recorded.get(key) for key, run in runner._graphs.items())
 
         after = [replies(engine, [ids]) for ids in asked]
         # Who hits is summed before who misses, and that may turn a near-tie.

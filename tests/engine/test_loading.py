@@ -70,7 +70,7 @@ def test_resident_slots_are_read_through_one_layer_of_host_memory(
     engine = loader.load(
         packed.path, "gpu", progress=lambda *one: seen.append(one), **options(packed.path)
     )
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert cache.capacity == cache.experts
     count = cache.experts * len(CASE.kinds)
     assert verify(engine.runner.ops, cache, records(packed), 10**6, 0) == count
@@ -92,8 +92,8 @@ def test_an_arena_holds_every_record(
     gpu.install(monkeypatch, kind)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
-    assert runner.store.arena is not None
-    arena = runner.ops.host_view(runner.store.arena.records)
+    assert runner.expert_runner.host_experts is not None
+    arena = runner.ops.host_view(runner.expert_runner.host_experts.records)
     assert np.array_equal(arena, records(packed))
     assert gpu.most["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
     engine.close()
@@ -174,7 +174,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     made.engine(**more).close()
     gc.collect()
-    arena = 0 if made._arena is None else made._arena.records.nbytes
+    arena = 0 if made._host_experts is None else made._host_experts.records.nbytes
     weights = gpu.bytes_of("cuMemAlloc")
     gpu.refuse = gpu.asked + 3
     with pytest.raises(OutOfMemory):
@@ -183,7 +183,7 @@ def test_a_loader_goes_on_after_memory_was_refused(
     assert gpu.bytes_of("cuMemAlloc") <= weights
     assert gpu.host_bytes() <= arena + made.packed.parts["embed"].nbytes + 16 * 4096
     engine = made.engine(**more)
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert cache.capacity == (slots or cache.experts)
     engine.close()
     made.close()
@@ -197,7 +197,7 @@ def test_a_device_that_cannot_copy_in_bulk_does_not_guess(
     gpu = FakeGpu(4 << 30, capability=capability)
     gpu.install(monkeypatch)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
-    assert (engine.runner.store.guess(1) is not None) == (capability[0] >= 9)
+    assert (engine.runner.expert_runner.prefetch_state(1) is not None) == (capability[0] >= 9)
     engine.close()
 
 
@@ -211,7 +211,7 @@ def test_vram_that_ends_while_it_is_filled(
     def progress(stage: str, done: int, total: int) -> None:
         gpu.vram = gpu.bytes_of("cuMemAlloc")
 
-    with pytest.raises(OutOfMemory, match=r"are free; Osmium holds"):
+    with pytest.raises(OutOfMemory, match=r"are free; Osmium uses"):
         loader.load(packed.path, "gpu", progress=progress, **options(packed.path))
     assert not gpu.held
 
@@ -306,14 +306,14 @@ def talk(engine: Engine, seed: int = 1) -> list[int]:
 
 def residents(engine: Engine) -> npt.NDArray[np.bool_]:
     return engine.run_on_engine_thread(
-        lambda: resident(engine.runner.ops, engine.runner.store.cache)
+        lambda: resident(engine.runner.ops, engine.runner.expert_runner.cache)
     )
 
 
 def hottest(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
     """Who a start with so many slots a layer, in the mean, begins with: bool [L, E]."""
     heat = engine.run_on_engine_thread(
-        lambda: snapshot_usage(engine.runner.ops, engine.runner.store.cache)
+        lambda: snapshot_usage(engine.runner.ops, engine.runner.expert_runner.cache)
     )
     out = np.zeros_like(heat.resident)
     each = slots_per_layer(heat, slots, engine.config.top_k) or [slots] * len(out)
@@ -338,7 +338,7 @@ def test_a_second_start_begins_with_what_was_hot(
     first.close()
     (file,) = kept(tmp_path)
     second = warm(packed, tmp_path)
-    cache = second.runner.store.cache
+    cache = second.runner.expert_runner.cache
     assert np.array_equal(residents(second), hot) and hot.sum() == 6 * len(CASE.kinds)
     assert verify(second.runner.ops, cache, records(packed), 1000, 0) == residents(second).sum()
     assert second.status()["experts"] == vars(ExpertCounters(0, 0, 0, 0))
@@ -415,7 +415,7 @@ def test_an_engine_that_fails_keeps_nothing(packed: PackedModel, tmp_path: Path)
     talk(engine)
 
     def fail() -> None:
-        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
+        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, context_lost=True)
 
     with pytest.raises(CudaError):
         engine.run_on_engine_thread(fail)
@@ -445,7 +445,7 @@ def test_on_a_gpu_heat_fills_slots_by_the_copy_engine(
     gpu.install(monkeypatch)
     settings = options(packed.path, expert_slots=6, cache_dir=str(tmp_path))
     engine = loader.load(packed.path, "gpu", **settings)
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert np.array_equal(residents(engine), hot)
     assert verify(engine.runner.ops, cache, records(packed), 1000, 0) == residents(engine).sum()
     engine.close()

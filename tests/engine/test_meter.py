@@ -25,7 +25,7 @@ def test_tokens_and_endings_are_counted_once(bench: Any) -> None:
     for prompt, params in (([1] * 20, GREEDY), ([2], GREEDY), ([3] * 60, replace(GREEDY))):
         one.ask(prompt, params).wait()
     one.engine.status()
-    meter = one.engine.meter
+    meter = one.engine.stats
     assert meter.tokens == {"prompt": 81, "completion": 8 + 8 + 4}
     assert meter.finished[FinishReason.LENGTH] == 3
     assert sum(meter.ttft_s.counts) == 3
@@ -42,7 +42,7 @@ def test_a_cancelled_request_is_counted_as_such(bench: Any) -> None:
     gate.open()
     first.wait()
     second.wait()
-    found = one.engine.meter.finished
+    found = one.engine.stats.finished
     assert (found[FinishReason.LENGTH], found[FinishReason.CANCELLED]) == (1, 1)
 
 
@@ -67,7 +67,7 @@ class Told:
 def test_a_reply_is_told_with_its_stages(bench: Any) -> None:
     told = Told()
     one = bench()
-    one.engine.meter.on_request_stats = told
+    one.engine.stats.on_request_stats = told
     one.ask([1] * 20).wait()
     (took,) = told.wait(1)
     assert (took.prompt_tokens, took.generated_tokens) == (20, 7)
@@ -88,11 +88,11 @@ def test_who_cannot_be_told_stops_nobody(bench: Any) -> None:
         raise BrokenPipeError
 
     one = bench()
-    one.engine.meter.on_request_stats = broken
+    one.engine.stats.on_request_stats = broken
     for _ in range(2):
         assert one.ask([1]).wait().error is None
     one.engine.status()
-    assert one.engine.meter.on_request_stats is None
+    assert one.engine.stats.on_request_stats is None
 
 
 def test_looks_between_tokens_change_no_reply(bench: Any) -> None:
@@ -102,7 +102,7 @@ def test_looks_between_tokens_change_no_reply(bench: Any) -> None:
     for every in (None, 0.0, 0.001):
         told = Told()
         one = bench()
-        one.engine.meter.poll_interval_s, one.engine.meter.on_interval_stats = every, told
+        one.engine.stats.poll_interval_s, one.engine.stats.on_interval_stats = every, told
         replies = [one.ask([n] * n, params) for n in (1, 5, 12)]
         for reply in replies:
             reply.wait()
@@ -120,18 +120,18 @@ def test_replies_say_what_they_fetched() -> None:
         "synthetic:tiny", device="cpu", expert_slots=4, context=256, prefill_chunk=64
     )
     told = Told()
-    engine.meter.on_request_stats = told
+    engine.stats.on_request_stats = told
     for _ in range(2):
         list(engine.generate(list(range(40)), GREEDY))
     took = told.wait(2)
-    before = engine.meter.experts
-    assert before == engine.meter.update()
+    before = engine.stats.experts
+    assert before == engine.stats.update()
     engine.close()
     for one in took:
         assert 0 < one.hit_rate < 1
         assert one.mb_per_token > 0
         assert one.link_utilization == 0, "nobody has measured a link"
-    most = before.experts_copied * engine.meter.record_bytes / 1e6
+    most = before.experts_copied * engine.stats.expert_bytes / 1e6
     assert sum(one.mb_per_token * one.generated_tokens for one in took) < most
 
 
@@ -143,7 +143,7 @@ def test_counters_that_do_not_add_up_are_logged_once(
     def wrong() -> None:
         raise AssertionError("3 routed, but 1 hit and 1 fetched")
 
-    monkeypatch.setattr(one.engine.runner.store, "counters", wrong)
+    monkeypatch.setattr(one.engine.runner.expert_runner, "counters", wrong)
     for _ in range(2):
         assert one.ask([1]).wait().error is None
     one.engine.run_on_engine_thread(lambda: None)

@@ -23,65 +23,69 @@ def compute(batch: Batch) -> list[Request]:
     return spoke
 
 
-# -- seats -----------------------------------------------------------------------------------------
+# -- KV cache manager ----------------------------------------------------------------------------
 
 
 def test_a_request_has_as_many_pages_as_its_tokens_need() -> None:
-    seats, one = KVCacheManager(pages=10, page=4, slots=2), request(9)
-    assert seats.allocate_slot(one)
+    kv_cache, one = KVCacheManager(num_pages=10, page_size=4, num_slots=2), request(9)
+    assert kv_cache.allocate_slot(one)
     for tokens, pages in ((1, 1), (4, 1), (5, 2), (9, 3), (3, 3), (40, 10)):
-        assert seats.allocate_pages(one, tokens)
+        assert kv_cache.allocate_pages(one, tokens)
         assert len(one.pages) == pages
-        assert seats.free_pages == 10 - pages
-    seats.free(one)
-    assert (seats.free_pages, seats.free_slots, one.pages, one.state_slot) == (10, 2, [], -1)
+        assert kv_cache.free_pages == 10 - pages
+    kv_cache.free(one)
+    assert (kv_cache.free_pages, kv_cache.free_slots, one.pages, one.state_slot) == (10, 2, [], -1)
 
 
 def test_growing_past_what_is_free_says_so_and_takes_nothing() -> None:
-    seats, one, two = KVCacheManager(pages=5, page=2, slots=2), request(1), request(1)
-    assert seats.allocate_slot(one) and seats.allocate_pages(one, 6)
-    assert seats.allocate_slot(two) and not seats.allocate_pages(two, 5)
-    assert (two.pages, seats.free_pages) == ([], 2)
-    assert seats.allocate_pages(two, 4)
+    kv_cache, one, two = (
+        KVCacheManager(num_pages=5, page_size=2, num_slots=2),
+        request(1),
+        request(1),
+    )
+    assert kv_cache.allocate_slot(one) and kv_cache.allocate_pages(one, 6)
+    assert kv_cache.allocate_slot(two) and not kv_cache.allocate_pages(two, 5)
+    assert (two.pages, kv_cache.free_pages) == ([], 2)
+    assert kv_cache.allocate_pages(two, 4)
 
 
 def test_there_is_no_seat_without_a_slot() -> None:
-    seats = KVCacheManager(pages=5, page=2, slots=1)
+    kv_cache = KVCacheManager(num_pages=5, page_size=2, num_slots=1)
     one, two = request(1), request(1)
-    assert seats.allocate_slot(one)
-    assert not seats.allocate_slot(two)
+    assert kv_cache.allocate_slot(one)
+    assert not kv_cache.allocate_slot(two)
     assert two.state_slot == -1
-    seats.free(one)
-    assert seats.allocate_slot(two)
+    kv_cache.free(one)
+    assert kv_cache.allocate_slot(two)
 
 
 def test_leaving_twice_gives_nothing_twice() -> None:
-    seats, one = KVCacheManager(pages=5, page=2, slots=2), request(1)
-    assert seats.allocate_slot(one) and seats.allocate_pages(one, 5)
-    seats.free(one)
-    seats.free(one)
-    assert (seats.free_pages, seats.free_slots) == (5, 2)
+    kv_cache, one = KVCacheManager(num_pages=5, page_size=2, num_slots=2), request(1)
+    assert kv_cache.allocate_slot(one) and kv_cache.allocate_pages(one, 5)
+    kv_cache.free(one)
+    kv_cache.free(one)
+    assert (kv_cache.free_pages, kv_cache.free_slots) == (5, 2)
 
 
 def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> None:
-    seats, sitting = KVCacheManager(pages=20, page=3, slots=5), list[Request]()
+    kv_cache, sitting = KVCacheManager(num_pages=20, page_size=3, num_slots=5), list[Request]()
     for _ in range(2000):
         what = rng.integers(0, 4)
         if what == 0:
             one = request(1)
-            assert seats.allocate_slot(one) == (len(sitting) < 5)
+            assert kv_cache.allocate_slot(one) == (len(sitting) < 5)
             if one.state_slot >= 0:
                 sitting.append(one)
         elif what == 1 and sitting:
-            seats.free(sitting.pop(int(rng.integers(0, len(sitting)))))
+            kv_cache.free(sitting.pop(int(rng.integers(0, len(sitting)))))
         elif sitting:
-            seats.allocate_pages(
+            kv_cache.allocate_pages(
                 sitting[int(rng.integers(0, len(sitting)))], int(rng.integers(1, 30))
             )
         pages = [page for one in sitting for page in one.pages]
         slots = [one.state_slot for one in sitting]
-        assert len(set(pages)) == len(pages) == 20 - seats.free_pages
-        assert len(set(slots)) == len(slots) == 5 - seats.free_slots
+        assert len(set(pages)) == len(pages) == 20 - kv_cache.free_pages
+        assert len(set(slots)) == len(slots) == 5 - kv_cache.free_slots
         assert set(pages) <= set(range(20)) and set(slots) <= set(range(5))
 
 
@@ -215,7 +219,7 @@ def test_whatever_comes_everyone_ends_in_a_bounded_number_of_steps(
                 continue
             owners = [one for one, _ in batch.scheduled]
             assert len(set(owners)) == len(owners) <= 3
-            assert sum(counts(batch)) <= turns.chunk
+            assert sum(counts(batch)) <= turns.max_step_tokens
             for one, count in batch.scheduled:
                 assert one.state_slot >= 0
                 assert 1 <= count <= one.num_pending_tokens
@@ -225,4 +229,4 @@ def test_whatever_comes_everyone_ends_in_a_bounded_number_of_steps(
                     turns.remove(one)
                     del lengths[one]
         assert not lengths
-        assert (turns.seats.free_pages, turns.seats.free_slots) == (pages, 3)
+        assert (turns.kv_cache.free_pages, turns.kv_cache.free_slots) == (pages, 3)

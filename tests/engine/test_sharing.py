@@ -53,7 +53,7 @@ def talk(engine: Engine, seed: int = 1) -> list[int]:
 
 def own(runner: ModelRunner) -> list[int]:
     """How many slots each layer has."""
-    return [layer.shape[0] for layer in runner.store.cache.slots]
+    return [layer.shape[0] for layer in runner.expert_runner.cache.slots]
 
 
 # -- what is done ----------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
     start: Callable[..., Engine], packed: PackedModel
 ) -> None:
     engine = start()
-    ops, store = engine.runner.ops, engine.runner.store
+    ops, store = engine.runner.ops, engine.runner.expert_runner
     talk(engine)
     before, counted = (
         engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache)),
@@ -101,8 +101,8 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
     for layer, slots in enumerate(each):
         assert set(np.flatnonzero(there[layer])) == set(before.top_experts(layer, slots))
     after = snapshot_usage(ops, store.cache)
-    assert np.allclose(after.heat, before.heat, rtol=1e-6)
-    assert np.allclose(after.long_heat, before.long_heat, rtol=1e-6)
+    assert np.allclose(after.short_count, before.short_count, rtol=1e-6)
+    assert np.allclose(after.long_count, before.long_count, rtol=1e-6)
     assert after.steps == before.steps and store.counters() == counted
     assert store.cache.storage is memory, "nothing was allocated"
     assert all(getattr(store.cache, name) is array for name, array in arrays.items())
@@ -114,7 +114,7 @@ def test_slots_hold_the_hottest_and_all_else_goes_on(
 
 def test_where_nothing_would_move_nothing_is_done(start: Callable[..., Engine]) -> None:
     engine = start()
-    store = engine.runner.store
+    store = engine.runner.expert_runner
     assert engine.run_on_engine_thread(engine.runner.rebalance_slots) == 0, (
         "nobody has asked anything"
     )
@@ -134,27 +134,27 @@ def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
 ) -> None:
     cold = start()
     talk(cold)
-    heat = snapshot_usage(cold.runner.ops, cold.runner.store.cache)
+    heat = snapshot_usage(cold.runner.ops, cold.runner.expert_runner.cache)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     prepared: list[list[int]] = []
 
     def prepare(runner: ModelRunner) -> None:
         prepared.append(own(runner))
-        runner._prepared = True
-        runner._replays[("reply", 1)] = lambda: None
+        runner._graphs_captured = True
+        runner._graphs[("decode", 1)] = lambda: None
         for name in ("short_count", "step", "counters"):
-            runner.ops.memset(getattr(runner.store.cache, name), 0)
+            runner.ops.memset(getattr(runner.expert_runner.cache, name), 0)
 
     monkeypatch.setattr(ModelRunner, "capture_graphs", prepare)  # the kernels would do nothing
     engine = start("gpu", cache_dir=str(packed.path.parent))
-    runner, store = engine.runner, engine.runner.store
+    runner, store = engine.runner, engine.runner.expert_runner
     ops, cache = runner.ops, store.cache
 
     def use() -> None:
         """As if it had answered."""
-        ops.copy_h2d(cache.short_count, heat.heat)
-        ops.copy_h2d(cache.long_count, heat.long_heat)
+        ops.copy_h2d(cache.short_count, heat.short_count)
+        ops.copy_h2d(cache.long_count, heat.long_count)
         ops.copy_h2d(
             cache.last_used, np.where(heat.age >= 0, heat.steps - heat.age, 0).astype(np.int32)
         )
@@ -162,11 +162,11 @@ def test_on_a_gpu_steps_are_recorded_again_and_nothing_is_allocated(
         ops.copy_h2d(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
 
     engine.run_on_engine_thread(use)
-    old, asked, held = runner._replays[("reply", 1)], gpu.asked, dict(gpu.held)
-    runner._replays[("logits", 1)] = old
+    old, asked, held = runner._graphs[("decode", 1)], gpu.asked, dict(gpu.held)
+    runner._graphs[("logits", 1)] = old
     assert engine.run_on_engine_thread(runner.rebalance_slots) == SLOTS * len(CASE.kinds)
     assert prepared == [[SLOTS] * len(CASE.kinds), own(runner)] and prepared[0] != prepared[1]
-    assert list(runner._replays) == [("reply", 1)] and runner._replays[("reply", 1)] is not old
+    assert list(runner._graphs) == [("decode", 1)] and runner._graphs[("decode", 1)] is not old
     assert gpu.asked == asked and gpu.held.keys() == held.keys()
     assert engine.status()["experts"]["routed"] == 9
     count = engine.run_on_engine_thread(
@@ -179,11 +179,11 @@ def test_a_second_start_has_the_slots_that_were_shared_out(start: Callable[..., 
     first = start()
     talk(first)
     first.run_on_engine_thread(first.runner.rebalance_slots)
-    each, there = own(first.runner), resident(first.runner.ops, first.runner.store.cache)
+    each, there = own(first.runner), resident(first.runner.ops, first.runner.expert_runner.cache)
     first.close()
     second = start()
     assert own(second.runner) == each
-    assert np.array_equal(resident(second.runner.ops, second.runner.store.cache), there)
+    assert np.array_equal(resident(second.runner.ops, second.runner.expert_runner.cache), there)
 
 
 # -- when ------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ def shares(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     share = ModelRunner.rebalance_slots
 
     def counted(runner: ModelRunner) -> int:
-        seen.append(int(runner.store.counters().routed))
+        seen.append(int(runner.expert_runner.counters().routed))
         return share(runner)
 
     monkeypatch.setattr(ModelRunner, "rebalance_slots", counted)
@@ -223,7 +223,7 @@ def idle(engine: Engine) -> None:
 def test_slots_are_shared_out_after_so_many_tokens_and_then_twice_as_many(
     start: Callable[..., Engine], shares: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "osmium.sharing")
+    caplog.set_level(logging.INFO, "osmium.rebalancer")
     engine = start()
     layers, top_k = len(CASE.kinds), engine.config.top_k
     seen: list[int] = []
@@ -314,7 +314,7 @@ def test_an_error_of_the_device_ends_the_engine(
     made, stopped = bench(), threading.Event()
 
     def fail() -> None:
-        raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, lost=True)
+        raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, context_lost=True)
 
     made.engine.on_idle, made.engine.on_stopped = fail, stopped.set
     made.ask([1, 2, 3]).wait()

@@ -18,8 +18,8 @@ from osmium.experts.cache import (
     verify,
 )
 from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
-from osmium.experts.prefetch import guess_bytes, make_prefetch_state
-from osmium.experts.runner import ExpertRunner, store_bytes
+from osmium.experts.prefetch import make_prefetch_state, prefetch_state_bytes
+from osmium.experts.runner import ExpertRunner, expert_runner_bytes
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, SharedExpert
 from osmium.ops.formulas import expert_matrices
 from osmium.ops.reference import ReferenceOps
@@ -250,12 +250,14 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         arrays += cache.storage
         assert cache_bytes(RECORD, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
-        own = inner + sum(x.nbytes for x in vars(store.plan).values())
+        own = inner + sum(x.nbytes for x in vars(store.assignment).values())
         sizes = (8, capacity, EXPERTS, TOP_K, RECORD.inner)
-        assert store_bytes(*sizes, gpu=False) == own
-        assert store_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
+        assert expert_runner_bytes(*sizes, gpu=False) == own
+        assert expert_runner_bytes(*sizes, gpu=True) == own + inner  # once more, as hi and lo
     guess = make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K)
-    assert guess_bytes(LAYERS, EXPERTS, TOP_K) == sum(x.nbytes for x in vars(guess).values())
+    assert prefetch_state_bytes(LAYERS, EXPERTS, TOP_K) == sum(
+        x.nbytes for x in vars(guess).values()
+    )
 
 
 def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
@@ -274,7 +276,7 @@ def test_a_cache_cut_anew_has_the_same_memory(rng: np.random.Generator) -> None:
             assert at == whole.ctypes.data + whole.nbytes
         reset_cache(OPS, again)
         store.set_cache(again)
-        assert store.blocks == [min(2, own // TOP_K) for own in each]
+        assert store.layer_rows == [min(2, own // TOP_K) for own in each]
         for _ in range(5):
             for layer in range(LAYERS):
                 run(store, rng, arena, int(rng.integers(1, 9)), layer)  # held to the records
@@ -298,14 +300,14 @@ def test_what_is_replayed_is_guessed_from_a_trace_or_not_at_all(rng: np.random.G
             make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K),
         )
         store = ExpertRunner(OPS, arena, cache, 8, TOP_K, guess)
-        assert store.router_prefetch_buffers(1) is store.guess(1) is guess
+        assert store.router_prefetch_buffers(1) is store.prefetch_state(1) is guess
         assert (
-            store.router_prefetch_buffers(2) is store.guess(2) is None
+            store.router_prefetch_buffers(2) is store.prefetch_state(2) is None
         )  # two rows may need more slots than a layer has
         store.replay(np.zeros((5, LAYERS, TOP_K), np.uint16), predicted)
         if predicted is None:
-            assert store.router_prefetch_buffers(1) is store.guess(1) is None
+            assert store.router_prefetch_buffers(1) is store.prefetch_state(1) is None
             continue
-        found, asked = store.guess(1), store.router_prefetch_buffers(1)
+        found, asked = store.prefetch_state(1), store.router_prefetch_buffers(1)
         assert found is guess and asked is not None and asked.ids is guess.ids
         assert (guess.weights == np.float32(1 / TOP_K)).all() and asked.weights is not guess.weights

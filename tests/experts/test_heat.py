@@ -14,9 +14,9 @@ from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import (
     MAX_STEPS,
     UsageSnapshot,
-    read_heat,
+    read_usage,
     rebalanced_slots,
-    save_heat,
+    save_usage,
     slots_per_layer,
     snapshot_usage,
     try_save_usage,
@@ -60,8 +60,8 @@ def leaving(cache: ExpertCache, layer: int) -> list[int]:
 
 
 def there_and_back(cache: ExpertCache, path: Path) -> UsageSnapshot:
-    save_heat(path, WHOSE, snapshot_usage(OPS, cache))
-    found = read_heat(path, WHOSE, LAYERS, EXPERTS)
+    save_usage(path, WHOSE, snapshot_usage(OPS, cache))
+    found = read_usage(path, WHOSE, LAYERS, EXPERTS)
     assert found is not None
     return found
 
@@ -71,15 +71,15 @@ def test_what_is_saved_is_what_is_read(
 ) -> None:
     cache, _ = used
     now, back = snapshot_usage(OPS, cache), there_and_back(cache, tmp_path / "new" / "a.heat")
-    for name in ("heat", "long_heat", "steps", "age", "resident"):
+    for name in ("short_count", "long_count", "steps", "age", "resident"):
         assert np.array_equal(getattr(now, name), getattr(back, name))
     assert np.array_equal(back.resident, resident(OPS, cache))
     never = cache.last_used == 0
     assert (back.age[never] == -1).all() and back.steps == cache.step[0]
     ages, fading = cache.step[0] - cache.last_used, cache.fading
     for found, count, half_life in (
-        (back.heat, cache.short_count, fading.half_life),
-        (back.long_heat, cache.long_count, fading.long_half_life),
+        (back.short_count, cache.short_count, fading.half_life),
+        (back.long_count, cache.long_count, fading.long_half_life),
     ):
         assert (found[never] == 0).all()
         assert np.allclose(found, count * np.exp2(-ages / half_life), rtol=1e-6)
@@ -119,8 +119,8 @@ def test_the_order_is_kept(
         )
         assert before == after
     again = snapshot_usage(OPS, cache)
-    assert np.array_equal(again.heat, heat.heat)
-    assert np.array_equal(again.long_heat, heat.long_heat) and again.steps == heat.steps
+    assert np.array_equal(again.short_count, heat.short_count)
+    assert np.array_equal(again.long_count, heat.long_count) and again.steps == heat.steps
 
 
 def test_who_was_used_for_long_is_warmer_than_who_was_used_once(arena: Any) -> None:
@@ -132,7 +132,7 @@ def test_who_was_used_for_long_is_warmer_than_who_was_used_once(arena: Any) -> N
     age = np.where(long_heat > 0, 0, -1).astype(np.int32)
     heats = UsageSnapshot(heat, long_heat, MAX_STEPS, age, long_heat > 0)
     assert heats.top_experts(0, 2).tolist() == [0, 1]
-    heats.long_heat[:, 1] += 1
+    heats.long_count[:, 1] += 1
     assert heats.top_experts(0, 2).tolist() == [1, 0]
     cache = make_cache(OPS, shared, TOP_K, TOP_K)
     warm_cache(OPS, cache, shared, heats)
@@ -153,7 +153,7 @@ def test_an_engine_that_ran_for_long_has_counted_no_more_than_changes_anything(
     shared = wrap_host_experts(RECORD, arena)
     again = make_cache(OPS, shared, CAPACITY, TOP_K)
     warm_cache(OPS, again, shared, heat)
-    assert np.array_equal(snapshot_usage(OPS, again).long_heat, heat.long_heat)
+    assert np.array_equal(snapshot_usage(OPS, again).long_count, heat.long_count)
 
 
 def test_of_equals_the_one_used_last_leaves_last(arena: Any) -> None:
@@ -198,7 +198,9 @@ def test_a_cache_that_was_used_computes_with_what_was_restored(
     cache, store = used
     heat = snapshot_usage(OPS, cache)
     coldest = replace(
-        heat, heat=heat.heat[:, ::-1].copy(), long_heat=heat.long_heat[:, ::-1].copy()
+        heat,
+        short_count=heat.short_count[:, ::-1].copy(),
+        long_count=heat.long_count[:, ::-1].copy(),
     )
     before = resident(OPS, cache)
     warm_cache(OPS, cache, wrap_host_experts(RECORD, arena), coldest)
@@ -233,7 +235,7 @@ def test_a_folder_that_cannot_be_written_is_a_warning(
 def is_left_aside(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) -> None:
     asked = {"fingerprint": WHOSE, "layers": LAYERS, "experts": EXPERTS, **other}
     caplog.clear()
-    assert read_heat(path, **asked) is None
+    assert read_usage(path, **asked) is None
     (said,) = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert path.name in said.getMessage()
 
@@ -241,7 +243,7 @@ def is_left_aside(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) ->
 def test_a_file_that_is_not_there_is_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert read_heat(tmp_path / "a.heat", WHOSE, LAYERS, EXPERTS) is None
+    assert read_usage(tmp_path / "a.heat", WHOSE, LAYERS, EXPERTS) is None
     assert not caplog.records
 
 
@@ -259,14 +261,14 @@ def test_a_heat_that_is_no_number_is_left_aside(
     used: tuple[ExpertCache, ExpertRunner], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = snapshot_usage(OPS, used[0])
-    for name in ("heat", "long_heat"):
+    for name in ("short_count", "long_count"):
         for wrong in (np.nan, np.inf, -1):
             heat = getattr(good, name).copy()
             heat[1, 2] = wrong
-            save_heat(tmp_path / "a.heat", WHOSE, replace(good, **{name: heat}))
+            save_usage(tmp_path / "a.heat", WHOSE, replace(good, **{name: heat}))
             is_left_aside(tmp_path / "a.heat", caplog)
     for steps in (0, -1, MAX_STEPS + 1):
-        save_heat(tmp_path / "a.heat", WHOSE, replace(good, steps=steps))
+        save_usage(tmp_path / "a.heat", WHOSE, replace(good, steps=steps))
         is_left_aside(tmp_path / "a.heat", caplog)
 
 

@@ -240,10 +240,10 @@ def test_host_memory_among_vram_is_found_by_its_rate(machine: CudaRuntime) -> No
     buffer = HostBuffer(machine.device, 3 * SPILL_PROBE_BYTES, "pinned")
     try:
         assert spilled_bytes(machine) == 0
-        machine.pool._held[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
+        machine.pool._allocated[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
         assert spilled_bytes(machine) == 3 * SPILL_PROBE_BYTES
     finally:
-        machine.pool._held.pop(buffer.device_address, None)
+        machine.pool._allocated.pop(buffer.device_address, None)
         machine.memory_gb_s = 0.0
         buffer.close()
     assert kept.nbytes > 4 * SPILL_PROBE_BYTES

@@ -82,8 +82,8 @@ def test_loaded_it_is_made_in_place(gpu: GpuOps, tmp_path: Path, slots: int | No
             engine = loader.engine()
             replies.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
-            if loader._arena is not None and loader.gpu is not None:
-                found = loader.gpu.copy_d2h(loader._arena.records)
+            if loader._host_experts is not None and loader.gpu is not None:
+                found = loader.gpu.copy_d2h(loader._host_experts.records)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()

@@ -63,9 +63,11 @@ class Runner:
                 else load_host_experts(ops, self.record, *shape, self.begin, None)
             )
             cache = make_cache(ops, arena, self.capacity, config.top_k)
-        self.store = self.store_type(ops, arena, cache, self.rows, config.top_k)
+        self.expert_runner = self.store_type(ops, arena, cache, self.rows, config.top_k)
         weights = upload(ops, self.weights, embed_on_host=not host)
-        self.model = model_class(config.model_type)(ops, config, weights, self.store, self.rows)
+        self.model = model_class(config.model_type)(
+            ops, config, weights, self.expert_runner, self.rows
+        )
         each = -(-self.context // self.page)
         pages = each * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)

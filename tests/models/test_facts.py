@@ -124,8 +124,8 @@ def test_a_cold_expert_equals_a_hot_one(case: Case, bits: int) -> None:
     # One row at a time: a row's experts are then computed by the same calls on both sides.
     assert np.array_equal(cold.logits(ids, 1), hot.logits(ids, 1))
     routed = len(ids) * case.experts[1] * len(case.kinds)
-    assert hot.store.counters().hit == routed
-    counted = cold.store.counters()
+    assert hot.expert_runner.counters().hit == routed
+    counted = cold.expert_runner.counters()
     assert counted.routed == routed == counted.hit + counted.missed
     if case.experts[0] > case.experts[1]:
         assert counted.experts_copied > case.experts[1] * len(case.kinds)
@@ -228,13 +228,13 @@ def test_a_weight_that_is_missing_or_misshapen_is_named(name: str) -> None:
     weights = dict(good.weights)
     taken = weights.pop(name)
     with pytest.raises(CheckpointError, match=name):
-        build(good.ops, good.config, weights, good.store, 8)
+        build(good.ops, good.config, weights, good.expert_runner, 8)
     if isinstance(taken, LinearWeight):
         weights[name] = LinearWeight("bf16", taken.out_features + 1, taken.in_features, taken.data)
     else:
         weights[name] = taken[:-1]
     with pytest.raises(CheckpointError, match=name):
-        build(good.ops, good.config, weights, good.store, 8)
+        build(good.ops, good.config, weights, good.expert_runner, 8)
 
 
 def test_512_delta_net_steps_stay_near_float64(rng: np.random.Generator) -> None:

@@ -30,11 +30,14 @@ class Watched(ExpertRunner):
 
 def routed(model: Runner, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
     """Logits [T, vocab], and the experts of every token and layer, sorted, [T, L, A]."""
-    assert isinstance(model.store, Watched)
-    model.store.seen = []
+    assert isinstance(model.expert_runner, Watched)
+    model.expert_runner.seen = []
     logits = model.logits(ids, chunk)
     layers = model.config.num_layers
-    steps = [model.store.seen[at : at + layers] for at in range(0, len(model.store.seen), layers)]
+    steps = [
+        model.expert_runner.seen[at : at + layers]
+        for at in range(0, len(model.expert_runner.seen), layers)
+    ]
     return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
 
 
@@ -75,10 +78,10 @@ def test_quantised_experts_give_the_cpus_logits(bits: int, gpu: Ops) -> None:
 @each_case
 def test_a_small_cache_gives_the_cpus_logits_and_its_slots_are_true(case: Case, gpu: Ops) -> None:
     model = check(case, gpu, 33, bits=16, capacity=case.experts[1])
-    counted = model.store.counters()
+    counted = model.expert_runner.counters()
     assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)
-    held = int(resident(gpu, model.store.cache).sum())
-    assert verify(gpu, model.store.cache, model.records, samples=held, seed=0) == held > 0
+    held = int(resident(gpu, model.expert_runner.cache).sum())
+    assert verify(gpu, model.expert_runner.cache, model.records, samples=held, seed=0) == held > 0
 
 
 def test_only_what_is_asked_for_comes_back_to_the_host(gpu: Ops) -> None:

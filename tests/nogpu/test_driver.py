@@ -43,7 +43,7 @@ def test_blocks_that_are_to_be_apart_leave_room_for_no_more(
     in_all: int, apart: int, rows: int
 ) -> None:
     device, kept, static = Device.__new__(Device), 1024, 2048
-    device._shared_in_all, device._shared_kept, device.max_shared_per_block = (
+    device._shared_per_sm, device._shared_reserved, device.max_shared_per_block = (
         in_all,
         kept,
         in_all - kept,

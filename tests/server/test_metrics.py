@@ -60,7 +60,7 @@ def test_what_was_done_is_counted() -> None:
     assert hit + fetched == after["osmium_experts_routed_total", ()]
     assert after["osmium_expert_hit_rate", ()] == hit / (hit + fetched)
     copied = after["osmium_experts_copies_total", ()]
-    record = engine.runner.store.cache.record.nbytes
+    record = engine.runner.expert_runner.cache.record.nbytes
     assert after["osmium_experts_fetched_bytes_total", ()] == copied * record
     assert after["osmium_inter_token_latency_seconds_bucket", ("+Inf",)] == 8
     assert after["osmium_planned_ram_bytes", ("KV cache",)] > 0
