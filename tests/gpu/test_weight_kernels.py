@@ -86,8 +86,8 @@ def test_a_synthetic_model_equals_its_packed_file(
             engine = loader.engine()
             responses.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
-            if loader._arena is not None and loader.gpu is not None:
-                found = loader.gpu.copy_d2h(loader._arena.packed)
+            if loader._host_experts is not None and loader.gpu is not None:
+                found = loader.gpu.copy_d2h(loader._host_experts.packed)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()

@@ -382,7 +382,7 @@ def test_a_packed_file_keeps_its_formats(folder: Path, tmp_path: Path) -> None:
     packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path)))
     for path, kind in ((packed.path, "packed"), (folder, "folder")):
         made = loader.Loader(path, "cpu", cache_dir=str(tmp_path))
-        assert made._info.kind == kind
+        assert made._model_info.kind == kind
         made.close()
 
 
