@@ -1,4 +1,4 @@
-"""Fixtures that several groups share."""
+"""Fixtures for several groups."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ from osmium.ops.gpu import GpuOps
 
 @pytest.fixture
 def rng() -> np.random.Generator:
-    """Fresh random numbers; the seed is printed when a test fails, OSMIUM_SEED sets it."""
+    """New random numbers; a failing test prints the seed, and OSMIUM_SEED sets it."""
     seed = int(os.environ.get("OSMIUM_SEED") or secrets.randbits(32))
     print(f"OSMIUM_SEED={seed}")
     return np.random.default_rng(seed)
@@ -25,10 +25,10 @@ def rng() -> np.random.Generator:
 def gpu() -> Iterator[GpuOps]:
     """The operations on this machine's GPU.  Skips where there is none; OSMIUM_NEED_GPU=1 fails."""
     try:
-        machine = CudaRuntime(Device())
+        runtime = CudaRuntime(Device())
     except NoDevice as error:
         if os.environ.get("OSMIUM_NEED_GPU") == "1":
             raise
         pytest.skip(str(error))
-    yield GpuOps(machine)
-    machine.close()
+    yield GpuOps(runtime)
+    runtime.close()

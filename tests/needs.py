@@ -1,4 +1,4 @@
-"""What a test may need and not find: it is then skipped, with the reason."""
+"""Skips for optional dependencies of tests."""
 
 import importlib
 import importlib.util
@@ -9,13 +9,13 @@ __all__ = ["numba_compiler", "numba_simulator"]
 
 
 def numba_simulator() -> None:
-    """Skip where Numba is not installed.  The simulator runs in a process of its own."""
+    """Skip without Numba. The simulator runs in a separate process."""
     if importlib.util.find_spec("numba_cuda") is None:
-        pytest.skip("Numba is not installed; it is of the dev extra")
+        pytest.skip("Numba is not installed; it is in the dev extra")
 
 
 def numba_compiler() -> None:
-    """Skip where Numba cannot be imported: beside NumPy 2.5 it raises a DeprecationWarning."""
+    """Skip where Numba cannot be imported: with NumPy 2.5 it raises a DeprecationWarning."""
     numba_simulator()
     try:
         importlib.import_module("numba.cuda")

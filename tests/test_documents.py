@@ -179,7 +179,7 @@ def find_flag(flag: str) -> bool:
     )
 
 
-def test_every_experiment_is_in_the_index_once_and_nothing_else_is() -> None:
+def test_the_index_lists_every_experiment_once() -> None:
     assert sorted(name for _, name in index_rows()) == [page.name for page in PAGES]
 
 
@@ -201,7 +201,7 @@ def test_a_page_is_named_by_date_and_topic(path: Path) -> None:
 
 
 @on_each_page
-def test_a_page_has_the_five_parts_in_order_and_none_is_empty(path: Path) -> None:
+def test_a_page_has_five_sections_in_order_and_none_is_empty(path: Path) -> None:
     page = path.read_text()
     assert page.startswith("# ")
     found = parts(page)
@@ -267,14 +267,14 @@ def test_sentences_outside_tables_and_code_are_short(path: Path) -> None:
     assert not long, f"{words(long[0])} words, at most {MAX_WORDS}: {long[0]}"
 
 
-def test_sentences_are_counted_over_lines_and_apart_in_lists() -> None:
+def test_sentences_span_lines_and_end_at_list_items() -> None:
     text = (
         "# No sentence\n\nOne two\nthree. `a b c` [four](five.md).\n\n- Six.\n- Seven\n  eight .9\n"
     )
     assert [words(one) for one in sentences(text)] == [3, 2, 1, 3]
 
 
-def test_tables_and_code_are_no_sentences() -> None:
+def test_tables_and_code_have_no_sentences() -> None:
     assert not list(sentences("| a | b |\n| --- | --- |\n\n```\nosmium bench\n```\n"))
 
 

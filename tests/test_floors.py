@@ -1,4 +1,4 @@
-"""The house: who may import whom, how long a file may be, and the walk of one token."""
+"""Architecture: imports between folders, length of modules, and the walk of one token."""
 
 import ast
 import re
@@ -31,12 +31,12 @@ def modules() -> list[Path]:
 
 
 def folder(path: Path) -> str:
-    """The name in FLOOR that a module belongs to."""
+    """The key of FLOOR for a module."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported(path: Path) -> set[str]:
-    """Full names of what a module imports, also inside functions."""
+    """Full names of a module's imports, including those inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
@@ -49,8 +49,10 @@ def imported(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
 def test_a_module_imports_only_floors_below_and_its_own_folder(path: Path) -> None:
-    mine = folder(path)
-    assert mine in FLOOR, f"{mine} has no floor: add it to this table and to docs/design.md"
+    own_folder = folder(path)
+    assert own_folder in FLOOR, (
+        f"{own_folder} has no floor: add it to this table and to docs/design.md"
+    )
     for name in imported(path):
         parts = name.split(".")
         if parts[0] != "osmium" or len(parts) < 2:
@@ -58,27 +60,31 @@ def test_a_module_imports_only_floors_below_and_its_own_folder(path: Path) -> No
         if not (PACKAGE / parts[1]).exists() and not (PACKAGE / f"{parts[1]}.py").exists():
             continue  # a name of osmium/__init__.py
         other = parts[1]
-        if other != mine:
-            assert FLOOR[other] < FLOOR[mine], f"{path.name} ({mine}) imports {name}: not below it"
+        if other != own_folder:
+            assert FLOOR[other] < FLOOR[own_folder], (
+                f"{path.name} ({own_folder}) imports {name}: not below it"
+            )
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_nothing_heavy_is_imported_at_run_time(path: Path) -> None:
+def test_heavy_packages_are_not_imported_at_run_time(path: Path) -> None:
     roots = {name.split(".")[0] for name in imported(path)}
     if path == PACKAGE / "kernels" / "numba_compiler.py":
         roots.discard("numba")
     assert not roots & set(HEAVY)
-    assert "osmium.kernels.numba_compiler" not in imported(path), "it compiles for the repository"
+    assert "osmium.kernels.numba_compiler" not in imported(path), (
+        "it only compiles kernels for the repository"
+    )
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_module_stays_readable_in_one_sitting(path: Path) -> None:
+def test_a_module_has_at_most_500_lines(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 500
 
 
-def test_both_backends_have_every_operation_with_the_same_parameters() -> None:
+def test_both_backends_implement_every_operation_with_the_same_parameters() -> None:
     def signatures(path: str, name: str) -> dict[str, list[str]]:
-        """A class's methods, and those of the classes of the same folder that it is made of."""
+        """The methods of a class, including its base classes in the same folder."""
         tree = ast.parse((PACKAGE / "ops" / path).read_text())
         (body,) = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name]
         found: dict[str, list[str]] = {}
@@ -93,15 +99,15 @@ def test_both_backends_have_every_operation_with_the_same_parameters() -> None:
             if isinstance(f, ast.FunctionDef)
         }
 
-    wanted = signatures("__init__.py", "Ops")
+    protocol = signatures("__init__.py", "Ops")
     for path, name in (("reference.py", "ReferenceOps"), ("gpu.py", "GpuOps")):
-        have = signatures(path, name)
-        for method, parameters in wanted.items():
-            assert have.get(method) == parameters, f"{name}.{method}"
+        methods = signatures(path, name)
+        for method, parameters in protocol.items():
+            assert methods.get(method) == parameters, f"{name}.{method}"
 
 
-def test_the_walk_in_architecture_names_what_exists() -> None:
-    """Each line of the walk is `path  name ...`: the file is there and holds the name."""
+def test_the_walk_in_architecture_names_existing_functions() -> None:
+    """Each line of the walk is `path  name ...`: the file exists and contains the name."""
     text = (ROOT / "docs" / "architecture.md").read_text()
     walk = re.search(r"## One token.*?```\n(.*?)```", text, re.S)
     assert walk, "docs/architecture.md has no walk"
@@ -113,8 +119,8 @@ def test_the_walk_in_architecture_names_what_exists() -> None:
 
 
 @pytest.mark.parametrize("module", ["osmium", "osmium.cuda", "osmium.cli"])
-def test_importing_loads_neither_the_binding_nor_numba(module: str) -> None:
-    # Some packages load a part of themselves whenever Python starts: only what is new counts.
+def test_importing_osmium_loads_neither_the_binding_nor_numba(module: str) -> None:
+    # Some packages are partly loaded when Python starts, so only new modules count.
     code = f"import sys; old = set(sys.modules); import {module}; print(*set(sys.modules) - old)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in out.stdout.split()}

@@ -1,4 +1,5 @@
-"""How close is close enough: one table, relative norm ||out - ref|| / ||ref||, with reasons."""
+"""Tolerances of the tests: relative norm ||out - ref|| / ||ref||, one row per format, with
+reasons."""
 
 from typing import Any
 
@@ -6,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 TOLERANCE = {
-    "f32": 1e-5,  # sums of up to 16 k products in another order, and approximate exp and rsqrt
-    "rows": 3e-5,  # f32 as two bf16, each value right to 2^-17; few sums, of which some cancel
-    "bf16": 5e-3,  # one rounding to 8 bits of mantissa is 2^-9 at worst, 1.7e-3 in the norm
-    "e4m3": 1e-2,  # a few values, and one scale of 2^-11, on the other side of a tie of rounding
-    "e4m3 values": 4e-2,  # one rounding to 4 bits of mantissa is 2^-4 at worst, 2.6e-2 in the norm
-    "int4": 5e-3,  # the weights are exact; leaves room for f16 or bf16 activations
-    "logits": 1e-4,  # float32 through all layers, against transformers in float32
-    "gpu_logits": 2e-2,  # bf16 KV through all layers; median over tokens of equal expert sets
+    "f32": 1e-5,  # sums of up to 16 k products in another order; approximate exp and rsqrt.
+    "rows": 3e-5,  # f32 as two bf16, each value exact to 2^-17; short sums with cancellation.
+    "bf16": 5e-3,  # one rounding to 8 bits of mantissa: at worst 2^-9, 1.7e-3 in the norm.
+    "e4m3": 1e-2,  # a few values, and one scale of 2^-11, on the other side of a rounding tie.
+    "e4m3 values": 4e-2,  # one rounding to 4 bits of mantissa: at worst 2^-4, 2.6e-2 in the norm.
+    "int4": 5e-3,  # exact weights; allows for f16 or bf16 activations.
+    "logits": 1e-4,  # float32 through all layers, against transformers in float32.
+    "gpu_logits": 2e-2,  # bf16 KV through all layers; median over tokens of equal expert sets.
 }
 
 

@@ -18,7 +18,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.quant import int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32
-from tests.ops.cases import new_rows, normed_rows, records
+from tests.ops.cases import new_rows, normed_rows, packed_experts
 from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close
 
@@ -38,7 +38,7 @@ def steps(
     With prefetch some predictions are right; the last step's first, of one row, is wrong.
     """
     rng, hidden = np.random.default_rng(seed), layout.hidden
-    packed = np.stack([records(rng, layout, EXPERTS) for _ in range(LAYERS)])
+    packed = np.stack([packed_experts(rng, layout, EXPERTS) for _ in range(LAYERS)])
     host = ops.empty_mapped(packed.shape, np.uint8)
     ops.host_view(host)[...] = packed
     host_experts = HostExperts(layout, host)

@@ -1,4 +1,4 @@
-"""The machine itself: memory on both sides, order, graphs, and what goes wrong."""
+"""CUDA runtime: memory on both sides, stream order, graphs, errors."""
 
 import os
 import subprocess
@@ -29,44 +29,44 @@ ADD = kernel("add_f32")
 
 
 @pytest.fixture
-def machine(gpu: GpuOps) -> Iterator[CudaRuntime]:
+def runtime(gpu: GpuOps) -> Iterator[CudaRuntime]:
     assert isinstance(gpu.runtime, CudaRuntime)
     yield gpu.runtime
 
 
-def test_what_goes_in_comes_out(machine: CudaRuntime, rng: np.random.Generator) -> None:
+def test_copies_round_trip(runtime: CudaRuntime, rng: np.random.Generator) -> None:
     for dtype in (np.uint8, np.float16, np.int64):
         source = rng.integers(0, 100, (3, 5, 7)).astype(dtype)
-        array = machine.empty(source.shape, dtype)
-        machine.copy_h2d(array, source)
-        assert np.array_equal(machine.copy_d2h(array), source)
-        assert np.array_equal(machine.copy_d2h(array[1:3]), source[1:3])
-        machine.memset(array[0], 0)
-        assert not machine.copy_d2h(array)[0].any()
+        array = runtime.empty(source.shape, dtype)
+        runtime.copy_h2d(array, source)
+        assert np.array_equal(runtime.copy_d2h(array), source)
+        assert np.array_equal(runtime.copy_d2h(array[1:3]), source[1:3])
+        runtime.memset(array[0], 0)
+        assert not runtime.copy_d2h(array)[0].any()
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
 def test_kernels_read_and_write_host_memory(
-    machine: CudaRuntime, rng: np.random.Generator, kind: HostKind
+    runtime: CudaRuntime, rng: np.random.Generator, kind: HostKind
 ) -> None:
     count = 4096
-    buffer = HostBuffer(machine.device, 4 * count, kind)
+    buffer = HostBuffer(runtime.device, 4 * count, kind)
     view, mapped = buffer.array((count,), np.float32), buffer.device_array((count,), np.float32)
     a, b = (rng.standard_normal(count).astype(np.float32) for _ in range(2))
     view[...] = a
-    other = machine.empty((count,), np.float32)
-    machine.copy_h2d(other, b)
-    ADD(machine.stream, mapped, other, count)
-    ADD(machine.stream, other, mapped, count)
-    machine.synchronize()
+    other = runtime.empty((count,), np.float32)
+    runtime.copy_h2d(other, b)
+    ADD(runtime.stream, mapped, other, count)
+    ADD(runtime.stream, other, mapped, count)
+    runtime.synchronize()
     assert np.array_equal(view, a + b)
-    assert np.array_equal(machine.copy_d2h(other), b + (a + b))
+    assert np.array_equal(runtime.copy_d2h(other), b + (a + b))
     buffer.close()
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
-def test_kernels_read_what_filled_host_memory(
-    machine: CudaRuntime, rng: np.random.Generator, kind: HostKind
+def test_kernels_read_host_memory_filled_at_allocation(
+    runtime: CudaRuntime, rng: np.random.Generator, kind: HostKind
 ) -> None:
     count = 3 << 20
     a = rng.standard_normal(count).astype(np.float32)
@@ -74,76 +74,76 @@ def test_kernels_read_what_filled_host_memory(
     def fill(memory: npt.NDArray[np.uint8]) -> None:
         memory[:] = a.view(np.uint8)
 
-    def fails(memory: npt.NDArray[np.uint8]) -> None:
+    def raise_error(memory: npt.NDArray[np.uint8]) -> None:
         memory[:] = 1
         raise ValueError("it cannot be read")
 
-    buffer = HostBuffer(machine.device, a.nbytes, kind, fill)
-    sum_of = machine.empty((count,), np.float32)
-    machine.memset(sum_of, 0)
-    ADD(machine.stream, sum_of, buffer.device_array((count,), np.float32), count)
-    assert np.array_equal(machine.copy_d2h(sum_of), a)
+    buffer = HostBuffer(runtime.device, a.nbytes, kind, fill)
+    sum_of = runtime.empty((count,), np.float32)
+    runtime.memset(sum_of, 0)
+    ADD(runtime.stream, sum_of, buffer.device_array((count,), np.float32), count)
+    assert np.array_equal(runtime.copy_d2h(sum_of), a)
     buffer.close()
     with pytest.raises(ValueError, match="cannot be read"):
-        HostBuffer(machine.device, a.nbytes, kind, fails)
+        HostBuffer(runtime.device, a.nbytes, kind, raise_error)
 
 
-def test_a_graph_does_again_what_was_recorded(machine: CudaRuntime) -> None:
+def test_replaying_a_graph_runs_the_captured_launches(runtime: CudaRuntime) -> None:
     count = 1000
-    out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.copy_h2d(out, np.zeros(count, np.float32))
-    machine.copy_h2d(one, np.ones(count, np.float32))
-    ADD(machine.stream, out, one, count)
-    with machine.stream.capture() as made:
+    out, one = (runtime.empty((count,), np.float32) for _ in range(2))
+    runtime.copy_h2d(out, np.zeros(count, np.float32))
+    runtime.copy_h2d(one, np.ones(count, np.float32))
+    ADD(runtime.stream, out, one, count)
+    with runtime.stream.capture() as captured:
         for _ in range(3):
-            ADD(machine.stream, out, one, count)
-    (graph,) = made
+            ADD(runtime.stream, out, one, count)
+    (graph,) = captured
     assert graph.nodes == 3
-    assert machine.copy_d2h(out).max() == 1, "recording runs nothing"
+    assert runtime.copy_d2h(out).max() == 1, "capturing runs nothing"
     for _ in range(4):
-        graph.replay(machine.stream)
-    assert (machine.copy_d2h(out) == 13).all()
+        graph.replay(runtime.stream)
+    assert (runtime.copy_d2h(out) == 13).all()
     graph.close()
 
 
-def test_one_stream_waits_for_another(machine: CudaRuntime) -> None:
+def test_a_stream_waits_for_another(runtime: CudaRuntime) -> None:
     count = 1 << 22
-    out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.memset(out, 0)
-    machine.copy_h2d(one, np.ones(count, np.float32))
-    start, end = Event(machine.device), Event(machine.device)
-    start.record(machine.stream)
+    out, one = (runtime.empty((count,), np.float32) for _ in range(2))
+    runtime.memset(out, 0)
+    runtime.copy_h2d(one, np.ones(count, np.float32))
+    start, end = Event(runtime.device), Event(runtime.device)
+    start.record(runtime.stream)
     for _ in range(50):
-        ADD(machine.stream, out, one, count)
-    end.record(machine.stream)
-    other = Stream(machine.device)
+        ADD(runtime.stream, out, one, count)
+    end.record(runtime.stream)
+    other = Stream(runtime.device)
     other.wait(end)
     ADD(other, one, out, count)
     other.synchronize()
-    assert (machine.copy_d2h(one) == 51).all()
+    assert (runtime.copy_d2h(one) == 51).all()
     assert end - start > 0
     other.close()
 
 
-def test_running_out_says_who_holds_what(machine: CudaRuntime) -> None:
-    with machine.pool.label("the test's own"):
-        held = machine.empty((1 << 20,), np.uint8)
+def test_out_of_memory_lists_the_allocations(runtime: CudaRuntime) -> None:
+    with runtime.pool.label("the test's own"):
+        held = runtime.empty((1 << 20,), np.uint8)
         with pytest.raises(OutOfMemory, match="the test's own"):
-            machine.empty((1 << 50,), np.uint8)
+            runtime.empty((1 << 50,), np.uint8)
     assert held.nbytes == 1 << 20
 
 
-def test_memory_comes_back_when_nobody_holds_it(machine: CudaRuntime) -> None:
-    before = machine.pool.used
-    array = machine.empty((1 << 20,), np.uint8)
+def test_unreferenced_memory_is_freed(runtime: CudaRuntime) -> None:
+    before = runtime.pool.used
+    array = runtime.empty((1 << 20,), np.uint8)
     view = array[100:200]
     del array
-    assert machine.pool.used == before + (1 << 20), "a view keeps it"
+    assert runtime.pool.used == before + (1 << 20), "a view keeps the memory alive"
     del view
-    assert machine.pool.used == before
+    assert runtime.pool.used == before
 
 
-def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: CudaRuntime) -> None:
+def test_text_that_does_not_assemble_raises_the_compilers_message(runtime: CudaRuntime) -> None:
     text = """//: entry   wrong
 //: grid    1
 //: block   32
@@ -161,13 +161,13 @@ def test_a_text_that_does_not_assemble_shows_the_compilers_words(machine: CudaRu
 """
     contract = parse(text, "wrong.ptx")
     with pytest.raises(KernelError, match="nowhere"):
-        Kernel("wrong", lambda: contract)(machine.stream, 1)
+        Kernel("wrong", lambda: contract)(runtime.stream, 1)
 
 
-def test_a_launch_too_large_is_said_with_its_kernel(machine: CudaRuntime) -> None:
-    out = machine.empty((4, 4), np.float32)
+def test_a_too_large_launch_names_its_kernel(runtime: CudaRuntime) -> None:
+    out = runtime.empty((4, 4), np.float32)
     with pytest.raises(KernelError, match="silu_and_mul_f32"):
-        kernel("silu_and_mul_f32")(machine.stream, 1 << 20, out, out, 4)
+        kernel("silu_and_mul_f32")(runtime.stream, 1 << 20, out, out, 4)
 
 
 REACH = """//: entry   reach
@@ -208,77 +208,77 @@ def reaching(text: str) -> Kernel:
     return Kernel("reach", lambda: contract)
 
 
-def test_shared_memory_past_48_kib_is_asked_for_on_every_stream(machine: CudaRuntime) -> None:
-    """It writes and reads the last word of its dynamic shared memory."""
-    reach, out = reaching(REACH), machine.empty((1,), np.uint32)
-    other = Stream(machine.device)
+def test_dynamic_shared_memory_over_48_kib_works_on_every_stream(runtime: CudaRuntime) -> None:
+    """The kernel writes and reads the last word of its dynamic shared memory."""
+    reach, out = reaching(REACH), runtime.empty((1,), np.uint32)
+    other = Stream(runtime.device)
     for stream, nbytes in (
-        (machine.stream, 96 << 10), (other, 60 << 10), (machine.stream, 80 << 10),
-        (other, 96 << 10), (machine.stream, 1 << 10),
+        (runtime.stream, 96 << 10), (other, 60 << 10), (runtime.stream, 80 << 10),
+        (other, 96 << 10), (runtime.stream, 1 << 10),
     ):  # fmt: skip
         reach(stream, out, nbytes)
         stream.synchronize()
-        assert machine.copy_d2h(out)[0] == nbytes
+        assert runtime.copy_d2h(out)[0] == nbytes
     with pytest.raises(KernelError, match="reach"):
-        reach(machine.stream, out, 1 << 20)
+        reach(runtime.stream, out, 1 << 20)
     other.close()
 
 
-def test_two_texts_may_share_an_entrys_name(machine: CudaRuntime) -> None:
-    """The same name with other numbers in it is another kernel."""
-    out = machine.empty((1,), np.uint32)
+def test_two_kernels_may_have_the_same_entry_name(runtime: CudaRuntime) -> None:
+    """Different text under the same entry name is another kernel."""
+    out = runtime.empty((1,), np.uint32)
     for word in ("%last", "64"):
         text = REACH.replace("[%at+-4], %last", f"[%at+-4], {word}")
-        reaching(text)(machine.stream, out, 256)
-        assert machine.copy_d2h(out)[0] == (256 if word == "%last" else 64)
+        reaching(text)(runtime.stream, out, 256)
+        assert runtime.copy_d2h(out)[0] == (256 if word == "%last" else 64)
 
 
-def test_host_memory_among_vram_is_found_by_its_rate(machine: CudaRuntime) -> None:
-    """No driver can be told to spill; host memory can be entered as if it were of the pool."""
-    kept = machine.empty((4 * SPILL_PROBE_BYTES + 1,), np.uint8)
-    machine.memory_gb_s = measure_vram_rate(machine.device)
-    buffer = HostBuffer(machine.device, 3 * SPILL_PROBE_BYTES, "pinned")
+def test_spilled_memory_is_found_by_its_read_rate(runtime: CudaRuntime) -> None:
+    """A driver cannot be made to spill, so the test registers host memory as part of the pool."""
+    allocated = runtime.empty((4 * SPILL_PROBE_BYTES + 1,), np.uint8)
+    runtime.memory_gb_s = measure_vram_rate(runtime.device)
+    buffer = HostBuffer(runtime.device, 3 * SPILL_PROBE_BYTES, "pinned")
     try:
-        assert spilled_bytes(machine) == 0
-        machine.pool._held[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
-        assert spilled_bytes(machine) == 3 * SPILL_PROBE_BYTES
+        assert spilled_bytes(runtime) == 0
+        runtime.pool._held[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
+        assert spilled_bytes(runtime) == 3 * SPILL_PROBE_BYTES
     finally:
-        machine.pool._held.pop(buffer.device_address, None)
-        machine.memory_gb_s = 0.0
+        runtime.pool._held.pop(buffer.device_address, None)
+        runtime.memory_gb_s = 0.0
         buffer.close()
-    assert kept.nbytes > 4 * SPILL_PROBE_BYTES
+    assert allocated.nbytes > 4 * SPILL_PROBE_BYTES
 
 
-def test_a_frozen_pool_gives_nothing_more(machine: CudaRuntime) -> None:
-    pool = DevicePool(machine.device)
-    kept = pool.empty((16,), np.uint8)
+def test_a_frozen_pool_refuses_allocations(runtime: CudaRuntime) -> None:
+    pool = DevicePool(runtime.device)
+    allocated = pool.empty((16,), np.uint8)
     pool.freeze()
     with pytest.raises(AssertionError, match="32"):
         pool.empty((32,), np.uint8)
-    assert pool.used == kept.nbytes
+    assert pool.used == allocated.nbytes
 
 
 @pytest.mark.parametrize("kind", ["pinned", "write-combined", "registered", "registered-huge"])
 def test_too_much_host_memory_is_refused_with_the_number(
-    machine: CudaRuntime, kind: HostKind
+    runtime: CudaRuntime, kind: HostKind
 ) -> None:
     with pytest.raises(OutOfMemory, match=r"1073741824\.00 GiB"):
-        HostBuffer(machine.device, 1 << 60, kind)
+        HostBuffer(runtime.device, 1 << 60, kind)
 
 
-def test_another_thread_launches_once_the_context_is_current_there(machine: CudaRuntime) -> None:
+def test_another_thread_launches_once_the_context_is_current_there(runtime: CudaRuntime) -> None:
     count = 1000
-    out, one = (machine.empty((count,), np.float32) for _ in range(2))
-    machine.copy_h2d(one, np.ones(count, np.float32))
-    machine.memset(out, 0)
-    machine.synchronize()
+    out, one = (runtime.empty((count,), np.float32) for _ in range(2))
+    runtime.copy_h2d(one, np.ones(count, np.float32))
+    runtime.memset(out, 0)
+    runtime.synchronize()
     failed: list[BaseException] = []
 
     def work() -> None:
         try:
-            machine.device.make_current()
-            ADD(machine.stream, out, one, count)
-            machine.synchronize()
+            runtime.device.make_current()
+            ADD(runtime.stream, out, one, count)
+            runtime.synchronize()
         except BaseException as error:
             failed.append(error)
 
@@ -286,7 +286,7 @@ def test_another_thread_launches_once_the_context_is_current_there(machine: Cuda
     thread.start()
     thread.join()
     assert not failed
-    assert (machine.copy_d2h(out) == 1).all()
+    assert (runtime.copy_d2h(out) == 1).all()
 
 
 LOSE = """
@@ -311,8 +311,10 @@ machine.close()
 
 
 @pytest.mark.parametrize("sync", ["0", "1"])
-def test_a_lost_context_says_so_and_with_sync_names_the_kernel(gpu: GpuOps, sync: str) -> None:
-    """In a process of its own, as nothing can be done with a context after that."""
+def test_a_lost_context_is_reported_and_blocking_launches_name_the_kernel(
+    gpu: GpuOps, sync: str
+) -> None:
+    """In a separate process, because a lost context cannot be used afterwards."""
     done = subprocess.run(
         [sys.executable, "-c", LOSE],
         env={**os.environ, "OSMIUM_LAUNCH_BLOCKING": sync},
@@ -321,5 +323,5 @@ def test_a_lost_context_says_so_and_with_sync_names_the_kernel(gpu: GpuOps, sync
     )
     first = done.stdout.splitlines()[0]
     assert first == f"True 700 {sync == '1'} True", done.stderr
-    assert len(done.stdout.splitlines()) == 2, "everything after it fails too"
+    assert len(done.stdout.splitlines()) == 2, "every later call fails too"
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""Weights made on a GPU: quantised out of a checkpoint, or made up where they lie."""
+"""Weights written by kernels on a GPU: quantised from a checkpoint, or synthetic."""
 
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from tests.weights.files import CASE, per_expert, write
 pytestmark = pytest.mark.gpu
 
 
-def test_host_memory_that_is_released_is_gone(gpu: GpuOps) -> None:
+def test_released_host_memory_is_unmapped(gpu: GpuOps) -> None:
     assert isinstance(gpu.runtime, CudaRuntime)
     held = len(gpu.runtime._buffers)
     for make, shape in ((gpu.empty_mapped, (3, 5)), (gpu.zeros_mapped, (1 << 20,))):
@@ -30,7 +30,7 @@ def test_host_memory_that_is_released_is_gone(gpu: GpuOps) -> None:
             gpu.host_view(made)
 
 
-def test_bytes_are_viewed_as_numbers(gpu: GpuOps, rng: np.random.Generator) -> None:
+def test_bytes_can_be_viewed_as_another_dtype(gpu: GpuOps, rng: np.random.Generator) -> None:
     source = rng.integers(0, 256, (3, 24), dtype=np.uint8)
     array: DeviceArray = gpu.to_device(source)
     for dtype in (np.uint16, np.float32, np.int64):
@@ -41,20 +41,22 @@ def test_bytes_are_viewed_as_numbers(gpu: GpuOps, rng: np.random.Generator) -> N
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_packing_gives_the_bytes_of_numpy(gpu: GpuOps, tmp_path: Path, bits: int) -> None:
+def test_packing_on_the_gpu_gives_the_bytes_of_numpy(
+    gpu: GpuOps, tmp_path: Path, bits: int
+) -> None:
     for form in (dict, per_expert):
         folder = write(tmp_path / form.__name__, form(hf_tensors(CASE)), shards=2)
         made = []
-        for where, ops in (("a", gpu), ("b", None)):
+        for folder_name, ops in (("a", gpu), ("b", None)):
             config = EngineConfig(
-                cache_dir=str(tmp_path / where), gpu_expert_bits=bits, attention_quant="int4"
+                cache_dir=str(tmp_path / folder_name), gpu_expert_bits=bits, attention_quant="int4"
             )
             made.append(open_model(folder, config, None, ops).path.read_bytes())
         assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_a_made_up_model_is_the_same_wherever_it_is_made(gpu: GpuOps, bits: int) -> None:
+def test_a_synthetic_model_is_the_same_on_gpu_and_cpu(gpu: GpuOps, bits: int) -> None:
     config = EngineConfig(gpu_expert_bits=bits, attention_quant="int4")
     model = open_synthetic("synthetic:qwen3.5-35b-a3b:1", config)
     shape = (24, model.record.nbytes)
@@ -71,20 +73,22 @@ def test_a_made_up_model_is_the_same_wherever_it_is_made(gpu: GpuOps, bits: int)
 
 
 @pytest.mark.parametrize("slots", [None, 3])
-def test_loaded_it_is_made_in_place(gpu: GpuOps, tmp_path: Path, slots: int | None) -> None:
-    """Made up and read from its packed file, whole in VRAM and not, the same replies."""
+def test_a_synthetic_model_equals_its_packed_file(
+    gpu: GpuOps, tmp_path: Path, slots: int | None
+) -> None:
+    """Generated in VRAM or host memory, and read from its packed file: the same responses."""
     path = pack("synthetic:tiny", cache_dir=str(tmp_path))
     wanted = open_synthetic("synthetic:tiny", EngineConfig()).all_records()
-    replies = []
+    responses = []
     for model in ("synthetic:tiny", path):
         loader = Loader(model, "gpu", expert_slots=slots, context=256, prefill_chunk=16)
         try:
             engine = loader.engine()
-            replies.append(np.asarray(engine.logits([1, 2, 3, 4])))
+            responses.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
             if loader._arena is not None and loader.gpu is not None:
                 found = loader.gpu.copy_d2h(loader._arena.packed)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()
-    assert np.array_equal(replies[0], replies[1])
+    assert np.array_equal(responses[0], responses[1])

@@ -1,5 +1,7 @@
-"""The long ring: `tools/test --long`.  Every test in this folder is marked `long`, which the other
-rings leave out.  What each file passed, failed and did not run is printed and written as a report.
+"""The long group: `tools/test --long`.
+
+Every test in this folder gets the marker `long`, which the other groups exclude. A report of
+passed, failed and not run tests per file is printed and written.
 """
 
 import datetime
@@ -18,12 +20,12 @@ import psutil
 import pytest
 
 from osmium.bench.environment import environment
-from tests.long.server import Server, serving
+from tests.long.server import Server, run_server
 
 HERE = Path(__file__).resolve().parent
 
 TIMEOUT_S = 900
-"""Of one test."""
+"""Per test."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -45,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Report:
-    """One row a file."""
+    """One row per file."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.start = path, time.monotonic()
@@ -94,7 +96,7 @@ class Report:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """For people."""
+    """The rows as text lines."""
     lines = [f"{'group':18}{'passed':>7}{'failed':>7}{'not run':>8}{'seconds':>9}"]
     for row in rows:
         line = f"{row['group']:18}{row['passed']:7}{row['failed']:7}{row['not_run']:8}"
@@ -105,7 +107,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Where it ran, in words, and of what."""
+    """The machine and versions that the report names."""
     here = environment("cpu")
     ram = psutil.virtual_memory().total / (1 << 30)
     words = (
@@ -134,21 +136,21 @@ def _processor() -> str:
 
 @pytest.fixture(scope="module")
 def demo() -> Iterator[Server]:
-    """The bundled model, served by the command line on a CPU, in a process of its own."""
-    with serving() as server:
+    """The bundled model, served on the CPU in a separate process."""
+    with run_server() as server:
         yield server
 
 
 @pytest.fixture
 def seed() -> int:
-    """Fresh, and printed when a test fails; OSMIUM_SEED sets it."""
+    """A new seed, printed when a test fails; OSMIUM_SEED sets it."""
     found = int(os.environ.get("OSMIUM_SEED") or time.time_ns() % (1 << 32))
     print(f"OSMIUM_SEED={found}")
     return found
 
 
 def run_python(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """A Python process in the repository."""
+    """Run Python with these arguments in the repository."""
     return subprocess.run(
         [sys.executable, *arguments], cwd=HERE.parents[1], capture_output=True, text=True,
         timeout=timeout,

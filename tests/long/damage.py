@@ -1,5 +1,8 @@
-"""Damages copies of the bundled packed file and loads them, in a process of its own, as what it
-looks for may end it: `python -m tests.long.damage KIND SEED` prints what came of it as JSON."""
+"""Damage copies of the bundled packed file and load them.
+
+`python -m tests.long.damage KIND SEED` prints the outcome as JSON; a separate process, because
+loading may crash it.
+"""
 
 import itertools
 import json
@@ -41,7 +44,7 @@ def parts(raw: bytes) -> list[dict[str, Any]]:
 
 
 def cut(rng: random.Random, raw: bytes) -> bytes:
-    """An end missing, or some bytes more."""
+    """Truncated, or with extra bytes."""
     if rng.random() < 0.1:
         return raw + rng.randbytes(rng.randrange(1, 9000))
     return raw[: rng.choice((rng.randrange(len(raw)), rng.randrange(header_end(raw) + 1)))]
@@ -63,7 +66,7 @@ def in_parts(rng: random.Random, raw: bytes) -> bytes:
 
 
 def padding(rng: random.Random, raw: bytes) -> bytes:
-    """Bytes between parts, which mean nothing."""
+    """Damage in the unused bytes between weights."""
     ends = sorted((one["offset"], one["offset"] + one["nbytes"]) for one in parts(raw))
     gaps = [(header_end(raw), ends[0][0])]
     gaps += [(end, start) for (_, end), (start, _) in itertools.pairwise(ends)]
@@ -72,7 +75,7 @@ def padding(rng: random.Random, raw: bytes) -> bytes:
 
 
 def table(rng: random.Random, raw: bytes) -> bytes:
-    """A header with a wrong value in it, whose checksum is right."""
+    """A header with a wrong value and a valid checksum."""
     made: Any = json.loads(raw[HOME : header_end(raw)])
     for _ in range(rng.choice((1, 1, 2))):
         target = rng.choice(
@@ -126,7 +129,7 @@ def main(kind: str, seed: int) -> None:
                 refused += 1
             except Exception as error:
                 wrong.append(f"case {case}: {error!r}")
-            path.unlink()  # what is mapped stays whole
+            path.unlink()  # the mapping stays valid
     seconds = time.monotonic() - start
     print(
         json.dumps({"cases": CASES[kind], "refused": refused, "wrong": wrong, "seconds": seconds})

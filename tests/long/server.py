@@ -1,4 +1,4 @@
-"""A server started by the command line, and clients that the tests can break."""
+"""A server started from the command line, and streaming clients that disconnect."""
 
 import asyncio
 import json
@@ -18,23 +18,23 @@ from typing import Any
 
 import psutil
 
-__all__ = ["Answer", "Server", "serving", "stream_chat"]
+__all__ = ["Answer", "Server", "run_server", "stream_chat"]
 
 START_S = 60.0
 
 ANSWER_S = 60.0
-"""A client that waits longer for the next bytes has found a hang."""
+"""Waiting longer than this for the next bytes means that the server hangs."""
 
 
 class Server:
-    """Where it is, and its process."""
+    """The server's address and process."""
 
     def __init__(self, process: "subprocess.Popen[bytes]", port: int, log: Any) -> None:
         self.process, self.port, self._log = process, port, log
         self.status = psutil.Process(process.pid)
 
     def log(self) -> str:
-        """What it has said so far."""
+        """The server's output so far."""
         self._log.seek(0)
         return str(self._log.read().decode(errors="replace"))
 
@@ -42,14 +42,14 @@ class Server:
         return self.ask("GET", path)
 
     def post(self, path: str, body: dict[str, Any]) -> tuple[int, Any]:
-        """Status and JSON."""
+        """HTTP status and parsed JSON."""
         status, raw = self.ask("POST", path, json.dumps(body).encode())
         return status, json.loads(raw)
 
     def ask(
         self, method: str, path: str, body: bytes | None = None, **headers: str
     ) -> tuple[int, bytes]:
-        """One request on a connection of its own.  Raises: TimeoutError where it hangs."""
+        """Send one request on a new connection. Raises: TimeoutError after ANSWER_S."""
         connection = HTTPConnection("127.0.0.1", self.port, timeout=ANSWER_S)
         try:
             connection.request(method, path, body, {"Content-Type": "application/json", **headers})
@@ -59,7 +59,7 @@ class Server:
             connection.close()
 
     def chat(self, text: str, **fields: Any) -> dict[str, Any]:
-        """One whole answer."""
+        """An unstreamed chat response."""
         body = {"messages": [{"role": "user", "content": text}], "temperature": 0, **fields}
         status, answer = self.post("/v1/chat/completions", body)
         assert status == 200, answer
@@ -67,20 +67,20 @@ class Server:
         return answer
 
     def metric(self, name: str) -> float:
-        """A metric without labels."""
+        """The value of a metric without labels."""
         _, raw = self.get("/metrics")
         (found,) = re.findall(rf"^{name} (\S+)$", raw.decode(), re.M)
         return float(found)
 
-    def settled(self) -> None:
-        """Wait until nothing runs or waits.  Fails where that does not come."""
+    def wait_until_idle(self) -> None:
+        """Wait until no request runs or waits; fails after a timeout."""
         end = time.monotonic() + ANSWER_S
         while self.metric("osmium_requests_running") or self.metric("osmium_requests_waiting"):
-            assert time.monotonic() < end, "requests of clients that have left still run"
+            assert time.monotonic() < end, "requests of disconnected clients still run"
             time.sleep(0.1)
 
-    def healthy(self) -> None:
-        """It lives, serves, and answers what it should."""
+    def assert_healthy(self) -> None:
+        """The process runs, and a request gets the right response."""
         assert self.process.poll() is None, self.log()
         status, raw = self.get("/health")
         assert status == 200, raw
@@ -89,8 +89,8 @@ class Server:
 
 
 @contextmanager
-def serving(*flags: str) -> Iterator[Server]:
-    """The bundled model on a CPU.  At the end Ctrl-C must end it in order."""
+def run_server(*flags: str) -> Iterator[Server]:
+    """Serve the bundled model on the CPU; at the end Ctrl-C must stop the server cleanly."""
     with tempfile.TemporaryFile() as log:
         command = ["-m", "osmium", "serve", "--device", "cpu", "--port", "0", *flags]
         process = subprocess.Popen([sys.executable, *command], stdout=log, stderr=log)
@@ -108,10 +108,10 @@ def _started(process: "subprocess.Popen[bytes]", log: Any) -> Server:
     end = time.monotonic() + START_S
     while True:
         log.seek(0)
-        said = log.read().decode(errors="replace")
-        assert process.poll() is None, said
-        assert time.monotonic() < end, said
-        found = re.search(r"http://[\w.]+:([1-9]\d*)", said)
+        output = log.read().decode(errors="replace")
+        assert process.poll() is None, output
+        assert time.monotonic() < end, output
+        found = re.search(r"http://[\w.]+:([1-9]\d*)", output)
         if found:
             server = Server(process, int(found[1]), log)
             with suppress(OSError):
@@ -125,12 +125,12 @@ def _started(process: "subprocess.Popen[bytes]", log: Any) -> Server:
 
 @dataclass
 class Answer:
-    """What one client has read of a stream."""
+    """The events that one client received."""
 
     status: int = 0
     chunks: list[dict[str, Any]] = field(default_factory=list)
     done: bool = False
-    """Whether [DONE] came last."""
+    """Whether the stream ended with [DONE]."""
     first_s: float = 0.0
     """Seconds to the first chunk with text."""
 
@@ -152,11 +152,12 @@ class Answer:
 
 
 async def stream_chat(
-    port: int, text: str, *, leave_after: int | None = None, reset: bool = False, **fields: Any
+    port: int, text: str, *, disconnect_after: int | None = None, reset: bool = False, **fields: Any
 ) -> Answer:
-    """Read a streamed answer to its end; or leave after so many chunks, with a reset or without.
+    """Read a streamed response to its end, or disconnect after `leave_after` chunks, with TCP reset
+    or not.
 
-    Raises: TimeoutError where nothing comes, AssertionError for what is no stream.
+    Raises: TimeoutError without new bytes, AssertionError for an invalid stream.
     """
     body = json.dumps(
         {"messages": [{"role": "user", "content": text}], "temperature": 0, "stream": True,
@@ -187,7 +188,7 @@ async def stream_chat(
             answer.chunks.append(json.loads(data))
             if not answer.first_s and answer.text:
                 answer.first_s = time.monotonic() - start
-            if leave_after is not None and len(answer.chunks) >= leave_after:
+            if disconnect_after is not None and len(answer.chunks) >= disconnect_after:
                 return answer
     finally:
         if reset:

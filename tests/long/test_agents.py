@@ -1,4 +1,4 @@
-"""Coding agents as people run them, against the server."""
+"""Real coding agents against the server."""
 
 import shutil
 

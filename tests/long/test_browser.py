@@ -1,11 +1,11 @@
-"""A browser on the server's own page."""
+"""A browser on the server's page."""
 
 import pytest
 
 from tests.long.server import Server
 
 
-def test_the_page_of_the_server_can_be_talked_to(demo: Server) -> None:
+def test_the_servers_page_can_chat(demo: Server) -> None:
     status, raw = demo.get("/")
     assert status == 200
     if b"<html" not in raw.lower():

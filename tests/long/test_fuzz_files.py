@@ -1,5 +1,7 @@
-"""Damage of packed files: cut anywhere, any bit flipped.  A CheckpointError or a right model; never
-a crash, never a wrong model that loads in silence."""
+"""Damaged packed files, truncated or with flipped bits.
+
+Loading must raise CheckpointError or give the right model; it must not crash or load a wrong model.
+"""
 
 import json
 
@@ -15,6 +17,6 @@ def test_a_damaged_file_is_refused_or_loads_the_right_model(kind: str, seed: int
     done = run_python("-m", "tests.long.damage", kind, str(seed))
     assert done.returncode == 0, f"it ends with {done.returncode}\n{done.stderr[-3000:]}"
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["wrong"] == [], "other errors than CheckpointError, or another model"
+    assert found["wrong"] == [], "another error than CheckpointError, or another model"
     assert found["refused"] > 0.5 * found["cases"] or kind == "padding", found
     assert found["cases"] >= 40 and np.isfinite(found["seconds"])

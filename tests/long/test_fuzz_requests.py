@@ -1,4 +1,4 @@
-"""Thousands of mutated requests to the API: never a 5xx, never a hang, and the server lives on."""
+"""Thousands of mutated requests: no 5xx, no hang, and the server stays healthy."""
 
 import json
 import random
@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.long.server import ANSWER_S, Server, serving
+from tests.long.server import ANSWER_S, Server, run_server
 
 CASES, LEAST, MOST_S = 3000, 500, 90.0
-"""Bodies of JSON, as many as go in so many seconds, but so many at least; half as many are damaged
-byte by byte, and some are no HTTP."""
+"""Seconds for mutated JSON bodies, and their minimum number.
+
+Half as many requests have damaged bytes, and some are not HTTP.
+"""
 
 CHAT: dict[str, Any] = {
     "model": "demo", "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 3,
@@ -61,38 +63,38 @@ METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", 
 
 
 @pytest.fixture(scope="module")
-def small() -> Iterator[Server]:
-    """With so little context that no mutated request runs for long."""
-    with serving("--context", "256") as server:
+def small_server() -> Iterator[Server]:
+    """A small context, so that no mutated request runs long."""
+    with run_server("--context", "256") as server:
         yield server
 
 
-def cases(most: int) -> Iterator[int]:
-    """So many, but no more than time allows."""
+def case_numbers(max_cases: int) -> Iterator[int]:
+    """Case numbers until the time is over, at least the minimum."""
     end = time.monotonic() + MOST_S
-    for case in range(most):
+    for case in range(max_cases):
         if case >= LEAST and time.monotonic() > end:
-            print(f"{case} of {most} cases in {MOST_S:.0f} s")
+            print(f"{case} of {max_cases} cases in {MOST_S:.0f} s")
             return
         yield case
 
 
-def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of everything inside a value."""
+def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside `value`."""
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, one in items:
         yield (*path, key)
         if isinstance(one, dict | list):
-            yield from places(one, (*path, key))
+            yield from paths_of(one, (*path, key))
 
 
 def mutated(rng: random.Random, body: dict[str, Any]) -> Any:
-    """A body with a few things wrong."""
+    """A body with a few wrong values."""
     made: Any = json.loads(json.dumps(body))
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         if not isinstance(made, dict) or not made:
             return made
-        path = rng.choice(list(places(made)))
+        path = rng.choice(list(paths_of(made)))
         parent = made
         for key in path[:-1]:
             parent = parent[key]
@@ -114,7 +116,7 @@ def mutated(rng: random.Random, body: dict[str, Any]) -> Any:
 
 
 def damaged(rng: random.Random, raw: bytes) -> bytes:
-    """Some bytes changed, cut or doubled."""
+    """Bytes changed, removed or doubled."""
     made = bytearray(raw)
     for _ in range(rng.choice((1, 1, 2, 5))):
         at = rng.randrange(len(made) + 1)
@@ -131,45 +133,45 @@ def damaged(rng: random.Random, raw: bytes) -> bytes:
 
 
 def check(server: Server, method: str, path: str, body: bytes | None, **headers: str) -> int:
-    """One request: it is answered, and not by a 5xx; a refusal is OpenAI's error object."""
-    told = f"{method} {path} {body!r:.2000} {headers}"
+    """Send one request; it must not get a 5xx, and a refusal must be OpenAI's error object."""
+    request_text = f"{method} {path} {body!r:.2000} {headers}"
     try:
         status, raw = server.ask(method, path, body, **headers)
     except TimeoutError:
-        pytest.fail(f"hangs: {told}")
-    assert status < 500, f"{status} {raw!r}: {told}"
+        pytest.fail(f"hangs: {request_text}")
+    assert status < 500, f"{status} {raw!r}: {request_text}"
     if status >= 400 and method not in ("HEAD",) and status not in (404, 405):
-        assert json.loads(raw)["error"]["message"], told
+        assert json.loads(raw)["error"]["message"], request_text
     return status
 
 
-def test_mutated_bodies_are_answered_or_refused(small: Server, seed: int) -> None:
+def test_mutated_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
     rng = random.Random(seed)
     seen: dict[int, int] = {}
-    for _ in cases(CASES):
+    for _ in case_numbers(CASES):
         path, body = rng.choice(((PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION)))
         base = dict(body)
         if rng.random() < 0.3:
             base["stream"] = True
         if path == PATHS[1] and rng.random() < 0.3:
             base["prompt"] = base["prompt_ids"]
-        status = check(small, "POST", path, json.dumps(mutated(rng, base)).encode())
+        status = check(small_server, "POST", path, json.dumps(mutated(rng, base)).encode())
         seen[status] = seen.get(status, 0) + 1
     assert seen[200] > 20 and seen[400] > 20, seen
-    small.settled()
-    small.healthy()
+    small_server.wait_until_idle()
+    small_server.assert_healthy()
 
 
-def test_damaged_bodies_are_answered_or_refused(small: Server, seed: int) -> None:
+def test_damaged_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
     rng = random.Random(seed)
-    for _ in cases(CASES // 2):
+    for _ in case_numbers(CASES // 2):
         path, body = rng.choice(((PATHS[0], CHAT), (PATHS[1], COMPLETION)))
-        check(small, "POST", path, damaged(rng, json.dumps(body).encode()))
-    small.settled()
-    small.healthy()
+        check(small_server, "POST", path, damaged(rng, json.dumps(body).encode()))
+    small_server.wait_until_idle()
+    small_server.assert_healthy()
 
 
-def test_any_method_of_any_path_is_answered(small: Server, seed: int) -> None:
+def test_any_method_on_any_path_gets_a_response(small_server: Server, seed: int) -> None:
     rng = random.Random(seed)
     for method in METHODS:
         for path in PATHS:
@@ -177,11 +179,13 @@ def test_any_method_of_any_path_is_answered(small: Server, seed: int) -> None:
             headers = rng.choice(({}, {"Accept": "\xff"}, {"Authorization": "x" * 9000}, {
                 "Content-Type": "text/plain", "Content-Encoding": "gzip", "Origin": "http://x",
             }))  # fmt: skip
-            check(small, method, path, body, **headers)
-    small.healthy()
+            check(small_server, method, path, body, **headers)
+    small_server.assert_healthy()
 
 
-def test_what_is_no_http_ends_its_connection_alone(small: Server, seed: int) -> None:
+def test_bytes_that_are_not_http_end_only_their_own_connection(
+    small_server: Server, seed: int
+) -> None:
     rng = random.Random(seed)
     good = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 40\r\n\r\n{}"
     chunked = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -191,7 +195,9 @@ def test_what_is_no_http_ends_its_connection_alone(small: Server, seed: int) -> 
             b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01" + rng.randbytes(60), b"GET " + b"/" * 70_000,
             b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 5000 + b"\r\n", chunked + b"ffffffffff\r\nx",
         ))  # fmt: skip
-        with closing(socket.create_connection(("127.0.0.1", small.port), ANSWER_S)) as connection:
+        with closing(
+            socket.create_connection(("127.0.0.1", small_server.port), ANSWER_S)
+        ) as connection:
             try:
                 connection.sendall(raw)
                 if rng.random() < 0.5:
@@ -199,6 +205,6 @@ def test_what_is_no_http_ends_its_connection_alone(small: Server, seed: int) -> 
                     answer = connection.recv(4096)
                     assert b" 500 " not in answer.split(b"\r\n")[0], raw
             except (ConnectionError, BrokenPipeError):
-                pass  # it may end the connection at any moment
-    small.settled()
-    small.healthy()
+                pass  # the server may close the connection at any time
+    small_server.wait_until_idle()
+    small_server.assert_healthy()

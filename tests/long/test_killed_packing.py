@@ -1,5 +1,4 @@
-"""Packing that is killed, again and again, by signals at any moment: the next start goes on from
-what was finished, and the file is the one that an undisturbed start writes."""
+"""Packing killed repeatedly at random times: each start resumes, and the file is the same."""
 
 import random
 import re
@@ -19,7 +18,7 @@ MODEL = Case("packed", 91, 512, "ddda" * 3, (8, 2, 64), 0.25, (4, 8, 64, 64), (4
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that takes some seconds to pack."""
+    """A checkpoint whose packing takes some seconds."""
     made = tmp_path_factory.mktemp("killed") / "model"
     write_checkpoint(MODEL, made)
     return made
@@ -36,43 +35,49 @@ def pack(folder: Path, cache: Path, log: Path) -> "subprocess.Popen[bytes]":
 
 
 @pytest.fixture(scope="module")
-def whole(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, float]:
-    """The file of an undisturbed start, and its seconds."""
+def complete_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, float]:
+    """The file of an uninterrupted packing, and its seconds."""
     cache, start = tmp_path_factory.mktemp("whole"), time.monotonic()
     subprocess.run(command(folder, cache), check=True, capture_output=True)
     (path,) = cache.glob("*.osmium")
     return path.read_bytes(), time.monotonic() - start
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_whoever_is_killed_while_packing_goes_on(
-    folder: Path, whole: tuple[bytes, float], tmp_path: Path, seed: int, how: signal.Signals
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_packing_resumes_after_every_kill(
+    folder: Path,
+    complete_file: tuple[bytes, float],
+    tmp_path: Path,
+    seed: int,
+    signal_number: signal.Signals,
 ) -> None:
     rng, cache = random.Random(seed), tmp_path / "cache"
-    wanted, seconds = whole
-    begun: list[int] = []
-    for turn in range(30):
-        log = tmp_path / f"{turn}.log"
+    wanted, seconds = complete_file
+    resumed_at: list[int] = []
+    for attempt in range(30):
+        log = tmp_path / f"{attempt}.log"
         process = pack(folder, cache, log)
-        if turn < 12:
-            begins = turn == 0 or rng.random() < 0.7
+        if attempt < 12:
+            begins = attempt == 0 or rng.random() < 0.7
             while begins and "%" not in log.read_text() and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.3 * seconds))
-            process.send_signal(how)
+            process.send_signal(signal_number)
         code = process.wait(120)
-        said = log.read_text()
-        shown = [int(one) for one in re.findall(r"(\d+) ?%", said)]
-        begun += shown[:1]
+        output = log.read_text()
+        shown = [int(one) for one in re.findall(r"(\d+) ?%", output)]
+        resumed_at += shown[:1]
         if code == 0:
             break
-        assert code in (-how, 128 + how), f"{code}: {said}"
-        assert "Traceback" not in said
+        assert code in (-signal_number, 128 + signal_number), f"{code}: {output}"
+        assert "Traceback" not in output
     else:
-        pytest.fail("it never gets there")
-    print(f"killed {turn} times of {seconds:.1f} s, begun at {begun} %")
-    assert turn > 0, "it was killed at least once"
-    assert begun == sorted(begun), f"each start goes on from the one before: {begun}"
+        pytest.fail("packing never completes")
+    print(f"killed {attempt} times of {seconds:.1f} s, begun at {resumed_at} %")
+    assert attempt > 0, "at least one start was killed"
+    assert resumed_at == sorted(resumed_at), (
+        f"each start resumes after the one before: {resumed_at}"
+    )
     (path,) = cache.glob("*.osmium")
     assert path.read_bytes() == wanted
     assert not list(cache.glob("*.partial")) and not list(cache.glob("*.journal"))

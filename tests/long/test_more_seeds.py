@@ -12,7 +12,7 @@ from osmium.quant.expert_layout import ExpertLayout
 from tests.experts.test_interpreted import (
     test_interpreted_kernels_equal_the_reference_with_uneven_layers as compare_layers,
 )
-from tests.ptx.test_barriers import cases_of, right
+from tests.ptx.test_barriers import cases_of, is_right
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,7 +36,7 @@ def test_kernels_whose_blocks_wait_for_each_other_are_right_in_any_order(
 ) -> None:
     for make in cases_of(name)[:4]:
         for offset in range(4):
-            assert right(make, seed + offset, None)
+            assert is_right(make, seed + offset, None)
 
 
 @pytest.mark.parametrize("name", ["few", "more", "odd", "odd", "odd"])

@@ -1,4 +1,4 @@
-"""The chat in a real terminal: tmux shows what a person sees, and keeps what has scrolled off."""
+"""The chat in a real terminal: tmux shows the screen and keeps scrolled-off lines."""
 
 import shlex
 import shutil
@@ -16,15 +16,15 @@ from osmium.weights import DEMO
 pytestmark = [
     pytest.mark.long,
     pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed"),
-    pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is not here"),
+    pytest.mark.skipif(not DEMO.is_file(), reason="the demo model is missing"),
 ]
 
-ASKED = "What is the capital of France?"
+QUESTION = "What is the capital of France?"
 CHAT = ["-m", "osmium", "run", "demo", "--device", "cpu"]
 
 
 class Tmux:
-    """One terminal of 80 by 24."""
+    """A terminal of 80 by 24."""
 
     def __init__(self, folder: Path, name: str = "tmux") -> None:
         self._folder = folder
@@ -44,7 +44,8 @@ class Tmux:
         self._run("send-keys", *keys)
 
     def paste(self, text: str) -> None:
-        """As a terminal pastes: in brackets where the program has asked for them."""
+        """Paste like a terminal does: with bracketed-paste markers if the program requested
+        them."""
         file = self._folder / "pasted"
         file.write_text(text)
         self._run("load-buffer", str(file))
@@ -55,7 +56,7 @@ class Tmux:
         return self._run("capture-pane", "-p", *more, *(["-e"] if styles else []))
 
     def wait(self, *texts: str, end: str = "\n>", timeout: float = 60) -> str:
-        """The screen, once it shows these texts and ends in an empty prompt, or in `end`."""
+        """The screen once it shows these texts and ends with an empty prompt, or with `end`."""
         deadline = time.monotonic() + timeout
         while True:
             shown = self.screen().rstrip()
@@ -82,13 +83,15 @@ def tmux(tmp_path: Path) -> Iterator[Tmux]:
     made.close()
 
 
-def test_a_conversation_as_it_is_seen(tmux: Tmux) -> None:
+def test_a_conversation_is_shown_with_reasoning_and_answers(tmux: Tmux) -> None:
     tmux.start(*CHAT, "--temperature", "0", "--think")
     tmux.wait("demo on cpu, context 4,096 tokens")
-    tmux.type(ASKED)
+    tmux.type(QUESTION)
     tmux.press("Enter")
-    shown = tmux.wait(f"> {ASKED}", "Paris.\n\nThe capital of France is Paris.")
-    assert shown.count("The capital of France is Paris.") == 2, "the thinking, and the answer"
+    shown = tmux.wait(f"> {QUESTION}", "Paris.\n\nThe capital of France is Paris.")
+    assert shown.count("The capital of France is Paris.") == 2, (
+        "once in the reasoning, once in the answer"
+    )
     assert "think>" not in shown
     assert "\x1b[2mThe capital" in tmux.screen(styles=True)
     tmux.press("Enter")  # an empty line
@@ -109,7 +112,7 @@ def test_pasted_lines_are_one_message(tmux: Tmux) -> None:
     assert tmux.wait("> What is", "of France?").count("\n>") == 2
 
 
-def test_ctrl_c_stops_a_response_and_the_chat_goes_on(tmux: Tmux) -> None:
+def test_ctrl_c_stops_a_response_and_the_chat_continues(tmux: Tmux) -> None:
     endless = ["synthetic:tiny", "--context", "16k", "--max-tokens", "16000", "--plain"]
     tmux.start("-m", "osmium", "chat", "--device", "cpu", *endless)
     tmux.wait()
@@ -125,7 +128,7 @@ def test_ctrl_c_stops_a_response_and_the_chat_goes_on(tmux: Tmux) -> None:
     tmux.wait_for_exit()
 
 
-def test_the_next_chat_remembers_what_was_typed(tmux: Tmux, tmp_path: Path) -> None:
+def test_the_next_chat_has_the_input_history(tmux: Tmux, tmp_path: Path) -> None:
     tmux.start(*CHAT)
     tmux.wait()
     tmux.type("/system Be brief.")
@@ -143,7 +146,7 @@ def test_the_next_chat_remembers_what_was_typed(tmux: Tmux, tmp_path: Path) -> N
         later.close()
 
 
-def test_markdown_longer_than_the_screen_is_there_once(tmux: Tmux, tmp_path: Path) -> None:
+def test_markdown_longer_than_the_screen_is_printed_once(tmux: Tmux, tmp_path: Path) -> None:
     script = tmp_path / "show.py"
     script.write_text(
         textwrap.dedent(

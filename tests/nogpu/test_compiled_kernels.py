@@ -1,4 +1,4 @@
-"""The compiled kernels of the repository: there, of the present source, and what Numba compiles."""
+"""Compiled kernels in the repository: present, up to date, and equal to what Numba compiles."""
 
 import re
 import sys
@@ -23,7 +23,7 @@ OURS = ("advance_step", "assign_slots", "logit_histogram", "sample_token", "slic
 
 
 def double(out, n):  # type: ignore[no-untyped-def]
-    """What is compiled here."""
+    """The function that these tests compile."""
     i = cuda.grid(1)
     if i < n:
         out[i] *= 2
@@ -41,17 +41,17 @@ def pinned() -> dict[str, str]:
 
 
 @pytest.fixture
-def elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The folder of compiled texts is the test's own, and empty."""
+def compiled_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Compiled texts go to an empty temporary folder."""
     monkeypatch.setattr(numba_kernels, "COMPILED", tmp_path / "compiled")
     (tmp_path / "compiled").mkdir()
     return tmp_path / "compiled"
 
 
-# -- what is committed -----------------------------------------------------------------------------
+# -- committed texts -------------------------------------------------------------------------------
 
 
-def test_every_compiled_kernel_is_committed_and_of_the_present_source() -> None:
+def test_every_compiled_kernel_is_committed_and_up_to_date() -> None:
     assert tuple(KERNELS) and {path.stem for path in COMPILED.iterdir()} == set(OURS)
     for name in OURS:
         contract = KERNELS[name].contract()
@@ -61,26 +61,26 @@ def test_every_compiled_kernel_is_committed_and_of_the_present_source() -> None:
         assert re.search(r"^\.target sm_80$", contract.text, re.M)
 
 
-def test_a_committed_text_names_the_versions_that_are_pinned() -> None:
+def test_committed_texts_name_the_pinned_versions() -> None:
     wanted = ", ".join(f"{package} {pinned()[package]}" for package in PACKAGES)
     for name in OURS:
         first = (COMPILED / f"{name}.ptx").read_text().partition("\n")[0]
         assert first == f"{KERNELS[name].first_line}; {wanted}, Python {PYTHON}"
 
 
-def test_a_committed_text_is_what_numba_compiles() -> None:
-    """Byte for byte, in the pinned environment; it takes five seconds."""
+def test_committed_texts_equal_numbas_output() -> None:
+    """Byte for byte, in the pinned environment; takes five seconds."""
     needs.numba_compiler()
     if sys.version_info[:2] != tuple(map(int, PYTHON.split("."))):
         pytest.skip(f"the committed texts are of Python {PYTHON}, whose bytecode is another")
     for name in OURS:
-        made = compile_kernel(KERNELS[name])
-        assert made == (COMPILED / f"{name}.ptx").read_text(), (
+        compiled = compile_kernel(KERNELS[name])
+        assert compiled == (COMPILED / f"{name}.ptx").read_text(), (
             f"{name} compiles to another text: run tools/compile_kernels, and commit what changes"
         )
 
 
-def test_the_check_covers_every_kernel_that_there_is() -> None:
+def test_every_kernel_is_registered_for_the_startup_check() -> None:
     assert check_kernels() == len(NAMES) + len(OURS)
 
 
@@ -88,24 +88,26 @@ def test_the_check_covers_every_kernel_that_there_is() -> None:
 
 
 @pytest.mark.parametrize("checkout", [True, False])
-def test_a_missing_and_a_stale_text_say_what_to_run(
-    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
+def test_a_missing_or_stale_text_names_the_command_to_run(
+    compiled_folder: Path, monkeypatch: pytest.MonkeyPatch, checkout: bool
 ) -> None:
     if not checkout:
         monkeypatch.setattr(
-            numba_kernels, "__file__", str(elsewhere / "osmium" / "kernels" / "numba_kernels.py")
+            numba_kernels,
+            "__file__",
+            str(compiled_folder / "osmium" / "kernels" / "numba_kernels.py"),
         )
-    way_out = "tools/compile_kernels" if checkout else "Install osmium-serve again"
-    with pytest.raises(KernelError, match=rf"double\.ptx cannot be read.*{way_out}"):
+    advice = "tools/compile_kernels" if checkout else "Install osmium-serve again"
+    with pytest.raises(KernelError, match=rf"double\.ptx cannot be read.*{advice}"):
         source().text()
     text = f"{source().first_line}; numba-cuda 0\nrest"
-    (elsewhere / "double.ptx").write_text(text)
+    (compiled_folder / "double.ptx").write_text(text)
     assert source().text() == text
-    with pytest.raises(KernelError, match=rf"its source .*{source(grid='n').key}.*{way_out}"):
+    with pytest.raises(KernelError, match=rf"its source .*{source(grid='n').key}.*{advice}"):
         source(grid="n").text()
 
 
-def test_the_hash_covers_what_a_kernel_calls_and_its_modules_numbers(
+def test_the_source_hash_covers_called_functions_and_module_constants(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     weigh = KERNELS["logit_histogram"]
@@ -125,7 +127,7 @@ def test_a_signature_must_fit_its_function() -> None:
         wrong.header()
 
 
-def test_a_type_that_no_contract_has_is_refused_by_name() -> None:
+def test_an_unsupported_type_is_refused_by_name() -> None:
     for signature, named in (
         ("void(CPointer(complex64), uint32)", r"out is CPointer\(complex64\)"),
         ("void(CPointer(float32), float64)", "n is float64"),
@@ -142,34 +144,36 @@ def registry() -> Iterator[None]:
     KERNELS.update(before)
 
 
-def test_the_decorator_registers_and_reads_nothing(registry: None) -> None:
-    made = python_kernel("void(CPointer(float32), uint32)", block=64, grid="1")(double)
-    assert isinstance(made, Kernel)
-    assert KERNELS["double"].block == 64 and made.name == "double"
+def test_the_decorator_registers_without_reading_files(registry: None) -> None:
+    compiled = python_kernel("void(CPointer(float32), uint32)", block=64, grid="1")(double)
+    assert isinstance(compiled, Kernel)
+    assert KERNELS["double"].block == 64 and compiled.name == "double"
 
 
 # -- compiling -------------------------------------------------------------------------------------
 
 
-def test_a_compiled_kernel_reads_like_a_hand_written_one() -> None:
+def test_a_compiled_kernel_has_a_contract_like_a_hand_written_one() -> None:
     needs.numba_compiler()
     contract = parse(compile_kernel(source()), "double.ptx")
     assert contract.entry == "double" and contract.block == 128
     assert [(p.name, p.type) for p in contract.params] == [("out", "u64"), ("n", "u32")]
     assert ".target sm_80" in contract.text and ".maxntid 128" in contract.text
-    assert "NumbaEnv" not in contract.text, "their order is another in every process"
+    assert "NumbaEnv" not in contract.text, "their order differs between processes"
 
 
-def test_all_are_written_and_what_is_none_of_them_goes(elsewhere: Path, registry: None) -> None:
+def test_compiling_writes_every_kernel_and_deletes_other_files(
+    compiled_folder: Path, registry: None
+) -> None:
     needs.numba_compiler()
     KERNELS.clear()
     KERNELS["double"] = source()
-    (elsewhere / "double.ptx").write_text("stale")
-    (elsewhere / "gone.ptx").write_text("of a kernel that is no more")
-    assert [path.name for path in compile_all(elsewhere)] == ["gone.ptx", "double.ptx"]
+    (compiled_folder / "double.ptx").write_text("stale")
+    (compiled_folder / "gone.ptx").write_text("of a kernel that is no more")
+    assert [path.name for path in compile_all(compiled_folder)] == ["gone.ptx", "double.ptx"]
     assert source().contract().entry == "double"
-    assert [path.name for path in elsewhere.iterdir()] == ["double.ptx"]
-    assert compile_all(elsewhere) == []
+    assert [path.name for path in compiled_folder.iterdir()] == ["double.ptx"]
+    assert compile_all(compiled_folder) == []
 
 
 def test_a_newer_toolkit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +183,7 @@ def test_a_newer_toolkit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         compile_kernel(source())
 
 
-def test_without_numba_compiling_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_numba_compiling_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
     monkeypatch.setattr(numba_compiler, "versions", lambda: "none")
     with pytest.raises(KernelError, match=r"osmium-serve\[build\]"):
@@ -190,7 +194,7 @@ def test_without_numba_compiling_says_what_to_install(monkeypatch: pytest.Monkey
         compile_kernel(source())
 
 
-def test_another_python_compiles_nothing(
+def test_another_python_version_refuses_to_compile(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(numba_compiler, "PYTHON", "3.0")

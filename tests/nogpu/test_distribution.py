@@ -1,4 +1,4 @@
-"""The distribution: where it is named, its install commands, and what shares its folder."""
+"""The distribution: its name, install commands, and the other project of the same import name."""
 
 import os
 import re
@@ -18,37 +18,38 @@ from osmium.distribution import NAME, conflict, gpu_extra, how_to_install, versi
 ROOT = Path(__file__).resolve().parents[2]
 
 OTHER = "osmium-4.3.2.dist-info"
-"""What the OpenStreetMap library leaves beside osmium/."""
+"""Files of the OpenStreetMap library next to osmium/."""
 
 
-def test_the_name_is_that_of_the_project() -> None:
+def test_the_distribution_name_is_the_projects() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert project["name"] == NAME
-    assert NAME in project["scripts"], "uvx and pipx run the script of the distribution's name"
+    assert NAME in project["scripts"], "uvx and pipx run the script named like the distribution"
     assert {gpu_extra(12080), gpu_extra(13000)} <= set(project["optional-dependencies"])
 
 
-def test_what_is_not_installed_has_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_installation_there_is_no_version(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distribution, "NAME", "osmium-not-there")
     assert version() is None
 
 
-def test_nothing_tells_people_to_install_another_project() -> None:
-    """`osmium` on PyPI is the OpenStreetMap library: every install line names osmium-serve."""
+def test_no_document_recommends_installing_another_project() -> None:
+    """`osmium` on PyPI is the OpenStreetMap library, so every install command names
+    osmium-serve."""
     seen = 0
     for pattern in ("*.md", "*.toml", "docs/*.md", "osmium/**/*.py", "tools/*"):
         for path in ROOT.glob(pattern):
-            if not path.is_file() or path.name == "LOG.md":  # what was is history
+            if not path.is_file() or path.name == "LOG.md":  # the log quotes earlier commands
                 continue
             for line in path.read_text().splitlines():
                 assert not re.search(r"\bosmium\[\w", line), f"{path}: {line}"
                 if re.search(r"\b(pip|pipx|uv|uvx)\b.* install .*\bosmium\b(?!-serve|/)", line):
                     assert "uninstall" in line, f"{path}: {line}"
                 seen += f"{NAME}[" in line
-    assert seen > 3, "README names it, and so do others"
+    assert seen > 3, "several documents name the package"
 
 
-# -- how it was installed --------------------------------------------------------------------------
+# -- install commands ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -73,14 +74,16 @@ def test_nothing_tells_people_to_install_another_project() -> None:
         ),
     ],
 )
-def test_the_command_is_that_of_the_tool_that_installed_it(
+def test_the_command_uses_the_tool_that_installed_osmium(
     prefix: str, command: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(distribution, "_FOLDER", str(tmp_path / "site-packages" / "osmium"))
     assert how_to_install("cu13", prefix) == command
 
 
-def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_uv_environment_without_pip_uses_uv(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(distribution, "_FOLDER", str(tmp_path / "site-packages" / "osmium"))
     (tmp_path / "pyvenv.cfg").write_text("home = /usr/bin\nuv = 0.9.1\n")
     assert how_to_install("cu12", str(tmp_path)) == "uv pip install 'osmium-serve[cu12]'"
@@ -88,14 +91,14 @@ def test_an_environment_of_uv_has_no_pip(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert how_to_install("", str(tmp_path)) == "pip install osmium-serve"
 
 
-def test_in_a_checkout_the_checkout_is_installed() -> None:
+def test_in_a_checkout_the_command_installs_the_checkout() -> None:
     assert how_to_install("cu13", sys.prefix).endswith(f"-m pip install -e '{ROOT}[cu13]'")
 
 
 # -- the other osmium ------------------------------------------------------------------------------
 
 
-def test_the_other_project_beside_ours_is_found(tmp_path: Path) -> None:
+def test_the_other_project_in_the_same_folder_is_found(tmp_path: Path) -> None:
     (tmp_path / "osmium").mkdir()
     for name in ("osmium_serve-1.0.dist-info", "osmium.libs", "numpy-2.5.0.dist-info"):
         (tmp_path / name).mkdir()
@@ -109,7 +112,7 @@ def test_the_other_project_beside_ours_is_found(tmp_path: Path) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """Our package as it is in site-packages, without the demo."""
+    """Osmium as in site-packages, without the demo."""
     shutil.copytree(
         ROOT / "osmium", tmp_path / "osmium", ignore=shutil.ignore_patterns("demo", "__pycache__")
     )
@@ -117,7 +120,7 @@ def site(tmp_path: Path) -> Path:
 
 
 def run(site: Path, code: str) -> str:
-    """Python with our package of `site` first on its path; its stderr."""
+    """The stderr of Python with `site` first on its path."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=site, capture_output=True, text=True,
         env={**os.environ, "PYTHONPATH": str(site)},
@@ -126,7 +129,7 @@ def run(site: Path, code: str) -> str:
     return done.stdout + done.stderr
 
 
-def test_importing_beside_the_other_project_warns(site: Path) -> None:
+def test_importing_next_to_the_other_project_warns(site: Path) -> None:
     code = "import osmium; print(osmium.__file__)"
     assert run(site, code).strip() == str(site / "osmium" / "__init__.py")
     (site / OTHER).mkdir()
@@ -140,8 +143,8 @@ def test_doctor_names_the_other_project(monkeypatch: pytest.MonkeyPatch) -> None
     assert found.advice == "osmium-4.3.2 is here, too"
 
 
-def test_the_commands_run_where_the_others_init_has_won(site: Path) -> None:
-    """Installed after ours, the library overwrites osmium/__init__.py; the commands go on."""
+def test_the_commands_run_with_the_other_projects_init(site: Path) -> None:
+    """The library, installed later, overwrites osmium/__init__.py; Osmium's commands still run."""
     (site / OTHER).mkdir()
     (site / "osmium" / "__init__.py").write_text("SimpleHandler = None\n")
     assert re.match(r"osmium \d", run(site, "from osmium.cli import main; main(['--version'])"))
@@ -150,7 +153,7 @@ def test_the_commands_run_where_the_others_init_has_won(site: Path) -> None:
     assert "import osmium" in said and distribution.REINSTALL in said
 
 
-def test_looking_for_it_does_not_make_importing_slow(tmp_path: Path) -> None:
+def test_the_search_for_the_other_project_is_fast(tmp_path: Path) -> None:
     for number in range(1000):
         (tmp_path / f"package_{number}").mkdir()
     times = []
@@ -158,7 +161,7 @@ def test_looking_for_it_does_not_make_importing_slow(tmp_path: Path) -> None:
         start = time.perf_counter()
         assert conflict(str(tmp_path)) is None
         times.append(time.perf_counter() - start)
-    assert min(times) < 0.01, "a listing of a thousand names"
+    assert min(times) < 0.01, "listing a thousand names"
     code = "import sys; import osmium; print('importlib.metadata' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True

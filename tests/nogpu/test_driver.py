@@ -1,4 +1,4 @@
-"""The driver layer where there is no GPU, and what it says of results."""
+"""The driver layer without a GPU, and its handling of result codes."""
 
 import ctypes
 import functools
@@ -37,24 +37,24 @@ def test_a_machine_without_a_gpu_gives_one_clear_error() -> None:
         pytest.skip("there is a GPU here")
 
 
-@pytest.mark.parametrize("in_all", [233472, 102400], ids=["H100", "RTX"])
-@pytest.mark.parametrize(("apart", "rows"), [(1, 1), (2, 1), (2, 2), (1, 4)])
-def test_blocks_that_are_to_be_apart_leave_room_for_no_more(
-    in_all: int, apart: int, rows: int
+@pytest.mark.parametrize("shared_per_sm", [233472, 102400], ids=["H100", "RTX"])
+@pytest.mark.parametrize(("max_blocks", "rows"), [(1, 1), (2, 1), (2, 2), (1, 4)])
+def test_dynamic_shared_memory_limits_blocks_per_sm(
+    shared_per_sm: int, max_blocks: int, rows: int
 ) -> None:
-    device, kept, static = Device.__new__(Device), 1024, 2048
+    device, reserved, static = Device.__new__(Device), 1024, 2048
     device._shared_in_all, device._shared_kept, device.max_shared_per_block = (
-        in_all,
-        kept,
-        in_all - kept,
+        shared_per_sm,
+        reserved,
+        shared_per_sm - reserved,
     )
-    contract = SimpleNamespace(max_blocks_per_sm=apart, shared=static)
-    asked = device.dynamic_shared_bytes(contract, 4096, rows)
-    block = asked + static + kept
-    assert asked % 128 == 0 and asked <= device.max_shared_per_block - static
-    assert in_all // block == apart * rows, "as many as are to be there, and not one more"
-    assert device.dynamic_shared_bytes(contract, asked + 64, rows) == asked + 64, (
-        "who needs more gets it"
+    contract = SimpleNamespace(max_blocks_per_sm=max_blocks, shared=static)
+    dynamic_bytes = device.dynamic_shared_bytes(contract, 4096, rows)
+    block = dynamic_bytes + static + reserved
+    assert dynamic_bytes % 128 == 0 and dynamic_bytes <= device.max_shared_per_block - static
+    assert shared_per_sm // block == max_blocks * rows, "exactly as many blocks per SM as the limit"
+    assert device.dynamic_shared_bytes(contract, dynamic_bytes + 64, rows) == dynamic_bytes + 64, (
+        "a larger request is unchanged"
     )
     assert (
         device.dynamic_shared_bytes(SimpleNamespace(max_blocks_per_sm=0, shared=static), 4096, rows)
@@ -63,7 +63,7 @@ def test_blocks_that_are_to_be_apart_leave_room_for_no_more(
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, binding: object) -> None:
-    """Let `binding` be what is imported as the driver's; None: it is not installed."""
+    """Make `binding` the importable driver binding; None means that it is not installed."""
     package = ModuleType("cuda.bindings")
     if binding is not None:
         package.driver = binding  # type: ignore[attr-defined]
@@ -94,16 +94,18 @@ def test_a_gpu_without_the_binding_is_an_error_with_the_command(
     monkeypatch.setattr(driver, "cuda_version", lambda: version)
     with pytest.raises(DeviceError, match=rf"{named}.*--device cpu") as caught:
         Device()
-    assert not isinstance(caught.value, NoDevice), "there is one: nothing may go on without it"
+    assert not isinstance(caught.value, NoDevice), (
+        "a GPU exists, so this must not count as NoDevice"
+    )
 
 
-def test_a_binding_that_does_not_import_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_binding_that_fails_to_import_names_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(DeviceError, match="some symbol"):
         driver._explain_missing_binding(ImportError("some symbol"), 13000)
 
 
 class Libcuda:
-    """The driver's library as ctypes sees it."""
+    """libcuda as ctypes sees it."""
 
     def __init__(self, init: int, count: int, version: int) -> None:
         self.init, self.count, self.version = init, count, version
@@ -130,7 +132,7 @@ class Libcuda:
     ],
     ids=["a GPU", "none visible", "no device", "another library"],
 )
-def test_the_drivers_version_is_found_without_the_binding(
+def test_the_driver_version_is_read_without_the_binding(
     monkeypatch: pytest.MonkeyPatch, library: Callable[[], Any], found: int | None
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: library())
@@ -144,7 +146,7 @@ def test_the_drivers_version_is_found_without_the_binding(
 
 
 class Binding:
-    """The two calls by which a driver is judged."""
+    """The two calls that decide whether a driver is usable."""
 
     def __init__(self, init: int, version: int) -> None:
         self.init, self.version = init, version
@@ -166,7 +168,7 @@ class Binding:
         (0, 12040, DeviceError, r"12\.4"),
     ],
 )
-def test_no_driver_no_gpu_and_an_old_driver_are_told_apart(
+def test_no_driver_no_gpu_and_an_old_driver_are_distinct_errors(
     monkeypatch: pytest.MonkeyPatch, init: int, version: int, kind: type[DeviceError], named: str
 ) -> None:
     hide(monkeypatch, Binding(init, version))
@@ -175,7 +177,7 @@ def test_no_driver_no_gpu_and_an_old_driver_are_told_apart(
     assert type(caught.value) is kind
 
 
-def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_looked_up_again(monkeypatch: pytest.MonkeyPatch) -> None:
     binding = Binding(100, 12080)
     hide(monkeypatch, binding)
     with pytest.raises(NoDevice):
@@ -195,7 +197,9 @@ def test_a_driver_that_was_not_there_is_asked_again(monkeypatch: pytest.MonkeyPa
         (1, "CUDA_ERROR_INVALID_VALUE", False, "cuSomething"),
     ],
 )
-def test_an_error_names_its_call_and_a_way_out(code: int, name: str, lost: bool, says: str) -> None:
+def test_an_error_names_its_call_and_gives_advice(
+    code: int, name: str, lost: bool, says: str
+) -> None:
     error = Driver(None).error("cuSomething", Result(code, name))
     assert (error.call, error.name, error.code, error.context_lost) == (
         "cuSomething",

@@ -1,4 +1,4 @@
-"""A kernel's contract: what is read, what is refused, and how a launch's arguments are packed."""
+"""A kernel's contract: parsing, refusals, and packing of launch arguments."""
 
 import struct
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ BODY = """.version 7.8
 
 @dataclass
 class Array:
-    """Just what a launch looks at."""
+    """The attributes that a launch reads."""
 
     ptr: int
     shape: tuple[int, ...]
@@ -51,26 +51,26 @@ class Array:
 
 
 class Stream:
-    """Remembers."""
+    """Records launches."""
 
     def __init__(self) -> None:
-        self.seen: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
+        self.launches: list[tuple[tuple[int, ...], tuple[Any, ...]]] = []
 
     def launch(self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        self.seen.append((grid, values))
+        self.launches.append((grid, values))
 
 
 def floats(ptr: int, *shape: int) -> Array:
     return Array(ptr, shape, np.float32, 4 * int(np.prod(shape)))
 
 
-def made(header: str = HEADER, body: str = BODY) -> Kernel:
+def make_kernel(header: str = HEADER, body: str = BODY) -> Kernel:
     contract = parse(header + body, "scale.ptx")
     return Kernel(contract.entry, lambda: contract)
 
 
 def test_every_key_of_a_contract_is_read() -> None:
-    c = made().contract
+    c = make_kernel().contract
     assert (c.entry, c.block, c.regs, c.determinism) == ("scale", 64, 16, "fixed")
     assert c.targets == ("sm_80", "sm_90") and c.sizes == ("rows",)
     assert [p.name for p in c.params] == ["out", "flag", "x", "scale", "n"]
@@ -82,21 +82,21 @@ def test_every_key_of_a_contract_is_read() -> None:
 def test_the_grid_comes_first_from_sizes_then_from_parameters() -> None:
     stream = Stream()
     out, x = floats(64, 3, 100), floats(512, 3, 100)
-    made()(stream, 3, out, 0, x, 2.0, 100)
-    assert stream.seen == [((2, 3), (out, 0, x, 2.0, 100))]
+    make_kernel()(stream, 3, out, 0, x, 2.0, 100)
+    assert stream.launches == [((2, 3), (out, 0, x, 2.0, 100))]
 
 
 def test_parameters_are_packed_as_the_abi_lays_them_out() -> None:
-    one = made()
+    one = make_kernel()
     values = (floats(0x1122334455667788, 1, 4), 7, floats(0x99, 1, 4), 2.5, 4)
     raw = bytes(one.pack(values))
     assert one.contract.offsets == (0, 8, 16, 24, 28)
     assert raw == struct.pack("<QIxxxxQfI", 0x1122334455667788, 7, 0x99, 2.5, 4)
-    assert one.pack(values) is one.pack(values), "one buffer, for ever"
+    assert one.pack(values) is one.pack(values), "one buffer, reused"
 
 
-def test_bytes_moved_are_the_contracts_formula() -> None:
-    assert made().bytes_moved((3, None, 0, None, 1.0, 100)) == 3 * 100 * 8
+def test_traffic_is_the_contracts_formula() -> None:
+    assert make_kernel().bytes_moved((3, None, 0, None, 1.0, 100)) == 3 * 100 * 8
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_bytes_moved_are_the_contracts_formula() -> None:
 def test_a_broken_contract_is_refused_by_name(old: str, new: str, named: str) -> None:
     assert old in HEADER
     with pytest.raises(KernelError, match=r"scale\.ptx") as refused:
-        made(HEADER.replace(old, new))
+        make_kernel(HEADER.replace(old, new))
     assert named in str(refused.value)
 
 
-def test_a_refusal_names_its_line() -> None:
+def test_an_error_names_its_line() -> None:
     at = HEADER.splitlines().index("//: block   64") + 1
     with pytest.raises(KernelError, match=rf"scale\.ptx:{at}\b"):
-        made(HEADER.replace("//: block   64", "//: block   many"))
+        make_kernel(HEADER.replace("//: block   64", "//: block   many"))
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_refusal_names_its_line() -> None:
 )
 def test_a_wrong_count_or_an_empty_grid_is_refused(values: tuple[Any, ...], named: str) -> None:
     with pytest.raises(KernelError, match=named):
-        made()(Stream(), *values)
+        make_kernel()(Stream(), *values)
 
 
 @pytest.mark.parametrize(
@@ -160,21 +160,21 @@ def test_a_value_of_the_wrong_kind_names_its_parameter(at: int, value: object, n
     values: list[Any] = [floats(0, 1, 4), 0, floats(0, 1, 4), 1.0, 4]
     values[at] = value
     with pytest.raises(KernelError, match=named):
-        made().pack(tuple(values))
+        make_kernel().pack(tuple(values))
 
 
 @pytest.mark.parametrize(
     ("at", "value", "named"),
     [(0, 2.5, "rows is 2.5"), (0, None, "rows is None"), (5, 64.0, "n is 64.0"), (5, "x", "n is")],
 )
-def test_a_grid_of_what_is_not_whole_names_the_size(at: int, value: object, named: str) -> None:
+def test_a_grid_of_a_non_integer_size_names_the_size(at: int, value: object, named: str) -> None:
     values: list[Any] = [3, floats(0, 3, 64), 0, floats(0, 3, 64), 1.0, 64]
     stream = Stream()
-    made()(stream, *values)
+    make_kernel()(stream, *values)
     values[at] = value
     with pytest.raises(KernelError, match=named):
-        made()(stream, *values)
-    assert len(stream.seen) == 1, "what is refused is not launched"
+        make_kernel()(stream, *values)
+    assert len(stream.launches) == 1, "a refused launch does not run"
 
 
 @pytest.mark.parametrize(
@@ -187,15 +187,17 @@ def test_a_grid_of_what_is_not_whole_names_the_size(at: int, value: object, name
         (5, 6, "n % 4"),
     ],
 )
-def test_a_checked_launch_holds_arrays_to_the_contract(at: int, value: Any, named: str) -> None:
+def test_a_checked_launch_refuses_arrays_that_break_the_contract(
+    at: int, value: Any, named: str
+) -> None:
     values: list[Any] = [3, floats(16, 3, 8), 0, floats(16, 3, 8), 1.0, 8]
-    check(made().contract, tuple(values))
+    check(make_kernel().contract, tuple(values))
     values[at] = value
     with pytest.raises(KernelError, match=named):
-        check(made().contract, tuple(values))
+        check(make_kernel().contract, tuple(values))
 
 
-def test_expressions_are_integer_arithmetic_and_nothing_else() -> None:
+def test_only_integer_arithmetic_is_accepted_in_expressions() -> None:
     assert Expression("ceil(a / 8) + min(a, 3) * max(b, 2) % 4 // 2", "x")({"a": 17, "b": 1}) == 4
     assert Expression("a / 4", "x")({"a": 7}) == 1
     assert Expression("1 <= a <= b", "x")({"a": 3, "b": 2}) == 0
@@ -204,7 +206,7 @@ def test_expressions_are_integer_arithmetic_and_nothing_else() -> None:
             Expression(bad, "x")
 
 
-def test_a_kernel_that_is_not_there_says_where_it_was_looked_for() -> None:
+def test_a_missing_kernel_names_the_searched_folders() -> None:
     with pytest.raises(KernelError, match=r"nothing\.ptx"):
         kernel("nothing").contract  # noqa: B018
 
@@ -212,12 +214,12 @@ def test_a_kernel_that_is_not_there_says_where_it_was_looked_for() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_kernel_has_a_contract_that_can_be_packed(name: str) -> None:
     contract = kernel(name).contract
-    assert contract.layout.size <= 4096, "what a launch may carry"
+    assert contract.layout.size <= 4096, "the limit of a launch's parameters"
     assert contract.offsets[-1] < contract.layout.size
     assert contract.traffic_bytes is not None
 
 
-def test_a_launch_goes_through_the_same_door_everywhere(rng: np.random.Generator) -> None:
+def test_the_interpreter_and_the_gpu_launch_by_the_same_call(rng: np.random.Generator) -> None:
     machine = InterpretedRuntime()
     a, b = (rng.standard_normal(1028).astype(np.float32) for _ in range(2))
     out, x = machine.empty((1028,), np.float32), machine.empty((1028,), np.float32)

@@ -1,7 +1,7 @@
-"""sample and advance, the Numba kernels, against ReferenceOps: the same tokens, steps and mail.
+"""Numba sampling kernels against ReferenceOps: the same tokens, steps and token ring.
 
-As in test_assign_slots.py the kernels run in Numba's simulator, in a process of their own:
-`python -m tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
+Like in test_assign_slots.py, Numba's simulator runs the kernels in a separate process. `python -m
+tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
 """
 
 import os
@@ -20,7 +20,7 @@ from osmium.kernels.numba_kernels import cuda
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.ops.reference import ReferenceOps
 from tests import needs
-from tests.ops.cases import TINY, Case, advance, as_replies, replies, sample
+from tests.ops.cases import TINY, Case, advance_step, as_decode_state, decode_arrays, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -30,7 +30,7 @@ CASES = {"few": TINY, "more": replace(TINY, outputs=90)}
 
 
 class Simulated(ReferenceOps):
-    """The reference, but for the kernels under test."""
+    """ReferenceOps with the kernels under test in the simulator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,41 +40,75 @@ class Simulated(ReferenceOps):
         r, (rows, vocab) = replies, logits.shape
         slices = r.slice_max.shape[1]
         flat = logits.reshape(-1)
-        best, where = r.slice_max.reshape(-1), r.slice_argmax.reshape(-1)
-        settings, chance = r.sampler_params.reshape(-1), r.uniforms.reshape(-1)
-        counts, masses = r.bin_counts.reshape(-1), r.bin_weights.reshape(-1)
-        ends, order = r.slice_bin_ends.reshape(-1), r.bin_order.reshape(-1)
+        slice_max, slice_argmax = r.slice_max.reshape(-1), r.slice_argmax.reshape(-1)
+        settings, uniforms = r.sampler_params.reshape(-1), r.uniforms.reshape(-1)
+        counts, bin_weights = r.bin_counts.reshape(-1), r.bin_weights.reshape(-1)
+        bin_ends, order = r.slice_bin_ends.reshape(-1), r.bin_order.reshape(-1)
         self.kernels["slice_max"][(slices, rows), 16](
-            best, where, counts, masses, flat, vocab, slices
-        )  # fmt: skip
+            slice_max, slice_argmax, counts, bin_weights, flat, vocab, slices
+        )
         self.kernels["logit_histogram"][(slices, rows), BINS // 2](
-            r.token, counts, masses, ends, order, flat, best, where, settings, vocab, slices
-        )  # fmt: skip
-        self.kernels["sample_token"][rows, BINS](
-            r.token, flat, best, settings, chance, r.decode_step, counts, masses, ends, order,
+            r.token,
+            counts,
+            bin_weights,
+            bin_ends,
+            order,
+            flat,
+            slice_max,
+            slice_argmax,
+            settings,
             vocab,
-            slices, r.ring_size,
-        )  # fmt: skip
+            slices,
+        )
+        self.kernels["sample_token"][rows, BINS](
+            r.token,
+            flat,
+            slice_max,
+            settings,
+            uniforms,
+            r.decode_step,
+            counts,
+            bin_weights,
+            bin_ends,
+            order,
+            vocab,
+            slices,
+            r.ring_size,
+        )
 
     def advance(self, step: Any, replies: Any) -> None:
         r = replies
         self.kernels["advance_step"][1, 32](
-            step.ids, step.positions, step.context_lens, step.state_slots,
-            step.page_table.reshape(-1), r.token,
-            r.tokens_left, r.stop_on_eos, r.eos, r.decode_step, r.token_ring, step.tokens,
-            step.page_table.shape[1], len(r.eos),
-            r.ring_size, r.null_slot, r.null_page,
-        )  # fmt: skip
+            step.ids,
+            step.positions,
+            step.context_lens,
+            step.state_slots,
+            step.page_table.reshape(-1),
+            r.token,
+            r.tokens_left,
+            r.stop_on_eos,
+            r.eos,
+            r.decode_step,
+            r.token_ring,
+            step.tokens,
+            step.page_table.shape[1],
+            len(r.eos),
+            r.ring_size,
+            r.null_slot,
+            r.null_page,
+        )
 
 
 def atomic_add(array: Any, index: int, value: Any) -> None:
-    """The kernels' own name for it, in the simulator."""
+    """Stands in for the kernels' add_to in the simulator."""
     cuda.atomic.add(array, index, value)
 
 
 def simulated(*chosen: str) -> dict[str, Any]:
-    """Kernels for Numba's simulator, launched as kernel[blocks, threads](...); bins and list are
-    few and short, so that a handful of tokens overflows them."""
+    """Kernels for Numba's simulator, launched as kernel[blocks, threads](...).
+
+    The numbers of bins and list entries are small, so that a few tokens overflow them.
+    """
     import numba
     from numba import cuda
 
@@ -85,30 +119,35 @@ def simulated(*chosen: str) -> dict[str, Any]:
     known |= {"cuda": cuda, "exp2": np.exp2}
     called = DEVICE_FUNCTIONS | {"atomic_add": atomic_add}
     functions = {name: KERNELS[name].function for name in chosen} | called
-    every: dict[str, Any] = {}
+    namespace: dict[str, Any] = {}
     for function in functions.values():
-        every |= function.__globals__
-    every |= known | {"BINS": BINS, "MAX_CANDIDATES": MAX_CANDIDATES}
+        namespace |= function.__globals__
+    namespace |= known | {"BINS": BINS, "MAX_CANDIDATES": MAX_CANDIDATES}
     for name, function in functions.items():
-        made = types.FunctionType(function.__code__, every, name)
-        every[name] = cuda.jit(made, device=name in called)
-    return {name: every[name] for name in chosen}
+        simulated_function = types.FunctionType(function.__code__, namespace, name)
+        namespace[name] = cuda.jit(simulated_function, device=name in called)
+    return {name: namespace[name] for name in chosen}
 
 
 def compare(case: Any, seed: int, size: Any) -> None:
-    made: list[Case] = [case(np.random.default_rng(seed), size) for _ in range(2)]
-    made[0].call(ReferenceOps(), made[0].arrays)
-    made[1].call(Simulated(), made[1].arrays)
-    for name in made[0].writes:
-        np.testing.assert_array_equal(made[1].arrays[name], made[0].arrays[name], name)
+    simulated_function: list[Case] = [case(np.random.default_rng(seed), size) for _ in range(2)]
+    simulated_function[0].call(ReferenceOps(), simulated_function[0].arrays)
+    simulated_function[1].call(Simulated(), simulated_function[1].arrays)
+    for name in simulated_function[0].writes:
+        np.testing.assert_array_equal(
+            simulated_function[1].arrays[name], simulated_function[0].arrays[name], name
+        )
 
 
 def compare_odd(rng: np.random.Generator) -> None:
-    """Ties, few distinct logits, all equal, some minus infinity; top-k at borders; temperatures
-    that are tiny or huge, and rows at 0 beside others.  Drawn twice, from whatever is left in
-    scratch.  Logits are far enough apart, or equal, for the few bins to tell."""
+    """Ties, few distinct logits, all equal, some minus infinity; top-k at limits; extreme
+    temperatures.
+
+    Greedy rows are mixed with sampled ones. Each case samples twice, the second time from used
+    scratch. Logits are equal, or far enough apart for the few bins to separate them.
+    """
     rows, vocab = 3, int(rng.integers(40, 130))
-    arrays = replies(rng, rows, vocab)
+    arrays = decode_arrays(rng, rows, vocab)
     many = (
         1,
         2,
@@ -132,30 +171,32 @@ def compare_odd(rng: np.random.Generator) -> None:
         logits[:, rng.random(vocab) < 0.7] = logits.max()
     for row in range(rows):
         temperature = rng.choice([0, 1e-3, 0.6, 1, 40])
-        arrays["settings"][row] = (
-            temperature, rng.choice([0, rng.choice(many)]), rng.choice([1, 0.95, 0.1]),
+        arrays["sampler_params"][row] = (
+            temperature,
+            rng.choice([0, rng.choice(many)]),
+            rng.choice([1, 0.95, 0.1]),
             rng.choice([0, 0.04]),
-        )  # fmt: skip
+        )
         step = max(temperature, 0.01) * 0.004
         logits[row] = np.round(logits[row] / step) * step
     logits = logits.astype(np.float32)
-    wanted, found = (as_replies({k: v.copy() for k, v in arrays.items()}) for _ in range(2))
+    wanted, found = (as_decode_state({k: v.copy() for k, v in arrays.items()}) for _ in range(2))
     ReferenceOps().sample(logits, wanted)
     simulated = Simulated()
     for _ in range(2):
         found.token[:] = -7
         simulated.sample(logits, found)
-        said = f"{shape} {vocab} {arrays['settings']}"
-        np.testing.assert_array_equal(found.token, wanted.token, said)
-    drawn = arrays["settings"][:, 0] != 0
+        label = f"{shape} {vocab} {arrays['sampler_params']}"
+        np.testing.assert_array_equal(found.token, wanted.token, label)
+    sampled = arrays["sampler_params"][:, 0] != 0
     counts = found.bin_counts.reshape(-1)[: rows * BINS].reshape(rows, BINS).sum(axis=1)
-    assert (counts[~drawn] == 0).all() and (counts[drawn] > 0).all(), "greedy rows are not sorted"
+    assert (counts[~sampled] == 0).all() and (counts[sampled] > 0).all(), (
+        "greedy rows are not sorted"
+    )
 
 
 @pytest.mark.parametrize("name", [*CASES, "odd"])
-def test_the_kernels_draw_and_advance_as_the_reference_does(
-    name: str, rng: np.random.Generator
-) -> None:
+def test_sampling_kernels_equal_the_reference(name: str, rng: np.random.Generator) -> None:
     needs.numba_simulator()
     run = subprocess.run(
         [sys.executable, "-m", "tests.nogpu.test_sample", str(rng.integers(1 << 32)), name],
@@ -167,7 +208,7 @@ def test_the_kernels_draw_and_advance_as_the_reference_does(
     assert run.returncode == 0, run.stderr
 
 
-def test_the_compiled_kernels_keep_to_their_contracts() -> None:
+def test_compiled_sampling_kernels_match_their_contracts() -> None:
     needs.numba_simulator()
     kernels = (SLICE_MAX, LOGIT_HISTOGRAM, SAMPLE_TOKEN, ADVANCE_STEP)
     assert [kernel.contract.entry for kernel in kernels] == [
@@ -183,9 +224,9 @@ if __name__ == "__main__":
     sys.setswitchinterval(5e-5)
     first, size = int(sys.argv[1]), CASES.get(sys.argv[2])
     if size is None:
-        for turn in range(3):
-            compare_odd(np.random.default_rng(first + turn))
+        for offset in range(3):
+            compare_odd(np.random.default_rng(first + offset))
         sys.exit()
     compare(sample, first, size)
-    for turn in range(9):
-        compare(advance, first + turn, size)
+    for offset in range(9):
+        compare(advance_step, first + offset, size)

@@ -1,4 +1,4 @@
-"""Sizes as people write them: a unit has to be given, so that 64 is never taken for 64 bytes."""
+"""Sizes from users: a unit is required, so that 64 never means 64 bytes."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ def test_a_size_is_a_number_and_a_binary_unit(text: str, nbytes: int) -> None:
     ("text", "hint"),
     [("64", "say 64G"), ("32", "say 32G"), ("1.5", "say 1.5G"), ("68719476736", "32G")],
 )
-def test_a_size_without_a_unit_is_refused_with_what_to_say(text: str, hint: str) -> None:
+def test_a_size_without_a_unit_is_refused_with_a_suggestion(text: str, hint: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_size(text)
     assert repr(text) in str(refused.value) and hint in str(refused.value)
@@ -34,7 +34,7 @@ def test_a_size_without_a_unit_is_refused_with_what_to_say(text: str, hint: str)
 @pytest.mark.parametrize(
     "text", ["", "G", "much", "-3G", "0G", "nanG", "infG", "1e999G", "3X", "B"]
 )
-def test_what_is_no_size_is_refused(text: str) -> None:
+def test_a_malformed_size_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="is not a size"):
         parse_size(text)
 
@@ -55,7 +55,7 @@ def test_every_size_flag_refuses_a_bare_number(
 
 
 @pytest.mark.parametrize("name", ["vram", "ram", "min_free_ram"])
-def test_bytes_that_are_meant_as_gib_are_refused_by_the_api_too(name: str) -> None:
+def test_the_api_refuses_byte_counts_too_small_for_memory(name: str) -> None:
     small: dict[str, Any] = {name: 64}
     with pytest.raises(ConfigError, match=r"is 64 bytes.*64G.*64 << 30"):
         EngineConfig(**small)

@@ -1,4 +1,4 @@
-"""The spill probe, on a driver whose memory has a clock."""
+"""The spill probe, on a simulated driver with a clock."""
 
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ GIB = 1 << 30
 
 
 class Clock:
-    """A driver: copies take as long as where they read from has it."""
+    """A driver whose copies take as long as their source memory needs."""
 
     def __init__(self, room: int) -> None:
         self.room, self.now, self.next = room, 0.0, 4096
@@ -72,11 +72,11 @@ class Clock:
         rate = LINK_GB_S / 2 if slow else VRAM_GB_S
         self.now += 2 * nbytes / rate / 1e6
         if self.copies == self.stall_at:
-            self.now += 20.0  # the host was away before it recorded the mark
+            self.now += 20.0  # the host was descheduled before it recorded the event
 
 
 class Card:
-    """A device of that driver."""
+    """A device of the simulated driver."""
 
     closed = False
 
@@ -93,14 +93,14 @@ def machine(card: Card) -> CudaRuntime:
     return made
 
 
-def test_the_rate_is_of_bytes_read_and_written_and_leaves_nothing_taken() -> None:
+def test_the_vram_rate_counts_reads_and_writes_and_frees_its_buffers() -> None:
     card = Card()
     assert measure_vram_rate(cast(Device, card)) == pytest.approx(VRAM_GB_S)
     assert card.driver.blocks == {}
     assert measure_vram_rate(cast(Device, Card(GIB))) == pytest.approx(VRAM_GB_S)
 
 
-def test_what_the_driver_keeps_in_host_memory_is_found() -> None:
+def test_spilled_memory_is_found() -> None:
     card = Card()
     one = machine(card)
     arrays = [
@@ -111,10 +111,10 @@ def test_what_the_driver_keeps_in_host_memory_is_found() -> None:
     assert spilled_bytes(one) == 2 * GIB
     card.driver.in_host.append((arrays[1].ptr, 5 * SPILL_PROBE_BYTES))
     assert spilled_bytes(one) == 2 * GIB + 5 * SPILL_PROBE_BYTES
-    assert len(card.driver.blocks) == 3, "the probe gives its own piece back"
+    assert len(card.driver.blocks) == 3, "the probe frees its buffer"
 
 
-def test_a_host_that_was_busy_is_not_memory_that_is_slow() -> None:
+def test_a_busy_host_is_not_taken_for_slow_memory() -> None:
     card = Card()
     one = machine(card)
     held = one.pool.empty((GIB,), np.uint8)
@@ -123,13 +123,13 @@ def test_a_host_that_was_busy_is_not_memory_that_is_slow() -> None:
     assert card.driver.copies >= card.driver.stall_at and held.nbytes == GIB
 
 
-def test_without_a_measured_rate_nobody_can_tell() -> None:
+def test_without_a_measured_rate_no_spill_is_reported() -> None:
     one = CudaRuntime(cast(Device, Card()))
     held = one.pool.empty((GIB,), np.uint8)
     assert spilled_bytes(one) == 0 and held.nbytes == GIB
 
 
-def test_a_frozen_pool_gives_nothing_more() -> None:
+def test_a_frozen_pool_is_not_probed() -> None:
     pool = DevicePool(cast(Device, Card()))
     held = pool.empty((4,), np.float32)
     pool.freeze()

@@ -1,4 +1,4 @@
-"""What a wheel and an sdist carry: everything that runs, without a build step of our own."""
+"""Contents of wheel and sdist: everything that runs, without a custom build step."""
 
 import subprocess
 import sys
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def built(what: str, folder: Path) -> Path:
-    """A wheel or an sdist, made by hatchling alone."""
+    """Build a wheel or an sdist with hatchling."""
     pytest.importorskip("hatchling", reason="hatchling is in the dev extra")
     code = f"import hatchling.build; hatchling.build.build_{what}({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
@@ -27,7 +27,7 @@ def built(what: str, folder: Path) -> Path:
     return path
 
 
-def test_a_wheel_carries_every_kernel_as_text(tmp_path: Path) -> None:
+def test_a_wheel_contains_the_text_of_every_kernel(tmp_path: Path) -> None:
     path = built("wheel", tmp_path)
     assert path.name.startswith("osmium_serve-") and path.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(path) as wheel:
@@ -41,7 +41,7 @@ def test_a_wheel_carries_every_kernel_as_text(tmp_path: Path) -> None:
     assert len(KERNELS) + len(NAMES) == check_kernels()
 
 
-def test_an_sdist_carries_what_a_wheel_is_made_of(tmp_path: Path) -> None:
+def test_an_sdist_contains_the_sources_of_a_wheel(tmp_path: Path) -> None:
     with tarfile.open(built("sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     kernels = {f"ptx/{name}.ptx" for name in NAMES}
@@ -50,7 +50,7 @@ def test_an_sdist_carries_what_a_wheel_is_made_of(tmp_path: Path) -> None:
     assert kernels | more <= names
 
 
-def test_the_project_needs_hatchling_alone_to_build() -> None:
+def test_the_build_requires_only_hatchling() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     assert project["project"]["name"] == NAME
     assert [one.partition(">")[0] for one in project["build-system"]["requires"]] == ["hatchling"]

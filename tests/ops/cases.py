@@ -1,7 +1,7 @@
-"""Every operation once, on inputs drawn anew: one case for reference, interpreter and GPU.
+"""One case per operation with new random inputs, for reference, interpreter and GPU.
 
-A case makes NumPy arrays from a generator and a size, calls one method of an Ops, and names what
-the method writes.  `run` does that on any backend and gives the outputs back as NumPy.
+A case makes NumPy arrays from a generator and a size, calls one method of an Ops, and names the
+written arrays. `run` does that on any backend and returns outputs as NumPy.
 """
 
 from collections.abc import Callable
@@ -43,13 +43,13 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True)
 class Size:
-    """How large a case is."""
+    """Sizes of a case."""
 
     name: str
     lengths: tuple[int, ...]
     """Rows of each sequence of a step."""
     past: tuple[int, ...]
-    """Tokens before them."""
+    """Context tokens before them."""
     hidden: int
     heads: int
     kv_heads: int
@@ -63,9 +63,9 @@ class Size:
     top_k: int
     inner: int
     outputs: int
-    """Rows of a matrix."""
+    """Output rows of a matrix."""
     slots: int
-    """Expert slots a layer."""
+    """Expert slots per layer."""
     page: int
 
 
@@ -83,20 +83,20 @@ PREFILL = Size(
 
 @dataclass(frozen=True)
 class Case:
-    """One operation: its inputs, the call, and what it writes, with the tolerance of each."""
+    """One operation: its inputs, the call, and its outputs with their tolerance."""
 
     arrays: Arrays
     call: Callable[[Ops, dict[str, Any]], None]
     writes: dict[str, str] = field(default_factory=dict)
-    """Array -> row of tests/tolerance.py, or "exact"."""
+    """Array name to row of tests/tolerance.py, or "exact"."""
 
 
 def run(case: Case, ops: Ops) -> Arrays:
-    """Call the operation on `ops`; what it wrote, as NumPy."""
-    placed = {name: ops.to_device(np.array(array)) for name, array in case.arrays.items()}
-    case.call(ops, placed)
+    """Call the operation on `ops`; returns its outputs as NumPy arrays."""
+    arrays = {name: ops.to_device(np.array(array)) for name, array in case.arrays.items()}
+    case.call(ops, arrays)
     ops.synchronize()
-    return {name: np.array(ops.copy_d2h(placed[name])) for name in case.writes}
+    return {name: np.array(ops.copy_d2h(arrays[name])) for name in case.writes}
 
 
 def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
@@ -108,37 +108,37 @@ def _nan(*shape: int) -> npt.NDArray[np.float32]:
 
 
 def rows_of(ops: Ops, x: Any) -> MatmulInput:
-    """Rows [T, K] of an f32 array, not normed."""
-    made = new_rows(ops, x.shape[0], x.shape[1])
-    ops.copy(made.f32, x)
-    ops.prepare_input(made)
-    return made
+    """Matmul input [T, K] from an f32 array, not normalised."""
+    result = new_rows(ops, x.shape[0], x.shape[1])
+    ops.copy(result.f32, x)
+    ops.prepare_input(result)
+    return result
 
 
 def normed_rows(ops: Ops, x: Any, w: Any, eps: float = 1e-6) -> MatmulInput:
-    """The norm of x [T, K]."""
-    made = new_rows(ops, x.shape[0], x.shape[1], eps)
-    ops.rms_norm(made, x, w)
-    return made
+    """The RMS norm of x [T, K] as matmul input."""
+    result = new_rows(ops, x.shape[0], x.shape[1], eps)
+    ops.rms_norm(result, x, w)
+    return result
 
 
 def new_rows(ops: Ops, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
-    """Rows that nobody has written: not a number, in any form."""
-    made = ops.empty_input(tokens, width, eps)
-    for array in (made.f32, made.hi_lo, made.square_sums):
+    """An unwritten matmul input: NaN in every format."""
+    result = ops.empty_input(tokens, width, eps)
+    for array in (result.f32, result.hi_lo, result.square_sums):
         if array is not None:
             ops.memset(array, 0xFF)
-    return made
+    return result
 
 
 def read_rows(ops: Ops, out: Any, rows: MatmulInput) -> None:
-    """out = the rows, in f32."""
-    joined = getattr(ops, "merge_hi_lo", lambda rows: rows.f32)(rows)
-    ops.copy(out.reshape(*joined.shape), joined)
+    """out = the rows in f32."""
+    merged = getattr(ops, "merge_hi_lo", lambda rows: rows.f32)(rows)
+    ops.copy(out.reshape(*merged.shape), merged)
 
 
 def step_arrays(rng: np.random.Generator, size: Size) -> Arrays:
-    """The arrays of a step, with a shuffled page table and shuffled state slots."""
+    """Arrays of a step, with a shuffled page table and shuffled state slots."""
     lengths, past = np.array(size.lengths), np.array(size.past)
     pages = -(-(lengths + past).max() // size.page)
     order = rng.permutation(len(lengths) * pages).astype(np.int32)
@@ -172,7 +172,7 @@ def embed(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, lambda ops, a: ops.embed(a["out"], a["ids"], a["table"]), {"out": "exact"})
 
 
-def take(rng: np.random.Generator, size: Size) -> Case:
+def gather_rows(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     rows = rng.integers(0, tokens, max(1, tokens // 2), dtype=np.int32)
     arrays: Arrays = {
@@ -191,7 +191,7 @@ def add(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, lambda ops, a: ops.add(a["out"], a["x"]), {"out": "exact"})
 
 
-def norm(rng: np.random.Generator, size: Size) -> Case:
+def rms_norm(rng: np.random.Generator, size: Size) -> Case:
     shape = (sum(size.lengths), size.hidden)
     arrays: Arrays = {"out": _nan(*shape), "x": _f32(rng, *shape) * 3, "w": _f32(rng, size.hidden)}
 
@@ -201,7 +201,7 @@ def norm(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-def settle(rng: np.random.Generator, size: Size) -> Case:
+def prepare_input(rng: np.random.Generator, size: Size) -> Case:
     shape = (sum(size.lengths), size.hidden)
     arrays: Arrays = {"out": _nan(*shape), "x": _f32(rng, *shape)}
 
@@ -238,17 +238,17 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
 # -- attention -------------------------------------------------------------------------------------
 
 
-def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kept: str) -> Arrays:
-    """Keys and values in bf16, or in fp8: every e4m3 but NaN."""
+def _pages(rng: np.random.Generator, size: Size, table: npt.NDArray[Any], kv_format: str) -> Arrays:
+    """Keys and values in bf16, or in fp8 with every e4m3 but NaN."""
     shape = (table.size, size.page, size.kv_heads, size.head_dim)
-    if kept == "bf16":
+    if kv_format == "bf16":
         return {name: bf16_from_f32(_f32(rng, *shape)) for name in ("k_pages", "v_pages")}
-    made: Arrays = {}
+    result: Arrays = {}
     for name in "kv":
         code = rng.integers(0, 256, shape, dtype=np.uint8)
-        made[f"{name}_pages"] = np.where(code & 0x7F == 0x7F, np.uint8(0x83), code)
-        made[f"{name}_scales"] = rng.uniform(1e-3, 1e-2, shape[:3]).astype(np.float16)
-    return made
+        result[f"{name}_pages"] = np.where(code & 0x7F == 0x7F, np.uint8(0x83), code)
+        result[f"{name}_scales"] = rng.uniform(1e-3, 1e-2, shape[:3]).astype(np.float16)
+    return result
 
 
 def _kv(a: dict[str, Any]) -> PagedKV:
@@ -256,17 +256,17 @@ def _kv(a: dict[str, Any]) -> PagedKV:
 
 
 def kept_rows(a: Arrays, name: str) -> npt.NDArray[np.float32]:
-    """What the pages of "k" or "v" hold, in f32."""
+    """The pages of "k" or "v" in f32."""
     pages = a[f"{name}_pages"]
     if pages.dtype == np.uint16:
         return f32_from_bf16(pages)
     return f32_from_e4m3(pages) * a[f"{name}_scales"].astype(np.float32)[..., None]
 
 
-def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
+def rope_append(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> Case:
     arrays = step_arrays(rng, size)
     tokens, heads, dim = sum(size.lengths), size.heads, size.head_dim
-    arrays |= _pages(rng, size, arrays["pages"], kept)
+    arrays |= _pages(rng, size, arrays["pages"], kv_format)
     arrays |= {
         "q": _nan(tokens, heads, dim),
         "qgkv": _f32(rng, tokens, 2 * (heads + size.kv_heads) * dim),
@@ -280,18 +280,18 @@ def rope_append(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Cas
         )  # fmt: skip
 
     writes = {"q": "f32", "k_pages": "bf16 bits", "v_pages": "exact"}
-    if kept == "fp8":
+    if kv_format == "fp8":
         writes |= {"k_pages": "e4m3 bits", "k_scales": "e4m3", "v_scales": "exact"}
         new = arrays["qgkv"].reshape(tokens, -1, dim)
-        new[0, -1], new[-1, -1] = 0, new[-1, -1] * np.float32(1e-6)  # values that are nothing
-        new[tokens // 2, -size.kv_heads] *= np.float32(1e9)  # and too large
+        new[0, -1], new[-1, -1] = 0, new[-1, -1] * np.float32(1e-6)  # values of zero and tiny ones
+        new[tokens // 2, -size.kv_heads] *= np.float32(1e9)  # and too large ones
     return Case(arrays, call, writes)
 
 
-def attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
+def attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> Case:
     arrays = step_arrays(rng, size)
     shape = (sum(size.lengths), size.heads, size.head_dim)
-    arrays |= _pages(rng, size, arrays["pages"], kept)
+    arrays |= _pages(rng, size, arrays["pages"], kv_format)
     arrays |= {"out": _nan(*shape), "q": _f32(rng, *shape) * 2}
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
@@ -300,21 +300,21 @@ def attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-def gated_attention(rng: np.random.Generator, size: Size, kept: str = "bf16") -> Case:
-    """One row a sequence: contexts of one tile of 32 to several a split."""
+def gated_attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> Case:
+    """One row per sequence, with contexts from one tile of 32 to several tiles per split."""
     more = 300 if size.hidden < 256 else 5000
     rows = min(3, len(size.past))
     one = replace(size, lengths=(1,) * rows, past=(*size.past[: rows - 1], size.past[0] + more))
-    return shared_context(rng, one, 3 * rows + 1, kept)
+    return shared_context(rng, one, 3 * rows + 1, kv_format)
 
 
 def shared_context(
-    rng: np.random.Generator, one: Size, room: int, kept: str, turns: int = 1
+    rng: np.random.Generator, one: Size, num_partials: int, kv_format: str, turns: int = 1
 ) -> Case:
-    """One row a sequence, with `room` for what blocks that share contexts leave; `turns` times."""
+    """One row per sequence, with `room` partial results of split-KV blocks; runs `turns` times."""
     rows, hidden, width = len(one.past), one.hidden, one.heads * one.head_dim
     arrays, group = step_arrays(rng, one), group_of(width)
-    arrays |= _pages(rng, one, arrays["pages"], kept)
+    arrays |= _pages(rng, one, arrays["pages"], kv_format)
     out = int4.quantize(_f32(rng, hidden, width) * np.float32(width**-0.5), group)
     arrays |= {
         "x": _f32(rng, rows, hidden) * np.float32(0.1),
@@ -326,21 +326,21 @@ def shared_context(
         "frequencies": _frequencies(one),
         "out": out[0],
         "out_scale": out[1],
-        "partial": _nan(room, one.heads, one.head_dim + 2),
+        "partial": _nan(num_partials, one.heads, one.head_dim + 2),
         "parts": np.zeros((SPLIT_KV_MAX_SEQS, one.heads, 8), np.int32),
     }
-    _off_ties(rng, arrays, one, kept)
+    _off_ties(rng, arrays, one, kv_format)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
-        read, h = new_rows(ops, rows, width), new_rows(ops, rows, hidden, 1e-6)
+        normed_out, h = new_rows(ops, rows, width), new_rows(ops, rows, hidden, 1e-6)
         weights = AttentionWeights(
             a["norms"], a["frequencies"], matrix, 1e-6, one.head_dim**-0.5
         )  # fmt: skip
-        to = AttentionWorkspace(a["q"], read, a["partial"], a["parts"])
+        workspace = AttentionWorkspace(a["q"], normed_out, a["partial"], a["parts"])
         for _ in range(turns):
             ops.gated_attention(
-                a["x"], h, a["scale"], a["qgkv"], weights, _kv(a), to, _step(one, a)
+                a["x"], h, a["scale"], a["qgkv"], weights, _kv(a), workspace, _step(one, a)
             )
         read_rows(ops, a["h"], h)
 
@@ -352,25 +352,29 @@ def _frequencies(size: Size) -> npt.NDArray[np.float32]:
     return (1e7 ** -(np.arange(0, size.rotary, 2) / size.rotary)).astype(np.float32)
 
 
-def _off_ties(rng: np.random.Generator, a: Arrays, one: Size, kept: str) -> None:
-    """Draw new keys until all round as their neighbours do: kernels are right to 2^-20, and one key
-    that rounds otherwise moves a short context's output by more than it is held to."""
+def _off_ties(rng: np.random.Generator, a: Arrays, one: Size, kv_format: str) -> None:
+    """Sample new keys until none is near a rounding tie, because kernels are exact to 2^-20.
+
+    A key that rounds differently changes a short context's output by more than the tolerance.
+    """
     new = a["qgkv"].reshape(len(one.past), -1, one.head_dim)
     keys = slice(2 * one.heads, 2 * one.heads + one.kv_heads)
-    left = list(range(len(one.past)))
-    while left:
-        new[left, keys] = _f32(rng, len(left), one.kv_heads, one.head_dim) * 4
+    remaining = list(range(len(one.past)))
+    while remaining:
+        new[remaining, keys] = _f32(rng, len(remaining), one.kv_heads, one.head_dim) * 4
         angle = a["positions"][:, None, None].astype(np.float32) * a["frequencies"]
         k = rope(normed(new[:, keys], 1e-6) * (1 + a["norms"][1]), np.cos(angle), np.sin(angle))
-        around = [_rounded(k * np.float32(1 + e) + d, kept) for e in NEAR for d in NEAR]
-        left = [s for s in left if any((one[s] != around[0][s]).any() for one in around)]
+        rounded = [_rounded(k * np.float32(1 + e) + d, kv_format) for e in NEAR for d in NEAR]
+        remaining = [
+            s for s in remaining if any((one[s] != rounded[0][s]).any() for one in rounded)
+        ]
 
 
 NEAR = (np.float32(-3e-6), np.float32(3e-6))
 
 
-def _rounded(x: npt.NDArray[np.float32], kept: str) -> npt.NDArray[np.float32]:
-    if kept == "bf16":
+def _rounded(x: npt.NDArray[np.float32], kv_format: str) -> npt.NDArray[np.float32]:
+    if kv_format == "bf16":
         return f32_from_bf16(bf16_from_f32(x))
     codes, scales = quantize_e4m3_rows(x)
     return f32_from_e4m3(codes) * scales.astype(np.float32)[..., None]
@@ -392,7 +396,7 @@ def _channels(size: Size) -> int:
     return 2 * size.key_heads * size.key_dim + size.value_heads * size.value_dim
 
 
-def conv(rng: np.random.Generator, size: Size) -> Case:
+def causal_conv1d(rng: np.random.Generator, size: Size) -> Case:
     arrays = step_arrays(rng, size)
     tokens, channels = sum(size.lengths), _channels(size)
     arrays |= {
@@ -429,7 +433,7 @@ def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
         arrays = step_arrays(rng, size)
         tokens, heads = sum(size.lengths), size.value_heads
         decay = -np.exp(_f32(rng, tokens, heads) * 2 - 1)
-        decay[rng.random(decay.shape) < 0.02] = -60  # forgets everything: no overflow either
+        decay[rng.random(decay.shape) < 0.02] = -60  # decays to zero: no overflow either
         arrays |= {
             "out": _nan(tokens, heads, size.value_dim),
             "qkv": _f32(rng, tokens, _channels(size)),
@@ -447,7 +451,7 @@ def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
     return make
 
 
-def gated_norm(rng: np.random.Generator, size: Size) -> Case:
+def gated_rms_norm(rng: np.random.Generator, size: Size) -> Case:
     tokens, shape = sum(size.lengths), (size.value_heads, size.value_dim)
     channels = _channels(size)
     arrays: Arrays = {
@@ -466,7 +470,7 @@ def gated_norm(rng: np.random.Generator, size: Size) -> Case:
 def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
         arrays = step_arrays(rng, size)
-        tokens, channels, held = sum(size.lengths), _channels(size), len(size.lengths)
+        tokens, channels, num_states = sum(size.lengths), _channels(size), len(size.lengths)
         heads, hidden, width = size.value_heads, size.hidden, size.value_heads * size.value_dim
         group = group_of(width)
         out = int4.quantize(_f32(rng, hidden, width) * np.float32(width**-0.5), group)
@@ -475,11 +479,11 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             "scale": _f32(rng, hidden) * np.float32(0.1),
             "u": _f32(rng, tokens, channels + width) * 2,
             "conv": _f32(rng, channels, 4),
-            "inputs": _f32(rng, held, channels, 4),
+            "inputs": _f32(rng, num_states, channels, 4),
             "ab_matrix": bf16_from_f32(_f32(rng, 2 * heads, hidden) * np.float32(2 * hidden**-0.5)),
             "a_log": _f32(rng, heads),
             "dt_bias": _f32(rng, heads),
-            "state": _f32(rng, held, heads, size.key_dim, size.value_dim),
+            "state": _f32(rng, num_states, heads, size.key_dim, size.value_dim),
             "norm": _f32(rng, size.value_dim),
             "out": out[0],
             "out_scale": out[1],
@@ -493,10 +497,10 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             ab = LinearWeight("bf16", 2 * heads, hidden, a["ab_matrix"])
             matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
             weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], matrix, 1e-6)
-            read, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
-            room = DeltaNetWorkspace(a["qkv"], a["ab"], a["decay"], a["beta"], read)
+            normed_out, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
+            workspace = DeltaNetWorkspace(a["qkv"], a["ab"], a["decay"], a["beta"], normed_out)
             ops.delta_net(
-                a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], room,
+                a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], workspace,
                 _step(size, a), chunks,
             )  # fmt: skip
 
@@ -508,11 +512,11 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
 # -- experts ---------------------------------------------------------------------------------------
 
 
-def route(rng: np.random.Generator, size: Size) -> Case:
+def topk_softmax(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     logits = _f32(rng, tokens, size.experts + 1)
-    logits[:, -1] = 50  # the shared expert's gate is no expert
-    logits[0, :3] = 9  # a tie goes to the lower id
+    logits[:, -1] = 50  # the shared expert's gate is not an expert
+    logits[0, :3] = 9  # ties go to the lower id
     arrays: Arrays = {
         "ids": np.full((tokens, size.top_k), 999, np.uint16),
         "weights": _nan(tokens, size.top_k),
@@ -529,17 +533,19 @@ def route(rng: np.random.Generator, size: Size) -> Case:
 def router(
     rng: np.random.Generator, size: Size, equal: int = 1, form: Literal["bf16", "int8"] = "bf16"
 ) -> Case:
-    """Scores far enough apart that rounding turns no choice over, but for `equal` of each, which
-    are the same bits; twice without a guess and three times with one, by a matrix of `form`: a
-    launch leaves `arrived` as it was.  Guesses have room for a token more than there are."""
+    """Scores are far enough apart that rounding changes no choice, except `equal` identical ones.
+
+    Runs twice without prefetch and three times with it, by a matrix of `form`. A launch leaves its
+    barrier words unchanged. Prefetch arrays have space for one more token.
+    """
     tokens, count, calls = min(5, sum(size.lengths)), size.experts + 1, 5
     x = np.zeros((tokens, size.hidden), np.float32)
     x[:, :tokens] = np.eye(tokens, dtype=np.float32) * np.float32(size.hidden**0.5)
 
     def matrix() -> npt.NDArray[np.float32]:
-        places = np.argsort(rng.random((tokens, count)), axis=1)
+        ranks = np.argsort(rng.random((tokens, count)), axis=1)
         w = np.zeros((count, size.hidden), np.float32)
-        w[:, :tokens] = (places.T // equal * equal - count / 2) / 16
+        w[:, :tokens] = (ranks.T // equal * equal - count / 2) / 16
         return w
 
     arrays: Arrays = {
@@ -551,41 +557,49 @@ def router(
     for name in ("trace", "predicted"):
         arrays[name] = rng.integers(0, size.experts, (7, 5, size.top_k)).astype(np.uint16)
     if form == "int8":
-        arrays["after"], arrays["after_scale"] = int8.quantize(matrix())
+        arrays["next_router"], arrays["next_router_scale"] = int8.quantize(matrix())
     else:
-        arrays["after"] = bf16_from_f32(matrix())
-    for of, rows in (("", tokens), ("guess_", tokens + 1)):
-        arrays[f"{of}ids"] = np.full((calls, rows, size.top_k), 999, np.uint16)
-        arrays[f"{of}weights"] = _nan(calls, rows, size.top_k)
-        arrays[f"{of}scores"] = _nan(calls, rows, count)
-        arrays[f"{of}counters"] = np.zeros(4, np.int64)
-        arrays[f"{of}arrived"] = np.zeros(ROUTER_BARRIER_SHAPE, np.int32)
-    for name in ("guess_weights", "guess_scores"):  # where nobody writes
+        arrays["next_router"] = bf16_from_f32(matrix())
+    for prefix, rows in (("", tokens), ("prefetch_", tokens + 1)):
+        arrays[f"{prefix}ids"] = np.full((calls, rows, size.top_k), 999, np.uint16)
+        arrays[f"{prefix}weights"] = _nan(calls, rows, size.top_k)
+        arrays[f"{prefix}scores"] = _nan(calls, rows, count)
+        arrays[f"{prefix}counters"] = np.zeros(4, np.int64)
+        arrays[f"{prefix}barrier"] = np.zeros(ROUTER_BARRIER_SHAPE, np.int32)
+    for name in ("prefetch_weights", "prefetch_scores"):  # outside of what the kernel writes
         arrays[name][:2] = arrays[name][:, tokens:] = 1e-3
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         h = normed_rows(ops, a["x"], a["norm"])
         w = LinearWeight("bf16", count, size.hidden, a["w"])
-        after = LinearWeight(form, count, size.hidden, a["after"], a.get("after_scale"))
+        next_router = LinearWeight(
+            form, count, size.hidden, a["next_router"], a.get("next_router_scale")
+        )
         trace, predicted = a["trace"], a["predicted"]
-        told = ((trace, None), (None, None), (None, predicted), (trace, None), (trace, predicted))
-        for i, (now, then) in enumerate(told):
-            guess = PrefetchState(
-                a["guess_ids"][i], a["guess_weights"][i], a["guess_scores"][i],
-                a["guess_counters"], a["guess_arrived"], *[None] * 5,
+        routing = (
+            (trace, None),
+            (None, None),
+            (None, predicted),
+            (trace, None),
+            (trace, predicted),
+        )
+        for i, (current_trace, next_predictions) in enumerate(routing):
+            prefetch = PrefetchState(
+                a["prefetch_ids"][i], a["prefetch_weights"][i], a["prefetch_scores"][i],
+                a["prefetch_counters"], a["prefetch_barrier"], *[None] * 5,
             )  # fmt: skip
             ops.router(
                 a["ids"][i], a["weights"][i], a["scores"][i], h, w, size.experts,
-                a["counters"], a["arrived"], now, 3, a["positions"],
-                *((guess, after, then) if i > 1 else ()),
+                a["counters"], a["barrier"], current_trace, 3, a["positions"],
+                *((prefetch, next_router, next_predictions) if i > 1 else ()),
             )  # fmt: skip
 
     writes = {"ids": "exact", "weights": "f32", "scores": "f32", "counters": "exact",
-              "arrived": "exact"}  # fmt: skip
-    return Case(arrays, call, writes | {f"guess_{name}": kind for name, kind in writes.items()})
+              "barrier": "exact"}  # fmt: skip
+    return Case(arrays, call, writes | {f"prefetch_{name}": kind for name, kind in writes.items()})
 
 
-def replay(rng: np.random.Generator, size: Size) -> Case:
+def replay_routing(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     arrays: Arrays = {
         "ids": np.full((tokens, size.top_k), 999, np.uint16),
@@ -599,53 +613,57 @@ def replay(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"ids": "exact"})
 
 
-def records(rng: np.random.Generator, record: ExpertLayout, count: int) -> npt.NDArray[np.uint8]:
-    """Random experts as records, u8 [count, nbytes]: every bit pattern of a nibble or a byte."""
-    out = np.zeros((count, record.nbytes), np.uint8)
+def packed_experts(
+    rng: np.random.Generator, layout: ExpertLayout, count: int
+) -> npt.NDArray[np.uint8]:
+    """Random packed experts, u8 [count, nbytes]: every bit pattern of a nibble or a byte."""
+    out = np.zeros((count, layout.nbytes), np.uint8)
     for start, n, k, scales in (
-        (0, 2 * record.inner, record.hidden, record.up_scale),
-        (record.down, record.hidden, record.inner, record.down_scale),
+        (0, 2 * layout.inner, layout.hidden, layout.up_scale),
+        (layout.down, layout.hidden, layout.inner, layout.down_scale),
     ):
-        nbytes = n * k * record.bits // 8
-        if record.bits == 16:
+        nbytes = n * k * layout.bits // 8
+        if layout.bits == 16:
             w = bf16_from_f32(_f32(rng, count, n * k) * np.float32(k**-0.5))
             out[:, start : start + nbytes] = w.view(np.uint8)
             continue
         out[:, start : start + nbytes] = rng.integers(0, 256, (count, nbytes), dtype=np.uint8)
-        size = n if record.bits == 8 else n * (k // group_of(k))
-        scale = (rng.random((count, size)) - 0.5) * k**-0.5 / (60 if record.bits == 8 else 4)
-        typed = scale.astype(np.float32 if record.bits == 8 else np.float16)
-        out[:, scales : scales + typed[0].nbytes] = typed.view(np.uint8).reshape(count, -1)
+        size = n if layout.bits == 8 else n * (k // group_of(k))
+        scale = (rng.random((count, size)) - 0.5) * k**-0.5 / (60 if layout.bits == 8 else 4)
+        scale_values = scale.astype(np.float32 if layout.bits == 8 else np.float16)
+        out[:, scales : scales + scale_values[0].nbytes] = scale_values.view(np.uint8).reshape(
+            count, -1
+        )
     return out
 
 
 def cache_arrays(rng: np.random.Generator, size: Size, nbytes: int) -> Arrays:
-    """A one-layer cache half of whose slots are taken, with heats and stamps."""
-    held = rng.permutation(size.experts)[: size.slots // 2].astype(np.int32)
-    slot_of = np.full((1, size.experts), -1, np.int32)
-    expert_in = np.full((1, size.slots), -1, np.int32)
-    expert_in[0, : len(held)] = held
-    slot_of[0, held] = np.arange(len(held))
+    """A one-layer cache with half of its slots taken, with counts and steps of last use."""
+    resident_ids = rng.permutation(size.experts)[: size.slots // 2].astype(np.int32)
+    expert_to_slot = np.full((1, size.experts), -1, np.int32)
+    slot_to_expert = np.full((1, size.slots), -1, np.int32)
+    slot_to_expert[0, : len(resident_ids)] = resident_ids
+    expert_to_slot[0, resident_ids] = np.arange(len(resident_ids))
     return {
         "cache_slots": np.zeros((1, size.slots, nbytes), np.uint8),
-        "slot_of": slot_of,
-        "expert_in": expert_in,
-        "heat": rng.random((1, size.experts), np.float32) * 5,
-        "long_heat": rng.random((1, size.experts), np.float32) * 50,
-        "stamp": rng.integers(1, 40, (1, size.experts), dtype=np.int32),
+        "expert_to_slot": expert_to_slot,
+        "slot_to_expert": slot_to_expert,
+        "short_count": rng.random((1, size.experts), np.float32) * 5,
+        "long_count": rng.random((1, size.experts), np.float32) * 50,
+        "last_used": rng.integers(1, 40, (1, size.experts), dtype=np.int32),
         "step": np.array([40], np.int32),
         "counters": np.zeros(7, np.int64),
     }
 
 
-def _cache(size: Size, record: ExpertLayout, a: dict[str, Any]) -> ExpertCache:
+def _cache(size: Size, layout: ExpertLayout, a: dict[str, Any]) -> ExpertCache:
     return ExpertCache(
-        record, size.experts, DECAY, a["cache_slots"], a["slot_of"], a["expert_in"],
-        a["heat"], a["long_heat"], a["stamp"], a["step"], a["counters"],
+        layout, size.experts, DECAY, a["cache_slots"], a["expert_to_slot"], a["slot_to_expert"],
+        a["short_count"], a["long_count"], a["last_used"], a["step"], a["counters"],
     )  # fmt: skip
 
 
-PLAN = ("count", "expert", "slot", "fetch", "uses", "pairs", "arrived")
+PLAN = ("count", "expert", "slot", "fetch_flags", "uses", "pair_slots", "fetch_progress")
 
 
 def _plan(a: dict[str, Any]) -> SlotAssignment:
@@ -653,49 +671,56 @@ def _plan(a: dict[str, Any]) -> SlotAssignment:
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
-    sizes = dict.fromkeys(PLAN, (most,)) | {"count": (1,), "pairs": ids.shape, "arrived": (2,)}
+    sizes = dict.fromkeys(PLAN, (most,)) | {
+        "count": (1,),
+        "pair_slots": ids.shape,
+        "fetch_progress": (2,),
+    }
     return {f"plan_{name}": np.full(size, -7, np.int32) for name, size in sizes.items()}
 
 
 def _chosen(rng: np.random.Generator, size: Size) -> npt.NDArray[np.uint16]:
-    """Experts for as many tokens as the slots allow, u16 [T, A]."""
+    """Experts for as many tokens as fit the slots, u16 [T, A]."""
     tokens = max(1, min(sum(size.lengths), size.slots // size.top_k))
     return np.stack([rng.permutation(size.experts)[: size.top_k] for _ in range(tokens)]).astype(
         np.uint16
     )
 
 
-def place(rng: np.random.Generator, size: Size) -> Case:
+def assign_slots(rng: np.random.Generator, size: Size) -> Case:
     ids = _chosen(rng, size)
-    record = ExpertLayout(4, 64, 32)
-    arrays = cache_arrays(rng, size, record.nbytes) | _plan_arrays(min(size.experts, ids.size), ids)
-    arrays["chosen"] = ids
+    layout = ExpertLayout(4, 64, 32)
+    arrays = cache_arrays(rng, size, layout.nbytes) | _plan_arrays(min(size.experts, ids.size), ids)
+    arrays["routed_ids"] = ids
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.assign_slots(_plan(a), _cache(size, record, a), 0, a["chosen"])
+        ops.assign_slots(_plan(a), _cache(size, layout, a), 0, a["routed_ids"])
 
-    exact = ("slot_of", "expert_in", "stamp", "step", "counters", "plan_count", "plan_pairs",
-             "plan_arrived")  # fmt: skip
-    close = ("heat", "long_heat")
-    return Case(arrays, call, {**dict.fromkeys(exact, "exact"), **dict.fromkeys(close, "f32")})
+    exact = ("expert_to_slot", "slot_to_expert", "last_used", "step", "counters", "plan_count",
+             "plan_pair_slots", "plan_fetch_progress")  # fmt: skip
+    approximate = ("short_count", "long_count")
+    return Case(
+        arrays, call, {**dict.fromkeys(exact, "exact"), **dict.fromkeys(approximate, "f32")}
+    )
 
 
 def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
-    """place, fetch and both halves of the experts in a row: output, counters, the slots' bytes."""
+    """Slot assignment, fetch, and both expert kernels: output, counters, the slots' bytes."""
 
     def make(rng: np.random.Generator, size: Size) -> Case:
-        record = ExpertLayout(bits, size.hidden, size.inner)
-        form = "bf16" if size.hidden % 16 or size.inner % 16 else "int8"  # of the shared expert
+        layout = ExpertLayout(bits, size.hidden, size.inner)
+        # the shared expert's format
+        form = "bf16" if size.hidden % 16 or size.inner % 16 else "int8"
         ids = _chosen(rng, size)
-        arrays = cache_arrays(rng, size, record.nbytes)
+        arrays = cache_arrays(rng, size, layout.nbytes)
         arrays |= _plan_arrays(min(size.experts, ids.size), ids)
-        arena = records(rng, record, size.experts)
-        held = arrays["expert_in"][0]
-        arrays["cache_slots"][0, held >= 0] = arena[held[held >= 0]]
+        experts = packed_experts(rng, layout, size.experts)
+        resident_ids = arrays["slot_to_expert"][0]
+        arrays["cache_slots"][0, resident_ids >= 0] = experts[resident_ids[resident_ids >= 0]]
         w = rng.random(ids.shape, np.float32)
         arrays |= {
-            "arena": arena[None],
-            "chosen": ids,
+            "host_experts": experts[None],
+            "routed_ids": ids,
             "out": _f32(rng, len(ids), size.hidden),
             "next": _nan(len(ids), size.hidden),
             "norm": _f32(rng, size.hidden),
@@ -705,11 +730,11 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            cache, plan = _cache(size, record, a), _plan(a)
-            ops.assign_slots(plan, cache, 0, a["chosen"])
+            cache, plan = _cache(size, layout, a), _plan(a)
+            ops.assign_slots(plan, cache, 0, a["routed_ids"])
 
             def fetch() -> None:
-                ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0)
+                ops.fetch_experts(cache, plan, HostExperts(layout, a["host_experts"]), 0)
 
             experts_call(ops, a, form, plan, cache, ("hits", "rest"), 1, fetch=fetch)
 
@@ -728,7 +753,7 @@ def shared_arrays(
     arrays: Arrays = {
         "scores": _f32(rng, tokens, columns) * 3,
         "both": _nan(tokens, 2 * inner),
-        "said": _nan(tokens, hidden),
+        "shared_out": _nan(tokens, hidden),
         "y": _nan(tokens, hidden),
     }
     for name, w in (("up", up), ("down", down)):
@@ -743,9 +768,11 @@ def experts_call(
     ops: Ops, a: dict[str, Any], form: Any, plan: Any, cache: Any, parts: tuple[Any, ...],
     column: int, norm: bool = False, fetch: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Both halves of the experts, the first in parts, with what is fetched for the last of them;
-    `out` and the rows that follow it."""
-    (tokens, top_k), (_, hidden) = a["chosen"].shape, a["x"].shape
+    """Both expert kernels, the first in parts; the fetch runs before the last part.
+
+    Writes `out` and the next norm's rows.
+    """
+    (tokens, top_k), (_, hidden) = a["routed_ids"].shape, a["x"].shape
     inner = a["both"].shape[1] // 2
     shared = SharedExpert(
         LinearWeight(form, 2 * inner, hidden, a["shared_up"], a.get("shared_up_scale")),
@@ -753,29 +780,29 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
-    halves = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
+    inputs = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()
         with ops.on_side_stream():
-            ops.expert_up(*halves, h, a["chosen"], plan, cache, 0, part, shared, a["both"])
+            ops.expert_up(*inputs, h, a["routed_ids"], plan, cache, 0, part, shared, a["both"])
         ops.join_side_stream()
-    following = new_rows(ops, tokens, hidden, 1e-6)
+    next_rows = new_rows(ops, tokens, hidden, 1e-6)
     for part in parts:
         ops.expert_down(
-            a["out"], *halves, a["chosen"], a["weights"], plan, cache, 0, part, shared,
-            a["scores"], a["said"], a["y"], following, a["norm"],
+            a["out"], *inputs, a["routed_ids"], a["weights"], plan, cache, 0, part, shared,
+            a["scores"], a["shared_out"], a["y"], next_rows, a["norm"],
         )  # fmt: skip
-    read_rows(ops, a["next"], following)
+    read_rows(ops, a["next"], next_rows)
 
 
-def silu_mul(rng: np.random.Generator, size: Size) -> Case:
+def silu_and_mul(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     arrays: Arrays = {"out": _nan(tokens, size.inner), "x": _f32(rng, tokens, 2 * size.inner) * 4}
     return Case(arrays, lambda ops, a: ops.silu_and_mul(a["out"], a["x"]), {"out": "f32"})
 
 
-def add_gated(rng: np.random.Generator, size: Size) -> Case:
+def add_sigmoid_gated(rng: np.random.Generator, size: Size) -> Case:
     tokens = sum(size.lengths)
     arrays: Arrays = {
         "out": _f32(rng, tokens, size.hidden),
@@ -789,111 +816,134 @@ def add_gated(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
-# -- replies ---------------------------------------------------------------------------------------
+# -- decode state ----------------------------------------------------------------------------------
 
 RING = 3
 
 
-def replies(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
-    """Arrays of DecodeState; rows draw in every way that there is."""
-    ways = np.array(
+def decode_arrays(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
+    """Arrays of DecodeState, whose rows cover every combination of sampling parameters."""
+    combinations = np.array(
         [(0, 0, 1, 0), (1, 0, 1, 0), (0.7, 20, 0.95, 0), (1.5, 0, 0.8, 0.02), (0.3, 5, 1, 0),
          (2, 0, 1, 0.1), (1e-3, 0, 0.5, 0), (100, 0, 1, 0)],
         np.float32,
     )  # fmt: skip
     slices = max(4, -(-vocab // SLICE))
     return {
-        "settings": ways[rng.permutation(np.resize(np.arange(len(ways)), rows))],
-        "chance": rng.random((RING, rows)),
+        "sampler_params": combinations[
+            rng.permutation(np.resize(np.arange(len(combinations)), rows))
+        ],
+        "uniforms": rng.random((RING, rows)),
         "token": np.full(rows, -7, np.int32),
-        "left": np.full(rows, 9, np.int32),
-        "heed": np.ones(rows, np.int32),
+        "tokens_left": np.full(rows, 9, np.int32),
+        "stop_on_eos": np.ones(rows, np.int32),
         "eos": np.array([3, vocab - 1], np.int32),
-        "turn": np.array([4], np.int32),
-        "mail": np.full(1 + RING * rows, -7, np.int32),
-        "best": _nan(rows, slices),
-        "where": np.full((rows, slices), -7, np.int32),
-        "counts": np.full((rows, BINS), 7, np.uint32),
-        "masses": np.full((rows, BINS + 1), 7, np.uint64),
-        "ends": np.full((rows, slices, BINS), 7, np.uint16),
-        "order": np.full((rows, vocab), 7, np.uint16),
+        "decode_step": np.array([4], np.int32),
+        "token_ring": np.full(1 + RING * rows, -7, np.int32),
+        "slice_max": _nan(rows, slices),
+        "slice_argmax": np.full((rows, slices), -7, np.int32),
+        "bin_counts": np.full((rows, BINS), 7, np.uint32),
+        "bin_weights": np.full((rows, BINS + 1), 7, np.uint64),
+        "slice_bin_ends": np.full((rows, slices, BINS), 7, np.uint16),
+        "bin_order": np.full((rows, vocab), 7, np.uint16),
     }
 
 
-def as_replies(a: dict[str, Any]) -> DecodeState:
+def as_decode_state(a: dict[str, Any]) -> DecodeState:
     names = (
-        "settings", "chance", "token", "left", "heed", "eos", "turn", "mail", "best", "where",
-        "counts", "masses", "ends", "order",
-    )  # fmt: skip
+        "sampler_params",
+        "uniforms",
+        "token",
+        "tokens_left",
+        "stop_on_eos",
+        "eos",
+        "decode_step",
+        "token_ring",
+        "slice_max",
+        "slice_argmax",
+        "bin_counts",
+        "bin_weights",
+        "slice_bin_ends",
+        "bin_order",
+    )
     return DecodeState(RING, 77, 99, *(a[name] for name in names))
 
 
 def sample(rng: np.random.Generator, size: Size) -> Case:
-    """Logits are multiples of 1/16, so that many are equal and few draws are near a border."""
+    """Logits are multiples of 1/16, so that many are equal and few samples are near a border."""
     rows, vocab = min(8, sum(size.lengths)), size.outputs
     logits = np.round(_f32(rng, rows, vocab) * 48) / np.float32(16)
     logits[:, rng.integers(0, vocab, 2)] = -np.inf
     if rows > 2:
         logits[rng.integers(0, rows), rng.integers(0, vocab)] = rng.choice([np.nan, np.inf])
-        logits[rng.integers(0, rows)] = 5  # all equal: by id
-    arrays = {"logits": logits, **replies(rng, rows, vocab)}
+        logits[rng.integers(0, rows)] = 5  # all equal: the lowest ids win
+    arrays = {"logits": logits, **decode_arrays(rng, rows, vocab)}
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.sample(a["logits"], as_replies(a))
+        ops.sample(a["logits"], as_decode_state(a))
 
     return Case(arrays, call, {"token": "exact"})
 
 
-def advance(rng: np.random.Generator, size: Size) -> Case:
-    """Rows that go on, that have ended, that end now: by an end token, by length, by no token."""
+def advance_step(rng: np.random.Generator, size: Size) -> Case:
+    """Rows that continue, that have ended, and that end now, by end token or by length."""
     rows = min(8, sum(size.lengths))
     one = replace(size, lengths=(1,) * rows, past=tuple(range(rows)))
-    arrays = step_arrays(rng, one) | replies(rng, rows, size.outputs)
+    arrays = step_arrays(rng, one) | decode_arrays(rng, rows, size.outputs)
     arrays["token"] = rng.choice(np.array([-1, 3, 5, 6], np.int32), rows)
-    arrays["left"] = rng.choice(np.array([0, 1, 2, 9], np.int32), rows)
-    arrays["heed"] = rng.integers(0, 2, rows, dtype=np.int32)
+    arrays["tokens_left"] = rng.choice(np.array([0, 1, 2, 9], np.int32), rows)
+    arrays["stop_on_eos"] = rng.integers(0, 2, rows, dtype=np.int32)
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.advance_step(_step(one, a), as_replies(a))
+        ops.advance_step(_step(one, a), as_decode_state(a))
 
-    names = ("ids", "positions", "past", "slots", "pages", "left", "turn", "mail")
+    names = (
+        "ids",
+        "positions",
+        "past",
+        "slots",
+        "pages",
+        "tokens_left",
+        "decode_step",
+        "token_ring",
+    )
     return Case(arrays, call, dict.fromkeys(names, "exact"))
 
 
 CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "embed": embed,
-    "take": take,
+    "gather_rows": gather_rows,
     "add": add,
-    "norm": norm,
-    "settle": settle,
+    "rms_norm": rms_norm,
+    "prepare_input": prepare_input,
     "linear bf16": _linear("bf16"),
     "linear int8": _linear("int8"),
     "linear int4": _linear("int4"),
     "rope_append": rope_append,
     "attention": attention,
     "gated_attention": gated_attention,
-    "rope_append fp8": partial(rope_append, kept="fp8"),
-    "attention fp8": partial(attention, kept="fp8"),
-    "gated_attention fp8": partial(gated_attention, kept="fp8"),
+    "rope_append fp8": partial(rope_append, kv_format="fp8"),
+    "attention fp8": partial(attention, kv_format="fp8"),
+    "gated_attention fp8": partial(gated_attention, kv_format="fp8"),
     "sigmoid_gate": sigmoid_gate,
-    "conv": conv,
+    "causal_conv1d": causal_conv1d,
     "delta_gates": delta_gates,
     "delta_rule_recurrent": _delta("delta_rule_recurrent"),
     "delta_net": _delta_net(chunks=False),
     "delta_net, chunks": _delta_net(chunks=True),
     "delta_rule_chunk": _delta("delta_rule_chunk"),
-    "gated_norm": gated_norm,
+    "gated_rms_norm": gated_rms_norm,
     "router": router,
-    "route": route,
-    "replay": replay,
-    "place": place,
+    "topk_softmax": topk_softmax,
+    "replay_routing": replay_routing,
+    "assign_slots": assign_slots,
     "experts bf16": _experts(16),
     "experts int8": _experts(8),
     "experts int4": _experts(4),
-    "silu_mul": silu_mul,
-    "add_gated": add_gated,
+    "silu_and_mul": silu_and_mul,
+    "add_sigmoid_gated": add_sigmoid_gated,
     "sample": sample,
-    "advance": advance,
+    "advance_step": advance_step,
 }
 
 
@@ -903,7 +953,7 @@ def sized(name: str, size: Size) -> Callable[[np.random.Generator], Case]:
 
 
 def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:
-    """The distance of an output from its reference; infinity where "exact" does not hold."""
+    """The distance of an output from its reference; infinity if "exact" does not hold."""
     from tests.tolerance import distance
 
     if kind == "exact":
@@ -916,7 +966,7 @@ def compare(out: npt.NDArray[Any], ref: npt.NDArray[Any], kind: str) -> float:
 
 
 def allowed(kind: str) -> float:
-    """What `compare` may give."""
+    """The largest distance that passes."""
     from tests.tolerance import TOLERANCE
 
     return 0.0 if kind == "exact" else TOLERANCE[kind.removesuffix(" bits")]

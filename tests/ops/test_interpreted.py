@@ -1,5 +1,7 @@
-"""Every hand-written kernel, through the product's own GpuOps, in the interpreter, against its
-reference operation: one case an operation, and the ragged ones of each kernel's author."""
+"""Every hand-written kernel, run by GpuOps in the interpreter, against its reference operation.
+
+One case per operation, and the ragged cases of every kernel.
+"""
 
 from collections.abc import Callable
 
@@ -23,7 +25,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
 
 @pytest.fixture(autouse=True)
 def checked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch is held to its kernel's contract: shapes, dtypes, alignment, rules."""
+    """Check shapes, dtypes, alignment and rules of every launch against the kernel's contract."""
     monkeypatch.setattr(ptx, "CHECK", True)
 
 
@@ -37,13 +39,15 @@ def test_a_kernel_computes_its_reference_operation(rng: np.random.Generator, nam
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
 
 
-EARLY = ("router", "rope_append", "shared context", "gated rule", "norm")
-"""Cases in which nothing is missing between what is written and who takes it for older than that,
-as the experts take their rows."""
+PDL_CASES = ("router", "rope_append", "split kv", "rms_norm")
+"""Cases in which a kernel waits for every earlier kernel whose output it reads.
+
+Excluded are operations that rely on an earlier wait, like the experts for their input rows.
+"""
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name.startswith(EARLY)])
-def test_a_kernel_that_starts_early_waits_for_what_it_reads(
+@pytest.mark.parametrize("name", [name for name in ALL if name.startswith(PDL_CASES)])
+def test_a_kernel_with_pdl_waits_before_reading_earlier_results(
     rng: np.random.Generator, name: str
 ) -> None:
     seed = int(rng.integers(1 << 32))
@@ -53,17 +57,17 @@ def test_a_kernel_that_starts_early_waits_for_what_it_reads(
 @pytest.mark.parametrize(
     "name",
     [
-        "norm",
+        "rms_norm",
         "router",
         "attention",
-        "shared context 96, across tiles",
-        "shared context fp8 256, short rows",
+        "split kv 96, across tiles",
+        "split kv fp8 256, short rows",
         "delta_rule_chunk",
         "linear int4",
         "delta_net 64x96, a row in one turn",
     ],
 )
-def test_the_order_of_warps_changes_no_bit(rng: np.random.Generator, name: str) -> None:
+def test_the_order_of_warps_does_not_change_results(rng: np.random.Generator, name: str) -> None:
     seed = int(rng.integers(1 << 32))
     first, second = (
         run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedRuntime(order)))

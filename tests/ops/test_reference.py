@@ -1,4 +1,4 @@
-"""The reference against formulas written out in float64, where a second way of saying it exists."""
+"""Reference operations against independent float64 formulas."""
 
 import numpy as np
 import pytest
@@ -41,11 +41,11 @@ def test_delta_step_equals_the_rule_in_float64(rng: np.random.Generator) -> None
                 state = np.exp(np.float64(a["decay"][t, j])) * state
                 state += np.outer(k, a["beta"][t, j] * (v - k @ state))
                 wanted[t, j] = q @ state
-    # As a whole: where a decay forgets nearly all, single values are what cancellation leaves.
+    # In the norm: where a decay is near total, single values are only cancellation error.
     assert close(out, wanted, "f32")
 
 
-def test_attention_equals_softmax_over_the_whole_past(rng: np.random.Generator) -> None:
+def test_attention_equals_softmax_over_the_whole_context(rng: np.random.Generator) -> None:
     from osmium.quant.floats import f32_from_bf16
 
     case = CASES["attention"](rng, TINY)
@@ -63,7 +63,7 @@ def test_attention_equals_softmax_over_the_whole_past(rng: np.random.Generator) 
             assert close(out[t, h], (p / p.sum()) @ values, "f32")
 
 
-def test_a_small_budget_for_kept_matrices_changes_nothing(rng: np.random.Generator) -> None:
+def test_a_small_cache_of_converted_matrices_changes_nothing(rng: np.random.Generator) -> None:
     seed = int(rng.integers(1 << 32))
     for name in ("linear int4", "experts int8"):
         kept, anew = (

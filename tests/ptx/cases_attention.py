@@ -1,10 +1,12 @@
 """Ragged shapes for attention, the delta net and the norms.
 
-tests/ops/cases.py runs every operation once; here are the edges: heads that fill 128 values of a
-warp partly, exactly, or twice; positions up to the longest context; contexts that leave warps idle
-or give them a second tile; pages cut anywhere; chunks that are full, ragged, or one token; decays
-that forget everything.  What must not be read is poisoned: the recurrent state of a sequence
-without a past, rows of pages past a sequence's end, entries of the page table that it does not use.
+tests/ops/cases.py has one case per operation; these are the edges. Heads fill a warp's 128 values
+partly, exactly, or twice. Positions go up to the longest context. Contexts leave warps idle or give
+them a second tile. Pages are cut anywhere; chunks are full, ragged, or one token; decays go to
+zero.
+
+Memory that must not be read is poisoned. That is the recurrent state of a sequence without context,
+rows of pages past a sequence's end, and unused page table entries.
 """
 
 from collections.abc import Callable
@@ -20,21 +22,21 @@ from tests.ops.cases import TINY, Case
 
 Make = Callable[[np.random.Generator], Case]
 Counts = tuple[int, ...]
-"""One number a sequence."""
+"""One number per sequence."""
 
 NAN = 0x7FC1
-"""A bf16 that is no number."""
+"""A bf16 NaN."""
 NOWHERE = 10**9
-"""No page."""
+"""Marks an unused page table entry."""
 
 
 def rope(
     dim: int, rotary: int, heads: int, kv: int, lengths: Counts, past: Counts, kept: str = "bf16"
 ) -> Make:
-    """Heads of `dim` values, of which `rotary` turn, written into pages of 4 tokens."""
+    """Heads of `dim` values, `rotary` of them rotated, written into pages of 4 tokens."""
 
     def make(rng: np.random.Generator) -> Case:
-        near = (8,) * len(past)  # a pool of four pages a sequence, whatever its real positions
+        near = (8,) * len(past)  # four pages per sequence in the pool, for any position
         size = replace(
             TINY, head_dim=dim, rotary=rotary, heads=heads, kv_heads=kv, lengths=lengths, past=near
         )
@@ -53,7 +55,7 @@ def rope(
 def attention(
     dim: int, heads: int, kv: int, page: int, lengths: Counts, past: Counts, kept: str = "bf16"
 ) -> Make:
-    """Each sequence sees its own pages; everything else in the pool is NaN."""
+    """Each sequence has its own pages; everything else in the pool is NaN."""
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
@@ -64,12 +66,14 @@ def attention(
     return make
 
 
-def shared(
+def split_kv(
     dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str = "bf16",
     rotary: int | None = None, turns: int = 1,
 ) -> Make:  # fmt: skip
-    """One row a sequence, whose contexts blocks share, with room for what they leave: the newest
-    key and value are made, what is there before is not a number.  A quarter of a head turns."""
+    """One row per sequence with split-KV blocks, and `room` partial results.
+
+    The kernel writes the newest key and value, which are NaN before. A quarter of a head rotates.
+    """
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
@@ -82,8 +86,8 @@ def shared(
 
 
 def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
-    """What no sequence sees is NaN, and so are its last `made` positions; the page table's other
-    entries are nowhere."""
+    """Poison what no sequence reads, and its last `made` positions; unused page table entries are
+    NOWHERE."""
     a = case.arrays
     for row, length, before in zip(a["pages"], size.lengths, size.past, strict=True):
         last, end = divmod(length + before - made, size.page)
@@ -101,7 +105,7 @@ def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
 def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
     """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
 
-    Both kernels are held to the reference's delta_rule_recurrent: chunks add nothing but rounding.
+    The reference of both kernels is delta_rule_recurrent: chunks add only rounding.
     """
 
     def make(rng: np.random.Generator) -> Case:
@@ -123,7 +127,7 @@ def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts)
 
 
 def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
-    """One row a sequence; the states of a sequence without a past are NaN."""
+    """One row per sequence; the states of a sequence without context are NaN."""
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
@@ -141,7 +145,7 @@ def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
 
 def norm(hidden: int) -> Make:
     """Two rows of `hidden` values."""
-    return lambda rng: cases.norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
+    return lambda rng: cases.rms_norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
 
 
 CASES: dict[str, Make] = {
@@ -161,28 +165,26 @@ CASES: dict[str, Make] = {
     "attention fp8 64, within one tile": attention(64, 4, 1, 5, (3, 2), (0, 27), "fp8"),
     "attention fp8 160, a second tile a warp": attention(160, 1, 1, 16, (2, 1), (255, 12), "fp8"),
     "attention fp8 256, grouped": attention(256, 4, 2, 8, (1, 1), (34, 8), "fp8"),
-    "shared context 32, one token": shared(32, 2, 2, 4, 2, (0, 1)),
-    "shared context 96, across tiles": shared(96, 16, 1, 5, 8, (31, 32, 63)),
-    "shared context 128, two kinds of rows": shared(128, 36, 2, 16, 3, (70,)),
-    "shared context 160, one block": shared(160, 9, 1, 64, 1, (140,)),
-    "shared context 256, short rows": shared(256, 16, 2, 7, 6, (100, 40)),
-    "shared context fp8 32, one token": shared(32, 2, 2, 4, 2, (0, 1), "fp8"),
-    "shared context fp8 96, across tiles": shared(96, 16, 1, 5, 8, (31, 32, 63), "fp8"),
-    "shared context fp8 128, two kinds of rows": shared(128, 36, 2, 16, 3, (70,), "fp8"),
-    "shared context fp8 160, one block": shared(160, 9, 1, 64, 1, (230,), "fp8"),
-    "shared context fp8 64, a ring that turns": shared(64, 4, 1, 16, 1, (300,), "fp8"),
-    "shared context fp8 256, short rows": shared(256, 16, 2, 7, 6, (100, 40), "fp8"),
-    "shared context 64, the newest first": shared(64, 2, 1, 4, 2, (0, 1), rotary=2),
-    "shared context 96, newest in any tile": shared(96, 4, 2, 16, 4, (31, 32, 95, 160)),
-    "shared context fp8 64, the newest first": shared(64, 2, 1, 4, 2, (0, 1), "fp8", 64),
-    "shared context fp8 96, newest in any tile": shared(
-        96, 4, 2, 16, 5, (31, 40, 95, 100, 130), "fp8"
-    ),
-    "shared context fp8 160, newest of one block": shared(160, 9, 1, 64, 1, (33,), "fp8"),
-    "shared context fp8 128, newest far": shared(128, 2, 1, 64, 1, (130,), "fp8", 128),
-    "shared context 128, again and again": shared(128, 4, 2, 32, 8, (31, 63), turns=3),
-    "shared context fp8 256, again and again": shared(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
-    "shared context 32, of nine by themselves": shared(32, 2, 1, 4, 9, tuple(range(9))),
+    "split kv 32, one token": split_kv(32, 2, 2, 4, 2, (0, 1)),
+    "split kv 96, across tiles": split_kv(96, 16, 1, 5, 8, (31, 32, 63)),
+    "split kv 128, two kinds of rows": split_kv(128, 36, 2, 16, 3, (70,)),
+    "split kv 160, one block": split_kv(160, 9, 1, 64, 1, (140,)),
+    "split kv 256, short rows": split_kv(256, 16, 2, 7, 6, (100, 40)),
+    "split kv fp8 32, one token": split_kv(32, 2, 2, 4, 2, (0, 1), "fp8"),
+    "split kv fp8 96, across tiles": split_kv(96, 16, 1, 5, 8, (31, 32, 63), "fp8"),
+    "split kv fp8 128, two kinds of rows": split_kv(128, 36, 2, 16, 3, (70,), "fp8"),
+    "split kv fp8 160, one block": split_kv(160, 9, 1, 64, 1, (230,), "fp8"),
+    "split kv fp8 64, a ring that turns": split_kv(64, 4, 1, 16, 1, (300,), "fp8"),
+    "split kv fp8 256, short rows": split_kv(256, 16, 2, 7, 6, (100, 40), "fp8"),
+    "split kv 64, the newest first": split_kv(64, 2, 1, 4, 2, (0, 1), rotary=2),
+    "split kv 96, newest in any tile": split_kv(96, 4, 2, 16, 4, (31, 32, 95, 160)),
+    "split kv fp8 64, the newest first": split_kv(64, 2, 1, 4, 2, (0, 1), "fp8", 64),
+    "split kv fp8 96, newest in any tile": split_kv(96, 4, 2, 16, 5, (31, 40, 95, 100, 130), "fp8"),
+    "split kv fp8 160, newest of one block": split_kv(160, 9, 1, 64, 1, (33,), "fp8"),
+    "split kv fp8 128, newest far": split_kv(128, 2, 1, 64, 1, (130,), "fp8", 128),
+    "split kv 128, again and again": split_kv(128, 4, 2, 32, 8, (31, 63), turns=3),
+    "split kv fp8 256, again and again": split_kv(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
+    "split kv 32, of nine by themselves": split_kv(32, 2, 1, 4, 9, tuple(range(9))),
     "delta_rule_recurrent 32x32": delta(
         "delta_rule_recurrent", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)
     ),
@@ -200,28 +202,26 @@ CASES: dict[str, Make] = {
     "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),
     "delta_net 128x128": delta_net((1, 3), (128, 128), 64, (1, 0, 5)),
     "delta_net 32x32, nine": delta_net((1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
-    "norm 8, a thread": norm(8),
-    "norm 3080, two turns": norm(3080),
+    "rms_norm 8, a thread": norm(8),
+    "rms_norm 3080, two turns": norm(3080),
 }
 
 LONG: dict[str, Make] = {
-    "shared context 256, long": shared(256, 32, 2, 64, 128, (50_000,), rotary=64),
-    "shared context fp8 256, long": shared(256, 32, 2, 64, 128, (100_000,), "fp8"),
-    "shared context fp8 256, eight": shared(
-        256, 16, 2, 64, 128, tuple(range(0, 24_000, 3_000)), "fp8"
-    ),
+    "split kv 256, long": split_kv(256, 32, 2, 64, 128, (50_000,), rotary=64),
+    "split kv fp8 256, long": split_kv(256, 32, 2, 64, 128, (100_000,), "fp8"),
+    "split kv fp8 256, eight": split_kv(256, 16, 2, 64, 128, tuple(range(0, 24_000, 3_000)), "fp8"),
     **{
-        f"shared context {kept} 256, {rows} of 5,000": shared(
+        f"split kv {kept} 256, {rows} of 5,000": split_kv(
             256, 16, 2, 64, 160, tuple(5_000 - 31 * s for s in range(rows)), kept, 64, turns=4
         )
         for kept in ("bf16", "fp8")
         for rows in (1, 2, 3, 5, 8)
     },
     **{
-        f"shared context {kept} 256, a thousand turns": shared(
+        f"split kv {kept} 256, a thousand turns": split_kv(
             256, 16, 2, 64, 160, (1_000, 31), kept, 64, turns=1000
         )
         for kept in ("bf16", "fp8")
     },
 }
-"""What only a GPU does in good time: as many blocks as it runs at once, rings that turn often."""
+"""Cases that only a GPU runs in reasonable time: many resident blocks, rings with many turns."""

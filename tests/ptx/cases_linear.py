@@ -1,8 +1,8 @@
-"""Ragged shapes for the matrices, the routed experts, route and fetch.
+"""Ragged shapes for matrices, routed experts, top-k and fetch.
 
-tests/ops/cases.py runs every operation once; here are the edges: one token to more than two tiles
-of four, odd numbers of rows, inputs that fill a warp's 256 partly, exactly, or several times, every
-group of scales, records whose last 16 KiB step is cut short.
+tests/ops/cases.py has one case per operation; these are the edges. Tokens go from one to more than
+two tiles of four. Row counts are odd. Inputs fill a warp's 256 values partly, exactly, or several
+times, with every group size of scales. Packed experts end in a partial 16 KiB segment.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
+from osmium.ops.types import (
+    FETCH_BLOCKS,
+    FETCH_SEGMENT_BYTES,
+    FETCH_WARPS,
+    PREFETCH_DISCARD,
+    PREFETCH_STOP,
+)
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
@@ -25,8 +31,8 @@ from tests.ops.cases import (
     experts_call,
     new_rows,
     normed_rows,
+    packed_experts,
     read_rows,
-    records,
     rows_of,
     shared_arrays,
 )
@@ -67,8 +73,10 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
 
 
 def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> Make:
-    """linear of normed rows, and linear_norm; one token's x may be all zeros, others are of very
-    different sizes."""
+    """linear of normed rows, and linear_add_rms_norm.
+
+    One token's x may be all zeros; the others differ widely in scale.
+    """
 
     def make(rng: np.random.Generator) -> Case:
         inner = linear(form, tokens, rows, columns, 128)(rng)
@@ -99,12 +107,12 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
 
 
 def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
-    """gated_up of a matrix [2 * inner, columns]."""
+    """gate_up_silu of a matrix [2 * inner, columns]."""
 
     def make(rng: np.random.Generator) -> Case:
         arrays = linear(form, tokens, 2 * inner, columns)(rng).arrays
         arrays |= {"inner": _nan(tokens, inner), "both": arrays.pop("out")}
-        # What rows hold, exactly: eight values may cancel so far that 2^-17 of x shows in them.
+        # Values exact as hi + lo, because eight values may cancel down to 2^-17 of x.
         x = arrays["x"] * np.float32(1e-2)
         hi = f32_from_bf16(bf16_from_f32(x))
         arrays["x"] = hi + f32_from_bf16(bf16_from_f32(x - hi))
@@ -121,14 +129,14 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
 
 
 def cache_of(
-    record: ExpertLayout, slots: Any, slot_of: Any, counters: Any = None, step: Any = None
+    layout: ExpertLayout, slots: Any, slot_of: Any, counters: Any = None, step: Any = None
 ) -> ExpertCache:
-    """One layer, without what only `place` reads."""
+    """One layer, without the arrays that only assign_slots reads."""
     _, experts = slot_of.shape
-    nothing: Any = None
+    unused: Any = None
     return ExpertCache(
-        record, experts, nothing, slots, slot_of, nothing, nothing, nothing,
-        nothing, step, counters,
+        layout, experts, unused, slots, slot_of, unused, unused, unused,
+        unused, step, counters,
     )  # fmt: skip
 
 
@@ -136,44 +144,48 @@ def experts(
     bits: int, tokens: int, top_k: int, hidden: int, inner: int, *parts: str, shared: int = 64,
     form: str = "int8",
 ) -> Make:  # fmt: skip
-    """Experts in shuffled slots, some of them in none, some said to be fetched just now, and a
-    shared expert of `shared` values."""
+    """Experts in shuffled slots, some not resident, some fetched in this step, and a shared expert
+    of size `shared`."""
     parts = parts or ("hits", "rest")
-    form = "bf16" if hidden % 16 else form  # INT8 has rows of whole 16 bytes
+    form = "bf16" if hidden % 16 else form  # INT8 rows are multiples of 16 bytes
 
     def make(rng: np.random.Generator) -> Case:
-        record, count, capacity = ExpertLayout(bits, hidden, inner), top_k + 4, top_k + 2
-        held = rng.permutation(count)[:capacity]
+        layout, count, capacity = ExpertLayout(bits, hidden, inner), top_k + 4, top_k + 2
+        resident_ids = rng.permutation(count)[:capacity]
         slot_of = np.full((1, count), -1, np.int32)
-        slot_of[0, held] = np.arange(capacity)
-        slots = records(rng, record, capacity)
-        ids = np.stack([rng.permutation(held)[:top_k] for _ in range(tokens)]).astype(np.uint16)
+        slot_of[0, resident_ids] = np.arange(capacity)
+        slots = packed_experts(rng, layout, capacity)
+        ids = np.stack([rng.permutation(resident_ids)[:top_k] for _ in range(tokens)]).astype(
+            np.uint16
+        )
         arrays: Arrays = {
             "out": _f32(rng, tokens, hidden),
             "next": _nan(tokens, hidden),
             "norm": _f32(rng, hidden),
             "x": _f32(rng, tokens, hidden),
-            "pairs": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
-            "chosen": ids,
-            "arrived": np.full(2, 1 << 20, np.int32),  # long ago
+            "pair_slots": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
+            "routed_ids": ids,
+            "fetch_progress": np.full(2, 1 << 20, np.int32),  # fetched long ago
             "weights": rng.random(ids.shape, np.float32),
             "slots": slots[None],
-            "slot_of": slot_of,
+            "expert_to_slot": slot_of,
             **shared_arrays(rng, form, tokens, hidden, shared, 5),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            cache = cache_of(record, a["slots"], a["slot_of"])
-            plan = SlotAssignment(None, None, None, None, None, a["pairs"], a["arrived"])
-            experts_call(ops, a, form, plan, cache, parts, 3, norm=True)
+            cache = cache_of(layout, a["slots"], a["expert_to_slot"])
+            assignment = SlotAssignment(
+                None, None, None, None, None, a["pair_slots"], a["fetch_progress"]
+            )
+            experts_call(ops, a, form, assignment, cache, parts, 3, norm=True)
 
         return Case(arrays, call, {"out": "f32", "next": "f32"})
 
     return make
 
 
-def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
-    """Ties, both zeros, infinities below, and `spare` columns past the experts that are larger."""
+def topk_softmax(tokens: int, count: int, top_k: int, spare: int) -> Make:
+    """Ties, both zeros, minus infinities, and `spare` larger columns past the experts."""
 
     def make(rng: np.random.Generator) -> Case:
         logits = _f32(rng, tokens, count + spare) * 3
@@ -201,123 +213,142 @@ def route(tokens: int, count: int, top_k: int, spare: int) -> Make:
 def router(
     hidden: int, experts: int, top_k: int, equal: int = 1, form: Literal["bf16", "int8"] = "bf16"
 ) -> Make:
-    """Five tokens; of more than eight scores every block has some."""
+    """Five tokens; with more than eight experts every block has some."""
     size = replace(TINY, hidden=hidden, experts=experts, top_k=top_k)
     return lambda rng: cases.router(rng, size, equal, form)
 
 
-def pieces_of(record: ExpertLayout) -> npt.NDArray[np.int32]:
-    """Pieces of a record that each warp of a fetch has a share of, i32 [FETCH_WARPS]."""
-    pieces, blocks = -(-record.nbytes // FETCH_SEGMENT_BYTES), FETCH_BLOCKS
+def segments_of(layout: ExpertLayout) -> npt.NDArray[np.int32]:
+    """Segments of a packed expert that each warp of a fetch copies a part of, i32 [FETCH_WARPS]."""
+    pieces, blocks = -(-layout.nbytes // FETCH_SEGMENT_BYTES), FETCH_BLOCKS
     return np.repeat([len(range(block, pieces, blocks)) for block in range(blocks)], 8).astype(
         np.int32
     )
 
 
-def came(record: ExpertLayout, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
-    """Which bytes of a record are there when each warp has stored its share of `done` pieces."""
-    at, blocks = np.arange(record.nbytes), FETCH_BLOCKS
+def copied_bytes(layout: ExpertLayout, done: npt.NDArray[np.int32]) -> npt.NDArray[np.bool_]:
+    """Which bytes are copied when each warp has stored its part of `done` segments."""
+    at, blocks = np.arange(layout.nbytes), FETCH_BLOCKS
     warp = at // FETCH_SEGMENT_BYTES % blocks * 8 + at % (FETCH_SEGMENT_BYTES // 4) // (
         FETCH_SEGMENT_BYTES // 32
-    )  # a quarter at a time
+    )  # a quarter of a segment per warp
     return np.asarray(at // FETCH_SEGMENT_BYTES // blocks < done[warp])
 
 
-def guess_of(expert: Any, slot: Any, state: Any, done: Any, go: Any = None) -> PrefetchState:
-    """Without what only the router writes."""
-    nothing: Any = None
+def prefetch_of(expert: Any, slot: Any, state: Any, done: Any, go: Any = None) -> PrefetchState:
+    """Prefetch state without the arrays that only the router writes."""
+    unused: Any = None
     return PrefetchState(
-        nothing, nothing, nothing, nothing, nothing, expert, slot, state, done, go,
+        unused, unused, unused, unused, unused, expert, slot, state, done, go,
     )  # fmt: skip
 
 
-def words_of(begun: Any, more: int = 0) -> npt.NDArray[np.int32]:
-    """Words of a guess's state: blocks of an early fetch that have begun have left, too."""
-    return (np.asarray(begun) * (1 + (1 << 15)) + more).astype(np.int32)
+def state_words(started: Any, more: int = 0) -> npt.NDArray[np.int32]:
+    """State words of a prefetch whose started blocks have also ended."""
+    return (np.asarray(started) * (1 + (1 << 15)) + more).astype(np.int32)
 
 
 def fetch(
-    hidden: int, inner: int, fetched: tuple[int, ...], entries: int, guessed: bool = False
+    hidden: int, inner: int, fetched: tuple[int, ...], entries: int, with_prefetch: bool = False
 ) -> Make:
-    """A plan of len(fetched) experts in an array of `entries`; bf16 records.  With a guess some
-    blocks have begun and left; of an expert whose fetch is 2 they have brought some pieces."""
+    """A slot assignment of len(fetched) experts in arrays of `entries`; bf16 experts.
+
+    With prefetch some blocks have started and ended; an expert with fetch flag 2 has some segments
+    copied.
+    """
 
     def make(rng: np.random.Generator) -> Case:
-        record, count, used = ExpertLayout(16, hidden, inner), entries + 2, len(fetched)
+        layout, count, used = ExpertLayout(16, hidden, inner), entries + 2, len(fetched)
 
-        def plan(values: Any) -> npt.NDArray[np.int32]:
-            out = np.full(entries, 10**9, np.int32)  # an entry past the count is never looked at
+        def assignment(values: Any) -> npt.NDArray[np.int32]:
+            out = np.full(entries, 10**9, np.int32)  # entries past the count are not read
             out[:used] = values
             return out
 
         arrays: Arrays = {
-            "arena": rng.integers(0, 256, (1, count, record.nbytes), dtype=np.uint8),
-            "slots": rng.integers(0, 256, (1, entries, record.nbytes), dtype=np.uint8),
+            "host_experts": rng.integers(0, 256, (1, count, layout.nbytes), dtype=np.uint8),
+            "slots": rng.integers(0, 256, (1, entries, layout.nbytes), dtype=np.uint8),
             "counters": np.arange(1, 8) << 32,
             "count": np.array([used], np.int32),
-            "expert": plan(np.sort(rng.permutation(count)[:used])),
-            "slot": plan(rng.permutation(entries)[:used]),
-            "fetch": plan(fetched),
-            "uses": plan(rng.integers(1, 9, used)),
-            "arrived": np.array([0, 0], np.int32),
+            "expert": assignment(np.sort(rng.permutation(count)[:used])),
+            "slot": assignment(rng.permutation(entries)[:used]),
+            "fetch": assignment(fetched),
+            "uses": assignment(rng.integers(1, 9, used)),
+            "fetch_progress": np.array([0, 0], np.int32),
         }
-        if guessed:
-            begun = rng.permutation(FETCH_BLOCKS) > 3
-            done = rng.integers(0, pieces_of(record) + 1).astype(np.int32) * begun.repeat(8)
-            arrays["state"] = words_of(begun, STOP if fetched[0] == 2 else STOP + DROP)[None]
-            arrays["done"] = done[None].astype(np.int32)
-            arrays["go"] = 16 * np.arange(2 * FETCH_BLOCKS, dtype=np.int32).reshape(2, -1)
-            arrays["go"][:, ::3] += 15  # then nothing is said
+        if with_prefetch:
+            started = rng.permutation(FETCH_BLOCKS) > 3
+            done = rng.integers(0, segments_of(layout) + 1).astype(np.int32) * started.repeat(8)
+            arrays["state"] = state_words(
+                started, PREFETCH_STOP if fetched[0] == 2 else PREFETCH_STOP + PREFETCH_DISCARD
+            )[None]
+            arrays["segments_done"] = done[None].astype(np.int32)
+            arrays["start_signal"] = 16 * np.arange(2 * FETCH_BLOCKS, dtype=np.int32).reshape(2, -1)
+            arrays["start_signal"][:, ::3] += 15  # these layers get no start signal
             if fetched[0] == 2:
-                there = came(record, done)
-                source = arrays["arena"][0, arrays["expert"][0]]
-                arrays["slots"][0, arrays["slot"][0], there] = source[there]
+                copied = copied_bytes(layout, done)
+                source = arrays["host_experts"][0, arrays["expert"][0]]
+                arrays["slots"][0, arrays["slot"][0], copied] = source[copied]
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            layers = [a["slots"][0], None]  # the second has its turn next
-            cache = cache_of(record, layers, np.empty((2, count), np.int32), a["counters"])
-            plan = SlotAssignment(
-                a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["arrived"]
+            layers = [a["slots"][0], None]  # the second layer's prefetch starts next
+            cache = cache_of(layout, layers, np.empty((2, count), np.int32), a["counters"])
+            assignment = SlotAssignment(
+                a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["fetch_progress"]
             )
-            guess = guess_of(None, None, a["state"], a["done"], a["go"]) if guessed else None
-            ops.fetch_experts(cache, plan, HostExperts(record, a["arena"]), 0, prefetch=guess)
+            guess = (
+                prefetch_of(None, None, a["state"], a["segments_done"], a["start_signal"])
+                if with_prefetch
+                else None
+            )
+            ops.fetch_experts(
+                cache, assignment, HostExperts(layout, a["host_experts"]), 0, prefetch=guess
+            )
 
-        writes = ("slots", "counters", *(("go",) if guessed else ()))
+        writes = ("slots", "counters", *(("start_signal",) if with_prefetch else ()))
         return Case(arrays, call, dict.fromkeys(writes, "exact"))
 
     return make
 
 
 def prefetch_experts(
-    hidden: int, inner: int, *experts: int, state: tuple[int, ...] = (), said: tuple[int, ...] = ()
+    hidden: int,
+    inner: int,
+    *experts: int,
+    state: tuple[int, ...] = (),
+    signals: tuple[int, ...] = (),
 ) -> Make:
-    """Guesses of the layers behind the first, with nobody to stop them, in the third step.  All of
-    them have their turn, or what is `said`.  bf16 records, as many experts as slots a layer."""
+    """Predictions for the layers after the first, in the third step, without an early stop.
+
+    All layers may start, or those of `signals`. bf16 experts, as many as slots per layer.
+    """
 
     def make(rng: np.random.Generator) -> Case:
-        record, shape = ExpertLayout(16, hidden, inner), (1 + len(experts), 3)
-        nobody = np.empty(shape, np.int32)
-        first, words = 3 * np.arange(1, shape[0]), (0, *(said or [8] * len(experts)))
+        layout, shape = ExpertLayout(16, hidden, inner), (1 + len(experts), 3)
+        unused_table = np.empty(shape, np.int32)
+        first, words = 3 * np.arange(1, shape[0]), (0, *(signals or [8] * len(experts)))
         arrays: Arrays = {
-            "arena": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
-            "slots": rng.integers(0, 256, (*shape, record.nbytes), dtype=np.uint8),
+            "host_experts": rng.integers(0, 256, (*shape, layout.nbytes), dtype=np.uint8),
+            "slots": rng.integers(0, 256, (*shape, layout.nbytes), dtype=np.uint8),
             "expert": np.array([-1, *experts], np.int32),
             "slot": np.array([0, *rng.integers(0, 3, len(experts)) + first], np.int32),
             "state": np.array([7, *(state or [0] * len(experts))], np.int32)[:, None].repeat(
                 FETCH_BLOCKS, 1
             ),
-            "done": np.zeros((shape[0], FETCH_WARPS), np.int32),
-            "go": 48 + np.array(words, np.int32)[:, None].repeat(FETCH_BLOCKS, 1),
+            "segments_done": np.zeros((shape[0], FETCH_WARPS), np.int32),
+            "start_signal": 48 + np.array(words, np.int32)[:, None].repeat(FETCH_BLOCKS, 1),
             "step": np.array([2], np.int32),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            guess = guess_of(*(a[k] for k in ("expert", "slot", "state", "done", "go")))
+            guess = prefetch_of(
+                *(a[k] for k in ("expert", "slot", "state", "segments_done", "start_signal"))
+            )
             slots = [a["slots"][i] for i in range(shape[0])]
-            cache = cache_of(record, slots, nobody, step=a["step"])
-            ops.prefetch_experts(cache, guess, HostExperts(record, a["arena"]))
+            cache = cache_of(layout, slots, unused_table, step=a["step"])
+            ops.prefetch_experts(cache, guess, HostExperts(layout, a["host_experts"]))
 
-        return Case(arrays, call, dict.fromkeys(("slots", "state", "done"), "exact"))
+        return Case(arrays, call, dict.fromkeys(("slots", "state", "segments_done"), "exact"))
 
     return make
 
@@ -362,7 +393,7 @@ CASES: dict[str, Make] = {
     "int4_experts and a bf16 one": experts(4, 2, 3, 128, 128, form="bf16"),
     "int4_experts and a wide one": experts(4, 1, 2, 384, 128, "all", shared=448),
     "int4_experts many inputs": experts(4, 1, 2, 1280, 1152),
-    "int4_experts of more pieces than lanes": experts(4, 1, 17, 128, 256, "all"),
+    "int4_experts of more segments than lanes": experts(4, 1, 17, 128, 256, "all"),
     "int4_experts of half a ring": experts(4, 1, 17, 128, 384, "all", shared=1088),
     "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
     "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
@@ -372,10 +403,10 @@ CASES: dict[str, Make] = {
     "gated_up bf16 2x8x64": gated("bf16", 2, 8, 64),
     "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),
     "int4_expert 9 tokens": experts(4, 9, 2, 64, 320),
-    "route all of one": route(1, 1, 1, 0),
-    "route all of 7": route(3, 7, 7, 1),
-    "route 2 of 33": route(3, 33, 2, 3),
-    "route 32 of 70": route(2, 70, 32, 1),
+    "topk_softmax all of one": topk_softmax(1, 1, 1, 0),
+    "topk_softmax all of 7": topk_softmax(3, 7, 7, 1),
+    "topk_softmax 2 of 33": topk_softmax(3, 33, 2, 3),
+    "topk_softmax 32 of 70": topk_softmax(2, 70, 32, 1),
     "router, two blocks": router(64, 9, 3),
     "router, uneven blocks": router(320, 68, 32),
     "router, many tiles a block": router(128, 256, 8),
@@ -389,22 +420,28 @@ CASES: dict[str, Make] = {
     "fetch nothing": fetch(16, 8, (0, 0), 2),
     "fetch two steps a block, the last of three pages": fetch(256, 200, (0, 1), 3),
     "fetch of 35 entries": fetch(32, 24, (0,) * 30 + (1, 0, 1, 1, 0), 36),
-    "fetch a guess of a page": fetch(16, 8, (2, 0), 3, guessed=True),
-    "fetch a guess, up to four pieces a block": fetch(256, 528, (2,), 2, guessed=True),
-    "fetch a guess and others": fetch(256, 200, (2, 0, 1, 1), 4, guessed=True),
-    "fetch a guess and others, 35 entries": fetch(96, 48, (2,) + (1, 0) * 17, 36, guessed=True),
-    "fetch others than the guess": fetch(256, 200, (1, 0), 3, guessed=True),
-    "fetch nothing, not the guess either": fetch(16, 8, (0, 0), 2, guessed=True),
-    "fetch early a page": prefetch_experts(16, 8, 2),
-    "fetch early two pages": prefetch_experts(32, 24, 0),
-    "fetch early fewer pieces than blocks, the last of three pages": prefetch_experts(96, 48, 2),
-    "fetch early up to four pieces a block": prefetch_experts(256, 528, 1),
-    "fetch early nobody": prefetch_experts(256, 200, -1),
-    "fetch early, too late": prefetch_experts(256, 200, 1, state=(STOP,)),
-    "fetch early one layer after the other": prefetch_experts(
-        96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
+    "fetch with a prefetch of a page": fetch(16, 8, (2, 0), 3, with_prefetch=True),
+    "fetch with prefetch, up to four segments a block": fetch(
+        256, 528, (2,), 2, with_prefetch=True
     ),
-    "fetch early until a layer has no turn": prefetch_experts(96, 48, 2, 1, 0, said=(8, 15, 0)),
-    "fetch early while seven of eight are done": prefetch_experts(96, 48, 2, 1, said=(7, 8)),
-    "fetch early in another step": prefetch_experts(96, 48, 2, said=(24,)),
+    "fetch with prefetch and others": fetch(256, 200, (2, 0, 1, 1), 4, with_prefetch=True),
+    "fetch with prefetch and others, 35 entries": fetch(
+        96, 48, (2,) + (1, 0) * 17, 36, with_prefetch=True
+    ),
+    "fetch others than the prefetched": fetch(256, 200, (1, 0), 3, with_prefetch=True),
+    "fetch nothing, with a wrong prefetch": fetch(16, 8, (0, 0), 2, with_prefetch=True),
+    "prefetch one page": prefetch_experts(16, 8, 2),
+    "prefetch two pages": prefetch_experts(32, 24, 0),
+    "prefetch fewer segments than blocks, the last of three pages": prefetch_experts(96, 48, 2),
+    "prefetch up to four segments a block": prefetch_experts(256, 528, 1),
+    "prefetch nothing": prefetch_experts(256, 200, -1),
+    "prefetch stopped before its start": prefetch_experts(256, 200, 1, state=(PREFETCH_STOP,)),
+    "prefetch one layer after the other": prefetch_experts(
+        96, 48, 2, -1, 0, 1, 1, state=(0, 0, PREFETCH_STOP + PREFETCH_DISCARD, 0, 0)
+    ),
+    "prefetch until a layer has no start signal": prefetch_experts(
+        96, 48, 2, 1, 0, signals=(8, 15, 0)
+    ),
+    "prefetch while seven of eight are done": prefetch_experts(96, 48, 2, 1, signals=(7, 8)),
+    "prefetch in another step": prefetch_experts(96, 48, 2, signals=(24,)),
 }

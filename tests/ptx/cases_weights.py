@@ -1,4 +1,4 @@
-"""Ragged cases of the kernels that make weights: exact, to the last bit."""
+"""Ragged cases of the kernels that write weights; results must be exact."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,8 +15,11 @@ __all__ = ["CASES", "LARGE"]
 
 
 def _weights(rng: np.random.Generator, *shape: int) -> Any:
-    """bf16 [E, N, K] with what quantising may stumble over: rows and groups of zeros, -0, ties of
-    the largest, numbers far apart, and so small that no f16 scale holds them."""
+    """bf16 [E, N, K] with edge cases of quantisation.
+
+    They are rows and groups of zeros, -0, ties of the largest value, wide ranges, and values below
+    any f16 scale.
+    """
     w = rng.standard_normal(shape, np.float32) * np.float32(0.02)
     w[0, 0] = 0
     w[-1, -1, :32] = -0.0
@@ -82,4 +85,4 @@ LARGE: dict[str, Callable[[np.random.Generator], Case]] = {
     "quantize int8, 122b": _quantize(8, 1, 8209, 3072),
     "noise, 122b": _noise(random_fill.ALL_BITS, 5, 1188 * 4096, slice(0, 1188 * 4096)),
 }
-"""For a GPU."""
+"""Cases for a GPU."""

@@ -1,19 +1,20 @@
-"""A PTX interpreter in NumPy: what makes a hand-written kernel safe to change without a GPU.
+"""A PTX interpreter in NumPy, which tests hand-written kernels without a GPU.
 
-A warp's 32 lanes go at once, under a mask; where they part, the lanes at the lowest instruction go
-first, so that they meet again.  The warps of a block run one after another, each until a barrier,
-in a seeded random order that changes at every barrier: a missing one shows.  Blocks begin in random
-order, a few at once, and take turns at random; one that looks for what others say, acquiring, lets
-them go on, and one more begin: all of a launch find room.  What is stored relaxed is seen late, by
-who looks again.  Bulk copies are as late as what waits for them lets them be: bytes land when
-somebody tries their barrier, and are taken from shared memory, and stored, when their group is
-waited for.
+A warp's 32 lanes execute together under a mask. Divergent lanes at the lowest instruction run
+first, so that lanes reconverge. The warps of a block run one after another, each to its next
+barrier. Their order is random, by seed, and changes at every barrier, so a missing barrier shows.
 
-Knows the instructions that the kernels in ptx/ use and refuses all others.  Reports access outside
-of an array, misaligned access, reads of memory or registers that nobody wrote, lanes missing at a
-shuffle or a barrier, a warp that leaves while others wait, and loops that do not end.
+Blocks start in random order, a few at once, and interleave at random. A block that polls with an
+acquiring load yields to others and lets one more start, so all blocks of a launch are resident.
+Relaxed stores become visible late, to a later load. Bulk copies are as late as allowed: bytes land
+when a thread tries their barrier. Shared memory is read, and global memory stored, when the copy's
+group is waited for.
 
-`InterpretedRuntime` stands in for cuda.stream.CudaRuntime: the product's own ops.GpuOps runs on it.
+It supports the instructions of the kernels in ptx/ and refuses all others. It reports out-of-bounds
+and misaligned access, and reads of unwritten memory or registers. It also reports lanes missing at
+a shuffle or barrier, warps that exit while others wait, and endless loops.
+
+`InterpretedRuntime` stands in for cuda.stream.CudaRuntime, so ops.GpuOps runs on it unchanged.
 """
 
 import functools
@@ -35,17 +36,17 @@ __all__ = ["InterpretedArray", "InterpretedRuntime", "PtxFault"]
 
 LANES = 32
 FULL = np.ones(LANES, np.bool_)
-"""All lanes.  Masks are compared as bytes, which takes a tenth of the time of any() or all()."""
+"""All lanes. Masks are compared as bytes, which takes a tenth of the time of any() or all()."""
 ALL, NONE = FULL.tobytes(), bytes(LANES)
 STEPS = 2_000_000
-"""Instructions of one warp after which it is said to loop for ever."""
+"""Instructions of one warp after which a loop counts as endless."""
 
 AT_ONCE = 3
-"""Blocks of a launch that run side by side, and do not look for what others say."""
+"""Blocks of a launch that run concurrently, not counting those that poll."""
 
 Values = npt.NDArray[Any]
 Mask = npt.NDArray[np.bool_] | None
-"""Which lanes take part; None is all of them."""
+"""Active lanes; None means all."""
 
 TYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -58,7 +59,7 @@ TYPES: dict[str, np.dtype[Any]] = {
 
 
 class PtxFault(AssertionError):
-    """Something that a kernel must not do, or that the interpreter does not know."""
+    """A fault of a kernel, or an instruction that the interpreter does not support."""
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -68,38 +69,38 @@ WORDS: dict[int, np.dtype[Any]] = {
     1: np.dtype(np.uint8), 2: np.dtype(np.uint16), 4: np.dtype(np.uint32), 8: np.dtype(np.uint64),
     16: np.dtype(np.complex128),
 }  # fmt: skip
-"""By bytes: what is moved as one, whatever it is."""
+"""Unsigned types by size in bytes, for moves of any value."""
 
 TRUE = b"\1" * 4 * LANES
-"""Of what is written, 4 bytes a lane."""
+"""Bytes of a store of 4 bytes per lane."""
 
 
 class Block:
-    """Some bytes, and which of them anybody has written."""
+    """Memory with a record of its written bytes."""
 
     def __init__(self, nbytes: int, name: str, early: bool = False) -> None:
-        """With `early` it is kept which launch wrote a byte last."""
+        """With `early` each byte records the launch that wrote it last."""
         self.nbytes, self.name = nbytes, name
         room = -(-nbytes // 16) * 16
         self.data, self.written = np.full(room, 0xA5, np.uint8), np.zeros(room, np.bool_)
         self.launch = np.zeros(room, np.int32) if early else None
-        """Which launch wrote a byte last; 0 if none did."""
+        """The launch that wrote a byte last; 0 if none did."""
         self._data = {size: self.data.view(kind) for size, kind in WORDS.items()}
         self._written = {size: self.written.view(kind) for size, kind in WORDS.items()}
 
     def put(self, at: npt.NDArray[np.int64], data: npt.NDArray[np.uint8], launch: int) -> None:
-        """Bytes `data` at the offsets `at`, of one shape."""
+        """Store bytes `data` at the offsets `at`, of one shape."""
         self.data[at], self.written[at] = data, True
         if self.launch is not None:
             self.launch[at] = launch
 
     def take(self, at: npt.NDArray[np.int64], size: int) -> npt.NDArray[Any]:
-        """What is at multiples of `size`, `size` bytes each."""
+        """`size` bytes at each of these multiples of `size`."""
         found: npt.NDArray[Any] = self._data[size][at // size]
         return found
 
     def set(self, at: npt.NDArray[np.int64], data: npt.NDArray[Any], launch: int) -> None:
-        """Words `data` at multiples of their size."""
+        """Store words `data` at multiples of their size."""
         size = data.itemsize
         index = at // size
         self._data[size][index] = data.view(WORDS[size])
@@ -108,7 +109,7 @@ class Block:
             self.launch.reshape(-1, size)[index] = launch
 
     def known(self, at: npt.NDArray[np.int64], size: int) -> bool:
-        """Whether all of those bytes were written."""
+        """Whether all of those bytes are written."""
         there = self._written[size][at // size].tobytes()
         return bool(there == (TRUE if len(there) == len(TRUE) else b"\1" * len(there)))
 
@@ -118,11 +119,11 @@ _TRUE_WORD = {size: np.frombuffer(b"\1" * size, kind)[0] for size, kind in WORDS
 
 @dataclass(eq=False)
 class Barrier:
-    """An mbarrier: a phase is over when all have arrived and all bytes are there that they said."""
+    """An mbarrier: a phase ends when all arrivals and all expected bytes have come."""
 
     count: int
     maker: tuple["Warp", int]
-    """The lane that made it, whose fence lets bulk copies know of it."""
+    """The initialising lane, whose fence makes the barrier visible to bulk copies."""
     pending: int
     nbytes: int = 0
     phase: int = 0
@@ -147,7 +148,7 @@ class Barrier:
 
 
 class Shared(Block):
-    """A block's shared memory, with the barriers in it and the bulk copies on their way there."""
+    """A block's shared memory, with its barriers and the bulk copies in flight to it."""
 
     def __init__(self, nbytes: int, name: str) -> None:
         super().__init__(nbytes, name)
@@ -156,7 +157,7 @@ class Shared(Block):
         self.loads: list[tuple[Barrier, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
 
     def land(self, rng: np.random.Generator, where: str) -> None:
-        """Let each bulk copy arrive, by chance, in any order."""
+        """Let bulk copies land at random, in any order."""
         on_their_way, self.loads = self.loads, []
         for at in rng.permutation(len(on_their_way)):
             barrier, rows, data = on_their_way[at]
@@ -167,7 +168,7 @@ class Shared(Block):
                 self.loads.append(on_their_way[at])
 
     def leave(self) -> None:
-        """Raises: PtxFault where a block ends before its copies."""
+        """Raises: PtxFault if a block ends before its copies."""
         if self.loads or any(barrier.nbytes for barrier in self.barriers.values()):
             raise PtxFault(f"{self.name}: its block has left, and bytes are still to come")
 
@@ -181,9 +182,9 @@ class BulkStore:
     out: Block
     to: npt.NDArray[np.int64]
     data: npt.NDArray[np.uint8] | None = None
-    """Once they are taken."""
+    """The bytes, once they are read."""
     read: bool = False
-    """Whether that was waited for."""
+    """Whether its group was waited for."""
 
     def take(self, where: str) -> npt.NDArray[np.uint8]:
         if self.data is None:
@@ -194,11 +195,11 @@ class BulkStore:
 
 
 SPAN = 32
-"""log2 of the address range of each array: whatever runs off one lands in nothing."""
+"""log2 of the address range of each array, so that any overrun hits unmapped addresses."""
 
 
 class InterpretedArray:
-    """What cuda.DeviceArray is, on a Block."""
+    """Stands in for cuda.DeviceArray, on a Block."""
 
     def __init__(
         self, block: Block, ptr: int, offset: int, shape: tuple[int, ...], dtype: npt.DTypeLike
@@ -230,12 +231,12 @@ class InterpretedArray:
         return InterpretedArray(self.block, self.ptr, self.offset, shape, dtype)
 
     def numpy(self) -> Values:
-        """The bytes as an array; a view."""
+        """The bytes as a NumPy view."""
         raw = self.block.data[self.offset : self.offset + self.nbytes]
         return raw.view(self.dtype).reshape(self.shape)
 
     def touch(self) -> None:
-        """From now on these bytes count as written."""
+        """Mark these bytes as written."""
         part = slice(self.offset, self.offset + self.nbytes)
         self.block.written[part] = True
         if self.block.launch is not None:
@@ -243,7 +244,7 @@ class InterpretedArray:
 
 
 class InterpretedRuntime:
-    """See ops.gpu.Machine.  `seed` orders warps and blocks."""
+    """An ops.runtime.DeviceRuntime. `seed` orders warps and blocks."""
 
     sm_count = 3
     max_shared_per_block = 99 << 10
@@ -252,12 +253,14 @@ class InterpretedRuntime:
     def __init__(
         self, seed: int = 0, without: tuple[str, int] | None = None, early: bool = False
     ) -> None:
-        """`without` is an entry and which of its barriers to leave out.  With `early` kernels are
-        as on devices where they start early, and are told when they read what the last one wrote
-        before they have waited for it."""
+        """`without` is an entry and the number of its barrier to leave out.
+
+        With `early` kernels run as with programmatic dependent launch. Reading what the previous
+        kernel wrote before the wait is then a fault.
+        """
         self.blocks: list[Block] = []
         self.prefetched: list[int] = []
-        """Addresses, as often as they were asked for."""
+        """Addresses requested by prefetch.global.L2, with repetitions."""
         self.stream = InterpretedStream(self, seed, without, early)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
@@ -280,7 +283,7 @@ class InterpretedRuntime:
         return made
 
     def release(self, array: InterpretedArray) -> None:
-        array.block.written[:] = False  # whoever still reads it is told
+        array.block.written[:] = False  # a later read is a fault
 
     def host_view(self, array: InterpretedArray) -> Values:
         array.touch()
@@ -307,8 +310,8 @@ class InterpretedRuntime:
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
         return run
 
-    def fork_side_stream(self, prefetch: bool) -> "InterpretedStream | Beside":
-        return Beside(self.stream) if prefetch else self.stream
+    def fork_side_stream(self, prefetch: bool) -> "InterpretedStream | SideStream":
+        return SideStream(self.stream) if prefetch else self.stream
 
     def join_side_stream(self, prefetch: bool) -> None:
         if prefetch:
@@ -316,14 +319,14 @@ class InterpretedRuntime:
 
 
 def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool) -> None:
-    """Whether `size` bytes at each of these offsets may be read, or written."""
+    """Check that `size` bytes at each of these offsets may be read, or written."""
     low, high = int(at.min()), int(at.max()) + size
     if low < 0 or high > block.nbytes:
         raise PtxFault(f"{w.where}: bytes {low} to {high} of {block.name}")
     if size > 1 and (at & (size - 1)).tobytes().strip(b"\0"):
         raise PtxFault(f"{w.where}: {size} bytes at offset {at[at % size > 0][0]} of {block.name}")
     if read and not block.known(at, size):
-        raise PtxFault(f"{w.where}: reads bytes of {block.name} that nobody wrote")
+        raise PtxFault(f"{w.where}: reads bytes of {block.name} that are not written")
     if block is w.shared:
         if w.shared.barriers:
             rows = at[:, None] + np.arange(size)
@@ -337,7 +340,7 @@ def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, rea
 
 
 def _rows(at: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """Offsets of bytes, one row a lane."""
+    """Offsets of bytes, one row per lane."""
     rows: npt.NDArray[np.int64] = at[:, None] + np.arange(size)
     return rows
 
@@ -349,11 +352,11 @@ Run = Callable[["Warp", Mask], None]
 
 @dataclass
 class Instruction:
-    """One line of a kernel."""
+    """One instruction of a kernel."""
 
     text: str
     kind: str
-    """plain, bra, uni (a bra of all lanes or none), ret or bar."""
+    """plain, bra, uni (a uniform bra), ret, bar or sleep."""
     guard: str = ""
     negated: bool = False
     target: int = -1
@@ -381,9 +384,9 @@ _GUARD = re.compile(r"@(!?)(%\w+)\s+(.*)", re.S)
 
 @functools.cache
 def parse_program(text: str, without: int | None = None) -> Program:
-    """A module's one entry.  `without` leaves out one barrier, counted from 0.
+    """Parse a module's only entry. `without` leaves out one barrier, counted from 0.
 
-    Nothing changes a program once it is parsed: machines share them.
+    Programs are immutable after parsing, so runtimes share them.
     """
     code = re.sub(r"//[^\n]*", "", text)
     entry = re.search(r"\.entry\s+(\w+)\s*\((.*?)\)", code, re.S)
@@ -424,7 +427,7 @@ def parse_program(text: str, without: int | None = None) -> Program:
                 made.negated, made.guard = bool(guarded[1]), guarded[2]
             pending.append((made, rest))
     dynamic = re.search(r"\.extern \.shared \.align (\d+) \.b8 (\w+)\[\];", code)
-    if dynamic:  # what is asked for at launch comes after what is declared
+    if dynamic:  # dynamic shared memory comes after the declared arrays
         program.shared = -(-program.shared // int(dynamic[1])) * int(dynamic[1])
         program.symbols[dynamic[2]] = program.shared
     for made, rest in pending:
@@ -467,25 +470,25 @@ class Warp:
             self.special[f"%nctaid.{axis}"] = np.full(LANES, count, np.uint32)
         self.registers: dict[str, Values] = {}
         self.known: dict[str, npt.NDArray[np.bool_]] = {}
-        """Lanes that have a value, for registers that not every lane has written."""
+        """Lanes with a value, for registers that not every lane has written."""
         self.groups: dict[int, npt.NDArray[np.bool_]] = {0: FULL}
-        """Where the living lanes are."""
+        """The lanes at each instruction."""
         self.copies: list[list[tuple[npt.NDArray[np.int64], npt.NDArray[Any]]]] = [[]]
-        """Groups of copies on their way to shared memory, the open one last."""
+        """Groups of copies in flight to shared memory, the open one last."""
         self.stores: dict[int, list[list[BulkStore]]] = {}
         """Groups of bulk copies that a lane has not waited for, the open one last."""
         self.steps = 0
         self.at: Instruction | None = None
         self.waited = not machine.stream.early
-        """Whether what the kernel before wrote may be read, and anything be written."""
+        """Whether the previous kernel's results may be read, and anything be written."""
         self.acquired = False
-        """Whether it has read, acquiring, what the kernel before wrote last of all."""
+        """Whether an acquiring load has read the previous kernel's last store."""
         self.looks = False
-        """Whether it has just read, acquiring, and lets others go on."""
+        """Whether the last load was an acquiring one, which yields to other blocks."""
 
     @property
     def where(self) -> str:
-        """The instruction that runs, for who complains."""
+        """The current instruction, for error messages."""
         return f"{self.program.name}: {self.at.text if self.at else ''}"
 
     @property
@@ -493,24 +496,24 @@ class Warp:
         return bool(self.groups)
 
     def settled(self) -> None:
-        """Raises: PtxFault where what others are told of may not be stored."""
+        """Raises: PtxFault if stores that a flag announces may not be visible."""
         if any(map(any, self.stores.values())):
             raise PtxFault(f"{self.where}: bulk copies before it may not be stored")
 
     def leave(self) -> None:
-        """Raises: PtxFault where it leaves before its bulk copies have read shared memory."""
+        """Raises: PtxFault if it exits before its bulk copies have read shared memory."""
         groups = [group for of_lane in self.stores.values() for group in of_lane]
         if not all(store.read for group in groups for store in group):
             raise PtxFault(f"{self.program.name}: a warp has left; its bulk copies may still read")
 
     def read(self, name: str, mask: Mask) -> Values:
-        """A register's 32 values, all of them known where the mask is set."""
+        """A register's 32 values; all must be defined where the mask is set."""
         value = self.registers.get(name)
         if value is None:
             return self._special(name)
         if name in self.known:
             known = self.known[name]
-            # what is known nowhere where the mask is set, or everywhere
+            # undefined in some masked lanes, or defined in all
             here = known if mask is None else known | ~mask
             if here.tobytes() != ALL:
                 raise PtxFault(f"{self.where}: {name} was not written by every lane that reads it")
@@ -554,8 +557,7 @@ class Warp:
                 self.known[name] = known
 
     def go(self) -> None:
-        """Run until all lanes have left, or all living ones wait at a barrier, or some look for
-        what others say."""
+        """Run until all lanes have exited, or all live ones wait at a barrier, or some poll."""
         code, groups, end, self.looks = (
             self.program.code,
             self.groups,
@@ -573,7 +575,7 @@ class Warp:
                     if pc > next_group:
                         self._join(pc, lanes)
                         break
-                    lanes = lanes | groups.pop(pc)  # others have waited here
+                    lanes = lanes | groups.pop(pc)  # these lanes waited here
                     every = lanes.tobytes()
                     mask = None if every == ALL else lanes
                     next_group = min(groups, default=end)
@@ -581,33 +583,33 @@ class Warp:
                 self.at = instruction = code[pc]
                 if self.steps > STEPS:
                     raise PtxFault(f"{self.where}: {STEPS} instructions and no end")
-                taking, who = lanes, every
+                taking, active_bytes = lanes, every
                 if instruction.guard:
                     taking = self.read(instruction.guard, mask)
                     if instruction.negated:
                         taking = ~taking
                     if mask is not None:
                         taking = taking & lanes
-                    who = taking.tobytes()
+                    active_bytes = taking.tobytes()
                 kind = instruction.kind
                 if kind == "plain":
                     pc += 1
-                    if who != NONE:
-                        instruction.run(self, None if who == ALL else taking)  # type: ignore[misc]
+                    if active_bytes != NONE:
+                        instruction.run(self, None if active_bytes == ALL else taking)  # type: ignore[misc]
                         if self.looks:
                             self._join(pc, lanes)
                             return
                 elif kind in ("bar", "sleep"):
-                    if kind == "bar" and who != ALL:
+                    if kind == "bar" and active_bytes != ALL:
                         raise PtxFault(f"{self.where}: lanes are missing at a barrier")
                     groups[pc + 1] = lanes
                     return
                 else:
-                    if who == every:  # all go, and none is left
+                    if active_bytes == every:  # all lanes branch, and none remains
                         if kind != "ret":
                             self._join(instruction.target, lanes)
                         break
-                    if who != NONE:
+                    if active_bytes != NONE:
                         if kind == "uni":
                             raise PtxFault(f"{self.where}: lanes part at a branch of all or none")
                         if kind != "ret":
@@ -622,7 +624,7 @@ class Warp:
         self.groups[pc] = lanes if there is None else there | lanes
 
     def memory(self, space: str, address: Values, mask: Mask) -> tuple[Block, Values]:
-        """The block that the taking lanes' addresses are in, and their offsets."""
+        """The block that the active lanes' addresses are in, and their offsets."""
         taking = address if mask is None else address[mask]
         if space == "shared":
             return self.shared, taking.astype(np.int64)
@@ -635,7 +637,7 @@ class Warp:
 
 
 def _by_array(space: str, address: Values, mask: Mask) -> list[Mask]:
-    """The taking lanes, by the array that they reach: one load may reach several."""
+    """Masks of the active lanes by array, because one load may access several."""
     if space == "shared":
         return [mask]
     index = address >> _SPANS
@@ -656,7 +658,7 @@ def _base(index: int) -> npt.NDArray[np.uint64]:
 
 
 class InterpretedStream:
-    """What a kernel is launched on."""
+    """A stream for launches."""
 
     def __init__(
         self, machine: InterpretedRuntime, seed: int, without: tuple[str, int] | None, early: bool
@@ -666,24 +668,26 @@ class InterpretedStream:
         self.rng = np.random.default_rng(seed)
         self.programs: dict[str, Program] = {}
         self.late: list[tuple[Block, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
-        """What lanes stored, relaxed, and nobody sees yet."""
+        """Relaxed stores that are not visible yet."""
         self.stores: list[BulkStore] = []
-        """What bulk copies store, and nobody sees yet."""
-        self.beside: list[Callable[[], None]] = []
-        """What is done meanwhile, in this order: a next one by chance where a lane looks at what
-        others write, or adds to it."""
+        """Stores of bulk copies that are not visible yet."""
+        self.concurrent: list[Callable[[], None]] = []
+        """Callbacks that run concurrently, in this order.
+
+        The next one may run when a lane polls or adds atomically.
+        """
         self.clock = 0
         """%globaltimer, ns."""
         self.tick = 1_000_000
-        """What each look at it takes."""
+        """ns per read of the timer."""
         self.asleep: list[Iterator[bool]] = []
-        """Blocks of what runs beside, which go on between launches."""
+        """Blocks of the side stream, which continue between launches."""
 
     def land(self, chance: float) -> None:
-        """Let each relaxed store be seen, by chance; those of one place in their order."""
+        """Make relaxed stores visible at random; those to one address stay in order."""
         stays = self.rng.random(len(self.late)) >= chance
         late, self.late = self.late, []
-        places: set[tuple[int, int]] = set()  # of those that are still late
+        places: set[tuple[int, int]] = set()  # addresses with stores that are still pending
         for (block, at, data), stay in zip(late, stays, strict=True):
             place = (id(block), int(at[0]))
             if stay or place in places:
@@ -696,19 +700,19 @@ class InterpretedStream:
                 self.store(store, "")
 
     def store(self, store: BulkStore, where: str) -> None:
-        """Let a bulk copy be seen."""
+        """Make a bulk copy's store visible."""
         if store in self.stores:
             self.stores.remove(store)
             store.out.put(store.to, store.take(where), self.launches)
 
     def meanwhile(self) -> None:
-        """What is done beside goes on, by chance."""
-        if self.beside and self.rng.random() < 0.5:
-            self.beside.pop(0)()
+        """Run the next concurrent callback at random."""
+        if self.concurrent and self.rng.random() < 0.5:
+            self.concurrent.pop(0)()
 
     def wake(self, chance: float) -> None:
-        """Let each block that is asleep go on, by chance, until it sleeps; if it is certain, until
-        it has left."""
+        """Let each sleeping block run at random, until it sleeps again; with `chance` 1 until it
+        exits."""
         tick, self.tick = self.tick, self.tick if chance == 1 else 1
         with np.errstate(all="ignore"):
             for block in self.asleep.copy():
@@ -733,11 +737,11 @@ class InterpretedStream:
     def blocks(
         self, kernel: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]
     ) -> list[Iterator[bool]]:
-        """Every block of a launch, in any order, before it begins."""
+        """Every block of a launch, in random order, not started."""
         contract = kernel.contract
         if contract.block % LANES:
             raise PtxFault(f"{contract.entry}: {contract.block} threads are not whole warps")
-        kernel.pack(values)  # the ABI's own checks
+        kernel.pack(values)  # the checks of the ABI
         program = self.programs.get(contract.entry)
         if program is None:
             entry, which = self.without or ("", None)
@@ -770,7 +774,8 @@ class InterpretedStream:
                     there.append(left.pop())
                 block = there[int(self.rng.integers(len(there)))]
                 looking.discard(block)
-                for _ in range(1 << int(self.rng.integers(6))):  # one is over while another sleeps
+                # a block may end while another sleeps
+                for _ in range(1 << int(self.rng.integers(6))):
                     looks = next(block, None)
                     if looks is None:
                         there.remove(block)
@@ -784,8 +789,10 @@ class InterpretedStream:
         self, program: Program, values: dict[str, Any], block: tuple[int, int, int],
         grid: tuple[int, int, int], threads: int, dynamic: int,
     ) -> Iterator[bool]:  # fmt: skip
-        """Run a block, at a time one warp to its next barrier, or to where it looks for what others
-        say.  Yields whether it does that, until it has left."""
+        """Run a block, one warp at a time to its next barrier or poll.
+
+        Yields whether it polls, until it exits.
+        """
         shared = Shared(program.shared + dynamic, f"{program.name}'s shared memory")
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
@@ -803,16 +810,18 @@ class InterpretedStream:
             waiting = [warp for warp in warps if warp.alive]
             if waiting and len(waiting) < len(warps):
                 raise PtxFault(f"{program.name}: a warp has left while others wait at a barrier")
-            if any(warp.acquired for warp in waiting):  # what one acquired, all may read behind it
+            if any(warp.acquired for warp in waiting):  # after one lane's acquire, all may read
                 for warp in waiting:
                     warp.waited = True
             warps = waiting
         shared.leave()
 
 
-class Beside:
-    """What a kernel is launched on that runs beside others: they are launched, and between them it
-    goes on from one of its sleeps to the next."""
+class SideStream:
+    """A stream whose kernels run concurrently with others.
+
+    Blocks start at launch, and continue between later launches from one sleep to the next.
+    """
 
     def __init__(self, main: InterpretedStream) -> None:
         self.main = main
@@ -870,7 +879,7 @@ def _shift(left: bool) -> Callable[[Values, Values], Values]:
         return np.asarray(np.where(by >= bits, a.dtype.type(0), out))
 
     def constant(a: Values, by: int) -> Values:
-        """All lanes by the same, as almost always."""
+        """All lanes shift by the same number, the common case."""
         bits = 8 * a.itemsize
         if by >= bits and a.dtype.kind != "i":
             return np.zeros(LANES, a.dtype)
@@ -889,14 +898,14 @@ def _divide(a: Values, b: Values) -> Values:
     if a.dtype.kind == "f":
         return np.asarray((a.astype(np.float64) / b.astype(np.float64)).astype(a.dtype))
     down = np.asarray(a // b)
-    return np.asarray(down + ((down < 0) & (down * b != a)))  # toward zero, as PTX rounds
+    return np.asarray(down + ((down < 0) & (down * b != a)))  # toward zero, like PTX
 
 
 _F32, _F64 = np.dtype(np.float32), np.dtype(np.float64)
 
 
 def _fma(a: Values, b: Values, c: Values) -> Values:
-    # The product is exact in float64; rounding twice differs from once in one case of 2^29.
+    # The product is exact in float64; double rounding differs in one case of 2^29.
     return (a.astype(_F64) * b + c).astype(_F32)
 
 
@@ -920,16 +929,16 @@ ARITHMETIC: dict[str, Callable[..., Values]] = {
 
 COUNT = {"fma": 3, "mad": 3, "mov": 1, "neg": 1, "abs": 1, "not": 1, "popc": 1, "bfind": 1,
          "ex2": 1, "lg2": 1, "rcp": 1, "sqrt": 1, "rsqrt": 1, "sin": 1, "cos": 1}  # fmt: skip
-"""Operands of each; 2 where nothing is said."""
+"""Number of operands of each; 2 if not listed."""
 
 MODIFIERS = {"rn", "approx", "approx.ftz", "lo", "pred"}
-"""Nothing is flushed to zero: what is flushed on a GPU must not matter."""
+"""Subnormals are not flushed to zero; results must not depend on flushing."""
 
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
     "ne": lambda a, b: (a < b) | (a > b),
 }  # fmt: skip
-"""All are false of a NaN, ne too."""
+"""All are false for NaN, including ne."""
 
 
 def _compile(program: Program, line: str) -> Run:
@@ -970,7 +979,7 @@ def _arithmetic(program: Program, base: str, dtype: np.dtype[Any], args: list[st
     function, out = ARITHMETIC[base], args[0]
     kinds = [dtype] * (len(args) - 1)
     if base in ("shl", "shr"):
-        kinds[1] = TYPES["u32"]  # what a value is shifted by is always 32 bits
+        kinds[1] = TYPES["u32"]  # shift counts are always 32 bits
     operands = [_operand(program, a, kind) for a, kind in zip(args[1:], kinds, strict=True)]
     if len(operands) == 1:
         (only,) = operands
@@ -1034,13 +1043,15 @@ _FRAGMENTS: dict[str, tuple[int, str, Callable[[Values], Values]]] = {
     "m16n8k16.row.col.f32.bf16.bf16.f32": (2, "f32", _bf16),
     "m16n8k32.row.col.s32.s8.s8.s32": (4, "u32", lambda value: value.view(np.int8)),
 }
-"""Of what is multiplied: values in a register, the type of sums, and how a register is read."""
+"""Per operand format: values per register, the type of sums, and how to read a register."""
 
 
 def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
-    """By the PTX ISA's fragments, n values a register: lane (g, q) = (lane / 4, lane % 4) holds, of
-    a, rows g and g + 8 and columns n q .. n q + n - 1 and 4 n on; of b those rows and column g; of
-    c and d rows g and g + 8 and columns 2q, 2q + 1."""
+    """Fragments of the PTX ISA, n values per register; lane (g, q) = (lane / 4, lane % 4).
+
+    Of a it holds rows g and g + 8, columns n q .. n q + n - 1 and 4 n on; of b those rows and
+    column g. Of c and d it holds rows g and g + 8, columns 2q and 2q + 1.
+    """
     if parts[:2] != ["sync", "aligned"]:
         raise KeyError(".".join(parts))
     each, sums, read = _FRAGMENTS[".".join(parts[2:])]
@@ -1056,7 +1067,7 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
             raise PtxFault(f"{w.where}: lanes are missing at an mma")
         x = read(np.concatenate([operand(w, m) for operand in a])).astype(np.float64)
         y = read(np.concatenate([operand(w, m) for operand in b])).astype(np.float64)
-        product = (x[first] @ y[second]).reshape(-1)[_OF_C]  # whole numbers are exact, too
+        product = (x[first] @ y[second]).reshape(-1)[_OF_C]  # integers are exact too
         for name, operand, part in zip(names[0], c, product, strict=True):
             found = part + operand(w, m)
             w.write(name, (found.astype(np.int64) if sums == "u32" else found).astype(out), m)
@@ -1065,8 +1076,10 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _fragments(each: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Where each value of the matrices a [16, 8 n] and b [8 n, 8] is among the registers', joined:
-    i32 of (register, lane, value)."""
+    """Positions of the values of a [16, 8 n] and b [8 n, 8] among the joined registers:
+
+    i32 of (register, lane, value).
+    """
     g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
     first, second = np.zeros((16, 8 * each), np.int64), np.zeros((8 * each, 8), np.int64)
     for j in range(each):
@@ -1080,7 +1093,7 @@ def _fragments(each: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]
 
 
 def _sums() -> npt.NDArray[np.int64]:
-    """Where the values of each register of c are in [16, 8]."""
+    """Positions of the values of each register of c in [16, 8]."""
     g, q = np.arange(LANES) // 4, np.arange(LANES) % 4
     return np.stack([8 * (g + 8 * (i // 2)) + 2 * q + i % 2 for i in range(4)])
 
@@ -1103,7 +1116,7 @@ def _vote(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
-    """bar.warp.sync: the lanes of a warp go together as it is."""
+    """bar.warp.sync: no effect, because a warp's lanes already run together."""
     if parts != ["warp", "sync"] or int(args[0], 0) != 0xFFFFFFFF:
         raise KeyError(".".join(parts))
 
@@ -1115,8 +1128,10 @@ def _warp(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
-    """griddepcontrol: what the kernel before wrote is there; or the next one may start, which has
-    no meaning here, but after the wait."""
+    """griddepcontrol: wait makes the previous kernel's results readable.
+
+    launch_dependents has no effect, but must come after the wait.
+    """
     if parts not in (["wait"], ["launch_dependents"]):
         raise KeyError(".".join(parts))
 
@@ -1130,8 +1145,10 @@ def _dependent(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
-    """fence: what is not stored relaxed is seen at once as it is, but bulk copies are not.  Of the
-    async proxy: the barriers that a lane has made are known to bulk copies."""
+    """fence: ordinary stores are visible at once, bulk copies are not.
+
+    fence.proxy.async makes the barriers of a lane visible to bulk copies.
+    """
     known = (["acq_rel", "gpu"], ["proxy", "async"], ["proxy", "async", "shared::cta"])
     if parts not in known or args:
         raise KeyError(".".join(parts))
@@ -1152,7 +1169,7 @@ def _trap(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _prefetch(program: Program, parts: list[str], args: list[str]) -> Run:
-    """prefetch.global.L2: it changes nothing; which lines were asked for is kept."""
+    """prefetch.global.L2: no effect; the addresses are recorded."""
     if parts != ["global", "L2"]:
         raise KeyError(".".join(parts))
     address = _address(program, args[0], "global")
@@ -1180,7 +1197,7 @@ def _redux(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _halves(program: Program, kind: str, args: list[str]) -> Run:
-    """mov between a register and a pair of halves of it."""
+    """mov between a register and a pair of its halves."""
     small, big, bits = {"b32": ("u16", "u32", 16), "b64": ("u32", "u64", 32)}[kind]
     half, double = TYPES[small], TYPES[big]
     names = [name.strip() for name in args[1 if "{" in args[1] else 0].strip("{}").split(",")]
@@ -1274,8 +1291,10 @@ def _load(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _matrices(program: Program, parts: list[str], args: list[str]) -> Run:
-    """ldmatrix: four matrices of eight rows of 16 bytes, whose places 8 i + row lanes name; lane
-    (g, q) gets, of each, word q of row g, or transposed halves g of rows 2q and 2q + 1."""
+    """ldmatrix: four matrices of eight rows of 16 bytes; lane 8 i + row has the address of a row.
+
+    Lane (g, q) gets word q of row g of each, or transposed halves g of rows 2q and 2q + 1.
+    """
     trans = "trans" in parts
     if [p for p in parts if p != "trans"] != ["sync", "aligned", "m8n8", "x4", "shared", "b16"]:
         raise KeyError(".".join(parts))
@@ -1304,7 +1323,8 @@ def _known(space: str, modifiers: list[str]) -> None:
 
 
 def _low_byte(program: Program, text: str, dtype: np.dtype[Any]) -> Operand:
-    """A wider register's, as st takes it: PTX ISA, operand size exceeding instruction-type size."""
+    """The low bytes of a wider register, as st stores them (PTX ISA, operand size exceeding
+    instruction-type size)."""
 
     def register(w: Warp, m: Mask) -> Values:
         value = np.ascontiguousarray(w.read(text, m))
@@ -1339,7 +1359,7 @@ def _store(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
-    """Whether a load or store is relaxed, among all blocks, and the rest of its name."""
+    """Whether a load or store is relaxed at gpu scope, and the rest of its name."""
     if parts[0] != "relaxed":
         return False, parts
     if parts[1:3] != ["gpu", "global"]:
@@ -1348,8 +1368,7 @@ def _relaxed(parts: list[str]) -> tuple[bool, list[str]]:
 
 
 def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
-    # what a warp stored before, with or without a fence, is there: to release is to relax, but for
-    # bulk copies
+    # Earlier stores of the warp are visible with or without a fence, except bulk copies.
     releases = parts[0] == "release"
     _, parts = _relaxed(["relaxed", *parts[1:]] if releases else parts)
     if parts[:2] not in (["global", "add"], ["global", "inc"]):
@@ -1375,8 +1394,10 @@ def _reduce(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
-    """An addition that gives back what was there; one lane, as that is all that is used.  Relaxed
-    or acquiring, it says nothing of stores before it: those on their way stay on it."""
+    """An atomic addition that returns the old value, by one lane.
+
+    Relaxed or acquiring, it does not publish earlier stores; pending ones stay pending.
+    """
     if parts[0] not in ("relaxed", "acquire") or parts[1:] != ["gpu", "global", "add", "u32"]:
         raise KeyError(".".join(parts))
     address, value = _address(program, args[1], "global"), _operand(program, args[2], TYPES["u32"])
@@ -1385,7 +1406,7 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
         block, at = w.memory("global", address(w, m), m)
         _check(block, at, 4, w, read=True)
         if len(at) != 1:
-            raise PtxFault(f"{w.where}: {len(at)} lanes, whose order nobody knows")
+            raise PtxFault(f"{w.where}: {len(at)} lanes, in undefined order")
         w.machine.stream.meanwhile()
         word = block.data.view(np.uint32)[at // 4]
         block.data.view(np.uint32)[at // 4] = word + value(w, m)[m][0]
@@ -1395,8 +1416,10 @@ def _atomic(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
-    """cp.async: the bytes are taken at once, and are there when their group has been waited for.
-    With a fourth operand, how many bytes are taken; zeros follow."""
+    """cp.async: reads at once; the bytes are visible after a wait for their group.
+
+    A fourth operand limits the bytes read; zeros follow.
+    """
     if parts[:2] == ["async", "bulk"]:
         return _bulk(program, parts[2:], args)
     if parts == ["async", "commit_group"]:
@@ -1413,7 +1436,7 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
 
         return wait
     size = int(args[2])
-    hints = [[], ["L2::128B"], ["L2::256B"]]  # how much of the neighbourhood L2 may take as well
+    hints = [[], ["L2::128B"], ["L2::256B"]]  # hints for the size of L2 prefetch
     if parts[0] != "async" or parts[2:4] != ["shared", "global"] or parts[4:] not in hints:
         raise KeyError(".".join(parts))
     if size not in {"cg": (16,), "ca": (4, 8, 16)}[parts[1]]:
@@ -1446,7 +1469,7 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _one(w: Warp, m: Mask) -> int:
-    """The lane that takes part, as one is all that is used."""
+    """The only active lane."""
     lanes = _lanes(m)
     if len(lanes) != 1:
         raise PtxFault(f"{w.where}: {len(lanes)} lanes; one does it for all")
@@ -1458,7 +1481,7 @@ def _lanes(m: Mask) -> list[int]:
 
 
 def _barrier_at(w: Warp, address: Values, m: Mask) -> Barrier:
-    """The one that all taking lanes name."""
+    """The barrier that all active lanes address."""
     there = set((address if m is None else address[m]).tolist())
     found = w.shared.barriers.get(there.pop())
     if found is None or there:
@@ -1467,8 +1490,8 @@ def _barrier_at(w: Warp, address: Values, m: Mask) -> Barrier:
 
 
 def _barrier(program: Program, parts: list[str], args: list[str]) -> Run:
-    """mbarrier.  A warp that waits is the only one to run: what it waits for must be asked for
-    already, by its block, or by itself."""
+    """mbarrier. While a warp waits, no other of its block runs, so its bytes must already be
+    requested."""
     how = ".".join(parts)
     if how == "init.shared::cta.b64":
         address = _address(program, args[0], "shared")
@@ -1516,10 +1539,14 @@ def _barrier(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _bulk(program: Program, parts: list[str], args: list[str]) -> Run:
-    """cp.async.bulk, by one lane.  To shared memory: the bytes are taken at once, and land when
-    somebody tries a barrier, by chance; until then nobody may read what is there.  From shared
-    memory: the bytes are taken at once or when that is waited for, by chance, and seen like what is
-    stored relaxed, or when that is waited for."""
+    """cp.async.bulk, by one lane.
+
+    To shared memory: the source is read at once. The bytes land at random when a thread tries a
+    barrier, and must not be read before.
+
+    From shared memory: the source is read at once or at its wait, at random. The store becomes
+    visible like a relaxed one, or at its wait.
+    """
     how = ".".join(parts)
     if how == "commit_group" and not args:
 
@@ -1673,10 +1700,14 @@ def _lop3(program: Program, parts: list[str], args: list[str]) -> Run:
 
 
 def _products(table: int) -> list[list[int]]:
-    """A function of three bits as products whose sum it is, modulo 2: the inputs of each but the
-    constant one.  Bit 4 a + 2 b + c of the table is its value."""
+    """A function of three bits as a sum modulo 2 of products: the inputs of each, without the
+    constant.
+
+    Bit 4 a + 2 b + c of the table is its value.
+    """
     found = []
-    for term in range(1, 8):  # Moebius' inversion: a term is there if an odd number below it is
+    # Moebius inversion: a term is present if an odd number of those below it are
+    for term in range(1, 8):
         below = sum(table >> row & 1 for row in range(8) if row & term == row)
         if below % 2:
             found.append([i for i, bit in enumerate((4, 2, 1)) if term & bit])

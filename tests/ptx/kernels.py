@@ -1,4 +1,4 @@
-"""The hand-written kernels, as files."""
+"""The hand-written kernels' files."""
 
 from pathlib import Path
 

@@ -1,6 +1,6 @@
-"""What runs in the interpreter for kernels that Numba compiles: the reference operations.
+"""Reference operations that replace compiled Numba kernels in the interpreter.
 
-Compiled text is not interpreted; the kernels themselves run in Numba's simulator (tests/nogpu).
+The interpreter does not run compiled text; Numba's simulator runs those kernels (tests/nogpu).
 """
 
 from collections.abc import Callable
@@ -21,66 +21,117 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = ["STAND_INS"]
 
 
-def _place(values: tuple[Any, ...]) -> None:
-    """tests/nogpu/test_assign_slots.py holds the kernel to the reference."""
+def _assign_slots(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_assign_slots.py compares the kernel with the reference."""
     arrays = [None if value == 0 else value.numpy() for value in values[:27]]
     for value in values[:7]:
         value.touch()
     step, counters, ids = arrays[12:15]
-    sizes, (earlier, rate, long_rate, share) = values[27:37], values[37:]
-    _, experts, capacity, _, first, _, layer, last, guessing, _ = sizes
-    fading = DecayConfig(1 / rate, 1 / long_rate, 1.0, earlier)
+    sizes, (prior_steps, rate, long_rate, long_scale_weight) = values[27:37], values[37:]
+    _, experts, capacity, _, first, _, layer, last, with_prefetch, _ = sizes
+    decay = DecayConfig(1 / rate, 1 / long_rate, 1.0, prior_steps)
     none: list[Any] = [None] * layer
-    layers = [(*none, here) if last else (*none, here, on)
-              for here, on in zip(arrays[7:12], arrays[15:20], strict=True)]  # fmt: skip
-    slot_of, expert_in, heat, long_heat, stamp = cast(Any, layers)
-    expert_in = [range(first - capacity), *[()] * (layer - 1)][:layer] + list(expert_in[layer:])
+    layers = [(*none, current) if last else (*none, current, next_layer)
+              for current, next_layer in zip(arrays[7:12], arrays[15:20], strict=True)]  # fmt: skip
+    expert_to_slot, slot_to_expert, short_count, long_count, last_used = cast(Any, layers)
+    slot_to_expert = [range(first - capacity), *[()] * (layer - 1)][:layer] + list(
+        slot_to_expert[layer:]
+    )
     cache = ExpertCache(
-        ExpertLayout(16, 8, 8), experts, replace(fading, long_weight=share / fading.long_scale), (),
-        slot_of, expert_in, heat, long_heat, stamp, step, counters,
-    )  # fmt: skip
-    likely, weights, *words = arrays[20:]
-    nothing: Any = None
-    guess = PrefetchState(likely, weights, *[nothing] * 3, *words)
+        ExpertLayout(16, 8, 8),
+        experts,
+        replace(decay, long_weight=long_scale_weight / decay.long_scale),
+        (),
+        expert_to_slot,
+        slot_to_expert,
+        short_count,
+        long_count,
+        last_used,
+        step,
+        counters,
+    )
+    predicted_ids, weights, *prefetch_words = arrays[20:]
+    unused: Any = None
+    prefetch = PrefetchState(predicted_ids, weights, *[unused] * 3, *prefetch_words)
     ReferenceOps().assign_slots(
-        SlotAssignment(*arrays[:7]), cache, layer, ids, guess if guessing else None
+        SlotAssignment(*arrays[:7]), cache, layer, ids, prefetch if with_prefetch else None
     )
 
 
-def _draw(values: tuple[Any, ...]) -> None:
-    """tests/nogpu/test_sample.py holds the kernel to the reference."""
-    token, logits, _, settings, chance, turn = (value.numpy() for value in values[:6])
+def _sample_token(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_sample.py compares the kernel with the reference."""
+    token, logits, _, settings, uniforms, decode_step = (value.numpy() for value in values[:6])
     values[0].touch()
-    nothing: Any = None
+    unused: Any = None
     ReferenceOps().sample(
         logits,
         DecodeState(
-            values[12], 0, 0, settings, chance, token, nothing, nothing, nothing, turn,
-            *[nothing] * 7,
+            values[12],
+            0,
+            0,
+            settings,
+            uniforms,
+            token,
+            unused,
+            unused,
+            unused,
+            decode_step,
+            *[unused] * 7,
         ),
-    )  # fmt: skip
+    )
 
 
-def _advance(values: tuple[Any, ...]) -> None:
-    """tests/nogpu/test_sample.py holds the kernel to the reference."""
+def _advance_step(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_sample.py compares the kernel with the reference."""
     arrays = [value.numpy() for value in values[:11]]
-    ids, positions, past, slots, pages, token, left, heed, eos, turn, mail = arrays
-    nothing: Any = None
-    rows, _, _, ring, nobody, nowhere = values[11:]
+    (
+        ids,
+        positions,
+        past,
+        slots,
+        pages,
+        token,
+        tokens_left,
+        stop_on_eos,
+        eos,
+        decode_step,
+        token_ring,
+    ) = arrays
+    unused: Any = None
+    rows, _, _, ring, null_slot, null_page = values[11:]
     step = StepInputs(
-        rows, rows, 1, ids, positions, nothing, nothing, past, slots, pages,
-    )  # fmt: skip
-    replies = DecodeState(
-        ring, nobody, nowhere, nothing, nothing, token, left, heed, eos, turn, mail,
-        *[nothing] * 6,
-    )  # fmt: skip
-    ReferenceOps().advance_step(step, replies)
+        rows,
+        rows,
+        1,
+        ids,
+        positions,
+        unused,
+        unused,
+        past,
+        slots,
+        pages,
+    )
+    decode_state = DecodeState(
+        ring,
+        null_slot,
+        null_page,
+        unused,
+        unused,
+        token,
+        tokens_left,
+        stop_on_eos,
+        eos,
+        decode_step,
+        token_ring,
+        *[unused] * 6,
+    )
+    ReferenceOps().advance_step(step, decode_state)
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
-    "assign_slots": _place,
+    "assign_slots": _assign_slots,
     "slice_max": lambda values: None,
     "logit_histogram": lambda values: None,
-    "sample_token": _draw,
-    "advance_step": _advance,
+    "sample_token": _sample_token,
+    "advance_step": _advance_step,
 }

@@ -1,7 +1,7 @@
-"""The attention and delta net cases on the reference, against formulas in float64.
+"""Attention and delta net cases on the reference, against float64 formulas.
 
-What the interpreter compares kernels with is held here to a second way of saying it, on the very
-same ragged cases.
+The interpreter compares kernels with the reference; these tests check the reference independently
+on the same ragged cases.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ from tests.tolerance import TOLERANCE, close
 
 F64 = npt.NDArray[np.float64]
 PAGE = 4
-"""Tokens a page in the rope cases."""
+"""Tokens per page in the rope cases."""
 
 
 def of(*kinds: str) -> pytest.MarkDecorator:
@@ -30,8 +30,9 @@ def case_and_outputs(name: str, rng: np.random.Generator) -> tuple[Case, Arrays]
     return case, run(case, ReferenceOps())
 
 
-def turned(x: F64, w: F64, position: int, frequencies: npt.NDArray[np.float32]) -> F64:
-    """One head: normed, weighted, its pairs turned as complex numbers.  The angle alone is f32."""
+def rotated(x: F64, w: F64, position: int, frequencies: npt.NDArray[np.float32]) -> F64:
+    """One head: normed, weighted, and its pairs rotated as complex numbers. Only the angle is
+    f32."""
     x = x / np.sqrt((x * x).mean() + 1e-6) * (1 + w)
     half = len(frequencies)
     angle = (np.float32(position) * frequencies).astype(np.float64)
@@ -40,7 +41,7 @@ def turned(x: F64, w: F64, position: int, frequencies: npt.NDArray[np.float32]) 
 
 
 @of("rope_append")
-def test_heads_turn_and_land_in_their_page(name: str, rng: np.random.Generator) -> None:
+def test_heads_are_rotated_and_written_to_their_page(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     a = case.arrays
     tokens, heads, dim = out["q"].shape
@@ -53,12 +54,12 @@ def test_heads_turn_and_land_in_their_page(name: str, rng: np.random.Generator) 
         queries, keys, values = rows[: 2 * heads : 2], rows[2 * heads : -kv], rows[-kv:]
         position = int(a["positions"][t])
         for h in range(heads):
-            want = turned(queries[h], norms[0], position, a["frequencies"])
+            want = rotated(queries[h], norms[0], position, a["frequencies"])
             assert close(out["q"][t, h], want, "f32")
         at = a["pages"][a["sequence"][t], position // PAGE], position % PAGE
         untouched[at] = False
         for g in range(kv):
-            want = turned(keys[g], norms[1], position, a["frequencies"])
+            want = rotated(keys[g], norms[1], position, a["frequencies"])
             assert close(kept_rows(out, "k")[at][g], want, kept)
         if kept == "bf16":
             np.testing.assert_array_equal(
@@ -69,7 +70,7 @@ def test_heads_turn_and_land_in_their_page(name: str, rng: np.random.Generator) 
 
 
 @of("attention ")
-def test_attention_is_a_mean_weighted_by_exp(name: str, rng: np.random.Generator) -> None:
+def test_attention_is_a_softmax_weighted_mean(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     a = case.arrays
     page, kv = a["k_pages"].shape[1:3]
@@ -84,7 +85,7 @@ def test_attention_is_a_mean_weighted_by_exp(name: str, rng: np.random.Generator
 
 
 @of("delta_rule_recurrent", "delta_rule_chunk")
-def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) -> None:
+def test_the_delta_rule_replaces_the_value_of_a_key(name: str, rng: np.random.Generator) -> None:
     case, out = case_and_outputs(name, rng)
     a = case.arrays
     _, heads, dk, dv = a["state"].shape
@@ -92,7 +93,7 @@ def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) 
     for s, slot in enumerate(a["slots"]):
         rows = slice(a["starts"][s], a["starts"][s + 1])
         want = np.empty((rows.stop - rows.start, heads, dv))
-        most = np.empty_like(want)  # what is summed, without its signs
+        most = np.empty_like(want)  # the sum of absolute values
         for j in range(heads):
             shared = j // (heads // keys)
             state = np.zeros((dk, dv)) if a["past"][s] == 0 else a["state"][slot, j].astype(float)
@@ -102,18 +103,20 @@ def test_delta_replaces_what_a_key_recalls(name: str, rng: np.random.Generator) 
                 v = row[2 * keys * dk :].reshape(heads, dv)[j]
                 q, k = (x / np.sqrt(x @ x + 1e-6) for x in (q, k))
                 state = state * np.exp(float(a["decay"][t, j]))
-                # towards v at k: beta of the way from what the state recalls there
+                # towards v at k: beta of the difference to the state's value there
                 state = state + np.outer(k, a["beta"][t, j] * (v - k @ state))
                 want[t - rows.start, j] = q @ state / np.sqrt(dk)
                 most[t - rows.start, j] = np.abs(q) @ np.abs(state) / np.sqrt(dk)
             assert close(out["state"][slot, j], state, "f32")
-        # not of `want`: where q and k are all but at right angles the sum is little but rounding
+        # not of `want`: where q and k are almost orthogonal, the sum is mostly rounding
         off = np.linalg.norm(out["out"][rows] - want)
         assert off <= TOLERANCE["f32"] * np.linalg.norm(most)
 
 
 @of("delta_net")
-def test_a_delta_net_convolves_what_its_rule_reads(name: str, rng: np.random.Generator) -> None:
+def test_a_delta_net_step_convolves_the_inputs_of_its_rule(
+    name: str, rng: np.random.Generator
+) -> None:
     case, out = case_and_outputs(name, rng)
     a = {key: array.astype(float) for key, array in case.arrays.items() if array.dtype == "f4"}
     slots, past = case.arrays["slots"], case.arrays["past"]

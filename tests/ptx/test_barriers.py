@@ -1,5 +1,4 @@
-"""A barrier that orders shared data cannot be taken away, nor the loop that waits for what other
-blocks send: some case fails without it."""
+"""Every barrier and every wait for other blocks is necessary: without it some case fails."""
 
 import re
 from collections.abc import Callable
@@ -16,18 +15,18 @@ from tests.ptx.kernels import FOLDER, NAMES
 
 Make = Callable[[np.random.Generator], Case]
 
-EVERY = [
+ALL_BARRIERS = [
     (name, i, found[1] is not None)
     for name in NAMES
     for i, found in enumerate(
-        re.finditer(r"^(seen:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
+        re.finditer(r"^(fetch_arrived:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
     )
 ]
 
-BARRIERS = [(name, i) for name, i, awaits in EVERY if not awaits]
+BARRIERS = [(name, i) for name, i, after_wait in ALL_BARRIERS if not after_wait]
 
-AWAITED = [(name, i) for name, i, awaits in EVERY if awaits]
-"""Behind what another kernel says meanwhile: tests/ptx/test_fetch_progress.py."""
+BARRIERS_AFTER_WAITS = [(name, i) for name, i, after_wait in ALL_BARRIERS if after_wait]
+"""Barriers after a wait for another kernel: tests/ptx/test_fetch_progress.py."""
 
 SEEDS = range(6)
 
@@ -36,32 +35,32 @@ def cases_of(name: str) -> list[Make]:
     """The cases that launch a kernel."""
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
     prefix = {
-        "merge_hi_lo_f32": ("norm",),
+        "merge_hi_lo_f32": ("rms_norm",),
         "router_topk_f32": ("router",),
         "int4_moe_up_fused_f32": ("int4_experts",),
         "int4_moe_down_fused_f32": ("int4_experts",),
         "int8_gate_up_silu_f32": ("gated_up int8",),
         "gqa_attention_bf16": ("attention",),
         "gqa_attention_fp8": ("attention fp8",),
-        "gqa_decode_split_kv_bf16": ("shared context",),
-        "gqa_decode_split_kv_fp8": ("shared context fp8",),
+        "gqa_decode_split_kv_bf16": ("split kv",),
+        "gqa_decode_split_kv_fp8": ("split kv fp8",),
         "bf16_matvec_f32": ("bf16_matvec",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
         "delta_net_decode_f32": ("delta_net ",),
         "delta_rule_chunk_f32": ("delta_rule_chunk", "chunk", "delta"),
     }.get(name)
-    assert prefix, f"{name} has a barrier: say here which cases launch it"
+    assert prefix, f"{name} has a barrier: list the cases that launch it in cases_of"
     found: list[Make] = [sized(key, TINY) for key in CASES if key.startswith(prefix)]
     found += [make for key, make in ragged.items() if key.startswith(prefix)]
     return found
 
 
-def right(
+def is_right(
     make: Make, seed: int, without: tuple[str, int] | None, text: dict[str, str] | None = None
 ) -> bool:
-    """Whether a case comes out as its reference, with one barrier left out or none, or with
-    another text of a kernel."""
+    """Whether a case equals its reference, optionally without one barrier or with another kernel
+    text."""
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
@@ -77,23 +76,31 @@ def right(
 @pytest.mark.parametrize(("name", "which"), BARRIERS)
 def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> None:
     makes = cases_of(name)
-    assert makes and right(makes[0], 0, None), "it is right with all of them"
-    assert any(not right(make, seed, (name, which)) for seed in SEEDS for make in makes)
+    assert makes and is_right(makes[0], 0, None), "it is right with all barriers"
+    assert any(not is_right(make, seed, (name, which)) for seed in SEEDS for make in makes)
 
 
 @pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
-def test_who_adds_up_and_does_not_wait_fails(name: str) -> None:
+def test_split_kv_without_its_wait_for_other_blocks_fails(name: str) -> None:
     text = (FOLDER / f"{name}.ptx").read_text()
-    once, waits = re.subn(r"setp.ge.u32 +%more_parts, %near_count, %reached;",
-                          "setp.eq.u32 %more_parts, %lane, %lane;", text)  # fmt: skip
+    without_wait, replacements = re.subn(r"setp.ge.u32 +%more_partials, %num_arrived, %num_active;",
+                          "setp.eq.u32 %more_partials, %lane, %lane;", text)  # fmt: skip
     makes = cases_of(name)[:4]
-    assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
-    assert any(not right(make, s, None, {name: once}) for s in SEEDS for make in makes)
+    assert replacements == 1 and all(
+        is_right(make, seed, None) for seed in range(2) for make in makes
+    )
+    assert any(not is_right(make, s, None, {name: without_wait}) for s in SEEDS for make in makes)
 
 
-def test_a_router_that_does_not_wait_for_all_scores_fails() -> None:
+def test_a_router_without_its_wait_for_all_scores_fails() -> None:
     text = (FOLDER / "router_topk_f32.ptx").read_text()
-    once, waits = re.subn(r"@%more bra +await;", "", text)
+    without_wait, replacements = re.subn(r"@%more bra +poll_keys;", "", text)
     makes = cases_of("router_topk_f32")[:3]
-    assert waits == 1 and all(right(make, seed, None) for seed in range(2) for make in makes)
-    assert any(not right(make, s, None, {"router_topk_f32": once}) for s in SEEDS for make in makes)
+    assert replacements == 1 and all(
+        is_right(make, seed, None) for seed in range(2) for make in makes
+    )
+    assert any(
+        not is_right(make, s, None, {"router_topk_f32": without_wait})
+        for s in SEEDS
+        for make in makes
+    )

@@ -18,11 +18,11 @@ from tests.ptx.kernels import FOLDER, NAMES
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
 NEWEST = (8, 7)
-"""The PTX version that the oldest driver reads, CUDA 12.8's."""
+"""The PTX version of the oldest supported driver, CUDA 12.8's."""
 
 
 def find_ptxas() -> str | None:
-    """From PATH, or out of NVIDIA's wheel."""
+    """From PATH, or from NVIDIA's wheel."""
     found = shutil.which("ptxas")
     if found:
         return found
@@ -63,7 +63,7 @@ def check(contract: Contract, path: Path, target: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_contract_is_what_ptxas_says(name: str) -> None:
+def test_a_contract_equals_the_report_of_ptxas(name: str) -> None:
     contract = kernel(name).contract
     assert contract.entry == name
     written = re.search(r"^\.version (\d+)\.(\d+)\n\.target (\w+)$", contract.text, re.M)
@@ -75,7 +75,7 @@ def test_a_contract_is_what_ptxas_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_that_starts_early_waits_before_it_writes(name: str, tmp_path: Path) -> None:
+def test_a_kernel_with_pdl_waits_before_it_writes(name: str, tmp_path: Path) -> None:
     contract = kernel(name).contract
     path = tmp_path / f"{name}.ptx"
     path.write_text(contract.pdl_text)
@@ -83,16 +83,20 @@ def test_a_kernel_that_starts_early_waits_before_it_writes(name: str, tmp_path: 
     before, wait, _ = code.partition("griddepcontrol.wait")
     assert wait and ".target sm_90" in before
     assert not re.search(r"\bst\.global|\bred\.|\batom\.|\bret\b", before)
-    assert not re.search(r"ld\.global(?!\.nc|\.cg)", before), "results of the kernel before"
-    assert "launch_dependents" not in before, "the next one would start before the last has ended"
+    assert not re.search(r"ld\.global(?!\.nc|\.cg)", before), (
+        "a load of an earlier kernel's results"
+    )
+    assert "launch_dependents" not in before, (
+        "the next kernel would start before the previous one has ended"
+    )
     for target in ("sm_90", "sm_120"):
         _, spilled, _ = assemble(path, target)
         assert spilled == 0, f"{name} spills on {target}"
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_is_written_by_the_guide(name: str) -> None:
-    """One entry a file, words for registers, a bound on threads, and a reason at every barrier."""
+def test_a_kernels_text_follows_the_style_guide(name: str) -> None:
+    """One entry per file, words for registers, a thread bound, and a reason at every barrier."""
     text = (FOLDER / f"{name}.ptx").read_text()
     code = re.sub(r"//[^\n]*", "", text)
     assert len(re.findall(r"\.entry", code)) == 1
@@ -109,7 +113,7 @@ def _declared(code: str) -> str:
     return "\n".join(re.findall(r"\.reg[^;]*;", code))
 
 
-def test_a_compiled_numba_kernel_assembles_everywhere(tmp_path: Path) -> None:
+def test_a_compiled_numba_kernel_assembles_for_every_target(tmp_path: Path) -> None:
     for made in (ASSIGN_SLOTS, ADVANCE_STEP, SAMPLE_TOKEN, SLICE_MAX, LOGIT_HISTOGRAM):
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:

@@ -1,4 +1,4 @@
-"""The interpreter itself, on snippets of known result: what it computes, and what it reports."""
+"""The interpreter on snippets with known results: values and reported faults."""
 
 import re
 from collections.abc import Callable
@@ -15,14 +15,14 @@ from tests.ptx.interpreter import InterpretedArray, InterpretedRuntime, PtxFault
 LANE = np.arange(32, dtype=np.uint32)
 
 ORDERS = range(8)
-"""Seeds of the warps' order."""
+"""Seeds of the order of warps."""
 
 
 def module(body: str, inputs: int, sizes: list[int], block: int, shared: int) -> str:
     """A kernel around a body.
 
-    Its parameters are the arrays in0, in1, ... and out.  When the body starts, %t is the thread,
-    and %in0, %in1, ... and %out are the addresses of this thread's own elements of `sizes` bytes.
+    Its parameters are the arrays in0, in1, ... and out. When the body starts, %t is the thread.
+    %in0, %in1, ... and %out are the addresses of this thread's elements of `sizes` bytes.
     """
     names = [*(f"in{i}" for i in range(inputs)), "out"]
     contract = "\n".join(
@@ -62,8 +62,10 @@ def run(
     shared: int = 0, seed: int = 0, without: int | None = None, blocks: int = 1,
     fresh: bool = False,
 ) -> Values:  # fmt: skip
-    """What a body leaves in `out`: one element a thread, or `count`.  It starts as all ones, or
-    with `fresh` as memory that nobody has written."""
+    """The array `out` after a body: one element per thread, or `count`.
+
+    It starts as all ones, or unwritten with `fresh`.
+    """
     machine = InterpretedRuntime(seed, None if without is None else ("snippet", without))
     arrays: list[InterpretedArray] = []
     for value in inputs:
@@ -86,7 +88,7 @@ def launch(
 
 
 def refuse(line: str, body: str, *inputs: Values, **more: Any) -> str:
-    """Run what must fail; the error names the line.  The error."""
+    """Run a body that must fail, and return the error, which names the line."""
     with pytest.raises(PtxFault, match=re.escape(f"snippet: {line}")) as caught:
         run(body, *inputs, **more)
     return str(caught.value)
@@ -95,8 +97,8 @@ def refuse(line: str, body: str, *inputs: Values, **more: Any) -> str:
 # -- control flow ----------------------------------------------------------------------------------
 
 
-def test_lanes_that_part_meet_again() -> None:
-    """The shuffle needs all 32, so it also proves that they met."""
+def test_divergent_lanes_reconverge() -> None:
+    """The shuffle needs all 32 lanes, so it also proves that they reconverged."""
     body = """
         setp.lt.u32 %p, %t, 10;
         @%p bra low;
@@ -113,7 +115,7 @@ def test_lanes_that_part_meet_again() -> None:
 
 
 @pytest.mark.parametrize(("edge", "found"), [(0, 1), (32, 2)])
-def test_a_branch_of_all_or_none_is_taken_so(edge: int, found: int) -> None:
+def test_a_uniform_branch_is_taken_by_all_or_none(edge: int, found: int) -> None:
     body = f"""
         setp.lt.u32 %p, %t, {edge};
         mov.u32 %a, 2;
@@ -125,7 +127,7 @@ def test_a_branch_of_all_or_none_is_taken_so(edge: int, found: int) -> None:
     assert (run(body) == found).all()
 
 
-def test_lanes_that_part_at_a_branch_of_all_or_none_are_reported() -> None:
+def test_divergence_at_a_uniform_branch_is_reported() -> None:
     refuse("@%p bra.uni low", "setp.lt.u32 %p, %t, 10; @%p bra.uni low; low: ret;")
 
 
@@ -168,8 +170,8 @@ def test_branches_nest() -> None:
     assert np.array_equal(run(body), wanted)
 
 
-def test_a_loop_in_a_loop_with_its_own_trips(rng: np.random.Generator) -> None:
-    """Lanes that fall out of a loop wait behind it for those that go back."""
+def test_nested_loops_have_their_own_trip_counts(rng: np.random.Generator) -> None:
+    """Lanes that exit a loop wait behind it for those that continue."""
     outer, inner = rng.integers(1, 6, (2, 32)).astype(np.uint32)
     body = """
         ld.global.u32 %b, [%in0];
@@ -191,8 +193,8 @@ def test_a_loop_in_a_loop_with_its_own_trips(rng: np.random.Generator) -> None:
     assert np.array_equal(run(body, outer, inner), wanted[LANE ^ 16])
 
 
-def test_a_predicate_holds_an_instruction_back() -> None:
-    """Also its fault: the store under %q would be far outside."""
+def test_a_false_predicate_skips_an_instruction() -> None:
+    """Also its fault: the store under %q would be out of bounds."""
     body = """
         setp.lt.u32 %p, %t, 5;
         setp.gt.u32 %q, %t, 31;
@@ -206,7 +208,7 @@ def test_a_predicate_holds_an_instruction_back() -> None:
     assert np.array_equal(run(body), np.where(LANE < 5, 8, 7 + LANE))
 
 
-def test_a_lane_that_leaves_does_no_more() -> None:
+def test_an_exited_lane_executes_nothing() -> None:
     body = """
         setp.ge.u32 %p, %t, 20;
         @%p ret;
@@ -257,8 +259,8 @@ def test_a_loop_without_end_is_reported(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("by", [1, 2, 4, 8, 16, 31, 33])
-def test_a_butterfly_exchanges(by: int, rng: np.random.Generator) -> None:
-    """The low five bits of the distance count."""
+def test_a_butterfly_shuffle_exchanges_lanes(by: int, rng: np.random.Generator) -> None:
+    """Only the low five bits of the distance count."""
     value = rng.integers(0, 1 << 32, 32, np.uint32)
     body = f"""
         ld.global.u32 %a, [%in0];
@@ -268,7 +270,7 @@ def test_a_butterfly_exchanges(by: int, rng: np.random.Generator) -> None:
     assert np.array_equal(run(body, value), value[LANE ^ (by & 31)])
 
 
-def test_a_shuffle_by_index_reads_the_lane_that_each_names(rng: np.random.Generator) -> None:
+def test_a_shuffle_by_index_reads_the_given_lanes(rng: np.random.Generator) -> None:
     value = rng.integers(0, 1 << 32, 32, np.uint32)
     source = rng.integers(0, 64, 32).astype(np.uint32)
     body = """
@@ -292,7 +294,7 @@ def test_a_shuffle_without_some_of_its_lanes_is_reported(before: str) -> None:
     refuse(SHUFFLE, f"{before} {SHUFFLE}; past: ret;")
 
 
-def test_a_shuffle_under_a_predicate_that_not_all_hold_is_reported() -> None:
+def test_a_shuffle_under_a_divergent_predicate_is_reported() -> None:
     refuse(f"@%p {SHUFFLE}", f"setp.ne.u32 %p, %t, 0; @%p {SHUFFLE};")
     run(f"setp.lt.u32 %p, %t, 32; @%p {SHUFFLE};")
 
@@ -307,7 +309,7 @@ LANE_ROWS = """
 
 
 @pytest.mark.parametrize("how", ["", ".trans"])
-def test_ldmatrix_gives_each_lane_its_part_of_four_matrices(
+def test_ldmatrix_gives_each_lane_its_fragment_of_four_matrices(
     how: str, rng: np.random.Generator
 ) -> None:
     value = rng.integers(0, 1 << 32, 128, np.uint32)
@@ -329,7 +331,7 @@ def test_ldmatrix_gives_each_lane_its_part_of_four_matrices(
                 assert np.array_equal(found[g, q, 2 * i : 2 * i + 2], wanted)
 
 
-def test_a_copy_takes_as_many_bytes_as_a_lane_says(rng: np.random.Generator) -> None:
+def test_cp_async_reads_the_given_number_of_bytes(rng: np.random.Generator) -> None:
     value = rng.integers(1, 256, (32, 16), np.uint8)
     body = f"""
         {LANE_ROWS}
@@ -379,18 +381,18 @@ def bulk(body: str, seed: int, **more: Any) -> Values:
 
 
 @pytest.mark.parametrize("seed", ORDERS)
-def test_a_bulk_copy_is_there_when_it_was_waited_for(seed: int) -> None:
+def test_a_bulk_copy_is_visible_after_its_wait(seed: int) -> None:
     assert np.array_equal(bulk(THERE_AND_BACK, seed), LANE)
 
 
-def test_a_phase_follows_the_other() -> None:
+def test_barrier_phases_alternate() -> None:
     once = f"{ARRIVE} {LOAD} {WAIT}"
     twice = once + once.replace("not_yet", "nor_yet").replace("%q, [%a+256], 0", "%q, [%a+256], 1")
     for seed in ORDERS:
         assert np.array_equal(bulk(THERE_AND_BACK.replace(once, twice), seed), LANE)
-    early = twice.replace("%q, [%a+256], 1", "%q, [%a+256], 0")  # that one is over
+    early = twice.replace("%q, [%a+256], 1", "%q, [%a+256], 0")  # that phase is over
     for seed in ORDERS:
-        with pytest.raises(PtxFault, match=r"nobody wrote|never"):
+        with pytest.raises(PtxFault, match=r"not written|never"):
             bulk(THERE_AND_BACK.replace(once, early), seed)
 
 
@@ -411,9 +413,9 @@ def test_a_phase_follows_the_other() -> None:
         (LOAD, LOAD.replace(" 128", " 120"), "120 bytes"),
         (LOAD, LOAD.replace("[%a]", "[%a+8]"), "16 bytes at offset 8"),
         (LOAD, LOAD.replace("[%a]", "[%a+192]"), "bytes 192 to 320"),
-        (WAIT, "", "that nobody wrote"),
+        (WAIT, "", "not written"),
         (WAIT, WAIT.replace("], 0", "], 2"), "parities"),
-        (STORE, STORE.replace("[%a]", "[%a+128]"), "that nobody wrote"),
+        (STORE, STORE.replace("[%a]", "[%a+128]"), "not written"),
         (STORE, STORE.replace(" 128", " 136"), "136 bytes"),
         (COMMIT, "", "its bulk copies may still read"),
         (STORED, "", "its bulk copies may still read"),
@@ -421,8 +423,8 @@ def test_a_phase_follows_the_other() -> None:
         ("setp.ne", "setp.lt", "32 lanes; one"),
     ],
 )
-def test_a_bulk_copy_that_goes_wrong_is_reported(line: str, instead: str, fault: str) -> None:
-    """In every order."""
+def test_a_faulty_bulk_copy_is_reported(line: str, instead: str, fault: str) -> None:
+    """For every seed."""
     assert THERE_AND_BACK.count(line) == 1
     body = THERE_AND_BACK.replace(line, instead)
     for seed in ORDERS:
@@ -430,13 +432,13 @@ def test_a_bulk_copy_that_goes_wrong_is_reported(line: str, instead: str, fault:
             bulk(body, seed)
 
 
-def test_bytes_that_are_not_there_yet_are_reported_in_some_order() -> None:
-    with pytest.raises(PtxFault, match="nobody wrote"):
+def test_reading_a_pending_bulk_copy_is_reported_for_some_seed() -> None:
+    with pytest.raises(PtxFault, match="not written"):
         for seed in ORDERS:
             bulk(THERE_AND_BACK.replace(AGAIN, ""), seed)
 
 
-def test_bytes_that_never_come_are_reported() -> None:
+def test_waiting_for_missing_bytes_is_reported() -> None:
     body = THERE_AND_BACK.replace(f"{WAIT} {STORE} {COMMIT} {STORED}", "")
     for seed in ORDERS:
         with pytest.raises(PtxFault, match="bytes are still to come"):
@@ -444,13 +446,13 @@ def test_bytes_that_never_come_are_reported() -> None:
 
 
 @pytest.mark.parametrize(("read", "kept"), [(READ, True), ("", False)])
-def test_shared_memory_is_free_when_it_was_read(read: str, kept: bool) -> None:
+def test_shared_memory_may_be_reused_after_a_read_wait(read: str, kept: bool) -> None:
     body = THERE_AND_BACK.replace(STORED, f"{read} st.shared.u32 [%a], 77; {STORED}")
     first = [int(bulk(body, seed)[0]) for seed in ORDERS]
     assert set(first) == ({0} if kept else {0, 77})
 
 
-def test_what_comes_in_place_of_what_is_stored_is_reported_in_some_order() -> None:
+def test_overwriting_a_pending_bulk_store_is_reported_for_some_seed() -> None:
     again = f"{ARRIVE} {LOAD} {READ} {WAIT.replace('not_yet', 'nor_yet').replace('], 0', '], 1')}"
     with pytest.raises(PtxFault, match="is being overwritten"):
         for seed in ORDERS:
@@ -458,8 +460,8 @@ def test_what_comes_in_place_of_what_is_stored_is_reported_in_some_order() -> No
 
 
 @pytest.mark.parametrize(("waits", "seen"), [(STORED, {0}), (READ, {0xFFFFFFFF})])
-def test_what_is_read_is_not_yet_stored(waits: str, seen: set[int]) -> None:
-    """It is there when the launch is over."""
+def test_a_read_wait_does_not_make_the_store_visible(waits: str, seen: set[int]) -> None:
+    """The store is visible at the end of the launch."""
     look = "ld.global.u32 %b, [%out]; add.u64 %far, %out, 128; st.global.u32 [%far], %b;"
     body = THERE_AND_BACK.replace(STORED, f"{waits} {look}")
     found = [bulk(body, seed, count=33) for seed in ORDERS]
@@ -468,7 +470,7 @@ def test_what_is_read_is_not_yet_stored(waits: str, seen: set[int]) -> None:
 
 
 @pytest.mark.parametrize("tells", ["red.release.gpu.global.add.u32 [%far], 1", "fence.acq_rel.gpu"])
-def test_what_is_not_stored_is_not_told(tells: str) -> None:
+def test_announcing_an_unfinished_bulk_store_is_reported(tells: str) -> None:
     tell = f"add.u64 %far, %out, 128; {tells};"
     right = bulk(THERE_AND_BACK.replace(STORED, f"{STORED} {tell}"), 0, count=33)
     assert np.array_equal(right[:32], LANE)
@@ -477,8 +479,8 @@ def test_what_is_not_stored_is_not_told(tells: str) -> None:
             bulk(THERE_AND_BACK.replace(STORED, f"{READ} {tell}"), seed, count=33)
 
 
-def test_groups_are_waited_for_in_order_but_for_the_last() -> None:
-    """Of two, one may still read."""
+def test_wait_group_leaves_the_newest_groups_pending() -> None:
+    """One of two groups may still read."""
     second = STORE.replace("[%out], [%a]", "[%far], [%a+128]")
     body = THERE_AND_BACK.replace(
         f"{STORE} {COMMIT} {STORED}",
@@ -511,12 +513,12 @@ HAND_OVER = """
     @%p ld.shared.u32 %c, [%a];
     st.global.u32 [%out], %c;
 """
-"""The upper warp reads what the lower one has written after the first barrier."""
+"""The upper warp reads what the lower one wrote before the first barrier."""
 
 HANDED = np.concatenate([np.zeros(32), LANE + 1])
 
 
-def handed(seed: int, without: int | None) -> bool:
+def hand_over_is_right(seed: int, without: int | None) -> bool:
     try:
         found = run(HAND_OVER, block=64, shared=256, seed=seed, without=without)
     except PtxFault:
@@ -524,22 +526,22 @@ def handed(seed: int, without: int | None) -> bool:
     return np.array_equal(found, HANDED)
 
 
-def test_with_its_barriers_a_kernel_is_right_in_every_order() -> None:
-    assert all(handed(seed, None) for seed in ORDERS)
+def test_a_kernel_with_its_barriers_is_right_for_every_seed() -> None:
+    assert all(hand_over_is_right(seed, None) for seed in ORDERS)
 
 
-def test_a_missing_barrier_shows_in_some_order() -> None:
-    """And not in all: it is the order of the warps that decides."""
-    right = [handed(seed, 1) for seed in ORDERS]
+def test_a_missing_barrier_shows_for_some_seed() -> None:
+    """And not for all seeds, because the order of the warps decides."""
+    right = [hand_over_is_right(seed, 1) for seed in ORDERS]
     assert any(right) and not all(right)
 
 
-def test_a_warp_that_leaves_while_others_wait_is_reported() -> None:
+def test_a_warp_that_exits_while_others_wait_is_reported() -> None:
     body = "setp.ge.u32 %p, %t, 32; @%p ret; bar.sync 0; st.global.u32 [%out], %t;"
     for seed in ORDERS:
         with pytest.raises(PtxFault, match="snippet"):
             run(body, block=64, seed=seed)
-    assert np.array_equal(run(body, block=32), LANE), "all that there are wait"
+    assert np.array_equal(run(body, block=32), LANE), "a block of one warp"
 
 
 @pytest.mark.parametrize(
@@ -572,14 +574,14 @@ def test_access_past_the_end_of_an_array_is_reported(line: str) -> None:
     refuse(line, f"{line};", LANE)
 
 
-def test_an_address_before_an_array_or_in_none_is_reported() -> None:
+def test_an_address_before_or_outside_arrays_is_reported() -> None:
     line = "st.global.u32 [%out], %t"
     refuse(line, f"sub.u64 %out, %out, 4; {line};")
     refuse(line, f"mov.u64 %out, 64; {line};")
     refuse(line, f"mov.u64 %out, 0xffffffffffff0000; {line};")
 
 
-def test_shared_memory_ends_too() -> None:
+def test_access_past_the_end_of_shared_memory_is_reported() -> None:
     base = "mov.u32 %a, memory; mad.lo.u32 %a, %t, 4, %a;"
     run(f"{base} st.shared.u32 [%a], %t;", shared=128)
     refuse("st.shared.u32 [%a+4], %t", f"{base} st.shared.u32 [%a+4], %t;", shared=128)
@@ -604,7 +606,7 @@ def test_misaligned_access_is_reported(by: int, line: str) -> None:
 
 
 def test_a_slice_that_starts_off_a_vector_is_misaligned() -> None:
-    """Alignment is held against the memory, not against the argument."""
+    """Alignment is that of the memory, not of the argument."""
     machine = InterpretedRuntime()
     whole = machine.empty((64,), np.uint32)
     machine.memset(whole, 0)
@@ -614,7 +616,7 @@ def test_a_slice_that_starts_off_a_vector_is_misaligned() -> None:
         launch(machine, text, whole[1:])
 
 
-def test_reading_what_nobody_wrote_is_reported() -> None:
+def test_reading_unwritten_memory_is_reported() -> None:
     load = "ld.global.u32 %a, [%out]"
     assert "array 0" in refuse(load, f"{load};", fresh=True)
     run(f"st.global.u32 [%out], 1; {load};", fresh=True)
@@ -623,8 +625,8 @@ def test_reading_what_nobody_wrote_is_reported() -> None:
     refuse(add, f"{add};", fresh=True)
 
 
-def test_shared_memory_is_new_to_every_block() -> None:
-    """Block by block: what one wrote another cannot read."""
+def test_every_block_has_unwritten_shared_memory() -> None:
+    """A block cannot read what an earlier one wrote."""
     load = "ld.shared.u32 %b, [%a]"
     base = "mov.u32 %a, memory; mad.lo.u32 %a, %t, 4, %a;"
     refuse(load, f"{base} {load};", shared=128)
@@ -645,12 +647,12 @@ def test_an_unwritten_register_is_reported() -> None:
 def test_a_register_of_another_size_is_reported() -> None:
     refuse("add.u32 %a, %wide, 1", "mov.u64 %wide, 1; add.u32 %a, %wide, 1;")
     refuse("mov.u32 %wide, 1", "mov.u32 %wide, 1;")
-    refuse("mov.u32 %nobody, 1", "mov.u32 %nobody, 1;")
+    refuse("mov.u32 %undeclared, 1", "mov.u32 %undeclared, 1;")
 
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_vectors_go_through_memory_in_order(count: int, rng: np.random.Generator) -> None:
-    """Global to shared to global, and turned around on the way."""
+    """Global to shared to global, reversed on the way."""
     value = rng.integers(0, 1 << 32, 32 * count, np.uint32)
     names = ["%a", "%b", "%c", "%d"][:count]
     body = f"""
@@ -668,13 +670,13 @@ def test_vectors_go_through_memory_in_order(count: int, rng: np.random.Generator
     assert np.array_equal(found, value.reshape(32, count)[:, ::-1].reshape(-1))
 
 
-def test_a_narrow_load_widens_with_zeros() -> None:
+def test_a_narrow_load_is_zero_extended() -> None:
     value = np.arange(65504, 65536, dtype=np.uint16)
     body = "ld.global.u16 %a, [%in0]; st.global.u32 [%out], %a;"
     assert np.array_equal(run(body, value), value.astype(np.uint32))
 
 
-def test_additions_to_one_word_all_count(rng: np.random.Generator) -> None:
+def test_concurrent_additions_to_one_word_are_all_counted(rng: np.random.Generator) -> None:
     """From every lane of every warp and block, and past 32 bits."""
     value = rng.integers(0, 1 << 40, 64, np.uint64)
     body = """
@@ -687,8 +689,8 @@ def test_additions_to_one_word_all_count(rng: np.random.Generator) -> None:
     assert found.tolist() == [ones, (ones + 3 * sum(value.tolist())) & ones]
 
 
-def test_a_relaxed_store_is_seen_late_and_by_who_looks_again() -> None:
-    """A block stores its word and counts; the last one reads all, once or until they are there."""
+def test_a_relaxed_store_becomes_visible_to_later_loads() -> None:
+    """A block stores its word and counts; the last one reads all words, once or until complete."""
     body = """
         ld.param.u64 %far, [out];
         mov.u32 %a, %ctaid.x;
@@ -719,15 +721,15 @@ def test_a_relaxed_store_is_seen_late_and_by_who_looks_again() -> None:
     assert again == {6} and len(once) > 1
 
 
-def test_a_count_turns_over() -> None:
+def test_atomic_inc_wraps_around() -> None:
     body = "ld.param.u64 %far, [out]; red.relaxed.gpu.global.inc.u32 [%far], 4;"
     made = [int(zeroed(body, 1, blocks, 0)[0]) for blocks in (1, 2, 3, 5)]
     assert made == [32 * blocks % 5 for blocks in (1, 2, 3, 5)]
 
 
 @pytest.mark.parametrize("blocks", [2, 9])
-def test_blocks_that_wait_for_each_other_all_find_room(blocks: int) -> None:
-    """In any order: the last to wait turns the count over."""
+def test_blocks_that_wait_for_each_other_run_concurrently(blocks: int) -> None:
+    """For every seed; the last block wraps the count."""
     body = f"""setp.ne.u32 %p, %t, 0; @%p ret; mov.u32 %a, %ctaid.x; add.u64 %far, %out, 4;
         red.release.gpu.global.inc.u32 [%out], {2 * blocks - 1};
         again: ld.acquire.gpu.global.u32 %b, [%out];
@@ -739,7 +741,7 @@ def test_blocks_that_wait_for_each_other_all_find_room(blocks: int) -> None:
 
 
 def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
-    """What a body leaves in `out`, which starts as zeros."""
+    """The array `out` of a body, which starts as zeros."""
     machine = InterpretedRuntime(seed)
     out = machine.empty((count,), np.uint32)
     machine.memset(out, 0)
@@ -747,7 +749,7 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
     return machine.copy_d2h(out)
 
 
-# -- what is not known -----------------------------------------------------------------------------
+# -- unsupported instructions ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -799,13 +801,13 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
         "fence.proxy.async.global",
     ],
 )
-def test_what_is_not_known_is_refused(line: str) -> None:
-    """Before anything runs: the text is parsed whole, so the ret before it does not help."""
+def test_unsupported_text_is_refused(line: str) -> None:
+    """At parsing, so the ret before it does not help."""
     refuse(line, f"ret; {line}; end: ret;")
 
 
 @pytest.mark.parametrize("block", [16, 48])
-def test_a_block_of_part_warps_is_refused(block: int) -> None:
+def test_a_block_with_a_partial_warp_is_refused(block: int) -> None:
     with pytest.raises(PtxFault, match=str(block)):
         run("st.global.u32 [%out], %t;", block=block)
 
@@ -827,7 +829,7 @@ BF16_EDGES = np.array(
 )  # fmt: skip
 
 
-def test_bf16_rounds_as_the_reference_does(rng: np.random.Generator) -> None:
+def test_bf16_rounding_equals_the_reference(rng: np.random.Generator) -> None:
     bits = np.concatenate([BF16_EDGES, rng.integers(0, 1 << 32, 230, np.uint32)])
     bits = np.resize(bits, 256)
     body = "ld.global.f32 %a, [%in0]; cvt.rn.bf16.f32 %h, %a; st.global.b16 [%out], %h;"
@@ -857,13 +859,13 @@ def test_every_f16_widens_exactly() -> None:
         assert np.array_equal(np.signbit(found[zeros]), sign[zeros] < 0)
 
 
-def test_a_byte_is_stored_from_the_low_end_of_a_word() -> None:
+def test_a_byte_store_uses_the_low_byte() -> None:
     words = np.arange(32, dtype=np.uint32) * 0x01020304
     found = run("ld.global.u32 %a, [%in0]; st.global.u8 [%out], %a;", words, out=np.uint8)
     assert np.array_equal(found, words.astype(np.uint8))
 
 
-def test_integers_convert_by_their_signs() -> None:
+def test_integer_conversions_respect_signedness() -> None:
     value = np.array([0, 1, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x01000001, 0x12345678], np.uint32)
     value = np.resize(value, 32)
 
@@ -891,7 +893,7 @@ def test_rounding_to_an_integer_goes_to_even() -> None:
 
 
 def three(line: str, rng: np.random.Generator) -> tuple[list[list[int]], list[int]]:
-    """256 random triples, as Python's integers, and what a line makes of %a, %b and %c in %d."""
+    """256 random triples, and the result %d of a line from %a, %b and %c, as Python integers."""
     values = rng.integers(0, 1 << 32, (3, 256), np.uint32)
     body = "".join(f"ld.global.u32 %{n}, [%in{i}];" for i, n in enumerate("abc"))
     found = run(f"{body} {line}; st.global.u32 [%out], %d;", *values, block=256)
@@ -915,7 +917,7 @@ def three(line: str, rng: np.random.Generator) -> tuple[list[list[int]], list[in
         (0x6A, lambda a, b, c: (a & b) ^ c),
     ],
 )
-def test_lop3_is_its_table(
+def test_lop3_computes_its_table(
     table: int, wanted: Callable[[int, int, int], int], rng: np.random.Generator
 ) -> None:
     triples, found = three(f"lop3.b32 %d, %a, %b, %c, {table:#x}", rng)
@@ -923,7 +925,7 @@ def test_lop3_is_its_table(
 
 
 def permuted(a: int, b: int, how: int) -> int:
-    """prmt.b32, from its definition: a selector's nibble takes one byte of eight, or its sign."""
+    """prmt.b32 by definition: a selector's nibble selects one byte of eight, or its sign."""
     eight = [*a.to_bytes(4, "little"), *b.to_bytes(4, "little")]
     out = []
     for i in range(4):
@@ -933,14 +935,14 @@ def permuted(a: int, b: int, how: int) -> int:
     return int.from_bytes(bytes(out), "little")
 
 
-def test_prmt_picks_bytes_and_signs(rng: np.random.Generator) -> None:
+def test_prmt_selects_bytes_and_signs(rng: np.random.Generator) -> None:
     triples, found = three("prmt.b32 %d, %a, %b, %c", rng)
     assert found == [permuted(a, b, how) for a, b, how in triples]
     triples, found = three("prmt.b32 %d, %a, 0x64006400, 0x7150", rng)
     assert found == [permuted(a, 0x64006400, 0x7150) for a, _, _ in triples]
 
 
-def test_shifts_past_the_width_leave_nothing_or_the_sign() -> None:
+def test_shifts_past_the_width_give_zero_or_the_sign() -> None:
     by = np.resize(np.array([0, 1, 31, 32, 33, 63, 64, 255, 256, 1 << 31], np.uint32), 32)
     value, wide = 0x87654321, 0x8765432112345678
     signed = value - (1 << 32)
@@ -989,7 +991,7 @@ def test_the_highest_bit_is_found() -> None:
     np.testing.assert_array_equal(none, np.full(32, 0xFFFFFFFF, np.uint32))
 
 
-def test_a_pair_of_halves_is_low_then_high(rng: np.random.Generator) -> None:
+def test_a_pair_of_halves_has_the_low_half_first(rng: np.random.Generator) -> None:
     value = rng.integers(0, 1 << 63, 32, np.uint64)
     body = """
         ld.global.b64 %wide, [%in0];
@@ -1002,7 +1004,7 @@ def test_a_pair_of_halves_is_low_then_high(rng: np.random.Generator) -> None:
     assert found == [((v + 1 & 0xFFFFFFFF) << 32) | v >> 32 for v in value.tolist()]
 
 
-def test_division_goes_toward_zero(rng: np.random.Generator) -> None:
+def test_division_rounds_toward_zero(rng: np.random.Generator) -> None:
     triples, found = three("div.u32 %d, %a, 7", rng)
     assert found == [a // 7 for a, _, _ in triples]
     triples, found = three("or.b32 %b, %b, 1; shr.s32 %b, %b, 16; or.b32 %b, %b, 1; "
@@ -1017,8 +1019,8 @@ def _signed(value: int) -> int:
     return value - (1 << 32) if value >> 31 else value
 
 
-def test_division_by_zero_is_reported_of_lanes_that_take_part() -> None:
-    """%a is loaded by the lanes under %p alone; nothing is said of what the others hold."""
+def test_division_by_zero_is_reported_for_active_lanes() -> None:
+    """Only lanes under %p load %a; the values of the others do not matter."""
     value = np.where(LANE == 9, 0, LANE + 1).astype(np.uint32)
     line = "@%p div.u32 %b, 100, %a"
 
@@ -1062,7 +1064,7 @@ def test_comparisons_follow_the_type() -> None:
     assert not run(body.format("u")).any()
 
 
-def test_a_fused_product_is_rounded_once() -> None:
+def test_fma_rounds_once() -> None:
     """(1 + 2^-12)^2 - (1 + 2^-11) is 2^-24, which a product rounded to f32 first would lose."""
     a = np.full(32, 1 + 2.0**-12, np.float32)
     body = """
@@ -1076,7 +1078,7 @@ def test_a_fused_product_is_rounded_once() -> None:
     assert (fused == np.float32(2.0**-24)).all() and not apart.any()
 
 
-def test_the_greater_of_a_number_and_a_nan_is_the_number() -> None:
+def test_max_of_a_number_and_nan_is_the_number() -> None:
     value = np.full(32, np.nan, np.float32)
     body = """
         ld.global.f32 %a, [%in0];
@@ -1091,7 +1093,7 @@ def test_the_greater_of_a_number_and_a_nan_is_the_number() -> None:
 # -- arrays ----------------------------------------------------------------------------------------
 
 
-def test_a_part_of_an_array_is_the_same_memory() -> None:
+def test_a_slice_of_an_array_is_a_view() -> None:
     machine = InterpretedRuntime()
     whole = machine.empty((6, 4), np.int32)
     value = np.arange(24, dtype=np.int32).reshape(6, 4)
@@ -1117,7 +1119,7 @@ def test_a_part_of_an_array_is_the_same_memory() -> None:
     assert np.array_equal(machine.copy_d2h(whole)[3:], value[3:])
 
 
-def test_an_array_is_not_cut_where_it_is_not() -> None:
+def test_slices_past_the_end_are_refused() -> None:
     whole = InterpretedRuntime().empty((6, 4), np.int32)
     for key in (6, -1, slice(None, None, 2)):
         with pytest.raises(AssertionError):
@@ -1126,7 +1128,7 @@ def test_an_array_is_not_cut_where_it_is_not() -> None:
         whole.reshape(5, 5)
 
 
-def test_copies_and_fills_count_as_written_and_no_more() -> None:
+def test_copies_and_fills_mark_only_their_bytes_as_written() -> None:
     machine = InterpretedRuntime()
     first, second = machine.empty((32,), np.uint32), machine.empty((64,), np.uint32)
     machine.copy_h2d(first, LANE)

@@ -1,4 +1,4 @@
-"""tools/kernel_timeline puts timestamps into every kernel's text, and that still assembles."""
+"""tools/kernel_timeline adds timestamps to every kernel's text, and the result assembles."""
 
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader
@@ -21,27 +21,29 @@ def tool() -> Any:
     assert spec is not None
     module = module_from_spec(spec)
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(TOOL.parent)  # as it is for a tool that runs
+        patch.syspath_prepend(TOOL.parent)  # like for a tool that runs
         loader.exec_module(module)
     return module
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_kernel_with_stamps_assembles(name: str, tool: Any, tmp_path: Path) -> None:
+def test_a_kernel_with_timestamps_assembles(name: str, tool: Any, tmp_path: Path) -> None:
     contract = kernel(name).contract
     for text, target in ((contract.pdl_text, "sm_90"), (contract.text, contract.targets[1])):
         made = tool.stamped(text)
         ends = made.count("ret;")
-        # one where it begins, and one at each end
+        # one at the start, and one at each end
         assert made.count("%globaltimer") >= 1 + ends and ends == text.count("ret;")
         path = tmp_path / f"{name}.ptx"
         path.write_text(made)
         assemble(path, target)
 
 
-def test_stamps_wait_with_the_kernel(tool: Any) -> None:
+def test_timestamps_follow_the_kernels_wait(tool: Any) -> None:
     made = tool.stamped(kernel("int4_matvec_f32").contract.pdl_text)
     before, after = made.split("griddepcontrol.wait;")
-    assert before.count("%globaltimer") == 1, "when the block begins, and nothing else"
-    assert after.split("}", 1)[0].count("%globaltimer") == 1, "when it has waited"
-    assert ", 2;" in after.split("// -- tile by tile")[0].rsplit("{", 1)[1], "where its tiles begin"
+    assert before.count("%globaltimer") == 1, "one timestamp at the start"
+    assert after.split("}", 1)[0].count("%globaltimer") == 1, "one timestamp after the wait"
+    assert ", 2;" in after.split("// -- tile by tile")[0].rsplit("{", 1)[1], (
+        "the index of the timestamp where tiles begin"
+    )

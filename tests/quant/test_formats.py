@@ -1,4 +1,4 @@
-"""Number formats: what they keep, and where they refuse."""
+"""Number formats: precision, layout and refused shapes."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_every_e4m3_survives_the_round_trip() -> None:
     assert value[np.array([0x00, 0x01, 0x08, 0x38, 0x7E])].tolist() == [0, 2**-9, 2**-6, 1, 448]
     back = e4m3_from_f32(value)
     assert np.array_equal(back, every)
-    # moved by 120 in the exponent each is a bf16: what the kernels make of them
+    # an exponent 120 higher makes each a bf16, like the kernels do
     moved = (every.astype(np.uint32) & 0x7F) << 20 | (every.astype(np.uint32) & 0x80) << 24
     finite = ~np.isnan(value)
     assert np.array_equal(moved.view(np.float32)[finite] * np.float32(2.0**120), value[finite])
@@ -59,7 +59,7 @@ def test_e4m3_rounds_to_nearest_and_ties_to_even(rng: np.random.Generator) -> No
     ]
 
 
-def test_rows_of_e4m3_have_scales_that_lose_nothing(rng: np.random.Generator) -> None:
+def test_e4m3_rows_have_scales_that_cover_their_range(rng: np.random.Generator) -> None:
     x = rng.standard_normal((9, 64)).astype(np.float32)
     x *= np.float32(10.0) ** np.arange(-6, 3, dtype=np.float32)[:, None]
     code, scale = quantize_e4m3_rows(x)
@@ -69,12 +69,12 @@ def test_rows_of_e4m3_have_scales_that_lose_nothing(rng: np.random.Generator) ->
     assert (scale >= 2.0**-14).all()
     code, scale = quantize_e4m3_rows(np.zeros((2, 64), np.float32))
     assert not code.any() and np.isfinite(scale).all()
-    x[0, 0], x[1, 3], x[2, 5] = np.nan, -np.inf, 3e7  # too large for 448 times an f16
+    x[0, 0], x[1, 3], x[2, 5] = np.nan, -np.inf, 3e7  # too large for 448 times an f16 scale
     _, scale = quantize_e4m3_rows(x)
     assert np.isnan(scale[:2]).all() and scale[2] == 65504 and np.isfinite(scale[2:]).all()
 
 
-def test_int4_nibbles_lie_where_the_kernels_look() -> None:
+def test_int4_nibbles_have_the_kernels_order() -> None:
     q = np.arange(8, dtype=np.uint8)[None]
     (word,) = int4.pack(q).view("<u4")[0]
     for i in range(4):
@@ -83,7 +83,7 @@ def test_int4_nibbles_lie_where_the_kernels_look() -> None:
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])
-def test_int4_unpacks_what_it_packed(rng: np.random.Generator, group: int) -> None:
+def test_int4_packing_round_trips(rng: np.random.Generator, group: int) -> None:
     q = rng.integers(0, 16, (3, 5, group), dtype=np.uint8)
     assert np.array_equal(int4.unpack(int4.pack(q)), q)
 
@@ -124,12 +124,12 @@ def test_int8_error_is_at_most_half_a_step(rng: np.random.Generator) -> None:
     assert scale[4] == 0 and not q[4].any()
 
 
-def test_the_122b_record_is_1188_pages() -> None:
+def test_a_packed_expert_of_122b_takes_1188_pages() -> None:
     assert ExpertLayout(4, 3072, 1024).nbytes == 1188 * 4096
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
-def test_the_parts_of_a_record_do_not_overlap(bits: int) -> None:
+def test_the_parts_of_an_expert_layout_do_not_overlap(bits: int) -> None:
     for hidden, inner in ((64, 32), (256, 64), (2048, 512), (4096, 1024)):
         r = ExpertLayout(bits, hidden, inner)
         scale = {16: 0, 8: 4, 4: 2}[bits]
@@ -142,7 +142,7 @@ def test_the_parts_of_a_record_do_not_overlap(bits: int) -> None:
         assert all(x % 16 == 0 for x in (r.up_scale, r.down, r.down_scale))
 
 
-def test_a_record_refuses_what_its_format_cannot_hold() -> None:
+def test_an_expert_layout_refuses_sizes_its_format_cannot_hold() -> None:
     with pytest.raises(ConfigError, match="5"):
         ExpertLayout(5, 64, 64)
     with pytest.raises(ConfigError, match="48"):
