@@ -374,7 +374,7 @@ class Loader:
             return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.upload(ops)
-        layer_bytes = packed.config.num_experts * packed.record.nbytes
+        layer_bytes = packed.config.num_experts * packed.layout.nbytes
         staging = ops.empty_mapped((min(layer_bytes, STAGING_BYTES),), np.uint8)
         try:
             with self._reader() as reader:
@@ -391,12 +391,12 @@ class Loader:
 
         With saved usage, layers get slots by usage (usage.slots_per_layer).
         """
-        ops, packed, config, layout = self.ops, self.packed, self.packed.config, self.packed.record
+        ops, packed, config, layout = self.ops, self.packed, self.packed.config, self.packed.layout
         layers, experts = config.num_layers, config.num_experts
         progress = self.progress
         if self.gpu is None:
             if self._host_experts is None:
-                self._host_experts = wrap_host_experts(layout, packed.all_records(progress))
+                self._host_experts = wrap_host_experts(layout, packed.all_packed_experts(progress))
             if plan.expert_slots == experts:
                 return self._host_experts, resident_cache(ops, layout, self._host_experts.packed)
         elif plan.expert_slots == experts and self._host_experts is None:
@@ -405,7 +405,7 @@ class Loader:
             else:
                 with self._reader() as reader:
                     slots = load_resident_experts(
-                        ops, layout, layers, experts, reader.records, progress
+                        ops, layout, layers, experts, reader.packed_experts, progress
                     )
             return None, resident_cache(ops, layout, slots)
         elif self._host_experts is None and isinstance(packed, Synthetic):
@@ -415,7 +415,7 @@ class Loader:
         elif self._host_experts is None:
             with self._reader() as reader:
                 self._host_experts = load_host_experts(
-                    ops, layout, layers, experts, reader.records, progress
+                    ops, layout, layers, experts, reader.packed_experts, progress
                 )
         slots = None
         if usage is not None and plan.expert_slots < experts:
@@ -428,7 +428,7 @@ class Loader:
     def _generate_experts(self, synthetic: Synthetic, allocate: Callable[..., Array]) -> Array:
         """Generate every expert by kernels, in memory of `allocate`.  Raises: OutOfMemory."""
         layers, experts = synthetic.config.num_layers, synthetic.config.num_experts
-        packed_experts = allocate((layers, experts, synthetic.record.nbytes), np.uint8)
+        packed_experts = allocate((layers, experts, synthetic.layout.nbytes), np.uint8)
         for layer in range(layers):
             synthetic.generate_experts(self.ops, layer, packed_experts[layer])
             self.ops.synchronize()

@@ -452,5 +452,5 @@ def _verify(engine: Engine) -> int:
     store, ops = engine.runner.expert_runner, engine.runner.ops
     if store.host_experts is None:
         return 0
-    records: Any = ops.host_view(store.host_experts.packed)
-    return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))
+    packed_experts: Any = ops.host_view(store.host_experts.packed)
+    return verify(ops, store.cache, packed_experts, SAMPLED_SLOTS, int(time.time()))

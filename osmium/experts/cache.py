@@ -151,10 +151,12 @@ def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:
     return np.asarray(expert_to_slot >= 0)
 
 
-def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int, seed: int) -> int:
+def verify(
+    ops: Ops, cache: ExpertCache, packed_experts: npt.NDArray[Any], samples: int, seed: int
+) -> int:
     """Compare up to `samples` slots with their packed experts, byte for byte.
 
-    records u8 [L, E, nbytes] in host memory: the host experts, or those of the packed file.
+    packed_experts u8 [L, E, nbytes] in host memory: the host experts, or those of the packed file.
     Returns the number of slots compared.
     """
     slot_to_expert: list[npt.NDArray[Any]] = [ops.copy_d2h(x) for x in cache.slot_to_expert]
@@ -167,7 +169,7 @@ def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int
     for layer, slot in (occupied[i] for i in sampled):
         slot_bytes = ops.copy_d2h(cache.slots[layer][slot : slot + 1])[0]
         expert = int(slot_to_expert[layer][slot])
-        assert np.array_equal(slot_bytes, records[layer, expert]), (
+        assert np.array_equal(slot_bytes, packed_experts[layer, expert]), (
             f"slot {slot} of layer {layer} differs from packed expert {expert}"
         )
     return len(sampled)

@@ -108,14 +108,14 @@ def _released_on_error(ops: Ops, memory: Array) -> Iterator[None]:
         raise
 
 
-def wrap_host_experts(layout: ExpertLayout, records: npt.NDArray[Any]) -> HostExperts:
-    """Host experts over `records`, already in memory or mapped from a file; copies nothing.
+def wrap_host_experts(layout: ExpertLayout, packed: npt.NDArray[Any]) -> HostExperts:
+    """Host experts over `packed`, already in memory or mapped from a file; copies nothing.
 
-    Raises: CheckpointError where `records` are not u8 [L, E, layout.nbytes].
+    Raises: CheckpointError where `packed` is not u8 [L, E, layout.nbytes].
     """
-    if records.dtype != np.uint8 or records.ndim != 3 or records.shape[2] != layout.nbytes:
+    if packed.dtype != np.uint8 or packed.ndim != 3 or packed.shape[2] != layout.nbytes:
         raise CheckpointError(
-            f"The packed experts are {records.dtype} {list(records.shape)}; they must be uint8 "
+            f"The packed experts are {packed.dtype} {list(packed.shape)}; they must be uint8 "
             f"[layers, experts, {layout.nbytes}]."
         )
-    return HostExperts(layout, records)
+    return HostExperts(layout, packed)

@@ -133,7 +133,7 @@ def test_every_kind_of_host_memory_holds_the_files_experts(
 ) -> None:
     engine = demo(write_combined=wc_alloc, **_slots(slots))
     try:
-        experts = open_packed(DEMO).all_records()
+        experts = open_packed(DEMO).all_packed_experts()
         runner = engine.runner
         if slots is None:
             assert (
@@ -152,7 +152,7 @@ def test_every_kind_of_host_memory_holds_the_files_experts(
 def test_a_second_start_hits_more_with_saved_usage(tmp_path: Path) -> None:
     model = tmp_path / "model.osmium"  # the bundled file's own usage is not saved
     model.write_bytes(DEMO.read_bytes())
-    experts = open_packed(model).all_records()
+    experts = open_packed(model).all_packed_experts()
 
     def count() -> dict[str, int]:
         """Hits of twenty prompt tokens and their response; checks the slots at the start."""
@@ -184,7 +184,7 @@ def test_rebalancing_slots_between_responses_changes_none(
 ) -> None:
     model = tmp_path / "model.osmium"
     model.write_bytes(DEMO.read_bytes())
-    experts = open_packed(model).all_records()
+    experts = open_packed(model).all_packed_experts()
     engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
     try:
         runner = engine.runner

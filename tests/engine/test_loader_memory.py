@@ -57,7 +57,7 @@ def options(packed: Path, **more: Any) -> dict[str, Any]:
 
 
 def all_experts(packed: PackedModel) -> npt.NDArray[np.uint8]:
-    return packed.all_records()
+    return packed.all_packed_experts()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,7 +105,7 @@ def test_after_rebalancing_slots_hold_the_most_used_and_state_is_kept(
     )
     is_resident = resident(ops, store.cache)
     assert (
-        verify(ops, store.cache, packed.all_records(), 10**6, 0)
+        verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0)
         == is_resident.sum()
         == sum(slots_each)
     )
@@ -120,7 +120,7 @@ def test_after_rebalancing_slots_hold_the_most_used_and_state_is_kept(
 
     generate(engine, 2)
     assert store.counters().routed == counting_rebalance.routed * 2
-    assert verify(ops, store.cache, packed.all_records(), 10**6, 0) > 0
+    assert verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0) > 0
 
 
 def test_rebalancing_without_a_better_split_does_nothing(start: Callable[..., Engine]) -> None:
@@ -183,7 +183,7 @@ def test_on_a_gpu_graphs_are_captured_again_without_allocations(
     assert gpu.num_allocations == asked and gpu.held.keys() == held_before.keys()
     assert engine.status()["experts"]["routed"] == 9
     count = engine.run_on_engine_thread(
-        lambda: verify(ops, store.cache, packed.all_records(), 10**6, 0)
+        lambda: verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0)
     )
     assert count == SLOTS * len(CASE.kinds)
 

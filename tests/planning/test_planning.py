@@ -463,7 +463,7 @@ def test_a_synthetic_model_in_other_formats_has_the_same_shapes() -> None:
     config = EngineConfig(attention_quant="int4")
     made = open_synthetic(SMALL, config)
     info = shapes_info("x", made.config, made.formats)
-    assert (info.record, info.parts) == (made.record, made.parts)
+    assert (info.layout, info.parts) == (made.layout, made.parts)
     card = HardwareInfo(True, 30 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
     assert plan_shapes(info, config, card) == plan_shapes(made, config, card)
 
