@@ -35,7 +35,7 @@ def source_files(*folders: str) -> list[Path]:
 def sentences(path: Path, text: str) -> Iterator[Sentence]:
     """Sentences of a Python file's docstrings and comments, of PTX comments, or of Markdown."""
     first_line = text.partition("\n")[0]
-    if path.suffix == ".py" or "python" in first_line and first_line.startswith("#!"):
+    if path.suffix == ".py" or ("python" in first_line and first_line.startswith("#!")):
         blocks = python_prose(text)
     elif path.suffix == ".ptx":
         blocks = ptx_prose(text)
