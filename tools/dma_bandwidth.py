@@ -1,25 +1,25 @@
 #!/usr/bin/env python3
-"""Which kind of host memory does this machine move fastest to and from its GPU?
+"""Measure which kind of host memory has the fastest copies to and from the GPU.
 
-Stands on its own: needs the NVIDIA driver, cuda-bindings and NumPy, not Osmium.
+Needs the NVIDIA driver, cuda-bindings and NumPy, not Osmium.
 
-Method.  For each kind of host memory, each block size, each engine and each direction, enough
-blocks to make up to 256 MiB are queued on a stream between two events; the rate is bytes over that
-time, GB = 1e9 bytes.  Rounds go over all kinds in turn, so that a machine that slows down slows all
-of them; a figure is the median over the rounds, its spread the distance between the quartiles.
+Method.  A measurement has one kind of host memory, block size, engine and direction.  It queues
+blocks, up to 256 MiB in total, on a stream between two events; the rate is bytes / time, GB = 1e9
+bytes.  Each round measures all kinds, so that a machine that slows down affects all of them.  A
+figure is the median over the rounds, its spread the distance between the quartiles.
 
 Kinds     pageable                plain memory; the driver stages it
           pinned                  cuMemHostAlloc
-          write-combined          cuMemHostAlloc, WRITECOMBINED: the CPU writes past its caches
+          write-combined          cuMemHostAlloc, WRITECOMBINED: CPU writes bypass its caches
           registered              mmap, touched, cuMemHostRegister
-          registered-huge         the same, with transparent huge pages asked for
-Engines   copy                    cuMemcpyHtoDAsync / cuMemcpyDtoHAsync, one call a block
+          registered-huge         the same, with transparent huge pages requested
+Engines   copy                    cuMemcpyHtoDAsync / cuMemcpyDtoHAsync, one call per block
           sm                      a kernel that reads or writes mapped memory, 16 thread blocks
-          both                    half of the blocks each, on two streams
+          both                    half of the blocks by each, on two streams
 
-Reading the result.  The recommendation is the kind that is fastest to the GPU one expert at a time
-by `sm` (that is what decoding does), where its lead over the next kind exceeds twice their spreads;
-else the one of the leaders that the CPU fills fastest.  Kernels cannot read pageable memory.
+Result.  The recommended kind is the fastest to the GPU with `sm`, one expert at a time, as in
+decode.  Its lead over the next kind must exceed twice their spreads.  Otherwise, among the tied
+kinds, the one that the CPU fills fastest is recommended.  Kernels cannot read pageable memory.
 """
 
 import argparse
@@ -44,10 +44,10 @@ KINDS = ("pageable", "pinned", "write-combined", "registered", "registered-huge"
 ENGINES = ("copy", "sm", "both")
 DIRECTIONS = ("to-gpu", "to-host")
 BLOCKS, THREADS = 16, 256
-PER_ROUND = 256 << 20  # bytes queued for one measurement, where blocks are smaller
+PER_ROUND = 256 << 20  # bytes of one measurement, if blocks are smaller
 
 COPY_KERNEL = """
-// count 16-byte words from one place to another, four in flight a thread.
+// Copies `count` 16-byte words from `from` to `to`, four loads in flight per thread.
 .version 7.8
 .target sm_80
 .address_size 64
@@ -112,16 +112,16 @@ done:
 
 
 class Failed(Exception):
-    """A driver call said no."""
+    """A driver call failed, or the driver cannot be used."""
 
 
 def say(*words: object) -> None:
-    """To people: the table and remarks go to stderr, so that stdout is the JSON line alone."""
+    """Print to stderr, so that stdout has only the JSON line."""
     print(*words, file=sys.stderr, flush=True)
 
 
 class Driver:
-    """The few driver calls this probe needs, on the primary context of GPU 0."""
+    """The driver API, on the primary context of one GPU."""
 
     def __init__(self, ordinal: int) -> None:
         try:
@@ -131,11 +131,11 @@ class Driver:
         self.cu = driver
         try:
             self("cuInit", 0)
-        except Exception as error:  # the binding raises its own types where libcuda is absent
+        except Exception as error:  # the binding raises its own types if libcuda is missing
             raise Failed(f"There is no usable NVIDIA driver here: {error}") from None
         count = self("cuDeviceGetCount")
         if ordinal >= count:
-            raise Failed(f"GPU {ordinal} was asked for; the driver sees {count}.")
+            raise Failed(f"--gpu is {ordinal}; the driver has {count} GPUs, from 0.")
         self.device = self("cuDeviceGet", ordinal)
         self.context = self("cuDevicePrimaryCtxRetain", self.device)
         self("cuCtxSetCurrent", self.context)
@@ -160,7 +160,10 @@ class Driver:
 
 
 class HostMemory:
-    """`nbytes` of one kind: `address` for the CPU and copies, `mapped` for kernels (None: not)."""
+    """`nbytes` of one kind.
+
+    `address` is for the CPU and copies, `mapped` for kernels; None if they cannot reach it.
+    """
 
     def __init__(self, driver: Driver, kind: str, nbytes: int) -> None:
         self.driver, self.kind, self.nbytes = driver, kind, nbytes
@@ -242,11 +245,11 @@ def measure(
 
 
 def cells(kind: str, sizes: tuple[int, ...], nbytes: int) -> Iterator[tuple[int, str, str]]:
-    """What can be measured with one kind of memory."""
+    """Yield (block size, engine, direction) of all measurements with one kind of memory."""
     for size in sizes:
         for engine in ENGINES:
-            alone = size * 2 > min(PER_ROUND, nbytes) and engine == "both"
-            if size <= nbytes and not alone and (kind != "pageable" or engine == "copy"):
+            one_block = size * 2 > min(PER_ROUND, nbytes) and engine == "both"
+            if size <= nbytes and not one_block and (kind != "pageable" or engine == "copy"):
                 for direction in DIRECTIONS:
                     yield size, engine, direction
 
@@ -260,14 +263,14 @@ def quartiles(values: list[float]) -> float:
 
 
 def link(driver: Driver) -> dict[str, Any]:
-    """The PCIe link as NVML tells it; empty where there is no NVML."""
+    """Generation and width of the PCIe link, from NVML; empty without NVML."""
     bus = driver("cuDeviceGetPCIBusId", 32, driver.device)
     bus = bus.split(b"\0")[0]
     try:
         nvml = ctypes.CDLL("libnvidia-ml.so.1")
     except OSError:
         return {}
-    handle, found = ctypes.c_void_p(), {}
+    handle, values = ctypes.c_void_p(), {}
     if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByPciBusId_v2(bus, ctypes.byref(handle)):
         return {}
     for name, call in (
@@ -278,12 +281,12 @@ def link(driver: Driver) -> dict[str, Any]:
     ):
         value = ctypes.c_uint()
         if getattr(nvml, call)(handle, ctypes.byref(value)) == 0:
-            found[name] = value.value
-    return found
+            values[name] = value.value
+    return values
 
 
 def recommend(report: dict[str, Any]) -> dict[str, Any]:
-    """The kind to use, and whether its lead is more than noise."""
+    """The recommended kind, and whether its lead exceeds the noise."""
     rates = {
         row["kind"]: row
         for row in report["rows"]
@@ -297,32 +300,33 @@ def recommend(report: dict[str, Any]) -> dict[str, Any]:
     for row in rest:
         if best["gb_s"] - row["gb_s"] <= 2 * max(best["spread"], row["spread"]):
             tied.append(row["kind"])
-    kind = max(tied, key=lambda one: report["kinds"][one]["fill_gb_s"])
-    why = f"{rates[kind]['gb_s']:.1f} GB/s one expert at a time by kernels"
+    kind = max(tied, key=lambda name: report["kinds"][name]["fill_gb_s"])
+    reason = f"{rates[kind]['gb_s']:.1f} GB/s one expert at a time by kernels"
     if len(tied) > 1:
-        why += f"; {', '.join(tied)} differ by less than twice their spread, this one fills fastest"
+        reason += f"; {', '.join(tied)} differ by less than twice their spread, "
+        reason += "the CPU fills this one fastest"
     elif rest:
         lead = best["gb_s"] - rest[0]["gb_s"]
         spread = max(best["spread"], rest[0]["spread"])
-        why += f"; {lead:.1f} ahead of {rest[0]['kind']}, spread {spread:.2f}"
-    return {"kind": kind, "sure": len(tied) == 1, "tied": tied, "why": why}
+        reason += f"; {lead:.1f} ahead of {rest[0]['kind']}, spread {spread:.2f}"
+    return {"kind": kind, "sure": len(tied) == 1, "tied": tied, "why": reason}
 
 
 def table(report: dict[str, Any]) -> None:
-    """One table a direction: rows are kind and engine, columns block sizes."""
+    """Print one table per direction: rows are kind and engine, columns block sizes."""
     for direction in DIRECTIONS:
-        say(f"\nGB/s {direction} (median, +- half the distance of the quartiles)")
-        say(f"{'':24}" + "".join(f"{shown(size):>14}" for size in report["sizes"]))
+        say(f"\nGB/s {direction} (median, +- half the distance between the quartiles)")
+        say(f"{'':24}" + "".join(f"{size_text(size):>14}" for size in report["sizes"]))
         for kind in report["kinds"]:
             for engine in ENGINES:
-                found = {
+                cell = {
                     row["bytes"]: row
                     for row in report["rows"]
                     if (row["kind"], row["engine"], row["direction"]) == (kind, engine, direction)
                 }
-                if found:
+                if cell:
                     line = "".join(
-                        f"{found[s]['gb_s']:8.1f} +-{found[s]['spread'] / 2:4.1f}" if s in found
+                        f"{cell[s]['gb_s']:8.1f} +-{cell[s]['spread'] / 2:4.1f}" if s in cell
                         else f"{'-':>14}"
                         for s in report["sizes"]
                     )  # fmt: skip
@@ -332,14 +336,14 @@ def table(report: dict[str, Any]) -> None:
         say(f"{kind:16}{cost['allocate_s_per_gib']:8.2f} s/GiB{cost['fill_gb_s']:11.1f} GB/s")
 
 
-def shown(nbytes: int) -> str:
+def size_text(nbytes: int) -> str:
     """64 KiB, 4.6 MiB, 512 MiB."""
     value, unit = (nbytes / 1024, "KiB") if nbytes < 1 << 20 else (nbytes / (1 << 20), "MiB")
     return f"{value:.3g} {unit}"
 
 
 def probe(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure everything."""
+    """Run all measurements."""
     driver = Driver(args.gpu)
     nbytes = args.size << 20
     sizes = tuple(sorted({s for s in SIZES if s <= nbytes} | {args.expert}))
@@ -356,22 +360,22 @@ def probe(args: argparse.Namespace) -> dict[str, Any]:
         try:
             memory = HostMemory(driver, kind, nbytes)
         except (Failed, OSError) as error:
-            say(f"{kind}: left out, {error}")
+            say(f"{kind}: skipped, {error}")
             continue
         memories.append(memory)
         report["kinds"][kind] = {
             "allocate_s_per_gib": memory.allocate_s / (nbytes / (1 << 30)),
             "fill_gb_s": memory.fill_gb_s,
         }
-    found: dict[tuple[str, int, str, str], list[float]] = {}
-    for round_ in range(args.rounds + 1):  # the first warms up and does not count
+    rates: dict[tuple[str, int, str, str], list[float]] = {}
+    for round_ in range(args.rounds + 1):  # the first is an untimed warm-up
         for memory in memories:
             for cell in cells(memory.kind, sizes, nbytes):
                 rate = measure(driver, memory, vram, *cell)
                 if round_:
-                    found.setdefault((memory.kind, *cell), []).append(rate)
+                    rates.setdefault((memory.kind, *cell), []).append(rate)
         say(f"round {round_} of {args.rounds}")
-    for (kind, size, engine, direction), values in found.items():
+    for (kind, size, engine, direction), values in rates.items():
         report["rows"].append(
             {
                 "kind": kind, "bytes": size, "engine": engine, "direction": direction,
@@ -390,9 +394,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--gpu", type=int, default=0, help="which GPU (0)")
+    parser.add_argument("--gpu", type=int, default=0, help="index of the GPU (0)")
     parser.add_argument("--size", type=int, default=512, help="MiB of each kind of memory (512)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (7)")
+    parser.add_argument("--rounds", type=int, default=7, help="timed rounds (7)")
     parser.add_argument("--expert", type=int, default=EXPERT, help=f"bytes of an expert ({EXPERT})")
     args = parser.parse_args()
     if args.expert % 16 or not 16 <= args.expert <= args.size << 20:

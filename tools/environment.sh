@@ -1,4 +1,4 @@
-# Sourced by the tools: makes .venv once, and again when pyproject.toml changes.
+# Sourced by the tools: creates .venv once, and updates it when pyproject.toml changes.
 # usage: environment EXTRA [FOLDER]     an extra of pyproject.toml or "", and another folder
 #        gpu_extra                      prints the extra for this machine's driver: cu13, cu12 or ""
 
@@ -22,15 +22,15 @@ environment() {
     wanted=$(cksum < pyproject.toml)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
         if [ ! -x "$folder/bin/python" ]; then
-            echo "Making $folder with $("$python" --version) (a minute or two, once)" >&2
-            local was=$([ -e "$folder" ] && echo there)
+            echo "Creating $folder with $("$python" --version) (a minute or two, once)" >&2
+            local existed=$([ -e "$folder" ] && echo yes)
             "$python" -m venv "$folder" || {
-                [ -n "$was" ] || rm -rf "$folder"  # an incomplete one would be taken for a complete one
+                [ -n "$existed" ] || rm -rf "$folder"  # the next run would use an incomplete one
                 echo "python -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2
                 return 1
             }
         else
-            echo "Bringing $folder up to date (a minute or two, once)" >&2
+            echo "Updating $folder (a minute or two, once)" >&2
         fi
         "$folder/bin/python" -m pip install --disable-pip-version-check \
             -e ".${extra:+[$extra]}" >&2 || return 1

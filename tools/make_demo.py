@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make the bundled demo model, osmium/demo/demo.osmium, from a trained checkpoint.
+"""Create the bundled demo model, osmium/demo/demo.osmium, from a trained checkpoint.
 
-INT4 experts, INT8 head and shared expert, the rest in BF16; tokenizer and chat template inside.
-The notices that belong to it are in osmium/demo/NOTICE.md.
+INT4 experts, INT8 head and shared expert, the rest in BF16; tokenizer and chat template included.
+osmium/demo/NOTICE.md has its licences.
 """
 
 import argparse

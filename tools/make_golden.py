@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Make the golden logits anew: seeded checkpoints through transformers, in float32 on the CPU.
+"""Regenerate the golden logits: seeded checkpoints in transformers, float32 on the CPU.
 
 usage: tools/make_golden.py
 
 Needs the `oracle` extra (torch, transformers).  Writes tests/golden/logits_{case}.npz with the
-logits after some of the prompt's positions, and a fingerprint of the weights that they are of.
+logits after some of the prompt's positions, and a fingerprint of the weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from checkout import ROOT, run_tool, use_environment
 if __name__ == "__main__":
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()  # first: the environment takes gigabytes
+    ).parse_args()  # before the environment, which takes gigabytes
 use_environment("oracle", needs=("torch", "transformers"))
 
 import numpy as np
@@ -36,7 +36,7 @@ from tests.models.build import (
 
 
 def main() -> int:
-    """One file a case."""
+    """Write one file per case."""
     torch.set_num_threads(1)
     for case in CASES:
         with tempfile.TemporaryDirectory() as folder:
@@ -49,13 +49,13 @@ def main() -> int:
         ids = prompt(case)
         with torch.no_grad():
             logits = model.eval()(torch.from_numpy(ids[None].astype(np.int64))).logits[0].numpy()
-        kept = positions(case)
+        rows = positions(case)
         out = ROOT / "tests" / "golden" / f"logits_{case.name}.npz"
         np.savez_compressed(
             out,
             ids=ids,
-            positions=kept,
-            logits=logits[kept],
+            positions=rows,
+            logits=logits[rows],
             weights=fingerprint(hf_tensors(case)),
             transformers=transformers.__version__,
         )
@@ -66,9 +66,9 @@ def main() -> int:
 
 
 def positions(case: Case) -> np.ndarray:
-    """Every position of a short prompt; of a long one the last 16 and every third."""
-    every = np.arange(case.prompt, dtype=np.int32)
-    return every if case.prompt <= 64 else every[(every % 3 == 0) | (every >= case.prompt - 16)]
+    """All positions of a prompt up to 64 tokens; else every third one and the last 16."""
+    p = np.arange(case.prompt, dtype=np.int32)
+    return p if case.prompt <= 64 else p[(p % 3 == 0) | (p >= case.prompt - 16)]
 
 
 if __name__ == "__main__":

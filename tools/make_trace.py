@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Generate an expert-routing trace for benchmarks on random weights.
 
-A random router picks experts uniformly, so a cache looks worthless, and a benchmark on random
-weights predicts nothing about a real model.  A generated trace replaces the router: for each token
-and layer it holds the ids of the experts in use.  A trace recorded from a real model
-(--record-routing) is better wherever there is one.
+A random router picks experts uniformly, so a cache has no effect, and a benchmark on random weights
+predicts nothing about a real model.  A generated trace replaces the router: for each token and
+layer it has the ids of the experts in use.  A trace recorded from a real model (--record-routing)
+is better, if there is one.
 
 The generator sums four normal variables per layer and expert: a static popularity, a slow drift
 (the prompt's subject), a fast drift (the last few tokens) and noise.  The top k are used.  Deeper
@@ -21,8 +21,8 @@ Above 36 % resident nothing is published for that model: those figures are an ex
 drift's half-lives are the generator's, not a model's.  A policy tuned to them must also be tried on
 recorded routing, and on traces with another drift (--slow-kept, --slow, --fast).
 
-The file holds ids [T, L, K]; predicted, of the same shape, what a next-layer predictor would have
-chosen, sharing `--recall` of its ids with the truth; prompt_starts int64 [P].
+The file has ids [T, L, K]; predicted [T, L, K], the ids of a simulated next-layer predictor, of
+which the fraction `--recall` is right; prompt_starts int64 [P].
 """
 
 import argparse
@@ -37,18 +37,21 @@ import numpy as np
 import numpy.typing as npt
 
 POPULARITY, SLOW, SLOW_KEPT, FAST, FAST_KEPT, NOISE = 0.56, 0.78, 0.945, 0.91, 0.47, 0.41
-SKEW = 0.3  # popularity and slow drift grow by this share from the first layer to the last
+SKEW = 0.3  # popularity and slow drift grow by this fraction from the first layer to the last
 
 Ids = npt.NDArray[np.uint16]
 
 
 @dataclass(frozen=True)
 class Drift:
-    """Sizes of the two drifts, and how much of the slow one is kept from token to token."""
+    """Parameters of the two drifts."""
 
     slow_kept: float = SLOW_KEPT
+    """Fraction of the slow drift that is kept from token to token."""
     slow: float = SLOW
+    """Standard deviation of the slow drift."""
     fast: float = FAST
+    """Standard deviation of the fast drift."""
 
 
 def trace(
@@ -61,9 +64,9 @@ def trace(
     recall: float,
     drift: Drift = Drift(),
 ) -> tuple[Ids, Ids, npt.NDArray[np.int64]]:
-    """ids, predicted [T, L, K] and where prompts start; prompts share the static popularity alone.
+    """ids and predicted u16 [T, L, K], and the first token of each prompt i64 [prompts].
 
-    shape is (layers, experts).
+    Prompts have the same static popularity and different drifts.  shape is (layers, experts).
     """
     rng = np.random.default_rng(seed)
     layers, experts = shape
@@ -72,14 +75,14 @@ def trace(
     per_prompt = tokens // prompts
     ids = np.empty((per_prompt * prompts, layers, k), np.uint16)
 
-    def moved(x: npt.NDArray[np.float64], kept: float, size: float) -> npt.NDArray[np.float64]:
+    def next_drift(x: npt.NDArray[np.float64], kept: float, size: float) -> npt.NDArray[np.float64]:
         return np.asarray(kept * x + np.sqrt(1 - kept**2) * rng.normal(0, size, shape))
 
     for prompt in range(prompts):
         slow, fast = rng.normal(0, drift.slow, shape), rng.normal(0, drift.fast, shape)
         for t in range(per_prompt):
-            slow = moved(slow, drift.slow_kept, drift.slow)
-            fast = moved(fast, FAST_KEPT, drift.fast)
+            slow = next_drift(slow, drift.slow_kept, drift.slow)
+            fast = next_drift(fast, FAST_KEPT, drift.fast)
             score = base + depth * slow + fast + rng.normal(0, NOISE, shape)
             ids[prompt * per_prompt + t] = np.argpartition(-score, k, axis=1)[:, :k]
     predicted = ids.copy()
@@ -94,23 +97,23 @@ def main() -> int:
     )
     add = parser.add_argument
     add("out", metavar="OUT.npz", help="the file to write")
-    for flag, default, what in (
-        ("--tokens", 3072, "tokens, of all prompts together"),
-        ("--prompts", 6, "prompts, each with a drift of its own"),
+    for flag, default, text in (
+        ("--tokens", 3072, "tokens of all prompts"),
+        ("--prompts", 6, "prompts, each with another drift"),
         ("--layers", 48, "layers of the model"),
         ("--experts", 256, "experts per layer"),
         ("--top-k", 8, "experts per token and layer"),
         ("--seed", 1, "seed of the drifts"),
         ("--base-seed", 12345, "seed of the popularity"),
     ):
-        add(flag, type=int, default=default, metavar="N", help=f"{what} ({default})")
-    for flag, value, what in (
+        add(flag, type=int, default=default, metavar="N", help=f"{text} ({default})")
+    for flag, value, text in (
         ("--recall", 0.78, "fraction of the predicted experts that are used"),
         ("--slow-kept", SLOW_KEPT, "fraction of the slow drift kept from token to token"),
         ("--slow", SLOW, "standard deviation of the slow drift"),
         ("--fast", FAST, "standard deviation of the fast drift"),
     ):
-        add(flag, type=float, default=value, metavar="X", help=f"{what} ({value})")
+        add(flag, type=float, default=value, metavar="X", help=f"{text} ({value})")
     args = parser.parse_args()
     if not 0 <= args.slow_kept < 1:
         parser.error(f"--slow-kept is {args.slow_kept}; it must be from 0 to below 1")
@@ -118,8 +121,8 @@ def main() -> int:
         parser.error(f"--prompts is {args.prompts}; it must be from 1 to --tokens ({args.tokens})")
     if not 1 <= args.top_k < args.experts <= 1 << 16:
         parser.error(
-            f"--top-k is {args.top_k} of --experts {args.experts}; it must be at least 1 and below "
-            "them, and they at most 65536"
+            f"--top-k is {args.top_k} of --experts {args.experts}; --top-k must be at least 1 and "
+            "below --experts, and --experts at most 65536"
         )
     if args.layers < 1:
         parser.error(f"--layers is {args.layers}; it must be at least 1")

@@ -53,10 +53,10 @@ class SerialStreams:
 
     stream: LaunchRecorder
 
-    def fork_side_stream(self, early: bool = False) -> LaunchRecorder:
+    def fork_side_stream(self, prefetch: bool = False) -> LaunchRecorder:
         return self.stream
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         pass
 
 

@@ -1,4 +1,4 @@
-"""One response of the engine, shown while it comes: prompt, thinking, answer, end."""
+"""Generates one response and displays it while it streams: reasoning, answer, end."""
 
 import contextlib
 import queue
@@ -20,51 +20,51 @@ from osmium.text.tokenizer import Tokenizer
 __all__ = ["Interrupt", "Rendered", "Response", "render", "respond", "tokenizer_of"]
 
 _NO_TERMINAL = (termios.error, OSError, ValueError, TypeError, AttributeError)
-"""What setting a terminal raises where stdin is none, closed or replaced."""
+"""Exceptions of the terminal's functions if stdin is no terminal, closed or replaced."""
 
 POLL_S = 0.1
-"""Seconds between two looks at a request of which nothing comes."""
+"""Seconds between checks for Ctrl-C and progress while a request has no new event."""
 
 
 @dataclass(frozen=True)
 class Rendered:
-    """A prompt."""
+    """A prompt as token ids."""
 
     ids: list[int]
     thinking: bool
     """Whether the response begins inside of <think>."""
     raw: bool = False
-    """Continue the text: nothing in the response is taken for thinking."""
+    """A text to continue: the response has no reasoning."""
 
 
 @dataclass(frozen=True)
 class Response:
-    """What the model has generated."""
+    """The generated text, and how it ended."""
 
-    thought: str
+    reasoning: str
     answer: str
     finish: Finish
 
 
 class Interrupt:
-    """While entered, the first Ctrl-C sets `requested`; another one is KeyboardInterrupt.
+    """Inside its `with`, the first Ctrl-C sets `requested`; a second one raises KeyboardInterrupt.
 
-    Keys that are pressed meanwhile are not echoed into the response: the next prompt reads them.
+    The terminal does not echo keys meanwhile; the next prompt reads them.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        self._before: Any = None
+        self._previous_handler: Any = None
         self._terminal: list[Any] | None = None
 
     def __enter__(self) -> "Interrupt":
-        with contextlib.suppress(ValueError):  # not the main thread: no signal comes here
-            self._before = signal.signal(signal.SIGINT, self._on_signal)
+        with contextlib.suppress(ValueError):  # not the main thread, which receives the signals
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_signal)
         with contextlib.suppress(*_NO_TERMINAL):
-            before = termios.tcgetattr(sys.stdin)
-            quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+            saved = termios.tcgetattr(sys.stdin)
+            quiet = [*saved[:3], saved[3] & ~termios.ECHO, *saved[4:]]
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
-            self._terminal = before
+            self._terminal = saved
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -76,28 +76,28 @@ class Interrupt:
         if self._terminal is not None:
             with contextlib.suppress(*_NO_TERMINAL):
                 termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._terminal)
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
 
 
 def tokenizer_of(engine: Engine) -> Tokenizer:
-    """The model's tokenizer.  Raises: CheckpointError where it has none."""
+    """The model's tokenizer.  Raises: CheckpointError if it has none."""
     if engine.tokenizer is None:
         raise CheckpointError(
-            f"{engine.name} has no tokenizer.json, so text has no ids; put the file beside the "
+            f"{engine.name} has no tokenizer.json, which text input needs; put the file beside the "
             "model's config.json."
         )
-    found: Tokenizer = engine.tokenizer
-    return found
+    tokenizer: Tokenizer = engine.tokenizer
+    return tokenizer
 
 
 def render(engine: Engine, messages: list[dict[str, Any]], think: bool | None) -> Rendered:
-    """A conversation as the model's chat template has it.  Raises: ConfigError, RequestError."""
+    """Render a conversation by the model's chat template.  Raises: ConfigError, RequestError."""
     tokenizer = tokenizer_of(engine)
     if engine.template is None:
         raise ConfigError(f"{engine.name} has no chat template; use `osmium run --raw`.")
-    more = {} if think is None else {"enable_thinking": think}
-    text = engine.template.render(messages, **more)
+    variables = {} if think is None else {"enable_thinking": think}
+    text = engine.template.render(messages, **variables)
     return Rendered(tokenizer.encode(text), starts_in_reasoning(text))
 
 
@@ -108,20 +108,23 @@ def respond(
     display: Display,
     interrupt: Interrupt | None = None,
 ) -> Response:
-    """Generate, and show what comes.  An interrupt ends the response; what came until then counts.
+    """Generate and display a response.  An interrupt ends it; the text so far is returned.
 
-    Raises: RequestError where the prompt does not fit, EngineStopped, OsmiumError.
+    Raises: RequestError if the prompt does not fit, EngineStopped, OsmiumError.
     """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = engine.submit(prompt.ids, params, events.put)
-    reply, thoughts, answers, tokens = DisplayedResponse(prompt.thinking), [], [], 0
-    waiting = contextlib.ExitStack()
+    splitter = DisplayedResponse(prompt.thinking)
+    reasonings: list[str] = []
+    answers: list[str] = []
+    tokens = 0
+    indicator = contextlib.ExitStack()
     try:
-        progress = waiting.enter_context(progress_bar())
+        progress = indicator.enter_context(progress_bar())
         while True:
             if tokens == 0:
                 progress("prompt", *request.prompt_progress)
-            elif reply.thinking and not display.shows_thinking:
+            elif splitter.thinking and not display.shows_thinking:
                 progress("thinking", tokens, 0)
             try:
                 event = events.get(timeout=POLL_S)
@@ -133,21 +136,21 @@ def respond(
             if isinstance(event, Finish) and event.error is not None:
                 raise event.error
             tokens += isinstance(event, Token)
-            thought, answer = ("", event.text) if prompt.raw else reply.push(event.text)
+            reasoning, answer = ("", event.text) if prompt.raw else splitter.push(event.text)
             if isinstance(event, Finish) and not prompt.raw:
-                more = reply.flush()
-                thought, answer = thought + more[0], answer + more[1]
-            if answer or (thought and display.shows_thinking):
-                waiting.close()  # what shows that something is coming has served
-            thoughts.append(thought)
+                rest = splitter.flush()
+                reasoning, answer = reasoning + rest[0], answer + rest[1]
+            if answer or (reasoning and display.shows_thinking):
+                indicator.close()  # the text replaces the progress bar
+            reasonings.append(reasoning)
             answers.append(answer)
-            display.thought(thought)
+            display.reasoning(reasoning)
             display.answer(answer)
             if isinstance(event, Finish):
-                return Response("".join(thoughts), "".join(answers), event)
+                return Response("".join(reasonings), "".join(answers), event)
             if interrupt is not None and interrupt.requested:
                 engine.cancel(request)
     finally:
-        waiting.close()
+        indicator.close()
         engine.cancel(request)
         display.end()

@@ -1,4 +1,4 @@
-"""`osmium bench`: rows on stderr as they are measured, one JSON line on stdout."""
+"""`osmium bench`: a row on stderr after each measurement, one JSON line on stdout."""
 
 import argparse
 import gc
@@ -27,7 +27,7 @@ DEFAULTS = BenchConfig(
     warm_up=BENCH_DEFAULTS["warm_up"], parallel=BENCH_DEFAULTS["parallel"],
     prompts=BENCH_DEFAULTS["prompt_tokens"],
 )  # fmt: skip
-"""What `serve --benchmark` measures."""
+"""The measurements of `serve --benchmark`."""
 
 
 def _say(text: str) -> None:
@@ -35,7 +35,7 @@ def _say(text: str) -> None:
 
 
 def bench(args: argparse.Namespace) -> None:
-    """Decode and prefill, medians."""
+    """Measure decode and prefill, or kernels, or compare two results."""
     if args.compare:
         print(compare(*(_json_file(path) for path in args.compare)))
         return
@@ -49,7 +49,7 @@ def bench(args: argparse.Namespace) -> None:
         args.prompt_tokens, args.temperature,
     )  # fmt: skip
     device = options.pop("device", "auto")
-    found = []
+    results = []
     with progress_bar() as show:
         loader = Loader(named_model(model, args.cache_dir), device, progress=show, **options)
     try:
@@ -60,27 +60,27 @@ def bench(args: argparse.Namespace) -> None:
             try:
                 if args.timing:
                     enable_timing(engine)
-                about = {"kv_cache_mb": budget}
-                found.append(measure_and_show(engine, settings, loader.memory_rate(), about))
+                labels = {"kv_cache_mb": budget}
+                results.append(measure_and_show(engine, settings, loader.memory_rate(), labels))
                 if args.profile:
-                    depth = found[-1]["rows"][-1].get("depth", 1024)
-                    found[-1]["profile"] = profile(engine, depth)
-                    _say(profile_table(found[-1]["profile"]))
+                    depth = results[-1]["rows"][-1].get("depth", 1024)
+                    results[-1]["profile"] = profile(engine, depth)
+                    _say(profile_table(results[-1]["profile"]))
             finally:
                 engine.close()
                 del engine
-                gc.collect()  # its VRAM, before the next one allocates
+                gc.collect()  # frees its VRAM before the next engine allocates
     finally:
         loader.close()
-    print(json.dumps(found if len(found) > 1 else found[0]))
+    print(json.dumps(results if len(results) > 1 else results[0]))
 
 
 def measure_and_show(
-    engine: Engine, settings: BenchConfig, memory_gb_s: float, about: dict[str, Any]
+    engine: Engine, settings: BenchConfig, memory_gb_s: float, labels: dict[str, Any]
 ) -> dict[str, Any]:
-    """`about` and what was measured; each row is printed on stderr with the time that is left.
+    """`labels` and the measurements, for JSON.  Prints each row and the remaining time on stderr.
 
-    Raises: ConfigError where the sizes do not fit the engine.
+    Raises: ConfigError if the sizes do not fit the engine.
     """
     rows = len(settings.prompts) + len(settings.parallel) * len(settings.depths)
     _say(f"{engine.name}: measuring {rows} row{'s' * (rows != 1)}")
@@ -89,12 +89,12 @@ def measure_and_show(
     def on_row(row: dict[str, Any], left: int, seconds: float | None) -> None:
         _say(row_line(row))
         if left:
-            about_s = "" if seconds is None else f", about {_duration(seconds)}"
-            _say(f"  ({left} row{'s' * (left != 1)} left{about_s})")
+            estimate = "" if seconds is None else f", about {_duration(seconds)}"
+            _say(f"  ({left} row{'s' * (left != 1)} left{estimate})")
 
-    found = {**about, **measure(engine, settings, memory_gb_s, on_row)}
-    _say(summary(found))
-    return found
+    document = {**labels, **measure(engine, settings, memory_gb_s, on_row)}
+    _say(summary(document))
+    return document
 
 
 def _duration(seconds: float) -> str:
@@ -102,7 +102,7 @@ def _duration(seconds: float) -> str:
 
 
 def _context(loader: Loader, budget: int | None, depth: str) -> dict[str, Any]:
-    """Options of one KV budget; a depth in percent is of all that the KV cache holds."""
+    """Options of one KV budget.  For a depth in percent, the context is the whole KV cache."""
     if budget is None:
         return {}
     if "%" not in depth:
@@ -111,8 +111,8 @@ def _context(loader: Loader, budget: int | None, depth: str) -> dict[str, Any]:
 
 
 def _json_file(path: str) -> Any:
-    """The last line of a file as JSON.  Raises: ConfigError."""
+    """Parse the last line of a file as JSON.  Raises: ConfigError."""
     try:
         return json.loads(Path(path).read_text().strip().splitlines()[-1])
     except (OSError, ValueError, IndexError) as error:
-        raise ConfigError(f"{path} holds no result of osmium bench: {error}") from None
+        raise ConfigError(f"{path} is no result of osmium bench: {error}") from None

@@ -1,6 +1,6 @@
-"""The commands: what each is for, its examples, its words and its flags.
+"""The commands: summary, examples, positional arguments and flags of each.
 
-Nothing is parsed or run here, and nothing heavy is imported.
+This module parses and runs nothing, and imports nothing that loads slowly.
 """
 
 import argparse
@@ -26,14 +26,14 @@ class Word:
     """A positional argument."""
 
     name: str
-    """Its name in the namespace."""
+    """The name in the namespace."""
     help: str
     required: bool = False
     many: bool = False
 
     @property
     def shown(self) -> str:
-        """Its name in help and errors."""
+        """The name in help and errors."""
         return self.name.removesuffix("s").upper()
 
 
@@ -43,12 +43,12 @@ class Command:
 
     summary: str
     examples: tuple[str, ...]
-    where: str
+    entry_point: str
     """module:function of osmium.cli, imported when the command runs."""
     flags: Callable[[argparse.ArgumentParser], None]
     words: tuple[Word, ...] = ()
-    needs: tuple[str, ...] = ()
-    """Flags that must be given."""
+    required_flags: tuple[str, ...] = ()
+    """Names of flags that must be given."""
 
 
 MODEL = Word("model", MODEL_HELP)
@@ -67,26 +67,26 @@ def _recording(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _talking(parser: argparse.ArgumentParser) -> None:
-    """What run and chat have in common."""
+def _conversation(parser: argparse.ArgumentParser) -> None:
+    """Flags of both run and chat."""
     add = parser.add_argument
     add("--system", metavar="TEXT", help="the system message (none)")
-    add("--hide-thinking", action="store_true", help="do not show the model's thinking (a terminal "
-        "shows it dim, a pipe never gets it)")  # fmt: skip
+    add("--hide-thinking", action="store_true", help="hide the model's reasoning (shown dim on a "
+        "terminal, never in a pipe)")  # fmt: skip
     add("--plain", action="store_true", help="do not render Markdown")
     add_timing_flag(parser)
 
 
 def _run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", action="store_true", help="no chat template: continue the text")
-    _talking(parser)
+    _conversation(parser)
     _recording(parser)
     add_sampling_flags(parser)
     _engine(parser)
 
 
 def _chat(parser: argparse.ArgumentParser) -> None:
-    _talking(parser)
+    _conversation(parser)
     add_sampling_flags(parser)
     _engine(parser)
 
@@ -150,7 +150,7 @@ def _none(parser: argparse.ArgumentParser) -> None:
 
 COMMANDS: dict[str, Command] = {
     "run": Command(
-        "Answer one prompt on stdout; without a prompt, talk.",
+        "Print the answer to one prompt; without a prompt, chat.",
         (
             'osmium run demo "What is an isotope?"',
             "osmium run Qwen/Qwen3.5-35B-A3B",
@@ -158,11 +158,11 @@ COMMANDS: dict[str, Command] = {
         ),
         "commands:run",
         _run,
-        (MODEL, Word("prompt", "the prompt in quotes, or - for stdin (none: talk on the terminal, "
+        (MODEL, Word("prompt", "the prompt in quotes, or - for stdin (none: chat on the terminal, "
                      "or read a piped stdin)")),
     ),
     "chat": Command(
-        "Talk on the terminal; /help lists the commands there.",
+        "Chat on the terminal; /help lists its commands.",
         ("osmium chat demo", 'osmium chat Qwen/Qwen3.5-35B-A3B --system "Answer in French."'),
         "commands:chat",
         _chat,
@@ -200,7 +200,7 @@ COMMANDS: dict[str, Command] = {
         (MODEL,),
     ),
     "list": Command(
-        "List packed models: size, formats, when they were last used.",
+        "List packed models: size, formats, last use.",
         ("osmium list", "osmium list --json"),
         "local:list_models",
         _list,

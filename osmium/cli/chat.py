@@ -1,6 +1,6 @@
 """A conversation on the terminal: messages, the chat's own commands, and the loop around them.
 
-Where lines come from is a Reader (editor.py), where responses go a Display (render.py).
+A Reader supplies lines (editor.py), a Display prints responses (render.py).
 """
 
 import difflib
@@ -25,22 +25,24 @@ COMMANDS = {
     "/new": "start another conversation (the system message stays)",
     "/system": "TEXT  set the system message; without TEXT, show it",
     "/regenerate": "generate the last response again",
-    "/save": "FILE  write the conversation; as JSON where FILE ends in .json",
+    "/save": "FILE  write the conversation; as JSON if FILE ends in .json",
     "/exit": "leave; so do /bye and Ctrl-D",
     "/bye": "leave",
 }
 
 _KEYS = """\
 Enter sends, Alt-Enter starts a new line; pasted lines are one message.
-Ctrl-C stops a response and keeps what came of it."""
+Ctrl-C stops a response and keeps its text so far."""
 
 
 class Reader(Protocol):
-    """Where lines come from."""
+    """Source of lines."""
 
     def read(self) -> str:
-        """The next message or command.  Raises: EOFError at the end, KeyboardInterrupt at Ctrl-C
-        where nothing has been typed."""
+        """The next message or command.
+
+        Raises: EOFError at the end, KeyboardInterrupt at Ctrl-C on an empty line.
+        """
 
 
 def banner(engine: Engine) -> str:
@@ -66,20 +68,20 @@ class Chat:
         think: bool | None = None,
         timing: ResponseTimes | None = None,
     ) -> None:
-        """`display` makes a display for each response; `say` prints a note, not on stdout."""
+        """`display` creates a display for each response; `say` prints a note on stderr."""
         self.engine, self.params, self.think = engine, params, think
         self._display, self._say, self._timing = display, say, timing
         self.system = system
         self.messages: list[dict[str, Any]] = []
-        """User's and assistant's, in turn; thinking is `reasoning_content`."""
+        """User's and assistant's messages; `reasoning_content` is the reasoning."""
         self._question: str | None = None
-        """The last one, also where its response was stopped before it began."""
-        self._again = 0
-        """Responses that were generated anew, for another seed each."""
+        """The user's last message, also if its response was stopped before it started."""
+        self._regenerated = 0
+        """Number of /regenerate so far, added to the seed."""
         self._saved: Path | None = None
 
     def handle(self, line: str) -> bool:
-        """Take a message or a command.  False means that the user leaves."""
+        """Process a message or a command.  Returns False at the end of the conversation."""
         if not line.strip():
             return True
         if line.startswith("/"):
@@ -90,9 +92,9 @@ class Chat:
     # -- messages ---------------------------------------------------------------------------------
 
     def ask(self, text: str) -> None:
-        """Send a message and show the response; both are kept, unless nothing came.
+        """Send a message and display the response.
 
-        Raises: EngineStopped.
+        Both join the conversation, unless the answer is empty.  Raises: EngineStopped.
         """
         self._question = text
         question = {"role": "user", "content": text}
@@ -104,52 +106,52 @@ class Chat:
         except OsmiumError as error:
             if self.engine.stopped is not None:
                 raise
-            self._say(self._refusal(error))
+            self._say(self._error_text(error))
             return
         if response.finish.completion_tokens and self._timing is not None:
             self._timing.print_next()
         if response.answer:
             answer: dict[str, Any] = {"role": "assistant", "content": response.answer}
-            if response.thought:
-                answer["reasoning_content"] = response.thought
+            if response.reasoning:
+                answer["reasoning_content"] = response.reasoning
             self.messages += [question, answer]
-        self._tell_end(response)
+        self._print_end(response)
 
     def _respond(self, prompt: Rendered, interrupt: Interrupt) -> Response:
         params = self.params
         if params.seed is not None:
-            params = replace(params, seed=params.seed + self._again)
+            params = replace(params, seed=params.seed + self._regenerated)
         return respond(self.engine, prompt, params, self._display(), interrupt)
 
-    def _refusal(self, error: OsmiumError) -> str:
+    def _error_text(self, error: OsmiumError) -> str:
         if isinstance(error, RequestError) and error.code == "context_length_exceeded":
             return (
-                f"This does not fit any more: the conversation and the message are longer than the "
-                f"context of {self.engine.context:,} tokens. /new starts another conversation; "
-                "`--context` sets a longer one at start."
+                f"The conversation and the message are longer than the context of "
+                f"{self.engine.context:,} tokens. /new starts another conversation; `--context` "
+                "sets a longer context at start."
             )
         return str(error)
 
-    def _tell_end(self, response: Response) -> None:
-        """What a user cannot see from the text: that it was stopped, or is cut off, and where."""
+    def _print_end(self, response: Response) -> None:
+        """Print a note if the response was stopped or truncated, or has no answer."""
         reason, kept = response.finish.reason, bool(response.answer)
         if reason is FinishReason.CANCELLED:
             self._say(
                 "Stopped; the response so far is part of the conversation."
                 if kept
-                else "Stopped before an answer; /regenerate asks again."
+                else "Stopped before an answer; /regenerate tries again."
             )
         elif reason is FinishReason.LENGTH:
             limit = self.params.max_tokens
             if limit is not None and response.finish.completion_tokens >= limit:
-                what = f"Cut off after --max-tokens {limit}."
+                note = f"Cut off after --max-tokens {limit}."
             else:
-                what = (
+                note = (
                     f"Cut off: the context of {self.engine.context:,} tokens is full. /new starts "
                     "another conversation."
                 )
             self._say(
-                what if kept else what + " It was still thinking: --no-think answers at once."
+                note if kept else note + " It was still thinking: --no-think answers at once."
             )
         elif not kept:
             self._say("The model ended its response without an answer; /regenerate tries again.")
@@ -187,28 +189,28 @@ class Chat:
     def _system(self, rest: str) -> None:
         if rest:
             self.system = rest
-            self._say("The system message is set; it counts from the next message on.")
+            self._say("The system message is set; it applies from the next message on.")
         else:
             self._say(self.system or "There is no system message; /system TEXT sets one.")
 
     def _regenerate(self, rest: str) -> None:
         if self._question is None:
-            self._say("There is no message yet to respond to.")
+            self._say("There is no message to respond to yet.")
             return
-        before = self.messages
-        if before and before[-2]["content"] == self._question:
-            self.messages = before[:-2]
-        self._again += 1
+        previous = self.messages
+        if previous and previous[-2]["content"] == self._question:
+            self.messages = previous[:-2]
+        self._regenerated += 1
         length = len(self.messages)
         self.ask(self._question)
-        if len(self.messages) == length:  # nothing came: the old response is better than none
-            self.messages = before
+        if len(self.messages) == length:  # no new answer: restore the old one
+            self.messages = previous
 
     def _save(self, rest: str) -> None:
         try:
             (name,) = shlex.split(rest)
         except ValueError:
-            self._say("Say where to: /save talk.md, or /save talk.json")
+            self._say("/save needs a file name: /save talk.md, or /save talk.json")
             return
         path = Path(name).expanduser()
         if path.exists() and path != self._saved:
@@ -227,11 +229,11 @@ class Chat:
         messages = [*system, *self.messages]
         if as_json:
             return json.dumps(messages, ensure_ascii=False, indent=1) + "\n"
-        return "\n".join(f"## {one['role']}\n\n{one['content']}\n" for one in messages)
+        return "\n".join(f"## {m['role']}\n\n{m['content']}\n" for m in messages)
 
 
 def talk(chat: Chat, reader: Reader, say: Callable[[str], None]) -> None:
-    """Read and answer until the user leaves.  Raises: EngineStopped."""
+    """Read messages and generate responses until the user exits.  Raises: EngineStopped."""
     warned = False
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What each command does, with the arguments that parser.py has read."""
+"""The commands, called with the arguments that parser.py has parsed."""
 
 import argparse
 import json
@@ -37,30 +37,30 @@ def _say(text: str) -> None:
 
 
 def _note(text: str) -> None:
-    """For the person at the terminal, wrapped between words."""
+    """Print a note on stderr, wrapped between words on a terminal."""
     console = Console(stderr=True, highlight=False)
     console.print(Text(text), soft_wrap=not console.is_terminal)
 
 
 @contextmanager
 def resumable() -> Iterator[Progress]:
-    """Progress of loading; a Ctrl-C that stops a download or packing says what is kept."""
+    """Progress of loading; Ctrl-C during a download or packing prints how to continue."""
     try:
         with progress_bar() as progress:
             yield progress
     except KeyboardInterrupt:
-        say_what_is_kept(stopped_stage())
+        print_resumable(stopped_stage())
         raise
 
 
-def say_what_is_kept(stage: tuple[str, int, int] | None) -> None:
-    """After a stop in a stage that goes on where it was."""
+def print_resumable(stage: tuple[str, int, int] | None) -> None:
+    """After Ctrl-C: print the amount done of a stage that the next start continues."""
     name, done, total = stage or ("", 0, 0)
     if name.startswith(("packing", "download")):
         _say(
             f"osmium: stopped while {name.replace('download ', 'downloading ')}, at "
-            f"{amount(name, done, total)}. What is done is kept; the same command goes on from "
-            "there."
+            f"{amount(name, done, total)}. The finished part is kept; the same command continues "
+            "from there."
         )
 
 
@@ -73,7 +73,7 @@ def _engine(args: argparse.Namespace, *needs: Need) -> Engine:
 
 @contextmanager
 def _recorded(engine: Engine, path: str | None) -> Iterator[None]:
-    """Routing inside goes to a file, if one is named.  Raises: ConfigError."""
+    """Record the routing inside to `path`, if it is given.  Raises: ConfigError."""
     if path is None:
         yield
         return
@@ -89,11 +89,11 @@ def _read(path: str) -> str:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from None
 
 
-# -- talking --------------------------------------------------------------------------------------
+# -- prompts and conversations --------------------------------------------------------------------
 
 
 def _params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
-    """The model's defaults, and over them what was given."""
+    """Sampling parameters: the flags, else the model's defaults."""
     given = {
         name: getattr(args, name)
         for name in ("temperature", "top_p", "top_k", "seed", "max_tokens")
@@ -103,7 +103,7 @@ def _params(args: argparse.Namespace, engine: Engine) -> SamplingParams:
 
 
 def _stdin() -> str:
-    """All of stdin.  Raises: ConfigError where it is not UTF-8."""
+    """All of stdin.  Raises: ConfigError if it is not UTF-8."""
     if sys.stdin is None:
         return ""
     try:
@@ -114,9 +114,9 @@ def _stdin() -> str:
 
 
 def _prompt_of(args: argparse.Namespace) -> str | None:
-    """The prompt, from the command line or stdin; None where the user wants to talk.
+    """The prompt, from the command line or stdin; None for a conversation.
 
-    Raises: ConfigError where it is empty.
+    Raises: ConfigError if it is empty.
     """
     text: str | None = args.prompt
     if text == "-" or (text is None and (sys.stdin is None or not sys.stdin.isatty())):
@@ -124,7 +124,7 @@ def _prompt_of(args: argparse.Namespace) -> str | None:
         text = text if args.raw else text.removesuffix("\n")
     if text is not None and not text.strip():
         raise ConfigError(
-            'The prompt is empty; say osmium run MODEL "PROMPT", or pipe the prompt in.'
+            'The prompt is empty; run osmium run MODEL "PROMPT", or pipe the prompt in.'
         )
     if text is None and args.raw:
         raise ConfigError('--raw needs a prompt: osmium run MODEL --raw "PROMPT".')
@@ -132,8 +132,8 @@ def _prompt_of(args: argparse.Namespace) -> str | None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """One prompt, its answer on stdout; a conversation where there is no prompt."""
-    named_model(engine_options(args)[0], args.cache_dir)  # a prompt that was taken for a model
+    """Print the answer to one prompt on stdout; without a prompt, start a conversation."""
+    named_model(engine_options(args)[0], args.cache_dir)  # raises for a prompt in MODEL's place
     text = _prompt_of(args)
     if text is None:
         if args.record_routing:
@@ -155,9 +155,9 @@ def run(args: argparse.Namespace) -> None:
             response = respond(engine, prompt, params, display)
         if timing is not None:
             timing.print_next()
-        if response.thought and not response.answer:
+        if response.reasoning and not response.answer:
             _say(
-                f"osmium: the response ended within its thinking, after "
+                f"osmium: the response ended within its reasoning, after "
                 f"{response.finish.completion_tokens} tokens; --no-think answers at once."
             )
     finally:
@@ -173,29 +173,31 @@ def chat(args: argparse.Namespace) -> None:
             return display_for(markdown=not args.plain, thinking=not args.hide_thinking)
 
         timing = ResponseTimes(engine) if args.timing else None
-        talking = Chat(
+        conversation = Chat(
             engine, _params(args, engine), display, _note, system=args.system, think=args.think,
             timing=timing,
         )  # fmt: skip
         if sys.stdin is not None and sys.stdin.isatty():
             _note(banner(engine))
-        talk(talking, reader_for([*COMMANDS]), _note)
+        talk(conversation, reader_for([*COMMANDS]), _note)
     finally:
         engine.close()
 
 
 def serve(args: argparse.Namespace) -> None:
     """The HTTP server."""
-    from osmium.cli.serving import serve_model  # a third of a second, for this command alone
+    from osmium.cli.serving import (
+        serve_model,  # takes a third of a second; only this command needs it
+    )
 
     serve_model(args)
 
 
-# -- looking and measuring ------------------------------------------------------------------------
+# -- packing, reports and measurements -------------------------------------------------------------
 
 
 def pack(args: argparse.Namespace) -> None:
-    """Quantise once; prints the packed file's path."""
+    """Quantise a model into a packed file; prints its path."""
     model, options = engine_options(args)
     with resumable() as progress:
         path = pack_model(model, progress=progress, **options)
@@ -213,7 +215,7 @@ def pull(args: argparse.Namespace) -> None:
 
 
 def doctor(args: argparse.Namespace) -> None:
-    """Findings, with advice under those that need it."""
+    """Print the findings, each with its advice."""
     from osmium.cli.doctor import run_checks
 
     for finding in run_checks():
@@ -223,34 +225,38 @@ def doctor(args: argparse.Namespace) -> None:
 
 
 def perplexity(args: argparse.Namespace) -> None:
-    """Windows from an empty state each, tokens 2 .. n scored."""
+    """Print the perplexity of a text: windows of n tokens, each from an empty state.
+
+    Tokens 2 to n of a window are scored.
+    """
     text = _read(args.text)
     engine = _engine(args, "tokenizer")
     try:
         ids = tokenizer_of(engine).encode(text, specials=False)
         with progress_bar() as progress, _recorded(engine, args.record_routing):
-            found = measure_perplexity(
+            result = measure_perplexity(
                 engine, ids, window=args.window, path=args.path, progress=progress
             )
-        print(json.dumps(found))
+        print(json.dumps(result))
     finally:
         engine.close()
 
 
 def logits(args: argparse.Namespace) -> None:
-    """float32 [T, vocab] into a .npy file."""
+    """Write teacher-forced logits, float32 [T, vocab], to a .npy file."""
     try:
         ids = json.loads(_read(args.ids))
     except json.JSONDecodeError as error:
         raise ConfigError(f"{args.ids} is not JSON: {error}") from None
-    if not isinstance(ids, list) or not all(type(one) is int for one in ids):
+    if not isinstance(ids, list) or not all(type(token) is int for token in ids):
         raise ConfigError(f"{args.ids} must hold one list of integers.")
     engine = _engine(args)
     try:
-        found = engine.logits(ids)
+        values = engine.logits(ids)
         with open(args.out, "wb") as file:
-            np.save(file, found)
-        print(json.dumps({"out": args.out, "shape": list(found.shape), "dtype": str(found.dtype)}))
+            np.save(file, values)
+        shape = list(values.shape)
+        print(json.dumps({"out": args.out, "shape": shape, "dtype": str(values.dtype)}))
     except OSError as error:
         raise ConfigError(f"{args.out} cannot be written: {error}") from None
     finally:

@@ -1,7 +1,7 @@
-"""From arguments to an exit code: the one place where errors become a line on stderr.
+"""Runs a command and returns its exit code; converts errors to one line on stderr.
 
-0: done.  1: failed (disk, memory, device, a bug).  2: refused (a flag, a file, a request that
-cannot be).  130: Ctrl-C.
+0: done.  1: failed (disk, memory, device, a bug).  2: refused (an invalid flag, file or request).
+130: Ctrl-C.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from osmium.errors import (
 __all__ = ["prepare", "run"]
 
 Action = Callable[[], int]
-"""What is left to do; returns the exit code."""
+"""A command with its arguments; returns the exit code."""
 
 REFUSED = (ConfigError, CheckpointError, RequestError, NoDevice)
 """Errors that the user's input causes."""
@@ -37,28 +37,28 @@ MIB = 1 << 20
 
 
 def prepare(argv: Sequence[str]) -> Action:
-    """Read the arguments and import the command's module."""
-    replaced = (AttributeError, ValueError, OSError)  # closed, or another object
+    """Parse the arguments and import the command's module."""
+    unusable = (AttributeError, ValueError, OSError)  # a closed stream, or a replaced one
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(*replaced):
-            # An ASCII terminal shows "?" for what it lacks; the default raises.
+        with contextlib.suppress(*unusable):
+            # An ASCII terminal then shows "?" for other characters; the default raises.
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    with contextlib.suppress(*replaced):
+    with contextlib.suppress(*unusable):
         sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
     try:
         command, args = parse(argv)
         _check_address_space()
         return _bound(command, args)
-    except Help as text:
-        shown = str(text)
-        return lambda: print(shown) or 0
+    except Help as error:
+        text = str(error)
+        return lambda: print(text) or 0
     except BaseException as error:
         code = _report(error)
         return lambda: code
 
 
 def _bound(command: Command, args: argparse.Namespace) -> Action:
-    module, _, function = command.where.partition(":")
+    module, _, function = command.entry_point.partition(":")
     body = getattr(importlib.import_module(f"osmium.cli.{module}"), function)
 
     def action() -> int:
@@ -69,8 +69,11 @@ def _bound(command: Command, args: argparse.Namespace) -> Action:
 
 
 def run(action: Action, *, owns_stdout: bool) -> int:
-    """Run it and return the exit code.  With `owns_stdout`, what stdout refused is dropped, so that
-    Python does not complain about it at exit."""
+    """Run a command and return the exit code.
+
+    With `owns_stdout`, output that stdout could not take is dropped, as Python would otherwise
+    print an error at exit.
+    """
     handler = _Lines()
     logging.getLogger().addHandler(handler)
     try:
@@ -95,23 +98,23 @@ def _report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, BrokenPipeError):
-        return 1  # who read stdout has left, as `head` does
+        return 1  # the reader of stdout has exited, like `head`
     line, code = _line(error)
     if line is None:
-        _say("".join(traceback.format_exception(error)).rstrip())
+        _print_error("".join(traceback.format_exception(error)).rstrip())
         line = (
             f"osmium: this is a bug ({type(error).__name__}). Please report it with the text above "
             "and what `osmium doctor` prints."
         )
-    _say(line)
+    _print_error(line)
     return code
 
 
 def _line(error: BaseException) -> tuple[str | None, int]:
-    """The line for people and the exit code; no line for a bug."""
+    """The error's line and the exit code; None as the line for a bug."""
     text = " ".join(str(error).split()) if not isinstance(error, OsmiumError) else str(error)
     if isinstance(error, OsmiumError):
-        if not isinstance(error, Usage):  # whose line begins with the command
+        if not isinstance(error, Usage):  # its line already begins with the command
             text = f"osmium: {text}"
         return text, 2 if isinstance(error, REFUSED) else 1
     if _is_out_of_memory(error, text):
@@ -146,8 +149,10 @@ def _out_of_memory(text: str) -> str:
 
 
 def _check_address_space() -> None:
-    """Raises: OutOfMemory where `ulimit -v` is so low that the libraries fail: NumPy's matrix
-    library then ends the process by itself, or crashes."""
+    """Raises: OutOfMemory if `ulimit -v` is too low for the libraries.
+
+    NumPy's matrix library would end the process, or crash.
+    """
     import resource
 
     soft, _ = resource.getrlimit(resource.RLIMIT_AS)
@@ -155,11 +160,11 @@ def _check_address_space() -> None:
         return
     # 141 MB with NumPy, 32 MB per core for its matrix library, 200 for threads and the rest:
     # below 340 MB the demo crashed on two cores (2026-11).
-    least = (448 + 64 * (os.cpu_count() or 1)) * MIB
-    if soft < least:
+    minimum = (448 + 64 * (os.cpu_count() or 1)) * MIB
+    if soft < minimum:
         raise OutOfMemory(
             f"out of memory: `ulimit -v` allows {soft // MIB} MiB of address space; Osmium needs "
-            f"{least // MIB} MiB and the model's size. Raise it with `ulimit -v unlimited`."
+            f"{minimum // MIB} MiB and the model's size. Raise it with `ulimit -v unlimited`."
         )
 
 
@@ -171,18 +176,18 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         name = "osmium" if record.name.split(".")[0] == "osmium" else record.name
-        _say(f"{name}: {record.levelname.lower()}: {record.getMessage()}")
+        _print_error(f"{name}: {record.levelname.lower()}: {record.getMessage()}")
         if record.exc_info and record.exc_info[1] is not None:
-            _say("".join(traceback.format_exception(record.exc_info[1])).rstrip())
+            _print_error("".join(traceback.format_exception(record.exc_info[1])).rstrip())
 
 
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # stderr is gone, too
+def _print_error(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):  # stderr may be closed, too
         print(text, file=sys.stderr, flush=True)
 
 
 def _drop_unwritten() -> None:
-    """Point stdout and stderr at /dev/null where they cannot be flushed."""
+    """Redirect stdout and stderr to /dev/null if they cannot be flushed."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:

@@ -1,6 +1,6 @@
-"""`osmium doctor`: what this machine has, what stands in the way, and what to do about it.
+"""`osmium doctor`: checks this machine and advises what to change.
 
-Every finding is a name, what was found, and advice where something should change.
+A finding has a name, a value, and advice if something should change.
 """
 
 import importlib.metadata
@@ -34,11 +34,11 @@ class Finding:
     name: str
     value: str
     advice: str = ""
-    """What to change; empty where all is well."""
+    """What to change; empty if nothing."""
 
 
 def run_checks() -> list[Finding]:
-    """Look at everything; never raises for what it finds."""
+    """Run all checks; a problem is a finding, not an exception."""
     checks: list[Callable[[], list[Finding]]] = [
         _python, _package, _bindings, _gpus, _memory, _swap, _limits, _huge_pages, _disk,
     ]  # fmt: skip
@@ -53,23 +53,23 @@ def _python() -> list[Finding]:
 
 
 def _package() -> list[Finding]:
-    """This package, what shares its folder, and whether its kernels are all there."""
+    """This package, conflicts with another package, and whether all kernels are installed."""
     folder = Path(__file__).parents[1]
-    found = [Finding(NAME, f"{version() or 'not installed'}, {folder}")]
+    findings = [Finding(NAME, f"{version() or 'not installed'}, {folder}")]
     clash = conflict()
     if clash:
-        found.append(Finding("another osmium", "in the same folder", clash))
-    if not hasattr(osmium, "load"):  # overwritten by it, or uninstalled with it
-        found.append(Finding("import osmium", "another package", REINSTALL))
+        findings.append(Finding("another osmium", "in the same folder", clash))
+    if not hasattr(osmium, "load"):  # the other package has overwritten or removed it
+        findings.append(Finding("import osmium", "another package", REINSTALL))
     try:
-        found.append(Finding("kernels", f"{check_kernels()}, all there"))
+        findings.append(Finding("kernels", f"{check_kernels()}, all there"))
     except KernelError as error:
-        found.append(Finding("kernels", "not usable", str(error)))
-    return found
+        findings.append(Finding("kernels", "not usable", str(error)))
+    return findings
 
 
 def _bindings() -> list[Finding]:
-    """What Python calls the driver by, and whether it suits the driver."""
+    """The version of cuda-bindings, and whether it matches the driver."""
     cuda = cuda_version()
     try:
         installed = importlib.metadata.version(BINDING)
@@ -99,29 +99,29 @@ def _gpus() -> list[Finding]:
         free, total = device.memory()
         major, minor = device.capability
         version = device.driver_version
-        found = [
+        findings = [
             Finding("driver", f"CUDA {version // 1000}.{version % 1000 // 10}"),
             Finding("GPU", f"{device.name}, sm_{major}{minor}, {total / GIB:.1f} GiB"),
         ]
         used = total - free
         advice = ""
         if used > max(total // 10, GIB):
-            advice = "Other programs hold VRAM; each GiB given back is a GiB of hot experts."
-        found.append(Finding("VRAM free", f"{free / GIB:.1f} GiB", advice))
-        return found + _links()
+            advice = "Other programs use VRAM; each GiB freed caches a GiB of experts."
+        findings.append(Finding("VRAM free", f"{free / GIB:.1f} GiB", advice))
+        return findings + _links()
     finally:
         device.close()
 
 
 def _links() -> list[Finding]:
-    """The PCIe links, as NVML tells them."""
-    import pynvml  # not every machine has libnvidia-ml, and only this needs it
+    """Generation and width of the PCIe links, from NVML."""
+    import pynvml  # only this function needs libnvidia-ml, and not every machine has it
 
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
         return [Finding("PCIe link", f"unknown ({error})")]
-    found = []
+    findings = []
     for index in range(pynvml.nvmlDeviceGetCount()):
         handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
         try:
@@ -130,40 +130,40 @@ def _links() -> list[Finding]:
             width = pynvml.nvmlDeviceGetCurrPcieLinkWidth(handle)
             widest = pynvml.nvmlDeviceGetMaxPcieLinkWidth(handle)
         except pynvml.NVMLError as error:
-            found.append(Finding(f"PCIe link {index}", f"unknown ({error})"))
+            findings.append(Finding(f"PCIe link {index}", f"unknown ({error})"))
             continue
         advice = ""
         if width < widest:
             advice = (
-                f"The card takes x{widest}; decoding speed follows the link: another slot, "
-                "or no second card beside it."
+                f"The card supports x{widest}, and decode speed depends on the link: use another "
+                "slot, or remove a second card that shares the lanes."
             )
         text = f"generation {now} of {best}, x{width} of x{widest} (idle links may slow down)"
-        found.append(Finding(f"PCIe link {index}", text, advice))
+        findings.append(Finding(f"PCIe link {index}", text, advice))
     pynvml.nvmlShutdown()
-    return found
+    return findings
 
 
 def _memory() -> list[Finding]:
     memory = psutil.virtual_memory()
     text = f"{memory.total / GIB:.1f} GiB, {memory.available / GIB:.1f} GiB available"
-    found = [Finding("memory", text)]
+    findings = [Finding("memory", text)]
     available, limit = available_ram()
     if limit < memory.total:
-        found.append(
+        findings.append(
             Finding(
                 "memory limit",
                 f"{limit / GIB:.1f} GiB, {available / GIB:.1f} GiB of it available",
                 "The container allows less than the machine has; raise its memory limit.",
             )
         )
-    return found
+    return findings
 
 
 def _swap() -> list[Finding]:
     swap = psutil.swap_memory()
     text = f"{swap.total / GIB:.1f} GiB, {swap.used / GIB:.1f} GiB used"
-    return [Finding("swap", text + " (page-locked experts never swap; none is needed)")]
+    return [Finding("swap", text + " (not needed: page-locked experts never swap)")]
 
 
 def _limits() -> list[Finding]:
@@ -188,12 +188,12 @@ def _huge_pages() -> list[Finding]:
 
 def _disk() -> list[Finding]:
     cache = user_cache()
-    here = next((one for one in (cache, cache.parent) if one.exists()), Path.home())
-    free = shutil.disk_usage(here).free
+    folder = next((path for path in (cache, cache.parent) if path.exists()), Path.home())
+    free = shutil.disk_usage(folder).free
     advice = ""
     if free < 70 * GIB:
         advice = "A packed 122B model takes 71 GB; --cache-dir puts it on another disk."
-    writable = os.access(here, os.W_OK)
+    writable = os.access(folder, os.W_OK)
     if not writable:
-        advice = f"{here} cannot be written; set XDG_CACHE_HOME or --cache-dir."
+        advice = f"{folder} cannot be written; set XDG_CACHE_HOME or --cache-dir."
     return [Finding("packed models", f"{cache}, {free / GIB:.0f} GiB free", advice)]

@@ -19,23 +19,22 @@ PROMPT = "> "
 
 
 def reader_for(commands: Sequence[str]) -> Reader:
-    """The reader that suits stdin and stdout.  `commands` are completed by Tab."""
-    whole = sys.stdin is not None and sys.stdin.isatty()
-    whole = whole and sys.stdout is not None and sys.stdout.isatty()
-    if whole and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
+    """The reader for stdin and stdout.  Tab completes `commands`."""
+    interactive = sys.stdin is not None and sys.stdin.isatty()
+    interactive = interactive and sys.stdout is not None and sys.stdout.isatty()
+    if interactive and os.environ.get("TERM", "dumb") not in ("", "dumb", "unknown"):
         return _Editor(commands)
     return _Lines()
 
 
 def history_path() -> Path:
-    """Where messages are kept for the editor: chat_history in $XDG_STATE_HOME/osmium, else in
-    ~/.local/state/osmium."""
+    """The history file: chat_history in $XDG_STATE_HOME/osmium, else ~/.local/state/osmium."""
     state = os.environ.get("XDG_STATE_HOME")
     return Path(state or Path.home() / ".local" / "state") / "osmium" / "chat_history"
 
 
 class _Lines:
-    """One message per line; prompts on stderr where a person types them."""
+    """Reads one message per line; prints a prompt on stderr if stdin is a terminal."""
 
     def read(self) -> str:
         if sys.stdin is None:
@@ -45,7 +44,7 @@ class _Lines:
         try:
             line = sys.stdin.readline()
         except KeyboardInterrupt:
-            print(file=sys.stderr)  # behind ^C
+            print(file=sys.stderr)  # a new line after ^C
             raise
         except UnicodeDecodeError as error:
             raise ConfigError(f"stdin is not {error.encoding} text: {error.reason}.") from None
@@ -55,7 +54,7 @@ class _Lines:
 
 
 class _Editor:
-    """prompt_toolkit's editor: Enter sends, Alt-Enter makes a new line, a paste is one message."""
+    """prompt_toolkit's editor: Enter sends, Alt-Enter adds a line, a paste is one message."""
 
     def __init__(self, commands: Sequence[str]) -> None:
         from prompt_toolkit import PromptSession
@@ -75,7 +74,7 @@ class _Editor:
 
         @keys.add("c-c")
         def clear(event: KeyPressEvent) -> None:
-            """Ctrl-C clears what was typed; where nothing was, the chat decides."""
+            """Ctrl-C clears the line; on an empty line read() raises KeyboardInterrupt."""
             if event.current_buffer.text:
                 event.current_buffer.reset()
             else:
@@ -97,12 +96,12 @@ class _Editor:
     def read(self) -> str:
         print()  # between a response and the next message
         text = self._session.prompt(PROMPT)
-        # An ASCII locale makes each byte of a letter half a surrogate pair.
+        # In an ASCII locale each byte of a letter arrives as half a surrogate pair.
         return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _history() -> "History":
-    """The history file, for this user alone; in memory where it cannot be written."""
+    """The history in a file that only this user can read; in memory if it cannot be written."""
     from prompt_toolkit.history import FileHistory, InMemoryHistory
 
     path = history_path()
@@ -112,9 +111,9 @@ def _history() -> "History":
     except OSError:
         return InMemoryHistory()
 
-    class Kept(FileHistory):
+    class SafeFileHistory(FileHistory):
         def store_string(self, string: str) -> None:
             with contextlib.suppress(OSError):  # a full disk must not end the chat
                 super().store_string(string)
 
-    return Kept(str(path))
+    return SafeFileHistory(str(path))

@@ -1,6 +1,6 @@
-"""The command line's flags: one list, from which EngineConfig's options are read.
+"""The command line's flags, and EngineConfig's options from them.
 
-No command is run here, and NumPy is not imported.
+This module runs no command and does not import NumPy.
 """
 
 import argparse
@@ -21,7 +21,7 @@ BENCH_DEFAULTS: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
     "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "filter": None,
 }  # fmt: skip
-"""What `osmium bench` measures by default, and --benchmark of `osmium serve`."""
+"""Defaults of `osmium bench` and of `osmium serve --benchmark`."""
 
 MODEL_HELP = (
     "a checkpoint folder, a packed file, a hub id (owner/name), a NAME of `osmium list`, demo (the "
@@ -33,8 +33,10 @@ MODEL_HELP = (
 def add_engine_flags(
     parser: argparse.ArgumentParser, many: bool = False, *, model: bool = True
 ) -> None:
-    """Every option of EngineConfig, and with `model` the model to load as a positional argument;
-    with `many` --kv-cache-mb takes a list."""
+    """Add all options of EngineConfig.
+
+    With `model`, also the model as a positional argument; with `many`, --kv-cache-mb takes a list.
+    """
     if model:
         parser.add_argument("model", nargs="?", metavar="MODEL", help=MODEL_HELP)
     flags = parser.add_argument_group("engine")
@@ -44,7 +46,7 @@ def add_engine_flags(
         "--device",
         metavar="NAME",
         type=choice("auto", "cpu", "gpu", otherwise=VALUES["--device"]),
-        help="auto, cpu or gpu (auto: a GPU where there is one)",
+        help="auto, cpu or gpu (auto: a GPU if there is one)",
     )
     add(
         "--context",
@@ -112,7 +114,7 @@ def add_engine_flags(
 
 
 def _format_flags(add: Any) -> None:
-    """Number formats of weights and of the KV cache."""
+    """Add the formats of weights and of the KV cache."""
     matrix = ("bf16", "int8", "int4")
 
     def format_of(name: str, *known: str) -> dict[str, Any]:
@@ -154,7 +156,7 @@ def _switch(add: Any, flag: str, dest: str, text: str) -> None:
 
 
 def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """What to measure.  Returns the group."""
+    """Add the flags of `osmium bench`; returns the group."""
     flags = parser.add_argument_group("bench")
     add = flags.add_argument
     add(
@@ -180,7 +182,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--repeats",
         type=integer(1),
         metavar="N",
-        help="measurements per row, of which the median counts (3)",
+        help="measurements per row; the result is their median (3)",
     )
     add("--warm-up", type=integer(1), metavar="N", help="untimed warm-up tokens (256)")
     add(
@@ -197,7 +199,7 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
 
 
 def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Where and how the server listens.  Returns the group."""
+    """Add the flags of `osmium serve`; returns the group."""
     flags = parser.add_argument_group("server")
     add = flags.add_argument
     add("--host", default="127.0.0.1", metavar="ADDRESS", help="address to listen on (127.0.0.1)")
@@ -206,7 +208,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         type=integer(0, 65535),
         default=8012,
         metavar="PORT",
-        help="port to listen on (8012; 0: any that is free)",
+        help="port to listen on (8012; 0: any free port)",
     )
     add("--api-key", metavar="KEY", help="require this key from clients ($OSMIUM_API_KEY; none)")
     add("--cors-origin", default="*", metavar="ORIGIN", help="origin allowed in browsers (*)")
@@ -217,7 +219,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
 
 
 def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
-    """How the next token is chosen."""
+    """Add the sampling flags."""
     flags = parser.add_argument_group("sampling (defaults: the model's own)")
     add = flags.add_argument
     add(
@@ -244,7 +246,7 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_timing_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -> None:
-    """--timing."""
+    """Add --timing."""
     parser.add_argument(
         "--timing",
         action="store_true",
@@ -261,9 +263,9 @@ _NAMES = (
 
 
 def engine_options(args: argparse.Namespace) -> tuple[str | None, dict[str, Any]]:
-    """The model and the options that were given; what was not given keeps EngineConfig's default.
+    """The model and the given options; other options keep EngineConfig's defaults.
 
-    Raises: ConfigError if the model is named twice, differently.
+    Raises: ConfigError if MODEL and --model-path differ.
     """
     if args.model and args.model_path and args.model != args.model_path:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""Flags and values of earlier engines' command lines: each is refused with what to use instead.
+"""Flags and values of earlier engines' command lines, and what to use instead of each.
 
 Krasis and Osmium up to 0.3 had these.  Flags that keep their name and meaning are not listed.
 """
@@ -7,25 +7,23 @@ __all__ = ["FLAGS", "VALUES", "instead"]
 
 FLAGS: dict[str, str] = {
     "--config": "is not supported; give the settings as flags, or in a shell alias.",
-    "--num-gpus": "is not supported; Osmium uses one GPU. Leave the flag out.",
+    "--num-gpus": "is not supported; Osmium uses one GPU. Omit the flag.",
     "--selected-gpus": "is not supported; choose a GPU with CUDA_VISIBLE_DEVICES=0.",
-    "--pp-partition": "is not supported; Osmium uses one GPU. Leave the flag out.",
-    "--multi-gpu-hcs": "is not supported; Osmium uses one GPU. Leave the flag out.",
+    "--pp-partition": "is not supported; Osmium uses one GPU. Omit the flag.",
+    "--multi-gpu-hcs": "is not supported; Osmium uses one GPU. Omit the flag.",
     "--heatmap-path": "is not needed; usage counts are kept in the cache folder (--cache-dir).",
     "--vram-safety-margin": "is not supported; limit VRAM with --vram, as in --vram 22G.",
     "--stream-attention": "is not supported; --attention-quant int4 makes attention smaller.",
-    "--no-stream-attention": "is not needed; attention weights always stay in VRAM. "
-    "Leave the flag out.",
+    "--no-stream-attention": "is not needed; attention weights always stay in VRAM. Omit the flag.",
     "--force-load": "is not supported; set the host memory to use with --ram, as in --ram 64G.",
     "--force-rebuild-cache": "is not needed; a checkpoint that changed is packed again. "
     "`osmium rm NAME` removes a packed model.",
     "--build-cache": "is a command now: osmium pack MODEL.",
-    "--draft-model": "is not supported; there is no speculative decoding yet. Leave the flag out.",
-    "--draft-k": "is not supported; there is no speculative decoding yet. Leave the flag out.",
-    "--draft-context": "is not supported; there is no speculative decoding yet. "
-    "Leave the flag out.",
+    "--draft-model": "is not supported; there is no speculative decoding yet. Omit the flag.",
+    "--draft-k": "is not supported; there is no speculative decoding yet. Omit the flag.",
+    "--draft-context": "is not supported; there is no speculative decoding yet. Omit the flag.",
     "--dense-mlp-quant": "is not needed; the supported models have no dense MLP layers. "
-    "Leave the flag out.",
+    "Omit the flag.",
     "--stress-test": "is not supported; `osmium bench MODEL --parallel 4` measures under load.",
     "--perplexity": "is a command now: osmium perplexity MODEL --text FILE.",
     "--vram-report": "is not needed; `osmium plan MODEL` prints where VRAM goes, and GET /metrics "
@@ -33,22 +31,20 @@ FLAGS: dict[str, str] = {
     "--note": "is not supported; keep notes beside the JSON that `osmium bench` prints.",
     "--enable-thinking": "is not a server flag; requests set it (chat_template_kwargs), and "
     "`osmium run` and `osmium chat` have --think.",
-    "--session-enabled": "is not supported; the OpenAI API needs no sessions. Leave the flag out.",
+    "--session-enabled": "is not supported; the OpenAI API needs no sessions. Omit the flag.",
     "--test-endpoints": "is not supported; `osmium logits` writes logits to a file.",
-    "--krasis-threads": "is not needed; the number of threads is chosen. Leave the flag out.",
+    "--krasis-threads": "is not needed; Osmium chooses the number of threads. Omit the flag.",
     "--cpu-expert-bits": "is not supported; experts have one format: --gpu-expert-bits 4.",
     "--gguf-path": "is not supported; give a folder or hub id of safetensors, as in "
     "--model-path Qwen/Qwen3.5-35B-A3B.",
-    "--layer-group-size": "is not needed; experts are copied one by one. Leave the flag out.",
-    "--gpu-prefill-threshold": "is not needed; all prompts are computed on the GPU. "
-    "Leave the flag out.",
-    "--gpu-decode": "is not needed; a GPU is used where there is one (--device). "
-    "Leave the flag out.",
+    "--layer-group-size": "is not needed; experts are copied one by one. Omit the flag.",
+    "--gpu-prefill-threshold": "is not needed; all prompts are computed on the GPU. Omit the flag.",
+    "--gpu-decode": "is not needed; a GPU is used if there is one (--device). Omit the flag.",
     "--benchmark-suite": "is not supported; `osmium bench MODEL` measures one model.",
-    "--non-interactive": "is not needed; only `osmium chat` asks for input. Leave the flag out.",
+    "--non-interactive": "is not needed; only `osmium chat` asks for input. Omit the flag.",
     "--sanitytest": "is not supported; `osmium run MODEL PROMPT` shows an answer.",
 }
-"""What follows the flag in the message."""
+"""The rest of the error message, after the flag."""
 
 VALUES: dict[str, dict[str, str]] = {
     "--attention-quant": {
@@ -80,11 +76,11 @@ VALUES: dict[str, dict[str, str]] = {
         "cuda:0": "has another name: --device gpu (CUDA_VISIBLE_DEVICES=0 chooses the GPU).",
     },
 }
-"""By flag and value, what follows them in the message."""
+"""By flag and value: the rest of the error message, after the value."""
 
 
 def instead(flag: str) -> str | None:
-    """What an earlier flag's message says after its name; None for other flags."""
+    """The rest of an earlier flag's error message, after its name; None for other flags."""
     if flag in FLAGS:
         return FLAGS[flag]
     positive = flag.replace("--no-", "--", 1)

@@ -1,4 +1,4 @@
-"""`osmium list` and `osmium rm`: packed models in the cache folder, and finding one by its name."""
+"""`osmium list` and `osmium rm`: packed models in the cache folder; look-up of a model by name."""
 
 import argparse
 import datetime
@@ -22,74 +22,76 @@ __all__ = ["list_models", "named_model", "remove_models"]
 
 
 def list_models(args: argparse.Namespace) -> None:
-    """A table, or with --json one line."""
+    """Print a table, or with --json one line."""
     folder = _folder(args.cache_dir)
     models = local_models(folder)
     if args.json:
-        print(json.dumps([_as_dict(one) for one in models]))
+        print(json.dumps([_as_dict(model) for model in models]))
         return
     if not models:
-        print(f"No packed models in {folder}. `osmium pull OWNER/NAME` makes one.")
+        print(f"No packed models in {folder}. `osmium pull OWNER/NAME` downloads and packs one.")
         return
     rows = [("NAME", "SIZE", "EXPERTS", "ATTENTION", "LAST USED")]
-    for one in models:
-        formats = one.formats
+    for model in models:
+        formats = model.formats
         experts = "-" if formats is None else f"{formats.expert_bits} bits"
         attention = "-" if formats is None else formats.attention
-        rows.append((one.name, _size(one), experts, attention, one.problem or _ago(one.last_used)))
+        used = model.problem or _ago(model.last_used)
+        rows.append((model.name, _size(model), experts, attention, used))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=False)]
         print("  ".join([*cells, row[4]]))
-    total = sum(one.nbytes for one in models)
+    total = sum(model.nbytes for model in models)
     print(f"{byte_amount(total)} in {folder}")
 
 
 def remove_models(args: argparse.Namespace) -> None:
-    """Delete packed models; on a terminal asks first.
+    """Delete packed models, after a confirmation on the terminal.
 
-    Raises: ConfigError where a name is unknown, a model is being packed, or there is no terminal
-    to ask on.
+    Raises: ConfigError if a name is unknown, a model is being packed, or stdin is no terminal and
+    -y is missing.
     """
     folder = _folder(args.cache_dir)
     models = local_models(folder)
     chosen = list(dict.fromkeys(_find(name, models, folder) for name in args.names))
     if not args.yes:
         if sys.stdin is None or not sys.stdin.isatty():
-            raise ConfigError("rm asks before it deletes, and stdin is no terminal; add -y.")
-        names = ", ".join(f"{one.name} ({_size(one)})" for one in chosen)
+            raise ConfigError("rm needs a confirmation, and stdin is no terminal; add -y.")
+        names = ", ".join(f"{model.name} ({_size(model)})" for model in chosen)
         print(f"Delete {names} from {folder}? [y/N] ", end="", file=sys.stderr, flush=True)
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             print("Nothing was deleted.", file=sys.stderr)
             return
-    for one in chosen:
-        models.remove(one)
-        freed = remove(one, models)
-        print(f"{one.name} deleted, {byte_amount(freed)} free again")
+    for model in chosen:
+        models.remove(model)
+        freed = remove(model, models)
+        print(f"{model.name} deleted, {byte_amount(freed)} freed")
 
 
 def named_model(model: str | None, cache_dir: str | None) -> str | None:
-    """What the loader takes for MODEL: the packed file where it is a NAME of `osmium list`.
+    """The loader's model argument: the packed file's path for a NAME of `osmium list`.
 
-    Raises: ConfigError for a word that can be no model, with what was perhaps meant.
+    Other arguments are returned unchanged.  Raises: ConfigError for a word that is no model, with
+    a similar name.
     """
     if model is None or model == "demo" or "/" in model or model.lower().startswith(PREFIX):
         return model
     if model.startswith(("~", ".")) or _exists(model):
         return model
     models = local_models(_folder(cache_dir))
-    found = [one for one in models if model in _names(one)]
-    if len(found) == 1 and found[0].formats is not None:
-        return str(found[0].path)
-    if len(found) == 1:
-        raise ConfigError(f"{model} cannot be loaded: {found[0].problem}. Pack it again.")
+    matches = [local for local in models if model in _names(local)]
+    if len(matches) == 1 and matches[0].formats is not None:
+        return str(matches[0].path)
+    if len(matches) == 1:
+        raise ConfigError(f"{model} cannot be loaded: {matches[0].problem}. Pack it again.")
     refuse_name(model)
-    near = difflib.get_close_matches(model, ["demo", *(one.name for one in models)], 1)
+    near = difflib.get_close_matches(model, ["demo", *(local.name for local in models)], 1)
     if near:
         raise ConfigError(f"There is no model {model!r} here; did you mean {near[0]}?")
     raise ConfigError(
-        f"{model!r} is no model: there is no such folder or packed file, `osmium list` does not "
-        f'name it, and hub ids are owner/name. As a prompt: osmium run demo "{model}"'
+        f"{model!r} is no model: there is no such folder or packed file, it is not in `osmium "
+        f'list`, and hub ids are owner/name. As a prompt: osmium run demo "{model}"'
     )
 
 
@@ -100,7 +102,7 @@ def _folder(cache_dir: str | None) -> Path:
 def _exists(name: str) -> bool:
     try:
         return Path(name).exists()
-    except (OSError, ValueError):  # a prompt, say: too long, or with a null byte
+    except (OSError, ValueError):  # for example a prompt: too long, or with a null byte
         return False
 
 
@@ -116,10 +118,10 @@ def _find(name: str, models: list[LocalModel], folder: Path) -> LocalModel:
                 f"{name} is not in the cache folder {folder}; osmium rm deletes nothing elsewhere."
             )
         name = path.name
-    found = [one for one in models if name in _names(one)]
-    if found:
-        return found[0]
-    near = difflib.get_close_matches(name, [one.name for one in models], 1)
+    matches = [model for model in models if name in _names(model)]
+    if matches:
+        return matches[0]
+    near = difflib.get_close_matches(name, [model.name for model in models], 1)
     hint = f"did you mean {near[0]}?" if near else "`osmium list` prints the names."
     raise ConfigError(f"There is no packed model {name!r} in {folder}; {hint}")
 
@@ -130,11 +132,11 @@ def _size(model: LocalModel) -> str:
     return byte_amount(model.nbytes, model.total)
 
 
-def _ago(when: float | None) -> str:
+def _ago(time_s: float | None) -> str:
     """ "never", "today 14:02", "3 days ago", "2026-01-31"."""
-    if when is None:
+    if time_s is None:
         return "never"
-    then, now = datetime.datetime.fromtimestamp(when), datetime.datetime.now()
+    then, now = datetime.datetime.fromtimestamp(time_s), datetime.datetime.now()
     days = (now.date() - then.date()).days
     if days <= 0:
         return f"today {then:%H:%M}"

@@ -1,7 +1,7 @@
-"""Command lines to arguments: parsing, help, and one-line errors.
+"""Parses command lines: arguments, help, and one-line errors.
 
-argparse reads the flags; words without a dash are taken here, so that they may stand before,
-between and behind flags.  Nothing heavy is imported.
+argparse parses the flags.  This module assigns the words without a dash, which may stand before,
+between and after flags.  It imports nothing that loads slowly.
 """
 
 import argparse
@@ -21,11 +21,11 @@ __all__ = ["Help", "Usage", "main_help", "parse"]
 
 
 class Usage(ConfigError):
-    """A command line that cannot be read; the message is one line and begins with the command."""
+    """An invalid command line; the message is one line and begins with the command."""
 
 
 class Help(Exception):
-    """The command line asks for this text."""
+    """The command line requests help or the version; carries the text."""
 
 
 def parse(argv: Sequence[str]) -> tuple[Command, argparse.Namespace]:
@@ -46,35 +46,35 @@ def _arguments(name: str, argv: list[str]) -> argparse.Namespace:
     command, prog = COMMANDS[name], f"osmium {name}"
     at = argv.index("--") if "--" in argv else len(argv)
     before, after = argv[:at], argv[at + 1 :]
-    if any(one in ("-h", "--help") for one in before):
+    if any(word in ("-h", "--help") for word in before):
         raise Help(_help(name))
     parser = _parser(name)
-    for one in before:
-        flag = one.partition("=")[0]
-        told = legacy.instead(flag)
-        if told is not None and flag not in parser.flags:
-            raise Usage(f"{prog}: {flag} {told}")
+    for word in before:
+        flag = word.partition("=")[0]
+        advice = legacy.instead(flag)
+        if advice is not None and flag not in parser.flags:
+            raise Usage(f"{prog}: {flag} {advice}")
     try:
         args, rest = parser.parse_known_args(before)
     except argparse.ArgumentError as error:
         raise Usage(f"{prog}: {_wrong_value(error)}") from None
-    for one in rest:
-        if _is_flag(one):
-            raise Usage(f"{prog}: {_no_flag(one, parser.flags, name)}")
-    for need in command.needs:
-        if getattr(args, need) is None:
-            raise Usage(f"{prog}: --{need} is missing; {_example(command)}")
-    _take_words(command, prog, rest + after, args)
+    for word in rest:
+        if _is_flag(word):
+            raise Usage(f"{prog}: {_no_flag(word, parser.flags, name)}")
+    for flag in command.required_flags:
+        if getattr(args, flag) is None:
+            raise Usage(f"{prog}: --{flag} is missing; {_example(command)}")
+    _assign_words(command, prog, rest + after, args)
     return args
 
 
-def _take_words(command: Command, prog: str, given: list[str], args: argparse.Namespace) -> None:
-    """Positional arguments into the namespace.  Raises: Usage."""
+def _assign_words(command: Command, prog: str, given: list[str], args: argparse.Namespace) -> None:
+    """Assign positional arguments to the namespace.  Raises: Usage."""
     left = list(given)
     value: list[str] | str | None
     for word in command.words:
         if word.name == "model" and args.model_path and len(left) < len(command.words):
-            value = None  # --model-path names it
+            value = None  # the model is in --model-path
         elif word.many:
             value, left = left, []
         else:
@@ -104,16 +104,18 @@ _NUMBER = re.compile(r"^-\d+$|^-\d*\.\d+$")
 
 
 def _is_flag(word: str) -> bool:
-    """Whether argparse left it over as a flag, not as a word: a dash is stdin, a negative number
-    and a text with a space are words."""
+    """Whether a word that argparse did not take is a flag.
+
+    A single dash is stdin; negative numbers and texts with a space are words.
+    """
     return len(word) > 1 and word[0] == "-" and " " not in word and not _NUMBER.match(word)
 
 
 def _wrong_value(error: argparse.ArgumentError) -> str:
-    """One sentence that begins with the flag."""
+    """The error in one sentence that begins with the flag."""
     name = str(error.argument_name)
     if isinstance(error.__context__, argparse.ArgumentTypeError):
-        return f"{name} {error.message}"  # of osmium/cli/values.py: it goes on from the name
+        return f"{name} {error.message}"  # values.py writes the rest of the sentence
     if error.message.startswith("expected"):
         return f"{name} needs a value; see --help."
     return f"{name}: {error.message}."
@@ -121,10 +123,10 @@ def _wrong_value(error: argparse.ArgumentError) -> str:
 
 def _no_flag(word: str, known: Sequence[str], command: str) -> str:
     flag = word.partition("=")[0]
-    names = {one.lstrip("-"): one for one in known}
+    names = {text.lstrip("-"): text for text in known}
     name = flag.lstrip("-")
-    longer = [one for one in names if len(name) > 2 and one.startswith(name)]
-    near = [names[one] for one in longer or difflib.get_close_matches(name, names, 1, 0.6)]
+    longer = [text for text in names if len(name) > 2 and text.startswith(name)]
+    near = [names[text] for text in longer or difflib.get_close_matches(name, names, 1, 0.6)]
     for other, fix in (("--no-", "--"), ("--", "--no-")):
         if flag.startswith(other) and flag.replace(other, fix, 1) in known:
             near = [flag.replace(other, fix, 1)]
@@ -143,9 +145,9 @@ _OTHER_NAMES = {
 
 def _no_command(name: str, rest: Sequence[str]) -> str:
     if name.startswith("-"):
-        for one in rest:
-            if one in COMMANDS:
-                return f"osmium: flags come after the command: osmium {one} {name} ..."
+        for word in rest:
+            if word in COMMANDS:
+                return f"osmium: flags come after the command: osmium {word} {name} ..."
         return f"osmium: there is no flag {name} without a command; `osmium --help` lists commands."
     near = _OTHER_NAMES.get(name.lower()) or next(
         iter(difflib.get_close_matches(name.lower(), COMMANDS, 1, 0.6)), None
@@ -180,7 +182,7 @@ class _Parser(argparse.ArgumentParser):
 
     @property
     def flags(self) -> list[str]:
-        """Every spelling."""
+        """All spellings of all flags."""
         return [text for action in self._actions for text in action.option_strings] + ["--help"]
 
     def flag_help(self) -> str:
@@ -194,7 +196,7 @@ class _Parser(argparse.ArgumentParser):
         return formatter.format_help()
 
     def error(self, message: str) -> object:  # type: ignore[override]
-        """What argparse says although exit_on_error is false."""
+        """Called by argparse for some errors even with exit_on_error=False."""
         raise Usage(f"{self.prog}: {message}")
 
 
@@ -226,16 +228,16 @@ def _two_columns(name: str, text: str) -> list[str]:
 
 
 def main_help() -> str:
-    """What bare `osmium` prints."""
+    """The text of `osmium` without arguments."""
     lines = [
         "Osmium runs Mixture-of-Experts models that are larger than the GPU's memory.",
         "",
-        "  osmium run demo                               talk to the bundled demo model",
+        "  osmium run demo                               chat with the bundled demo model",
         '  osmium run demo "What is an isotope?"         one answer on stdout',
         "  osmium plan Qwen/Qwen3.5-35B-A3B              will it run here, and how fast",
         "  osmium serve Qwen/Qwen3.5-35B-A3B             the OpenAI API on port 8012",
         "",
-        "commands (osmium COMMAND --help says more):",
+        "commands (details: osmium COMMAND --help):",
     ]
     lines += [f"  {name:12}{command.summary}" for name, command in COMMANDS.items()]
     lines += ["", "  --version   print the version"]

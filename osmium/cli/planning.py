@@ -1,4 +1,4 @@
-"""`osmium plan`: its flags, and what it prints."""
+"""`osmium plan`: its flags and its output."""
 
 import argparse
 import json
@@ -11,7 +11,7 @@ __all__ = ["add_plan_flags", "plan"]
 
 
 def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """The machine to plan for, and the form of the answer."""
+    """Add the flags of the machine to plan for, and of the output."""
     flags = parser.add_argument_group("plan")
     flags.add_argument(
         "--gpu", metavar="NAME", help="plan for this GPU, as 'RTX 4090' (the one in this machine)"
@@ -26,19 +26,19 @@ def add_plan_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def plan(args: argparse.Namespace) -> None:
-    """What a model needs and does here, or on another machine, before anything is downloaded.
+    """Print the memory and speed of a model on this or another machine, without its download.
 
-    Raises: ConfigError, after the report, where the model does not run.
+    Raises: ConfigError, after the report, if the model does not fit.
     """
     from osmium.cli.local import named_model
-    from osmium.cli.progress import progress_bar  # here, so that --help does not wait for NumPy
+    from osmium.cli.progress import progress_bar  # imports NumPy, which --help does not need
     from osmium.planning import plan_report
     from osmium.planning.text import report_text
 
     model, options = engine_options(args)
     model = named_model(model, args.cache_dir)
     with progress_bar() as progress:
-        found = plan_report(model, gpu=args.gpu, link_gb_s=args.link, progress=progress, **options)
-    print(json.dumps(found.as_dict()) if args.json else report_text(found))
-    if found.plan is None:
-        raise ConfigError(f"{found.model.name} does not fit {found.hardware.name}.")
+        report = plan_report(model, gpu=args.gpu, link_gb_s=args.link, progress=progress, **options)
+    print(json.dumps(report.as_dict()) if args.json else report_text(report))
+    if report.plan is None:
+        raise ConfigError(f"{report.model.name} does not fit {report.hardware.name}.")

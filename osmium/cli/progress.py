@@ -1,4 +1,4 @@
-"""Progress on stderr for what takes over a second: bars on a terminal, else a line per tenth."""
+"""Progress on stderr of stages over a second: bars on a terminal, else a line per tenth."""
 
 import contextlib
 import sys
@@ -24,17 +24,17 @@ from osmium.config import Progress as Report
 __all__ = ["DELAY_S", "amount", "byte_amount", "is_plain", "progress_bar", "stopped_stage"]
 
 DELAY_S = 1.0
-"""Seconds before a stage is shown: what is over by then needs no line."""
+"""Seconds before a stage is shown; a shorter stage has no line."""
 
 _UNITS = {
     "packing": "bytes", "download": "bytes", "downloading": "bytes", "uploading": "bytes",
     "headers": "files", "weights": "parts", "experts": "layers", "prompt": "tokens",
     "scoring": "tokens", "thinking": "tokens",
 }  # fmt: skip
-"""What a stage counts, by the first word of its name."""
+"""The unit of a stage, by the first word of its name."""
 
 _last_stage: list[tuple[str, int, int]] = []
-"""The last report of the progress_bar that is open, for a message after Ctrl-C."""
+"""The last report of the open progress_bar, for the message after Ctrl-C."""
 
 
 def amount(stage: str, done: int, total: int) -> str:
@@ -53,18 +53,18 @@ def byte_amount(done: int, total: int = 0) -> str:
 
 
 def stopped_stage() -> tuple[str, int, int] | None:
-    """(stage, done, total) that was last reported, after a progress_bar was left by Ctrl-C."""
+    """The last (stage, done, total) of a progress_bar that Ctrl-C has ended."""
     return _last_stage[-1] if _last_stage else None
 
 
 def is_plain(console: Console) -> bool:
-    """Whether lines have to stay as they were written: no terminal, or one that cannot go back."""
+    """Whether written lines cannot change: no terminal, or one without cursor movement."""
     return not console.is_terminal or console.is_dumb_terminal
 
 
 @contextmanager
 def progress_bar() -> Iterator[Report]:
-    """Reports (stage, done, total), from any thread, become one bar per stage."""
+    """Yields a thread-safe function (stage, done, total) that shows one bar per stage."""
     console = Console(stderr=True)
     _last_stage.clear()
     shown: contextlib.AbstractContextManager[Report] = (
@@ -80,7 +80,7 @@ def progress_bar() -> Iterator[Report]:
 
 
 class _Amount(ProgressColumn):
-    """How much of it is done, in the stage's own unit."""
+    """The amount done, in the stage's unit."""
 
     def render(self, task: Task) -> Text:
         total = int(task.total or 0)
@@ -89,7 +89,7 @@ class _Amount(ProgressColumn):
 
 
 class _Bars:
-    """Bars that are gone afterwards, drawn from DELAY_S after the first report on."""
+    """Bars, drawn from DELAY_S after the first report on and erased at the end."""
 
     def __init__(self, console: Console) -> None:
         self._bars = Progress(
@@ -132,7 +132,7 @@ class _Lines:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._stage = ""
-        self._begun = 0.0
+        self._started = 0.0
         self._now = (0, 0)
         self._printed: tuple[str, int] | None = None
         """Stage and tenth of the last line."""
@@ -144,14 +144,14 @@ class _Lines:
     def _report(self, stage: str, done: int, total: int) -> None:
         with self._lock:
             if stage != self._stage:
-                self._stage, self._begun = stage, time.monotonic()
+                self._stage, self._started = stage, time.monotonic()
                 self._wait(stage)
             self._now = (done, total)
-            if time.monotonic() - self._begun >= DELAY_S:
+            if time.monotonic() - self._started >= DELAY_S:
                 self._print()
 
     def _wait(self, stage: str) -> None:
-        """Print where the stage is after DELAY_S, also if nothing is reported until then."""
+        """Print the stage after DELAY_S, even without another report until then."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -173,7 +173,7 @@ class _Lines:
             text = f"{self._stage}: {tenth * 10} % ({amount(self._stage, done, total)})"
         else:
             text = self._stage
-        with contextlib.suppress(OSError, ValueError):  # stderr is gone; the work is not
+        with contextlib.suppress(OSError, ValueError):  # a closed stderr must not stop the work
             print(text, file=sys.stderr, flush=True)
 
     def __exit__(self, *_: object) -> None:
@@ -190,6 +190,6 @@ def _later(action: Callable[[], None]) -> threading.Timer:
 
 
 def _start(timer: threading.Timer) -> None:
-    """Where no thread can be started, progress is shown with later reports, or not at all."""
+    """Start a timer.  If no thread can be started, later reports show the progress, or none."""
     with contextlib.suppress(RuntimeError):
         timer.start()

@@ -1,7 +1,7 @@
-"""A response on stdout as it comes: plain text in a pipe, dim thinking and Markdown on a terminal.
+"""Streams a response to stdout: plain text in a pipe, dim reasoning and Markdown on a terminal.
 
-Markdown is drawn block by block.  Finished blocks are printed once and never touched again; only
-the last lines of the block that still grows are drawn anew, and never more than fit the screen.
+Markdown is drawn block by block.  A finished block is printed once.  Only the last lines of the
+unfinished block are redrawn, at most a screen of them.
 """
 
 import contextlib
@@ -19,34 +19,34 @@ from rich.text import Text
 __all__ = ["Display", "MarkdownStream", "PlainDisplay", "TerminalDisplay", "display_for"]
 
 REFRESH_S = 0.06
-"""Seconds between two drawings, at least; more where drawing takes long."""
+"""Least seconds between two drawings; more if drawing is slow."""
 
-_VISIBLE = {
+_REPLACE_CONTROL = {
     code: 0xFFFD for code in (*range(0x20), 0x7F, *range(0x80, 0xA0)) if chr(code) not in "\n\t\r"
 } | {ord("\r"): None}
-"""Control characters: a model's text must not move the cursor or set the terminal's title."""
+"""Replaces control characters, so that a model's text cannot move the cursor or set the title."""
 
 
 class Display(Protocol):
-    """Where a response goes."""
+    """Output of one response."""
 
     shows_thinking: bool
 
-    def thought(self, text: str) -> None:
-        """More of the thinking."""
+    def reasoning(self, text: str) -> None:
+        """Append to the reasoning."""
 
     def answer(self, text: str) -> None:
-        """More of the answer."""
+        """Append to the answer."""
 
     def tick(self) -> None:
-        """Nothing came for a while."""
+        """Called while there is no new text."""
 
     def end(self) -> None:
-        """The response is over, or given up; more than once is harmless."""
+        """End the response, complete or not; a second call does nothing."""
 
 
 def display_for(*, markdown: bool, thinking: bool) -> Display:
-    """The display that suits stdout.  `markdown` and `thinking` say what to do on a terminal."""
+    """The display for stdout.  `markdown` and `thinking` apply to a terminal."""
     if sys.stdout is None or not sys.stdout.isatty():
         return PlainDisplay(sys.stdout)
     console = Console(highlight=False)
@@ -57,7 +57,7 @@ def display_for(*, markdown: bool, thinking: bool) -> Display:
 
 
 class PlainDisplay:
-    """The answer and a newline, nothing else; thinking is left out."""
+    """Prints the answer and a newline, without the reasoning."""
 
     shows_thinking = False
 
@@ -65,11 +65,13 @@ class PlainDisplay:
         self._stream, self._terminal = stream, terminal
         self._ended = False
 
-    def thought(self, text: str) -> None:
+    def reasoning(self, text: str) -> None:
         pass
 
     def answer(self, text: str) -> None:
-        print(text.translate(_VISIBLE) if self._terminal else text, end="", file=self._stream)
+        print(
+            text.translate(_REPLACE_CONTROL) if self._terminal else text, end="", file=self._stream
+        )
         self._flush()
 
     def tick(self) -> None:
@@ -87,25 +89,25 @@ class PlainDisplay:
 
 
 class TerminalDisplay:
-    """Thinking dim, then the answer."""
+    """Prints the reasoning dim, then the answer."""
 
     def __init__(self, console: Console, *, markdown: bool, thinking: bool) -> None:
         self._console, self.shows_thinking = console, thinking
         self._markdown = MarkdownStream(console) if markdown else None
-        self._thought = self._answered = self._ended = False
+        self._has_reasoning = self._has_answer = self._ended = False
 
-    def thought(self, text: str) -> None:
+    def reasoning(self, text: str) -> None:
         if self.shows_thinking and text:
-            self._thought = True
+            self._has_reasoning = True
             self._print(text, "dim")
 
     def answer(self, text: str) -> None:
         if not text:
             return
-        if self._thought and not self._answered:
+        if self._has_reasoning and not self._has_answer:
             self._print("\n\n", "")
-        self._answered = True
-        text = text.translate(_VISIBLE)
+        self._has_answer = True
+        text = text.translate(_REPLACE_CONTROL)
         if self._markdown is not None:
             self._markdown.push(text)
         else:
@@ -119,29 +121,29 @@ class TerminalDisplay:
         if self._ended:
             return
         self._ended = True
-        if self._markdown is not None and self._answered:
+        if self._markdown is not None and self._has_answer:
             self._markdown.end()
         else:
             self._console.print()
 
     def _print(self, text: str, style: str) -> None:
-        piece = Text(text.translate(_VISIBLE), style=style, end="")
+        piece = Text(text.translate(_REPLACE_CONTROL), style=style, end="")
         self._console.print(piece, end="", soft_wrap=True)
         self._console.file.flush()
 
 
 class MarkdownStream:
-    """Markdown that grows."""
+    """Renders Markdown while it streams."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._parser = MarkdownIt().enable("strikethrough").enable("table")
         self._text = ""
-        """Blocks that are not finished: the last one, and what follows it."""
+        """The unfinished block, and the text after it."""
         self._printed = 0
-        """Lines of the last block that are printed for good."""
-        self._any = False
-        """Whether a block was finished, so that a blank line comes next."""
+        """Lines of the unfinished block that are printed and not redrawn."""
+        self._has_blocks = False
+        """Whether a block is finished, so that a blank line precedes the next one."""
         self._live: Live | None = None
         self._drawn_at = 0.0
         self._cost = 0.0
@@ -149,36 +151,36 @@ class MarkdownStream:
         self._pending = False
 
     def push(self, text: str) -> None:
-        """More text; drawn if the last drawing is long enough ago."""
+        """Append text; draw it if the last drawing is long enough ago."""
         self._text += text
         self._pending = True
         self.refresh()
 
     def refresh(self) -> None:
-        """Draw what came since the last drawing."""
+        """Draw the text since the last drawing."""
         start = time.monotonic()
         if not self._pending or start - self._drawn_at < max(REFRESH_S, 4 * self._cost):
             return
         self._pending = False
         self._finish_blocks()
         lines = self._lines(self._text)
-        most = max(1, self._console.height - 2)
-        if len(lines) - self._printed > most:
-            self._print(lines[self._printed : len(lines) - most])
-            self._printed = len(lines) - most
+        max_lines = max(1, self._console.height - 2)
+        if len(lines) - self._printed > max_lines:
+            self._print(lines[self._printed : len(lines) - max_lines])
+            self._printed = len(lines) - max_lines
         self._draw(lines[self._printed :])
         self._drawn_at = time.monotonic()
         self._cost = self._drawn_at - start
 
     def end(self) -> None:
-        """Print what is left."""
+        """Print the rest."""
         self._stop()
         self._finish_blocks()
         self._print(self._lines(self._text)[self._printed :])
         self._text = ""
 
     def _finish_blocks(self) -> None:
-        """Print every block but the last: no later text changes them."""
+        """Print every block but the last, as no later text changes them."""
         starts = [
             token.map[0]
             for token in self._parser.parse(self._text)
@@ -190,16 +192,16 @@ class MarkdownStream:
         finished, self._text = "".join(lines[: starts[-1]]), "".join(lines[starts[-1] :])
         self._draw([])
         self._print(self._lines(finished)[self._printed :])
-        self._printed, self._any = 0, True
+        self._printed, self._has_blocks = 0, True
 
     def _lines(self, text: str) -> list[list[Segment]]:
-        """The screen's lines, with a blank one before them where a block was finished before."""
-        found = self._console.render_lines(Markdown(text), pad=False, new_lines=False)
-        while found and not _is_text(found[-1]):
-            found.pop()
-        while found and not _is_text(found[0]):
-            found.pop(0)
-        return [[Segment("")], *found] if found and self._any else found
+        """The rendered lines, after a blank line if a block is finished."""
+        lines = self._console.render_lines(Markdown(text), pad=False, new_lines=False)
+        while lines and not _is_visible(lines[-1]):
+            lines.pop()
+        while lines and not _is_visible(lines[0]):
+            lines.pop(0)
+        return [[Segment("")], *lines] if lines and self._has_blocks else lines
 
     def _print(self, lines: list[list[Segment]]) -> None:
         if lines:
@@ -223,13 +225,13 @@ class MarkdownStream:
                 live.stop()
 
 
-def _is_text(line: list[Segment]) -> bool:
-    """Whether a line shows anything: the padding of a code block has a background."""
-    return any(one.text.strip() or (one.style and one.style.bgcolor) for one in line)
+def _is_visible(line: list[Segment]) -> bool:
+    """Whether a line has text or a background, as the padding of a code block has."""
+    return any(part.text.strip() or (part.style and part.style.bgcolor) for part in line)
 
 
 class _Lines:
-    """Rendered lines as something to print."""
+    """Rendered lines that rich can print."""
 
     def __init__(self, lines: list[list[Segment]]) -> None:
         self._rendered = lines

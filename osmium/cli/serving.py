@@ -1,4 +1,4 @@
-"""`osmium serve`: load while the port is open, measure where that is wanted, serve."""
+"""`osmium serve`: opens the port, loads the model, runs a benchmark if requested, serves."""
 
 import argparse
 import gc
@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from osmium.cli.benchmark import DEFAULTS, bench, measure_and_show
-from osmium.cli.commands import say_what_is_kept
+from osmium.cli.commands import print_resumable
 from osmium.cli.flags import BENCH_DEFAULTS, engine_options
 from osmium.cli.local import named_model
 from osmium.cli.progress import progress_bar
@@ -17,7 +17,7 @@ from osmium.config import EngineConfig, Progress
 from osmium.engine.engine import Engine
 from osmium.loader import Loader
 from osmium.server.app import BackgroundLoader
-from osmium.server.app import serve as serve_host
+from osmium.server.app import serve as serve_http
 
 __all__ = ["serve_model"]
 
@@ -31,11 +31,11 @@ def serve_model(args: argparse.Namespace) -> None:
         bench(args)
         return
     model, options = engine_options(args)
-    EngineConfig(**options)  # a flag that cannot be is refused before the port opens
+    EngineConfig(**options)  # raises for an invalid flag before the port opens
     model = named_model(model, args.cache_dir)
 
     def loading(progress: Progress) -> Engine:
-        """Shown on the terminal as well as by /health."""
+        """Load the engine, with progress on the terminal and in /health."""
         with progress_bar() as bar:
 
             def both(stage: str, done: int, total: int) -> None:
@@ -48,10 +48,10 @@ def serve_model(args: argparse.Namespace) -> None:
             enable_timing(engine)
         return engine
 
-    host = BackgroundLoader(loading)
+    loader = BackgroundLoader(loading)
     try:
-        serve_host(
-            host,
+        serve_http(
+            loader,
             address=args.host,
             port=args.port,
             api_key=args.api_key or os.environ.get("OSMIUM_API_KEY"),
@@ -59,30 +59,33 @@ def serve_model(args: argparse.Namespace) -> None:
             served_model_name=args.served_model_name,
         )
     except KeyboardInterrupt:
-        if host.engine is None:
-            say_what_is_kept(host.progress)
+        if loader.engine is None:
+            print_resumable(loader.progress)
         raise
 
 
 def _load(
     model: str | None, options: dict[str, Any], progress: Progress, benchmark: bool
 ) -> Engine:
-    """The engine to serve; with `benchmark`, after an engine of its own has been measured, so that
-    neither its cache nor its usage counts are those of random tokens."""
-    rest = dict(options)
-    device = rest.pop("device", "auto")
-    loader = Loader(model, device, progress=progress, needs=["tokenizer"], **rest)
+    """Load the engine to serve.
+
+    `benchmark` first measures a separate engine, so that random tokens do not change the served
+    engine's expert cache and usage counts.
+    """
+    config = dict(options)
+    device = config.pop("device", "auto")
+    loader = Loader(model, device, progress=progress, needs=["tokenizer"], **config)
     try:
         if benchmark:
             progress("benchmark", 0, 0)
             engine = loader.engine()
             try:
-                found = measure_and_show(engine, DEFAULTS, loader.memory_rate(), {})
+                result = measure_and_show(engine, DEFAULTS, loader.memory_rate(), {})
             finally:
                 engine.close()
                 del engine
-                gc.collect()  # its VRAM, before the next one allocates
-            print(json.dumps(found), flush=True)
+                gc.collect()  # frees its VRAM before the next engine allocates
+            print(json.dumps(result), flush=True)
         return loader.engine(owns_loader=True)
     except BaseException:
         loader.close()

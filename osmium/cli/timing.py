@@ -8,56 +8,55 @@ import time
 from osmium.engine.engine import Engine
 from osmium.engine.stats import IntervalStats
 
-__all__ = ["EVERY_S", "ResponseTimes", "enable_timing"]
+__all__ = ["INTERVAL_S", "ResponseTimes", "enable_timing"]
 
-EVERY_S = 5.0
-"""Seconds between lines while responses run."""
+INTERVAL_S = 5.0
+"""Seconds between lines while requests run."""
 
 
 def enable_timing(engine: Engine) -> None:
-    """Print on the engine's thread, until the engine is closed."""
-    engine.meter.on_request_stats = lambda took: _print("response", took)
-    engine.meter.poll_interval_s = EVERY_S
+    """Print a line per response and per interval, on the engine's thread, until it is closed."""
+    engine.meter.on_request_stats = lambda stats: _print("response", stats)
+    engine.meter.poll_interval_s = INTERVAL_S
     engine.meter.on_interval_stats = _RateLimited()
 
 
 class ResponseTimes:
-    """The same for one response after the other, printed by the thread that shows the text, so that
-    the line never lands inside of it."""
+    """Prints a line after each response, on the display's thread, so that it never splits text."""
 
     def __init__(self, engine: Engine) -> None:
-        self._took: queue.SimpleQueue[IntervalStats] = queue.SimpleQueue()
-        engine.meter.on_request_stats = self._took.put
+        self._queue: queue.SimpleQueue[IntervalStats] = queue.SimpleQueue()
+        engine.meter.on_request_stats = self._queue.put
 
     def print_next(self) -> None:
-        """Print the line of the response that has just ended."""
+        """Print the line of the response that has ended last."""
         with contextlib.suppress(queue.Empty):
-            _print("response", self._took.get(timeout=2))
+            _print("response", self._queue.get(timeout=2))
 
 
 class _RateLimited:
-    """At most one line per EVERY_S, though the counters may be read more often."""
+    """At most one line per INTERVAL_S, though the counters may be read more often."""
 
     def __init__(self) -> None:
         self._last = 0.0
 
-    def __call__(self, took: IntervalStats) -> None:
+    def __call__(self, stats: IntervalStats) -> None:
         now = time.monotonic()
-        if now - self._last >= EVERY_S - 1:
+        if now - self._last >= INTERVAL_S - 1:
             self._last = now
-            print(f"osmium: {_interval(took)}", file=sys.stderr, flush=True)
+            print(f"osmium: {_interval(stats)}", file=sys.stderr, flush=True)
 
 
-def _interval(took: IntervalStats) -> str:
-    """What was read and generated since the last line: a long prompt is seen to go on."""
-    seconds = took.decode_s
+def _interval(stats: IntervalStats) -> str:
+    """Prompt and generated tokens since the last line; shows the progress of a long prompt."""
+    seconds = stats.decode_s
     return (
-        f"last {seconds:.1f} s: prompts {took.prompt_tokens:,} tokens "
-        f"({took.prompt_tokens / seconds:.0f} tok/s), generated {took.generated_tokens:,} tokens "
-        f"({took.tokens_per_s:.1f} tok/s), hit {took.hit_rate:.3f}, {took.mb_per_token:.1f} "
+        f"last {seconds:.1f} s: prompts {stats.prompt_tokens:,} tokens "
+        f"({stats.prompt_tokens / seconds:.0f} tok/s), generated {stats.generated_tokens:,} tokens "
+        f"({stats.tokens_per_s:.1f} tok/s), hit {stats.hit_rate:.3f}, {stats.mb_per_token:.1f} "
         "MB/token"
     )
 
 
-def _print(what: str, took: IntervalStats) -> None:
-    print(f"osmium: {what}: {took.line()}", file=sys.stderr, flush=True)
+def _print(what: str, stats: IntervalStats) -> None:
+    print(f"osmium: {what}: {stats.line()}", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Flag values: text to a value, or one line that names the value and the rule.
+"""Flag values: text to a value, or a one-line error with the value and the rule.
 
 Each function returns a parser for argparse's `type`.  A parser raises ArgumentTypeError with the
 rest of a sentence that begins with the flag: "is 'x'; it must be ...".
@@ -30,7 +30,7 @@ def integer(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def number(low: float, high: float, *, above: bool = False) -> Callable[[str], float]:
-    """A number from `low` to `high`; with `above`, `low` itself is refused."""
+    """A number from `low` to `high`; with `above`, without `low` itself."""
 
     def convert(text: str) -> float:
         try:
@@ -50,7 +50,7 @@ def integers(low: int, *, zero_is_none: bool = False) -> Callable[[str], tuple[i
 
     def convert(text: str) -> tuple[int, ...]:
         try:
-            values = tuple(int(one) for one in text.split(","))
+            values = tuple(int(part) for part in text.split(","))
         except ValueError:
             values = (low - 1,)
         if zero_is_none and values == (0,):
@@ -64,14 +64,14 @@ def integers(low: int, *, zero_is_none: bool = False) -> Callable[[str], tuple[i
 
 
 def choice(*known: str, otherwise: Mapping[str, str] | None = None) -> Callable[[str], str]:
-    """One of some words.  `otherwise` says of values that are not supported what to use instead."""
+    """One of `known` words.  `otherwise` has the advice for values that are not supported."""
 
     def convert(text: str) -> str:
         if text in known:
             return text
-        instead = (otherwise or {}).get(text.lower())
-        if instead is not None:
-            raise argparse.ArgumentTypeError(f"{text} {instead}")
+        advice = (otherwise or {}).get(text.lower())
+        if advice is not None:
+            raise argparse.ArgumentTypeError(f"{text} {advice}")
         raise _wrong(text, f"one of {', '.join(known)}")
 
     return convert
@@ -79,19 +79,19 @@ def choice(*known: str, otherwise: Mapping[str, str] | None = None) -> Callable[
 
 def depths(text: str) -> str:
     """Context lengths of a benchmark: "1k,16k", "4096" or "90%"; returned as written."""
-    for one in text.lower().split(","):
-        digits = one[:-1] if one.endswith(("k", "%")) else one
+    for depth in text.lower().split(","):
+        digits = depth[:-1] if depth.endswith(("k", "%")) else depth
         try:
             value = float(digits)
         except ValueError:
             value = -1.0
-        if not math.isfinite(value) or value <= 0 or (one.endswith("%") and value > 100):
+        if not math.isfinite(value) or value <= 0 or (depth.endswith("%") and value > 100):
             raise _wrong(text, "one or more lengths such as 1k, 4096 or 90%, separated by commas")
     return text
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """One of the parsers of osmium/config.py; its ConfigError becomes argparse's."""
+    """A parser of osmium/config.py whose ConfigError becomes argparse's error."""
 
     def convert(text: str) -> Any:
         try:

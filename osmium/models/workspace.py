@@ -60,11 +60,11 @@ class Workspace:
     """f32 [T, D], what the shared expert says."""
 
     partial: Array
-    """f32 [SPLITS, H, d + 2], what blocks that share contexts leave."""
+    """f32 [SPLITS, H, d + 2], partial results of split-KV blocks."""
     split_counters: Array
-    """i32 [SPLIT_ROWS, H, 8], 0: how many of them have."""
+    """i32 [SPLIT_KV_MAX_SEQS, H, 8], zero between kernels: arrival counters of split-KV blocks."""
     router_barrier: Array
-    """i32 [ARRIVED], 0: what of the router's scores has arrived."""
+    """i32 [8, 288], zero between kernels; of ROUTER_BARRIER_SHAPE."""
 
     def first_rows(self, tokens: int) -> "Workspace":
         """The same, cut to a step's rows."""

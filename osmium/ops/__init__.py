@@ -1,16 +1,15 @@
 """The list of operations: formula, shapes, dtypes, source, and nothing else.
 
-Everything a model computes goes through this list.  `ReferenceOps` (reference.py) is the
-specification in NumPy and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs
-come first; nothing is allocated inside an operation; sums are in f32 and every activation is f32 on
-both backends.  Weights are bf16, int8 or int4 (types.LinearWeight), KV pages f32, bf16 or e4m3
-(types.PagedKV).
+Models compute through this list alone.  `ReferenceOps` (reference.py) is the specification in NumPy
+and the CPU backend; `GpuOps` (gpu.py) is the same list on kernels.  Outputs come first; operations
+allocate nothing.  Sums and activations are f32 on both backends.  Weights are bf16, int8 or int4
+(types.LinearWeight), KV pages f32, bf16 or e4m3 (types.PagedKV).
 
 Why f32 activations: in decode they are a thousandth of the bytes, and a router's near-ties flip
 experts when the residual stream is rounded.
 
-Letters are in types.py.  A wide array that several operations share is passed whole, with the
-column where the wanted part starts.
+Letters, and how to read shapes, are in types.py.  Arrays that several operations share are passed
+whole; `[T, >= n]` may have more columns than are read.
 """
 
 from collections.abc import Callable
@@ -51,7 +50,7 @@ __all__ = [
 
 @runtime_checkable
 class Ops(Protocol):
-    """What a backend must do."""
+    """The operations of a backend."""
 
     # -- memory: called while loading and around a forward pass, never inside one ----------------
 
@@ -59,67 +58,65 @@ class Ops(Protocol):
         """A new array with unspecified contents, in VRAM on the GPU.  Raises: OutOfMemory."""
 
     def to_device(self, array: npt.NDArray[np.generic]) -> Array:
-        """A copy of a host array where kernels reach it fast (VRAM).  Raises: OutOfMemory."""
+        """A copy of a host array in VRAM, or the array itself on the CPU.  Raises: OutOfMemory."""
 
     def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
     ) -> Array:
         """A new array in host memory that kernels can read: NumPy, or mapped page-locked memory.
-        `fill` writes its bytes, u8 [n], first.  Raises: OutOfMemory, and what `fill` raises."""
+        `fill` writes its bytes, u8 [n], first.  Raises: OutOfMemory, or the error of `fill`."""
 
     def host_view(self, array: Array) -> npt.NDArray[np.generic]:
-        """The host's NumPy view of what `host` or `mailbox` gave.  Memory of `host` may be
-        write-combined and slow to read: only write there."""
+        """The host's NumPy view of an array of `empty_mapped` or `zeros_mapped`.  Memory of
+        `empty_mapped` may be write-combined: write there, but do not read."""
 
     def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
-        """A new array of zeros in host memory that both sides read and write.  Raises:
-        OutOfMemory."""
+        """Zeros in host memory that host and kernels read and write.  Raises: OutOfMemory."""
 
     def release(self, array: Array) -> None:
-        """Give back what `host` or `mailbox` gave, once all that uses it is done."""
+        """Free an array of `empty_mapped` or `zeros_mapped`.  No launch may still use it."""
 
     def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
-        """New rows; with `eps` they are normed.  width % 8 == 0.  Raises: OutOfMemory."""
+        """A new matrix input, normed if `eps` is given.  width % 8 == 0.  Raises: OutOfMemory."""
 
     def copy_h2d(self, out: Array, source: npt.NDArray[np.generic]) -> None:
-        """out = source, same shape and dtype, ordered before what is launched next."""
+        """out = source, same shape and dtype, ordered before later launches."""
 
     def copy_d2h(self, source: Array) -> npt.NDArray[np.generic]:
-        """A NumPy copy of `source`; waits for what was launched.  Its bytes are added to
-        `bytes_to_host`."""
+        """A NumPy copy of `source`, after all earlier launches.  Counted in `d2h_bytes`."""
 
     def copy(self, out: Array, source: Array) -> None:
-        """out = source, both on the device, or `source` in `host` memory.  Same bytes."""
+        """out = source, same number of bytes; `source` may be an array of `empty_mapped`."""
 
     def memset(self, out: Array, byte: int) -> None:
-        """Every byte of `out` = byte."""
+        """Set every byte of `out` to `byte`."""
 
     def synchronize(self) -> None:
-        """Wait for everything launched, and raise what failed."""
+        """Wait for all launches.  Raises: CudaError if one of them failed."""
 
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
-        """Something that does what `run` does, on the same arrays, as often as it is called.
+        """A function that repeats what `run` does, on the same arrays.
 
-        On the GPU `run` is only recorded now, its launches as one graph; it must neither allocate
-        nor wait, and everything in it must have been launched once before.
+        On the GPU this call only captures the launches of `run` as a graph.  `run` must not
+        allocate or wait, and each of its kernels must have been launched once before.
         """
 
     def on_side_stream(self, prefetch: bool = False) -> AbstractContextManager[None]:
-        """What is launched inside follows all that was launched before, but what is launched
-        outside, until `join`, does not wait for it.  Two such ways do not wait for each other."""
+        """Launches inside run after all earlier launches, and in parallel with later ones outside,
+        until `join_side_stream`.  `prefetch` picks a second, independent side stream."""
 
     def join_side_stream(self, prefetch: bool = False) -> None:
-        """What is launched from here on waits for all that was launched beside, that way."""
+        """Later launches wait for all launches on that side stream."""
 
-    bytes_to_host: int
-    """Bytes that `copy_out` has brought back so far."""
+    d2h_bytes: int
+    """Bytes that `copy_d2h` has copied so far."""
 
     # -- rows ------------------------------------------------------------------------------------
 
     def embed(self, out: Array, ids: Array, table: Array) -> None:
         """out[t] = table[ids[t]].
 
-        out f32 [T, D]    ids i32 [T]    table bf16 [V, D] in VRAM or host memory    D % 8 == 0
+        out f32 [T, D]    ids i32 [T]    table bf16 [vocab, D] in VRAM or host memory    D % 8 == 0
         """
 
     def gather_rows(self, out: Array, x: Array, rows: Array) -> None:
@@ -135,7 +132,7 @@ class Ops(Protocol):
         """
 
     def prepare_input(self, a: MatmulInput) -> None:
-        """a.f32 has been written: make of it what matrices read.  `a` is not normed."""
+        """Split a.f32 [T, K], not normed, into a.hi_lo, which matrices read.  No-op on the CPU."""
 
     def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         """h = x * rsqrt(mean(x^2 over K) + h.eps) * (1 + w).
@@ -153,7 +150,7 @@ class Ops(Protocol):
     def linear_add_rms_norm(
         self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
     ) -> None:
-        """x += a @ W.T; h = norm(x).
+        """x += a @ W.T; h = rms_norm(x, norm).
 
         x f32 [T, N]    a [T, K]    w [N, K]    h [T, N]    norm f32 [N]
         """
@@ -170,18 +167,18 @@ class Ops(Protocol):
         step: StepInputs,
         eps: float,
     ) -> None:
-        """Norm and rotate q and k; keep k and v.
+        """Norm and rotate q and k; write k and v to their pages.
 
-        qgkv f32 [T, (2H + 2G) * d]: for each of H query heads d query values then d gate values;
-        then G key heads, then G value heads of d values each.
+        qgkv f32 [T, (2H + 2G) * d]: for each query head d query values, then d gate values; behind
+        them G key heads, then G value heads.
         q[t, h] = rope(norm(query h, norms[0])), k = rope(norm(key g, norms[1])), with
-        norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope turns the pairs (j, j + R/2),
-        j < R/2: a' = a cos - b sin, b' = b cos + a sin, the angle being
-        positions[t] * frequencies[j] in f32; values from R on pass through.  k and v are rounded
-        to what `kv` keeps, once, by rows of d: bf16 to nearest, e4m3 by floats.quantize_e4m3_rows.
+        norm(x, w) = x * rsqrt(mean(x^2) + eps) * (1 + w).  rope rotates the pairs
+        (j, j + rotary / 2): a' = a cos - b sin, b' = b cos + a sin.  The angle is
+        positions[t] * frequencies[j] in f32; values from `rotary` on pass through.  k and v are
+        rounded once to the dtype of `kv`: bf16 to nearest, e4m3 by floats.quantize_e4m3_rows.
 
-        q f32 [T, H, d]    norms f32 [2, d]    frequencies f32 [R / 2]
-        d % 32 == 0, d <= 256    R % 2 == 0
+        q f32 [T, H, d]    norms f32 [2, d]    frequencies f32 [rotary / 2]
+        d % 32 == 0, d <= 256    rotary % 2 == 0
         Su et al. 2021, arXiv:2104.09864; partial rotary and q/k norms as in Qwen3-Next.
         """
 
@@ -205,17 +202,17 @@ class Ops(Protocol):
         workspace: AttentionWorkspace,
         step: StepInputs,
     ) -> None:
-        """q = rope_append(qgkv);  read = sigmoid_gate(attention(q));
-        x += read @ weights.out.T;  h = norm(x)
+        """q = rope_append(qgkv);  attn_out = sigmoid_gate(attention(q));
+        x += attn_out @ weights.out.T;  h = rms_norm(x, norm)
 
-        x f32 [T, D]    h [T, D]    norm f32 [D].  In steps of one row a sequence, 8 at most,
-        contexts are shared out over up to splits / T blocks each, and q stays as it was.
+        x f32 [T, D]    h [T, D]    norm f32 [D]    qgkv f32 [T, (2H + 2G) * d]
+        GPU decode steps of at most 8 sequences use split-KV attention, which leaves workspace.q.
         """
 
     def sigmoid_gate(self, out: Array, qgkv: Array) -> None:
-        """out[t, h] *= sigmoid(the gate of head h in qgkv).
+        """out[t, h] *= sigmoid(gate of head h in qgkv).
 
-        out f32 [T, H, d]    qgkv f32 [T, >= 2Hd], as in rope_append
+        out f32 [T, H, d]    qgkv f32 [T, >= 2H * d], see rope_append
         """
 
     # -- gated delta net ---------------------------------------------------------------------------
@@ -223,8 +220,8 @@ class Ops(Protocol):
     def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         """out[t, c] = silu(sum over i < 4 of w[c, i] * u[t - 3 + i, c]), each sequence by itself.
 
-        The three rows before a sequence's first come from state[slot] (zeros where past is 0); at
-        the end the state holds the sequence's last four rows of u, that of position p at p % 4.
+        The three rows before a sequence's first come from state[slot], or are zero if its context
+        length is 0.  Afterwards the state holds the last four rows of u: position p at p % 4.
 
         out f32 [T, C]    u f32 [T, >= C], its first C columns    w f32 [C, 4]
         state f32 [slots, C, 4]
@@ -242,14 +239,13 @@ class Ops(Protocol):
     def delta_rule_recurrent(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
-        """The gated delta rule, token by token; V value heads, U key heads, value head j uses key
-        head j // (V / U).
+        """The gated delta rule, token by token; value head j uses key head j // (V / U).
 
         q = l2(q) * dk^-0.5, k = l2(k), l2(x) = x * rsqrt(sum(x^2) + 1e-6); then for each token
             S = exp(decay) S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q
-        S is state[slot] (zeros where past is 0) and is written back after the last token.
+        S is state[slot], or zero if the context length is 0; it is written back at the end.
 
-        out f32 [T, V, dv]    qkv f32 [T, 2U*dk + V*dv]: U queries, U keys, V values
+        out f32 [T, V, dv]    qkv f32 [T, 2U * dk + V * dv]: U queries, U keys, V values
         decay, beta f32 [T, V]    state f32 [slots, V, dk, dv]    dk % 32 == 0, dk, dv <= 128
         Yang et al. 2024, arXiv:2412.06464.
         """
@@ -268,26 +264,27 @@ class Ops(Protocol):
         chunked: bool,
     ) -> None:
         """A delta net behind its first matrix:
-            qkv = conv(u);  decay, beta = delta_gates(h @ ab.T)
-            x += gated_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T;  h = norm(x)
-        z are u's columns from C on; the rule is delta_chunk with `chunks`, else delta_step.
+            qkv = causal_conv1d(u);  decay, beta = delta_gates(h @ ab.T)
+            x += gated_rms_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T
+            h = rms_norm(x, norm)
+        z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.
 
-        x f32 [T, D]    h [T, D], not made by the last operation    norm f32 [D]
-        u f32 [T, C + V*dv]    inputs f32 [slots, C, 4], conv's state
-        state f32 [slots, V, dk, dv]    dv % 32 == 0    What each does is said there.
+        x f32 [T, D]    h [T, D], at least two launches old    norm f32 [D]
+        u f32 [T, C + V * dv]    conv_state f32 [slots, C, 4]
+        state f32 [slots, V, dk, dv]    dv % 32 == 0
         """
 
     def delta_rule_chunk(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
-        """The same function as delta_step, in chunks of tokens, for prefill.
+        """The function of delta_rule_recurrent, in chunks of tokens, for prefill.
 
         With G the running sum of the decay inside a chunk and D[i, j] = exp(G_i - G_j) for i >= j:
             A = I + strictly lower part of (beta k) k^T * D, solved by forward substitution:
             A U = beta v;  A W = beta exp(G) k
             N = U - W S;  out = (q exp(G)) S + lower part of (q k^T * D) N
             S = S exp(G_last) + (k exp(G_last - G))^T N
-        Same arguments as delta_step.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
+        Arguments as for delta_rule_recurrent.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
 
     def gated_rms_norm(
@@ -295,7 +292,7 @@ class Ops(Protocol):
     ) -> None:
         """out = x * rsqrt(mean(x^2 over dv) + eps) * w * silu(z), head by head.
 
-        out, x f32 [T, V, dv], may be one array    z f32 [T, Z], columns column .. column + V*dv
+        out, x f32 [T, V, dv], may be one array    z f32 [T, Z], from `column` on, V * dv columns
         w f32 [dv]    dv % 32 == 0, dv <= 128    Z % 4 == 0    column % 4 == 0
         """
 
@@ -318,11 +315,14 @@ class Ops(Protocol):
         next_router: LinearWeight | None = None,
         predicted_trace: Array | None = None,
     ) -> None:
-        """scores = h @ W.T; route; and where there is a trace, replay.  With a guess the same once
-        more with `after`, the next layer's router, into guess.ids, of which `predicted` is a trace.
+        """router_logits = h @ W.T; topk_softmax; then replay_routing if there is a `trace`.
 
-        scores f32 [T, N]    h [T, D]    w, after [N, D]    arrived i32 [ARRIVED], 0 before and
-        after    predicted u16 [N, L, A], of whose next layer
+        With `prefetch`, does the same with `next_router` into prefetch.ids, weights and
+        router_logits; `predicted_trace` then replaces prefetch.ids, at layer + 1.
+
+        ids u16 [T, A]    weights f32 [T, A]    router_logits f32 [T, N]    h [T, D]
+        w, next_router [N, D]    barrier i32 [8, 288], zero before and after
+        trace, predicted_trace u16 [trace_tokens, L, A]    positions i32 [T]
         """
 
     def topk_softmax(
@@ -331,13 +331,13 @@ class Ops(Protocol):
         """p = softmax(logits[:, :experts]); ids the A largest, descending, ties to the lower id;
         weights = p[ids] / sum(p[ids]).
 
-        ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= experts]    counters[0] += T * A
+        ids u16 [T, A]    weights f32 [T, A]    logits f32 [T, >= E]    counters[0] += T * A
         """
 
     def replay_routing(self, ids: Array, trace: Array, layer: int, positions: Array) -> None:
-        """ids[t] = trace[positions[t] % N, layer]: routing that is told, not computed.
+        """ids[t] = trace[positions[t] % trace_tokens, layer]: recorded routing, for benchmarks.
 
-        ids u16 [T, A]    trace u16 [N, L, A]    positions i32 [T]    A <= 32
+        ids u16 [T, A]    trace u16 [trace_tokens, L, A]    positions i32 [T]    A <= 32
         """
 
     def assign_slots(
@@ -348,14 +348,14 @@ class Ops(Protocol):
         ids: Array,
         prefetch: PrefetchState | None = None,
     ) -> None:
-        """Assign a slot of `layer` to every expert of `ids`; updates plan, cache and counters.
+        """Assign a slot of `layer` to every expert of `ids`; update plan, cache and counters.
 
         plan.expert: unique ids, ascending; plan.fetch_flags: 1 for misses.  Misses take free slots,
-        lowest first, then the slots with the lowest eviction scores.  counters[1] += pairs that
-        hit.  With `guess`, also resolve this layer's prefetch and pick the next layer's.
-        docs/expert-cache.md has both algorithms.
+        lowest first, then those of the lowest eviction scores.  counters[1] += pairs that hit.
+        With `prefetch`, also resolve this layer's prefetch and pick the next layer's.
+        docs/expert-cache.md and docs/prefetch.md have both algorithms.
 
-        ids u16 [T, A], guess.ids too; unique ids at most the capacity
+        ids u16 [T, A]    Raises: AssertionError if the unique ids exceed the slots.
         """
 
     def fetch_experts(
@@ -367,20 +367,20 @@ class Ops(Protocol):
         l2_prefetch: Array | None = None,
         prefetch: PrefetchState | None = None,
     ) -> None:
-        """slots[layer, plan.slot] = records[layer, plan.expert] wherever plan.fetch_flags is set;
-        where it is 2, without the segments that guess.segments_done counts.
+        """slots[layer, plan.slot] = host_experts.packed[layer, plan.expert] for each entry with a
+        fetch flag; flag 2 skips the segments that prefetch.segments_done counts.
 
-        counters[2] += uses of the copied experts, counters[3] += experts copied.  `l2_prefetch` is
-        read into L2 at the end; it changes nothing.  With `guess`, wait for the prefetch blocks of
-        this layer, add their bytes to counters[6], and raise guess.start_signal[layer + 1] by 8.
+        counters[2] += uses of the copied experts, counters[3] += experts copied.  Reads
+        `l2_prefetch` into L2 at the end.  With `prefetch`, waits for the layer's prefetch blocks,
+        adds their segments' eighths to counters[6], and raises prefetch.start_signal[layer + 1].
         """
 
     def prefetch_experts(
         self, cache: ExpertCache, prefetch: PrefetchState, host_experts: HostExperts
     ) -> None:
-        """slots[guess.slot[layer]] = records[layer, guess.expert[layer]] for each layer but the
-        first whose expert is not -1, from its guess.start_signal until guess.state has STOP.  Ends
-        where no signal comes within 20 ms."""
+        """slots[prefetch.slot[layer]] = host_experts.packed[layer, prefetch.expert[layer]] for each
+        layer from 1 on with an expert >= 0.  A layer starts at its prefetch.start_signal and stops
+        when prefetch.state has PREFETCH_STOP.  Ends if no signal comes within 20 ms."""
 
     def expert_up(
         self,
@@ -396,14 +396,13 @@ class Ops(Protocol):
         gate_up: Array,
     ) -> None:
         """inner[t, a] = silu(gate_e h[t]) * (up_e h[t]), e = ids[t, a], from the experts' slots;
-        shared_inner = gated_up(h, shared.up).
+        shared_inner = gate_up_silu(h, shared.up).
 
-        Without a plan every expert is in the slot of its number.  "hits" may do the pairs whose
-        expert was in its slot before this call, and nothing of the others, and does the shared
-        expert; "rest" does what "hits" has left.
+        Without a plan expert e is in slot e.  "hits" computes the shared expert and any of the
+        pairs whose expert was resident before the plan; "rest" computes the other pairs.
 
         inner [T * A, I]    shared_inner [T, Is]    h [T, D]    ids u16 [T, A]
-        both f32 [T, 2 Is], scratch
+        gate_up f32 [T, 2Is], scratch
         """
 
     def expert_down(
@@ -425,14 +424,14 @@ class Ops(Protocol):
         norm: Array,
     ) -> None:
         """x[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
-        sigmoid(scores[t, column]) * (shared.down shared_inner[t]); then h = norm(x).
+        sigmoid(router_logits[t, gate_column]) * (shared.down shared_inner[t]);
+        then h = rms_norm(x, norm).
 
-        "hits" may leave in y the shared expert's and those of the pairs whose expert was in its
-        slot before; "rest" then does what is left.
+        "hits" may sum the shared expert and resident experts into y; "rest" adds the others.
 
         x f32 [T, D]    inner [T * A, I]    ids u16 [T, A]    weights f32 [T, A]
-        scores f32 [T, > column]    said f32 [T, D], scratch; y too, but between the two parts
-        h [T, D]    norm f32 [D]
+        router_logits f32 [T, columns]    shared_out f32 [T, D], scratch
+        y f32 [T, D], kept from "hits" to "rest"    h [T, D]    norm f32 [D]
         """
 
     def gate_up_silu(
@@ -440,7 +439,7 @@ class Ops(Protocol):
     ) -> None:
         """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of w's rows, up the second.
 
-        inner [T, I]    a [T, K]    w [2I, K]    both f32 [T, 2I], scratch
+        inner [T, I]    a [T, K]    w [2I, K]    gate_up f32 [T, 2I], scratch
         """
 
     def silu_and_mul(self, out: Array, x: Array) -> None:
@@ -452,46 +451,50 @@ class Ops(Protocol):
     def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         """out[t] += sigmoid(gate[t, column]) * x[t].
 
-        out, x f32 [T, D]    gate f32 [T, >= column + 1]    D % 4 == 0
+        out, x f32 [T, D]    gate f32 [T, >= 1], column < its columns    D % 4 == 0
         """
 
-    # -- replies -----------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, decode_state: DecodeState) -> None:
-        """replies.token[r] = a token drawn from row r: the likeliest (the lower id of equals) at
-        temperature 0; else with p = softmax(logits / temperature), in order of p, ties to the lower
-        id: the top-k likeliest; of these as few as reach top-p of their sum; of these what has at
-        least min-p times the largest p; and the first of them whose running sum of p passes the
-        row's chance.  -1 where the largest logit is not finite.
+        """decode_state.token[r] = a token sampled from row r; -1 if its maximum is not finite.
 
-        logits f32 [R, vocab]
+        Temperature 0: the largest logit, ties to the lower id.  Else p = softmax(logits /
+        temperature), sorted, ties to the lower id; top_k, top_p and min_p cut it in this order.
+        The token is the first of the rest whose cumulative p exceeds the row's uniform number.
+
+        logits f32 [R, vocab]    docs/sampling.md
         """
 
     def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
-        """Write each row's token where the next step reads it, one position on, and mail it.
+        """Write each row's token into the next step's inputs and into the token ring.
 
-        A row whose token is of `eos` and heeded, or its last, or -1, ends: from then on it mails -2
-        and computes as nobody, at position 0 of a page and slot that are no sequence's.  The step
-        has one row a sequence; ids, positions, past, slots and pages of it are written.
+        A row ends at its last token, at -1, or at a token of `eos` if stop_on_eos is set.  Ended
+        rows write -2 to the ring and run on the null page and null slot, at position 0.  The step
+        has one row per sequence; all its arrays but sequence_ids and query_start_loc change.
         """
 
-    # -- making weights: while loading -----------------------------------------------------------
+    # -- quantisation and synthetic weights: while loading ---------------------------------------
 
     def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
-        """out[e]: from byte `data` the nibbles, from byte `scale` the f16 scales of w[e], with the
-        groups of group_of(K); see quant/int4.py.
+        """INT4 of w[e] into out[e]: packed nibbles from byte `data` on, f16 scales from byte
+        `scale` on, with groups of group_of(K) inputs; see quant/int4.py.
 
-        out u8 [E, bytes]    w bf16 [E, N, K]    clips f32 [C]    data, scale, bytes % 16 == 0
+        out u8 [E, nbytes]    w bf16 [E, N, K]    clips f32 [num_clips]
+        data, scale, nbytes % 16 == 0
         """
 
     def quantize_int8(self, out: Array, data: int, scale: int, w: Array) -> None:
-        """The same with bytes and f32 scales; see quant/int8.py.  K % 8 == 0"""
+        """INT8 of w[e] into out[e], with f32 scales; see quant/int8.py.  K % 8 == 0
+
+        out u8 [E, nbytes]    w bf16 [E, N, K]    data, scale, nbytes % 16 == 0
+        """
 
     def random_fill(
         self, out: Array, start: int, nbytes: int, seed: int, pattern: BitPattern
     ) -> None:
-        """Bytes start .. start + nbytes of each row of `out`: words of the stream of `seed`, each
-        by its place in `out`; see quant/random_fill.py.
+        """Bytes start to start + nbytes - 1 of each row of `out` = words of the stream of `seed`;
+        word i of `out` is word i of the stream.  See quant/random_fill.py.
 
         out u8 [E, bytes], in VRAM or host memory    start, nbytes, bytes % 16 == 0
         """

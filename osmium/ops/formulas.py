@@ -1,4 +1,4 @@
-"""Parts of the longer formulas, in NumPy.  Letters are in values.py."""
+"""Parts of the longer formulas, in NumPy.  Letters are in types.py."""
 
 from typing import cast
 
@@ -18,7 +18,7 @@ __all__ = [
 F32 = npt.NDArray[np.float32]
 
 CHUNK = 64
-"""Tokens a chunk of the delta rule."""
+"""Tokens per chunk of the delta rule."""
 
 
 def sigmoid(x: F32) -> F32:
@@ -35,13 +35,13 @@ def unit(x: F32) -> F32:
 
 
 def normed(x: F32, eps: float) -> F32:
-    """x / its root mean square along the last axis."""
+    """x / sqrt(mean(x^2) + eps) along the last axis."""
     mean = np.einsum("...i,...i->...", x, x)[..., None] / np.float32(x.shape[-1])
     return cast(F32, x / np.sqrt(mean + np.float32(eps)))
 
 
 def matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
-    """A stored matrix in f32."""
+    """A stored matrix (types.LinearWeight) as f32 [N, K]."""
     if format == "bf16":
         return f32_from_bf16(data)
     assert scale is not None, f"an {format} matrix has scales"
@@ -49,7 +49,7 @@ def matrix(format: str, data: Array, scale: Array | None) -> F32:  # noqa: A002
 
 
 def expert_matrices(layout: ExpertLayout, data: npt.NDArray[np.uint8]) -> tuple[F32, F32]:
-    """Gate and up f32 [2I, D], and down f32 [D, I], out of one record's bytes u8 [nbytes]."""
+    """Gate and up f32 [2I, D], and down f32 [D, I], of a packed expert u8 [nbytes]."""
     up, down = (2 * layout.inner, layout.hidden), (layout.hidden, layout.inner)
     matrices = []
     for (n, k), start, scales in ((up, 0, layout.up_scale), (down, layout.down, layout.down_scale)):
@@ -69,21 +69,24 @@ def expert_matrices(layout: ExpertLayout, data: npt.NDArray[np.uint8]) -> tuple[
 
 
 def slots_of(ids: Array, plan: SlotAssignment | None) -> Array:
-    """The slot of every pair, ~slot where its expert is being fetched; [T * A]."""
+    """i32 [T * A], the slot of each routed pair; ~slot if this call fetches its expert."""
     if plan is None:
         return ids.reshape(-1).astype(np.int32)
     return plan.pair_slots.reshape(-1)[: ids.size]
 
 
 def rope(x: F32, cos: F32, sin: F32) -> F32:
-    """Turn the pairs (j, j + R/2) of x [T, heads, d]; the angles' cos and sin are [T, 1, R/2]."""
+    """Rotate the pairs (j, j + rotary / 2) of x [T, heads, d]; cos, sin [T, 1, rotary / 2]."""
     half = cos.shape[-1]
     a, b = x[..., :half], x[..., half : 2 * half]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], axis=-1)
 
 
 def write_kv(pages: Array, scales: Array | None, page: Array, row: Array, x: F32) -> None:
-    """Round rows x [T, G, d] to what pages [P, page, G, d] hold, and put each where it belongs."""
+    """pages[page[t], row[t]] = x[t], rounded to the dtype of pages [pages, page_size, G, d].
+
+    page, row i32 [T]    x f32 [T, G, d]
+    """
     if scales is not None:
         pages[page, row], scales[page, row] = quantize_e4m3_rows(x)
     else:
@@ -91,7 +94,7 @@ def write_kv(pages: Array, scales: Array | None, page: Array, row: Array, x: F32
 
 
 def gather_kv(pages: Array, scales: Array | None, table: Array, length: int) -> F32:
-    """The first `length` positions of a sequence: [G, n, d] out of pages [P, page, G, d]."""
+    """f32 [G, length, d]: the first `length` positions of a sequence with page table `table`."""
     rows = pages[table].reshape(-1, *pages.shape[2:])[:length].swapaxes(0, 1)
     if scales is not None:
         row_scales = scales[table].reshape(-1, pages.shape[2])[:length].swapaxes(0, 1)
@@ -100,7 +103,7 @@ def gather_kv(pages: Array, scales: Array | None, table: Array, length: int) -> 
 
 
 def sequences_of(step: StepInputs) -> list[tuple[int, slice, int]]:
-    """(state slot, rows, past) of each sequence of a step."""
+    """(state slot, rows, context length) of each sequence of a step."""
     edges = [int(x) for x in step.query_start_loc[: step.sequences + 1]]
     return [
         (int(step.state_slots[s]), slice(edges[s], edges[s + 1]), int(step.context_lens[s]))
@@ -109,7 +112,7 @@ def sequences_of(step: StepInputs) -> list[tuple[int, slice, int]]:
 
 
 def heads_of(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:
-    """q, k [t, V, dk], of unit length and q scaled by dk^-0.5, and v [t, V, dv]."""
+    """q, k [t, V, dk], normalised, q also scaled by dk^-0.5, and v [t, V, dv]."""
     _, value_heads, dk, dv = state
     key_width = (qkv.shape[1] - value_heads * dv) // 2
     key_heads = key_width // dk

@@ -1,8 +1,8 @@
 """GpuOps: the list of operations on kernels.
 
-Each method is one launch, or two; a kernel's signature is the contract at the top of its file in
-ptx/ and is not repeated here.  Nothing is allocated and nothing waits inside an operation: what a
-caller sees in host memory comes through `copy_out` alone, which counts its bytes.
+Each method is one or two launches.  A kernel's signature is the contract at the top of its file in
+ptx/ and is not repeated here.  Operations do not allocate or wait.  Results reach host memory
+through `copy_d2h`, which counts its bytes, and through the token ring.
 """
 
 from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
@@ -47,10 +47,10 @@ GATED_RMS_NORM = kernel("gated_rms_norm_f32")
 
 
 def check_kernels() -> int:
-    """Read and parse the text of every kernel that GpuOps launches; their number.
+    """Read and parse the PTX text of every kernel that GpuOps launches; returns their number.
 
-    60 ms the first time, and then nothing: contracts are kept.
-    Raises: KernelError where a text is missing, broken or stale.
+    Takes 60 ms the first time; contracts are cached.
+    Raises: KernelError if a text is missing, broken or stale.
     """
     kernels: dict[str, Kernel] = {}
     for module in (vars(gpu_rows), vars(gpu_experts), globals()):
@@ -67,7 +67,7 @@ class GpuOps(GpuExperts):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, runtime: DeviceRuntime) -> None:
-        """Raises: KernelError where a kernel's text is missing: before anything is loaded."""
+        """Checks all kernels first, before anything is loaded.  Raises: KernelError."""
         check_kernels()
         super().__init__(runtime)
 
@@ -125,7 +125,7 @@ class GpuOps(GpuExperts):
             self.runtime, workspace.partial.shape[0] // tokens, tokens * blocks,
             FETCH_BLOCKS if self.prefetch_is_active else 0,
         )  # fmt: skip
-        # 128 values of a head are a group of digits, which their block can make for all
+        # A block computes 128 values of a head, one group of digits: it stores the digits once.
         store_digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
         GQA_DECODE_SPLIT_KV[kv_format(kv)](
             self.stream, tokens, attn_out.hi_lo, workspace.partial, workspace.split_counters,
@@ -189,7 +189,7 @@ class GpuOps(GpuExperts):
             self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
-        # a head of 128 values is a group of digits, which its block can make for all
+        # A block computes a head of 128 values, one group of digits: it stores the digits once.
         store_digits = dv == 128 and w.out.format == "int4" and supports_matvec(w.out)
         DELTA_NET_DECODE(
             self.stream, step.sequences, delta_out.hi_lo, u, h.hi_lo, h.square_sums or 0, w.conv,
@@ -225,7 +225,7 @@ class GpuOps(GpuExperts):
         tokens, heads, dim = x.shape
         GATED_RMS_NORM(self.stream, tokens, out, x, z, w, heads, dim, z.shape[1], column, eps)
 
-    # -- replies -----------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, decode_state: DecodeState) -> None:
         r, (rows, vocab) = decode_state, logits.shape
@@ -263,5 +263,5 @@ class GpuOps(GpuExperts):
 
 
 def _arrays(kv: PagedKV) -> tuple[Array, ...]:
-    """As kernels take them."""
+    """The arrays in the order of the kernels' parameters."""
     return (kv.k, kv.v) if kv.k_scales is None else (kv.k, kv.v, kv.k_scales, kv.v_scales)

@@ -1,4 +1,4 @@
-"""The operations on experts, on kernels: routing, the cache, what is fetched, and both halves."""
+"""The expert operations of GpuOps: routing, slot assignment, fetch, prefetch, and the experts."""
 
 from typing import Literal
 
@@ -6,8 +6,8 @@ from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.tiling import (
-    EXPERT_TILES,
     MATVEC_MAX_TOKENS,
+    MAX_EXPERT_TILES,
     fits_shared,
     supports_fused_experts,
     supports_matvec,
@@ -51,10 +51,10 @@ SILU_AND_MUL = kernel("silu_and_mul_f32")
 ADD_SIGMOID_GATED = kernel("add_sigmoid_gated_f32")
 
 ROUTER_EXPERTS = 256
-"""Experts up to which the router picks, too: eight a lane."""
+"""Most experts of the fused router kernel: eight per lane.  More use two kernels."""
 
 EXPERT_SUBSETS = ("all", "hits", "rest")
-"""Of the experts, by the number that kernels know them by."""
+"""A subset's index is the kernels' `subset` parameter."""
 
 
 class GpuExperts(GpuRows):
@@ -139,7 +139,7 @@ class GpuExperts(GpuRows):
         layer: int,
         positions: Array,
     ) -> None:
-        """What `router` does with one matrix, of any form, and for any number of tokens."""
+        """`router` for one matrix, of any format and any number of tokens."""
         self.linear(router_logits, h, w)
         self.topk_softmax(ids, weights, router_logits, num_experts, counters)
         if trace is not None:
@@ -252,7 +252,7 @@ class GpuExperts(GpuRows):
         shared_blocks, shared_size, shared_fraction = 0, shared.up.out_features // 2, 0.0
         if subset != "rest":
             if fits_shared(shared):
-                # a tile of INT8 is twice the bytes of one of INT4
+                # an INT8 tile has twice the bytes of an INT4 tile
                 shared_fraction = 2 * shared_size / (2 * shared_size + top_k * layout.inner)
                 shared_blocks = tile_matrix(
                     self.runtime, shared_size, layout.hidden, 4, False, shared_fraction
@@ -266,7 +266,7 @@ class GpuExperts(GpuRows):
             4,
             True,
             1 - shared_fraction,
-            EXPERT_TILES,
+            MAX_EXPERT_TILES,
         )
         MOE_UP_FUSED(
             self.stream, tiling.blocks + shared_blocks, tokens, inner.hi_lo, shared_inner.hi_lo,
@@ -379,7 +379,7 @@ class GpuExperts(GpuRows):
 
 
 def _placed(plan: SlotAssignment | None, subset: str) -> tuple[Array | int, Array | int]:
-    """Where experts are, and of those that are being fetched what says that they have arrived."""
+    """The kernels' arguments for the experts' slots and for the fetch's progress; 0 for absent."""
     if plan is None:
         return 0, 0
     return plan.pair_slots, plan.fetch_progress if subset == "rest" else 0

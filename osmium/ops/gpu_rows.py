@@ -1,7 +1,7 @@
-"""Memory, rows and matrices of GpuOps, and the making of weights.
+"""Memory, rows, matrices and quantisation of GpuOps.
 
-Matrices for few tokens read hi + lo halves (types.MatmulInput), which the producer of the rows
-stores; the kernels for odd shapes read f32, which merge_hi_lo_f32 restores.
+Matvec kernels, for few tokens, read hi + lo (types.MatmulInput), which the producer of the rows
+stores.  The generic kernels, for other shapes, read f32, which merge_hi_lo_f32 restores.
 """
 
 import contextlib
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from osmium.kernels.ptx import kernel
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.tiling import MATVEC_NORM, Tiling, supports_matvec, tile_matrix
+from osmium.ops.tiling import MAX_NORM_K, Tiling, supports_matvec, tile_matrix
 from osmium.ops.types import Array, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
@@ -38,9 +38,9 @@ class GpuRows:
     def __init__(self, runtime: DeviceRuntime) -> None:
         self.runtime = runtime
         self.stream = runtime.stream
-        self.bytes_to_host = 0
+        self.d2h_bytes = 0
         self.prefetch_is_active = False
-        """Whether something is launched early, beside others, and not joined yet."""
+        """Whether the prefetch side stream has launches that are not joined yet."""
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ class GpuRows:
     def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
         return MatmulInput(
             self.empty((tokens, width), np.float32),
-            self.empty((tokens, 2, width), np.uint16),
+            self.empty((tokens, width // 2, 4), np.uint16),
             None if eps is None else self.empty((tokens, width // 8), np.float32),
             eps or 0.0,
         )
@@ -78,7 +78,7 @@ class GpuRows:
         self.runtime.copy_h2d(out, source)
 
     def copy_d2h(self, source: Array) -> npt.NDArray[Any]:
-        self.bytes_to_host += source.nbytes
+        self.d2h_bytes += source.nbytes
         return self.runtime.copy_d2h(source)
 
     def copy(self, out: Array, source: Array) -> None:
@@ -128,7 +128,7 @@ class GpuRows:
         NORM_SPLIT_HI_LO(self.stream, tokens, h.hi_lo, h.square_sums, x, w, width)
 
     def merge_hi_lo(self, a: MatmulInput) -> Array:
-        """The rows in f32, for kernels that read that."""
+        """a.f32 = hi + lo, divided by the root mean square if normed; returns a.f32 [T, K]."""
         tokens, width = a.f32.shape
         MERGE_HI_LO(self.stream, tokens, a.f32, a.hi_lo, a.square_sums or 0, width, a.eps)
         return a.f32
@@ -151,7 +151,10 @@ class GpuRows:
             self.rms_norm(h, x, norm)
 
     def generic_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
-        """Any shape, f32 rows."""
+        """out = x @ W.T, or out += with `add` 1, for any shape.
+
+        out f32 [T, N]    x f32 [T, K]
+        """
         sizes = (x.shape[0], w.out_features, w.in_features)
         if w.format == "bf16":
             LINEAR["bf16"](self.stream, out, x, w.data, *sizes, add)
@@ -169,7 +172,14 @@ class GpuRows:
         norm: Array | None,
         has_digits: bool = False,
     ) -> None:
-        """`made`: a.split holds digits, as ptx/int4_matvec_f32.ptx has them."""
+        """out = a @ W.T, or with `h` out += a @ W.T; h = rms_norm(out, norm).
+
+        With `has_digits`, INT4 only, a.hi_lo holds each group of 128 values as 512 bytes: 3 x 128
+        i8 digits, then the f32 unit.  value = 16 * unit * (d0 + 256 d1 + 65536 d2); the kernel's
+        weights are 16 * (q - 8).  Digit row i starts at byte 128 i.  Inputs j to j + 7 are bytes j
+        to j + 7 of a row, in the order 0, 4, 1, 5, 2, 6, 3, 7; row 1 swaps neighbouring units of 16
+        bytes.  The other bytes are unspecified.
+        """
         norm_out = (0, 0, 0) if h is None else (h.hi_lo, norm, h.square_sums)
         tokens, tiling = a.f32.shape[0], self.tile(w)
         MATVEC[w.format](
@@ -182,14 +192,14 @@ class GpuRows:
 
     @staticmethod
     def fits_norm(a: MatmulInput) -> bool:
-        """Whether the matrices for few tokens can divide by its norm."""
-        return a.square_sums is None or a.f32.shape[1] <= MATVEC_NORM
+        """Whether the matvec kernels can apply the norm of `a` themselves."""
+        return a.square_sums is None or a.f32.shape[1] <= MAX_NORM_K
 
     def tile(self, w: LinearWeight) -> Tiling:
-        """How blocks share out a matrix in tiles of eight rows."""
+        """The tiling of a matrix by tiles of eight rows."""
         return tile_matrix(self.runtime, w.out_features, w.in_features, 8, w.format == "int4")
 
-    # -- making weights --------------------------------------------------------------------------
+    # -- quantisation, random fill----------------------------------------------------------------
 
     def quantize_int4(self, out: Array, data: int, scale: int, w: Array, clips: Array) -> None:
         count, rows, columns = w.shape

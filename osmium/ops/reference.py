@@ -1,7 +1,7 @@
 """ReferenceOps: the list of operations in NumPy.  The specification, and the CPU backend.
 
-Written to be believed: each method is its formula from ops/__init__.py.  The one thing done for
-speed is to keep matrices in f32 once they have been read, within a budget of bytes.
+Each method is its formula from ops/__init__.py.  The only optimisation is a cache of dequantised
+f32 matrices, within a budget of bytes.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from osmium.ops.reference_quant import ReferenceQuantOps
 from osmium.ops.types import (
     FETCH_BLOCKS,
     FETCH_SEGMENT_BYTES,
-    STOP,
+    PREFETCH_STOP,
     Array,
     AttentionWeights,
     AttentionWorkspace,
@@ -59,12 +59,12 @@ class ReferenceOps(ReferenceQuantOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, cache_bytes: int = 4 << 30) -> None:
-        """`keep` bytes may hold f32 copies of matrices; past that they are made at each use."""
-        self.bytes_to_host = 0
+        """Keep at most `cache_bytes` of f32 matrices; others are dequantised at each use."""
+        self.d2h_bytes = 0
         self._cache_bytes_left = cache_bytes
         self._matrices: dict[int, tuple[LinearWeight, F32]] = {}
         self._experts: dict[int, tuple[Array, F32, F32]] = {}
-        """By the address of a slot, which it keeps from being used again."""
+        """Keyed by the slot's address; holding the slot keeps the address from being reused."""
 
     # -- memory ----------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ class ReferenceOps(ReferenceQuantOps):
         return np.empty(shape, dtype)
 
     def to_device(self, array: npt.NDArray[Any]) -> Array:
-        return array  # kernels are NumPy: a mapped file serves as it is
+        return array  # a memory-mapped file serves as it is
 
     def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
@@ -95,11 +95,11 @@ class ReferenceOps(ReferenceQuantOps):
         return MatmulInput(self.empty((tokens, width), np.float32), eps=eps or 0.0)
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
-        assert out.shape == source.shape, f"copy_in of {source.shape} into {out.shape}"
+        assert out.shape == source.shape, f"copy_h2d of {source.shape} into {out.shape}"
         out[...] = source
 
     def copy_d2h(self, source: Array) -> npt.NDArray[Any]:
-        self.bytes_to_host += source.nbytes
+        self.d2h_bytes += source.nbytes
         return np.array(source)
 
     def copy(self, out: Array, source: Array) -> None:
@@ -227,7 +227,7 @@ class ReferenceOps(ReferenceQuantOps):
             rows = slice(int(step.query_start_loc[s]), int(step.query_start_loc[s + 1]))
             slot = int(step.state_slots[s])
             past = int(step.context_lens[s])
-            recent = (past + np.arange(4)) % 4  # where positions past - 4 and on are
+            recent = (past + np.arange(4)) % 4  # entries of positions past - 4 to past - 1
             before = state[slot].T[recent] if past else np.zeros((4, channels), np.float32)
             window = np.concatenate([before, u[rows, :channels]])  # [4 + t, C]
             t = len(window) - 4
@@ -383,7 +383,7 @@ class ReferenceOps(ReferenceQuantOps):
                 continue
             if signal != 8:
                 return
-            stopped = prefetch.state[layer][0] & STOP
+            stopped = prefetch.state[layer][0] & PREFETCH_STOP
             prefetch.state[layer] += 1 + (1 << 15)
             if not stopped and expert >= 0:
                 slots[slot] = host_experts.packed[layer, expert]
@@ -471,7 +471,7 @@ class ReferenceOps(ReferenceQuantOps):
         return up, down
 
     def _drop_cached(self, data: Array) -> None:
-        """Its bytes have changed."""
+        """Drop the cached matrices of a slot whose bytes have changed."""
         cached = self._experts.pop(data.ctypes.data, None)
         if cached is not None:
             self._cache_bytes_left += cached[1].nbytes + cached[2].nbytes
@@ -483,7 +483,7 @@ class ReferenceOps(ReferenceQuantOps):
     def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
         out += sigmoid(gate[:, column : column + 1]) * x
 
-    # -- replies -----------------------------------------------------------------------------------
+    # -- sampling ----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, decode_state: DecodeState) -> None:
         uniforms = decode_state.uniforms[int(decode_state.decode_step[0]) % decode_state.ring_size]

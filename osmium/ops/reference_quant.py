@@ -1,4 +1,4 @@
-"""Making weights on the CPU: quantised, or made up.  Part of ReferenceOps."""
+"""Quantisation and random fill of ReferenceOps."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Where the arrays of the kernels are, and where their launches go."""
+"""The device interface of GpuOps: memory, copies, streams and graphs."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -11,10 +11,10 @@ __all__ = ["DeviceRuntime"]
 
 
 class DeviceRuntime(Protocol):
-    """Where the arrays are and the launches go: cuda.Device, or the tests' interpreter."""
+    """The memory and stream of one device: cuda.CudaRuntime, or the interpreter of the tests."""
 
     stream: Any
-    """Anything with launch(kernel, grid, values)."""
+    """The main stream, an object with launch(kernel, grid, values)."""
 
     @property
     def sm_count(self) -> int: ...

@@ -1,4 +1,4 @@
-"""Drawing a token from scores, in NumPy: the specification of Ops.sample, and the host's way."""
+"""Sampling in NumPy: the specification of Ops.sample, and the sampler for logits on the host."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ F64 = npt.NDArray[np.float64]
 def sample_from_logits(
     logits: F64, temperature: float, top_k: float, top_p: float, min_p: float, uniform: float
 ) -> int:
-    """A token by Ops.sample's rule; scores f64 [vocab], chance in [0, 1)."""
+    """A token by the rule of Ops.sample; logits f64 [vocab], uniform in [0, 1)."""
     if temperature == 0:
         return int(logits.argmax())
     ids, p = _filtered(logits, temperature, int(top_k), top_p, min_p)
@@ -24,7 +24,7 @@ def sample_from_logits(
 def _filtered(
     logits: F64, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> tuple[npt.NDArray[np.intp], F64]:
-    """The tokens that may be drawn, likeliest first, and their probabilities."""
+    """The tokens that top-k, top-p and min-p keep, likeliest first, and their probabilities."""
     count = len(logits)
     if 0 < top_k < count:
         threshold = np.partition(logits, count - top_k)[count - top_k]
@@ -35,10 +35,10 @@ def _filtered(
     ids = candidates[np.lexsort((candidates, -logits[candidates]))]
     if top_k > 0:
         ids = ids[:top_k]
-    with np.errstate(over="ignore"):  # far below the best at next to no temperature: exp(-inf) = 0
+    with np.errstate(over="ignore"):  # a tiny temperature overflows to exp(-inf) = 0
         p = np.exp((logits[ids] - logits[ids[0]]) / temperature)
     p /= p.sum()
-    if top_p < 1:  # the token that crosses the mark is kept
+    if top_p < 1:  # keeps the token that crosses top_p
         p = p[: int(np.searchsorted(np.cumsum(p), top_p)) + 1]
     if min_p > 0:
         p = p[p >= min_p * p[0]]

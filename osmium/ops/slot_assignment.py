@@ -1,12 +1,12 @@
-"""Slot assignment in NumPy: the specification of kernels/assign_slots.py."""
+"""Slot assignment and eviction in NumPy: the specification of kernels/assign_slots.py."""
 
 import numpy as np
 import numpy.typing as npt
 
 from osmium.ops.types import (
-    DROP,
+    PREFETCH_DISCARD,
     PREFETCH_SCORE_BIAS,
-    STOP,
+    PREFETCH_STOP,
     Array,
     ExpertCache,
     PrefetchState,
@@ -31,7 +31,7 @@ def assign_slots(
     cache.counters[1] += int(uses[~is_miss].sum())
     prefetched = -1 if prefetch is None else int(prefetch.expert[layer])
     is_prefetch_hit = prefetched in experts[is_miss]
-    if is_prefetch_hit:  # it comes first
+    if is_prefetch_hit:  # its entry of the plan is the first
         order = np.argsort(experts != prefetched, kind="stable")
         experts, uses, is_miss = experts[order], uses[order], is_miss[order]
     misses = experts[is_miss]
@@ -64,7 +64,9 @@ def assign_slots(
     if prefetch is not None:
         prefetch.start_signal[layer] = 16 * step + 15
         if prefetched >= 0:
-            prefetch.state[layer] += STOP if is_prefetch_hit else STOP + DROP
+            prefetch.state[layer] += (
+                PREFETCH_STOP if is_prefetch_hit else PREFETCH_STOP + PREFETCH_DISCARD
+            )
             prefetch.expert[layer] = -1
             cache.counters[5] += is_prefetch_hit
         if layer + 1 < len(cache.slot_to_expert):
@@ -76,7 +78,12 @@ def assign_slots(
 def _pick_prefetch(
     cache: ExpertCache, layer: int, prefetch: PrefetchState, pairs: int, step: int
 ) -> None:
-    """Whom to fetch before `layer` is placed, and where to."""
+    """Pick the expert to prefetch for `layer`, and reserve a slot for it.
+
+    Candidates are the predicted experts without a slot.  The one with the largest weight^2 *
+    (eviction score + PREFETCH_SCORE_BIAS) wins, ties to the lower id.  It gets the lowest free
+    slot, or that of the lowest eviction score among experts that are not predicted.
+    """
     expert_to_slot, slot_to_expert = cache.expert_to_slot[layer], cache.slot_to_expert[layer]
     predicted, weights = (np.ravel(array)[:pairs] for array in (prefetch.ids, prefetch.weights))
     is_absent = expert_to_slot[predicted] < 0
@@ -99,7 +106,7 @@ def _pick_prefetch(
 
 
 def _decayed_counts(cache: ExpertCache, layer: int, step: int) -> tuple[F32, F32, F32]:
-    """Of every expert: heat and long heat as of now, and its warmth."""
+    """f32 [E] each: short and long counts decayed to now, and eviction scores."""
     decay, age = cache.decay, (cache.last_used[layer] - step).astype(np.float32)
     rate, long_rate = np.float32(1 / decay.half_life), np.float32(1 / decay.long_half_life)
     short_count = cache.short_count[layer] * np.exp2(age * rate)

@@ -1,4 +1,4 @@
-"""What the kernels for few tokens take, and how their blocks share it out."""
+"""Which shapes the kernels for few tokens support, and how their blocks divide the work."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -11,63 +11,64 @@ from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "EXPERT_TILES", "KV_DTYPES", "MATVEC_MAX_TOKENS", "SPLIT_KV_MAX_SEQS", "Tiling",
+    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
     "fits_shared", "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts",
     "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
-MATVEC_INPUTS = {"bf16": 64, "int8": 64, "int4": 128}
-"""What the inputs of a matrix must be a multiple of for MATVEC; LINEAR takes the others."""
+MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
+"""The matvec kernels need K to be a multiple of this; the generic kernels take other K."""
 
 MATVEC_MAX_TOKENS = 8
-"""Tokens that a block of MATVEC multiplies at once: half the rows of a tensor core's tile."""
+"""Most tokens per block of a matvec kernel: half of the 16 rows of an mma tile."""
 
-EXPERT_TILES = 32
-"""Tiles of experts that a block does at most: a lane knows where one of them is."""
+MAX_EXPERT_TILES = 32
+"""Most expert tiles per block: one lane holds the address of one tile."""
 
 INT4_MAX_TOKENS = 5
-"""Tokens that a block of INT4 multiplies at once: three digits each, of a tile's 16 rows."""
+"""Most tokens per block of the INT4 matvec kernel: three digits each in an mma tile's 16 rows."""
 
-MATVEC_NORM = 4096
-"""Inputs up to which the kernels for few tokens take rows that are normed."""
+MAX_NORM_K = 4096
+"""Largest K for which the kernels for few tokens apply the norm of their input."""
 
 WEIGHT_STAGE_BYTES = 32 << 10
-"""Bytes of shared memory for the pieces of weights that a block has on their way."""
+"""Bytes of shared memory for a block's weight loads in flight."""
 
 REDUCTION_BYTES = 2 << 10
-"""Bytes of it, a token, for what the warps of a block add up."""
+"""Bytes of shared memory per token for the sums of a block's warps."""
 
-SUMS_DOWN = 4608
-"""The same of the experts' second half, of one token and twice the warps, with what they keep."""
+DOWN_REDUCTION_BYTES = 4608
+"""Bytes of shared memory of the expert down kernel for its sums and the first warp's state."""
 
-SCALES = 16 << 10
-"""Bytes of it for a block's scales, at most."""
+MAX_SCALE_BYTES = 16 << 10
+"""Most bytes of shared memory for a block's INT4 scales."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
-"""What kernels keep keys and values in, by what their names end with."""
+"""Dtype of keys and values, by the suffix of the kernels' names."""
 
 SPLIT_KV_MAX_SEQS = 8
-"""Sequences up to which a step shares out each context over blocks; more fill a GPU as they are."""
+"""Most sequences of a split-KV step; more sequences fill a GPU without splits."""
 
-SPLIT_SHARED = 96 << 10
-"""Bytes of shared memory of a block that does a part of a context, at most."""
+SPLIT_KV_SHARED_BYTES = 96 << 10
+"""Most bytes of shared memory of a split-KV block."""
 
 MIN_KV_SPLITS = 4
-"""Blocks that a context is shared out over, however small the GPU."""
+"""Fewest blocks per context, even on a small GPU."""
 
 
 @dataclass(frozen=True)
 class Tiling:
-    """A matrix, shared out over blocks."""
+    """How a kernel's blocks divide a matrix."""
 
     blocks: int
+    """Thread blocks per group of tokens."""
     tiles: int
-    """Tiles that a block does, at most."""
+    """Most tiles per block."""
     max_tokens: int
-    """Tokens that a block does, at most."""
+    """Most tokens per block."""
 
     def tokens_per_block(self, tokens: int) -> int:
-        """Tokens that a block does, of so many."""
+        """Tokens per block in a step of `tokens`."""
         return min(tokens, self.max_tokens)
 
 
@@ -80,21 +81,23 @@ def tile_matrix(
     fraction: float = 1.0,
     max_tiles: int | None = None,
 ) -> Tiling:
-    """Tiles of `high` rows of a matrix [rows, columns] over two blocks a multiprocessor, or one
-    where two do not fit, or over a part of them.  Two have enough on its way, and leave room for a
-    block of the next kernel, which begins while they end.  `scaled`: with scales of 128 inputs,
-    so in digits.  No block does more than `tiles`, if that is said."""
+    """Divide a matrix [out_features, in_features] into tiles of `tile_rows` rows.
+
+    Two blocks per multiprocessor, or one if two do not fit; `fraction` of them.  Two keep enough
+    loads in flight, and leave room for a block of the next kernel, which starts early (PDL).
+    `has_digits`: INT4 with scales per 128 inputs.  A block has at most `max_tiles` tiles.
+    """
     num_tiles = -(-out_features // tile_rows)
     shared_bytes, token_bytes = WEIGHT_STAGE_BYTES, REDUCTION_BYTES + 4 * in_features
     max_tokens = MATVEC_MAX_TOKENS
     if has_digits:
-        shared_bytes += SCALES
+        shared_bytes += MAX_SCALE_BYTES
         token_bytes += 2 * REDUCTION_BYTES
         max_tokens = INT4_MAX_TOKENS
     blocks_per_sm = 2 if runtime.max_shared_per_block >= 2 * (shared_bytes + token_bytes) else 1
     blocks = min(num_tiles, max(1, round(fraction * blocks_per_sm * runtime.sm_count)))
     if has_digits:
-        blocks = max(blocks, -(-num_tiles * in_features // (8 * SCALES)))
+        blocks = max(blocks, -(-num_tiles * in_features // (8 * MAX_SCALE_BYTES)))
     if max_tiles is not None:
         blocks = max(blocks, -(-num_tiles // max_tiles))
     return Tiling(
@@ -107,16 +110,20 @@ def tile_matrix(
 def tile_expert_down(
     runtime: DeviceRuntime, layout: ExpertLayout, tokens: int, top_k: int, shared_size: int
 ) -> tuple[Tiling, int]:
-    """The experts' second half and that of a shared expert of `own` values: a block a
-    multiprocessor for each token, whose warps make the digits of every input once.  And bytes of
-    shared memory for the pieces on their way: two rings, as it has twice the warps, or one where a
-    multiprocessor has no room for that, with two tokens twice."""
+    """The tiling of the expert down kernel, and its bytes of shared memory for loads in flight.
+
+    `shared_size` is the shared expert's inner size, or 0.  One block per multiprocessor and token,
+    so that the digits of each input are computed once per multiprocessor.  The kernel has twice the
+    warps of a matvec kernel, so it has two weight stages, or one where two do not fit.
+    """
     num_tiles = layout.hidden // 8
     blocks = min(num_tiles, runtime.sm_count)
     tiles = -(-num_tiles // blocks)
     routed_groups = top_k * (layout.inner // 128)
     other_bytes = (
-        SUMS_DOWN + 544 * (routed_groups + shared_size // 64) + tiles * (16 * routed_groups + 32)
+        DOWN_REDUCTION_BYTES
+        + 544 * (routed_groups + shared_size // 64)
+        + tiles * (16 * routed_groups + 32)
     )
     two_rings = 2 * WEIGHT_STAGE_BYTES
     has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
@@ -124,30 +131,31 @@ def tile_expert_down(
 
 
 def is_decode(step: StepInputs) -> bool:
-    """Whether row s is the one row of sequence s."""
+    """Whether each sequence has one row."""
     return step.tokens == step.sequences
 
 
 def supports_matvec(w: LinearWeight) -> bool:
+    """Whether the matvec kernel of the format takes this matrix."""
     whole_tiles = w.format != "int4" or w.out_features % 8 == 0
-    return whole_tiles and w.in_features % MATVEC_INPUTS[w.format] == 0 and w.group in (0, 128)
+    return whole_tiles and w.in_features % MATVEC_K_MULTIPLE[w.format] == 0 and w.group in (0, 128)
 
 
 def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:
-    """Whether the experts' kernels for few tokens do it."""
+    """Whether the fused expert kernels, for few tokens, take this layout."""
     groups = layout.up_group == layout.down_group == 128
     return (
-        layout.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and layout.hidden <= MATVEC_NORM
+        layout.bits == 4 and tokens <= MATVEC_MAX_TOKENS and groups and layout.hidden <= MAX_NORM_K
     )
 
 
 def fits_shared(shared: SharedExpert) -> bool:
-    """Whether they do the shared expert, too."""
+    """Whether the fused expert kernels also take this shared expert."""
     return shared.up.format == shared.down.format == "int8" and shared.down.in_features % 64 == 0
 
 
 def kv_format(kv: PagedKV) -> str:
-    """What keys and values are kept in, as kernels name it.  Raises: ConfigError."""
+    """The suffix of the kernels for this dtype of keys and values.  Raises: ConfigError."""
     dtype = cast(np.dtype[Any], kv.k.dtype)
     for name, kind in KV_DTYPES.items():
         if dtype == kind:
@@ -156,11 +164,13 @@ def kv_format(kv: PagedKV) -> str:
 
 
 def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blocks: int) -> int:
-    """Blocks to share out each context over, `most` at most, where `blocks` is how many there are
-    without: all of them at once, so that none runs alone at the end, nor waits in vain for those
-    it adds up; on the smallest GPUs at least those of one context.  `beside`: blocks that copy
-    meanwhile; on a multiprocessor that has room for one of these they leave none."""
-    if runtime.max_shared_per_block >= 2 * SPLIT_SHARED:
+    """Blocks per context, at most `max_splits`, for a grid of `blocks` blocks without splits.
+
+    All blocks must be resident at once: the last ones poll for the others' sums.  On the smallest
+    GPUs that holds for the blocks of one context.  `copy_blocks` prefetch blocks run in parallel;
+    where a multiprocessor fits one block, each of them takes a whole multiprocessor.
+    """
+    if runtime.max_shared_per_block >= 2 * SPLIT_KV_SHARED_BYTES:
         capacity = 2 * runtime.sm_count
     else:
         capacity = runtime.sm_count - copy_blocks

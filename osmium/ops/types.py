@@ -1,11 +1,17 @@
-"""The values that operations read: a step, a matrix, an expert cache and its plan.
+"""The arguments of operations: steps, matrices, the KV cache, the expert cache and its plans.
 
-Plain records of arrays.  An array is np.ndarray on the CPU and cuda.DeviceArray on the GPU; both
-have shape, dtype, nbytes, slices along the first axis and reshape.  bf16 is kept as uint16 (see
-quant/floats.py).  Knows nothing of models, files or CUDA.
+Dataclasses of arrays.  An array is np.ndarray on the CPU and cuda.DeviceArray on the GPU; both have
+shape, dtype, nbytes, slices along the first axis and reshape.  No models, files or CUDA here.
 
-Letters: T tokens of a step, S sequences of a step, D hidden, N x K a matrix, E experts, A activated
-experts a token, I inner size of an expert, H heads, C channels of the convolution.
+Layouts: an array's docstring starts with its dtype and shape, as in `f32 [T, H, d]`.  Arrays are
+row-major.  Names after a colon are the entries of the last axis, in order.  bf16 is stored as
+uint16, e4m3 as uint8 (quant/floats.py).  tests/ops/test_layouts.py compares these lines with the
+allocated arrays; test_element_order.py compares element orders with the bytes of kernels.
+
+Letters: T tokens and S sequences of a step; D hidden size; N, K outputs and inputs of a matrix; L
+layers; E experts; A experts per token; I, Is inner sizes of a routed and the shared expert; H query
+heads and G key/value heads of d values; U key heads of dk and V value heads of dv values in a delta
+net; C channels of its convolution; R rows of logits, one per sequence.
 """
 
 from collections.abc import Sequence
@@ -19,47 +25,52 @@ from osmium.kernels.logit_histogram import BINS, SLICE
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "DROP", "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_SCORE_BIAS",
-    "ROUTER_BARRIER_SHAPE", "STOP", "Array", "AttentionWeights", "AttentionWorkspace",
+    "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_DISCARD", "PREFETCH_SCORE_BIAS",
+    "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
     "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
     "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
     "SlotAssignment", "StepInputs", "rows_bytes",
 ]  # fmt: skip
 
 Array = Any
-"""np.ndarray or cuda.DeviceArray, which share no type that a checker knows."""
+"""np.ndarray or cuda.DeviceArray; they have no common static type."""
 
 ROUTER_BARRIER_SHAPE = (8, 288)
-"""Of the words in which a router's blocks meet: tokens of a step, beyond which other kernels do its
-work, and of each a key an expert, up to 256, and who has sent them."""
+"""Shape of the router kernel's barrier, i32 [tokens, words].  Words 0 to 255 of a token are logits
+as sortable keys; word 256 counts the blocks that have stored theirs.  Larger steps use other
+kernels."""
 
 FETCH_BLOCKS = 16
-"""Thread blocks that copy records: they move 50 GB/s, all that the link has, and leave the other
-multiprocessors alone (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
+"""Thread blocks that copy experts.  They reach 50 GB/s, the link's limit, and occupy few
+multiprocessors (tools/dma_bandwidth.py, H100, PCIe 5 x16, 2026-11)."""
 
 FETCH_WARPS = 8 * FETCH_BLOCKS
-"""Warps of them."""
+"""Warps of these blocks."""
 
 FETCH_SEGMENT_BYTES = 16 << 10
-"""Bytes of a record that a block copies at once, an eighth of them a warp."""
+"""Bytes of a packed expert that a block copies at a time.  Segment i belongs to block
+i % FETCH_BLOCKS; each of its eight warps copies an eighth."""
 
 PREFETCH_SCORE_BIAS = 0.02
-"""Added to the warmth of an expert, to weigh a guess: about what a use of long ago is worth."""
+"""Added to an expert's eviction score when a prefetch is picked: about the score of one old use."""
 
-STOP, DROP = 1 << 30, 1 << 29
-"""In PrefetchState.state: slots of the layer are assigned; and the prefetched expert is unused."""
+PREFETCH_STOP, PREFETCH_DISCARD = 1 << 30, 1 << 29
+"""Bits of PrefetchState.state.  Stop: the layer's slots are assigned.  Discard: the prefetched
+expert was not routed."""
 
 MIN_LOGIT_SLICES = 128
-"""Slices of a row of logits that are searched side by side, at least."""
+"""Fewest slices into which the sampler cuts a row of logits; one thread block searches each."""
 
 
 @dataclass(frozen=True)
 class LinearWeight:
     """A matrix [N, K] in one of the stored formats; y = x @ W.T.
 
-    bf16  data u16 [N, K]                                               K % 8 == 0
-    int8  data i8 [N, K], scale f32 [N]            w = q * s            K % 16 == 0
-    int4  data u8 [N, K/2], scale f16 [N, K/group] w = (q - 8) * s      K % 32 == 0; quant/int4.py
+    bf16  data bf16 [N, K]    w = data    K % 8 == 0
+    int8  data i8 [N, K]    scale f32 [N]    w = data * scale    K % 16 == 0
+    int4  data u8 [N, K / 2]    scale f16 [N, K / group]    w = (q - 8) * scale    K % 32 == 0
+
+    int4's q is unsigned, two per byte, in the order of quant/int4.py.
     """
 
     format: Literal["bf16", "int8", "int4"]
@@ -70,52 +81,58 @@ class LinearWeight:
     data: Array
     scale: Array | None = None
     group: int = 0
-    """int4: inputs that share a scale, 128, 64 or 32."""
+    """int4: inputs per scale, 128, 64 or 32; 0 in the other formats."""
 
 
 @dataclass(frozen=True)
 class MatmulInput:
-    """Rows [T, K] on their way into matrices, in the form in which a backend's matrices read them.
+    """The activations [T, K] that matrices read, in the backend's form.
 
-    On the CPU that is `f32`.  On the GPU it is `split`, and where the rows are normed `squares`:
-    the matrices divide their sums by the root of the mean square.  `f32` is then room for kernels
-    that read f32, and for those that write it before `Ops.prepare_input`.
+    The CPU reads `f32`.  GPU matrices read `hi_lo`; with `square_sums` they divide their sums by
+    the root mean square themselves.  `f32` is then scratch: for kernels that read f32, and for
+    those that write it before `Ops.prepare_input`.
     """
 
     f32: Array
     """f32 [T, K]."""
     hi_lo: Array | None = None
-    """bf16 [T, 2, K]: hi, then lo; hi + lo is the value to 2^-17, without the division."""
+    """bf16 [T, K / 2, 4]: hi, hi, lo, lo.
+
+    Entry [t, k // 2] holds hi, then lo, of the values 2 (k // 2) and 2 (k // 2) + 1.  hi is the
+    value rounded to bf16, lo the rounded rest: hi + lo is right to 2^-17.  Of a normed input the
+    value is x * (1 + w), before the division by the root mean square.  `GpuOps.matvec` has the
+    digits that some kernels store in the same bytes."""
     square_sums: Array | None = None
-    """f32 [T, K / 8]: sums of eight squares each of what the norm divides; None: not normed."""
+    """f32 [T, K / 8], the sum of x^2 over inputs 8 i to 8 i + 7 in entry i.  x is the norm's input.
+    None: the input is not normed."""
     eps: float = 0.0
-    """Of the norm."""
+    """Epsilon of the norm: it divides by sqrt(mean(x^2) + eps)."""
 
     def __getitem__(self, part: slice) -> "MatmulInput":
-        """Some of the rows."""
-        split, squares = self.hi_lo, self.square_sums
+        """A view of some rows."""
+        hi_lo, square_sums = self.hi_lo, self.square_sums
         return MatmulInput(
             self.f32[part],
-            None if split is None else split[part],
-            None if squares is None else squares[part],
+            None if hi_lo is None else hi_lo[part],
+            None if square_sums is None else square_sums[part],
             self.eps,
         )
 
 
 def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
-    """Bytes of Rows on a backend."""
+    """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
     halves = 4 * width + (width // 2 if normed else 0)
     return tokens * (4 * width + (halves if gpu else 0))
 
 
 @dataclass(frozen=True)
 class DeltaWeights:
-    """A delta net's small weights; V value heads of dv values."""
+    """A delta net's weights behind its first matrix."""
 
     conv: Array
-    """f32 [C, 4], of the oldest input first."""
+    """f32 [C, 4], the tap of the oldest input first."""
     ab: LinearWeight
-    """[2V, D], the gates' a, then b."""
+    """[2V, D], the gates' a rows, then b rows."""
     a_log: Array
     """f32 [V]."""
     dt_bias: Array
@@ -129,47 +146,55 @@ class DeltaWeights:
 
 @dataclass(frozen=True)
 class DeltaNetWorkspace:
-    """Where a delta net's parts leave what they make."""
+    """Intermediate arrays of a delta net."""
 
     qkv: Array
-    """f32 [T, C], after the convolution."""
+    """f32 [T, C], the convolution's output: U queries, U keys, V values."""
     ab: Array
-    """f32 [T, 2V]."""
+    """f32 [T, 2V], the gates' a, then b."""
     decay: Array
-    """f32 [T, V]."""
+    """f32 [T, V], log of the decay."""
     beta: Array
     """f32 [T, V]."""
     delta_out: MatmulInput
-    """[T, V * dv], what the rule reads from its state, normed and gated."""
+    """[T, V * dv], the rule's output, normed and gated."""
 
 
 @dataclass(frozen=True)
 class AttentionWeights:
-    """What attention has behind its first matrix; H heads of d values, of which R turn."""
+    """An attention layer's weights behind its first matrix; `rotary` values of a head rotate."""
 
     norms: Array
-    """f32 [2, d], of queries, then of keys."""
+    """f32 [2, d], the weights of the query norm, then of the key norm."""
     frequencies: Array
-    """f32 [R / 2], radians a position."""
+    """f32 [rotary / 2], radians per position."""
     out: LinearWeight
     """[D, H * d]."""
     eps: float
+    """Epsilon of both norms."""
     scale: float
-    """What scores are multiplied by."""
+    """Factor of q . k."""
 
 
 @dataclass(frozen=True)
 class AttentionWorkspace:
-    """Where attention's parts leave what they make."""
+    """Intermediate arrays of an attention layer."""
 
     q: Array
-    """f32 [T, H, d], normed and turned, where steps are not of a few sequences' one row each."""
+    """f32 [T, H, d], normed and rotated queries; unused by the split-KV kernel."""
     attn_out: MatmulInput
-    """[T, H * d], what is read from values, gated."""
+    """[T, H * d], the gated attention output."""
     partial: Array
-    """f32 [splits, H, d + 2], what blocks that share contexts leave."""
+    """f32 [splits, H, d + 2], the capacity of the split-KV partial sums, one flat array.
+
+    A step of T tokens with s parts per context uses T * s of the splits.  First come the sums of
+    v * 2^(score - largest), [T, H, s, d].  Behind them come [T, H, s, 2]: largest, total.  total is
+    the sum of 2^(score - largest); with e4m3 pages `largest` includes log2 of v's scale."""
     split_counters: Array
-    """i32 [SPLIT_ROWS, H, 8], 0 before and after: how many have left theirs."""
+    """i32 [SPLIT_KV_MAX_SEQS, H, 8], zero between steps; split-KV arrival counters, one flat array.
+
+    Entry (t * g + b) * 8 counts the blocks of token t and head group b that have stored their sums.
+    g is the number of head groups, G * ceil(H / (16 G)).  A counter has 32 bytes of its own."""
 
 
 @dataclass(frozen=True)
@@ -177,37 +202,38 @@ class SharedExpert:
     """The expert that every token uses."""
 
     up: LinearWeight
-    """[2 Is, D], gate then up."""
+    """[2Is, D], gate rows, then up rows."""
     down: LinearWeight
     """[D, Is]."""
     gate_column: int
-    """Column of the router's scores that, through a sigmoid, is its weight."""
+    """Column of the router logits whose sigmoid is this expert's weight."""
 
 
 @dataclass(frozen=True)
 class PagedKV:
-    """The keys and values of one attention layer, in pages that sequences share out.
+    """The keys and values of one attention layer, in pages.
 
-    f32, bf16, or e4m3 (u8; quant/floats.py): then row [page, token, head] is e4m3 times its scale.
+    k and v are f32, bf16 or e4m3.  An e4m3 row of d values is multiplied by its scale.
+    `StepInputs` has the place of a position.
     """
 
     k: Array
-    """[pages, page, G, d], after norm and rotation."""
+    """[pages, page_size, G, d], after norm and rotation."""
     v: Array
-    """[pages, page, G, d]."""
+    """[pages, page_size, G, d]."""
     k_scales: Array | None = None
-    """f16 [pages, page, G]; None unless e4m3."""
+    """f16 [pages, page_size, G]; None unless k is e4m3."""
     v_scales: Array | None = None
-    """f16 [pages, page, G]."""
+    """f16 [pages, page_size, G]; None unless v is e4m3."""
 
 
 @dataclass(frozen=True)
 class StepInputs:
-    """Which tokens of which sequences one forward pass computes.
+    """The tokens that one forward pass computes.
 
-    Sequence s owns the rows starts[s] .. starts[s + 1] of every [T, ...] array, at least one, in
-    order of position.  Position p of sequence s is kept at row p % page of page
-    pages[s, p // page].
+    Sequence s has rows query_start_loc[s] to query_start_loc[s + 1] - 1 of each [T, ...] array: at
+    least one, in order of position.  Position p of sequence s is row p % page_size of KV page
+    page_table[s, p // page_size].
     """
 
     tokens: int
@@ -215,62 +241,59 @@ class StepInputs:
     sequences: int
     """S."""
     page_size: int
-    """Tokens a page of KV."""
+    """Tokens per KV page."""
     ids: Array
     """i32 [T], token ids."""
     positions: Array
     """i32 [T], from 0 in each sequence."""
     sequence_ids: Array
-    """i32 [T], which sequence a row belongs to, 0 .. S - 1."""
+    """i32 [T], the sequence of each row, 0 to S - 1."""
     query_start_loc: Array
-    """i32 [S + 1]."""
+    """i32 [S + 1], the first row of each sequence, then T."""
     context_lens: Array
-    """i32 [S], tokens of the sequence before this step; 0 means that its recurrent state is all
-    zero, whatever the state slot holds."""
+    """i32 [S], tokens of the sequence before this step.  0: its recurrent state counts as zero,
+    whatever the state slot holds."""
     state_slots: Array
     """i32 [S], the recurrent-state slot of each sequence."""
     page_table: Array
-    """i32 [S, P], the page table; entries past the sequence's end are never read."""
+    """i32 [S, max_pages_per_seq]; entries past the sequence's end are never read."""
 
 
 @dataclass(frozen=True)
 class HostExperts:
-    """Every routed expert, as one contiguous record each, in host memory.
-
-    On the GPU `records` is the device's view of mapped host memory.
-    """
+    """All routed experts in host memory; on the GPU, the device's view of mapped host memory."""
 
     layout: ExpertLayout
+    """Offsets inside a packed expert."""
     packed: Array
-    """u8 [L, E, record.nbytes]."""
+    """u8 [L, E, nbytes], a packed expert each; nbytes is `layout.nbytes`."""
 
 
 @dataclass(frozen=True)
 class DecayConfig:
-    """How two counts of an expert's uses, one that fades fast and one that fades slowly, become
-    its warmth.
+    """How an expert's eviction score follows from its two decayed use counts.
 
-    warmth = grown * heat + share * long_heat, in f32, both heats as of now
-    grown = 1 - 2^(-(step + earlier) / long_half_life)
-    long_scale = weight * (1 - 2^(-1 / long_half_life)) / (1 - 2^(-1 / half_life))
+    score = short_scale * short_count + long_scale * long_count, in f32, counts decayed to now
+    short_scale = 1 - 2^(-(step + prior_steps) / long_half_life)
+    long_scale = long_weight * (1 - 2^(-1 / long_half_life)) / (1 - 2^(-1 / half_life))
 
-    That is the order of heat's uses a step plus `weight` times long heat's.  A count is uses a
-    step once it is divided by the sum of its weights, 1 / (1 - 2^(-1 / half_life)) in the end; of
-    the long one's, `grown` is there after so many steps.
+    This orders experts by short rate + `long_weight` * long rate, in uses per step.  A rate is the
+    count over the sum of its weights: docs/expert-cache.md.
     """
 
     half_life: float
-    """Steps in which an unused expert loses half of its heat."""
+    """Steps in which the short count halves."""
     long_half_life: float
-    """The same of its long heat."""
+    """Steps in which the long count halves."""
     long_weight: float
-    """What a use a step over the long count is worth, beside one over the other."""
+    """Weight of the long rate; the short rate has weight 1."""
     prior_steps: int
-    """Steps without a use, said to have been before the first: first uses are no rate yet."""
+    """Steps without uses that count as counted before the first, so that the first uses are not
+    taken for a rate."""
 
     @property
     def long_scale(self) -> float:
-        """What long heat is multiplied by."""
+        """Factor of the long count."""
         return (
             self.long_weight
             * (1 - 2 ** (-1 / self.long_half_life))
@@ -280,160 +303,167 @@ class DecayConfig:
 
 @dataclass(frozen=True)
 class ExpertCache:
-    """The experts in VRAM: S slots of each layer, who is in them, how much each expert is used.
+    """The experts in VRAM: slots per layer, the expert in each slot, and use counts.
 
-    `step` counts forward passes from 1, so that a stamp of 0 means never used.  Heats are stored as
-    they were at the stamp; now a heat is heat * exp2((stamp - step) * (1 / half_life)), in f32, and
-    a long heat the same with its own half-life.
+    `step` counts forward passes from 1, so last_used == 0 means never used.  Counts are stored as
+    of last_used.  Decayed to now, in f32: count * exp2((last_used - step) * (1 / half_life)).
     """
 
     layout: ExpertLayout
+    """Offsets inside a slot."""
     num_experts: int
     """E."""
     decay: DecayConfig
-    """What makes an expert warm."""
+    """How eviction scores follow from the counts."""
     slots: Sequence[Array]
-    """u8 [S, record.nbytes] of each layer, which may have more or fewer than another."""
+    """u8 [slots, nbytes], one array per layer; layers may differ in slots.  nbytes is
+    `layout.nbytes`."""
     expert_to_slot: Array
-    """i32 [L, E], the slot of an expert, or -1."""
+    """i32 [L, E], the slot of an expert in its layer, or -1."""
     slot_to_expert: Sequence[Array]
-    """i32 [S] of each layer, the expert in a slot, or -1."""
+    """i32 [slots], one array per layer: the expert in a slot, or -1."""
     short_count: Array
-    """f32 [L, E]."""
+    """f32 [L, E], uses decayed by `decay.half_life`."""
     long_count: Array
-    """f32 [L, E]."""
+    """f32 [L, E], uses decayed by `decay.long_half_life`."""
     last_used: Array
     """i32 [L, E], the step of the last use."""
     step: Array
-    """i32 [1], raised by one at the last layer's `place` of a forward pass."""
+    """i32 [1], forward passes done; the last layer's slot assignment adds one."""
     counters: Array
-    """i64 [7], in pairs of a token and an expert: routed (counted by `route`), hit (by `place`),
-    fetched (by `fetch`, for the records that it copied); then records copied; experts that were
-    guessed, and those of them that were asked for (both by `place`); and what had come of these
-    before their layer was placed, in warps' shares of a piece, 2 KiB (by `fetch`).
-    routed == hit + fetched."""
+    """i64 [7]: routed, hit, missed, copied, prefetched, prefetch_hits, prefetched_eighths.
+
+    The first three count routed pairs, and routed == hit + missed; the next three count experts.
+    The router writes routed; slot assignment hit, prefetched and prefetch_hits; the fetch missed,
+    copied and prefetched_eighths.  The last counts eighths of segments, 2 KiB each, that a prefetch
+    hit had copied before its slot was assigned."""
     storage: tuple[Array, Array] | None = None
-    """The slots of all layers, one after another, and `expert_in` of them: what is cut into layers
-    (experts.cache.resize_layers)."""
+    """`slots` and `slot_to_expert` of all layers as one array each, in order of layers.
+    `experts.cache.resize_layers` cuts them anew."""
 
     @property
     def capacity(self) -> int:
-        """S in the mean; E where all layers are wholly resident."""
+        """Mean slots per layer, rounded down; E if all layers are wholly resident."""
         slots: int = sum(layer.shape[0] for layer in self.slots)
         return slots // len(self.slots)
 
 
 @dataclass(frozen=True)
 class PrefetchState:
-    """Of each layer at most one expert that is fetched before the layer is placed, while the link
-    has nothing else to do.
+    """The prefetch of at most one expert per layer, before the layer's slots are assigned.
 
-    The next layer's router, shown what this layer's was, says whom it would choose; `place` of this
-    layer picks one of those that are in no slot, and gives it one.  The expert is in none of the
-    cache's tables until its own layer is placed: it has then come, wholly or in part, or nobody
-    asked for it.  What the routers write is scratch.
+    This layer's router kernel also applies the next layer's router.  Slot assignment of this layer
+    picks one predicted expert that has no slot, and reserves a slot for it.  The expert enters the
+    cache's tables only if its own layer routes it: docs/prefetch.md.
     """
 
     ids: Array
-    """u16 [rows, A], whom the next layer's router would choose."""
+    """u16 [rows, A], the experts that the next layer's router predicts."""
     weights: Array
-    """f32 [rows, A], and by how much."""
+    """f32 [rows, A], their routing weights."""
     router_logits: Array
-    """f32 [rows, N], scratch."""
+    """f32 [rows, E + 1], scratch of the next layer's router."""
     counters: Array
-    """i64 [4], scratch."""
+    """i64 [4], scratch of the next layer's router."""
     barrier: Array
-    """i32 [ARRIVED], 0."""
+    """i32 [8, 288], zero between steps; of ROUTER_BARRIER_SHAPE."""
     expert: Array
-    """i32 [L], who it is, or -1; -1 again once the layer is placed."""
+    """i32 [L], the prefetched expert, or -1; -1 again once the layer's slots are assigned."""
     slot: Array
-    """i32 [L], its slot, which the cache's tables call free; counted over all layers."""
+    """i32 [L], its slot, numbered over all layers; the cache's tables list it as free."""
     state: Array
-    """i32 [L, FETCH_BLOCKS], per block of `prefetch_experts`: 1 once it has begun with the layer,
-    2^15 more once it has left it; STOP is added when the layer is placed, and DROP if the guess was
-    wrong."""
+    """i32 [L, FETCH_BLOCKS], progress of each prefetch block: 1 once it has begun the layer, plus
+    2^15 once it has ended it.  Slot assignment adds PREFETCH_STOP, and PREFETCH_DISCARD if the
+    expert was not routed."""
     segments_done: Array
-    """i32 [L, FETCH_WARPS], the pieces of 16 KiB that each warp has brought its share of."""
+    """i32 [L, FETCH_WARPS], segments of which the prefetch has copied each fetch warp's eighth."""
     start_signal: Array
-    """i32 [L, FETCH_BLOCKS], 16 times the number of the step in which the layer before was placed
-    last, from 1 on, and 0, or the warps of `fetch`'s block that have done that layer: with 8 this
-    one's guess has the link.  15 when the layer is placed itself."""
+    """i32 [L, FETCH_BLOCKS], 16 * step + n.
+
+    step is the step, from 1, in which the previous layer's slots were last assigned.  n counts the
+    warps of the fetch's block that are done with the previous layer; at 8 the prefetch may use the
+    link.  n is 15 once the layer's own slots are assigned."""
 
 
 @dataclass(frozen=True)
 class SlotAssignment:
-    """What `place` decided for one layer: which experts are needed, where, and what to fetch.
+    """The plan of one layer: its experts, their slots, and which must be fetched.
 
-    U is the most experts that one call can need: min(E, rows * A).
+    `unique` is the most experts that one call can need: min(E, rows * A).  Entries past `count` are
+    unspecified, but for `expert`.
     """
 
     count: Array
     """i32 [1], unique experts of this call."""
     expert: Array
-    """i32 [U], their ids, ascending, but for one that was guessed: it is the first; entries past
-    the count are -1."""
+    """i32 [unique], their ids, ascending, but a prefetch hit is first; -1 past the count."""
     slot: Array
-    """i32 [U], their slots."""
+    """i32 [unique], their slots."""
     fetch_flags: Array
-    """i32 [U], 1 where the record must be copied into the slot, 2 where some of it may be there
-    because it was guessed, else 0."""
+    """i32 [unique], 1: copy the expert into its slot; 2: copy what the prefetch has not copied; 0:
+    it is in its slot."""
     uses: Array
-    """i32 [U], pairs of this call that use the expert."""
+    """i32 [unique], routed pairs of this call per expert."""
     pair_slots: Array
-    """i32 [rows, A], the slot of each pair of a token and an expert; ~slot (below 0) where the
-    expert is fetched by this call."""
+    """i32 [rows, A], the slot of each routed pair; ~slot, below 0, if this call fetches it."""
     fetch_progress: Array
-    """i32 [2], 0 from `place`.  On the GPU the warps of `fetch` that have stored all their bytes of
-    gates and ups, and that are done: who computes missed experts begins while the rest arrives."""
+    """i32 [2]: up_stored, done.
+
+    Counts fetch warps: those that have stored their bytes of gate and up, and those that are done.
+    Slot assignment clears both.  Expert kernels poll them, so they run while the rest arrives."""
 
 
 @dataclass(frozen=True)
 class DecodeState:
-    """What decoding needs to go on by itself from one step to the next; R rows, one a sequence.
+    """What decode steps pass to the next on the device; a row is a sequence.
 
-    `chance` and `mail` are memory of the host that both sides reach; turn t uses row t % ring of
-    them.
+    `uniforms` and `token_ring` are mapped host memory.  Decode step i uses entry i % ring_size of
+    both.  The arrays from `slice_max` on are scratch of the sampler: docs/sampling.md.
     """
 
     ring_size: int
-    """Turns that may be on their way at once."""
+    """Most steps in flight."""
     null_slot: int
-    """State slot that is no sequence's: where rows that have ended write."""
+    """State slot of no sequence; ended rows write to it."""
     null_page: int
-    """Page that is no sequence's."""
+    """KV page of no sequence; ended rows write to it."""
     sampler_params: Array
-    """f32 [R, 4]: temperature, top-k (below 1: all), top-p, min-p."""
+    """f32 [R, 4]: temperature, top_k, top_p, min_p.
+
+    temperature 0 is greedy; a top_k below 1 keeps all tokens."""
     uniforms: Array
-    """f64 [ring, R], a number in [0, 1) for every draw."""
+    """f64 [ring_size, R], a random number in [0, 1) per sample."""
     token: Array
-    """i32 [R], what was drawn last; -1 where the largest logit was not finite."""
+    """i32 [R], the sampled tokens; -1 if the row's largest logit was not finite."""
     tokens_left: Array
-    """i32 [R], tokens that a row may still say; 0 once it has ended."""
+    """i32 [R], tokens that a row may still generate; 0 once it has ended."""
     stop_on_eos: Array
-    """i32 [R], 1 where a token of `eos` ends the row."""
+    """i32 [R], 1 if a token of `eos` ends the row."""
     eos: Array
-    """i32 [N]."""
+    """i32 [num_eos], the end-of-sequence tokens."""
     decode_step: Array
-    """i32 [1], turns done."""
+    """i32 [1], decode steps done."""
     token_ring: Array
-    """i32 [1 + ring * R]: turns done, then the tokens of each turn of the ring; -2 for a row that
-    had ended before."""
+    """i32 [1 + ring_size * R], decode steps done, then [ring_size, R] tokens.
+
+    -2 stands for a row that had ended before the step."""
     slice_max: Array
-    """f32 [R, slices], scratch."""
+    """f32 [R, slices], the largest logit of a slice of the row."""
     slice_argmax: Array
-    """i32 [R, slices], scratch."""
+    """i32 [R, slices], the first token that has it; -1 if a logit is not finite."""
     bin_counts: Array
-    """u32 [R, bins], scratch, as are all that follow."""
+    """u32 [R, bins], tokens in each bin below the row's largest logit."""
     bin_weights: Array
-    """u64 [R, bins + 1]."""
+    """u64 [R, bins + 1], the sum of probabilities in each bin, then of those that min_p keeps.  The
+    unit is 2^-40 of the largest."""
     slice_bin_ends: Array
-    """u16 [R, slices, bins]."""
+    """u16 [R, slices, bins], tokens of the slice in this and earlier bins."""
     bin_order: Array
-    """u16 [R, vocab]."""
+    """u16 [R, vocab], each slice's tokens by bin, counted from the slice's first token."""
 
     @staticmethod
     def scratch(rows: int, vocab: int) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-        """Shape and type of each array that is scratch."""
+        """Shape and dtype of each array from `slice_max` on, for `rows` rows of `vocab` logits."""
         slices = max(MIN_LOGIT_SLICES, -(-vocab // SLICE))
         return {
             "slice_max": ((rows, slices), np.float32),
@@ -445,7 +475,7 @@ class DecodeState:
         }
 
     def first_rows(self, rows: int) -> "DecodeState":
-        """The same for fewer rows, from the start of every array."""
+        """A view for fewer rows.  Rings are re-cut, so their contents do not carry over."""
         return replace(
             self,
             sampler_params=self.sampler_params[:rows],

@@ -1,6 +1,6 @@
-"""What a model needs and does on a machine, before it is downloaded, packed or loaded.
+"""Memory and speed of a model on a machine, before it is downloaded, packed or loaded.
 
-`plan_report` answers for `osmium plan`; `memory_plan` is what a load goes by.
+`plan_report` is the report of `osmium plan`; a load follows `memory_plan`.
 """
 
 import logging
@@ -12,8 +12,8 @@ from osmium.config import EngineConfig, Progress
 from osmium.engine.plan import CUDA_CONTEXT_BYTES, DoesNotFit, HardwareInfo, MemoryPlan
 from osmium.planning.alternatives import (
     Change,
+    alternatives,
     faster,
-    instead,
     longest_context,
     plan_shapes,
     with_context,
@@ -35,34 +35,36 @@ DEMO_MAX_CONTEXT = 262144
 
 
 def with_demo_context(model: ModelInfo, config: EngineConfig) -> ModelInfo:
-    """The demo accepts a --context beyond its training, with a warning, so that clients with long
-    prompts can be tried on it; other models refuse that."""
-    most, asked = model.config.max_context, config.context
-    if model.packed_path != DEMO or asked is None:
+    """The model with DEMO_MAX_CONTEXT, if it is the demo and --context exceeds its training.
+
+    Logs a warning.  This allows tests of clients with long prompts; other models raise an error.
+    """
+    trained, context = model.config.max_context, config.context
+    if model.packed_path != DEMO or context is None:
         return model
-    if not most < asked <= DEMO_MAX_CONTEXT:
+    if not trained < context <= DEMO_MAX_CONTEXT:
         return model
     LOG.warning(
         "--context is %d; the demo was trained for %d tokens: its text after longer prompts makes "
-        "no sense.", asked, most,
+        "no sense.", context, trained,
     )  # fmt: skip
     return replace(model, config=replace(model.config, max_context=DEMO_MAX_CONTEXT))
 
 
 def memory_plan(model: ModelInfo, config: EngineConfig, hardware: HardwareInfo) -> MemoryPlan:
-    """Where every byte of a model goes.
+    """The memory plan of a model.
 
-    Raises: DoesNotFit, with what would run instead; ConfigError for options that cannot be.
+    Raises: DoesNotFit, with alternatives that fit; ConfigError for invalid options.
     """
     model = with_demo_context(model, config)
     try:
         return plan_shapes(model, config, hardware)
     except DoesNotFit as error:
-        ways = [change.name for change in instead(model, config, hardware, error)][:4]
+        fixes = [change.name for change in alternatives(model, config, hardware, error)][:4]
         used = hardware.vram_total - hardware.vram_free - CUDA_CONTEXT_BYTES
         if error.memory == "VRAM" and config.vram is None and error.need <= error.limit + used:
-            ways.append(f"other programs closed, which use {used / GIB:.2f} GiB of VRAM")
-        advice = f" What helps: {'; '.join(ways)}." if ways else " No option makes it fit."
+            fixes.append(f"other programs closed, which use {used / GIB:.2f} GiB of VRAM")
+        advice = f" What helps: {'; '.join(fixes)}." if fixes else " No option makes it fit."
         raise DoesNotFit(str(error) + advice, error.memory, error.need, error.limit) from None
 
 
@@ -74,11 +76,11 @@ def plan_for(
     link_gb_s: float | None = None,
     **options: Any,
 ) -> MemoryPlan:
-    """The memory plan of what `load` would do.  Downloads no weights, packs nothing, loads nothing.
+    """The memory plan of `load` with the same arguments; downloads no weights, packs nothing.
 
-    `gpu` names one to plan for instead of this machine's ("RTX 4090"), `link_gb_s` is the rate of
-    its link; `options` are EngineConfig's fields.  Raises: ConfigError, CheckpointError,
-    DeviceError; DoesNotFit, a ConfigError, where memory does not suffice.
+    `gpu` is a GPU's name to plan for ("RTX 4090"), instead of this machine's; `link_gb_s` the rate
+    of its link; `options` are EngineConfig's fields.  Raises: ConfigError, CheckpointError,
+    DeviceError; DoesNotFit, a ConfigError, if memory is too small.
     """
     config = config_of(device, options)
     hardware, _ = hardware_for(config, gpu, link_gb_s)
@@ -94,8 +96,7 @@ def plan_report(
     progress: Progress | None = None,
     **options: Any,
 ) -> PlanReport:
-    """As `plan_for`, with all that there is to say of the plan, also where there is none because
-    memory does not suffice.
+    """Like `plan_for`, with alternatives; also for a model that does not fit.
 
     Raises: ConfigError, CheckpointError, DeviceError.
     """
@@ -105,11 +106,12 @@ def plan_report(
     try:
         plan = plan_shapes(model, config, hardware)
     except DoesNotFit as error:
-        ways = tuple(instead(model, config, hardware, error, everything=True))
-        return PlanReport(model, config, hardware, assumptions, None, error, ways)
-    most = longest_context(model, config, hardware)
-    at_most = plan_shapes(model, with_context(config, most), hardware)
+        changes = tuple(alternatives(model, config, hardware, error, everything=True))
+        return PlanReport(model, config, hardware, assumptions, None, error, changes)
+    longest = longest_context(model, config, hardware)
+    longest_plan = plan_shapes(model, with_context(config, longest), hardware)
     return PlanReport(
         model, config, hardware, assumptions, plan, None,
-        tuple(faster(model, config, hardware, plan)), most, at_most.tokens_per_s_at(most),
+        tuple(faster(model, config, hardware, plan)), longest,
+        longest_plan.tokens_per_s_at(longest),
     )  # fmt: skip

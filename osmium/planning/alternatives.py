@@ -1,6 +1,6 @@
-"""Plans with something changed: what would run instead, and what would be faster.
+"""Alternative plans: changes that make a model fit, or faster.
 
-Each is planned itself: nothing is suggested that would not run.
+Each change has a plan of its own, so that every suggestion fits.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -25,13 +25,13 @@ from osmium.weights.checkpoint import Formats, TensorSpec
 from osmium.weights.synthetic import PREFIX, open_synthetic
 
 __all__ = [
-    "Change", "Shapes", "faster", "instead", "longest_context", "plan_shapes", "with_context",
+    "Change", "Shapes", "alternatives", "faster", "longest_context", "plan_shapes", "with_context",
 ]  # fmt: skip
 
 GIB = 1 << 30
 
 SMALLER = ("qwen3.5-122b-a10b", "qwen3.5-35b-a3b")
-"""Published models to run instead, the largest first."""
+"""Published models to suggest, the largest first."""
 
 NAMES = {"qwen3.5-122b-a10b": "Qwen/Qwen3.5-122B-A10B", "qwen3.5-35b-a3b": "Qwen/Qwen3.5-35B-A3B"}
 """Their hub ids."""
@@ -41,7 +41,7 @@ OTHER_GPUS = ("RTX 3090", "RTX 5090", "RTX PRO 6000", "H200")
 
 
 class Shapes(Protocol):
-    """A model's shapes: of a ModelInfo, a packed file or a made-up model."""
+    """The shapes of a ModelInfo, a packed file or a synthetic model."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -58,14 +58,16 @@ class Shapes(Protocol):
 
 @dataclass(frozen=True)
 class Change:
-    """A plan with something changed."""
+    """A change, and the figures of its plan."""
 
     name: str
-    """What is changed, for people: flags, or hardware."""
+    """The change in text: flags, or hardware."""
     expert_slots: int
-    """Per layer."""
+    """Expert slots per layer."""
     hit_rate: float
+    """Expected hits / routed pairs, 0 to 1."""
     tokens_per_s: float | None
+    """Expected decode speed of one sequence; None if unknown."""
 
 
 def plan_shapes(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> MemoryPlan:
@@ -74,8 +76,10 @@ def plan_shapes(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> 
     return make_plan(model.config, model.record, weights, config, hardware)
 
 
-def _tried(name: str, model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> Change | None:
-    """A change, planned; None where that does not run either."""
+def _plan_change(
+    name: str, model: Shapes, config: EngineConfig, hardware: HardwareInfo
+) -> Change | None:
+    """Plan a change; None if it does not fit."""
     try:
         plan = plan_shapes(model, config, hardware)
     except (ConfigError, CheckpointError):
@@ -86,29 +90,29 @@ def _tried(name: str, model: Shapes, config: EngineConfig, hardware: HardwareInf
 def _formatted(
     model: Shapes, config: EngineConfig, **formats: Any
 ) -> tuple[Shapes, EngineConfig] | None:
-    """The model in other formats; None where it has them already, or cannot have them."""
-    own = model.formats
+    """The model in other formats; None if they equal its formats, or do not fit its shapes."""
+    present = model.formats
     stored: dict[str, Any] = {
-        "gpu_expert_bits": own.expert_bits, "attention_quant": own.attention,
-        "shared_expert_quant": own.shared, "lm_head_quant": own.head,
+        "gpu_expert_bits": present.expert_bits, "attention_quant": present.attention,
+        "shared_expert_quant": present.shared, "lm_head_quant": present.head,
     }  # fmt: skip
-    if formats.get("gpu_expert_bits", own.expert_bits) != own.expert_bits:
+    if formats.get("gpu_expert_bits", present.expert_bits) != present.expert_bits:
         stored |= {name: getattr(config, name) for name in ("shared_expert_quant", "lm_head_quant")}
-    wanted = replace(config, **{**stored, **formats})
-    if Formats.of(wanted) == own:
+    changed = replace(config, **{**stored, **formats})
+    if Formats.of(changed) == present:
         return None
     try:
-        return shapes_info("", model.config, Formats.of(wanted)), wanted
+        return shapes_info("", model.config, Formats.of(changed)), changed
     except (ConfigError, CheckpointError):
         return None
 
 
-_INT4: tuple[dict[str, Any], ...] = (
+_SMALLER_FORMATS: tuple[dict[str, Any], ...] = (
     {"attention_quant": "int8"},
     {"attention_quant": "int4"},
     {"attention_quant": "int4", "lm_head_quant": "int4", "shared_expert_quant": "int4"},
 )
-"""Smaller formats of what is not a routed expert, the smallest last."""
+"""Smaller formats of all weights but the routed experts, the smallest last."""
 
 
 def _flags(formats: Mapping[str, Any]) -> str:
@@ -118,53 +122,59 @@ def _flags(formats: Mapping[str, Any]) -> str:
 def _smaller_formats(
     model: Shapes, config: EngineConfig
 ) -> Iterator[tuple[str, Shapes, EngineConfig]]:
-    """The model in formats of fewer bytes, with their flags.  Those of a packed file stay: it has
-    to be packed again."""
+    """The model in formats of fewer bytes, with their flags.
+
+    A packed file's name has the advice to pack the checkpoint again.
+    """
     packed = isinstance(model, ModelInfo) and model.kind == "packed"
     again = "pack the checkpoint with " if packed else ""
     size = sum(part.nbytes for part in model.parts.values())
     for bits in (8, 4):
-        if bits < model.record.bits and (made := _formatted(model, config, gpu_expert_bits=bits)):
-            yield f"{again}--gpu-expert-bits {bits}", *made
-    for formats in _INT4:
-        made = _formatted(model, config, **formats)
-        if made and sum(part.nbytes for part in made[0].parts.values()) < size:
-            yield again + _flags(formats), *made
+        if bits >= model.record.bits:
+            continue
+        if other := _formatted(model, config, gpu_expert_bits=bits):
+            yield f"{again}--gpu-expert-bits {bits}", *other
+    for formats in _SMALLER_FORMATS:
+        other = _formatted(model, config, **formats)
+        if other and sum(part.nbytes for part in other[0].parts.values()) < size:
+            yield again + _flags(formats), *other
 
 
-def instead(
+def alternatives(
     model: Shapes,
     config: EngineConfig,
     hardware: HardwareInfo,
     error: DoesNotFit,
     everything: bool = False,
 ) -> Iterator[Change]:
-    """What would run where a plan does not fit: first this model with other options, then, with
-    `everything`, other hardware and other models."""
-    found = []
+    """Changes that fit if a plan does not: first other options of this model.
+
+    With `everything`, then other hardware and other models.
+    """
+    fitting = []
 
     def tried(name: str, *plan: Any) -> Iterator[Change]:
-        made = _tried(name, *plan)
-        if made is not None:
-            found.append(made)
-            yield made
+        change = _plan_change(name, *plan)
+        if change is not None:
+            fitting.append(change)
+            yield change
 
     for name, other, changed in _smaller_formats(model, config):
         yield from tried(name, other, changed, hardware)
     context = longest_context(model, config, hardware)
     if context:
-        instead = "" if config.kv_cache_mb is None else " without --kv-cache-mb"
+        suffix = "" if config.kv_cache_mb is None else " without --kv-cache-mb"
         yield from tried(
-            f"--context {context}{instead}", model, with_context(config, context), hardware
+            f"--context {context}{suffix}", model, with_context(config, context), hardware
         )
     if config.max_num_seqs != 1:
         yield from tried("--max-num-seqs 1", model, replace(config, max_num_seqs=1), hardware)
-    if not found:
-        least = replace(with_context(config, min(2048, model.config.max_context)), max_num_seqs=1)
-        for name, other, changed in [("", model, least), *_smaller_formats(model, least)]:
-            if found:
+    if not fitting:
+        small = replace(with_context(config, min(2048, model.config.max_context)), max_num_seqs=1)
+        for name, other, changed in [("", model, small), *_smaller_formats(model, small)]:
+            if fitting:
                 break
-            flags = f"{name} --context {least.context} --max-num-seqs 1".strip()
+            flags = f"{name} --context {small.context} --max-num-seqs 1".strip()
             yield from tried(flags, other, changed, hardware)
     if (
         error.memory == "host memory"
@@ -172,36 +182,43 @@ def instead(
         and error.need <= hardware.ram_available
     ):
         gib = -(-error.need // GIB)
-        spare = replace(config, ram=gib * GIB)
+        more_ram = replace(config, ram=gib * GIB)
         if gib * GIB <= hardware.ram_available:
-            yield from tried(f"--ram {gib}G (kept for other programs else)", model, spare, hardware)
+            name = f"--ram {gib}G (kept for other programs else)"
+            yield from tried(name, model, more_ram, hardware)
     if everything:
-        yield from _elsewhere(model, config, hardware)
+        yield from _larger_hardware(model, config, hardware)
         yield from _smaller_models(model, config, hardware)
 
 
-def _elsewhere(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> Iterator[Change]:
-    """The least VRAM, or the least host memory, with which it would run."""
+def _larger_hardware(
+    model: Shapes, config: EngineConfig, hardware: HardwareInfo
+) -> Iterator[Change]:
+    """The least VRAM and the least host memory with which the model fits."""
 
     def with_vram(gib: int) -> Change | None:
-        much = replace(hardware, vram_free=gib * GIB - CUDA_CONTEXT_BYTES, vram_total=gib * GIB)
+        larger = replace(hardware, vram_free=gib * GIB - CUDA_CONTEXT_BYTES, vram_total=gib * GIB)
         limit = None if config.vram is None else gib * GIB
         name = f"a GPU with {gib} GiB of VRAM"
-        return _tried(name, model, replace(config, vram=limit), much) if hardware.gpu else None
+        return (
+            _plan_change(name, model, replace(config, vram=limit), larger) if hardware.gpu else None
+        )
 
     def with_ram(gib: int) -> Change | None:
-        return _tried(f"{gib} GiB of host memory", model, replace(config, ram=gib * GIB), hardware)
+        return _plan_change(
+            f"{gib} GiB of host memory", model, replace(config, ram=gib * GIB), hardware
+        )
 
-    ways: tuple[Callable[[int], Change | None], ...] = (with_vram, with_ram)
-    for way in ways:
-        gib = _least(lambda n, way=way: way(n) is not None, 1, 2048)  # type: ignore[misc]
-        found = None if gib is None else way(gib)
-        if found is not None:
-            yield found
+    planners: tuple[Callable[[int], Change | None], ...] = (with_vram, with_ram)
+    for plan in planners:
+        gib = _least(lambda n, plan=plan: plan(n) is not None, 1, 2048)  # type: ignore[misc]
+        change = None if gib is None else plan(gib)
+        if change is not None:
+            yield change
 
 
 def _least(holds: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The least number from low to high that holds, where all above it hold, too."""
+    """The least n from low to high with holds(n), None without any.  holds is monotonic."""
     if not holds(high):
         return None
     while low < high:
@@ -216,68 +233,68 @@ def _least(holds: Callable[[int], bool], low: int, high: int) -> int | None:
 def _smaller_models(
     model: Shapes, config: EngineConfig, hardware: HardwareInfo
 ) -> Iterator[Change]:
-    """Published models that are smaller than this one."""
+    """Published models with smaller experts that fit."""
     for name in SMALLER:
         other = open_synthetic(PREFIX + name, config)
-        if _experts(other) < _experts(model):
-            made = _tried(NAMES[name], other, config, hardware)
-            if made is not None:
-                yield made
+        if _expert_weights(other) < _expert_weights(model):
+            change = _plan_change(NAMES[name], other, config, hardware)
+            if change is not None:
+                yield change
 
 
-def _experts(model: Shapes) -> int:
+def _expert_weights(model: Shapes) -> int:
+    """Weights of a matrix of all routed experts, to compare models."""
     config = model.config
     size = config.hidden_size * config.moe_intermediate_size
     return config.num_layers * config.num_experts * size
 
 
 def with_context(config: EngineConfig, context: int) -> EngineConfig:
-    """With a context for which the KV cache is as large as it has to be, unless that is given and
-    holds it."""
+    """The config with another context, whose size then determines the KV cache."""
     return replace(config, context=context, kv_cache_mb=None)
 
 
 def longest_context(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> int:
-    """Tokens of the longest context that fits; 0 where none does."""
+    """Tokens of the longest context that fits; 0 if none fits."""
     page = config.page_size
-    most = model.config.max_context
+    longest = model.config.max_context
     if config.kv_cache_mb is not None:
-        most = min(most, kv_capacity_tokens(model.config, config, hardware.gpu))
+        longest = min(longest, kv_capacity_tokens(model.config, config, hardware.gpu))
 
     def too_long(pages: int) -> bool:
-        context = min(pages * page, most)
-        return _tried("", model, with_context(config, context), hardware) is None
+        context = min(pages * page, longest)
+        return _plan_change("", model, with_context(config, context), hardware) is None
 
-    pages = -(-most // page)
-    first = _least(too_long, 1, pages)
-    if first is None:
-        return most
-    return (first - 1) * page
+    pages = -(-longest // page)
+    too_many = _least(too_long, 1, pages)
+    if too_many is None:
+        return longest
+    return (too_many - 1) * page
 
 
 def faster(
     model: Shapes, config: EngineConfig, hardware: HardwareInfo, plan: MemoryPlan
 ) -> Iterator[Change]:
-    """What would make a plan faster, and by how much."""
+    """Changes that make a plan faster."""
     if not hardware.gpu or plan.expected_tokens_per_s is None:
         return
-    own = plan.expected_tokens_per_s
+    present = plan.expected_tokens_per_s
     tried: list[Change | None] = []
     if not plan.resident:
-        more = replace(
+        larger = replace(
             hardware, vram_free=hardware.vram_free + GIB, vram_total=plan.vram_limit + GIB
         )
         budget = config if config.vram is None else replace(config, vram=config.vram + GIB)
-        tried.append(_tried("+1 GiB of VRAM", model, budget, more))
+        tried.append(_plan_change("+1 GiB of VRAM", model, budget, larger))
     for name, other, changed in _smaller_formats(model, config):
         if "int8" not in name:
-            tried.append(_tried(name, other, changed, hardware))
+            tried.append(_plan_change(name, other, changed, hardware))
     if not plan.resident and plan.vram["KV cache"] > GIB // 2:
         short = with_context(config, 8192)
-        tried.append(_tried("--context 8k", model, short, hardware))
+        tried.append(_plan_change("--context 8k", model, short, hardware))
     if not plan.resident and hardware.link_gb_s < 45:
         fast = replace(hardware, link_gb_s=53.0)
-        tried.append(_tried("PCIe 5.0 x16 (53 GB/s)", model, config, fast))
+        tried.append(_plan_change("PCIe 5.0 x16 (53 GB/s)", model, config, fast))
     cards = []
     for name in OTHER_GPUS:
         spec = find_gpu(name)
@@ -286,12 +303,12 @@ def faster(
             ram_available=hardware.ram_available, ram_total=hardware.ram_total,
         )  # fmt: skip
         if spec.vram_bytes > hardware.vram_total and spec.name != hardware.name:
-            cards.append(_tried(spec.name, model, replace(config, vram=None), card))
-    best = own
+            cards.append(_plan_change(spec.name, model, replace(config, vram=None), card))
+    best = present
     for change in cards:
         if change is not None and (change.tokens_per_s or 0) > 1.15 * best:
             tried.append(change)
             best = change.tokens_per_s or best
     for change in tried:
-        if change is not None and (change.tokens_per_s or 0) > 1.005 * own:
+        if change is not None and (change.tokens_per_s or 0) > 1.005 * present:
             yield change

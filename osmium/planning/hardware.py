@@ -1,4 +1,4 @@
-"""What a plan is made for: this machine, measured, or a GPU by its specification."""
+"""The hardware of a plan: this machine, measured, or a GPU by its specification."""
 
 from dataclasses import fields, replace
 from typing import Any
@@ -16,17 +16,20 @@ GIB = 1 << 30
 
 
 def config_of(device: str, options: dict[str, Any]) -> EngineConfig:
-    """The options of a call.  Raises: ConfigError for a name or a value that cannot be."""
+    """The config of a call's options.  Raises: ConfigError for an unknown name or invalid value."""
     known = {field.name for field in fields(EngineConfig)}
     for name in options:
         if name not in known:
-            raise ConfigError(f"There is no option {name!r}; known are {', '.join(sorted(known))}.")
+            raise ConfigError(f"There is no option {name!r}; options: {', '.join(sorted(known))}.")
     return EngineConfig(**{"device": device, **options})
 
 
 def hardware_of(gpu: Gpu | None, held: int = 0, arena: int = 0) -> HardwareInfo:
-    """This machine.  `held` bytes of VRAM and `arena` bytes of host memory are this process's
-    already, and are planned for again."""
+    """This machine.
+
+    `held` bytes of VRAM and `arena` bytes of host memory that this process has allocated count as
+    free, as the plan covers them.
+    """
     available, ram = available_ram()
     if gpu is None:
         return HardwareInfo(False, ram_available=available, ram_total=ram, name="the CPU")
@@ -38,7 +41,7 @@ def hardware_of(gpu: Gpu | None, held: int = 0, arena: int = 0) -> HardwareInfo:
 
 
 def specified(spec: GpuSpec, vram: int, link_gb_s: float | None) -> HardwareInfo:
-    """A GPU by its specification, in this machine's memory."""
+    """A GPU by its specification, with this machine's host memory."""
     available, ram = available_ram()
     return HardwareInfo(
         True, vram - CUDA_CONTEXT_BYTES, vram, available, ram, link_gb_s or spec.link_gb_s,
@@ -49,11 +52,11 @@ def specified(spec: GpuSpec, vram: int, link_gb_s: float | None) -> HardwareInfo
 def hardware_for(
     config: EngineConfig, gpu: str | None, link_gb_s: float | None
 ) -> tuple[HardwareInfo, tuple[str, ...]]:
-    """What to plan for, and what is assumed of it, in sentences."""
+    """The hardware to plan for, and the assumptions about it in sentences.  Raises: ConfigError."""
     if link_gb_s is not None and not 0 < link_gb_s < 10_000:
         raise ConfigError(f"--link is {link_gb_s:g}; it must be GB/s, as 25 of a PCIe 4.0 x16.")
     if gpu is not None and config.device == "cpu":
-        raise ConfigError(f"--gpu {gpu} and --device cpu contradict each other; leave one out.")
+        raise ConfigError(f"--gpu {gpu} and --device cpu contradict each other; omit one.")
     assumed = []
     if gpu is not None:
         spec = find_gpu(gpu)
@@ -64,19 +67,19 @@ def hardware_for(
             f"{spec.vram_copy_gb_s:.0f} GB/s, {_link(spec, link_gb_s)}"
         )
     else:
-        found = open_gpu(config)
+        opened = open_gpu(config)
         try:
-            if found is not None or config.vram is None or config.device == "cpu":
-                here = hardware_of(found)
-                if found is not None and link_gb_s is not None:
+            if opened is not None or config.vram is None or config.device == "cpu":
+                measured = hardware_of(opened)
+                if opened is not None and link_gb_s is not None:
                     assumed.append(f"a link of {link_gb_s:g} GB/s")
-                    here = replace(here, link_gb_s=link_gb_s)
-                if found is None and config.device == "auto":
+                    measured = replace(measured, link_gb_s=link_gb_s)
+                if opened is None and config.device == "auto":
                     assumed.append("there is no GPU here; --gpu NAME or --vram SIZE plans for one")
-                return here, tuple(assumed)
+                return measured, tuple(assumed)
         finally:
-            if found is not None:
-                found.close()
+            if opened is not None:
+                opened.close()
         spec = generic_gpu(config.vram)
         hardware = specified(spec, config.vram, link_gb_s)
         assumed.append(

@@ -1,4 +1,4 @@
-"""All that there is to say of a model on a machine."""
+"""The report of `osmium plan`: memory plan, speed, times and alternatives, as values."""
 
 import math
 from dataclasses import dataclass
@@ -14,35 +14,38 @@ from osmium.weights.disk import check_disk
 __all__ = ["DISK_GB_S", "PlanReport"]
 
 DISK_GB_S = 2.0
-"""Of a usual NVMe drive, reading and writing; an assumption, and printed as one."""
+"""Assumed rate of the disk, reading and writing: a usual NVMe drive.  The report prints it."""
 
 NUMPY_WEIGHTS_S = 70e6 * 8
-"""Weights a second that NumPy quantises to INT4 on eight cores (70 million on each, 2026-11)."""
+"""Weights per second that NumPy quantises to INT4 on eight cores (70 million on each, 2026-11)."""
 
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What there is to say of a model on a machine."""
+    """A model on a machine: its plan, or why it does not fit, and alternatives."""
 
     model: ModelInfo
     config: EngineConfig
     hardware: HardwareInfo
     assumptions: tuple[str, ...]
-    """What is not measured, in sentences."""
+    """Assumptions instead of measurements, in sentences."""
     plan: MemoryPlan | None
-    """None where it does not fit."""
+    """None if the model does not fit."""
     misfit: DoesNotFit | None
+    """Why it does not fit; None if it does."""
     changes: tuple[Change, ...]
-    """Of a plan: what would make it faster; of none: what would run instead."""
+    """Changes that make the plan faster or, without a plan, changes that fit."""
     max_context: int = 0
-    """The longest that fits."""
+    """The longest context that fits, tokens."""
     max_context_tokens_per_s: float | None = None
-    """With that much context, all of it in use."""
+    """Decode speed of one sequence with `max_context` tokens."""
 
     @property
     def binds(self) -> str:
-        """What a decoded token waits for most: link, vram or overhead; memory where there is no
-        plan, cpu on a CPU."""
+        """The largest part of a token's time: link, vram or overhead.
+
+        "memory" without a plan, "cpu" on a CPU, "unknown" for a GPU that was not measured.
+        """
         time = None if self.plan is None else self.plan.token_time()
         if self.plan is None:
             return "memory"
@@ -57,7 +60,7 @@ class PlanReport:
 
     @property
     def disk_fits(self) -> bool:
-        """Whether there is room for what loading writes."""
+        """Whether the disks have space for the files that loading writes."""
         try:
             check_disk(self.model.disk_needs)
         except ConfigError:
@@ -66,31 +69,33 @@ class PlanReport:
 
     @property
     def pack_s(self) -> float:
-        """Seconds to pack, at DISK_GB_S; 0 where that is done."""
+        """Seconds to pack, at DISK_GB_S; 0 for a packed model."""
         if self.model.is_packed:
             return 0.0
         read = self.model.checkpoint_bytes or self.weights * 2
-        disk = (read + self.model.packed_bytes) / DISK_GB_S / 1e9
+        disk_s = (read + self.model.packed_bytes) / DISK_GB_S / 1e9
         on_gpu = self.hardware.gpu and self.config.gpu_expert_bits != 16
-        return disk if on_gpu else max(disk, self.weights / NUMPY_WEIGHTS_S)
+        return disk_s if on_gpu else max(disk_s, self.weights / NUMPY_WEIGHTS_S)
 
     @property
     def load_s(self) -> float:
-        """Seconds from a start to the first token, at DISK_GB_S: .9 of it where VRAM takes all, .8
-        through host memory (LOG.md, 2026-11-26)."""
-        share = 0.9 if self.plan is not None and self.plan.resident else 0.8
-        return self.model.packed_bytes / (share * DISK_GB_S) / 1e9
+        """Seconds from a start to the first token.
+
+        Loading reaches .9 of DISK_GB_S if all experts are in VRAM, else .8 (LOG.md, 2026-11-26).
+        """
+        fraction = 0.9 if self.plan is not None and self.plan.resident else 0.8
+        return self.model.packed_bytes / (fraction * DISK_GB_S) / 1e9
 
     @property
     def weights(self) -> int:
-        """Of the model, all experts included."""
+        """Number of the model's weights, all experts included."""
         config = self.model.config
         expert = 3 * config.hidden_size * config.moe_intermediate_size
         rest = sum(math.prod(part.shape) for part in self.model.parts.values())
         return config.num_layers * config.num_experts * expert + rest
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: names are stable and end in their units."""
+        """A document for JSON; names are stable and end in their units."""
         model, hardware, plan = self.model, self.hardware, self.plan
         time = None if plan is None else plan.token_time()
         return {

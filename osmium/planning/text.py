@@ -1,4 +1,4 @@
-"""A plan's report for people: one screen, at most forty lines of at most WIDTH columns."""
+"""The text of a plan's report: one screen, at most forty lines of at most WIDTH columns."""
 
 import textwrap
 from collections.abc import Iterator
@@ -18,16 +18,16 @@ WIDTH = 96
 INDENT = 11
 
 LINKS = ((100e6, "100 Mbit/s"), (1e9, "1 Gbit/s"))
-"""Bits a second for which a download's time is given."""
+"""Bits per second for which the report gives a download's time."""
 
-TIGHT = 0.12
-"""Share of host memory that a system should have for itself."""
+MIN_FREE_FRACTION = 0.12
+"""Fraction of host memory that should stay free for other programs."""
 
 
 def report_text(report: PlanReport) -> str:
     """The report of `osmium plan`."""
     parts = [
-        _answer(report), _files(report), _memory(report), _changes(report), _assumed(report),
+        _fit(report), _files(report), _memory(report), _changes(report), _assumed(report),
     ]  # fmt: skip
     lines = [_title(report)]
     for part in map(list, parts):
@@ -43,15 +43,15 @@ def _title(report: PlanReport) -> str:
 
 
 def _entry(label: str, text: str) -> list[str]:
-    """A label, and text that is wrapped beside it."""
+    """A label, and a text wrapped in the columns after it."""
     wrapped = textwrap.wrap(text, WIDTH - INDENT, break_on_hyphens=False) or [""]
     return [f"{label:{INDENT}}{wrapped[0]}", *(" " * INDENT + line for line in wrapped[1:])]
 
 
-# -- does it run -----------------------------------------------------------------------------------
+# -- memory fit and speed --------------------------------------------------------------------------
 
 
-def _answer(report: PlanReport) -> Iterator[str]:
+def _fit(report: PlanReport) -> Iterator[str]:
     plan = report.plan
     if plan is None:
         assert report.misfit is not None
@@ -82,10 +82,10 @@ def _speed(report: PlanReport) -> str:
     text += f"{STANDARD_CONTEXT:,} tokens of context"
     if plan.context > 2 * STANDARD_CONTEXT and full is not None:
         text += f", {full:.0f} at {plan.context:,}"
-    where = " and ".join(MEASURED)
+    gpus = " and ".join(MEASURED)
     if any(name in report.hardware.name for name in MEASURED):
-        return f"{text} (an estimate, within {ERROR:.0%} of what was measured on {where})"
-    return f"{text} (an estimate: within {ERROR:.0%} on {where}, not measured on this GPU)"
+        return f"{text} (an estimate, within {ERROR:.0%} of what was measured on {gpus})"
+    return f"{text} (an estimate: within {ERROR:.0%} on {gpus}, not measured on this GPU)"
 
 
 def _experts(report: PlanReport) -> str:
@@ -122,7 +122,7 @@ def _limit(report: PlanReport) -> str:
         sentences.append(text)
     left = plan.ram_limit - sum(plan.ram.values())
     total = report.config.ram or report.hardware.ram_total
-    if report.config.ram is not None and left < TIGHT * total:
+    if report.config.ram is not None and left < MIN_FREE_FRACTION * total:
         sentences.append(f"Host memory is tight: {left / GIB:.1f} GiB are left for everything else")
     return ". ".join(sentences)
 
@@ -133,7 +133,7 @@ def _limit(report: PlanReport) -> str:
 def _files(report: PlanReport) -> Iterator[str]:
     model = report.model
     if model.kind == "synthetic":
-        yield from _entry("files", "none: random weights are made when it is loaded")
+        yield from _entry("files", "none: random weights are generated at load")
         return
     assert model.packed_path is not None
     folder = _short(model.packed_path.parent)
@@ -142,12 +142,12 @@ def _files(report: PlanReport) -> Iterator[str]:
             "files", f"packed already: {gb(model.packed_bytes)}, {_short(model.packed_path)}"
         )
     else:
-        fetch = model.download_bytes
-        if fetch is None:
+        nbytes = model.download_bytes
+        if nbytes is None:
             yield from _entry("download", "of unknown size: the hub cannot be reached")
-        elif fetch and model.download_to is not None:
-            times = ", ".join(f"{_time(8 * fetch / rate)} at {name}" for rate, name in LINKS)
-            yield from _entry("download", f"{gb(fetch)} to {_short(model.download_to)}: {times}")
+        elif nbytes and model.download_to is not None:
+            times = ", ".join(f"{_time(8 * nbytes / rate)} at {name}" for rate, name in LINKS)
+            yield from _entry("download", f"{gb(nbytes)} to {_short(model.download_to)}: {times}")
         pack = f"once, {gb(model.packed_bytes)} into {folder}: about {_time(report.pack_s)}"
         yield from _entry("pack", f"{pack} (with a disk of {DISK_GB_S:.0f} GB/s)")
         yield from _entry("disk", _disk(report))
@@ -212,14 +212,14 @@ def _changes(report: PlanReport) -> Iterator[str]:
     yield f"{title:73}{'slots':>6}{'hit rate':>9}{'tok/s':>7}"
     if plan is not None:
         yield _row("as planned", plan.expert_slots, plan.hit_rate, plan.expected_tokens_per_s)
-    for one in report.changes:
-        yield _row(one.name, one.expert_slots, one.hit_rate, one.tokens_per_s)
-    if any(one.name.startswith("--") and "int" in one.name for one in report.changes):
+    for change in report.changes:
+        yield _row(change.name, change.expert_slots, change.hit_rate, change.tokens_per_s)
+    if any(change.name.startswith("--") and "int" in change.name for change in report.changes):
         yield "Smaller formats cost some accuracy; `osmium perplexity` measures it."
 
 
-def _row(name: str, slots: int, hits: float, speed: float | None) -> str:
-    return f"  {name:71}{slots:6}{hits:9.2f}" + ("" if speed is None else f"{speed:7.0f}")
+def _row(name: str, slots: int, hit_rate: float, speed: float | None) -> str:
+    return f"  {name:71}{slots:6}{hit_rate:9.2f}" + ("" if speed is None else f"{speed:7.0f}")
 
 
 def _assumed(report: PlanReport) -> Iterator[str]:

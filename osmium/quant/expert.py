@@ -1,4 +1,4 @@
-"""One expert's matrices into the bytes of its record (quant/expert_layout.py)."""
+"""Pack one expert's matrices (quant/expert_layout.py)."""
 
 from typing import Any
 
@@ -15,8 +15,12 @@ __all__ = ["pack_expert"]
 def pack_expert(
     out: npt.NDArray[np.uint8], layout: ExpertLayout, up: npt.NDArray[Any], down: npt.NDArray[Any]
 ) -> None:
-    """out u8 [nbytes]; up [2I, D], gate rows first, and down [D, I], bf16 (u16) or f32."""
-    out[...] = 0  # the padding too: the same expert is the same bytes
+    """out = the packed expert of `up` and `down`, padding zeroed.
+
+    out u8 [nbytes]    up [2I, D], gate rows, then up rows    down [D, I]
+    up and down are f32, or bf16 as uint16.
+    """
+    out[...] = 0  # equal experts have equal bytes, padding included
     for w, start, scales, group in (
         (up, 0, layout.up_scale, layout.up_group),
         (down, layout.down, layout.down_scale, layout.down_group),

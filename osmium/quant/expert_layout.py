@@ -1,12 +1,15 @@
-"""The bytes of one expert: the same on disk, in the host arena and in a VRAM slot.
+"""The bytes of one packed expert: the same on disk, in host memory and in a VRAM slot.
 
-A record is gate and up [2I, D] (rows 0 .. I-1 gate, I .. 2I-1 up), their scales, down [D, I], its
-scales, padded to a multiple of 4 KiB.  Every part starts at a multiple of 16 bytes.
+Four parts in this order: gate and up, their scales, down, its scales.  Rows 0 to I - 1 of the first
+are gate, rows I to 2I - 1 up.  Each part starts at a multiple of 16 bytes; the end is padded to a
+multiple of 4 KiB.  Matrices and scales are row-major:
 
-bits  matrices                                   scales
-16    bf16, row-major                            none
-8     int8, row-major, one scale a row           f32 [2I], f32 [D]
-4     nibbles (quant/int4.py), row-major         f16 [2I, D / group], f16 [D, I / group]
+bits  gate and up       scales                   down            scales
+16    bf16 [2I, D]      none                     bf16 [D, I]     none
+8     i8 [2I, D]        f32 [2I]                 i8 [D, I]       f32 [D]
+4     u8 [2I, D / 2]    f16 [2I, D / up_group]   u8 [D, I / 2]   f16 [D, I / down_group]
+
+Two 4-bit values share a byte, in the order of quant/int4.py.
 """
 
 from dataclasses import dataclass
@@ -16,11 +19,14 @@ from osmium.errors import ConfigError
 __all__ = ["IO_ALIGNMENT", "ExpertLayout", "group_of"]
 
 IO_ALIGNMENT = 4096
-"""Records are multiples of this, so that they can be read by direct I/O."""
+"""A packed expert's size is a multiple of this, as direct I/O needs."""
 
 
 def group_of(columns: int) -> int:
-    """The INT4 group along an axis of `columns` inputs: the largest of 128, 64, 32 dividing it."""
+    """Inputs per INT4 scale: the largest of 128, 64, 32 that divides `columns`.
+
+    Raises: ConfigError if none does.
+    """
     for group in (128, 64, 32):
         if columns % group == 0:
             return group
@@ -36,7 +42,10 @@ def _padded(n: int, to: int) -> int:
 
 @dataclass(frozen=True)
 class ExpertLayout:
-    """Where the parts of one expert lie, in bytes from its start."""
+    """Offsets, in bytes, of the parts of a packed expert.
+
+    Raises: ConfigError if the format cannot hold these sizes.
+    """
 
     bits: int
     """16, 8 or 4."""
@@ -57,12 +66,12 @@ class ExpertLayout:
 
     @property
     def up_group(self) -> int:
-        """Inputs that share a scale in gate and up; 0 where scales are per row or absent."""
+        """INT4 inputs per scale in gate and up; 0 in the other formats."""
         return group_of(self.hidden) if self.bits == 4 else 0
 
     @property
     def down_group(self) -> int:
-        """Inputs that share a scale in down; 0 where scales are per row or absent."""
+        """INT4 inputs per scale in down; 0 in the other formats."""
         return group_of(self.inner) if self.bits == 4 else 0
 
     def _scales(self, rows: int, columns: int) -> int:
@@ -72,7 +81,7 @@ class ExpertLayout:
 
     @property
     def up_scale(self) -> int:
-        """Offset of gate and up's scales; gate and up themselves lie at 0."""
+        """Offset of the scales of gate and up.  Gate and up are at offset 0."""
         return _padded(2 * self.inner * self.hidden * self.bits // 8, 16)
 
     @property
@@ -87,5 +96,5 @@ class ExpertLayout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a record, padding included: a multiple of 4 KiB."""
+        """Bytes of a packed expert with its padding, a multiple of 4 KiB."""
         return _padded(self.down_scale + self._scales(self.hidden, self.inner), IO_ALIGNMENT)

@@ -1,7 +1,8 @@
-"""bf16 and e4m3 on NumPy, which has no such types: a bf16 is the upper half of an f32, kept as
-uint16; an e4m3 has a sign, four bits of exponent, biased by 7, and three of mantissa, as uint8.
+"""bf16 and e4m3 as NumPy integers.
 
-Micikevicius et al. 2022, arXiv:2209.05433: e4m3 has no infinity, and its largest is 448.
+A bf16 is the upper half of an f32, stored as uint16.  An e4m3 is stored as uint8: a sign bit, four
+exponent bits with bias 7, three mantissa bits.  It has no infinity; its largest value is 448.
+Micikevicius et al. 2022, arXiv:2209.05433.
 """
 
 from typing import Any, cast
@@ -13,7 +14,7 @@ __all__ = ["bf16_from_f32", "e4m3_from_f32", "f32_from_bf16", "f32_from_e4m3", "
 
 
 def bf16_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    """Round to nearest, ties to even; a NaN stays one.  f32 [...] -> u16 [...]."""
+    """Round to nearest, ties to even; NaN stays NaN.  f32 [...] -> u16 [...]."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
     upper = (rounded >> np.uint32(16)).astype(np.uint16)
@@ -31,7 +32,7 @@ def f32_from_bf16(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def e4m3_from_f32(x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
-    """Round to nearest, ties to even; 448 at most.  A NaN stays one.  f32 [...] -> u8 [...]."""
+    """Round to nearest, ties to even, clipped to 448; NaN stays NaN.  f32 [...] -> u8 [...]."""
     bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
     size = bits & np.uint32(0x7FFFFFFF)
     upper = (size + np.uint32(0x7FFFF) + ((size >> np.uint32(20)) & np.uint32(1))) >> np.uint32(20)
@@ -48,7 +49,7 @@ def f32_from_e4m3(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
 
 
 def _e4m3() -> npt.NDArray[np.float32]:
-    """Every e4m3, by its bits."""
+    """f32 [256], the value of each e4m3 code."""
     codes = np.arange(256)
     exponent, mantissa = codes >> 3 & 15, codes & 7
     value = np.where(
@@ -65,11 +66,11 @@ _E4M3 = _e4m3()
 def quantize_e4m3_rows(
     x: npt.NDArray[np.float32],
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
-    """Rows with a scale each: x = e4m3 * scale.  f32 [..., d] -> u8 [..., d], f16 [...].
+    """e4m3 with one scale per row: x = e4m3 * scale.  f32 [..., d] -> u8 [..., d], f16 [...].
 
-    scale = max |x| / 448, as an f16, but at least 2^-14, its smallest normal: a smaller one would
-    lose bits, or be 0.  So a value is right to a 16th, or to 2^-24, or to max |x| / 2^18.  At most
-    65504: beyond 448 times that values are cut off.  A row that is not finite has NaN as its scale.
+    scale = max |x| / 448 as f16, at least 2^-14: a subnormal scale would lose bits.  The error of
+    a value is at most the largest of |x| / 16, 2^-24 and max |x| / 2^18.  The scale is at most
+    65504; larger values are clipped.  A row that is not finite has scale NaN.
     """
     largest = np.abs(x).max(axis=-1)
     scale = np.clip(largest / np.float32(448), np.float32(2**-14), np.float32(65504))

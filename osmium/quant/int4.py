@@ -1,16 +1,16 @@
-"""INT4 in groups along the input axis, and the one description of its packed layout.
+"""INT4 in groups along the input axis, and its packed layout.
 
-w = (q - 8) * s with q in 0 .. 15 and an f16 scale of either sign for each group of 128, 64 or 32
-inputs.  The scale is found by least squares over a small grid of clips; a group of zeros has
+w = (q - 8) * scale with q in 0 .. 15 and an f16 scale of either sign for each group of 128, 64 or
+32 inputs.  The scale is the best of a small grid of clips by least squares.  A group of zeros has
 scale 0.
 
-Packed, a row of K inputs is K/2 bytes.  Eight inputs k .. k + 7 are one little-endian 32-bit word:
+Packed, a row of K inputs is K / 2 bytes.  Inputs k to k + 7 are one little-endian 32-bit word:
 
     bits   0-3  4-7  8-11  12-15  16-19  20-23  24-27  28-31
     input    0    2     4      6      1      3      5      7
 
-so that (word >> 4 i) & 0x000F000F is the pair (2 i, 2 i + 1) in two 16-bit lanes: one logic
-operation turns it into two f16 or bf16 numbers.  Scales are row-major, [N, K / group].
+so (word >> 4 i) & 0x000F000F is the pair (2 i, 2 i + 1) in two 16-bit lanes: one logic operation
+turns it into two f16 or bf16 numbers.  Scales are row-major, [N, K / group].
 """
 
 from collections.abc import Sequence
@@ -24,25 +24,26 @@ from osmium.errors import ConfigError
 __all__ = ["CLIPS", "dequantize", "pack", "quantize", "unpack"]
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""Which input of the eight each nibble holds, from the lowest."""
+"""The input of each nibble, from the lowest bits."""
 
 CLIPS = (-8.0, 7.0, -7.5, 7.5, -8.5, 8.0, -9.0, 8.5, -9.5, 9.0, -10.2, 9.8, -11.0, 10.6)
-"""The group's largest value is tried as this many scales: beyond -8 or 7 it is clipped.  The lab
-model's held-out perplexity rises by 1.4 % with this grid and by 2.7 % rounded to nearest."""
+"""Candidate scales: the group's largest value divided by each of these.  q is clipped to -8 .. 7.
+The test model's held-out perplexity rises by 1.4 % with this grid, by 2.7 % with rounding to
+nearest."""
 
 _BLOCK = 1 << 13
-"""Groups at a time: their 4 MiB of f32 stay in the processor's cache."""
+"""Groups per block: 4 MiB of f32, which fit the CPU's cache."""
 
 
 def pack(q: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """u8 [..., K] of 0 .. 15 -> u8 [..., K / 2]; K % 8 == 0."""
+    """Pack values 0 .. 15.  u8 [..., K] -> u8 [..., K / 2]; K % 8 == 0."""
     eight = q.reshape(*q.shape[:-1], -1, 8)[..., _ORDER]
     high = np.left_shift(eight[..., 1::2], 4, dtype=np.uint8)
     return np.bitwise_or(eight[..., 0::2], high).reshape(*q.shape[:-1], -1)
 
 
 def unpack(packed: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
-    """u8 [..., K / 2] -> u8 [..., K] of 0 .. 15."""
+    """Unpack to values 0 .. 15.  u8 [..., K / 2] -> u8 [..., K]."""
     four = packed.reshape(*packed.shape[:-1], -1, 4)
     eight = np.empty((*four.shape[:-1], 8), np.uint8)
     eight[..., _ORDER[0::2]] = four & 15
@@ -55,7 +56,7 @@ def quantize(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """f32 [..., N, K] -> packed u8 [..., N, K / 2], f16 [..., N, K / group].
 
-    Raises: ConfigError where the group does not divide K.
+    Raises: ConfigError if `group` does not divide K.
     """
     columns = w.shape[-1]
     if group not in (128, 64, 32) or columns % group:
@@ -75,14 +76,14 @@ def _quantize_groups(
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float16]]:
     """f32 [n, group] -> u8 [n, group] of 0 .. 15, f16 [n]."""
     largest = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)[:, 0]  # signed
-    w = np.ascontiguousarray(w.T)  # [group, n]: every step runs along groups
+    w = np.ascontiguousarray(w.T)  # [group, n], so that each operation is contiguous over groups
     best = np.full(len(largest), -1.0, np.float32)
     scale = np.zeros(len(largest), np.float32)
     q, product = np.empty_like(w), np.empty_like(w)
     for clip in clips:
         step = np.divide(clip, largest, out=np.zeros_like(largest), where=largest != 0)
         np.clip(np.rint(np.multiply(w, step, out=q), out=q), -8, 7, out=q)
-        # The scale that fits these q best is wq / qq, and it leaves an error of ww - wq^2 / qq.
+        # The least-squares scale for these q is wq / qq; its squared error is ww - wq^2 / qq.
         wq = _sum(np.multiply(w, q, out=product))
         qq = _sum(np.multiply(q, q, out=product))
         gain = np.divide(wq * wq, qq, out=np.zeros_like(qq), where=qq > 0)
@@ -97,9 +98,11 @@ def _quantize_groups(
 
 
 def _sum(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """f32 [group, n] -> [n], the sum over a group, in the order of the kernel: sixteen values in
-    a row are a thread's, which adds those eight apart, then four, two and one; then threads do the
-    same.  `x` is written to."""
+    """Sum over each group, in the order of the kernel.  f32 [group, n] -> [n]; overwrites `x`.
+
+    A thread has sixteen consecutive values; it adds values eight apart, then four, two, one.
+    Threads then add their sums by halves.
+    """
     x = x.reshape(-1, 16, x.shape[1])
     for half in (8, 4, 2, 1):
         x = np.add(x[:, :half], x[:, half : 2 * half], out=x[:, :half])
@@ -107,7 +110,7 @@ def _sum(x: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     while len(x) > 1:
         half = len(x) // 2
         x = np.add(x[:half], x[half:], out=x[:half])
-    total: npt.NDArray[np.float32] = x[0].copy()  # `x` is room that is used again
+    total: npt.NDArray[np.float32] = x[0].copy()  # the caller reuses `x`
     return total
 
 

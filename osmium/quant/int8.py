@@ -1,4 +1,4 @@
-"""INT8 with one scale an output row: w = q * s, q in -127 .. 127."""
+"""INT8 with one scale per output row: w = q * scale, q in -127 .. 127."""
 
 from typing import Any
 
@@ -9,7 +9,10 @@ __all__ = ["dequantize", "quantize"]
 
 
 def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """f32 [..., N, K] -> i8 [..., N, K], f32 [..., N].  A row of zeros has scale 0."""
+    """scale = max |w| / 127 per row, 0 for a row of zeros; q = rint(w / scale).
+
+    f32 [..., N, K] -> i8 [..., N, K], f32 [..., N]
+    """
     scale = (np.abs(w).max(axis=-1, initial=0.0) / 127).astype(np.float32)
     inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
     q = np.rint(w * inverse[..., None])

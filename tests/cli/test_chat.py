@@ -30,7 +30,7 @@ class RecordingDisplay:
         self.thoughts, self.answers, self.ended = "", "", 0
         self._stop_at = stop_at
 
-    def thought(self, text: str) -> None:
+    def reasoning(self, text: str) -> None:
         self.thoughts += text
         self._press("thought", text)
 
@@ -165,7 +165,7 @@ def test_help_lists_every_command(session: ScriptedChat) -> None:
 def test_new_clears_the_conversation_and_keeps_the_system_message(session: ScriptedChat) -> None:
     session.read("/system Be brief.", QUESTION, "/new", "/regenerate", "/system")
     assert not session.chat.messages and session.chat.system == "Be brief."
-    assert "no message yet" in session.notes[-2] and session.notes[-1] == "Be brief."
+    assert "no message to respond to" in session.notes[-2] and session.notes[-1] == "Be brief."
 
 
 def test_the_system_message_reaches_the_prompt(

@@ -198,7 +198,7 @@ def test_benchmark_of_the_server_measures_and_then_serves(
         served.append("".join(token.text for token in tokens))
         host.close()
 
-    monkeypatch.setattr("osmium.cli.serving.serve_host", serve)
+    monkeypatch.setattr("osmium.cli.serving.serve_http", serve)
     short = BenchConfig(depths=("16",), tokens=4, repeats=1, warm_up=2, prompts=(8,))
     monkeypatch.setattr("osmium.cli.serving.DEFAULTS", short)
     assert main(["serve", "demo", *CPU, "--benchmark"]) == 0
@@ -216,15 +216,15 @@ def test_ctrl_c_while_the_server_packs_reports_the_kept_bytes(
         host.progress = ("packing", 3_000_000, 9_000_000)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("osmium.cli.serving.serve_host", serve)
+    monkeypatch.setattr("osmium.cli.serving.serve_http", serve)
     assert main(["serve", "demo", *CPU]) == 130
-    assert "at 3.0 of 9.0 MB. What is done is kept" in capsys.readouterr().err
+    assert "at 3.0 of 9.0 MB. The finished part is kept" in capsys.readouterr().err
 
 
 def test_benchmark_only_does_not_serve(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("osmium.cli.serving.serve_host", None)
+    monkeypatch.setattr("osmium.cli.serving.serve_http", None)
     small = {"depth": "16", "tokens": 4, "repeats": 1, "warm_up": 2, "prompt_tokens": (8,)}
     monkeypatch.setattr("osmium.cli.serving.BENCH_DEFAULTS", {**BENCH_DEFAULTS, **small})
     words = ["serve", "synthetic:tiny", *CPU, "--context", "1k", "--kv-cache-mb", "1"]

@@ -214,7 +214,7 @@ def test_ctrl_c_while_packing_reports_kept_bytes_and_the_next_run_resumes(
         if folder == "stopped":
             assert main(words) == 130
             (line,) = capsys.readouterr().err.splitlines()
-            assert "stopped while packing" in line and "goes on from there" in line
+            assert "stopped while packing" in line and "continues from there" in line
             (partial,) = local_models(tmp_path / folder)
             assert stopped_bytes == [partial.nbytes] and partial.nbytes < partial.total
         assert main(words) == 0

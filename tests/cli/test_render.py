@@ -120,7 +120,7 @@ def test_a_growing_block_is_drawn_before_it_ends() -> None:
 def test_reasoning_is_dim_and_before_the_answer() -> None:
     made, out = console()
     display = TerminalDisplay(made, markdown=False, thinking=True)
-    display.thought("let me see")
+    display.reasoning("let me see")
     display.answer("Paris.")
     display.end()
     assert re.search(r"\x1b\[2mlet me see\x1b\[0m\s+Paris\.\n", out.getvalue())
@@ -129,7 +129,7 @@ def test_reasoning_is_dim_and_before_the_answer() -> None:
 def test_hidden_reasoning_prints_nothing() -> None:
     made, out = console()
     display = TerminalDisplay(made, markdown=False, thinking=False)
-    display.thought("let me see")
+    display.reasoning("let me see")
     display.answer("Paris.")
     display.end()
     assert out.getvalue() == "Paris.\n"
@@ -139,7 +139,7 @@ def test_hidden_reasoning_prints_nothing() -> None:
 def test_a_models_control_characters_do_not_reach_the_terminal(markdown: bool) -> None:
     made, out = console()
     display = TerminalDisplay(made, markdown=markdown, thinking=True)
-    display.thought("\x1b]0;title\x07")
+    display.reasoning("\x1b]0;title\x07")
     display.answer("a\x1b[2Jb\x9bc\rd")
     display.end()
     assert "\x1b[2J" not in out.getvalue() and "\x07" not in out.getvalue()
@@ -149,7 +149,7 @@ def test_a_models_control_characters_do_not_reach_the_terminal(markdown: bool) -
 def test_a_pipe_gets_the_unformatted_answer_without_reasoning() -> None:
     out = io.StringIO()
     display = PlainDisplay(out)
-    display.thought("let me see")
+    display.reasoning("let me see")
     display.answer("a **b**\x1b\n")
     display.end()
     display.end()

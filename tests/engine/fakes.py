@@ -173,7 +173,7 @@ class NoExperts:
     """An expert runner without experts."""
 
     recorder = None
-    cache = SimpleNamespace(record=SimpleNamespace(nbytes=0))
+    cache = SimpleNamespace(layout=SimpleNamespace(nbytes=0))
 
     def counters(self) -> ExpertCounters:
         return ExpertCounters(0, 0, 0, 0)

@@ -101,12 +101,12 @@ def test_only_logits_are_copied_to_the_host(rng: np.random.Generator) -> None:
         ops = engine._runner.ops
         list(engine.generate(ids, GREEDY))
         engine.status()  # waits for reads that the response left pending
-        before = ops.bytes_to_host
+        before = ops.d2h_bytes
         count = len(list(engine.generate(ids, GREEDY)))
         assert count == GREEDY.max_tokens
         engine.status()
         counters = 3 * engine._runner.store.cache.counters.nbytes  # two polls and a status
-        logit_bytes = ops.bytes_to_host - before - counters
+        logit_bytes = ops.d2h_bytes - before - counters
         assert logit_bytes == engine.config.vocab_size * 4, "the first token's logits"
     finally:
         engine.close()

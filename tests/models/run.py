@@ -73,7 +73,7 @@ class SequenceDriver:
             for name, value in vars(buffers).items():
                 arrays = vars(value).values() if isinstance(value, MatmulInput) else [value]
                 for array in arrays:
-                    if name not in ("arrived", "parts") and hasattr(array, "dtype"):
+                    if name not in ("router_barrier", "split_counters") and hasattr(array, "dtype"):
                         ops.memset(array, POISON)
         self.out = ops.empty((self.rows, config.vocab_size), np.float32)
         # Pages are shuffled, as after some use.

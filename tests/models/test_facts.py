@@ -166,11 +166,11 @@ def test_a_forward_pass_allocates_no_device_memory() -> None:
     ops = Counting()
     driver = make_driver(MIXED, ops=ops, capacity=4)
     step, logits = one_sequence(driver.page), np.empty((1, MIXED.vocab), np.float32)
-    before, read = ops.num_allocations, ops.bytes_to_host
+    before, read = ops.num_allocations, ops.d2h_bytes
     driver.model.forward(step, driver.state)
     driver.model.head(logits, step.query_start_loc[:1])
     assert before > 0
-    assert (ops.num_allocations, ops.bytes_to_host) == (before, read)
+    assert (ops.num_allocations, ops.d2h_bytes) == (before, read)
 
 
 def test_decode_uses_the_recurrent_rule_and_prefill_the_chunked_one() -> None:

@@ -85,6 +85,6 @@ def test_a_small_cache_gives_the_cpus_logits_and_its_slots_verify(case: Case, gp
 
 def test_only_requested_logits_are_copied_to_the_host(gpu: Ops) -> None:
     model = make_driver(CASES[0], ops=gpu, kv_dtype="bf16")
-    before = gpu.bytes_to_host
+    before = gpu.d2h_bytes
     got = model.logits(prompt(CASES[0]), 50)
-    assert gpu.bytes_to_host - before == got.nbytes
+    assert gpu.d2h_bytes - before == got.nbytes

@@ -11,7 +11,7 @@ from osmium.experts.prefetch import MIN_BULK_COPY_CC
 from osmium.ops import HostExperts, PrefetchState, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear, cases_weights
@@ -114,7 +114,7 @@ def test_experts_are_complete_whenever_prefetch_stops(
         gpu.join_side_stream(prefetch=True)
         # in the first step kernels are loaded, and prefetch may not start; later it may start too
         # late
-        state = gpu.copy_d2h(prefetch.state)[1] & ~(STOP | DROP)
+        state = gpu.copy_d2h(prefetch.state)[1] & ~(PREFETCH_STOP | PREFETCH_DISCARD)
         assert np.isin(state, (0, 1 | 1 << 15)).all()
         num_started += step > 0 and bool(state.all())
         assert resident(gpu, cache)[1, gpu.copy_d2h(routed_ids)[0]].all()

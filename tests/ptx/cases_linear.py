@@ -13,7 +13,13 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_SEGMENT_BYTES, FETCH_WARPS, STOP
+from osmium.ops.types import (
+    FETCH_BLOCKS,
+    FETCH_SEGMENT_BYTES,
+    FETCH_WARPS,
+    PREFETCH_DISCARD,
+    PREFETCH_STOP,
+)
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
@@ -273,7 +279,9 @@ def fetch(
         if with_prefetch:
             started = rng.permutation(FETCH_BLOCKS) > 3
             done = rng.integers(0, segments_of(layout) + 1).astype(np.int32) * started.repeat(8)
-            arrays["state"] = state_words(started, STOP if fetched[0] == 2 else STOP + DROP)[None]
+            arrays["state"] = state_words(
+                started, PREFETCH_STOP if fetched[0] == 2 else PREFETCH_STOP + PREFETCH_DISCARD
+            )[None]
             arrays["segments_done"] = done[None].astype(np.int32)
             arrays["start_signal"] = 16 * np.arange(2 * FETCH_BLOCKS, dtype=np.int32).reshape(2, -1)
             arrays["start_signal"][:, ::3] += 15  # these layers get no start signal
@@ -427,9 +435,9 @@ CASES: dict[str, Make] = {
     "prefetch fewer segments than blocks, the last of three pages": prefetch_experts(96, 48, 2),
     "prefetch up to four segments a block": prefetch_experts(256, 528, 1),
     "prefetch nothing": prefetch_experts(256, 200, -1),
-    "prefetch stopped before its start": prefetch_experts(256, 200, 1, state=(STOP,)),
+    "prefetch stopped before its start": prefetch_experts(256, 200, 1, state=(PREFETCH_STOP,)),
     "prefetch one layer after the other": prefetch_experts(
-        96, 48, 2, -1, 0, 1, 1, state=(0, 0, STOP + DROP, 0, 0)
+        96, 48, 2, -1, 0, 1, 1, state=(0, 0, PREFETCH_STOP + PREFETCH_DISCARD, 0, 0)
     ),
     "prefetch until a layer has no start signal": prefetch_experts(
         96, 48, 2, 1, 0, signals=(8, 15, 0)

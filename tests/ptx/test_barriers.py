@@ -19,7 +19,7 @@ ALL_BARRIERS = [
     (name, i, found[1] is not None)
     for name in NAMES
     for i, found in enumerate(
-        re.finditer(r"^(seen:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
+        re.finditer(r"^(fetch_arrived:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
     )
 ]
 
@@ -83,8 +83,8 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
 @pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
 def test_split_kv_without_its_wait_for_other_blocks_fails(name: str) -> None:
     text = (FOLDER / f"{name}.ptx").read_text()
-    without_wait, replacements = re.subn(r"setp.ge.u32 +%more_parts, %near_count, %reached;",
-                          "setp.eq.u32 %more_parts, %lane, %lane;", text)  # fmt: skip
+    without_wait, replacements = re.subn(r"setp.ge.u32 +%more_partials, %num_arrived, %num_active;",
+                          "setp.eq.u32 %more_partials, %lane, %lane;", text)  # fmt: skip
     makes = cases_of(name)[:4]
     assert replacements == 1 and all(
         is_right(make, seed, None) for seed in range(2) for make in makes
@@ -94,7 +94,7 @@ def test_split_kv_without_its_wait_for_other_blocks_fails(name: str) -> None:
 
 def test_a_router_without_its_wait_for_all_scores_fails() -> None:
     text = (FOLDER / "router_topk_f32.ptx").read_text()
-    without_wait, replacements = re.subn(r"@%more bra +await;", "", text)
+    without_wait, replacements = re.subn(r"@%more bra +poll_keys;", "", text)
     makes = cases_of("router_topk_f32")[:3]
     assert replacements == 1 and all(
         is_right(make, seed, None) for seed in range(2) for make in makes

@@ -11,7 +11,7 @@ from osmium.ops import HostExperts, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.gpu_experts import FETCH_EXPERTS, PREFETCH_EXPERTS
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import DROP, FETCH_BLOCKS, FETCH_WARPS, STOP
+from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_linear import (
@@ -63,7 +63,7 @@ def run_fetch(
         done = rng.integers(0, segments_of(layout) + 1).astype(np.int32)
         copied = copied_bytes(layout, done)
         before[0, slot[0], copied] = experts[0, 0, copied]
-        state = state_words(np.ones((1, FETCH_BLOCKS)), STOP)
+        state = state_words(np.ones((1, FETCH_BLOCKS)), PREFETCH_STOP)
         prefetch = prefetch_of(None, None, ops.to_device(state), ops.to_device(done[None]))
     slots, words = ops.to_device(before), ops.to_device(np.zeros(2, np.int32))
     counters = ops.to_device(np.zeros(7, np.int64))
@@ -134,7 +134,7 @@ def test_gate_up_is_stored_when_its_progress_word_is_complete(
 ) -> None:
     """Warps end as soon as they have reported gate/up."""
     layout = ExpertLayout(16, 512, 344)
-    wanted = r"(setp.eq.u32 +%said, %lane, %lane;)"
+    wanted = r"(setp.eq.u32 +%gate_up_signaled, %lane, %lane;)"
     text, replacements = re.subn(wanted, r"\1 ret;", FETCH_EXPERTS.contract.text)
     before, after, wanted, words = run_fetch(rng, layout, PLANS[plan], text)
     assert replacements == 1 and words[0] == FETCH_WARPS and words[1] < FETCH_WARPS
@@ -234,7 +234,7 @@ def test_a_stopped_prefetch_ends_after_a_whole_segment() -> None:
     layout, stopped_midway = ExpertLayout(16, 256, 528), False
     most = segments_of(layout)
     for seed in range(8):
-        found, before = stopped_prefetch(seed, STOP)
+        found, before = stopped_prefetch(seed, PREFETCH_STOP)
         done, slot = found["segments_done"][1], before["slot"][1] - 3
         wanted, copied = before["slots"].copy(), copied_bytes(layout, done)
         wanted[1, slot, copied] = before["host_experts"][1, before["expert"][1], copied]
@@ -248,7 +248,7 @@ def test_a_dropped_prefetch_ends_inside_of_a_segment() -> None:
     """The prediction was wrong; each block has stored what it had started, in order, and ended."""
     stopped_midway = False
     for seed in range(8):
-        found, before = stopped_prefetch(seed, STOP + DROP)
+        found, before = stopped_prefetch(seed, PREFETCH_STOP + PREFETCH_DISCARD)
         slot, expert = before["slot"][1] - 3, before["expert"][1]
         after, old, new = (
             rows.reshape(-1, 4096)
@@ -275,7 +275,7 @@ def test_a_dropped_prefetch_ends_inside_of_a_segment() -> None:
         (r"cp\.async\.bulk\.wait_group +0;", ""),
         (r"cp\.async\.bulk\.wait_group +0;", "cp.async.bulk.wait_group.read 0;"),
         (r"fence\.proxy\.async\.shared::cta;", ""),
-        (r"@!%here bra +not_yet;", ""),
+        (r"@!%ready bra +wait_chunk;", ""),
     ],
 )
 def test_a_prefetch_without_one_of_its_waits_fails(waits: str, instead: str) -> None:

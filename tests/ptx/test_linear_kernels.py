@@ -13,7 +13,7 @@ import pytest
 
 from osmium.ops import ExpertCache
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.types import STOP
+from osmium.ops.types import PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import f32_from_bf16
 from tests.ops.cases import Arrays, Case, run
@@ -157,7 +157,7 @@ def test_prefetch_copies_the_predicted_experts_and_nothing_else(
     want, signals = a["slots"].copy(), a["start_signal"][:, 0] - 48
     for layer, expert in enumerate(a["expert"].tolist()):
         may_start = layer > 0 and signals[layer] == 8 and np.isin(signals[1:layer], (8, 15)).all()
-        copies = may_start and expert >= 0 and not a["state"][layer, 0] & STOP
+        copies = may_start and expert >= 0 and not a["state"][layer, 0] & PREFETCH_STOP
         if copies:
             want[layer, a["slot"][layer] - 3 * layer] = a["host_experts"][layer, expert]
         assert (out["segments_done"][layer].max() > 0) == copies
