@@ -4,7 +4,7 @@
     for token in engine.generate(ids, osmium.SamplingParams(temperature=0)):
         ...
 
-Names are loaded when they are first used, so that importing this is quick.
+Names are loaded at first use, so that `import osmium` is fast.
 """
 
 import importlib
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine", "EngineConfig", "OsmiumError", "SamplingParams", "load"]
 
-_WHERE = {
+_MODULE_OF = {
     "Engine": "osmium.engine.engine",
     "EngineConfig": "osmium.config",
     "OsmiumError": "osmium.errors",
@@ -35,12 +35,12 @@ _WHERE = {
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return _version() or "0+unknown"
-    if name not in _WHERE:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'osmium' has no attribute {name!r}")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
     globals()[name] = value
     return value
 
 
-if _found := _conflict():
-    warnings.warn(_found, stacklevel=2)
+if _problem := _conflict():
+    warnings.warn(_problem, stacklevel=2)

@@ -1,6 +1,6 @@
-"""What a model is and what the user asked for: two frozen records, resolved once.
+"""The configuration of a model and of the engine: two frozen dataclasses, resolved once.
 
-`ModelConfig.from_hf` is the only place above weights/ where Hugging Face's names are read.
+Above weights/, only `ModelConfig.from_hf` reads Hugging Face's key names.
 """
 
 import math
@@ -17,9 +17,9 @@ __all__ = [
 ]  # fmt: skip
 
 Progress = Callable[[str, int, int], None]
-"""Called as (stage, done, total) while something long runs; stage is a short word for people."""
+"""Called as (stage, done, total) during long work; stage is a short word for display."""
 
-Mixer = Literal["attention", "delta_net"]
+LayerType = Literal["attention", "delta_net"]
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,19 @@ class ModelConfig:
     """The shapes and constants of one model, from its config.json and generation_config.json."""
 
     model_type: str
-    """HF's model_type, which is also the name of the file in models/."""
+    """HF's model_type, and the name of the file in models/."""
     vocab_size: int
     hidden_size: int
     """D."""
-    layer_types: tuple[Mixer, ...]
-    """One a layer."""
+    layer_types: tuple[LayerType, ...]
+    """The mixer of each layer."""
     num_heads: int
     """Query heads H of an attention layer."""
     num_kv_heads: int
     """Key and value heads G."""
     head_dim: int
     rotary_dim: int
-    """How many of a head's values are rotated."""
+    """R, values of a head that RoPE rotates."""
     rope_theta: float
     key_heads: int
     """Key heads U of a delta-net layer."""
@@ -50,20 +50,20 @@ class ModelConfig:
     value_dim: int
     """dv, values of a value head."""
     num_experts: int
-    """E, routed experts a layer."""
+    """E, routed experts per layer."""
     top_k: int
-    """A, experts a token activates."""
+    """A, routed experts per token."""
     moe_intermediate_size: int
     """I, inner size of a routed expert."""
     shared_intermediate_size: int
-    """Inner size of the shared expert."""
+    """Is, inner size of the shared expert."""
     eps: float
     max_context: int
-    """Tokens the model was made for."""
+    """Maximum tokens of context of the model."""
     tie_word_embeddings: bool
-    """The head is the embedding."""
+    """Whether the head's weight is the embedding's."""
     eos_token_ids: tuple[int, ...]
-    """Ids that end a reply: config.json's and generation_config.json's together, ascending."""
+    """Ids that end a response, of config.json and generation_config.json together, ascending."""
 
     @property
     def num_layers(self) -> int:
@@ -81,7 +81,7 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Read a config.json, nested (text_config) or flat, and a generation_config.json.
 
-        Raises: CheckpointError naming the key that is missing or has a value we cannot compute.
+        Raises: CheckpointError, with the key that is missing or has an unsupported value.
         """
         model_type = str(config.get("model_type", "")).removesuffix("_text")
         if model_type != "qwen3_5_moe":
@@ -96,15 +96,15 @@ class ModelConfig:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         if rope.get("rope_type", "default") != "default":
             raise CheckpointError(
-                f"rope_type is {rope['rope_type']!r}; only 'default' is computed."
+                f"rope_type is {rope['rope_type']!r}; only 'default' is supported."
             )
         head_dim = read.positive("head_dim")
         partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
-        made = cls(
+        result = cls(
             model_type=model_type,
             vocab_size=read.positive("vocab_size"),
             hidden_size=read.positive("hidden_size"),
-            layer_types=_mixers(text, layers),
+            layer_types=_layer_types(text, layers),
             num_heads=read.positive("num_attention_heads"),
             num_kv_heads=read.positive("num_key_value_heads"),
             head_dim=head_dim,
@@ -123,13 +123,13 @@ class ModelConfig:
             tie_word_embeddings=bool(
                 config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
             ),
-            eos_token_ids=_eos(text, config, generation or {}),
+            eos_token_ids=_eos_token_ids(text, config, generation or {}),
         )
-        made._check(text)
-        return made
+        result._check(text)
+        return result
 
     def _check(self, text: Mapping[str, Any]) -> None:
-        """Raises CheckpointError for what this engine does not compute."""
+        """Raises: CheckpointError for a value that this engine does not support."""
         rules = [
             (text.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'"),
             (text.get("linear_conv_kernel_dim", 4) == 4, "linear_conv_kernel_dim", "4"),
@@ -146,7 +146,7 @@ class ModelConfig:
              "linear_num_value_heads", "a multiple of the key heads"),
             (self.head_dim % 32 == 0 and self.head_dim <= 256, "head_dim", "32, 64 ... 256"),
             (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
-             "partial_rotary_factor", "such that an even part of a head turns"),
+             "partial_rotary_factor", "a fraction that rotates an even number of a head's values"),
             (self.key_dim % 32 == 0 and self.key_dim <= 128,
              "linear_key_head_dim", "32, 64, 96 or 128"),
             (self.value_dim % 32 == 0 and self.value_dim <= 128, "linear_value_head_dim",
@@ -164,7 +164,7 @@ class ModelConfig:
 
 
 class _Reader:
-    """Integers out of a config.json, with the key in every complaint."""
+    """Reads integers of a config.json; errors name the key."""
 
     def __init__(self, text: Mapping[str, Any]) -> None:
         self.text = text
@@ -188,32 +188,34 @@ def _number(key: str, value: object) -> float:
     return float(value)
 
 
-def _mixers(text: Mapping[str, Any], layers: int) -> tuple[Mixer, ...]:
+def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[LayerType, ...]:
     kinds = text.get("layer_types")
     if kinds is None:
-        every = text.get("full_attention_interval", 4)
-        if not isinstance(every, int) or every < 1:
-            raise CheckpointError(f"full_attention_interval is {every!r}; it must be 1 or more.")
-        kinds = ["linear_attention" if (i + 1) % every else "full_attention" for i in range(layers)]
+        interval = text.get("full_attention_interval", 4)
+        if not isinstance(interval, int) or interval < 1:
+            raise CheckpointError(f"full_attention_interval is {interval!r}; it must be 1 or more.")
+        kinds = [
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
+        ]
     if not isinstance(kinds, list | tuple) or len(kinds) != layers:
-        raise CheckpointError(f"layer_types must name num_hidden_layers = {layers} layers.")
-    names: dict[str, Mixer] = {"linear_attention": "delta_net", "full_attention": "attention"}
+        raise CheckpointError(f"layer_types must have num_hidden_layers = {layers} entries.")
+    names: dict[str, LayerType] = {"linear_attention": "delta_net", "full_attention": "attention"}
     for kind in kinds:
         if kind not in names:
             raise CheckpointError(f"layer_types has {kind!r}; known are {', '.join(names)}.")
     return tuple(names[kind] for kind in kinds)
 
 
-def _eos(*sources: Mapping[str, Any]) -> tuple[int, ...]:
-    found: set[int] = set()
+def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
+    ids: set[int] = set()
     for source in sources:
         value = source.get("eos_token_id")
-        for one in value if isinstance(value, list) else [value]:
-            if isinstance(one, int):
-                found.add(one)
-            elif one is not None:
-                raise CheckpointError(f"eos_token_id has {one!r}; ids are integers.")
-    return tuple(sorted(found))
+        for token in value if isinstance(value, list) else [value]:
+            if isinstance(token, int):
+                ids.add(token)
+            elif token is not None:
+                raise CheckpointError(f"eos_token_id has {token!r}; ids are integers.")
+    return tuple(sorted(ids))
 
 
 Device = Literal["auto", "cpu", "gpu"]
@@ -221,53 +223,52 @@ Device = Literal["auto", "cpu", "gpu"]
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The user's choices: every flag, with underscores."""
+    """The user's options: every flag, with underscores."""
 
     device: Device = "auto"
-    """auto takes the GPU where there is one."""
+    """auto uses the GPU where there is one."""
     gpu_expert_bits: int = 4
-    """Bits of a routed expert's weights: 16, 8 or 4."""
+    """Bits per weight of a routed expert: 16, 8 or 4."""
     attention_quant: Literal["bf16", "int8", "int4"] = "bf16"
     """Format of the attention and delta-net projections."""
     shared_expert_quant: Literal["auto", "bf16", "int8", "int4"] = "auto"
-    """Format of the shared expert; auto is bf16 beside 16-bit experts, else int8."""
+    """Format of the shared expert; auto is bf16 with 16-bit experts, else int8."""
     lm_head_quant: Literal["auto", "bf16", "int8", "int4"] = "auto"
-    """Format of the head; auto is bf16 beside 16-bit experts, else int8."""
+    """Format of the head; auto is bf16 with 16-bit experts, else int8."""
     kv_dtype: Literal["auto", "fp8_e4m3", "bf16", "f32"] = "auto"
-    """Format of the KV pages; auto is fp8_e4m3 on the GPU and f32 on the CPU.  fp8_e4m3 has an f16
-    scale a token and head; f32 is for the CPU alone."""
+    """Format of the KV pages; auto is fp8_e4m3 on the GPU and f32 on the CPU.  fp8_e4m3 has one f16
+    scale per token and head; f32 is for the CPU only."""
     kv_cache_mb: int | None = None
     """MiB of VRAM for KV pages; None follows `context`."""
     context: int | None = None
-    """Most tokens of a sequence, prompt and reply; None takes the model's, up to 32768 and to what
-    `kv_cache_mb` holds."""
+    """Most tokens of a sequence, prompt and response.  None is the model's maximum, limited to
+    32768 and to the capacity of `kv_cache_mb`."""
     vram: int | None = None
-    """Bytes of VRAM to plan for, the CUDA context included; None takes what is free."""
+    """Bytes of VRAM to plan for, the CUDA context included; None is all free VRAM."""
     ram: int | None = None
-    """Bytes of host memory to plan for; None takes what the system reports."""
+    """Bytes of host memory to plan for; None is the system's value."""
     min_free_ram: int | None = None
-    """Bytes of host memory below which the engine stops; None is 0.5 % of it, at least 512 MiB."""
+    """The engine stops below this many bytes of available host memory.  None is 0.5 % of all, at
+    least 512 MiB."""
     expert_slots: int | None = None
-    """At most this many expert slots a layer."""
+    """Most expert slots per layer; None is as many as VRAM holds."""
     enable_expert_cache: bool = True
-    """Keep hot experts in VRAM; without it a layer has no more slots than a token needs."""
+    """Cache experts in VRAM; without it a layer has only the slots that one token needs."""
     prefetch: bool = True
-    """Fetch an expert that the next layer may ask for while the link has nothing else to do; from
-    compute capability 9.0 on."""
+    """Prefetch an expert of the next layer while the link is idle; needs compute capability 9.0."""
     write_combined: bool | None = None
-    """Write-combined host memory for experts that stay there: False forbids, None and True take
-    it.  tools/dma_bandwidth.py says which suits this machine."""
+    """Write-combined memory for host experts: True uses it, False forbids it, None chooses by
+    measured copy rates.  tools/dma_bandwidth.py measures all kinds."""
     prefill_chunk: int = 512
     """Most tokens of a prefill step."""
     page_size: int = 64
-    """Tokens a page of KV."""
+    """Tokens per KV page."""
     max_num_seqs: int | None = None
-    """Most requests whose state is held at once, others wait; None is 4, or as many as a step has
-    rows."""
+    """Most requests with state at once; others wait.  None is 4, or the rows of a step if fewer."""
     replay_routing: str | None = None
-    """A trace that is replayed instead of the router's choice, for benchmarks on random weights."""
+    """A trace to replay instead of the router's choice, for benchmarks on random weights."""
     cache_dir: str | None = None
-    """Where packed files go; None is $XDG_CACHE_HOME/osmium."""
+    """Folder of packed files; None is $XDG_CACHE_HOME/osmium."""
 
     def __post_init__(self) -> None:
         choices = [
@@ -280,12 +281,12 @@ class EngineConfig:
         ]
         for name, value, known in choices:
             if value not in known:
-                names = ", ".join(str(one) for one in known)
+                names = ", ".join(map(str, known))
                 raise ConfigError(f"{_flag(name)} is {value!r}; it must be one of {names}.")
         for name in ("vram", "ram", "min_free_ram"):
             size = getattr(self, name)
             if isinstance(size, int) and 0 < size < MIN_BYTES:
-                hint = f" For {size} GiB say {_flag(name)} {size}G, in Python {size} << 30."
+                hint = f" For {size} GiB use {_flag(name)} {size}G, in Python {size} << 30."
                 raise ConfigError(
                     f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
                     + hint * (size <= 4096)
@@ -317,24 +318,24 @@ def _flag(name: str) -> str:
 
 
 def user_cache() -> Path:
-    """Where what can be made again is kept: osmium in $XDG_CACHE_HOME, else in ~/.cache."""
+    """The folder of files that can be made again: osmium in $XDG_CACHE_HOME, else in ~/.cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "osmium"
 
 
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 MIN_BYTES = 1 << 20
-"""The least that a size in bytes may be: 32 in place of 32 GiB is a mistake, not a budget."""
+"""Smallest size of memory, bytes: a smaller one is a missing unit, as in 32 for 32G."""
 
 
 def parse_size(text: str) -> int:
-    """Bytes of "18G", "512M", "1.5T" or "4096B": units are binary, and one has to be given.
+    """Bytes of "18G", "512M", "1.5T" or "4096B"; units are binary and required.
 
     Raises: ConfigError.
     """
     number = _number_of(text.strip().lower())
     if number is not None:
-        hint = f"say {number:g}G" if number <= 4096 else "write one, as in 32G or 512M"
+        hint = f"write {number:g}G" if number <= 4096 else "write one, as in 32G or 512M"
         raise ConfigError(f"{text!r} has no unit: {hint} ({text.strip()}B would be bytes).")
     word = text.strip().lower().removesuffix("b").removesuffix("i")
     value = _number_of(word)
@@ -359,7 +360,7 @@ def parse_count(text: str) -> int:
 
 
 def _number_of(word: str) -> float | None:
-    """A positive number that is all of the word; None for anything else."""
+    """The positive, finite number that `word` is; None for anything else."""
     try:
         value = float(word)
     except ValueError:

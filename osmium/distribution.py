@@ -1,8 +1,8 @@
 """The distribution of this package: its name, how to install it, and what conflicts with it.
 
 The distribution is called osmium-serve, the import package osmium.  On PyPI `osmium` is another
-project, the OpenStreetMap library, and both own the folder osmium/ in site-packages.  Imports
-nothing heavy: `import osmium` runs `conflict`.
+project, the OpenStreetMap library, and both write the folder osmium/ in site-packages.  `import
+osmium` runs `conflict`, so this module imports only os and sys at its top.
 """
 
 import os
@@ -14,17 +14,17 @@ NAME = "osmium-serve"
 """As in pyproject.toml."""
 
 REINSTALL = f"Install {NAME} again: pip install --force-reinstall --no-deps {NAME}"
-"""What helps where a file of the package is missing."""
+"""The remedy where a file of the package is missing."""
 
 _FOLDER = os.path.dirname(os.path.abspath(__file__))
 
 _OTHERS = ("osmium-", "pyosmium-")
-"""How the metadata folders of the OpenStreetMap library begin; ours is osmium_serve-VERSION."""
+"""Prefixes of the OpenStreetMap library's metadata folders; Osmium's is osmium_serve-VERSION."""
 
 
 def version() -> str | None:
-    """The installed version; None where this is a plain folder on the path."""
-    import importlib.metadata  # here: it takes longer to import than everything else together
+    """The installed version; None if the package is a plain folder on sys.path."""
+    import importlib.metadata  # late: slower to import than the rest of `import osmium`
 
     try:
         return importlib.metadata.version(NAME)
@@ -33,34 +33,34 @@ def version() -> str | None:
 
 
 def gpu_extra(cuda: int) -> str:
-    """The extra for a driver, by cuDriverGetVersion: 13000 is CUDA 13.0."""
+    """The extra for a driver's CUDA version, in cuDriverGetVersion's form: 13000 is CUDA 13.0."""
     return "cu13" if cuda >= 13000 else "cu12"
 
 
 def how_to_install(extra: str = "", prefix: str | None = None) -> str:
-    """The command that installs an extra, or the base package, the way this one was installed.
+    """The command that installs an extra, or the base package, with the installer of this one.
 
-    `prefix` is the environment's folder, sys.prefix.
+    `prefix` is the environment's folder; None is sys.prefix.
     """
     prefix = sys.prefix if prefix is None else prefix
-    what = f"'{NAME}[{extra}]'" if extra else NAME
+    requirement = f"'{NAME}[{extra}]'" if extra else NAME
     parts = prefix.split(os.sep)
     if "archive-v0" in parts or any(part.startswith("environments-v") for part in parts):
-        return f"uvx --from {what} {NAME}"
+        return f"uvx --from {requirement} {NAME}"
     if "pipx" in parts:
         if "venvs" in parts:
-            return f"pipx install --force {what}"
-        return f"pipx run --spec {what} {NAME}"
+            return f"pipx install --force {requirement}"
+        return f"pipx run --spec {requirement} {NAME}"
     if "uv" in parts and "tools" in parts:
-        return f"uv tool install {what}"
+        return f"uv tool install {requirement}"
     root = os.path.dirname(_FOLDER)
     if os.path.isfile(os.path.join(root, "pyproject.toml")):  # a checkout, installed editable
         return f"{sys.executable} -m pip install -e '{root}{f'[{extra}]' if extra else ''}'"
-    return f"{'uv pip' if _made_by_uv(prefix) else 'pip'} install {what}"
+    return f"{'uv pip' if _is_uv_environment(prefix) else 'pip'} install {requirement}"
 
 
-def _made_by_uv(prefix: str) -> bool:
-    """Whether uv made the environment: it then has no pip."""
+def _is_uv_environment(prefix: str) -> bool:
+    """Whether uv created the environment; it then has no pip."""
     try:
         with open(os.path.join(prefix, "pyvenv.cfg"), encoding="utf-8") as file:
             return any(line.startswith("uv ") for line in file)
@@ -69,9 +69,9 @@ def _made_by_uv(prefix: str) -> bool:
 
 
 def conflict(site: str | None = None) -> str | None:
-    """What to do where the OpenStreetMap library shares the folder osmium/; None where it does not.
+    """The error text where the OpenStreetMap library is installed beside this package, else None.
 
-    `site` is the folder that both are in.  Costs one listing of it.
+    `site` is the folder to list; None is the folder of this installation.
     """
     site = os.path.dirname(_FOLDER) if site is None else site
     try:

@@ -5,13 +5,13 @@ OsmiumError
 ├─ CheckpointError      missing, truncated, wrong shape     CLI: one line, exit 2
 ├─ DeviceError
 │  ├─ NoDevice          no driver, or no GPU                the only error a test may skip on
-│  ├─ OutOfMemory       asked, free, and who holds the rest
+│  ├─ OutOfMemory       requested and free bytes, and what uses the rest
 │  ├─ KernelError       contract broken, at load or at launch
-│  └─ CudaError         .call .name .code; .lost when the context is gone
+│  └─ CudaError         .call .name .code; .context_lost
 ├─ RequestError         the client's fault                  HTTP 4xx with param and code
 └─ EngineStopped        the engine cannot serve any more    HTTP 503
 
-A message is one or two sentences: the thing, the value found, the rule, the way out.
+A message is one or two sentences: the thing, the value found, the rule, the remedy.
 """
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
 
 
 class OsmiumError(Exception):
-    """The root: catch this to catch everything that Osmium raises on purpose."""
+    """The base class of every error that Osmium raises on purpose."""
 
 
 class ConfigError(OsmiumError):
@@ -41,7 +41,7 @@ class CheckpointError(OsmiumError):
 
 
 class DeviceError(OsmiumError):
-    """Something about the GPU."""
+    """An error of the GPU, its driver or its memory."""
 
 
 class NoDevice(DeviceError):
@@ -49,7 +49,7 @@ class NoDevice(DeviceError):
 
 
 class OutOfMemory(DeviceError):
-    """VRAM or host memory does not suffice; says what was asked and what is free."""
+    """VRAM or host memory does not suffice; the message has the requested and the free bytes."""
 
 
 class KernelError(DeviceError):
@@ -59,17 +59,19 @@ class KernelError(DeviceError):
 class CudaError(DeviceError):
     """A driver call failed.
 
-    `call` is the driver function, `name` and `code` its CUresult; `lost` says that the context is
-    gone and the process has to restart.
+    `call` is the driver function, `name` and `code` its CUresult.  With `context_lost` every later
+    call fails, and the process has to restart.
     """
 
-    def __init__(self, message: str, *, call: str, name: str, code: int, lost: bool) -> None:
+    def __init__(
+        self, message: str, *, call: str, name: str, code: int, context_lost: bool
+    ) -> None:
         super().__init__(message)
-        self.call, self.name, self.code, self.context_lost = call, name, code, lost
+        self.call, self.name, self.code, self.context_lost = call, name, code, context_lost
 
 
 class RequestError(OsmiumError):
-    """A request that cannot be served as it was asked.
+    """A request that the engine rejects: the client's fault.
 
     `param` names the field, `code` is the machine-readable reason, `status` the HTTP status.
     """

@@ -1,6 +1,6 @@
 """From a path to an engine: open, plan, allocate, fill, start.
 
-The one place where the floors meet; what each step does is in its own module.
+Each step is in its own module; the loader connects them.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
 from osmium.engine.runner import ModelRunner
 from osmium.engine.slot_rebalancer import SlotRebalancer
-from osmium.engine.watchdog import Watchdog, default_floor
+from osmium.engine.watchdog import Watchdog, default_min_free_ram
 from osmium.errors import ConfigError, DeviceError, OutOfMemory
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
@@ -31,7 +31,7 @@ from osmium.experts.routing import RoutingTrace, read_trace
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import (
     UsageSnapshot,
-    read_heat,
+    read_usage,
     slots_per_layer,
     try_save_usage,
     warm_cache,
@@ -67,11 +67,12 @@ LOG = logging.getLogger("osmium.loader")
 __all__ = ["Loader", "load", "pack", "plan_for"]
 
 STAGING_BYTES = 256 << 20
-"""Bytes of host memory through which weights are uploaded, and a layer's experts at most: half of
-them is more than a disk reads while the other half is uploaded."""
+"""Most bytes of the host buffer for uploading weights; it never exceeds a layer's experts.
+
+Half of it is more than a disk reads while the other half is uploaded."""
 
 SPILL_TRIES = 3
-"""How often memory is allocated with fewer and fewer slots before it is given up."""
+"""Allocations with fewer and fewer slots before the loader raises OutOfMemory."""
 
 
 def load(
@@ -84,8 +85,8 @@ def load(
 ) -> Engine:
     """An engine for a checkpoint folder, a packed file, a hub id, or (None) the bundled demo.
 
-    `options` are EngineConfig's fields.  A checkpoint is packed first if it has not been.  A model
-    that lacks one of `needs` is refused before weights are packed or loaded.
+    `options` are EngineConfig's fields.  A checkpoint without a packed file is packed first.  A
+    model that lacks one of `needs` fails before weights are packed or loaded.
     Raises: ConfigError, CheckpointError, DeviceError.
     """
     loader = Loader(path, device, progress=progress, final=True, needs=needs, **options)
@@ -103,7 +104,7 @@ def pack(
     progress: Progress | None = None,
     **options: Any,
 ) -> Path:
-    """The packed file of what `load` would load, written if it is not there; `synthetic:NAME` too.
+    """Write the packed file that `load` would use, unless it exists; `synthetic:NAME` works, too.
 
     Raises: ConfigError, CheckpointError, DeviceError.
     """
@@ -117,13 +118,15 @@ def pack(
 
 
 def _quantizer_ops(gpu: Gpu | None) -> Ops | None:
-    """What quantises a checkpoint, where there is more to it than NumPy."""
+    """The operations that quantise a checkpoint; None: NumPy."""
     return None if gpu is None else GpuOps(gpu)
 
 
 class Loader:
-    """A model, and engines on it, one at a time.  Its weights and its experts in host memory are
-    loaded once, for all of them."""
+    """A model, and engines on it, one at a time.
+
+    Weights and host experts are loaded once, for all engines.
+    """
 
     def __init__(
         self,
@@ -135,9 +138,10 @@ class Loader:
         needs: Collection[Need] = (),
         **options: Any,
     ) -> None:
-        """As `load`.  A model that cannot fit is refused before it is downloaded or packed: by its
-        options where these are `final`, else where it would not fit with any context.
+        """Arguments as for `load`.
 
+        A model that does not fit fails before it is downloaded or packed.  With `final` the options
+        decide; without it, only a model that fits with no context fails.
         Raises: ConfigError, CheckpointError, DeviceError.
         """
         self.options = config_of(device, options)
@@ -158,10 +162,10 @@ class Loader:
         except BaseException:
             self.close()
             raise
-        self._info = _info(path, self.packed)
+        self._model_info = _model_info(path, self.packed)
         self.ops: Ops = ReferenceOps() if self.gpu is None else GpuOps(self.gpu)
         self._weights: dict[str, Any] | None = None
-        self._arena: HostExperts | None = None
+        self._host_experts: HostExperts | None = None
 
     def _check(
         self,
@@ -170,51 +174,57 @@ class Loader:
         final: bool,
         needs: Collection[Need],
     ) -> None:
-        """Of a model that is not packed yet.  Raises: ConfigError where memory does not suffice,
-        CheckpointError where it lacks one of `needs`."""
+        """Check a model that is not packed yet.
+
+        Raises: ConfigError where memory does not suffice, CheckpointError where it lacks one of
+        `needs`.
+        """
         read_text_files(files, needs)
         options = self.options
-        if not final:  # engines may be made with less
+        if not final:  # `engine` may get smaller options
             options = replace(options, context=2, kv_cache_mb=None, max_num_seqs=1)
         memory_plan(info, options, hardware_of(self.gpu))
 
     def memory_rate(self) -> float:
-        """GB/s of VRAM, read and written, as measured at start; 0 without a GPU."""
+        """Measured rate of a copy in VRAM, GB/s read plus written; 0 without a GPU."""
         return 0.0 if self.gpu is None else self.gpu.memory_gb_s
 
     @property
-    def _arena_bytes(self) -> int:
-        """Host memory that the experts take already, and that is planned for again."""
-        return 0 if self.gpu is None or self._arena is None else int(self._arena.packed.nbytes)
+    def _host_experts_bytes(self) -> int:
+        """Bytes of host memory that the loaded experts use; the next plan counts them again."""
+        return (
+            0
+            if self.gpu is None or self._host_experts is None
+            else int(self._host_experts.packed.nbytes)
+        )
 
     def kv_tokens(self, kv_cache_mb: int) -> int:
-        """Tokens of context that so many MiB of KV hold, up to the model's."""
+        """Tokens of context in `kv_cache_mb` MiB of KV pages, up to the model's maximum."""
         options = replace(self.options, kv_cache_mb=kv_cache_mb)
         return kv_capacity_tokens(self.packed.config, options, self.gpu is not None)
 
     def engine(self, *, owns_loader: bool = False, **changes: Any) -> Engine:
-        """An engine with some options changed.  Whoever was made before must be closed and gone.
+        """An engine with some options changed.  The previous engine must be closed and deleted.
 
         With `owns_loader` closing the engine closes the loader.  Raises: ConfigError, DeviceError.
         """
         options, gpu = replace(self.options, **changes), self.gpu
         if gpu is not None:
             gpu.pool.frozen = False
-        held = 0 if gpu is None else gpu.pool.used
-        plan = memory_plan(self._info, options, hardware_of(gpu, held, self._arena_bytes))
-        heat = self._heat(options) if owns_loader else None  # who measures starts cold
-        plan, runner = self._allocate(plan, options, heat)
+        plan = self._plan(options)
+        usage = self._read_usage(options) if owns_loader else None  # benchmarks start cold
+        plan, runner = self._allocate(plan, options, usage)
         if gpu is not None:
             gpu.pool.freeze()  # nothing is allocated while serving
         watchdogs: list[Watchdog] = []
         engines: list[Engine] = []
-        keep = self._warm_start(runner, options, heat) if owns_loader else None
+        save_usage = self._warm_start(runner, options, usage) if owns_loader else None
 
         def on_close() -> None:
             for watchdog in watchdogs:
                 watchdog.close()
-            if keep is not None and any(_stopped_cleanly(engine) for engine in engines):
-                keep()
+            if save_usage is not None and any(_stopped_cleanly(engine) for engine in engines):
+                save_usage()
             if owns_loader:
                 self.close()
 
@@ -224,7 +234,7 @@ class Loader:
         engine = Engine(
             runner,
             KVCacheManager(plan.num_pages, plan.page_size, plan.max_num_seqs),
-            name=_name(packed.path),
+            name=_model_name(packed.path),
             context=plan.context,
             device="cpu" if gpu is None else gpu.device.name,
             tokenizer=self.text.tokenizer,
@@ -236,79 +246,93 @@ class Loader:
             host_memory="pageable" if gpu is None else gpu.host_kind,
         )
         engines.append(engine)
-        if keep is not None:
-            engine.on_idle = SlotRebalancer(runner, engine.meter).idle
+        if save_usage is not None:
+            engine.on_idle = SlotRebalancer(runner, engine.stats).idle
         if gpu is not None:
-            engine.meter.vram_of = gpu.device.memory
-        floor = options.min_free_ram or default_floor(available_ram()[1])
-        watchdogs.append(Watchdog(engine.stop, floor, lambda: available_ram()[0]))
+            engine.stats.read_vram = gpu.device.memory
+        min_free = options.min_free_ram or default_min_free_ram(available_ram()[1])
+        watchdogs.append(Watchdog(engine.stop, min_free, lambda: available_ram()[0]))
         return engine
 
     def _allocate(
-        self, plan: MemoryPlan, options: EngineConfig, heat: UsageSnapshot | None
+        self, plan: MemoryPlan, options: EngineConfig, usage: UsageSnapshot | None
     ) -> tuple[MemoryPlan, ModelRunner]:
-        """By the plan; again with fewer slots, and another plan, while the driver keeps some of
-        it in host memory.  Raises: OutOfMemory where it does whatever is tried."""
+        """Allocate by the plan; while the driver spills VRAM to host memory, plan fewer slots.
+
+        Raises: OutOfMemory where the driver still spills after SPILL_TRIES.
+        """
         for _ in range(SPILL_TRIES):
-            runner = self._runner(plan, options, heat)
+            runner = self._runner(plan, options, usage)
             self.ops.synchronize()
             if self.gpu is None:
                 return plan, runner
-            there = spilled_bytes(self.gpu)
-            if not there:
+            spilled = spilled_bytes(self.gpu)
+            if not spilled:
                 return plan, runner
-            slots = plan.fewer_slots(there)
+            slots = plan.fewer_slots(spilled)
             LOG.warning(
                 "The driver keeps %.2f GiB of the VRAM allocation in host memory: copies there run "
                 "at less than a quarter of %.0f GB/s. Using %d expert slots per layer, not %d. "
                 "Close other programs that use the GPU, or lower --vram.",
-                there / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
+                spilled / (1 << 30), self.gpu.memory_gb_s, slots, plan.expert_slots,
             )  # fmt: skip
             del runner
-            gc.collect()  # its VRAM, before some is asked for again
-            held = self.gpu.pool.used
-            fewer = replace(options, expert_slots=slots)
-            plan = memory_plan(self._info, fewer, hardware_of(self.gpu, held, self._arena_bytes))
+            gc.collect()  # free its VRAM before the next allocation
+            plan = self._plan(replace(options, expert_slots=slots))
         raise OutOfMemory(
-            f"The driver keeps a part of VRAM in host memory even with {plan.expert_slots} expert "
-            "slots per layer. Close other programs that use the GPU, or lower --vram."
+            "The driver keeps a part of the VRAM allocation in host memory even with "
+            f"{plan.expert_slots} expert slots per layer. Close other programs that use the GPU, "
+            "or lower --vram."
         )
 
+    def _plan(self, options: EngineConfig) -> MemoryPlan:
+        """The memory plan; memory that this loader already uses counts as free."""
+        used = 0 if self.gpu is None else self.gpu.pool.used
+        hardware = hardware_of(self.gpu, used, self._host_experts_bytes)
+        return memory_plan(self._model_info, options, hardware)
+
     def _runner(
-        self, plan: MemoryPlan, options: EngineConfig, heat: UsageSnapshot | None
+        self, plan: MemoryPlan, options: EngineConfig, usage: UsageSnapshot | None
     ) -> ModelRunner:
-        """Allocate by the plan, in its order, and fill."""
+        """Allocate by the plan, in its order, and load."""
         ops, packed, config = self.ops, self.packed, self.packed.config
         if self._weights is None:
             self._weights = self._upload()
-        routing = (
-            None if options.replay_routing is None else _routing(options.replay_routing, packed)
-        )
-        guess = None
+        trace = None
+        if options.replay_routing is not None:
+            trace = _read_trace(options.replay_routing, packed)
+        prefetch_state = None
         if plan.prefetch:
-            guess = make_prefetch_state(ops, config.num_layers, config.num_experts, config.top_k)
-        store = ExpertRunner(
-            ops, *self._experts(plan, heat), plan.prefill_chunk, config.top_k, guess
+            prefetch_state = make_prefetch_state(
+                ops, config.num_layers, config.num_experts, config.top_k
+            )
+        expert_runner = ExpertRunner(
+            ops, *self._experts(plan, usage), plan.prefill_chunk, config.top_k, prefetch_state
         )
-        if routing is not None:
-            ids, likely = routing.ids, routing.predicted
-            told = None if likely is None else ops.to_device(np.ascontiguousarray(likely))
-            store.replay(ops.to_device(np.ascontiguousarray(ids)), told)
+        if trace is not None:
+            predicted = None
+            if trace.predicted is not None:
+                predicted = ops.to_device(np.ascontiguousarray(trace.predicted))
+            expert_runner.replay(ops.to_device(np.ascontiguousarray(trace.ids)), predicted)
         model = model_class(config.model_type)(
-            ops, config, self._weights, store, plan.prefill_chunk
+            ops, config, self._weights, expert_runner, plan.prefill_chunk
         )
-        # One page and one slot are nobody's: rows that have ended write there.
+        # One more page and slot: the null page and null slot, where rows that have ended write.
         pages, slots = plan.num_pages + 1, plan.max_num_seqs + 1
         state = make_state(ops, config, pages, plan.page_size, slots, plan.kv_dtype)
-        ahead = 0 if self.gpu is None else 1
-        runner = ModelRunner(ops, model, store, state, plan.max_num_seqs, plan.table_pages, ahead)
+        lookahead = 0 if self.gpu is None else 1
+        runner = ModelRunner(
+            ops, model, expert_runner, state, plan.max_num_seqs, plan.max_pages_per_seq, lookahead
+        )
         if self.gpu is not None:
             runner.capture_graphs()
         return runner
 
-    def _heat_file(self, options: EngineConfig) -> Path | None:
-        """Where this model's heat is kept; None where none is: of made-up models and of the demo,
-        where every expert is resident, and with --no-hcs."""
+    def _usage_file(self, options: EngineConfig) -> Path | None:
+        """This model's usage file; None with --no-hcs, and for models without one.
+
+        Those are synthetic models, and the demo, where every expert is resident.
+        """
         packed = self.packed
         if _is_synthetic(packed):
             return None
@@ -316,131 +340,138 @@ class Loader:
             return None
         return usage_file(cache_folder(options), packed.fingerprint)
 
-    def _heat(self, options: EngineConfig) -> UsageSnapshot | None:
-        """What was hot when this model was last closed."""
-        path, packed = self._heat_file(options), self.packed
+    def _read_usage(self, options: EngineConfig) -> UsageSnapshot | None:
+        """The expert usage saved when an engine of this model was last closed."""
+        path, packed = self._usage_file(options), self.packed
         if path is None:
             return None
-        return read_heat(
+        return read_usage(
             path, packed.fingerprint, packed.config.num_layers, packed.config.num_experts
         )
 
     def _warm_start(
-        self, runner: ModelRunner, options: EngineConfig, heat: UsageSnapshot | None
+        self, runner: ModelRunner, options: EngineConfig, usage: UsageSnapshot | None
     ) -> Callable[[], None] | None:
-        """Fill the slots with what was hot; what comes back keeps what is hot then.  None where
-        nothing is kept."""
-        path, store = self._heat_file(options), runner.store
-        if path is None or store.host_experts is None:
+        """Fill the expert cache with the most used experts of `usage`.
+
+        Returns a function that saves the usage at the time of its call; None without a usage file.
+        """
+        path, expert_runner = self._usage_file(options), runner.expert_runner
+        if path is None or expert_runner.host_experts is None:
             return None
-        if heat is not None:
-            count = warm_cache(self.ops, store.cache, store.host_experts, heat)
-            LOG.info("%d frequently used experts are in the cache", count)
+        if usage is not None:
+            copied = warm_cache(self.ops, expert_runner.cache, expert_runner.host_experts, usage)
+            LOG.info("%d frequently used experts are in the cache", copied)
         fingerprint = self.packed.fingerprint
-        # The store's cache as of then: slots may have been shared out anew.
-        return lambda: try_save_usage(path, fingerprint, self.ops, store.cache)
+        # Read expert_runner.cache at the time of saving: rebalancing replaces it.
+        return lambda: try_save_usage(path, fingerprint, self.ops, expert_runner.cache)
 
     def _upload(self) -> dict[str, Any]:
-        """Everything but the experts, to where kernels reach it fast."""
+        """Upload all weights but the routed experts; on the CPU, map them."""
         ops, packed = self.ops, self.packed
         if self.gpu is None:
             tensors = LazyTensors(packed, self.progress)
             return upload(ops, tensors, embed_on_host=False)
         if isinstance(packed, Synthetic):
             return packed.upload(ops)
-        layer = packed.config.num_experts * packed.record.nbytes
-        room = ops.empty_mapped((min(layer, STAGING_BYTES),), np.uint8)
+        layer_bytes = packed.config.num_experts * packed.layout.nbytes
+        staging = ops.empty_mapped((min(layer_bytes, STAGING_BYTES),), np.uint8)
         try:
-            with self._reading() as reading:
-                return upload_packed(ops, packed, reading, room, self.progress)
+            with self._reader() as reader:
+                return upload_packed(ops, packed, reader, staging, self.progress)
         finally:
             with contextlib.suppress(DeviceError):
                 ops.synchronize()
-            ops.release(room)
+            ops.release(staging)
 
     def _experts(
-        self, plan: MemoryPlan, heat: UsageSnapshot | None
+        self, plan: MemoryPlan, usage: UsageSnapshot | None
     ) -> tuple[HostExperts | None, ExpertCache]:
-        """The experts in host memory, unless VRAM holds them all, and the cache of them: with as
-        many slots a layer as its heat asks for, where some was kept."""
-        ops, packed, config, record = self.ops, self.packed, self.packed.config, self.packed.record
+        """The host experts, None where VRAM holds them all, and the expert cache.
+
+        With saved usage, layers get slots by usage (usage.slots_per_layer).
+        """
+        ops, packed, config, layout = self.ops, self.packed, self.packed.config, self.packed.layout
         layers, experts = config.num_layers, config.num_experts
         progress = self.progress
         if self.gpu is None:
-            if self._arena is None:
-                self._arena = wrap_host_experts(record, packed.all_records(progress))
+            if self._host_experts is None:
+                self._host_experts = wrap_host_experts(layout, packed.all_packed_experts(progress))
             if plan.expert_slots == experts:
-                return self._arena, resident_cache(ops, record, self._arena.packed)
-        elif plan.expert_slots == experts and self._arena is None:
+                return self._host_experts, resident_cache(ops, layout, self._host_experts.packed)
+        elif plan.expert_slots == experts and self._host_experts is None:
             if isinstance(packed, Synthetic):
                 slots = self._generate_experts(packed, ops.empty)
             else:
-                with self._reading() as reading:
+                with self._reader() as reader:
                     slots = load_resident_experts(
-                        ops, record, layers, experts, reading.records, progress
+                        ops, layout, layers, experts, reader.packed_experts, progress
                     )
-            return None, resident_cache(ops, record, slots)
-        elif self._arena is None and isinstance(packed, Synthetic):
-            self._arena = HostExperts(record, self._generate_experts(packed, ops.empty_mapped))
-        elif self._arena is None:
-            with self._reading() as reading:
-                self._arena = load_host_experts(
-                    ops, record, layers, experts, reading.records, progress
+            return None, resident_cache(ops, layout, slots)
+        elif self._host_experts is None and isinstance(packed, Synthetic):
+            self._host_experts = HostExperts(
+                layout, self._generate_experts(packed, ops.empty_mapped)
+            )
+        elif self._host_experts is None:
+            with self._reader() as reader:
+                self._host_experts = load_host_experts(
+                    ops, layout, layers, experts, reader.packed_experts, progress
                 )
-        each = None
-        if heat is not None and plan.expert_slots < experts:
-            each = slots_per_layer(heat, plan.expert_slots, config.top_k)
-        if each is not None:
-            LOG.info("%d to %d expert slots per layer, by recorded usage", min(each), max(each))
-        return self._arena, make_cache(ops, self._arena, plan.expert_slots, config.top_k, each)
+        slots = None
+        if usage is not None and plan.expert_slots < experts:
+            slots = slots_per_layer(usage, plan.expert_slots, config.top_k)
+        if slots is not None:
+            LOG.info("%d to %d expert slots per layer, by recorded usage", min(slots), max(slots))
+        cache = make_cache(ops, self._host_experts, plan.expert_slots, config.top_k, slots)
+        return self._host_experts, cache
 
-    def _generate_experts(self, made_up: Synthetic, room: Callable[..., Array]) -> Array:
-        """Every expert, made by kernels where it is to lie.  Raises: OutOfMemory."""
-        layers, experts = made_up.config.num_layers, made_up.config.num_experts
-        records = room((layers, experts, made_up.record.nbytes), np.uint8)
+    def _generate_experts(self, synthetic: Synthetic, allocate: Callable[..., Array]) -> Array:
+        """Generate every expert by kernels, in memory of `allocate`.  Raises: OutOfMemory."""
+        layers, experts = synthetic.config.num_layers, synthetic.config.num_experts
+        packed_experts = allocate((layers, experts, synthetic.layout.nbytes), np.uint8)
         for layer in range(layers):
-            made_up.generate_experts(self.ops, layer, records[layer])
+            synthetic.generate_experts(self.ops, layer, packed_experts[layer])
             self.ops.synchronize()
             if self.progress:
                 self.progress("experts", layer + 1, layers)
-        return records
+        return packed_experts
 
-    def _reading(self) -> PackedReader:
-        """How parts of a packed file get into host memory.  Raises: CheckpointError."""
-        assert isinstance(self.packed, PackedModel), "what is made up is not read"
-        slow = self.gpu is not None and self.gpu.host_kind == "write-combined"
-        return self.packed.reading(write_only=slow)
+    def _reader(self) -> PackedReader:
+        """The reader of the packed file.  Raises: CheckpointError."""
+        assert isinstance(self.packed, PackedModel), "a synthetic model has no file"
+        slow_to_read = self.gpu is not None and self.gpu.host_kind == "write-combined"
+        return self.packed.reading(write_only=slow_to_read)
 
     def close(self) -> None:
-        """Give everything back.  More than once is harmless."""
+        """Free all memory of the GPU; repeated calls do nothing."""
         if self.gpu is not None:
             self.gpu.close()
 
 
-def _info(path: str | Path | None, packed: ModelSource) -> ModelInfo:
-    """What a plan is made from.  A packed file that was named itself keeps its formats."""
+def _model_info(path: str | Path | None, packed: ModelSource) -> ModelInfo:
+    """The input of a memory plan.  A packed file given by its own path keeps its formats."""
     if isinstance(packed, Synthetic):
         return synthetic_info(packed)
-    named = path is None or Path(path).expanduser().is_file()
-    return packed_info(str(path), packed, "packed" if named else "folder")
+    is_packed_file = path is None or Path(path).expanduser().is_file()
+    return packed_info(str(path), packed, "packed" if is_packed_file else "folder")
 
 
 def _stopped_cleanly(engine: Engine) -> bool:
-    """Whether it was closed, or stopped with a reason, and did not fail."""
+    """Whether an engine was closed, or stopped with a reason, without an exception."""
     return engine.failure is None or engine.failure.__cause__ is None
 
 
 def _is_synthetic(packed: ModelSource) -> bool:
-    """Whether its weights are random: made up, or packed."""
+    """Whether the model's weights are random, generated or packed."""
     return packed.fingerprint.startswith(PREFIX)
 
 
-def _routing(path: str, packed: ModelSource) -> RoutingTrace:
-    """The trace to replay, of the model's layers.  Raises: ConfigError where it has others."""
+def _read_trace(path: str, packed: ModelSource) -> RoutingTrace:
+    """The trace to replay.  Raises: ConfigError where its shape does not match the model."""
     config = packed.config
-    found = read_trace(path, config.num_experts)
-    ids, predicted = found.ids, found.predicted
-    if _is_synthetic(packed):  # it may have the first layers only
+    trace = read_trace(path, config.num_experts)
+    ids, predicted = trace.ids, trace.predicted
+    if _is_synthetic(packed):  # a synthetic model may have only the first layers
         ids = ids[:, : config.num_layers]
         predicted = None if predicted is None else predicted[:, : config.num_layers]
     if ids.shape[1:] != (config.num_layers, config.top_k):
@@ -448,11 +479,11 @@ def _routing(path: str, packed: ModelSource) -> RoutingTrace:
             f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
             f"has {config.num_layers} of {config.top_k}."
         )
-    return RoutingTrace(ids, found.starts, found.experts, predicted)
+    return RoutingTrace(ids, trace.starts, trace.experts, predicted)
 
 
-def _name(path: Path) -> str:
-    """What the model is called: `demo`, or the checkpoint's folder."""
+def _model_name(path: Path) -> str:
+    """The model's display name: `demo`, `synthetic:NAME`, or the checkpoint's name."""
     if path == DEMO:
         return "demo"
     if str(path).startswith(PREFIX):

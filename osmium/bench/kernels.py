@@ -122,7 +122,7 @@ class OpCases:
     ) -> None:
         """Raises: OutOfMemory."""
         opened = open_synthetic(f"synthetic:{model}", EngineConfig(attention_quant="int4"))
-        self.parts, self.config, self.layout = opened.parts, opened.config, opened.record
+        self.parts, self.config, self.layout = opened.parts, opened.config, opened.layout
         self.ops, self.tokens, self.sets_bytes, self.depth = ops, tokens, sets_bytes, depth
         self.kv_dtype, self.rng = "fp8_e4m3", np.random.default_rng(3)
         self.num_pairs = tokens * self.config.top_k

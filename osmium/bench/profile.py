@@ -131,7 +131,7 @@ def start_single_decode(runner: ModelRunner, depth: int) -> DecodeSession:
     """Start the decoding of one sequence with `depth` tokens of context, in state slot 0."""
     request = Request([1] * (depth + 1), SamplingParams(temperature=0), lambda _: None, None, 0)
     request.num_computed_tokens, request.state_slot = depth, 0
-    request.pages = list(range(-(-(depth + 1) // runner.state.page)))
+    request.pages = list(range(-(-(depth + 1) // runner.state.page_size)))
     return runner.start_decode(Batch([(request, 1)]))
 
 

@@ -217,7 +217,9 @@ def _prefill(
     total = _difference(before, _experts(engine))
     _check_routed(engine, total, settings.repeats * tokens)
     seconds = statistics.median(times[1:])
-    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / settings.repeats
+    fetched = (
+        total["experts_copied"] * engine.runner.expert_runner.cache.layout.nbytes / settings.repeats
+    )
     link = rates["link_gb_s"] * 1e9
     return {
         "what": "prefill",
@@ -259,7 +261,7 @@ def _decode(
     total = {name: sum(experts[name] for _, experts in repeats) for name in repeats[0][1]}
     steps = settings.repeats * settings.tokens
     _check_routed(engine, total, steps * count)
-    fetched = total["experts_copied"] * engine.runner.store.cache.layout.nbytes / steps
+    fetched = total["experts_copied"] * engine.runner.expert_runner.cache.layout.nbytes / steps
     read = _bytes_read(engine, context, count)
     link, memory = rates["link_gb_s"] * 1e9, rates["memory_gb_s"] * 1e9
     fetch_batch = max(1, round(total["experts_copied"] / (steps * engine.config.num_layers)))
@@ -296,8 +298,8 @@ def _decode(
 
 def _reset_cache(engine: Engine) -> None:
     """Empty the expert cache, as after a first start."""
-    if engine.runner.store.host_experts is not None:
-        reset_cache(engine.runner.ops, engine.runner.store.cache)
+    if engine.runner.expert_runner.host_experts is not None:
+        reset_cache(engine.runner.ops, engine.runner.expert_runner.cache)
 
 
 def _depth(engine: Engine, depth: str, count: int, settings: BenchConfig) -> int:
@@ -390,9 +392,9 @@ def _hit_rate(experts: dict[str, int]) -> float:
 
 def _bytes_read(engine: Engine, depth: int, count: int) -> float:
     """The least bytes of VRAM that a decode step of `count` sequences reads or writes."""
-    plan, config, cache = engine.plan, engine.config, engine.runner.store.cache
+    plan, config, cache = engine.plan, engine.config, engine.runner.expert_runner.cache
     state = engine.runner.state
-    pages = state.pages * state.page
+    pages = state.num_pages * state.page_size
     kv = sum(
         array.nbytes / pages * depth
         for layer, mixer in zip(state.layers, config.layer_types, strict=True)
@@ -400,7 +402,7 @@ def _bytes_read(engine: Engine, depth: int, count: int) -> float:
         for array in arrays(layer)
     )
     recurrent = sum(
-        2 * array.nbytes / state.slots
+        2 * array.nbytes / state.num_slots
         for layer, mixer in zip(state.layers, config.layer_types, strict=True)
         if mixer != "attention"
         for array in arrays(layer)
@@ -415,8 +417,8 @@ def link_rate(engine: Engine, experts: int | None = None) -> float:
     None takes as many as a step may fetch.  0 if the engine never fetches.
     Each resident expert is fetched into its own slot, so that no slot changes.
     """
-    ops, store = engine.runner.ops, engine.runner.store
-    cache, plan = store.cache, store.plan
+    ops, store = engine.runner.ops, engine.runner.expert_runner
+    cache, plan = store.cache, store.assignment
     machine = getattr(ops, "runtime", None)
     if store.host_experts is None or machine is None:
         return 0.0
@@ -447,8 +449,8 @@ def link_rate(engine: Engine, experts: int | None = None) -> float:
 
 def _verify(engine: Engine) -> int:
     """Compare sampled slots with host memory: how many were compared, 0 without host experts."""
-    store, ops = engine.runner.store, engine.runner.ops
+    store, ops = engine.runner.expert_runner, engine.runner.ops
     if store.host_experts is None:
         return 0
-    records: Any = ops.host_view(store.host_experts.packed)
-    return verify(ops, store.cache, records, SAMPLED_SLOTS, int(time.time()))
+    packed_experts: Any = ops.host_view(store.host_experts.packed)
+    return verify(ops, store.cache, packed_experts, SAMPLED_SLOTS, int(time.time()))

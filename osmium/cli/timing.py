@@ -16,9 +16,9 @@ INTERVAL_S = 5.0
 
 def enable_timing(engine: Engine) -> None:
     """Print a line per response and per interval, on the engine's thread, until it is closed."""
-    engine.meter.on_request_stats = lambda stats: _print("response", stats)
-    engine.meter.poll_interval_s = INTERVAL_S
-    engine.meter.on_interval_stats = _RateLimited()
+    engine.stats.on_request_stats = lambda stats: _print("response", stats)
+    engine.stats.poll_interval_s = INTERVAL_S
+    engine.stats.on_interval_stats = _RateLimited()
 
 
 class ResponseTimes:
@@ -26,7 +26,7 @@ class ResponseTimes:
 
     def __init__(self, engine: Engine) -> None:
         self._queue: queue.SimpleQueue[IntervalStats] = queue.SimpleQueue()
-        engine.meter.on_request_stats = self._queue.put
+        engine.stats.on_request_stats = self._queue.put
 
     def print_next(self) -> None:
         """Print the line of the response that has ended last."""

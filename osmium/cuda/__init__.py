@@ -1,1 +1,1 @@
-"""The machine: driver, memory, order.  Importing it loads no CUDA binding."""
+"""CUDA: the driver, memory, streams and graphs.  Importing it loads no CUDA binding."""

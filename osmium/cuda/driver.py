@@ -1,7 +1,7 @@
-"""The CUDA driver: the binding loaded late, results checked, the device and its primary context.
+"""The CUDA driver: late import of the binding, checked results, the device and its primary context.
 
-Importing this imports no binding; a machine without a GPU never loads one.  Every driver call goes
-through `Driver`, which raises what the result says.
+Importing this module imports no binding; a machine without a GPU never loads one.  Every driver
+call goes through `Driver`, which raises CudaError for a failed one.
 """
 
 import ctypes
@@ -16,23 +16,23 @@ from osmium.errors import CudaError, DeviceError, KernelError, NoDevice
 __all__ = ["MIN_DRIVER_VERSION", "Device", "Driver", "cuda_version", "load_driver"]
 
 MIN_DRIVER_VERSION = 12080
-"""CUDA 12.8, as cuDriverGetVersion says it."""
+"""CUDA 12.8, as cuDriverGetVersion returns it."""
 
 BINDING = "cuda-bindings"
-"""The package by which Python calls the driver."""
+"""The package through which Python calls the driver."""
 
-_LOST = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
-"""Results after which a context gives nothing but errors: ECC, illegal address, timeout, ..."""
+_CONTEXT_LOST_CODES = {214, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999}
+"""Results after which every call on the context fails: ECC, illegal address, timeout, ..."""
 
 _HINTS = {
     2: "Lower --vram, --expert-slots, --context or --kv-cache-mb, or close what else uses the GPU.",
     100: "No GPU is visible; check nvidia-smi and CUDA_VISIBLE_DEVICES.",
-    209: "The GPU is older than sm_80; RTX 30 series is the floor.",
-    218: "The driver refused the PTX; the log says where.",
+    209: "The GPU is older than sm_80; Osmium needs the RTX 30 series or newer.",
+    218: "The driver refused the PTX; the log has the line.",
     222: "The PTX is newer than the driver; update the driver.",
-    701: "The launch asks for more registers, threads or shared memory than the GPU has.",
+    701: "The launch needs more registers, threads or shared memory than the GPU has.",
 }
-"""Our best guess of a way out, by CUresult."""
+"""The likely remedy, by CUresult."""
 
 
 class Driver:
@@ -49,23 +49,23 @@ class Driver:
         return result[1] if len(result) == 2 else result[1:]
 
     def error(self, call: str, result: Any, more: str = "") -> CudaError:
-        """What a failed call says, in one or two sentences."""
+        """The CudaError of a failed call; `more` replaces the hint of the code."""
         code = int(result)
         name = str(getattr(result, "name", result))
-        lost = code in _LOST
-        way_out = _HINTS.get(code, "")
+        lost = code in _CONTEXT_LOST_CODES
+        hint = _HINTS.get(code, "")
         if lost:
-            way_out = "The context is lost; restart. OSMIUM_LAUNCH_BLOCKING=1 names the kernel."
-        text = f"{call}: {name} ({code}). {more or way_out}".rstrip()
-        return CudaError(text, call=call, name=name, code=code, lost=lost)
+            hint = "The context is lost; restart. OSMIUM_LAUNCH_BLOCKING=1 names the kernel."
+        text = f"{call}: {name} ({code}). {more or hint}".rstrip()
+        return CudaError(text, call=call, name=name, code=code, context_lost=lost)
 
 
 @functools.cache
 def load_driver() -> Driver:
-    """The binding, initialised.
+    """Import the binding and initialise the driver, once.
 
-    Raises: NoDevice where there is no driver or no GPU; DeviceError where there is a GPU and the
-    binding is missing or the driver is too old.
+    Raises: NoDevice without a driver or a GPU; DeviceError with a GPU, if the binding is missing or
+    the driver is too old.
     """
     try:
         from cuda.bindings import driver as binding  # late: a laptop never loads it
@@ -73,7 +73,7 @@ def load_driver() -> Driver:
         _explain_missing_binding(error, cuda_version())
     try:
         (result,) = binding.cuInit(0)
-    except Exception as error:  # the binding raises types of its own where libcuda is absent
+    except Exception as error:  # without libcuda the binding raises its own exception types
         raise NoDevice(f"There is no usable NVIDIA driver here ({error}).") from None
     driver = Driver(binding)
     if result.value:
@@ -83,8 +83,10 @@ def load_driver() -> Driver:
 
 
 def cuda_version() -> int | None:
-    """The CUDA version of the driver, as cuDriverGetVersion gives it, found without the binding;
-    None where there is no driver or no visible GPU."""
+    """The driver's CUDA version, as cuDriverGetVersion returns it; needs no binding.
+
+    None without a driver or a visible GPU.
+    """
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
         version, count = ctypes.c_int(), ctypes.c_int()
@@ -104,11 +106,11 @@ def _explain_missing_binding(error: ImportError, version: int | None) -> NoRetur
         ) from None
     _check_version(version)
     if isinstance(error, ModuleNotFoundError):
-        found = f"{BINDING}, which Osmium needs to use it, is not installed"
+        problem = f"{BINDING}, which Osmium needs to use it, is not installed"
     else:
-        found = f"{BINDING}, which Osmium needs to use it, cannot be imported ({error})"
+        problem = f"{BINDING}, which Osmium needs to use it, cannot be imported ({error})"
     raise DeviceError(
-        f"This machine has an NVIDIA GPU (driver for CUDA {_dotted(version)}), but {found}. "
+        f"This machine has an NVIDIA GPU (driver for CUDA {_dotted(version)}), but {problem}. "
         f"Install it: {how_to_install(gpu_extra(version))}. Without the GPU: --device cpu."
     ) from None
 
@@ -126,10 +128,10 @@ def _dotted(version: int) -> str:
 
 
 class Device:
-    """One GPU and its primary context, current on the thread that made it."""
+    """One GPU and its primary context, current on the thread that creates it."""
 
     def __init__(self, ordinal: int = 0) -> None:
-        """Raises: NoDevice where there is none, DeviceError where it cannot be used as it is."""
+        """Raises: NoDevice without such a GPU, DeviceError where it cannot be used as it is."""
         self.driver = load_driver()
         count = self.driver("cuDeviceGetCount")
         if ordinal >= count:
@@ -146,8 +148,9 @@ class Device:
         self.sm_count = self._attribute(16)
         self.l2 = self._attribute(38)
         self.max_shared_per_block = self._attribute(97)
-        """Bytes of shared memory that a block may ask for."""
-        self._shared_in_all, self._shared_kept = self._attribute(81), self._attribute(111)
+        """Most bytes of shared memory per block."""
+        self._shared_per_sm, self._shared_reserved = self._attribute(81), self._attribute(111)
+        """Bytes of shared memory: per multiprocessor, and reserved by the driver per block."""
         self.context = self.driver("cuDevicePrimaryCtxRetain", self.handle)
         self.closed = False
         self._functions: dict[tuple[str, str], Any] = {}
@@ -155,7 +158,7 @@ class Device:
         self._modules: list[Any] = []
         self._lock = threading.Lock()
         self.pdl_enabled = self.capability >= (9, 0) and os.environ.get("OSMIUM_PDL") != "0"
-        """Whether recorded kernels begin while those before them end (kernels.ptx.pdl_text)."""
+        """Whether captured kernels use programmatic dependent launch (kernels.ptx.pdl_text)."""
         self.make_current()
 
     def _attribute(self, number: int) -> int:
@@ -163,61 +166,61 @@ class Device:
         return int(self.driver("cuDeviceGetAttribute", attribute, self.handle))
 
     def make_current(self) -> None:
-        """Make the context current on the calling thread, as each thread that uses it must."""
+        """Make the context current on the calling thread; each thread that uses it must call it."""
         self.driver("cuCtxSetCurrent", self.context)
 
     def memory(self) -> tuple[int, int]:
-        """Bytes of VRAM that are free, and in all."""
+        """(free, total) bytes of VRAM."""
         free, total = self.driver("cuMemGetInfo")
         return int(free), int(total)
 
     def synchronize(self) -> None:
-        """Wait for everything on this device."""
+        """Wait for all work of this context."""
         self.driver("cuCtxSynchronize")
 
     def dynamic_shared_bytes(self, contract: Any, nbytes: int, rows: int) -> int:
-        """Bytes of dynamic shared memory to launch a kernel with that needs so many.
+        """Bytes of dynamic shared memory for a launch of a kernel that uses `nbytes`.
 
-        A kernel whose blocks are to be apart, with `rows` in its grid, asks for so much that no
-        more of them fit on a multiprocessor.  Where it starts before the last has ended, they would
-        else crowd where that one leaves room first, and other multiprocessors would stand idle.
+        A contract's max_blocks_per_sm limits the blocks per multiprocessor, times `rows` of the
+        grid, by a larger request.  With PDL a kernel starts before its predecessor ends.  Without
+        the limit its blocks would crowd onto the multiprocessors that become free first.
         """
         if not contract.max_blocks_per_sm:
             return nbytes
         shared: int = contract.shared
-        each = self._shared_in_all // (contract.max_blocks_per_sm * rows + 1)
-        least: int = each + 1 - self._shared_kept - shared
+        per_block = self._shared_per_sm // (contract.max_blocks_per_sm * rows + 1)
+        least: int = per_block + 1 - self._shared_reserved - shared
         return max(nbytes, min(-(least // -128) * 128, self.max_shared_per_block - shared))
 
     def text(self, contract: Any) -> str:
-        """A kernel's text, as this device runs it best."""
-        found: str = contract.pdl_text if self.pdl_enabled else contract.text
-        return found
+        """The PTX of a kernel: with PDL instructions where this device uses them."""
+        text: str = contract.pdl_text if self.pdl_enabled else contract.text
+        return text
 
     def function(self, entry: str, text: str, dynamic: int = 0) -> Any:
-        """The function `entry` of a PTX text, compiled by the driver at first use.
+        """The function `entry` of a PTX text; the driver compiles it at first use.
 
-        `dynamic` is the most dynamic shared memory it is launched with, bytes.
+        `dynamic` is the dynamic shared memory of the launch, bytes.
         Raises: KernelError with the driver's log.
         """
         with self._lock:
-            found = self._functions.get((entry, text))
-            if found is None:
+            function = self._functions.get((entry, text))
+            if function is None:
                 module = self._module(entry, text)
-                found = self.driver("cuModuleGetFunction", module, entry.encode())
-                # All of a multiprocessor's shared memory, for every kernel alike: else the driver
-                # gives each what it needs, and where the next needs more it cannot begin early.
+                function = self.driver("cuModuleGetFunction", module, entry.encode())
+                # Give every kernel the full shared-memory carveout.  Otherwise the driver picks it
+                # per kernel, and a successor that needs more cannot start early with PDL.
                 # Not measured.
                 carveout = self.driver.binding.CUfunction_attribute(9)
-                self.driver("cuFuncSetAttribute", found, carveout, 100)
-                self._functions[entry, text] = found
-            # Static and dynamic shared memory beyond 48 KiB must be asked for; never ask for less
-            # than another stream did.
+                self.driver("cuFuncSetAttribute", function, carveout, 100)
+                self._functions[entry, text] = function
+            # More than 48 KiB of shared memory needs this attribute.  Only ever raise it: streams
+            # share the function.
             if dynamic > self._dynamic.get((entry, text), 0):
                 attribute = self.driver.binding.CUfunction_attribute(8)
-                self.driver("cuFuncSetAttribute", found, attribute, dynamic)
+                self.driver("cuFuncSetAttribute", function, attribute, dynamic)
                 self._dynamic[entry, text] = dynamic
-        return found
+        return function
 
     def _module(self, entry: str, text: str) -> Any:
         options = self.driver.binding.CUjit_option
@@ -229,14 +232,14 @@ class Device:
             [log, len(log)],
         )
         if result.value:
-            said = log.split(b"\0")[0].decode(errors="replace").strip()
+            message = log.split(b"\0")[0].decode(errors="replace").strip()
             error = self.driver.error("cuModuleLoadDataEx", result)
-            raise KernelError(f"{entry}: {error}" + (f"\n{said}" if said else ""))
+            raise KernelError(f"{entry}: {error}" + (f"\n{message}" if message else ""))
         self._modules.append(module)
         return module
 
     def close(self) -> None:
-        """Give the modules and the primary context back; what was allocated is gone with it."""
+        """Unload the modules and release the primary context with all its allocations."""
         if self.closed:
             return
         self.closed = True

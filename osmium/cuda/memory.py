@@ -1,7 +1,7 @@
-"""Memory on both sides of the link: VRAM, and host memory that kernels can read.
+"""Memory on both sides of the link: VRAM, and mapped host memory.
 
-`DevicePool` allocates VRAM with labels, so that an out-of-memory error lists the holders.  Once
-frozen it allocates no more.  `HostBuffer` is page-locked memory of a measured kind.
+`DevicePool` allocates VRAM with labels; an out-of-memory error lists the bytes of each label.  A
+frozen pool allocates nothing.  `HostBuffer` is page-locked memory of one kind.
 """
 
 import contextlib
@@ -41,8 +41,8 @@ def waited_for(waits: Waits) -> Iterator[None]:
         raise
 
 
-_TOUCHED = 64 << 20
-"""Bytes whose pages a thread makes at a time."""
+_PREFAULT_BYTES = 64 << 20
+"""Bytes that one task of _prefault touches."""
 
 _PORTABLE, _MAPPED, _WRITE_COMBINED = 1, 2, 4
 _OUT_OF_MEMORY = 2
@@ -67,7 +67,7 @@ class DeviceArray:
         self.owner = owner
 
     def __getitem__(self, key: int | slice) -> "DeviceArray":
-        """a[i] drops the first axis, a[i:j] keeps it; a step is refused."""
+        """a[i] drops the first axis, a[i:j] keeps it.  Raises: IndexError, also for a step."""
         length, rest = self.shape[0], self.shape[1:]
         row = math.prod(rest) * self.dtype.itemsize
         if isinstance(key, slice):
@@ -85,20 +85,20 @@ class DeviceArray:
         return self.shape[0]
 
     def reshape(self, *shape: int) -> "DeviceArray":
-        """The same bytes in another shape of the same size; one length may be -1: what is left."""
+        """The same bytes in another shape of the same size; one length may be -1, as in NumPy."""
         if -1 in shape:
-            left = math.prod(self.shape) // max(1, -math.prod(shape))
-            shape = tuple(left if one == -1 else one for one in shape)
+            inferred = math.prod(self.shape) // max(1, -math.prod(shape))
+            shape = tuple(inferred if length == -1 else length for length in shape)
         if math.prod(shape) != math.prod(self.shape):
             raise ValueError(f"{list(self.shape)} cannot be reshaped to {list(shape)}.")
         return DeviceArray(self.ptr, shape, self.dtype, self.owner)
 
     def view(self, dtype: npt.DTypeLike) -> "DeviceArray":
-        """The same bytes as numbers of another size, along the last axis."""
+        """The same bytes as another dtype; the last axis changes its length."""
         size = np.dtype(dtype).itemsize
         last = self.shape[-1] * self.dtype.itemsize
         if last % size:
-            raise ValueError(f"{last} bytes a row cannot be viewed as {np.dtype(dtype)}.")
+            raise ValueError(f"{last} bytes per row cannot be viewed as {np.dtype(dtype)}.")
         return DeviceArray(self.ptr, (*self.shape[:-1], last // size), dtype, self.owner)
 
     def __repr__(self) -> str:
@@ -106,18 +106,18 @@ class DeviceArray:
 
 
 class Allocation:
-    """One allocation; freed when the last array over it goes, or by `Pool.close`."""
+    """One VRAM allocation; freed with the last array over it."""
 
-    def __init__(self, pool: "DevicePool", ptr: int, nbytes: int, what: str) -> None:
-        self.pool, self.ptr, self.nbytes, self.what = pool, ptr, nbytes, what
+    def __init__(self, pool: "DevicePool", ptr: int, nbytes: int, label: str) -> None:
+        self.pool, self.ptr, self.nbytes, self.label = pool, ptr, nbytes, label
 
     def free(self) -> None:
-        """Give it back; more than once is harmless."""
+        """Free the memory; repeated calls do nothing."""
         ptr, self.ptr = self.ptr, 0
         if ptr and not self.pool.device.closed:
             with contextlib.suppress(CudaError):  # the context may be lost
                 self.pool.device.driver("cuMemFree", ptr)
-        self.pool.forget(ptr)
+        self.pool.remove(ptr)
 
     def __del__(self) -> None:
         if self.ptr:
@@ -130,108 +130,110 @@ class DevicePool:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.frozen = False
-        self._held: dict[int, tuple[int, str]] = {}
+        self._allocated: dict[int, tuple[int, str]] = {}
+        """(bytes, label) by address."""
         self._label = "other"
 
     @property
     def used(self) -> int:
-        """Bytes handed out."""
-        return sum(nbytes for nbytes, _ in self._held.values())
+        """Bytes allocated."""
+        return sum(nbytes for nbytes, _ in self._allocated.values())
 
-    def blocks(self) -> list[tuple[int, int]]:
-        """(address, bytes) of what is handed out."""
-        return [(ptr, nbytes) for ptr, (nbytes, _) in self._held.items()]
+    def allocations(self) -> list[tuple[int, int]]:
+        """(address, bytes) of each allocation."""
+        return [(ptr, nbytes) for ptr, (nbytes, _) in self._allocated.items()]
 
     @contextlib.contextmanager
-    def label(self, what: str) -> Iterator[None]:
-        """What is allocated inside is for `what`, which OutOfMemory names."""
-        before, self._label = self._label, what
+    def label(self, label: str) -> Iterator[None]:
+        """Label the allocations of the body; OutOfMemory sums bytes by label."""
+        before, self._label = self._label, label
         try:
             yield
         finally:
             self._label = before
 
     def freeze(self) -> None:
-        """From here on every allocation is a bug: nothing is allocated while serving."""
+        """Make every later allocation an assertion failure: serving allocates nothing."""
         self.frozen = True
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM with unspecified contents.  Raises: OutOfMemory."""
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        assert not self.frozen, f"{nbytes} bytes were asked for while serving"
+        assert not self.frozen, f"allocation of {nbytes} bytes while serving"
         try:
             ptr = int(self.device.driver("cuMemAlloc", max(nbytes, 16)))
         except CudaError as error:
             if error.code != _OUT_OF_MEMORY:
                 raise
-            raise self._refused(nbytes) from None
-        block = Allocation(self, ptr, nbytes, self._label)
-        self._held[ptr] = (nbytes, self._label)
-        return DeviceArray(ptr, shape, dtype, block)
+            raise self._out_of_memory(nbytes) from None
+        allocation = Allocation(self, ptr, nbytes, self._label)
+        self._allocated[ptr] = (nbytes, self._label)
+        return DeviceArray(ptr, shape, dtype, allocation)
 
-    def _refused(self, nbytes: int) -> OutOfMemory:
+    def _out_of_memory(self, nbytes: int) -> OutOfMemory:
         free, total = self.device.memory()
         sums: dict[str, int] = {}
-        for size, what in self._held.values():
-            sums[what] = sums.get(what, 0) + size
-        held = ", ".join(f"{what} {_gib(size)}" for what, size in sums.items()) or "nothing"
+        for size, label in self._allocated.values():
+            sums[label] = sums.get(label, 0) + size
+        used = ", ".join(f"{label} {_gib(size)}" for label, size in sums.items()) or "nothing"
         return OutOfMemory(
             f"Cannot allocate {_gib(nbytes)} of VRAM for {self._label}: {_gib(free)} of "
-            f"{_gib(total)} are free; Osmium holds {held}. "
+            f"{_gib(total)} are free; Osmium uses {used}. "
             "Lower --vram, --expert-slots or --context."
         )
 
-    def forget(self, ptr: int) -> None:
-        """A block was given back."""
-        self._held.pop(ptr, None)
+    def remove(self, ptr: int) -> None:
+        """Remove a freed allocation from the pool's table."""
+        self._allocated.pop(ptr, None)
 
 
 class HostBuffer:
     """Page-locked host memory that kernels can read and write.
 
-    pinned, write-combined      cuMemHostAlloc: the driver's own pages
+    pinned, write-combined      cuMemHostAlloc: pages of the driver
     registered                  ordinary pages, locked and mapped by cuMemHostRegister
-    registered-huge             the same on transparent huge pages, where the system gives them
+    registered-huge             the same on transparent huge pages, where the system has them
     """
 
     def __init__(
         self, device: Device, nbytes: int, kind: HostKind, fill: Fill | None = None
     ) -> None:
-        """With `fill` that writes all of it, u8 [nbytes], first: registered kinds are locked behind
-        it, when their pages are there, as making them takes its time.  Nobody may write any more
-        when it has returned, or raised.
+        """Allocate `nbytes`; `fill` writes them all first, u8 [nbytes].
 
-        Raises: OutOfMemory where the system refuses to lock so much; what `fill` raises.
+        Registered kinds are locked after `fill`: by then its writes have faulted the pages in.  No
+        thread may write after `fill` returns or raises.
+        Raises: OutOfMemory where the system refuses to lock so much; the errors of `fill`.
         """
         self.device, self.nbytes, self.kind, self.address = device, nbytes, kind, 0
         self._map: mmap.mmap | None = None
-        with self._refusals():
-            view = self._driver_s() if kind in ("pinned", "write-combined") else self._mapped()
+        with self._as_out_of_memory():
+            view = self._host_alloc() if kind in ("pinned", "write-combined") else self._map_pages()
         if fill is not None:
             fill(view)
         elif self._map is not None:
             _prefault(view)
         if self._map is not None:
-            with self._refusals():
+            with self._as_out_of_memory():
                 address = int(view.ctypes.data)
                 device.driver("cuMemHostRegister", address, nbytes, _PORTABLE | _MAPPED)
                 self.address = address
         self.device_address = int(device.driver("cuMemHostGetDevicePointer", self.address, 0))
 
-    def _driver_s(self) -> npt.NDArray[np.uint8]:
+    def _host_alloc(self) -> npt.NDArray[np.uint8]:
         extra = _WRITE_COMBINED if self.kind == "write-combined" else 0
         flags = _PORTABLE | _MAPPED | extra
         self.address = int(self.device.driver("cuMemHostAlloc", self.nbytes, flags))
         return self.array((self.nbytes,), np.uint8)
 
-    def _mapped(self) -> npt.NDArray[np.uint8]:
+    def _map_pages(self) -> npt.NDArray[np.uint8]:
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if self.kind == "registered-huge":
             self._map.madvise(mmap.MADV_HUGEPAGE)
         return np.frombuffer(self._map, np.uint8)
 
     @contextlib.contextmanager
-    def _refusals(self) -> Iterator[None]:
+    def _as_out_of_memory(self) -> Iterator[None]:
+        """Raise OutOfMemory for a failed allocation in the body."""
         try:
             yield
         except (CudaError, OSError) as error:
@@ -243,15 +245,15 @@ class HostBuffer:
             ) from None
 
     def array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-        """The host's view.  Reading write-combined memory is slow: only write."""
+        """The host's view.  Reads of write-combined memory are slow: only write."""
         return _host_array(self.address, shape, np.dtype(dtype), self)
 
     def device_array(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """The kernels' view of the same bytes."""
+        """The device's view of the same bytes."""
         return DeviceArray(self.device_address, shape, dtype, self)
 
     def close(self) -> None:
-        """Give it back; views of it must not be used any more."""
+        """Free the memory; its views become invalid."""
         if not self.address or self.device.closed:
             return
         if self._map is None:
@@ -267,19 +269,22 @@ class HostBuffer:
 
 
 def _prefault(memory: npt.NDArray[np.uint8]) -> None:
-    """Have the system make all pages, by several threads: one alone clears them at a fraction of
-    memory's rate, and locking them makes them by one."""
-    starts = range(0, memory.nbytes, _TOUCHED)
+    """Fault all pages in, with several threads.
+
+    One thread clears pages at a fraction of the memory bandwidth, and cuMemHostRegister faults them
+    in with one thread.
+    """
+    starts = range(0, memory.nbytes, _PREFAULT_BYTES)
 
     def touch(start: int) -> None:
-        memory[start : start + _TOUCHED : mmap.PAGESIZE] = 0  # without the interpreter's lock
+        memory[start : start + _PREFAULT_BYTES : mmap.PAGESIZE] = 0  # NumPy releases the GIL
 
     with ThreadPoolExecutor(min(len(starts), os.cpu_count() or 1, 16)) as pool:
         list(pool.map(touch, starts))
 
 
 class _Memory:
-    """An address as NumPy's array interface has it; keeps its owner alive."""
+    """An address with NumPy's array interface; keeps its owner alive."""
 
     def __init__(
         self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any], owner: object

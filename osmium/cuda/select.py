@@ -1,4 +1,4 @@
-"""The GPU that an engine uses, with the kind of host memory that suits it, chosen by measuring."""
+"""Open the GPU of an engine, and choose the kind of host memory by measuring copies from it."""
 
 import logging
 
@@ -14,10 +14,10 @@ LOG = logging.getLogger("osmium.cuda")
 
 
 def open_gpu(config: EngineConfig) -> CudaRuntime | None:
-    """The GPU, its link and its VRAM measured; None on the CPU, or where there is no GPU and none
-    is required.
+    """The GPU, with its link and VRAM rates measured; None on the CPU.
 
-    Raises: DeviceError where there is a GPU that cannot be used as it is, unless it is too old.
+    Without a usable GPU, `device` "auto" also gives None, and "gpu" raises.
+    Raises: DeviceError for a GPU that cannot be used as it is; one older than sm_80 counts as none.
     """
     if config.device == "cpu":
         return None
@@ -33,7 +33,7 @@ def open_gpu(config: EngineConfig) -> CudaRuntime | None:
     if config.write_combined is not None:
         kinds = ["write-combined"] if config.write_combined else kinds[:2]
     rates = measure_h2d_rates(device, kinds)
-    # The first is there soonest and is filled fastest; another must be clearly faster to be taken.
+    # The first kind is allocated and filled fastest, so another one must copy 3 % faster.
     best = max(kinds, key=lambda kind: rates[kind] * (1.03 if kind == kinds[0] else 1))
     LOG.info("host memory: %s (%s)", best, ", ".join(f"{k} {r:.1f} GB/s" for k, r in rates.items()))
     gpu = CudaRuntime(device, best)

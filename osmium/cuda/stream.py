@@ -1,4 +1,4 @@
-"""Order: streams, events, graphs, and the machine that the operations run on."""
+"""Streams, events and graphs, and the CUDA runtime that the operations run on."""
 
 import contextlib
 import ctypes
@@ -26,12 +26,12 @@ __all__ = [
     "spilled_bytes",
 ]
 
-SYNC = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
-"""Wait after every launch, so that an error names its kernel; graphs are run launch by launch."""
+LAUNCH_BLOCKING = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
+"""Synchronise after every launch, so that an error names its kernel; no graph is captured."""
 
 
 class Launchable(Protocol):
-    """What a stream needs of a kernel."""
+    """What a stream needs from a kernel."""
 
     @property
     def contract(self) -> Any: ...
@@ -46,7 +46,7 @@ class Event:
         self.handle = device.driver("cuEventCreate", 0)
 
     def record(self, stream: "Stream") -> "Event":
-        """Mark what `stream` has been given so far."""
+        """Mark the end of the work queued on `stream` so far."""
         self.device.driver("cuEventRecord", self.handle, stream.handle)
         return self
 
@@ -63,7 +63,7 @@ class Event:
 
 
 class Graph:
-    """Launches captured once, to be replayed by one call."""
+    """Launches captured once and replayed by one call."""
 
     def __init__(self, device: Device, captured: Any) -> None:
         self.device = device
@@ -77,7 +77,7 @@ class Graph:
                 self.close()
 
     def replay(self, stream: "Stream") -> None:
-        """Run everything again, in order after what `stream` was given before."""
+        """Queue all captured launches on `stream`."""
         self.device.driver("cuGraphLaunch", self.handle, stream.handle)
 
     def close(self) -> None:
@@ -87,60 +87,61 @@ class Graph:
 
 
 class Stream:
-    """Launches and copies, in order."""
+    """An ordered queue of launches and copies."""
 
     def __init__(self, device: Device, high_priority: bool = True) -> None:
-        """With `first` its blocks get multiprocessors before those of streams without."""
+        """Blocks of a high-priority stream are scheduled before those of a low-priority one."""
         self.device = device
-        # 1: does not wait for the null stream.  The smaller the priority's number, the sooner.
-        least, most = device.driver("cuCtxGetStreamPriorityRange")
-        self.handle = device.driver(
-            "cuStreamCreateWithPriority", 1, most if high_priority else least
-        )
+        # Flag 1: no implicit wait for the null stream.  `highest` is the smaller number.
+        lowest, highest = device.driver("cuCtxGetStreamPriorityRange")
+        priority = highest if high_priority else lowest
+        self.handle = device.driver("cuStreamCreateWithPriority", 1, priority)
         self._packed: dict[Launchable, tuple[Any, Any, int]] = {}
+        """(function, argument pointers, dynamic shared bytes) by kernel."""
         self._capturing = False
-        self._follows = False
-        """Whether what is recorded next follows a kernel of this stream and nothing else."""
+        self._follows_kernel = False
+        """Whether the next captured launch directly follows a kernel here, as PDL requires."""
 
     # -- kernels -----------------------------------------------------------------------------------
 
     def launch(self, kernel: Launchable, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        """Launch with `values`, the contract's parameters.  Raises: KernelError, CudaError."""
+        """Launch with `values` for the contract's parameters.  Raises: KernelError, CudaError."""
         contract = kernel.contract
         buffer = kernel.pack(values)
         dynamic = 0 if contract.dynamic is None else contract.dynamic(_sizes(contract, values))
         entry = contract.entry
-        found = self._packed.get(kernel)
+        prepared = self._packed.get(kernel)
         x, y, z = (*grid, 1, 1)[:3]
         dynamic = self.device.dynamic_shared_bytes(contract, dynamic, y)
         try:
-            if found is None or dynamic > found[2]:
-                found = (
+            if prepared is None or dynamic > prepared[2]:
+                prepared = (
                     self.device.function(entry, self.device.text(contract), dynamic),
                     _addresses(buffer, contract.offsets), dynamic,
                 )  # fmt: skip
-                self._packed[kernel] = found
-            if self._capturing and self._follows and self.device.pdl_enabled:
-                config = self._overlapping((x, y, z), contract.block, dynamic)
-                at = ctypes.addressof(found[1])
-                self.device.driver("cuLaunchKernelEx", config, found[0], at, 0)
+                self._packed[kernel] = prepared
+            function, arguments = prepared[0], ctypes.addressof(prepared[1])
+            if self._capturing and self._follows_kernel and self.device.pdl_enabled:
+                config = self._pdl_config((x, y, z), contract.block, dynamic)
+                self.device.driver("cuLaunchKernelEx", config, function, arguments, 0)
             else:
                 self.device.driver(
-                    "cuLaunchKernel", found[0], x, y, z, contract.block, 1, 1, dynamic,
-                    self.handle, ctypes.addressof(found[1]), 0,
+                    "cuLaunchKernel", function, x, y, z, contract.block, 1, 1, dynamic,
+                    self.handle, arguments, 0,
                 )  # fmt: skip
-            self._follows = self._capturing
-            if SYNC and not self._capturing:
+            self._follows_kernel = self._capturing
+            if LAUNCH_BLOCKING and not self._capturing:
                 self.synchronize()
         except CudaError as error:
             if not error.context_lost:
                 raise KernelError(f"{entry}, grid {grid}: {error}") from None
-            if SYNC:  # else it is an earlier launch that did it
+            if LAUNCH_BLOCKING:  # otherwise an earlier launch may be the cause
                 error.args = (f"{entry}, grid {grid}: {error}",)
             raise
 
-    def _overlapping(self, grid: tuple[int, int, int], block: int, dynamic: int) -> Any:
-        """A launch that may begin while the kernel before it ends (kernels.ptx.pdl_text)."""
+    def _pdl_config(self, grid: tuple[int, int, int], block: int, dynamic: int) -> Any:
+        """A launch config for PDL: the kernel may start before its predecessor ends
+        (kernels.ptx.pdl_text)."""
         binding = self.device.driver.binding
         attribute = binding.CUlaunchAttribute()
         attribute.id = binding.CUlaunchAttributeID(6)  # programmatic stream serialization
@@ -155,16 +156,17 @@ class Stream:
     # -- copies ------------------------------------------------------------------------------------
 
     def copy_h2d(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
-        """Host to device.  `source` may be used again at once unless it is page-locked."""
-        plain = np.ascontiguousarray(source)
-        assert plain.nbytes == out.nbytes, f"{plain.nbytes} bytes into {out.nbytes}"
-        if plain.nbytes:
+        """Host to device.  The caller may reuse `source` at once unless it is page-locked."""
+        contiguous = np.ascontiguousarray(source)
+        nbytes = contiguous.nbytes
+        assert nbytes == out.nbytes, f"{nbytes} bytes into {out.nbytes}"
+        if nbytes:
             self.device.driver(
-                "cuMemcpyHtoDAsync", out.ptr, plain.ctypes.data, plain.nbytes, self.handle
+                "cuMemcpyHtoDAsync", out.ptr, contiguous.ctypes.data, nbytes, self.handle
             )
 
     def copy_d2h(self, out: npt.NDArray[Any], source: DeviceArray) -> None:
-        """Device to host; done when the stream has been waited for."""
+        """Device to host; `out` is valid after `synchronize`."""
         assert out.nbytes == source.nbytes, f"{source.nbytes} bytes into {out.nbytes}"
         if out.nbytes:
             self.device.driver(
@@ -172,51 +174,54 @@ class Stream:
             )
 
     def copy(self, out: DeviceArray, source: DeviceArray) -> None:
-        """Device to device, or out of mapped host memory."""
+        """Device to device; `source` may also be mapped host memory."""
         assert out.nbytes == source.nbytes, f"{source.nbytes} bytes into {out.nbytes}"
         if out.nbytes:
             self.device.driver("cuMemcpyAsync", out.ptr, source.ptr, out.nbytes, self.handle)
 
     def memset(self, out: DeviceArray, byte: int) -> None:
-        """Every byte of `out` = byte."""
-        self._follows = False
+        """Set every byte of `out` to `byte`."""
+        self._follows_kernel = False
         if out.nbytes:
             self.device.driver("cuMemsetD8Async", out.ptr, byte, out.nbytes, self.handle)
 
     # -- order -------------------------------------------------------------------------------------
 
     def wait(self, event: Event) -> None:
-        """What follows on this stream starts after `event`."""
-        self._follows = False
+        """Later work on this stream starts after `event`."""
+        self._follows_kernel = False
         self.device.driver("cuStreamWaitEvent", self.handle, event.handle, 0)
 
     def synchronize(self) -> None:
-        """Wait for everything given to this stream.  Raises: CudaError of what failed in it."""
+        """Wait for all queued work.  Raises: CudaError if any of it failed."""
         self.device.driver("cuStreamSynchronize", self.handle)
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[list[Graph]]:
-        """Record what is launched inside instead of running it; the list then holds the graph."""
-        made: list[Graph] = []
-        mode = self.device.driver.binding.CUstreamCaptureMode(1)  # this thread alone
+        """Capture the launches of the body instead of running them; the list then holds the graph.
+
+        Raises: CudaError.
+        """
+        graphs: list[Graph] = []
+        mode = self.device.driver.binding.CUstreamCaptureMode(1)  # thread-local
         self.device.driver("cuStreamBeginCapture", self.handle, mode)
-        self._capturing, self._follows = True, False
+        self._capturing, self._follows_kernel = True, False
         try:
-            yield made
+            yield graphs
         except BaseException:
             with contextlib.suppress(CudaError):
                 self.device.driver("cuStreamEndCapture", self.handle)
             raise
         finally:
             self._capturing = False
-        made.append(Graph(self.device, self.device.driver("cuStreamEndCapture", self.handle)))
+        graphs.append(Graph(self.device, self.device.driver("cuStreamEndCapture", self.handle)))
 
     def close(self) -> None:
         self.device.driver("cuStreamDestroy", self.handle)
 
 
 def _addresses(buffer: bytearray, offsets: tuple[int, ...]) -> Any:
-    """A C array of pointers to each parameter inside `buffer`, which must outlive it."""
+    """A C array of pointers to each parameter in `buffer`; `buffer` must outlive the array."""
     base = ctypes.addressof((ctypes.c_uint8 * len(buffer)).from_buffer(buffer))
     return (ctypes.c_void_p * len(offsets))(*(base + offset for offset in offsets))
 
@@ -227,33 +232,33 @@ def _sizes(contract: Any, values: tuple[Any, ...]) -> dict[str, int]:
 
 
 class CudaRuntime:
-    """A device with its pool and its stream: what ops.GpuOps runs on."""
+    """A device with its memory pool and streams: the runtime of ops.GpuOps."""
 
     def __init__(self, device: Device, host_kind: HostKind = "pinned") -> None:
         self.device = device
         self.link_gb_s = self.memory_gb_s = 0.0
-        """What host memory of that kind and VRAM were measured to give; 0: not measured."""
+        """Measured copy rates from host memory of `host_kind` and in VRAM; 0: not measured."""
         self.pool = DevicePool(device)
         self.stream = Stream(device)
         self.side_streams = Stream(device, high_priority=False), Stream(device)
-        """What is done beside: the second early, by blocks that come before others."""
-        self._forked, self._joined = Event(device), Event(device)
+        """[0] low priority, hits; [1] high priority, prefetch."""
+        self._fork_event, self._join_event = Event(device), Event(device)
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
     @property
     def sm_count(self) -> int:
-        """How many of them the device has."""
+        """Multiprocessors of the device."""
         return self.device.sm_count
 
     @property
     def max_shared_per_block(self) -> int:
-        """Bytes of shared memory that a block may ask for."""
+        """Most bytes of shared memory per block."""
         return self.device.max_shared_per_block
 
     @property
     def l2(self) -> int:
-        """Bytes of its L2 cache."""
+        """Bytes of the L2 cache."""
         return self.device.l2
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
@@ -263,9 +268,11 @@ class CudaRuntime:
     def empty_mapped(
         self, shape: tuple[int, ...], dtype: npt.DTypeLike, fill: Fill | None = None
     ) -> DeviceArray:
-        """A new array in page-locked host memory, as kernels see it; with `fill`, that has written
-        its bytes before.  Raises: OutOfMemory, what `fill` raises."""
-        assert not self.pool.frozen, "host memory was asked for while serving"
+        """A new array in mapped host memory, by its device address; `fill` first writes its bytes.
+
+        Raises: OutOfMemory, and the errors of `fill`.
+        """
+        assert not self.pool.frozen, "allocation of host memory while serving"
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         write = None if fill is None else lambda memory: fill(memory[:nbytes])
         buffer = HostBuffer(self.device, max(nbytes, 4096), self.host_kind, write)
@@ -274,8 +281,8 @@ class CudaRuntime:
         return array
 
     def zeros_mapped(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
-        """Zeros in page-locked memory that the host also reads fast.  Raises: OutOfMemory."""
-        assert not self.pool.frozen, "host memory was asked for while serving"
+        """Zeros in mapped host memory that the host reads fast, too.  Raises: OutOfMemory."""
+        assert not self.pool.frozen, "allocation of host memory while serving"
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         buffer = HostBuffer(self.device, max(nbytes, 4096), "pinned")
         array = buffer.device_array(shape, dtype)
@@ -284,19 +291,19 @@ class CudaRuntime:
         return array
 
     def release(self, array: DeviceArray) -> None:
-        """Give back what `host` or `mailbox` gave; views of it must not be used any more."""
+        """Free an array of `empty_mapped` or `zeros_mapped`; its views become invalid."""
         self._buffers.pop(array.ptr).close()
 
     def host_view(self, array: DeviceArray) -> npt.NDArray[Any]:
-        """The host's view of what `host` gave."""
+        """The host's view of an array of `empty_mapped` or `zeros_mapped`."""
         return self._buffers[array.ptr].array(array.shape, array.dtype)
 
     def copy_h2d(self, out: DeviceArray, source: npt.NDArray[Any]) -> None:
-        """out = source, ordered before what is launched next."""
+        """out = source, ordered before later launches."""
         self.stream.copy_h2d(out, source)
 
     def copy_d2h(self, source: DeviceArray) -> npt.NDArray[Any]:
-        """A NumPy copy, after everything launched."""
+        """A NumPy copy of `source` after all launches so far; synchronises."""
         out = np.empty(source.shape, source.dtype)
         self.stream.copy_d2h(out, source)
         self.stream.synchronize()
@@ -312,39 +319,41 @@ class CudaRuntime:
         self.stream.synchronize()
 
     def capture_graph(self, run: Callable[[], None]) -> Callable[[], None]:
-        """The launches of `run` as one graph; calling what comes back replays it."""
-        if SYNC:
+        """Capture the launches of `run` as one graph; the returned function replays it."""
+        if LAUNCH_BLOCKING:
             return run
         for side in self.side_streams:
             side._capturing = True
         try:
-            with self.stream.capture() as made:
+            with self.stream.capture() as graphs:
                 run()
         finally:
             for side in self.side_streams:
                 side._capturing = False
-        (graph,) = made
+        (graph,) = graphs
         return lambda: graph.replay(self.stream)
 
-    def fork_side_stream(self, prefetch: bool = False) -> Stream:
-        """A side stream, which goes on from where the main one is."""
-        self._forked.record(self.stream)
-        self.side_streams[prefetch].wait(self._forked)
-        return self.side_streams[prefetch]
+    def fork_side_stream(self, early: bool = False) -> Stream:
+        """A side stream, ordered after the main stream's work so far; `early`: for prefetch."""
+        self._fork_event.record(self.stream)
+        self.side_streams[early].wait(self._fork_event)
+        return self.side_streams[early]
 
-    def join_side_stream(self, prefetch: bool = False) -> None:
-        """The main stream goes on when the side stream is done; its next kernel may still begin
-        while its last one ends."""
-        follows = self.stream._follows
-        self._joined.record(self.side_streams[prefetch])
-        self.stream.wait(self._joined)
-        self.stream._follows = follows
+    def join_side_stream(self, early: bool = False) -> None:
+        """Make later work on the main stream wait for the side stream.
+
+        The next kernel may still use PDL with the main stream's last one.
+        """
+        follows_kernel = self.stream._follows_kernel
+        self._join_event.record(self.side_streams[early])
+        self.stream.wait(self._join_event)
+        self.stream._follows_kernel = follows_kernel
 
     def close(self) -> None:
-        """Give everything back: the stream, host memory, and the context with all of VRAM."""
+        """Free the streams, host memory and all VRAM; repeated calls do nothing."""
         if self.device.closed:
             return
-        with contextlib.suppress(CudaError):  # a lost context frees all by itself
+        with contextlib.suppress(CudaError):  # a lost context has freed everything
             self.device.make_current()
             self.stream.synchronize()
             for buffer in self._buffers.values():
@@ -358,10 +367,10 @@ class CudaRuntime:
 def measure_h2d_rates(
     device: Device, kinds: Sequence[HostKind], nbytes: int = 64 << 20
 ) -> dict[HostKind, float]:
-    """GB/s at which the copy engine takes host memory of each kind; 0 where there is none of it.
+    """GB/s of the copy engine from each kind of host memory; 0 where the kind is unavailable.
 
-    The kinds are copied in turns, and the best round of each counts: a link that is only waking up,
-    or that somebody else uses, is slow for all of them.
+    Copies alternate between the kinds, and the best round of each counts.  A link in power saving,
+    or one that another process uses, is slow for all kinds.
     """
     pool, sources = DevicePool(device), dict[HostKind, HostBuffer]()
     out = pool.empty((nbytes,), np.uint8)
@@ -376,7 +385,10 @@ def measure_h2d_rates(
 
 
 def measure_vram_rate(device: Device, nbytes: int = 1 << 30) -> float:
-    """GB/s of a copy inside VRAM, bytes read and bytes written; of less where less is free."""
+    """GB/s of a copy inside VRAM, bytes read plus bytes written.
+
+    Copies `nbytes`, or an eighth of free VRAM if that is less.
+    """
     nbytes = min(nbytes, device.memory()[0] // 8)
     pool = DevicePool(device)
     out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
@@ -384,48 +396,50 @@ def measure_vram_rate(device: Device, nbytes: int = 1 << 30) -> float:
 
 
 SPILL_PROBE_BYTES = 64 << 20
-"""Bytes that are looked at together for where they are: 0.1 ms of VRAM, 3 ms of a link."""
+"""Bytes of a probe copy: 0.1 ms within VRAM, 3 ms over a link."""
 
-SLOW = 0.25
-"""A piece that is copied at less than this share of VRAM's rate is not in VRAM.  Out of host
-memory 2 x 25 GB/s (PCIe 4) beside a slow card's 330 (RTX 3060) is .15, 2 x 50 beside a 5090's 1,500
-is .07."""
+MIN_VRAM_FRACTION = 0.25
+"""A probe slower than this fraction of the VRAM rate reads host memory.  Examples of host memory:
+2 x 25 GB/s (PCIe 4) of 330 (RTX 3060) is .15, 2 x 50 of 1,500 (RTX 5090) is .07."""
 
-
-TIMES = 3
-"""How often a piece must be slow."""
+SPILL_PROBES = 3
+"""Copies that must all be slow for a piece to count as spilled."""
 
 
-def spilled_bytes(machine: CudaRuntime) -> int:
-    """Bytes of the pool that the driver keeps in host memory, by timing a copy of each piece of it.
+def spilled_bytes(runtime: CudaRuntime) -> int:
+    """Bytes of the pool that the driver keeps in host memory, found by timing a copy of each piece.
 
-    Some drivers (Windows and WSL2) give more than the card has rather than refuse.  Contents stay;
-    to be called after `memory_gb_s` is known.  0 where there is not a piece more to look with.
+    Some drivers (Windows and WSL2) oversubscribe VRAM instead of failing.  Array contents stay.
+    Needs `memory_gb_s`.  Returns 0 where no VRAM is left for the scratch piece.
     """
-    device, stream = machine.device, machine.stream
+    device, stream = runtime.device, runtime.stream
     pieces = [
         DeviceArray(ptr + at, (min(SPILL_PROBE_BYTES, nbytes - at),), np.uint8, None)
-        for ptr, nbytes in machine.pool.blocks()
+        for ptr, nbytes in runtime.pool.allocations()
         for at in range(0, nbytes, SPILL_PROBE_BYTES)
-        if nbytes - at >= SPILL_PROBE_BYTES // 4  # what is shorter is lost in the time of a launch
+        if nbytes - at >= SPILL_PROBE_BYTES // 4  # launch time would dominate a shorter copy
     ]
-    if not pieces or not machine.memory_gb_s:
+    if not pieces or not runtime.memory_gb_s:
         return 0
     try:
         scratch = DevicePool(device).empty((SPILL_PROBE_BYTES,), np.uint8)
     except OutOfMemory:
         return 0
-    stream.memset(scratch, 0)  # wake it up
+    stream.memset(scratch, 0)  # fault it in before the timed copies
     suspects = pieces
-    for _ in range(TIMES):  # whoever was slow is asked again: it may have been the host that was
+    for _ in range(SPILL_PROBES):  # repeat for slow pieces: the host may have delayed a copy
         marks = [Event(device).record(stream)]
         for piece in suspects:
             stream.copy(scratch[: piece.nbytes], piece)
             marks.append(Event(device).record(stream))
-        most = [2e-6 * piece.nbytes / (SLOW * machine.memory_gb_s) for piece in suspects]
-        times = [end - start for start, end in pairwise(marks)]
+        limits_ms = [
+            2e-6 * piece.nbytes / (MIN_VRAM_FRACTION * runtime.memory_gb_s) for piece in suspects
+        ]
+        times_ms = [end - start for start, end in pairwise(marks)]
         suspects = [
-            piece for piece, ms, much in zip(suspects, times, most, strict=True) if ms > much
+            piece
+            for piece, ms, limit_ms in zip(suspects, times_ms, limits_ms, strict=True)
+            if ms > limit_ms
         ]
         for mark in marks:
             mark.close()
@@ -435,16 +449,16 @@ def spilled_bytes(machine: CudaRuntime) -> int:
 def _rates(
     device: Device, out: DeviceArray, sources: Sequence[DeviceArray], rounds: int
 ) -> list[list[float]]:
-    """GB/s of copying each, `rounds` times, after one round that does not count."""
+    """GB/s of `rounds` copies of each source, after one warm-up round."""
     stream = Stream(device)
-    times: list[list[float]] = [[] for _ in sources]
+    times_ms: list[list[float]] = [[] for _ in sources]
     for _ in range(rounds + 1):
-        for source, taken in zip(sources, times, strict=True):
+        for source, source_ms in zip(sources, times_ms, strict=True):
             start, end = Event(device).record(stream), Event(device)
             stream.copy(out, source)
             end.record(stream)
-            taken.append(end - start)
+            source_ms.append(end - start)
             start.close()
             end.close()
     stream.close()
-    return [[out.nbytes / ms / 1e6 for ms in taken[1:]] for taken in times]
+    return [[out.nbytes / ms / 1e6 for ms in source_ms[1:]] for source_ms in times_ms]

@@ -1,1 +1,1 @@
-""""""
+"""Serving: requests, scheduling, decode steps, sampling, statistics and the memory plan."""

@@ -1,4 +1,4 @@
-"""The engine: one thread that serves many callers.
+"""The engine: one thread serves many callers.
 
 schedule a batch -> compute its tokens -> sample -> deliver
 """
@@ -44,16 +44,16 @@ T = TypeVar("T")
 LOG = logging.getLogger("osmium.engine")
 
 IDLE_SECONDS = 1.0
-"""Seconds in which most who have read a reply and go on have asked again (not measured)."""
+"""Idle seconds before `on_idle` runs: most follow-up requests arrive sooner (not measured)."""
 
 
 class Engine:
-    """One model, serving."""
+    """Serves one model.  Callers may use any thread; the engine's own thread computes."""
 
     def __init__(
         self,
         runner: ModelRunner,
-        seats: KVCacheManager,
+        kv_cache: KVCacheManager,
         *,
         name: str,
         context: int,
@@ -66,35 +66,38 @@ class Engine:
         plan: Any = None,
         host_memory: str = "pageable",
     ) -> None:
-        """`on_thread` runs first on the engine's thread, `on_close` last of all."""
+        """The engine's thread calls `on_thread` first, and `on_close` when all requests ended."""
         self.config: ModelConfig = runner.model.config
         self.name, self.context, self.device, self.plan = name, context, device, plan
         self.host_memory = host_memory
-        """The kind of host memory that experts are read from."""
+        """The kind of host memory that holds the experts."""
         self.max_step_tokens = runner.rows
         """Most tokens of a step."""
         self.tokenizer, self.template = tokenizer, template
         self.defaults = defaults or {}
-        """Sampling parameters that the model's makers recommend."""
-        self._runner, self._seats = runner, seats
-        self._scheduler = Scheduler(seats, runner.rows)
-        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """Sampling parameters recommended by the model's authors (generation_config.json)."""
+        self._runner, self._kv_cache = runner, kv_cache
+        self._scheduler = Scheduler(kv_cache, runner.rows)
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        """Calls from other threads; the engine's thread runs them between two steps."""
         self._on_thread, self._on_close = on_thread, on_close
         self._stopped: EngineStopped | None = None
         self._closing = False
-        self._why: str | None = None
+        self._stop_reason: str | None = None
         self.failure: EngineStopped | None = None
-        """Why the engine stopped, if nobody had closed it."""
+        """Why the engine stopped; None while it runs and after `close`."""
         self.on_stopped: Callable[[], None] | None = None
-        """Called on the engine's thread once it serves no more."""
+        """Called last on the engine's thread, after the engine has stopped."""
         self.on_idle: Callable[[], None] | None = None
-        """Called there whenever nobody has run, waited or asked for QUIET seconds."""
+        """Called on the engine's thread after IDLE_SECONDS without a request or a command."""
         self._lock = threading.Lock()
-        self.meter = EngineStats(self._scheduler, runner.store, getattr(plan, "link_gb_s", 0.0))
+        self.stats = EngineStats(
+            self._scheduler, runner.expert_runner, getattr(plan, "link_gb_s", 0.0)
+        )
         self._thread = threading.Thread(target=self._run, name="osmium-engine", daemon=True)
         self._thread.start()
 
-    # -- what callers do, on any thread ------------------------------------------------------------
+    # -- calls from any thread ---------------------------------------------------------------------
 
     def submit(
         self,
@@ -103,13 +106,14 @@ class Engine:
         on_event: Callable[[Event], None],
         skip_prefill: bool = False,
     ) -> Request:
-        """Queue a request.  `on_event` is called on the engine's thread with each Token and with
-        one Finish at the end; it must return at once.  If it raises, the request is cancelled.
-        `skip_prefill`: the contents of the pages and slots count as the prompt's state.
+        """Queue a request.
 
+        The engine's thread calls `on_event` with each Token and, at the end, with one Finish.  It
+        must return at once; if it raises, the request is cancelled.  With `skip_prefill` the
+        prompt counts as computed, whatever its pages and slot hold (benchmarks).
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
-        ids = [int(one) for one in prompt]
+        ids = [int(token) for token in prompt]
         check_ids(ids, self.config.vocab_size)
         if len(ids) >= self.context:
             raise RequestError(
@@ -135,30 +139,27 @@ class Engine:
         return request
 
     def cancel(self, request: Request) -> None:
-        """End a request, wherever it is; its Finish says cancelled.  Afterwards is harmless."""
+        """Cancel a waiting or running request; does nothing to a finished one."""
         request.cancelled.set()
         if self._stopped is None:
-            self._inbox.put(lambda: None)  # wake the crank
+            self._commands.put(lambda: None)  # wake the engine's thread
 
     def generate(
         self, prompt: Sequence[int], params: SamplingParams | None = None
     ) -> Generator[Token, None, None]:
-        """The tokens of a reply as they come; leaving the loop early cancels the rest.
-
-        The text still held back at the end comes with the last token.
-        Raises: RequestError, EngineStopped.
-        """
+        """Yield the tokens of a response; closing the iterator early cancels the request.  The last
+        token includes the text still held back at the end.  Raises: RequestError, EngineStopped."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         request = self.submit(prompt, params or SamplingParams(), events.put)
         tokens = self._tokens_of(request, events)
-        # An iterator that is dropped before its first token never enters the loop that cancels.
+        # An iterator dropped before its first token never runs the `finally` that cancels.
         weakref.finalize(tokens, self.cancel, request).atexit = False
         return tokens
 
     def _tokens_of(
         self, request: Request, events: "queue.SimpleQueue[Event]"
     ) -> Generator[Token, None, None]:
-        last: Token | None = None  # kept until it is known whether text follows it
+        last: Token | None = None  # the final text belongs to it if a Finish is next
         try:
             while True:
                 event = events.get()
@@ -176,127 +177,125 @@ class Engine:
             self.cancel(request)
 
     def logits(self, prompt: Sequence[int]) -> npt.NDArray[np.float32]:
-        """Teacher-forced logits of every position, f32 [T, vocab], read in chunks.
-
-        Raises: RequestError, EngineStopped.
-        """
-        ids = [int(one) for one in prompt]
-        self._check_forced([ids])  # before the array, which a wrong length would make huge
+        """Teacher-forced logits of every position, f32 [T, vocab], computed in chunks.
+        Raises: RequestError, EngineStopped."""
+        ids = [int(token) for token in prompt]
+        self._check_sequences([ids])  # before np.empty: an overlong prompt would allocate too much
         out = np.empty((len(ids), self.config.vocab_size), np.float32)
 
-        def keep(position: int, sequence: int, piece: npt.NDArray[np.float32]) -> None:
-            out[position : position + len(piece)] = piece
+        def store(position: int, sequence: int, logits: npt.NDArray[np.float32]) -> None:
+            out[position : position + len(logits)] = logits
 
-        self.stream_prompt_logits([ids], self._runner.rows, keep)
+        self.stream_prompt_logits([ids], self._runner.rows, store)
         return out
 
     def prompt_logits(
         self, sequences: list[list[int]], chunk: int
     ) -> list[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        """Logits of whole sequences, `chunk` tokens at a time, several sequences in one step.
+        """Teacher-forced logits of whole sequences, `chunk` tokens per step, several per step.
 
-        ((position, sequence), f32 [n, vocab]) for pieces of rows from that position on.  Nothing
-        else runs meanwhile.  Raises: RequestError, EngineStopped.
+        Returns ((position, sequence), f32 [n, vocab]) for n positions from `position` on.  No other
+        request runs meanwhile.  Raises: RequestError, EngineStopped.
         """
-        self._check_forced(sequences)
-        return self.run_on_engine_thread(lambda: list(self._forced(sequences, chunk)))
+        self._check_sequences(sequences)
+        return self.run_on_engine_thread(lambda: list(self._forced_logits(sequences, chunk)))
 
     def stream_prompt_logits(
         self,
         sequences: list[list[int]],
         chunk: int,
-        use: Callable[[int, int, npt.NDArray[np.float32]], None],
+        on_logits: Callable[[int, int, npt.NDArray[np.float32]], None],
     ) -> None:
-        """The same, without keeping the logits: use(position, sequence, f32 [n, vocab])."""
-        self._check_forced(sequences)
+        """`prompt_logits` with a callback: on_logits(position, sequence, f32 [n, vocab])."""
+        self._check_sequences(sequences)
 
         def job() -> None:
-            for (position, sequence), piece in self._forced(sequences, chunk):
-                use(position, sequence, piece)
+            for (position, sequence), logits in self._forced_logits(sequences, chunk):
+                on_logits(position, sequence, logits)
 
         self.run_on_engine_thread(job)
 
-    def _forced(
+    def _forced_logits(
         self, sequences: list[list[int]], chunk: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
         return teacher_forced_logits(self._runner, self._scheduler, sequences, chunk)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.
-        Raises: EngineStopped, and whatever the job raises."""
-        answer: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        Raises: EngineStopped, and the errors of the job."""
+        outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
 
         def run() -> None:
             if self._stopped is not None:
-                answer.put((False, EngineStopped(str(self._stopped))))
+                outcome.put((False, EngineStopped(str(self._stopped))))
                 return
             try:
-                answer.put((True, job()))
+                outcome.put((True, job()))
             except BaseException as error:
-                answer.put((False, error))
+                outcome.put((False, error))
                 if isinstance(error, CudaError) and error.context_lost:
                     raise
 
         self._send(run)
-        fine, value = answer.get()  # whoever is in the inbox is answered, also at the end
-        if not fine:
+        succeeded, value = outcome.get()  # a stopping engine still runs every queued command
+        if not succeeded:
             raise value
         result: T = value
         return result
 
     def record_routing(self) -> RoutingRecorder:
-        """From now on collect which experts each token is given, which is slower: look into it, or
-        save it, when nothing runs.  A sequence that starts begins a prompt of the record."""
+        """Record the experts of each token from now on; steps become slower.  Read or save the
+        recorder while no request runs.  Each new sequence begins a prompt of the trace."""
 
         def start() -> RoutingRecorder:
-            store = self._runner.store
-            store.recorder = RoutingRecorder(self.config.num_layers)
-            return store.recorder
+            expert_runner = self._runner.expert_runner
+            expert_runner.recorder = RoutingRecorder(self.config.num_layers)
+            return expert_runner.recorder
 
         return self.run_on_engine_thread(start)
 
     def status(self) -> dict[str, Any]:
-        """What is going on: requests, tokens so far, pages, experts by where they were."""
+        """Counts of requests, KV pages, tokens and experts, as a dict."""
 
-        def look() -> dict[str, Any]:
+        def read() -> dict[str, Any]:
             return {
                 "running": len(self._scheduler.running),
                 "waiting": len(self._scheduler.waiting),
-                "free_pages": self._seats.free_pages,
-                "pages": self._seats.pages,
-                "tokens": dict(self.meter.tokens),
-                "experts": vars(self._runner.store.counters()),
+                "free_pages": self._kv_cache.free_pages,
+                "pages": self._kv_cache.num_pages,
+                "tokens": dict(self.stats.tokens),
+                "experts": vars(self._runner.expert_runner.counters()),
             }
 
-        return self.run_on_engine_thread(look)
+        return self.run_on_engine_thread(read)
 
     @property
     def runner(self) -> ModelRunner:
-        """What computes, for who measures it; to be used within `call`."""
+        """The model runner, for benchmarks; use it only within `run_on_engine_thread`."""
         return self._runner
 
     @property
     def stopped(self) -> EngineStopped | None:
-        """Why the engine serves no more, or None."""
+        """Why the engine has stopped, or None while it runs."""
         return self._stopped
 
-    def stop(self, why: str) -> None:
-        """Stop as `close` does, with a reason that everybody is told; does not wait."""
+    def stop(self, reason: str) -> None:
+        """Stop without waiting; every request gets EngineStopped with `reason`."""
         with self._lock:
             if not self._closing:
-                self._why = why
+                self._stop_reason = reason
             self._closing = True
-        self._inbox.put(lambda: None)
+        self._commands.put(lambda: None)
 
     def close(self) -> None:
-        """Stop: whoever is running or waiting gets EngineStopped.  More than once is harmless."""
+        """Stop and wait; running and waiting requests get EngineStopped.  May be called again."""
         with self._lock:
             self._closing = True
-        self._inbox.put(lambda: None)
+        self._commands.put(lambda: None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _check_forced(self, sequences: list[list[int]]) -> None:
+    def _check_sequences(self, sequences: list[list[int]]) -> None:
         for ids in sequences:
             check_ids(ids, self.config.vocab_size)
             if len(ids) > self.context:
@@ -312,9 +311,9 @@ class Engine:
                 raise EngineStopped(str(self._stopped))
             if self._closing:
                 raise EngineStopped("The engine is closed.")
-            self._inbox.put(command)
+            self._commands.put(command)
 
-    # -- the crank, on the engine's thread ---------------------------------------------------------
+    # -- the loop of the engine's thread -----------------------------------------------------------
 
     def _run(self) -> None:
         reason = EngineStopped("The engine is closed.")
@@ -322,23 +321,23 @@ class Engine:
             if self._on_thread is not None:
                 self._on_thread()
             while not self._closing:
-                self._read_inbox()
+                self._run_commands()
                 self._drop_cancelled()
                 batch = self._scheduler.schedule()
                 if batch is not None:
                     self._step(batch)
-                self.meter.poll()
-        except Exception as error:  # the door: whatever it was, nobody may wait for ever
+                self.stats.poll()
+        except Exception as error:  # clients hang unless every pending request gets this error
             reason = self.failure = EngineStopped(f"The engine has stopped: {error}")
             reason.__cause__ = error
-        if self._why is not None:
-            reason = self.failure = EngineStopped(self._why)
+        if self._stop_reason is not None:
+            reason = self.failure = EngineStopped(self._stop_reason)
         with self._lock:
             self._stopped = reason
         for request in self._scheduler.all_requests():
             self._finish(request, FinishReason.ERROR, reason)
-        while not self._inbox.empty():  # submitted too late to be seen
-            self._inbox.get()()
+        while not self._commands.empty():  # requests submitted after the last step
+            self._commands.get()()
         for request in self._scheduler.all_requests():
             self._finish(request, FinishReason.ERROR, reason)
         if self._on_close is not None:
@@ -346,20 +345,20 @@ class Engine:
         if self.on_stopped is not None:
             self.on_stopped()
 
-    def _read_inbox(self) -> None:
+    def _run_commands(self) -> None:
         idle = not self._scheduler.running and not self._scheduler.waiting
         if idle and not self._closing:
             self._wait()()
-        while not self._inbox.empty():
-            self._inbox.get()()
+        while not self._commands.empty():
+            self._commands.get()()
 
     def _wait(self) -> Callable[[], None]:
-        """The next command, while there is nothing else to do."""
+        """Wait for the next command while no request runs or waits."""
         if self.on_idle is not None:
             with contextlib.suppress(queue.Empty):
-                return self._inbox.get(timeout=IDLE_SECONDS)
+                return self._commands.get(timeout=IDLE_SECONDS)
             self.on_idle()
-        return self._inbox.get()
+        return self._commands.get()
 
     def _drop_cancelled(self) -> None:
         for request in self._scheduler.all_requests():
@@ -367,9 +366,9 @@ class Engine:
                 self._finish(request, FinishReason.CANCELLED)
 
     def _step(self, batch: Batch) -> None:
-        self.meter.begin(batch)
+        self.stats.begin(batch)
         try:
-            if self._runner.store.recorder is None and all(
+            if self._runner.expert_runner.recorder is None and all(
                 request.num_pending_tokens == 1 and can_sample_on_device(request)
                 for request, _ in batch.scheduled
             ):
@@ -382,61 +381,60 @@ class Engine:
                 if request.num_pending_tokens == count:
                     rows.append(row - 1)
                     ready.append(request)
-            chosen: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
-            for piece in self._runner.logits(np.array(rows, np.int32)):
-                start = len(chosen)
-                for logits, request in zip(piece, ready[start:], strict=False):
-                    chosen.append(sample(logits, request))
-        except Exception as error:  # whatever a step met, it fails its own requests and no others
+            sampled: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
+            for chunk in self._runner.logits(np.array(rows, np.int32)):
+                start = len(sampled)
+                for logits, request in zip(chunk, ready[start:], strict=False):
+                    sampled.append(sample(logits, request))
+        except Exception as error:  # a failed step ends its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
-            failed = step_error(error)
+            request_error = step_error(error)
             for request, _ in batch.scheduled:
-                self._finish(request, FinishReason.ERROR, failed)
+                self._finish(request, FinishReason.ERROR, request_error)
             return
         for request, count in batch.scheduled:
-            self._computed(request, count)
-        for request, (token, logprob, top) in zip(ready, chosen, strict=True):
+            self._add_computed(request, count)
+        for request, (token, logprob, top) in zip(ready, sampled, strict=True):
             self._deliver_token(request, token, logprob, top)
 
     def _decode_on_device(self, batch: Batch) -> None:
-        """Let the device go from token to token, until something else is to be done."""
-        reply, lookahead = self._runner.start_decode(batch), self._runner.lookahead_steps
-        reply.launch()
-        while reply.in_flight:
-            while reply.in_flight <= lookahead and self._can_continue_decode(reply):
-                reply.launch()
-            for request, token in zip(reply.requests, reply.wait_tokens(), strict=True):
+        """Decode with sampling on the device until the batch has to change."""
+        session, lookahead = self._runner.start_decode(batch), self._runner.lookahead_steps
+        session.launch()
+        while session.in_flight:
+            while session.in_flight <= lookahead and self._can_continue_decode(session):
+                session.launch()
+            for request, token in zip(session.requests, session.wait_tokens(), strict=True):
                 if request.done or token == -2:
                     continue
-                self._computed(request, 1)
+                self._add_computed(request, 1)
                 if token == -1:
                     self._finish(request, FinishReason.ERROR, non_finite_error())
                 else:
                     self._deliver_token(request, token, None, ())
-            if not reply.in_flight and self._can_continue_decode(reply):
-                reply.launch()
+            if not session.in_flight and self._can_continue_decode(session):
+                session.launch()
 
-    def _can_continue_decode(self, reply: DecodeSession) -> bool:
-        """Whether another step of the same rows is wanted, and has pages to write to."""
-        more = reply.in_flight + 1
+    def _can_continue_decode(self, session: DecodeSession) -> bool:
+        """Whether the same requests need another step and have KV pages for it."""
+        steps, requests = session.in_flight + 1, session.requests
         return (
             not self._closing
-            and not self.meter.due
-            and self._inbox.empty()
-            and not (self._scheduler.waiting and self._seats.free_slots)
-            and len(self._scheduler.running) == len(reply.requests)
-            and not any(one.done or one.cancelled.is_set() for one in reply.requests)
-            and all(one.tokens_left >= more for one in reply.requests)
+            and not self.stats.due
+            and self._commands.empty()
+            and not (self._scheduler.waiting and self._kv_cache.free_slots)
+            and len(self._scheduler.running) == len(requests)
+            and not any(r.done or r.cancelled.is_set() for r in requests)
+            and all(r.tokens_left >= steps for r in requests)
             and all(
-                self._seats.allocate_pages(one, one.num_computed_tokens + more)
-                for one in reply.requests
+                self._kv_cache.allocate_pages(r, r.num_computed_tokens + steps) for r in requests
             )
         )
 
-    def _computed(self, request: Request, count: int) -> None:
-        """So many more of its tokens are in the model's state."""
-        self.meter.add_computed(request, count)
+    def _add_computed(self, request: Request, count: int) -> None:
+        """Count `count` more tokens of a request as computed."""
+        self.stats.add_computed(request, count)
         request.num_computed_tokens += count
 
     def _deliver_token(
@@ -448,8 +446,8 @@ class Engine:
     ) -> None:
         try:
             self._append_token(request, token, logprob, top)
-        except Exception as error:  # a decoder or `on_event`: nobody else may suffer from it
-            self._finish(request, FinishReason.ERROR, _not_given_out(error))
+        except Exception as error:  # of the decoder or `on_event`; other requests continue
+            self._finish(request, FinishReason.ERROR, _delivery_error(error))
 
     def _append_token(
         self,
@@ -458,8 +456,8 @@ class Engine:
         logprob: float | None,
         top: tuple[tuple[int, float], ...],
     ) -> None:
-        """A request has its next token."""
-        self.meter.token(request)
+        """Append and emit a token; finish the request if it is the last one."""
+        self.stats.token(request)
         request.tokens.append(token)
         params = request.params
         if token in self.config.eos_token_ids and not params.ignore_eos:
@@ -479,22 +477,23 @@ class Engine:
         if request.done:
             return
         request.done = True
-        self.meter.finish(request, reason)
+        self.stats.finish(request, reason)
         text = ""
         if error is None:
             try:
                 text = request.stop_matcher.flush()
-            except Exception as problem:  # the decoder's, when all that is left is to say the end
-                reason, error = FinishReason.ERROR, _not_given_out(problem)
+            except Exception as problem:  # of the decoder; the Finish below reports it
+                reason, error = FinishReason.ERROR, _delivery_error(problem)
         if request.stop_matcher.matched and reason is FinishReason.LENGTH:
-            reason = FinishReason.STOP  # the stop text ended in what the decoder still held
+            reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
             request.emit(Finish(reason, text, *counts, error))
-        except Exception as problem:  # the caller's own: nobody is left to tell but the log
-            _not_given_out(problem)
+        except Exception as problem:  # of `on_event`; only the log can report it
+            _delivery_error(problem)
 
 
-def _not_given_out(error: Exception) -> OsmiumError:
+def _delivery_error(error: Exception) -> OsmiumError:
+    """Log a failed delivery; returns the error for the request."""
     LOG.warning("Could not deliver the response: %r", error)
     return OsmiumError(f"Could not deliver the response: {error!r}")

@@ -1,8 +1,8 @@
 """GPUs by name, to plan for one that is not in this machine.
 
-Values are those of the makers' specifications: memory, its rate, PCIe lanes, compute capability,
-multiprocessors.  What a card really gives is less, by shares that were measured on others: see
-VRAM_VISIBLE, VRAM_COPY and LINK_GB_S.
+Values are the makers' specifications: memory, its rate, PCIe lanes, compute capability,
+multiprocessors.  A card delivers less, by fractions measured on others: VRAM_VISIBLE, VRAM_COPY and
+LINK_GB_S.
 """
 
 import difflib
@@ -16,19 +16,20 @@ __all__ = ["GPUS", "GpuSpec", "find_gpu", "generic_gpu"]
 GIB = 1 << 30
 
 VRAM_VISIBLE = 0.98
-"""Share of the memory on the box that a driver gives out: 23.65 of a 4090's 24 GiB, 31.36 of a
-5090's 32, 11.76 of a 3060's 12."""
+"""Usable fraction of the specified memory: 23.65 of a 4090's 24 GiB, 31.36 of a 5090's 32, 11.76 of
+a 3060's 12."""
 
 VRAM_COPY = 0.87
-"""What a copy inside VRAM reads and writes, of the specified rate: H100 2,980 of 3,352 GB/s, H200
-4,160 of 4,800 (2026-11)."""
+"""Rate of a copy inside VRAM, read plus written, as a fraction of the specified rate: H100 2,980 of
+3,352 GB/s, H200 4,160 of 4,800 (2026-11)."""
 
 LINK_GB_S = {
     (3, 8): 6.2, (3, 16): 12.4, (4, 8): 12.6, (4, 16): 25.0, (5, 8): 26.5, (5, 16): 53.0,
 }  # fmt: skip
-"""GB/s of large copies from page-locked host memory, by PCIe generation and lanes.  Generation 5
-x16 is measured (H100, H200: 52 to 55, 2026-11); the others are the same share of their signalling
-rate, which agrees with a published 25.2 for generation 4 x16 (RTX 4090)."""
+"""GB/s of large copies from page-locked host memory, by PCIe generation and lanes.
+
+Generation 5 x16 is measured (H100, H200: 52 to 55, 2026-11).  The others are the same fraction of
+their signalling rate; that agrees with a published 25.2 for generation 4 x16 (RTX 4090)."""
 
 
 @dataclass(frozen=True)
@@ -37,27 +38,27 @@ class GpuSpec:
 
     name: str
     vram_gib: int
-    """On the box."""
+    """Specified memory, GiB."""
     memory_gb_s: float
     """Specified rate of VRAM."""
     pcie: tuple[int, int]
-    """Generation and lanes; of laptops the eight lanes that most are wired with."""
+    """Generation and lanes; for laptops eight lanes, as most of them are wired."""
     capability: tuple[int, int]
-    multiprocessors: int
+    sm_count: int
 
     @property
     def vram_bytes(self) -> int:
-        """What the driver gives out where nothing else runs."""
+        """VRAM that the driver can allocate on an idle GPU."""
         return int(self.vram_gib * GIB * VRAM_VISIBLE)
 
     @property
     def vram_copy_gb_s(self) -> float:
-        """What a copy inside VRAM may be expected to read and write."""
+        """Expected rate of a copy inside VRAM, bytes read plus written."""
         return self.memory_gb_s * VRAM_COPY
 
     @property
     def link_gb_s(self) -> float:
-        """What large copies from host memory may be expected to carry."""
+        """Expected rate of large copies from host memory."""
         return LINK_GB_S[self.pcie]
 
 
@@ -139,51 +140,49 @@ GPUS = tuple(
 )
 
 GENERIC_GB_S = 500
-"""VRAM rate of a GPU of which nothing but its size is known, GB/s: between an RTX 3060's and a
-4070 Ti Super's."""
+"""Assumed VRAM rate of a GPU known only by size: between an RTX 3060 and a 4070 Ti Super."""
 
 _NOISE = {
     "nvidia", "geforce", "rtx", "gpu", "graphics", "card", "generation", "blackwell", "workstation",
     "server", "edition", "max", "q", "sxm", "hbm", "quadro", "desktop",
 }  # fmt: skip
-"""Words of a name that distinguish no GPU from another."""
+"""Words of a name that do not distinguish GPUs."""
 
 _WORDS = re.compile(r"ti|super|laptop|ada|pro|pcie|nvl|nvidia|geforce|rtx|sxm\d*|hbm\d*|[a-z]+|\d+")
 _SIZE = re.compile(r"(\d+)\s*g(?:i?b)?\b")
 
 
 def generic_gpu(vram: int) -> GpuSpec:
-    """A GPU of so many bytes of VRAM, the CUDA context included, and else of what is usual."""
+    """A GPU with `vram` bytes, the CUDA context included, and typical other values."""
     gib = max(1, round(vram / GIB))
     return GpuSpec(f"a GPU with {gib} GiB", gib, GENERIC_GB_S, (4, 16), (8, 6), 0)
 
 
 def find_gpu(text: str) -> GpuSpec:
-    """The GPU that a name means: "4090", "rtx4090", "NVIDIA GeForce RTX 4090", "3060 12GB".
+    """Look a GPU up by name: "4090", "rtx4090", "NVIDIA GeForce RTX 4090", "3060 12GB".
 
-    Raises: ConfigError naming those that it may be, or is near to.
+    Raises: ConfigError, with the candidates of an ambiguous name or the nearest names.
     """
     words, size = _words(text)
-    alike = [gpu for gpu in GPUS if _words(gpu.name)[0] == words] or [
+    same_words = [gpu for gpu in GPUS if _words(gpu.name)[0] == words] or [
         gpu for gpu in GPUS if _words(gpu.name)[0] == words - {"pcie"}
     ]
-    found = [gpu for gpu in alike if size in (None, gpu.vram_gib)]
-    if len(found) == 1:
-        return found[0]
-    if found:
-        raise ConfigError(
-            f"--gpu {text!r} may be {' or '.join(gpu.name for gpu in found)}; say which."
-        )
-    near = ", ".join(f"{gpu.name} ({gpu.vram_gib} GiB)" for gpu in alike or _near(text, words))
+    matches = [gpu for gpu in same_words if size in (None, gpu.vram_gib)]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        names = " or ".join(gpu.name for gpu in matches)
+        raise ConfigError(f"--gpu {text!r} may be {names}; use one of these names.")
+    near = ", ".join(f"{gpu.name} ({gpu.vram_gib} GiB)" for gpu in same_words or _near(text, words))
     raise ConfigError(
         f"--gpu {text!r} is not in the table"
         + (f"; near matches: {near}." if near else ".")
-        + " For another card say --vram SIZE and --link GB/S."
+        + " For another card use --vram SIZE and --link GB/S."
     )
 
 
 def _words(text: str) -> tuple[frozenset[str], int | None]:
-    """What distinguishes a GPU: the words of its name, and its GiB if the name has them."""
+    """The distinguishing words of a name, and its GiB if the name has them."""
     lower = text.lower()
     size = _SIZE.search(lower)
     parts = _WORDS.findall(_SIZE.sub(" ", lower))
@@ -192,11 +191,11 @@ def _words(text: str) -> tuple[frozenset[str], int | None]:
 
 
 def _near(text: str, words: frozenset[str]) -> list[GpuSpec]:
-    """GPUs that share the number, else those whose names are written alike."""
+    """Up to six GPUs with the same number, else those with the most similar names."""
     numbers = {word for word in words if word.isdigit()}
-    found = [gpu for gpu in GPUS if numbers & _words(gpu.name)[0]]
-    if not found:
+    near = [gpu for gpu in GPUS if numbers & _words(gpu.name)[0]]
+    if not near:
         names = {gpu.name.lower(): gpu for gpu in GPUS}
         close = difflib.get_close_matches(text.lower(), names, n=4, cutoff=0.5)
-        found = [names[name] for name in close]
-    return found[:6]
+        near = [names[name] for name in close]
+    return near[:6]

@@ -1,6 +1,6 @@
-"""Who owns which KV pages and which recurrent-state slot.
+"""Allocation of KV pages and state slots to requests.
 
-Knows numbers; the arrays they number are models.state's.
+Only page and slot numbers; models.state holds the arrays.
 """
 
 from osmium.engine.request import Request
@@ -9,42 +9,43 @@ __all__ = ["KVCacheManager"]
 
 
 class KVCacheManager:
-    """Pages and slots, given out and taken back."""
+    """The free KV pages and state slots."""
 
-    def __init__(self, pages: int, page: int, slots: int) -> None:
-        self.page = page
-        self.pages, self.slots = pages, slots
-        self._pages = list(range(pages - 1, -1, -1))
-        self._slots = list(range(slots - 1, -1, -1))
+    def __init__(self, num_pages: int, page_size: int, num_slots: int) -> None:
+        """`page_size` is tokens per page."""
+        self.page_size = page_size
+        self.num_pages, self.num_slots = num_pages, num_slots
+        self._free_pages = list(range(num_pages - 1, -1, -1))
+        self._free_slots = list(range(num_slots - 1, -1, -1))
 
     @property
     def free_pages(self) -> int:
-        return len(self._pages)
+        return len(self._free_pages)
 
     @property
     def free_slots(self) -> int:
-        return len(self._slots)
+        return len(self._free_slots)
 
     def allocate_slot(self, request: Request) -> bool:
-        """Give a request a slot; False if there is none."""
-        if not self._slots:
+        """Allocate a state slot to a request; False if none is free."""
+        if not self._free_slots:
             return False
-        request.state_slot = self._slots.pop()
+        request.state_slot = self._free_slots.pop()
         return True
 
     def allocate_pages(self, request: Request, tokens: int) -> bool:
-        """Give a request pages for its first `tokens` tokens; False if too few are free."""
-        missing = -(-tokens // self.page) - len(request.pages)
-        if missing > len(self._pages):
+        """Allocate pages for a request's first `tokens` tokens; False if too few are free."""
+        missing = -(-tokens // self.page_size) - len(request.pages)
+        if missing > len(self._free_pages):
             return False
-        request.pages.extend(self._pages.pop() for _ in range(missing))
+        request.pages.extend(self._free_pages.pop() for _ in range(missing))
         return True
 
     def free(self, request: Request) -> None:
-        """Take back everything; what the model knew of the request is gone."""
-        self._pages.extend(reversed(request.pages))
+        """Free a request's pages and state slot; none of its tokens counts as computed any more."""
+        self._free_pages.extend(reversed(request.pages))
         request.pages = []
         if request.state_slot >= 0:
-            self._slots.append(request.state_slot)
+            self._free_slots.append(request.state_slot)
         request.state_slot = -1
         request.num_computed_tokens = 0

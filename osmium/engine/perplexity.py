@@ -1,7 +1,7 @@
-"""Perplexity of a text, through either path of the engine.
+"""Perplexity of a text, through the prefill or the decode path of the engine.
 
-The text's ids are cut into windows of n, the rest is dropped; each window starts from an empty
-state and its tokens 2 .. n are scored.  perplexity = exp(mean negative log-likelihood).
+The text's ids are cut into windows of n; the remainder is dropped.  Each window starts from an
+empty state, and its tokens 2 .. n are scored.  perplexity = exp(mean negative log-likelihood).
 """
 
 import math
@@ -27,10 +27,10 @@ def perplexity(
     path: str = "prefill",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """perplexity, nll (nats a token), tokens scored, tokens_per_s, window and path.
+    """perplexity, nll (nats per token), tokens scored, tokens_per_s, window and path.
 
-    path is "prefill", windows read in chunks, or "decode", a token at a time, several windows
-    side by side.  Raises: ConfigError where no window fits.
+    path is "prefill", windows in chunks, or "decode", one token per step and several windows per
+    step.  Raises: ConfigError for an unknown path, or where no window fits.
     """
     if path not in ("prefill", "decode"):
         raise ConfigError(f"--path is {path!r}; it must be prefill or decode.")
@@ -43,20 +43,20 @@ def perplexity(
         raise ConfigError(f"The text has {len(ids)} tokens, fewer than one window of {window}.")
     total, scored, done = 0.0, 0, 0
 
-    def use(position: int, sequence: int, logits: npt.NDArray[np.float32]) -> None:
+    def add_logits(position: int, sequence: int, logits: npt.NDArray[np.float32]) -> None:
         nonlocal total, scored, done
-        following = windows[base + sequence][position + 1 : position + 1 + len(logits)]
-        logprobs = log_softmax(logits[: len(following)])
-        total -= float(logprobs[np.arange(len(following)), following].sum())
-        scored += len(following)
+        targets = windows[base + sequence][position + 1 : position + 1 + len(logits)]
+        logprobs = log_softmax(logits[: len(targets)])
+        total -= float(logprobs[np.arange(len(targets)), targets].sum())
+        scored += len(targets)
         done += len(logits)
         if progress:
             progress("scoring", done, len(windows) * window)
 
     start = time.perf_counter()
     chunk = 1 if path == "decode" else engine.max_step_tokens
-    for base in range(0, len(windows), 8):  # between two groups others get their turn
-        engine.stream_prompt_logits(windows[base : base + 8], chunk, use)
+    for base in range(0, len(windows), 8):  # other requests run between two groups
+        engine.stream_prompt_logits(windows[base : base + 8], chunk, add_logits)
     seconds = time.perf_counter() - start
     return {
         "perplexity": math.exp(total / scored),

@@ -1,7 +1,7 @@
-"""What is asked and what comes back: requests, how to sample, tokens, endings.
+"""Requests, sampling parameters, and the events of a response: tokens and its end.
 
-Values with arithmetic on them.  The engine knows token ids and nothing of how text becomes them; a
-`IncrementalDetokenizer` turns ids back into text, piece by piece.
+Values with arithmetic on them.  The engine works on token ids; tokenizing is the caller's.  An
+`IncrementalDetokenizer` (text/tokenizer.py) turns ids back into text, piece by piece.
 """
 
 import math
@@ -21,7 +21,7 @@ __all__ = [
 
 
 class Decoder(Protocol):
-    """Ids back to text, never splitting a character."""
+    """Turns ids into text, piece by piece, without splitting a character."""
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
@@ -29,35 +29,35 @@ class Decoder(Protocol):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How the next token is chosen, and when to stop."""
+    """How the next token is sampled, and when a response ends."""
 
     temperature: float = 1.0
-    """0 always takes the likeliest token."""
+    """Divides the logits; 0 always takes the likeliest token."""
     top_k: int = 0
     """Keep this many likeliest tokens; 0 keeps all."""
     top_p: float = 1.0
     """Keep the likeliest tokens that together have this probability."""
     min_p: float = 0.0
-    """Drop tokens less likely than this share of the likeliest one's probability."""
+    """Drop tokens below this fraction of the likeliest token's probability."""
     presence_penalty: float = 0.0
-    """Taken once from the logit of every token already generated."""
+    """Subtracted once from the logit of every generated token."""
     frequency_penalty: float = 0.0
-    """Taken from a token's logit for each time it was generated."""
+    """Subtracted from a token's logit for each time it was generated."""
     repetition_penalty: float = 1.0
-    """Divides the positive logits, and multiplies the negative ones, of tokens of the prompt and
-    the reply.  Keskar et al. 2019, arXiv:1909.05858."""
+    """Divides the positive logits, and multiplies the negative ones, of tokens in the prompt and
+    the response.  Keskar et al. 2019, arXiv:1909.05858."""
     seed: int | None = None
-    """The same seed gives the same reply, whatever else is running."""
+    """The same seed gives the same response, whatever else runs; None is a random seed."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to logits, by token id."""
     stop: tuple[str, ...] = ()
-    """Texts that end the reply and are not part of it."""
+    """Texts that end the response and are not part of it."""
     max_tokens: int | None = None
-    """Most tokens of the reply; None goes on to the end of the context."""
+    """Most tokens of the response; None continues to the end of the context."""
     ignore_eos: bool = False
-    """Go on past the model's end tokens."""
+    """Continue past the model's end-of-sequence tokens."""
     logprobs: int | None = None
-    """How many alternatives to give with each token; None gives no log-probabilities."""
+    """Alternatives returned with each token; None returns no log-probabilities."""
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
@@ -70,58 +70,58 @@ class SamplingParams:
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= high:
-                raise _refuse(name, value, f"a number from {low} to {high}")
+                raise _invalid_value(name, value, f"a number from {low} to {high}")
         if self.top_p == 0:
-            raise _refuse("top_p", self.top_p, "above 0")
+            raise _invalid_value("top_p", self.top_p, "above 0")
         for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
             value = getattr(self, name)
             if value is None and name != "top_k":
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-                raise _refuse(name, value, f"an integer from {least} to {most}")
+                raise _invalid_value(name, value, f"an integer from {least} to {most}")
         if self.seed is not None and (
             not isinstance(self.seed, int) or isinstance(self.seed, bool)
         ):
-            raise _refuse("seed", self.seed, "an integer")
+            raise _invalid_value("seed", self.seed, "an integer")
         if not isinstance(self.stop, tuple | list) or not all(
-            isinstance(one, str) and one for one in self.stop
+            isinstance(text, str) and text for text in self.stop
         ):
-            raise _refuse("stop", self.stop, "a tuple of texts, none of them empty")
+            raise _invalid_value("stop", self.stop, "a tuple of texts, none of them empty")
         if not isinstance(self.logit_bias, Mapping):
-            raise _refuse("logit_bias", self.logit_bias, "a mapping")
+            raise _invalid_value("logit_bias", self.logit_bias, "a mapping")
         for token, bias in self.logit_bias.items():
-            id_fine = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            is_id = isinstance(token, int) and not isinstance(token, bool) and token >= 0
             number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not id_fine or not number or not -100 <= bias <= 100:
-                raise _refuse(
+            if not is_id or not number or not -100 <= bias <= 100:
+                raise _invalid_value(
                     "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
                 )
 
 
-def _refuse(name: str, value: object, rule: str) -> RequestError:
+def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
         f"{name} is {value!r}; it must be {rule}.", param=name, code="invalid_value"
     )
 
 
 class FinishReason(StrEnum):
-    """Why a reply ended."""
+    """Why a response ended."""
 
     STOP = "stop"
-    """An end token, or a stop text."""
+    """An end-of-sequence token, or a stop text."""
     LENGTH = "length"
-    """max_tokens, or the context is full."""
+    """max_tokens reached, or the context is full."""
     CANCELLED = "cancelled"
     ERROR = "error"
 
 
 @dataclass(frozen=True)
 class Token:
-    """One token of a reply."""
+    """One token of a response."""
 
     id: int
     text: str
-    """The text that is certain by now: it may be empty, and include what was held back before."""
+    """Text that is final by now; it may be empty, or include text held back before."""
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest alternatives and their log-probabilities."""
@@ -129,14 +129,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Finish:
-    """The end of a reply; the last event of every request."""
+    """The end of a response; the last event of every request."""
 
     reason: FinishReason
     text: str = ""
-    """What was still held back."""
+    """Text that was still held back."""
     prompt_tokens: int = 0
     completion_tokens: int = 0
-    """Tokens generated, an end token included."""
+    """Generated tokens, an end-of-sequence token included."""
     error: OsmiumError | None = None
 
 
@@ -145,42 +145,44 @@ Event = Token | Finish
 
 @dataclass
 class RequestTimes:
-    """When it happened to a request, by time.perf_counter; 0 until it has."""
+    """Times of a request's events, seconds of time.perf_counter; 0 before the event."""
 
     submitted: float = field(default_factory=time.perf_counter)
     started: float = 0.0
-    """Its first step was about to be computed."""
+    """Start of its first step."""
     first_token: float = 0.0
-    """Its first token was there."""
+    """Its first generated token."""
     last_token: float = 0.0
+    """Its newest generated token."""
 
 
 class Request:
-    """One reply in the making.  The engine's thread alone changes it, but for `cancelled`."""
+    """One request and its response so far.  Only the engine's thread changes it, except
+    `cancelled`."""
 
     def __init__(
         self,
         prompt: list[int],
         params: SamplingParams,
         emit: Callable[[Event], None],
-        stops: Any,
+        stop_matcher: Any,
         seed: int,
-        room: int = 1 << 30,
+        max_total_tokens: int = 1 << 30,
         skip_prefill: bool = False,
     ) -> None:
         self.params = params
         self.emit = emit
-        self.stop_matcher = stops
+        self.stop_matcher = stop_matcher
         self.seed = seed
-        self.max_total_tokens = room
-        """Most tokens, prompt and reply."""
+        self.max_total_tokens = max_total_tokens
+        """Most tokens of prompt and response together."""
         self.skip_prefill = skip_prefill
-        """The state is taken to hold the prompt already, but for its last token (benchmarks)."""
+        """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
         self.tokens = list(prompt)
-        """Prompt and reply."""
+        """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
         self.num_computed_tokens = 0
-        """Tokens whose keys, values and states the model has."""
+        """Tokens whose keys, values and recurrent states are in the model's state."""
         self.state_slot = -1
         self.pages: list[int] = []
         self.cancelled = threading.Event()
@@ -189,25 +191,25 @@ class Request:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """(tokens computed, tokens in all) of the prompt; may be read on any thread."""
+        """(computed tokens, all tokens) of the prompt; readable on any thread."""
         return min(self.num_computed_tokens, self.prompt_tokens), self.prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
-        """Tokens that must be computed before the next one can be sampled; 1 while decoding."""
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed_tokens
 
     @property
     def tokens_left(self) -> int:
-        """Tokens that may still be said: by max_tokens, and by the context."""
-        most = self.max_total_tokens - len(self.tokens)
+        """Tokens that may still be generated, by max_tokens and by the context."""
+        context_left = self.max_total_tokens - len(self.tokens)
         if self.params.max_tokens is None:
-            return most
-        return min(most, self.params.max_tokens - self.completion_tokens)
+            return context_left
+        return min(context_left, self.params.max_tokens - self.completion_tokens)
 
     @property
     def generated(self) -> list[int]:
-        """The reply so far."""
+        """The generated tokens."""
         return self.tokens[self.prompt_tokens :]
 
     @property
@@ -216,7 +218,7 @@ class Request:
 
 
 def step_error(error: Exception) -> OsmiumError:
-    """What the requests of a step get that failed by `error`."""
+    """The error delivered to the requests of a step that failed with `error`."""
     if isinstance(error, OsmiumError):
         return error
     if isinstance(error, MemoryError):
@@ -225,7 +227,7 @@ def step_error(error: Exception) -> OsmiumError:
 
 
 def check_ids(ids: list[int], vocab: int) -> None:
-    """Whether they are a prompt for a model of so many ids.  Raises: RequestError."""
+    """Check that `ids` are a prompt for a vocabulary of `vocab` ids.  Raises: RequestError."""
     if not ids:
         raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
     low, high = min(ids), max(ids)

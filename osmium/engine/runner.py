@@ -1,8 +1,8 @@
-"""From a batch to logits, or to replies: builds the step, runs the model, brings back what counts.
+"""The model runner: builds a step's inputs from a batch, runs the model, returns logits or tokens.
 
-Owns the arrays that a step is described in; they are one block on the device, written by one copy.
-While nothing but replies is wanted the device goes from token to token by itself (`begin`), and the
-host only launches one recorded step a token and reads the mail.
+All inputs of a step are one device array, written by one copy.  In `start_decode` the device
+samples and advances by itself: the host replays one captured step per token and reads sampled ids
+from the token ring.  See docs/decode-graphs.md.
 """
 
 import math
@@ -19,7 +19,7 @@ from osmium.engine.scheduler import Batch
 from osmium.experts.cache import reset_cache, resize_layers
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import rebalanced_slots, snapshot_usage, warm_cache
-from osmium.models.qwen3_5_moe import Model
+from osmium.models.qwen3_5_moe import Qwen3_5MoeModel
 from osmium.models.state import ModelState
 from osmium.ops import DecodeState, Ops, StepInputs
 
@@ -29,77 +29,74 @@ LOGIT_ROWS = 16
 """Rows of logits computed at a time: 16 MB at a vocabulary of 248 k."""
 
 MAX_STEPS_IN_FLIGHT = 8
-"""Steps of a reply that may be on their way at once, and one more."""
+"""Steps that the token ring holds; fewer than this many may be in flight."""
 
 NO_LIMIT = 1 << 30
 
 STALL_SECONDS = 2.0
-"""Seconds without mail after which the host asks whether the device still works."""
+"""Seconds without a token after which the host synchronises, to get the device's error."""
 
 
-def runner_bytes(vocab: int, rows: int, sequences: int, max_pages_per_seq: int) -> int:
+def runner_bytes(vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: int) -> int:
     """Bytes of the runner's own arrays."""
-    replies = sequences * 7 + 16
+    decode_state = max_num_seqs * 7 + 16
     scratch = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
-        for shape, dtype in DecodeState.scratch(min(sequences, rows, LOGIT_ROWS), vocab).values()
+        for shape, dtype in DecodeState.scratch(min(max_num_seqs, rows, LOGIT_ROWS), vocab).values()
     )
-    return (
-        4 * (_integers(rows, sequences, max_pages_per_seq) + LOGIT_ROWS * vocab + replies) + scratch
-    )
+    inputs = _input_words(rows, max_num_seqs, max_pages_per_seq)
+    return 4 * (inputs + LOGIT_ROWS * vocab + decode_state) + scratch
 
 
-def _integers(rows: int, sequences: int, max_pages_per_seq: int) -> int:
-    return 4 * rows + 3 * sequences + 1 + sequences * max_pages_per_seq
+def _input_words(rows: int, max_num_seqs: int, max_pages_per_seq: int) -> int:
+    """32-bit words of a step's inputs: see ModelRunner._views."""
+    return 4 * rows + 3 * max_num_seqs + 1 + max_num_seqs * max_pages_per_seq
 
 
 class ModelRunner:
-    """A model, its state, and the description of one step."""
+    """A model, its state, and the inputs of one step."""
 
     def __init__(
         self,
         ops: Ops,
-        model: Model,
-        store: ExpertRunner,
+        model: Qwen3_5MoeModel,
+        expert_runner: ExpertRunner,
         state: ModelState,
-        sequences: int,
+        max_num_seqs: int,
         max_pages_per_seq: int,
         lookahead_steps: int = 0,
     ) -> None:
-        """Steps have at most the model's rows, of `sequences` sequences of `table` pages each.
+        """A step has at most the model's rows and `max_num_seqs` sequences.
 
-        The state has a slot and a page more than sequences may use, for rows that have ended.
-        `ahead` steps of a reply are launched before their predecessor's token is seen.
-        Raises: OutOfMemory.
+        The state has one slot and one page more than sequences use: the null slot and the null
+        page, for rows that have ended.  While decoding, `lookahead_steps` steps are launched before
+        the host has the previous token.  Raises: OutOfMemory.
         """
         assert 0 <= lookahead_steps < MAX_STEPS_IN_FLIGHT
-        self.ops, self.model, self.store, self.state = ops, model, store, state
+        self.ops, self.model, self.expert_runner, self.state = ops, model, expert_runner, state
         rows = model.rows
-        self.rows, self.sequences, self.max_pages_per_seq, self.lookahead_steps = (
-            rows,
-            sequences,
-            max_pages_per_seq,
-            lookahead_steps,
-        )
-        self._block = ops.empty((_integers(rows, sequences, max_pages_per_seq),), np.int32)
-        self._host = np.zeros(_integers(rows, sequences, max_pages_per_seq), np.int32)
-        self._device_views, self._host_views = self._views(self._block), self._views(self._host)
+        self.rows, self.max_num_seqs = rows, max_num_seqs
+        self.max_pages_per_seq, self.lookahead_steps = max_pages_per_seq, lookahead_steps
+        words = _input_words(rows, max_num_seqs, max_pages_per_seq)
+        self._device_inputs = ops.empty((words,), np.int32)
+        self._host_inputs = np.zeros(words, np.int32)
+        self._device_views = self._views(self._device_inputs)
+        self._host_views = self._views(self._host_inputs)
         self._logits = ops.empty((LOGIT_ROWS, model.config.vocab_size), np.float32)
-        self.replies = self._make_replies(min(sequences, rows, LOGIT_ROWS))
-        self._replays: dict[tuple[str, int], Callable[[], None]] = {}
-        """Steps of one row a sequence, by what they do and how many rows: they differ in nothing
-        but the block."""
-        self._warm: set[tuple[str, int]] = set()
-        self._prepared = False
-        self._ready = 0
-        """Rows, from the first, whose logits are in `_logits`."""
+        self.decode_state = self._make_decode_state(min(max_num_seqs, rows, LOGIT_ROWS))
+        self._graphs: dict[tuple[str, int], Callable[[], None]] = {}
+        """Replays of captured steps with one row per sequence, by kind and number of rows."""
+        self._launched_once: set[tuple[str, int]] = set()
+        self._graphs_captured = False
+        self._valid_logit_rows = 0
+        """Number of first rows of the last step whose logits are in `_logits`."""
 
-    def _make_replies(self, rows: int) -> DecodeState:
+    def _make_decode_state(self, rows: int) -> DecodeState:
         ops, eos = self.ops, self.model.config.eos_token_ids
         return DecodeState(
             ring_size=MAX_STEPS_IN_FLIGHT,
-            null_slot=self.state.slots - 1,
-            null_page=self.state.pages - 1,
+            null_slot=self.state.num_slots - 1,
+            null_page=self.state.num_pages - 1,
             sampler_params=ops.empty((rows, 4), np.float32),
             uniforms=ops.zeros_mapped((MAX_STEPS_IN_FLIGHT, rows), np.float64),
             token=ops.empty((rows,), np.int32),
@@ -117,28 +114,30 @@ class ModelRunner:
         )
 
     def capture_graphs(self) -> None:
-        """Record a token of a reply for every number of sequences, before anyone is served.  The
-        expert cache is left as if nobody had used it, but for what is in its slots."""
-        for rows in range(1, self.replies.token.shape[0] + 1):
+        """Capture the decode step for every number of sequences, before serving.
+
+        Afterwards the expert cache has no counts, but keeps the experts in its slots.
+        """
+        for rows in range(1, self.decode_state.token.shape[0] + 1):
             views = self._host_views
-            for name in ("ids", "positions", "past"):
+            for name in ("ids", "positions", "context_lens"):
                 views[name][:rows] = 0
-            views["wanted"][:rows] = views["sequence"][:rows] = np.arange(rows)
-            views["starts"][: rows + 1] = np.arange(rows + 1)
-            views["slots"][:rows] = self.replies.null_slot
-            views["pages"][:] = self.replies.null_page
-            self.ops.copy_h2d(self._block, self._host)
+            views["logit_rows"][:rows] = views["sequence_ids"][:rows] = np.arange(rows)
+            views["query_start_loc"][: rows + 1] = np.arange(rows + 1)
+            views["state_slots"][:rows] = self.decode_state.null_slot
+            views["pages"][:] = self.decode_state.null_page
+            self.ops.copy_h2d(self._device_inputs, self._host_inputs)
             for array in (
-                self.replies.tokens_left,
-                self.replies.stop_on_eos,
-                self.replies.decode_step,
+                self.decode_state.tokens_left,
+                self.decode_state.stop_on_eos,
+                self.decode_state.decode_step,
             ):
                 self.ops.memset(array, 0)
-            self.ops.memset(self.replies.sampler_params, 0)
-            for _ in range(2):  # launched, then recorded and replayed
-                self._reply(rows, self._step_views(rows, rows))()
+            self.ops.memset(self.decode_state.sampler_params, 0)
+            for _ in range(2):  # the first call launches, the second captures and replays
+                self._decode_replay(rows, self._step_views(rows, rows))()
             self.ops.synchronize()
-        cache = self.store.cache
+        cache = self.expert_runner.cache
         for array in (
             cache.short_count,
             cache.long_count,
@@ -147,40 +146,40 @@ class ModelRunner:
             cache.counters,
         ):
             self.ops.memset(array, 0)
-        self._prepared = True
+        self._graphs_captured = True
 
     def rebalance_slots(self) -> int:
-        """Move expert slots between layers by usage (usage.slots_per_layer), and fill them with
-        the most used experts.  Returns the number of experts copied; 0, and nothing changes, where
-        the slots stay as they are.  No decode step may be in flight.
+        """Move expert slots between layers by usage, and refill them with the most used experts.
 
-        Nothing is allocated: the same memory is divided anew.  Captured graphs hold the addresses
-        of slots, so they are captured again where they existed.
+        Returns the number of experts copied; 0 where the slots stay as they are.  No step may be in
+        flight.  Allocates nothing: the same memory is divided again.  Captured graphs hold slot
+        addresses, so they are captured again.
         """
-        ops, store = self.ops, self.store
-        if store.host_experts is None:
+        ops, expert_runner = self.ops, self.expert_runner
+        if expert_runner.host_experts is None:
             return 0
-        heat = snapshot_usage(ops, store.cache)  # and all is done that was launched
-        each = rebalanced_slots(heat, [layer.shape[0] for layer in store.cache.slots], store.top_k)
-        if each is None:
+        usage = snapshot_usage(ops, expert_runner.cache)  # synchronises
+        current = [layer.shape[0] for layer in expert_runner.cache.slots]
+        slots_per_layer = rebalanced_slots(usage, current, expert_runner.top_k)
+        if slots_per_layer is None:
             return 0
-        counters = ops.copy_d2h(store.cache.counters)
-        store.set_cache(resize_layers(store.cache, each))
-        reset_cache(ops, store.cache)
-        self._replays.clear()
-        self._warm.clear()
-        self._ready = 0
-        if self._prepared:
+        counters = ops.copy_d2h(expert_runner.cache.counters)
+        expert_runner.set_cache(resize_layers(expert_runner.cache, slots_per_layer))
+        reset_cache(ops, expert_runner.cache)
+        self._graphs.clear()
+        self._launched_once.clear()
+        self._valid_logit_rows = 0
+        if self._graphs_captured:
             self.capture_graphs()
-        count = warm_cache(ops, store.cache, store.host_experts, heat)
-        ops.copy_h2d(store.cache.counters, counters)
-        return count
+        copied = warm_cache(ops, expert_runner.cache, expert_runner.host_experts, usage)
+        ops.copy_h2d(expert_runner.cache.counters, counters)
+        return copied
 
     def forward(self, batch: Batch) -> None:
-        """Compute the batch's pending tokens; their states are kept."""
+        """Run the model on the batch's scheduled tokens, and update the state."""
         step = self._step(batch)
-        self._ready = 0
-        recorder = self.store.recorder
+        self._valid_logit_rows = 0
+        recorder = self.expert_runner.recorder
         if recorder is not None and any(
             request.num_computed_tokens == 0 for request, _ in batch.scheduled
         ):
@@ -193,182 +192,190 @@ class ModelRunner:
                 self.model.forward(step, self.state)
                 self.model.head(out)
 
-            self._recorded(("logits", rows), run)()
-            self._ready = rows
+            self._captured(("logits", rows), run)()
+            self._valid_logit_rows = rows
         else:
             self.model.forward(step, self.state)
 
-    def _recorded(self, key: tuple[str, int], run: Callable[[], None]) -> Callable[[], None]:
-        """`run`, launched the first time and recorded the second."""
-        if self.store.recorder is not None:
-            return run  # it waits at each layer
-        if key in self._warm and key not in self._replays:
-            self._replays[key] = self.ops.capture_graph(run)
-        self._warm.add(key)
-        return self._replays.get(key, run)
+    def _captured(self, key: tuple[str, int], run: Callable[[], None]) -> Callable[[], None]:
+        """`run` itself for the first call with `key`, then the replay of its captured graph."""
+        if self.expert_runner.recorder is not None:
+            return run  # routing records synchronise at each layer, so no graph can be captured
+        if key in self._launched_once and key not in self._graphs:
+            self._graphs[key] = self.ops.capture_graph(run)
+        self._launched_once.add(key)
+        return self._graphs.get(key, run)
 
     def start_decode(self, batch: Batch) -> "DecodeSession":
-        """Decode from here on without the host: one pending token a sequence.  See Reply."""
+        """Start decoding with sampling on the device; each request has one pending token."""
         step, rows = self._step(batch), len(batch.scheduled)
-        self._ready = 0
-        settings = np.empty((rows, 4), np.float32)
-        left, heed = np.empty(rows, np.int32), np.empty(rows, np.int32)
+        self._valid_logit_rows = 0
+        sampler_params = np.empty((rows, 4), np.float32)
+        tokens_left, stop_on_eos = np.empty(rows, np.int32), np.empty(rows, np.int32)
         for row, (request, _) in enumerate(batch.scheduled):
             params = request.params
-            settings[row] = params.temperature, params.top_k, params.top_p, params.min_p
-            left[row], heed[row] = min(request.tokens_left, NO_LIMIT), not params.ignore_eos
-        replies = self.replies.first_rows(rows)
-        self.ops.copy_h2d(replies.sampler_params, settings)
-        self.ops.copy_h2d(replies.tokens_left, left)
-        self.ops.copy_h2d(replies.stop_on_eos, heed)
-        self.ops.memset(replies.decode_step, 0)
-        self.ops.host_view(self.replies.token_ring)[0] = 0
-        return DecodeSession(
-            self, [request for request, _ in batch.scheduled], self._reply(rows, step)
-        )
+            sampler_params[row] = params.temperature, params.top_k, params.top_p, params.min_p
+            tokens_left[row] = min(request.tokens_left, NO_LIMIT)
+            stop_on_eos[row] = not params.ignore_eos
+        decode_state = self.decode_state.first_rows(rows)
+        self.ops.copy_h2d(decode_state.sampler_params, sampler_params)
+        self.ops.copy_h2d(decode_state.tokens_left, tokens_left)
+        self.ops.copy_h2d(decode_state.stop_on_eos, stop_on_eos)
+        self.ops.memset(decode_state.decode_step, 0)
+        self.ops.host_view(self.decode_state.token_ring)[0] = 0
+        requests = [request for request, _ in batch.scheduled]
+        return DecodeSession(self, requests, self._decode_replay(rows, step))
 
-    def _reply(self, rows: int, step: StepInputs) -> Callable[[], None]:
-        return self._recorded(("reply", rows), lambda: self._token(rows, step))
+    def _decode_replay(self, rows: int, step: StepInputs) -> Callable[[], None]:
+        return self._captured(("decode", rows), lambda: self._decode_step(rows, step))
 
-    def _token(self, rows: int, step: StepInputs) -> None:
-        replies = self.replies.first_rows(rows)
+    def _decode_step(self, rows: int, step: StepInputs) -> None:
+        decode_state = self.decode_state.first_rows(rows)
         out = self._logits[:rows]
         self.model.forward(step, self.state)
         self.model.head(out)
-        self.ops.sample(out, replies)
-        self.ops.advance_step(step, replies)
+        self.ops.sample(out, decode_state)
+        self.ops.advance_step(step, decode_state)
 
     def launch_decode_step(self, rows: int) -> None:
-        """Launch what `begin` records, for who looks at the launches."""
-        self._token(rows, self._step_views(rows, rows))
+        """Launch one decode step without a graph, for profilers and tests."""
+        self._decode_step(rows, self._step_views(rows, rows))
 
     def set_page(self, row: int, entry: int, page: int) -> None:
-        """Entry `entry` of a row's page table, for the steps launched from now on."""
+        """Set an entry of a row's page table on the device, for steps launched from now on."""
         at = row * self.max_pages_per_seq + entry
         self.ops.copy_h2d(self._device_views["pages"][at : at + 1], np.array([page], np.int32))
 
     def logits(self, rows: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.float32]]:
-        """The logits of some rows of the last step, in pieces f32 [<= LOGIT_ROWS, vocab]."""
+        """Logits of some rows of the last step, in chunks f32 [<= LOGIT_ROWS, vocab]."""
         for start in range(0, len(rows), LOGIT_ROWS):
-            piece = rows[start : start + LOGIT_ROWS]
-            first, count = int(piece[0]), len(piece)
-            if first + count <= self._ready and np.array_equal(piece - first, np.arange(count)):
+            chunk = rows[start : start + LOGIT_ROWS]
+            first, count = int(chunk[0]), len(chunk)
+            consecutive = np.array_equal(chunk - first, np.arange(count))
+            if consecutive and first + count <= self._valid_logit_rows:
                 out = self._logits[first : first + count]
             else:
-                out, wanted = self._logits[:count], self._device_views["wanted"][:count]
-                self._ready = 0  # what was there is written over
-                self.ops.copy_h2d(wanted, piece)
-                self.model.head(out, wanted)
+                out, logit_rows = self._logits[:count], self._device_views["logit_rows"][:count]
+                self._valid_logit_rows = 0  # head overwrites _logits
+                self.ops.copy_h2d(logit_rows, chunk)
+                self.model.head(out, logit_rows)
             yield self.ops.copy_d2h(out).astype(np.float32, copy=False)
 
     def _step(self, batch: Batch) -> StepInputs:
         counts = [count for _, count in batch.scheduled]
         tokens, sequences = sum(counts), len(counts)
         assert tokens <= self.rows, f"{tokens} tokens in a step of at most {self.rows}"
-        assert sequences <= self.sequences, f"{sequences} sequences, room for {self.sequences}"
+        assert sequences <= self.max_num_seqs, f"{sequences} sequences, at most {self.max_num_seqs}"
         views = self._host_views
         row = 0
-        views["starts"][0] = 0
+        views["query_start_loc"][0] = 0
         for s, (request, count) in enumerate(batch.scheduled):
-            part, past = slice(row, row + count), request.num_computed_tokens
-            views["wanted"][part] = np.arange(row, row + count)
-            views["ids"][part] = request.tokens[past : past + count]
-            views["positions"][part] = np.arange(past, past + count)
-            views["sequence"][part] = s
-            views["starts"][s + 1] = row + count
-            views["past"][s] = past
-            views["slots"][s] = request.state_slot
-            pages = views["pages"][s * self.max_pages_per_seq : (s + 1) * self.max_pages_per_seq]
+            rows, context_len = slice(row, row + count), request.num_computed_tokens
+            views["logit_rows"][rows] = np.arange(row, row + count)
+            views["ids"][rows] = request.tokens[context_len : context_len + count]
+            views["positions"][rows] = np.arange(context_len, context_len + count)
+            views["sequence_ids"][rows] = s
+            views["query_start_loc"][s + 1] = row + count
+            views["context_lens"][s] = context_len
+            views["state_slots"][s] = request.state_slot
+            table_start = s * self.max_pages_per_seq
+            pages = views["pages"][table_start : table_start + self.max_pages_per_seq]
             pages[: len(request.pages)] = request.pages
             row += count
-        self.ops.copy_h2d(self._block, self._host)
+        self.ops.copy_h2d(self._device_inputs, self._host_inputs)
         return self._step_views(tokens, sequences)
 
     def _step_views(self, tokens: int, sequences: int) -> StepInputs:
-        """The step that the block describes."""
+        """The StepInputs over the device array."""
         device = self._device_views
-        table = device["pages"].reshape(self.sequences, self.max_pages_per_seq)
+        page_table = device["pages"].reshape(self.max_num_seqs, self.max_pages_per_seq)
         return StepInputs(
             tokens=tokens,
             sequences=sequences,
-            page_size=self.state.page,
+            page_size=self.state.page_size,
             ids=device["ids"][:tokens],
             positions=device["positions"][:tokens],
-            sequence_ids=device["sequence"][:tokens],
-            query_start_loc=device["starts"][: sequences + 1],
-            context_lens=device["past"][:sequences],
-            state_slots=device["slots"][:sequences],
-            page_table=table[:sequences],
+            sequence_ids=device["sequence_ids"][:tokens],
+            query_start_loc=device["query_start_loc"][: sequences + 1],
+            context_lens=device["context_lens"][:sequences],
+            state_slots=device["state_slots"][:sequences],
+            page_table=page_table[:sequences],
         )
 
-    def _views(self, block: Any) -> dict[str, Any]:
-        """The parts of the block; rows of logits wanted are the fourth of `rows` integers."""
-        n, s = self.rows, self.sequences
-        at, views = 0, {}
+    def _views(self, inputs: Any) -> dict[str, Any]:
+        """Named parts of an array of step inputs, host or device; all i32."""
+        rows, seqs = self.rows, self.max_num_seqs
+        start, views = 0, {}
         for name, size in (
-            ("ids", n), ("positions", n), ("sequence", n), ("wanted", n),
-            ("starts", s + 1), ("past", s), ("slots", s), ("pages", s * self.max_pages_per_seq),
+            ("ids", rows), ("positions", rows), ("sequence_ids", rows), ("logit_rows", rows),
+            ("query_start_loc", seqs + 1), ("context_lens", seqs), ("state_slots", seqs),
+            ("pages", seqs * self.max_pages_per_seq),
         ):  # fmt: skip
-            views[name] = block[at : at + size]
-            at += size
+            views[name] = inputs[start : start + size]
+            start += size
         return views
 
 
 class DecodeSession:
-    """DecodeState on their way: steps launched, tokens taken.
+    """Decoding of one batch with sampling on the device: steps launched and tokens received.
 
-    Rows are the requests of one batch.  Steps follow each other on the device, which ends a row by
-    itself at an end token or at its last.
+    Each request is one row.  The device ends a row at an end-of-sequence token or at its last
+    token.
     """
 
     def __init__(
         self, runner: ModelRunner, requests: list[Request], replay: Callable[[], None]
     ) -> None:
         self.requests = requests
-        self.launched = self.taken = 0
+        self.launched = self.received = 0
         self.replay = replay
-        """Computes one more step on the device; `launch` sees to what it needs."""
+        """Launches one step; `launch` first writes its uniforms and page table entries."""
         self._runner = runner
         rows, view = len(requests), runner.ops.host_view
-        self._chance = (
-            view(runner.replies.uniforms)
+        self._uniforms = (
+            view(runner.decode_state.uniforms)
             .reshape(-1)[: MAX_STEPS_IN_FLIGHT * rows]
             .reshape(MAX_STEPS_IN_FLIGHT, rows)
         )
-        self._mail = view(runner.replies.token_ring)
-        self._pages = [len(request.pages) for request in requests]
-        self._usual = 0.0
+        self._token_ring = view(runner.decode_state.token_ring)
+        self._pages_written = [len(request.pages) for request in requests]
+        self._typical_wait_s = 0.0
 
     @property
     def in_flight(self) -> int:
-        """Steps whose tokens have not been taken."""
-        return self.launched - self.taken
+        """Steps launched whose tokens have not been received."""
+        return self.launched - self.received
 
     def launch(self) -> None:
-        """One more step.  Every row must have a page for it."""
+        """Launch one step.  Every request must have a page for it."""
         for row, request in enumerate(self.requests):
-            for entry in range(self._pages[row], len(request.pages)):
+            for entry in range(self._pages_written[row], len(request.pages)):
                 self._runner.set_page(row, entry, request.pages[entry])
-            self._pages[row] = len(request.pages)
+            self._pages_written[row] = len(request.pages)
             index = request.completion_tokens + self.in_flight
-            self._chance[self.launched % MAX_STEPS_IN_FLIGHT, row] = uniform(request, index)
+            self._uniforms[self.launched % MAX_STEPS_IN_FLIGHT, row] = uniform(request, index)
         self.replay()
         self.launched += 1
 
     def wait_tokens(self) -> list[int]:
-        """Wait for the oldest step: a token a row, -1 where none could be drawn, -2 where the row
-        had ended before.  Raises: CudaError where the device has failed."""
+        """Wait for the oldest step in flight; returns one token per row.
+
+        -1: the largest logit is not finite.  -2: the row had ended before.
+        Raises: CudaError where the device has failed.
+        """
         start = time.perf_counter()
-        if self._usual > 1e-3 and self._mail[0] <= self.taken:
-            time.sleep(0.7 * self._usual)
-        while self._mail[0] <= self.taken:
-            time.sleep(0)  # others may run
+        if self._typical_wait_s > 1e-3 and self._token_ring[0] <= self.received:
+            time.sleep(0.7 * self._typical_wait_s)
+        while self._token_ring[0] <= self.received:
+            time.sleep(0)  # let other threads run
             if time.perf_counter() - start > STALL_SECONDS:
                 self._runner.ops.synchronize()
-                assert self._mail[0] > self.taken, "the device is done, but no mail has come"
+                assert self._token_ring[0] > self.received, "the device is idle, but wrote no token"
         waited = time.perf_counter() - start
-        self._usual = waited if not self.taken else min(waited, 0.5 * (self._usual + waited))
+        self._typical_wait_s = (
+            waited if not self.received else min(waited, 0.5 * (self._typical_wait_s + waited))
+        )
         rows = len(self.requests)
-        at = 1 + self.taken % MAX_STEPS_IN_FLIGHT * rows
-        self.taken += 1
-        return [int(one) for one in self._mail[at : at + rows]]
+        at = 1 + self.received % MAX_STEPS_IN_FLIGHT * rows
+        self.received += 1
+        return [int(token) for token in self._token_ring[at : at + rows]]

@@ -1,9 +1,9 @@
-"""From a row of logits to a token.
+"""Sampling on the host: from a row of logits to a token.
 
-In this order: repetition, presence and frequency penalties; logit bias; then, unless the
-temperature is 0 and the largest logit wins, temperature, top-k, top-p, min-p, and a draw.  The draw
-is a function of the seed and of how many tokens came before, so that batches and restarts do not
-change it.  Log-probabilities are of the logits as the model gave them.
+The order is: repetition, presence and frequency penalties; logit bias; temperature, top-k, top-p,
+min-p; then a draw.  At temperature 0 the largest logit after the bias is taken.  The draw depends
+only on the seed and the token's index in the response, so that batches and restarts do not change
+it.  Log-probabilities are those of the model's unmodified logits.
 """
 
 from typing import Any
@@ -26,15 +26,15 @@ def sample(
 ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
     """The next token of a request, its log-probability and the likeliest alternatives.
 
-    logits f32 [vocab], left as they are.  Raises: OsmiumError where the largest is no number.
+    logits f32 [vocab], not modified.  Raises: OsmiumError where the largest is not finite.
     """
     params = request.params
     if not np.isfinite(logits.max()):
         raise non_finite_error()
-    scores = _adjusted(logits, request)
-    lot = uniform(request, request.completion_tokens)
+    scores = _penalized_logits(logits, request)
+    draw = uniform(request, request.completion_tokens)
     token = sample_from_logits(
-        scores, params.temperature, params.top_k, params.top_p, params.min_p, lot
+        scores, params.temperature, params.top_k, params.top_p, params.min_p, draw
     )
     if params.logprobs is None:
         return token, None, ()
@@ -45,41 +45,37 @@ def sample(
 
 
 def log_softmax(logits: npt.NDArray[Any]) -> F64:
-    """Along the last axis, in float64."""
+    """log(softmax(logits)) along the last axis, in f64."""
     x = logits.astype(np.float64)
     x -= x.max(axis=-1, keepdims=True)
     return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
 
 
-def _adjusted(logits: F32, request: Request) -> F64:
-    """A copy with penalties and bias, in float64."""
+def _penalized_logits(logits: F32, request: Request) -> F64:
+    """A copy of the logits with penalties and bias, in f64."""
     params = request.params
     scores = logits.astype(np.float64)
     if params.repetition_penalty != 1:
-        seen = np.unique(request.tokens)
-        mine = scores[seen]
-        weaker = np.where(
-            mine > 0, mine / params.repetition_penalty, mine * params.repetition_penalty
-        )
-        scores[seen] = weaker
+        seen, penalty = np.unique(request.tokens), params.repetition_penalty
+        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     if params.presence_penalty or params.frequency_penalty:
-        said, times = np.unique(np.array(request.generated, np.int64), return_counts=True)
-        scores[said] -= params.presence_penalty + params.frequency_penalty * times
+        generated, counts = np.unique(np.array(request.generated, np.int64), return_counts=True)
+        scores[generated] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias.items():
         scores[token] += bias
     return scores
 
 
 def non_finite_error() -> OsmiumError:
-    """What to say where a row's largest logit is not finite."""
+    """The error for a row whose largest logit is not finite."""
     return OsmiumError(
-        "The largest logit is not finite, so no token can be chosen: the weights are damaged, or a "
-        "kernel computes wrongly."
+        "The largest logit is not finite, so no token can be sampled: the weights are damaged, or "
+        "a kernel computes wrong values."
     )
 
 
 def can_sample_on_device(request: Request) -> bool:
-    """Whether Ops.sample draws this request's tokens: no penalty, no bias, no log-probabilities."""
+    """Whether Ops.sample can draw this request's tokens: no penalty, bias or log-probabilities."""
     params = request.params
     return (
         params.repetition_penalty == 1
@@ -91,8 +87,7 @@ def can_sample_on_device(request: Request) -> bool:
 
 
 def uniform(request: Request, index: int) -> float:
-    """What decides the draw of a reply's token `index`: a number in [0, 1) that depends on nothing
-    but the seed and the index."""
+    """The uniform number in [0, 1) for a response's token `index`, from the seed and the index."""
     if request.params.temperature == 0:
         return 0.0
     key = np.array([request.seed & (1 << 64) - 1, index], np.uint64)

@@ -1,9 +1,9 @@
-"""Who computes next, and how many of their tokens.
+"""The scheduler: which requests the next step computes, and how many tokens of each.
 
-Requests wait in order of arrival until there is a slot, and pages for what they have to say.  A
-long prompt is read in chunks, and between two chunks everyone who is decoding gets a token.  Where
-pages run out, the request that came last gives its own up and is read again later from its tokens:
-nobody's reply changes.
+Requests wait in order of arrival until a state slot and pages for their tokens are free.  A long
+prompt is prefilled in chunks; between two chunks every decoding request gets one token.  When pages
+run out, the newest request is preempted: its pages are freed and it is prefilled again later.
+Preemption does not change a response.
 """
 
 from collections import deque
@@ -18,16 +18,17 @@ __all__ = ["Batch", "Scheduler"]
 
 @dataclass(frozen=True)
 class Batch:
-    """One step: so many pending tokens of each of these requests."""
+    """The requests of one step."""
 
     scheduled: list[tuple[Request, int]]
+    """(request, number of its pending tokens to compute)."""
 
 
 class Scheduler:
     """Waiting and running requests."""
 
-    def __init__(self, seats: KVCacheManager, chunk: int) -> None:
-        self.seats, self.chunk = seats, chunk
+    def __init__(self, kv_cache: KVCacheManager, max_step_tokens: int) -> None:
+        self.kv_cache, self.max_step_tokens = kv_cache, max_step_tokens
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """In order of arrival."""
@@ -41,60 +42,62 @@ class Scheduler:
         yield from list(self.waiting)
 
     def remove(self, request: Request) -> None:
-        """A request is over, or is asked to go."""
+        """Remove a request that has finished or is cancelled, and free its pages and slot."""
         if request in self.running:
             self.running.remove(request)
-            self.seats.free(request)
+            self.kv_cache.free(request)
         elif request in self.waiting:
             self.waiting.remove(request)
 
     def schedule(self) -> Batch | None:
-        """The next step, or None if there is nothing to do."""
+        """The next step, or None if no request can run."""
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
             if request.skip_prefill:
                 request.num_computed_tokens = len(request.tokens) - 1
             self.running.append(request)
-        reading = [r for r in self.running if r.num_pending_tokens > 1]
+        prefilling = [r for r in self.running if r.num_pending_tokens > 1]
         decoding = [r for r in self.running if r.num_pending_tokens == 1]
-        if reading and (self._decoded_last or not decoding):
+        if prefilling and (self._decoded_last or not decoding):
             self._decoded_last = False
-            request = reading[0]
-            return self._batch([(request, min(request.num_pending_tokens, self.chunk))])
+            request = prefilling[0]
+            return self._batch([(request, min(request.num_pending_tokens, self.max_step_tokens))])
         self._decoded_last = True
-        return self._batch([(r, 1) for r in decoding[: self.chunk]])
+        return self._batch([(r, 1) for r in decoding[: self.max_step_tokens]])
 
     def _admit(self, request: Request) -> bool:
-        """Whether a waiting request may run: alone always, since a whole context fits; beside
-        others if there are pages for what it and they have to say so far."""
-        wanted = sum(self._missing(one) for one in (*self.running, request))
-        return (wanted <= self.seats.free_pages or not self.running) and self.seats.allocate_slot(
-            request
-        )
+        """Allocate a state slot to a waiting request if it may run.
 
-    def _missing(self, request: Request) -> int:
-        """Pages that a request will need for the tokens it has and the next one."""
-        return max(0, -(-(len(request.tokens) + 1) // self.seats.page) - len(request.pages))
+        It may always run alone, since a whole context fits.  Beside others it needs free pages for
+        the tokens of all of them.
+        """
+        missing = sum(self._missing_pages(r) for r in (*self.running, request))
+        fits = missing <= self.kv_cache.free_pages or not self.running
+        return fits and self.kv_cache.allocate_slot(request)
 
-    def _batch(self, parts: list[tuple[Request, int]]) -> Batch | None:
-        """The parts that have pages, after those who came last have made room."""
-        kept = []  # in order of arrival, so that who makes room is never among them
-        for request, count in parts:
+    def _missing_pages(self, request: Request) -> int:
+        """Pages that a request lacks for its tokens and the next one."""
+        return max(0, -(-(len(request.tokens) + 1) // self.kv_cache.page_size) - len(request.pages))
+
+    def _batch(self, wanted: list[tuple[Request, int]]) -> Batch | None:
+        """The wanted requests that get pages; preempts the newest running ones for them."""
+        scheduled = []  # in order of arrival, so preemption never takes a scheduled request
+        for request, count in wanted:
             if request not in self.running:
-                continue  # made room for somebody before it in this very list
-            while not self.seats.allocate_pages(request, request.num_computed_tokens + count):
-                last = self.running[-1]
-                self.preempt(last)
-                if last is request:
+                continue  # preempted for an earlier request of this list
+            while not self.kv_cache.allocate_pages(request, request.num_computed_tokens + count):
+                newest = self.running[-1]
+                self.preempt(newest)
+                if newest is request:
                     break
             else:
-                kept.append((request, count))
-        if kept or not self.running:
-            return Batch(kept) if kept else None
+                scheduled.append((request, count))
+        if scheduled or not self.running:
+            return Batch(scheduled) if scheduled else None
         return self.schedule()
 
     def preempt(self, request: Request) -> None:
-        """Take a running request's seat; it waits again, first in line."""
+        """Free a running request's pages and slot; it becomes the first waiting request."""
         self.running.remove(request)
-        self.seats.free(request)
+        self.kv_cache.free(request)
         self.waiting.appendleft(request)

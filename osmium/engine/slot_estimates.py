@@ -1,4 +1,4 @@
-"""What fewer and more expert slots may be expected to bring: hits, bytes over the link, tok/s."""
+"""Estimates for fewer and more expert slots: hit rate, MB missed per token, tok/s."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,10 +14,10 @@ STEPS_GIB = (-4, -2, 0, 2, 4, 8)
 
 @dataclass(frozen=True)
 class SlotEstimate:
-    """A row of the table."""
+    """The estimate for one number of slots."""
 
     gib: int
-    """More VRAM than planned."""
+    """VRAM beyond the plan, GiB; may be negative."""
     expert_slots: int
     """Per layer."""
     hit_rate: float
@@ -25,21 +25,21 @@ class SlotEstimate:
     tokens_per_s: float | None
 
 
-def estimate_slots(traffic: TokenCost, slots: int, experts: int) -> list[SlotEstimate]:
-    """What so many GiB fewer and more of slots bring, as far as there are experts to fill them."""
+def estimate_slots(cost: TokenCost, slots: int, experts: int) -> list[SlotEstimate]:
+    """Estimates for `slots` per layer and for STEPS_GIB fewer or more, up to all experts."""
     rows: list[SlotEstimate] = []
     for gib in STEPS_GIB:
-        count = min(experts, slots + gib * GIB // traffic.slot_bytes)
-        if count < traffic.min_slots or any(row.expert_slots == count for row in rows):
+        count = min(experts, slots + gib * GIB // cost.slot_bytes)
+        if count < cost.min_slots or any(row.expert_slots == count for row in rows):
             continue
         hits = hit_rate(count / experts)
-        missed = (1 - hits) * traffic.expert_bytes / 1e6
-        rows.append(SlotEstimate(gib, count, hits, missed, traffic.tokens_per_s(hits)))
+        missed = (1 - hits) * cost.expert_bytes / 1e6
+        rows.append(SlotEstimate(gib, count, hits, missed, cost.tokens_per_s(hits)))
     return rows
 
 
 def slot_estimate_table(rows: Sequence[SlotEstimate]) -> str:
-    """For people."""
+    """A text table of estimates."""
     lines = [f"{'expert slots':18}{'per layer':>10}{'hit rate':>10}{'MB missed':>11}{'tok/s':>8}"]
     for row in rows:
         name = "as planned" if row.gib == 0 else f"{row.gib:+} GiB of VRAM"

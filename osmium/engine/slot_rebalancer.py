@@ -1,6 +1,6 @@
-"""When layers get other numbers of expert slots: while nobody asks, after so many tokens.
+"""When expert slots are moved between layers: while the engine is idle, after enough tokens.
 
-Knows when; by what heat, and how, is ModelRunner.rebalance_slots's.
+ModelRunner.rebalance_slots does the move.
 """
 
 import logging
@@ -12,33 +12,35 @@ from osmium.experts.usage import FIRST_REBALANCE_TOKENS
 
 __all__ = ["SlotRebalancer"]
 
-LOG = logging.getLogger("osmium.sharing")
+LOG = logging.getLogger("osmium.rebalancer")
 
 
 class SlotRebalancer:
-    """Of one engine, on its thread.
+    """The rebalancing schedule of one engine; runs on its thread.
 
-    Layers are alike at a model's first start, and their heat says little at first: it is asked
-    after FIRST tokens, and then whenever there are twice as many as the last time.
+    At first all layers have the same number of slots, and few counts tell little.  Rebalancing is
+    due after FIRST_REBALANCE_TOKENS tokens, and then each time their number has doubled.
     """
 
-    def __init__(self, runner: ModelRunner, meter: EngineStats) -> None:
-        self._runner, self._meter = runner, meter
-        self.due = FIRST_REBALANCE_TOKENS
-        """Tokens, of prompts and replies, that are waited for."""
+    def __init__(self, runner: ModelRunner, stats: EngineStats) -> None:
+        self._runner, self._stats = runner, stats
+        self.due_tokens = FIRST_REBALANCE_TOKENS
+        """Prompt and generated tokens at which the next rebalancing is due."""
 
     def idle(self) -> None:
-        """Nobody runs, waits or asks.  Somebody who asks now waits until this is done.
-        Raises: CudaError, KernelError."""
-        tokens, store = sum(self._meter.tokens.values()), self._runner.store
-        if tokens < self.due or store.recorder is not None:
+        """Rebalance if it is due; call it while no request runs or waits.
+
+        Requests that arrive meanwhile wait.  Raises: CudaError, KernelError.
+        """
+        tokens, expert_runner = sum(self._stats.tokens.values()), self._runner.expert_runner
+        if tokens < self.due_tokens or expert_runner.recorder is not None:
             return
-        self.due, start = 2 * tokens, time.perf_counter()
-        count = self._runner.rebalance_slots()
-        if count:
-            each = [layer.shape[0] for layer in store.cache.slots]
+        self.due_tokens, start = 2 * tokens, time.perf_counter()
+        copied = self._runner.rebalance_slots()
+        if copied:
+            slots_per_layer = [layer.shape[0] for layer in expert_runner.cache.slots]
             LOG.info(
                 "Moved expert slots between layers by usage: %d to %d per layer, "
                 "%d experts copied in %.2f s",
-                min(each), max(each), count, time.perf_counter() - start,
+                min(slots_per_layer), max(slots_per_layer), copied, time.perf_counter() - start,
             )  # fmt: skip

@@ -1,18 +1,20 @@
-"""How fast decoding may be expected to be, from bytes and two rates.
+"""Estimated decode speed, from bytes per token and two measured rates.
 
-    on the GPU   G = VRAM bytes / (VRAM_SHARE x copy rate in VRAM) + layers x LAYER_US
+    on the GPU   G = VRAM bytes / (VRAM_EFFICIENCY x copy rate in VRAM) + layers x LAYER_US
     all resident t = G
-    else         F = missed bytes / (LINK_SHARE x copy rate of the link)
-                 t = G + layers x MISS_LAYER_US + F - hidden x min(G, F)
+    else         F = missed bytes / (LINK_EFFICIENCY x copy rate of the link)
+                 t = G + layers x MISS_LAYER_US + F - overlap x min(G, F)
 
-A layer costs its kernels' starts and ends, whatever it reads.  Fetches overlap the hits' kernels,
-and with prefetch the link also works while nothing is missed: `hidden` is the share of the shorter
-of both that this saves.  The five constants are fitted to 27 rows of `osmium bench` on an H100 and
-an H200 (LOG.md, 2026-11-25 to 2026-11-30), INT4 experts and attention, 1k to 236k of context; they
-are within 7.5 % of each.  Ten more of 2026-11-30, BF16 attention included, are within 10 %
+LAYER_US is the launch overhead of a layer's kernels.  Fetches overlap the kernels of hits; with
+prefetch the link is also busy while no expert is missed.  `overlap` is the fraction of the shorter
+of G and F that this hides.
+
+The five constants are fitted to 27 rows of `osmium bench` on an H100 and an H200.  The rows have
+INT4 experts and attention and 1k to 236k of context (LOG.md, 2026-11-25 to 2026-11-30).  The fit is
+within 7.5 % of each row.  Ten held-out rows of 2026-11-30, BF16 attention included, are within 10 %
 (tests/engine/test_speed_estimate.py).  Other cards have not been measured.
 
-The hit rate is itself an estimate: a curve of published routing statistics.
+The hit rate is itself an estimate, from published routing statistics.
 """
 
 from dataclasses import dataclass
@@ -20,106 +22,108 @@ from itertools import pairwise
 
 __all__ = ["NO_COST", "STANDARD_CONTEXT", "TokenCost", "TokenTime", "hit_rate"]
 
-VRAM_SHARE = 0.9
-"""Rate at which kernels read VRAM, of a copy's."""
+VRAM_EFFICIENCY = 0.9
+"""Rate at which kernels read VRAM, as a fraction of the copy rate in VRAM."""
 
 LAYER_US = 18.5
-"""Of a layer, beyond its bytes."""
+"""Launch overhead of a layer's kernels, microseconds."""
 
-LINK_SHARE = 0.93
-"""Rate at which kernels fetch experts, of the copy engine's: 51 of 55 GB/s."""
+LINK_EFFICIENCY = 0.93
+"""Rate at which kernels fetch experts, as a fraction of the copy engine's: 51 of 55 GB/s."""
 
 MISS_LAYER_US = 7.0
-"""Of a layer more, where experts are placed and fetched."""
+"""Extra overhead of a layer with slot assignment and fetch, microseconds."""
 
-HIDDEN, HIDDEN_PREFETCH = 0.20, 0.39
-"""What of the shorter of both, link and GPU, is hidden behind the other: without prefetch, with."""
+OVERLAP_FRACTION, OVERLAP_FRACTION_PREFETCH = 0.20, 0.39
+"""Fraction of the shorter of link and GPU time that overlaps the other."""
 
 ERROR = 0.15
-"""Stated accuracy of an estimate on the GPUs that were measured."""
+"""Stated relative error of an estimate on the measured GPUs."""
 
 MEASURED = ("H100", "H200")
-"""GPUs that the constants are fitted to, as in the driver's names."""
+"""GPUs that the constants are fitted to, as parts of the driver's device names."""
 
 STANDARD_CONTEXT = 1024
-"""Tokens of context that an estimate is for, where none are named: `osmium bench`'s."""
+"""Default tokens of context of an estimate: that of `osmium bench`."""
 
 _HIT = ((0.0, 0.0), (0.05, 0.41), (0.10, 0.54), (0.15, 0.62), (0.20, 0.68), (0.30, 0.77),
         (0.36, 0.81), (0.40, 0.83), (0.50, 0.88), (0.60, 0.92), (0.70, 0.95), (0.80, 0.97),
         (1.0, 1.0))  # fmt: skip
-"""Share of experts resident -> share of uses hit, by what ships on a trace made from published
-routing statistics of Qwen3.5-122B-A10B: `tools/make_trace.py T.npz`, then `tools/simulate_cache
-T.npz --tokens 1500 --shares .05 .1 ...`, the line mixed (2026-11-25)."""
+"""(fraction of experts resident, hit rate) with the eviction policy of this engine.
+
+The trace is synthetic, from published routing statistics of Qwen3.5-122B-A10B.  It comes from
+`tools/make_trace.py T.npz`, then `tools/simulate_cache T.npz --tokens 1500 --shares .05 .1 ...`,
+the line mixed (2026-11-25)."""
 
 
-def hit_rate(share: float) -> float:
-    """The share of uses that hit where this share of the experts is resident."""
+def hit_rate(resident_fraction: float) -> float:
+    """The expected hit rate with this fraction of the experts resident, interpolated linearly."""
     for (x0, y0), (x1, y1) in pairwise(_HIT):
-        if share <= x1:
-            return y0 + (y1 - y0) * (share - x0) / (x1 - x0)
+        if resident_fraction <= x1:
+            return y0 + (y1 - y0) * (resident_fraction - x0) / (x1 - x0)
     return 1.0
 
 
 @dataclass(frozen=True)
 class TokenTime:
-    """Where the time of one decoded token goes, in ms."""
+    """The parts of one decoded token's time, ms."""
 
     vram_ms: float
     """VRAM reads and writes."""
     overhead_ms: float
-    """Kernels' starts and ends."""
+    """Launch overhead of kernels."""
     link_ms: float
     """Missed experts over PCIe."""
     overlap_ms: float
-    """What of the link's time is hidden behind the GPU's."""
+    """The part of link_ms that overlaps GPU work; subtracted."""
 
     @property
     def total_ms(self) -> float:
-        """Of the token."""
+        """The time of the token."""
         return self.vram_ms + self.overhead_ms + self.link_ms - self.overlap_ms
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Bytes that a decoded token moves, and how fast copies were measured to be."""
+    """Bytes that a decoded token moves, and the measured copy rates."""
 
     slot_bytes: int
-    """VRAM of one slot more in every layer."""
+    """VRAM of one more slot in every layer."""
     expert_bytes: int
-    """Of the experts that a token uses, all layers together."""
+    """Bytes of a token's top-k experts, all layers together."""
     vram_bytes: int
-    """VRAM that a token reads and writes beside its context: weights, its experts, its recurrent
+    """VRAM bytes that a token reads and writes without its context: weights, experts and recurrent
     states."""
     min_slots: int
-    """Slots per layer that there have to be."""
+    """Fewest slots per layer."""
     link_gb_s: float = 0.0
-    """Of large copies from host memory; 0: not known."""
+    """Rate of large copies from host memory; 0: unknown."""
     memory_gb_s: float = 0.0
-    """Of a copy inside VRAM, read and written; 0: not known."""
+    """Rate of a copy inside VRAM, bytes read plus written; 0: unknown."""
     kv_token_bytes: int = 0
-    """KV cache of one token of context, which every decoded token reads."""
+    """KV bytes per token of context; each decoded token reads them all."""
     num_layers: int = 0
     prefetch: bool = False
-    """Whether experts are copied before the router has picked them."""
+    """Whether experts are copied before their layer's routing."""
 
-    def time(self, hits: float, context: int = STANDARD_CONTEXT) -> TokenTime | None:
-        """At a hit rate (1: all experts are resident); None where the rates are not known."""
+    def time(self, hit_rate: float, context: int = STANDARD_CONTEXT) -> TokenTime | None:
+        """Token time at a hit rate (1: all experts resident); None where the rates are unknown."""
         if not self.link_gb_s or not self.memory_gb_s:
             return None
-        read = self.vram_bytes + self.kv_token_bytes * context
-        vram = read / (VRAM_SHARE * self.memory_gb_s) / 1e6
-        overhead = self.num_layers * LAYER_US / 1e3
-        if hits >= 1:
-            return TokenTime(vram, overhead, 0.0, 0.0)
-        link = (1 - hits) * self.expert_bytes / (LINK_SHARE * self.link_gb_s) / 1e6
-        hidden = HIDDEN_PREFETCH if self.prefetch else HIDDEN
-        overlap = hidden * min(link, vram + overhead)
-        overhead += self.num_layers * MISS_LAYER_US / 1e3
-        return TokenTime(vram, overhead, link, overlap)
+        nbytes = self.vram_bytes + self.kv_token_bytes * context
+        vram_ms = nbytes / (VRAM_EFFICIENCY * self.memory_gb_s) / 1e6
+        overhead_ms = self.num_layers * LAYER_US / 1e3
+        if hit_rate >= 1:
+            return TokenTime(vram_ms, overhead_ms, 0.0, 0.0)
+        link_ms = (1 - hit_rate) * self.expert_bytes / (LINK_EFFICIENCY * self.link_gb_s) / 1e6
+        fraction = OVERLAP_FRACTION_PREFETCH if self.prefetch else OVERLAP_FRACTION
+        overlap_ms = fraction * min(link_ms, vram_ms + overhead_ms)
+        overhead_ms += self.num_layers * MISS_LAYER_US / 1e3
+        return TokenTime(vram_ms, overhead_ms, link_ms, overlap_ms)
 
-    def tokens_per_s(self, hits: float, context: int = STANDARD_CONTEXT) -> float | None:
-        """At a hit rate; None where the rates are not known."""
-        time = self.time(hits, context)
+    def tokens_per_s(self, hit_rate: float, context: int = STANDARD_CONTEXT) -> float | None:
+        """Decode speed at a hit rate; None where the rates are unknown."""
+        time = self.time(hit_rate, context)
         return None if time is None else 1e3 / time.total_ms
 
 

@@ -1,9 +1,9 @@
-"""What replies took, and where their experts came from: for GET /metrics and --timing.
+"""Engine statistics, for GET /metrics and --timing: times, tokens and expert counts.
 
-Written by the engine's thread alone; whoever reads may find one number newer than another.  The
-counters of experts are in device memory, and reading them waits for the stream.  So they are looked
-at when a reply has its first token and at its end, when nothing is on its way, and, if somebody
-watches, every so often between two tokens: then the next step is launched once without one ahead.
+Only the engine's thread writes them; another thread may read one number newer than another.  The
+expert counters are in device memory, and a read synchronises the stream.  They are read after a
+response's first token and at its end, while no step is in flight.  With `poll_interval_s` they are
+also read between two tokens, and one step is then launched without lookahead.
 """
 
 import logging
@@ -19,22 +19,22 @@ from osmium.experts.runner import ExpertCounters
 
 __all__ = ["EngineStats", "Histogram", "IntervalStats"]
 
-LOG = logging.getLogger("osmium.meter")
+LOG = logging.getLogger("osmium.stats")
 
-TOKEN_S = (
+ITL_EDGES_S = (
     .001, .002, .003, .004, .005, .006, .008, .01, .0125, .015, .02, .025, .03, .04, .05, .075,
     .1, .2, .5, 1.0,
 )  # fmt: skip
-FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+TTFT_EDGES_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
 
 class Histogram:
-    """How often a value was at most each of some edges."""
+    """Counts of values in buckets with upper edges."""
 
     def __init__(self, edges: Sequence[float]) -> None:
         self.edges = tuple(edges)
         self.counts = [0] * (len(edges) + 1)
-        """A value's count is kept at the first edge that is not below it, or last of all."""
+        """counts[i] is of values in (edges[i - 1], edges[i]]; the last is of larger values."""
         self.sum = 0.0
 
     def add(self, value: float) -> None:
@@ -44,7 +44,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class IntervalStats:
-    """One reply, or a while of serving."""
+    """Statistics of one response, or of an interval of serving."""
 
     queue_s: float
     prefill_s: float
@@ -53,22 +53,22 @@ class IntervalStats:
     """Tokens of prompts."""
     generated_tokens: int
     hit_rate: float
-    """Of all that ran meanwhile; so are the next two."""
+    """Hits per routed pair, of all requests in the interval; the next two are also of all."""
     mb_per_token: float
-    """Fetched over the link a token that was said, 1e6 bytes."""
+    """Bytes of fetched experts per generated token, 1e6 bytes."""
     link_utilization: float
-    """Bytes fetched a second over what the link was measured to carry; 0 where it was not."""
+    """Fetch rate / measured rate of the link; 0 if the link was not measured."""
 
     @property
     def tokens_per_s(self) -> float:
         return self.generated_tokens / self.decode_s if self.decode_s else 0.0
 
     def line(self) -> str:
-        """One line for people."""
+        """The statistics as one line of text."""
         link = ""
         if self.link_utilization:
-            least = 1e3 * self.link_utilization * self.decode_s / max(1, self.generated_tokens)
-            link = f", link {self.link_utilization:.2f} (at least {least:.1f} ms per token)"
+            link_ms = 1e3 * self.link_utilization * self.decode_s / max(1, self.generated_tokens)
+            link = f", link {self.link_utilization:.2f} (at least {link_ms:.1f} ms per token)"
         return (
             f"{self.tokens_per_s:.1f} tok/s, hit {self.hit_rate:.3f}, {self.mb_per_token:.1f} "
             f"MB/token{link}; queue {1e3 * self.queue_s:.0f} ms, prefill "
@@ -78,63 +78,67 @@ class IntervalStats:
 
 
 @dataclass(frozen=True)
-class _Mark:
-    """Where the counters stood."""
+class _Sample:
+    """The counters at one time."""
 
     at: float
     experts: ExpertCounters
     tokens: tuple[int, int]
+    """Prompt and generated tokens."""
 
 
 class EngineStats:
-    """The counts of one engine."""
+    """The statistics of one engine."""
 
-    def __init__(self, scheduler: Scheduler, store: Any, link_gb_s: float = 0.0) -> None:
-        self.scheduler, self._store, self.link_gb_s = scheduler, store, link_gb_s
-        self.record_bytes: int = store.cache.layout.nbytes
+    def __init__(self, scheduler: Scheduler, expert_runner: Any, link_gb_s: float = 0.0) -> None:
+        self.scheduler, self._expert_runner = scheduler, expert_runner
+        self.link_gb_s = link_gb_s
+        """Measured rate of the link; 0: not measured."""
+        self.expert_bytes: int = expert_runner.cache.layout.nbytes
+        """Bytes of one packed expert."""
         self.tokens = {"prompt": 0, "completion": 0}
         self.finished = dict.fromkeys(FinishReason, 0)
-        self.itl_s, self.ttft_s = Histogram(TOKEN_S), Histogram(FIRST_S)
+        self.itl_s, self.ttft_s = Histogram(ITL_EDGES_S), Histogram(TTFT_EDGES_S)
         self.experts = ExpertCounters(0, 0, 0, 0)
-        """As they were when last looked at."""
-        self.link_now = 0.0
-        """GB/s fetched between the last two looks of `every`."""
+        """The expert counters at their last read."""
+        self.fetch_gb_s = 0.0
+        """Fetch rate between the last two interval polls."""
         self.vram: tuple[int, int] | None = None
-        """Bytes free and in all, at the last look of `every`."""
-        self.vram_of: Callable[[], tuple[int, int]] | None = None
-        """Asks for it."""
+        """(free, total) bytes of VRAM at the last interval poll."""
+        self.read_vram: Callable[[], tuple[int, int]] | None = None
+        """Returns (free, total) bytes of VRAM; None without a GPU."""
         self.poll_interval_s: float | None = None
-        """Seconds between looks while replies run; None looks at their beginnings and ends."""
+        """Seconds between polls while requests run; None polls only at first tokens and ends."""
         self.on_request_stats: Callable[[IntervalStats], None] | None = None
-        """Called on the engine's thread after each reply; must return at once."""
+        """Called on the engine's thread after each response; must return at once."""
         self.on_interval_stats: Callable[[IntervalStats], None] | None = None
-        """Called there after each look of `every`, with what happened since the one before."""
-        self._looked = self._mark()
-        self._marks: dict[Request, _Mark] = {}
-        self._begun: list[Request] = []
-        """Those that have said their first token since the last look."""
-        self._ended: list[Request] = []
-        self._told_wrong = False
+        """Called on the engine's thread after each interval poll; must return at once."""
+        self._last_poll = self._sample()
+        self._start_samples: dict[Request, _Sample] = {}
+        self._first_tokens: list[Request] = []
+        """Requests whose first token was generated since the last poll."""
+        self._finished_requests: list[Request] = []
+        self._logged_mismatch = False
 
-    # -- what the engine tells, on its thread ------------------------------------------------------
+    # -- events, on the engine's thread ------------------------------------------------------------
 
     def begin(self, batch: Batch) -> None:
-        """A step of these requests is about to be computed."""
-        if not self._marks:
-            self._looked = self._mark()  # nothing has happened since
+        """Start the times of requests that are new in this step; call it before the step."""
+        if not self._start_samples:
+            self._last_poll = self._sample()  # the engine was idle since the last poll
         for request, _ in batch.scheduled:
-            if request not in self._marks and not request.done:
+            if request not in self._start_samples and not request.done:
                 request.times.started = request.times.started or time.perf_counter()
-                self._marks[request] = self._mark()
+                self._start_samples[request] = self._sample()
 
     def add_computed(self, request: Request, count: int) -> None:
-        """So many more of a request's tokens are about to count as computed."""
+        """Add this step's prompt tokens; call it before num_computed_tokens grows by `count`."""
         self.tokens["prompt"] += min(
             count, max(0, request.prompt_tokens - request.num_computed_tokens)
         )
 
     def token(self, request: Request) -> None:
-        """A request has its next token."""
+        """Count a generated token, and its TTFT or ITL."""
         now, times = time.perf_counter(), request.times
         self.tokens["completion"] += 1
         if times.first_token:
@@ -142,95 +146,100 @@ class EngineStats:
         else:
             times.first_token = now
             self.ttft_s.add(now - times.submitted)
-            self._begun.append(request)
+            self._first_tokens.append(request)
         times.last_token = now
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """A request is over."""
+        """Count a finished request."""
         self.finished[reason] += 1
-        if request in self._marks:
-            self._ended.append(request)
+        if request in self._start_samples:
+            self._finished_requests.append(request)
 
     @property
     def due(self) -> bool:
-        """Whether it is time for somebody who watches."""
+        """Whether an interval poll is due."""
         return (
             self.poll_interval_s is not None
-            and time.perf_counter() - self._looked.at >= self.poll_interval_s
+            and time.perf_counter() - self._last_poll.at >= self.poll_interval_s
         )
 
     def poll(self) -> None:
-        """Read the counters if anybody wants them; to be called when nothing is on its way."""
+        """Read the counters if a poll is due; call it while no step is in flight."""
         due = self.due
-        if not (self._begun or self._ended or due):
+        if not (self._first_tokens or self._finished_requests or due):
             return
         self.update()
-        now = self._mark()
-        for request in self._begun:
+        now = self._sample()
+        for request in self._first_tokens:
             if not request.done:
-                self._marks[request] = now  # what it takes from here on is decoding
-        ended, self._begun, self._ended = self._ended, [], []
-        for request in ended:
-            mark = self._marks.pop(request)
+                self._start_samples[request] = now  # statistics start with decoding
+        finished, self._first_tokens, self._finished_requests = self._finished_requests, [], []
+        for request in finished:
+            start = self._start_samples.pop(request)
             if request.times.first_token and self.on_request_stats is not None:
-                self._tell("on_request_stats", self._reply(request, mark, now))
+                self._call("on_request_stats", self._request_stats(request, start, now))
         if due:
-            before, self._looked = self._looked, now
+            before, self._last_poll = self._last_poll, now
             copied = now.experts.experts_copied - before.experts.experts_copied
-            self.link_now = copied * self.record_bytes / (now.at - before.at) / 1e9
-            if self.vram_of is not None:
-                self.vram = self.vram_of()
+            self.fetch_gb_s = copied * self.expert_bytes / (now.at - before.at) / 1e9
+            if self.read_vram is not None:
+                self.vram = self.read_vram()
             if self.on_interval_stats is not None and now.tokens != before.tokens:
-                self._tell("on_interval_stats", self._while(before, now))
+                self._call("on_interval_stats", self._interval_stats(before, now))
 
     def update(self) -> ExpertCounters:
-        """Read the counters.  That they do not add up is logged, once, and is for a benchmark to
-        fail of: a step that failed half way leaves them so."""
+        """Read the expert counters; synchronises.
+
+        A mismatch is logged once, not raised: a step that failed halfway leaves one.
+        """
         try:
-            self.experts = self._store.counters()
+            self.experts = self._expert_runner.counters()
         except AssertionError as error:
-            if not self._told_wrong:
+            if not self._logged_mismatch:
                 LOG.error("The expert counters do not add up: %s", error)
-            self._told_wrong = True
+            self._logged_mismatch = True
         return self.experts
 
     # -- sums --------------------------------------------------------------------------------------
 
-    def _mark(self) -> _Mark:
+    def _sample(self) -> _Sample:
         tokens = self.tokens["prompt"], self.tokens["completion"]
-        return _Mark(time.perf_counter(), self.experts, tokens)
+        return _Sample(time.perf_counter(), self.experts, tokens)
 
-    def _tell(self, name: str, took: IntervalStats) -> None:
+    def _call(self, name: str, stats: IntervalStats) -> None:
         try:
-            getattr(self, name)(took)
-        except Exception as error:  # a terminal that is gone, say; replies go on
+            getattr(self, name)(stats)
+        except Exception as error:  # for example a closed terminal; serving continues
             LOG.warning("Could not report timing: %r", error)
             setattr(self, name, None)
 
-    def _reply(self, request: Request, mark: _Mark, now: _Mark) -> IntervalStats:
+    def _request_stats(self, request: Request, start: _Sample, now: _Sample) -> IntervalStats:
         times = request.times
         started = times.started or times.first_token
         return IntervalStats(
             started - times.submitted, times.first_token - started,
             times.last_token - times.first_token,
             request.prompt_tokens, request.completion_tokens - 1,
-            *self._experts(mark, now, times.last_token - mark.at),
+            *self._expert_rates(start, now, times.last_token - start.at),
         )  # fmt: skip
 
-    def _while(self, before: _Mark, now: _Mark) -> IntervalStats:
+    def _interval_stats(self, before: _Sample, now: _Sample) -> IntervalStats:
         seconds = now.at - before.at
-        read, said = (a - b for a, b in zip(now.tokens, before.tokens, strict=True))
-        return IntervalStats(0.0, 0.0, seconds, read, said, *self._experts(before, now, seconds))
+        prompt, generated = (a - b for a, b in zip(now.tokens, before.tokens, strict=True))
+        rates = self._expert_rates(before, now, seconds)
+        return IntervalStats(0.0, 0.0, seconds, prompt, generated, *rates)
 
-    def _experts(self, before: _Mark, now: _Mark, seconds: float) -> tuple[float, float, float]:
-        """Hit rate, MB a token, share of the link."""
+    def _expert_rates(
+        self, before: _Sample, now: _Sample, seconds: float
+    ) -> tuple[float, float, float]:
+        """Hit rate, MB fetched per generated token, link utilization."""
         routed = now.experts.routed - before.experts.routed
         hit = now.experts.hit - before.experts.hit
-        nbytes = (now.experts.experts_copied - before.experts.experts_copied) * self.record_bytes
-        said = now.tokens[1] - before.tokens[1]
-        carried = self.link_gb_s * 1e9 * seconds
+        nbytes = (now.experts.experts_copied - before.experts.experts_copied) * self.expert_bytes
+        generated = now.tokens[1] - before.tokens[1]
+        link_bytes = self.link_gb_s * 1e9 * seconds
         return (
             hit / routed if routed else 1.0,
-            nbytes / max(1, said) / 1e6,
-            nbytes / carried if carried else 0.0,
+            nbytes / max(1, generated) / 1e6,
+            nbytes / link_bytes if link_bytes else 0.0,
         )

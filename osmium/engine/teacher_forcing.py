@@ -1,4 +1,4 @@
-"""Teacher forcing: the logits of sequences that are told, not chosen."""
+"""Teacher forcing: the logits of given sequences, without sampling."""
 
 from collections.abc import Iterator
 
@@ -12,55 +12,58 @@ from osmium.engine.scheduler import Batch, Scheduler
 __all__ = ["teacher_forced_logits"]
 
 LogitChunks = Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]
-"""((position, sequence), f32 [n, vocab]): rows of a sequence from a position on."""
+"""((position, sequence), f32 [n, vocab]): logits of n positions from `position` on."""
 
 
 def teacher_forced_logits(
     runner: ModelRunner, scheduler: Scheduler, sequences: list[list[int]], chunk: int
 ) -> LogitChunks:
-    """Logits of whole sequences, `chunk` tokens at a time, several sequences in one step.
+    """Logits of whole sequences, `chunk` tokens per step, several sequences per step.
 
-    On slots and pages of its own; whoever is running is read again later.
+    All running requests are preempted first, so their slots and pages are free.
     """
-    seats = scheduler.seats
+    kv_cache = scheduler.kv_cache
     for request in list(reversed(scheduler.running)):
         scheduler.preempt(request)
-    every = list(enumerate(sequences))
-    while every:
+    remaining = list(enumerate(sequences))
+    while remaining:
         group: list[tuple[int, Request]] = []
-        while every and len(group) < min(runner.sequences, max(1, runner.rows // chunk)):
-            index, ids = every[0]
+        while remaining and len(group) < min(runner.max_num_seqs, max(1, runner.rows // chunk)):
+            index, ids = remaining[0]
             request = Request(ids, SamplingParams(), _ignore, None, 0)
-            if not seats.allocate_slot(request):
+            if not kv_cache.allocate_slot(request):
                 break
-            if not seats.allocate_pages(request, len(ids)):
-                seats.free(request)
+            if not kv_cache.allocate_pages(request, len(ids)):
+                kv_cache.free(request)
                 break
             group.append((index, request))
-            every.pop(0)
+            remaining.pop(0)
         assert group, "a sequence of at most the context always fits alone"
         try:
-            while live := [(i, r) for i, r in group if r.num_pending_tokens]:
-                parts = [(r, min(r.num_pending_tokens, chunk)) for _, r in live]
-                runner.forward(Batch(parts))
-                yield from _rows(runner, live, parts)
+            while unfinished := [(i, r) for i, r in group if r.num_pending_tokens]:
+                scheduled = [(r, min(r.num_pending_tokens, chunk)) for _, r in unfinished]
+                runner.forward(Batch(scheduled))
+                yield from _step_logits(runner, unfinished, scheduled)
         finally:
             for _, request in group:
-                seats.free(request)
+                kv_cache.free(request)
 
 
-def _rows(
-    runner: ModelRunner, live: list[tuple[int, Request]], parts: list[tuple[Request, int]]
+def _step_logits(
+    runner: ModelRunner,
+    unfinished: list[tuple[int, Request]],
+    scheduled: list[tuple[Request, int]],
 ) -> LogitChunks:
+    """The logits of all rows of the last step; counts its tokens as computed."""
     row = 0
-    for (index, request), (_, count) in zip(live, parts, strict=True):
-        at = request.num_computed_tokens
-        for piece in runner.logits(np.arange(row, row + count, dtype=np.int32)):
-            yield (at, index), piece
-            at += len(piece)
+    for (index, request), (_, count) in zip(unfinished, scheduled, strict=True):
+        position = request.num_computed_tokens
+        for chunk in runner.logits(np.arange(row, row + count, dtype=np.int32)):
+            yield (position, index), chunk
+            position += len(chunk)
         request.num_computed_tokens += count
         row += count
 
 
 def _ignore(event: Event) -> None:
-    """Nothing is emitted."""
+    """Teacher forcing emits no events."""

@@ -1,6 +1,7 @@
-"""The hot cache: slots of each layer, which experts are in them, and how much each is used.
+"""The expert cache: slots of each layer, the experts in them, and decayed use counts.
 
-Makes the arrays and looks into them; who enters and who leaves is decided by `ops.assign_slots`.
+Allocates, resets and inspects the arrays.  Ops.assign_slots decides admission and eviction; see
+docs/expert-cache.md.
 """
 
 from collections.abc import Sequence
@@ -20,8 +21,8 @@ __all__ = [
 ]  # fmt: skip
 
 DECAY = DecayConfig(half_life=8.0, long_half_life=512.0, long_weight=1.0, prior_steps=19)
-"""In the middle of those that are nowhere far from the best policy, on made routing of other drifts
-and the lab model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
+"""Near the best policy on every trace tried: synthetic routing of several drifts and the test
+model's own (tools/simulate_cache; LOG.md, 2026-11-25)."""
 
 
 def make_cache(
@@ -29,11 +30,11 @@ def make_cache(
     host_experts: HostExperts,
     capacity: int,
     top_k: int,
-    each: Sequence[int] | None = None,
+    slots_per_layer: Sequence[int] | None = None,
 ) -> ExpertCache:
-    """A cache of `capacity` slots a layer, or of `each` layer's own, as many in all: empty, or
-    wholly resident and filled from the arena where there is a slot for every expert.
+    """An empty cache with `capacity` slots per layer; `slots_per_layer` may divide them unevenly.
 
+    With a slot for every expert the cache is filled from `host_experts` and fully resident.
     Raises: ConfigError, OutOfMemory.
     """
     layers, experts, nbytes = host_experts.packed.shape
@@ -43,10 +44,12 @@ def make_cache(
         )
     assert capacity <= experts, f"{capacity} slots for {experts} experts"
     if capacity < experts:
-        each = [capacity] * layers if each is None else each
-        assert sum(each) == layers * capacity and top_k <= min(each), f"{each} slots"
+        if slots_per_layer is None:
+            slots_per_layer = [capacity] * layers
+        assert sum(slots_per_layer) == layers * capacity, f"{slots_per_layer} slots"
+        assert top_k <= min(slots_per_layer), f"{slots_per_layer} slots"
         slots = ops.empty((layers * capacity, nbytes), np.uint8)
-        return _cache(ops, host_experts.layout, slots, each, experts)
+        return _empty_cache(ops, host_experts.layout, slots, slots_per_layer, experts)
     slots = ops.empty((layers, capacity, nbytes), np.uint8)
     for layer in range(layers):
         ops.copy(slots[layer : layer + 1], host_experts.packed[layer : layer + 1])
@@ -54,102 +57,119 @@ def make_cache(
 
 
 def resident_cache(ops: Ops, layout: ExpertLayout, slots: Array) -> ExpertCache:
-    """A cache in which expert e of every layer is in slot e for good.
+    """A cache in which expert e of every layer stays in slot e.
 
-    slots u8 [L, E, nbytes], filled; on the CPU they may be the arena's records themselves.
+    slots u8 [L, E, nbytes], filled; on the CPU they may be the host experts themselves.
     """
-    layers, num_experts, nbytes = slots.shape
-    whole = slots.reshape(layers * num_experts, nbytes)
-    cache = _cache(ops, layout, whole, [num_experts] * layers, num_experts)
-    everyone = np.arange(num_experts, dtype=np.int32)
-    ops.copy_h2d(cache.expert_to_slot, np.tile(everyone, (layers, 1)))
-    for layer in cache.slot_to_expert:
-        ops.copy_h2d(layer, everyone)
+    layers, experts, nbytes = slots.shape
+    storage = slots.reshape(layers * experts, nbytes)
+    cache = _empty_cache(ops, layout, storage, [experts] * layers, experts)
+    identity = np.arange(experts, dtype=np.int32)
+    ops.copy_h2d(cache.expert_to_slot, np.tile(identity, (layers, 1)))
+    for slot_to_expert in cache.slot_to_expert:
+        ops.copy_h2d(slot_to_expert, identity)
     return cache
 
 
-def resize_layers(cache: ExpertCache, each: Sequence[int]) -> ExpertCache:
-    """The same memory, with `each` layer's number of slots, as many in all.  Who is in which is to
-    be said anew: tables keep what they held."""
-    assert cache.storage is not None, "a cache that is not made here is cut once for all"
-    slots, expert_in = cache.storage
-    assert sum(each) == slots.shape[0] and max(each) <= cache.num_experts, f"{each} slots"
-    return replace(cache, slots=_parts(slots, each), slot_to_expert=_parts(expert_in, each))
+def resize_layers(cache: ExpertCache, slots_per_layer: Sequence[int]) -> ExpertCache:
+    """The same memory divided into `slots_per_layer` slots, with the same total.
+
+    The slot tables keep their old contents; call reset_cache before the next use.
+    """
+    assert cache.storage is not None, "only a cache of make_cache can be resized"
+    slots, slot_to_expert = cache.storage
+    assert sum(slots_per_layer) == slots.shape[0], f"{slots_per_layer} slots"
+    assert max(slots_per_layer) <= cache.num_experts, f"{slots_per_layer} slots"
+    return replace(
+        cache,
+        slots=_split_by_layer(slots, slots_per_layer),
+        slot_to_expert=_split_by_layer(slot_to_expert, slots_per_layer),
+    )
 
 
-def _parts(whole: Array, each: Sequence[int]) -> tuple[Array, ...]:
-    """So many rows for each layer."""
-    ends = np.cumsum(each).tolist()
-    return tuple(whole[end - count : end] for end, count in zip(ends, each, strict=True))
+def _split_by_layer(storage: Array, slots_per_layer: Sequence[int]) -> tuple[Array, ...]:
+    """Views of consecutive rows, one view per layer."""
+    ends = np.cumsum(slots_per_layer).tolist()
+    return tuple(
+        storage[end - count : end] for end, count in zip(ends, slots_per_layer, strict=True)
+    )
 
 
-def _cache(
-    ops: Ops, layout: ExpertLayout, slots: Array, each: Sequence[int], num_experts: int
+def _empty_cache(
+    ops: Ops, layout: ExpertLayout, slots: Array, slots_per_layer: Sequence[int], experts: int
 ) -> ExpertCache:
-    """An empty cache over all layers' `slots`.  Raises: OutOfMemory."""
-    layers, expert_in = len(each), ops.empty((slots.shape[0],), np.int32)
-    made = ExpertCache(
+    """An empty cache over `slots` of all layers.  Raises: OutOfMemory."""
+    layers = len(slots_per_layer)
+    slot_to_expert = ops.empty((slots.shape[0],), np.int32)
+    cache = ExpertCache(
         layout=layout,
-        num_experts=num_experts,
+        num_experts=experts,
         decay=DECAY,
-        slots=_parts(slots, each),
-        expert_to_slot=ops.empty((layers, num_experts), np.int32),
-        slot_to_expert=_parts(expert_in, each),
-        short_count=ops.empty((layers, num_experts), np.float32),
-        long_count=ops.empty((layers, num_experts), np.float32),
-        last_used=ops.empty((layers, num_experts), np.int32),
+        slots=_split_by_layer(slots, slots_per_layer),
+        expert_to_slot=ops.empty((layers, experts), np.int32),
+        slot_to_expert=_split_by_layer(slot_to_expert, slots_per_layer),
+        short_count=ops.empty((layers, experts), np.float32),
+        long_count=ops.empty((layers, experts), np.float32),
+        last_used=ops.empty((layers, experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((7,), np.int64),
-        storage=(slots, expert_in),
+        storage=(slots, slot_to_expert),
     )
-    reset_cache(ops, made)
-    ops.memset(made.counters, 0)
-    return made
+    reset_cache(ops, cache)
+    ops.memset(cache.counters, 0)
+    return cache
 
 
 def reset_cache(ops: Ops, cache: ExpertCache) -> None:
-    """Empty every slot and clear the use counts, as after a start."""
+    """Empty every slot and clear the use counts, as in a new cache; the hit counters stay."""
     for table in (cache.expert_to_slot, *cache.slot_to_expert):
         ops.memset(table, 0xFF)  # -1
-    for zero in (cache.short_count, cache.long_count, cache.last_used, cache.step):
-        ops.memset(zero, 0)
+    for array in (cache.short_count, cache.long_count, cache.last_used, cache.step):
+        ops.memset(array, 0)
 
 
-def cache_bytes(layout: ExpertLayout, layers: int, num_experts: int, capacity: int) -> int:
-    """Bytes of the cache's arrays."""
-    return layers * (capacity * (layout.nbytes + 4) + num_experts * 16) + 60
+def cache_bytes(layout: ExpertLayout, layers: int, experts: int, capacity: int) -> int:
+    """Bytes of the arrays of a cache with `capacity` slots per layer."""
+    return layers * (capacity * (layout.nbytes + 4) + experts * 16) + 60
 
 
 def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:
     """Which experts are in a slot, bool [L, E].
 
-    Asserts that the two tables say the same: expert e is in slot s if and only if s holds e.
+    Asserts that the two tables agree: expert_to_slot[e] is s exactly where slot_to_expert[s] is e.
     """
-    slot_of: npt.NDArray[Any] = ops.copy_d2h(cache.expert_to_slot)
-    for there, in_slots in zip(slot_of, cache.slot_to_expert, strict=True):
-        expert_in: npt.NDArray[Any] = ops.copy_d2h(in_slots)
-        (experts,) = np.nonzero(there >= 0)
-        assert (expert_in[there[experts]] == experts).all(), "an expert left its slot"
-        assert len(experts) == (expert_in >= 0).sum(), (
-            "a slot holds an expert that is said to be out"
+    expert_to_slot: npt.NDArray[Any] = ops.copy_d2h(cache.expert_to_slot)
+    for layer_slots, device_experts in zip(expert_to_slot, cache.slot_to_expert, strict=True):
+        layer_experts: npt.NDArray[Any] = ops.copy_d2h(device_experts)
+        (experts,) = np.nonzero(layer_slots >= 0)
+        assert (layer_experts[layer_slots[experts]] == experts).all(), (
+            "expert_to_slot names a slot that holds another expert"
         )
-    return np.asarray(slot_of >= 0)
+        assert len(experts) == (layer_experts >= 0).sum(), (
+            "slot_to_expert names an expert that expert_to_slot lacks"
+        )
+    return np.asarray(expert_to_slot >= 0)
 
 
-def verify(ops: Ops, cache: ExpertCache, records: npt.NDArray[Any], samples: int, seed: int) -> int:
-    """Compare up to `samples` slots with their records, byte for byte; how many were compared.
+def verify(
+    ops: Ops, cache: ExpertCache, packed_experts: npt.NDArray[Any], samples: int, seed: int
+) -> int:
+    """Compare up to `samples` slots with their packed experts, byte for byte.
 
-    records u8 [L, E, nbytes] in the host's memory: the arena's, or the packed file's.
+    packed_experts u8 [L, E, nbytes] in host memory: the host experts, or those of the packed file.
+    Returns the number of slots compared.
     """
-    expert_in: list[npt.NDArray[Any]] = [ops.copy_d2h(layer) for layer in cache.slot_to_expert]
-    held = [
-        (at, slot) for at, who in enumerate(expert_in) for slot in np.flatnonzero(who >= 0).tolist()
+    slot_to_expert: list[npt.NDArray[Any]] = [ops.copy_d2h(x) for x in cache.slot_to_expert]
+    occupied = [
+        (layer, slot)
+        for layer, experts in enumerate(slot_to_expert)
+        for slot in np.flatnonzero(experts >= 0).tolist()
     ]
-    chosen = np.random.default_rng(seed).permutation(len(held))[:samples]
-    for layer, slot in (held[one] for one in chosen):
-        mine = ops.copy_d2h(cache.slots[layer][slot : slot + 1])[0]
-        expert = int(expert_in[layer][slot])
-        assert np.array_equal(mine, records[layer, expert]), (
-            f"slot {slot} of layer {layer} differs from the record of expert {expert}"
+    sampled = np.random.default_rng(seed).permutation(len(occupied))[:samples]
+    for layer, slot in (occupied[i] for i in sampled):
+        slot_bytes = ops.copy_d2h(cache.slots[layer][slot : slot + 1])[0]
+        expert = int(slot_to_expert[layer][slot])
+        assert np.array_equal(slot_bytes, packed_experts[layer, expert]), (
+            f"slot {slot} of layer {layer} differs from packed expert {expert}"
         )
-    return len(chosen)
+    return len(sampled)

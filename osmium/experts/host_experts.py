@@ -1,7 +1,7 @@
-"""The host arena: every routed expert of the model as one record each.
+"""Host experts: every routed expert of the model, packed, in host memory.
 
-Who reads the records from where is the caller's: see Begin.  Reading never waits for a layer's end:
-the next part is begun before the one before it is waited for.
+The caller supplies the reads (StartRead).  The next read always starts before the loader waits for
+the previous one, so the disk stays busy.
 """
 
 import contextlib
@@ -20,28 +20,33 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = ["StartRead", "load_host_experts", "load_resident_experts", "wrap_host_experts"]
 
 StartRead = Callable[[int, int, npt.NDArray[np.uint8]], Callable[[], None]]
-"""begin(layer, first, out) begins to write the records of a layer from expert `first` on into
-u8 [n, nbytes]; what it returns waits until they are there, and raises what went wrong."""
+"""start_read(layer, first, out) starts to read packed experts into out, u8 [n, nbytes].
+
+They are experts `first` .. `first + n - 1` of the layer.  The returned function waits for the read
+and raises its error.
+"""
 
 
 def load_host_experts(
     ops: Ops,
     layout: ExpertLayout,
     layers: int,
-    num_experts: int,
-    begin: StartRead,
+    experts: int,
+    start_read: StartRead,
     progress: Progress | None,
 ) -> HostExperts:
-    """All experts in mapped host memory.  Raises: OutOfMemory, and what reading raises; then
-    nothing is kept."""
-    shape = (layers, num_experts, layout.nbytes)
+    """Load all experts into mapped host memory.
+
+    Raises: OutOfMemory, and the errors of the reads; the memory is then freed.
+    """
+    shape = (layers, experts, layout.nbytes)
 
     def fill(memory: npt.NDArray[np.uint8]) -> None:
         view, waits = memory.reshape(shape), Waits()
         with waited_for(waits):
             for layer in range(layers + 1):
                 if layer < layers:
-                    waits.append(begin(layer, 0, view[layer]))
+                    waits.append(start_read(layer, 0, view[layer]))
                 if layer:
                     waits[0]()
                     waits.pop(0)
@@ -55,44 +60,45 @@ def load_resident_experts(
     ops: Ops,
     layout: ExpertLayout,
     layers: int,
-    num_experts: int,
-    begin: StartRead,
+    experts: int,
+    start_read: StartRead,
     progress: Progress | None,
 ) -> Array:
-    """A slot for every expert, u8 [L, E, nbytes] on the device, for a model that needs no arena.
+    """Load every expert into a slot, u8 [L, E, nbytes] in VRAM, without host experts.
 
-    Read through one layer's worth of mapped memory, in two halves: one is copied to the device
-    while the other is read.  Raises: OutOfMemory, and what reading raises; then nothing is kept.
+    The staging buffer holds one layer in mapped host memory, as two halves.  One half is copied to
+    the device while the other is read.
+    Raises: OutOfMemory, and the errors of the reads; the memory is then freed.
     """
-    slots = ops.empty((layers, num_experts, layout.nbytes), np.uint8)
-    flat = slots.reshape(layers * num_experts, layout.nbytes)
-    half = -(-num_experts // 2)
+    slots = ops.empty((layers, experts, layout.nbytes), np.uint8)
+    flat = slots.reshape(layers * experts, layout.nbytes)
+    half = -(-experts // 2)
     staging = ops.empty_mapped((2, half, layout.nbytes), np.uint8)
     waits: Waits = []
-    with _given_back_if_it_fails(ops, staging), waited_for(waits):
-        rooms = np.asarray(ops.host_view(staging), np.uint8)
-        parts = [(layer, first) for layer in range(layers) for first in range(0, num_experts, half)]
+    with _released_on_error(ops, staging), waited_for(waits):
+        halves = np.asarray(ops.host_view(staging), np.uint8)
+        parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
         for number in range(len(parts) + 1):
             if number < len(parts):
                 layer, first = parts[number]
-                waits.append(begin(layer, first, rooms[number % 2][: num_experts - first]))
+                waits.append(start_read(layer, first, halves[number % 2][: experts - first]))
             if number:
                 layer, first = parts[number - 1]
-                room = rooms[(number - 1) % 2][: num_experts - first]
+                half_read = halves[(number - 1) % 2][: experts - first]
                 waits[0]()
                 waits.pop(0)
-                at = layer * num_experts + first
-                ops.copy_h2d(flat[at : at + len(room)], room)
-                ops.synchronize()  # the part after the next is read into it
-                if progress and first + half >= num_experts:
+                start = layer * experts + first
+                ops.copy_h2d(flat[start : start + len(half_read)], half_read)
+                ops.synchronize()  # the read after the next one reuses this half
+                if progress and first + half >= experts:
                     progress("experts", layer + 1, layers)
     ops.release(staging)
     return slots
 
 
 @contextlib.contextmanager
-def _given_back_if_it_fails(ops: Ops, memory: Array) -> Iterator[None]:
-    """Where what is inside fails: `memory` is given back."""
+def _released_on_error(ops: Ops, memory: Array) -> Iterator[None]:
+    """Release mapped `memory` if the body raises."""
     try:
         yield
     except BaseException:
@@ -103,13 +109,13 @@ def _given_back_if_it_fails(ops: Ops, memory: Array) -> Iterator[None]:
 
 
 def wrap_host_experts(layout: ExpertLayout, packed: npt.NDArray[Any]) -> HostExperts:
-    """An arena over records that are already in memory, or mapped from a file; nothing is copied.
+    """Host experts over `packed`, already in memory or mapped from a file; copies nothing.
 
-    Raises: CheckpointError where they are not u8 [L, E, record.nbytes].
+    Raises: CheckpointError where `packed` is not u8 [L, E, layout.nbytes].
     """
     if packed.dtype != np.uint8 or packed.ndim != 3 or packed.shape[2] != layout.nbytes:
         raise CheckpointError(
-            f"The expert records are {packed.dtype} {list(packed.shape)}; they must be uint8 "
+            f"The packed experts are {packed.dtype} {list(packed.shape)}; they must be uint8 "
             f"[layers, experts, {layout.nbytes}]."
         )
     return HostExperts(layout, packed)

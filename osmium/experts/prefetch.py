@@ -1,4 +1,8 @@
-"""Room for guesses: the expert of each layer that is fetched before the layer is placed."""
+"""Prefetch state: the expert of each layer that is copied before slot assignment.
+
+Only allocates the arrays; Ops.router writes predictions and Ops.prefetch_experts copies.  See
+docs/prefetch.md.
+"""
 
 import math
 
@@ -7,21 +11,21 @@ import numpy as np
 from osmium.ops import Ops, PrefetchState
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, ROUTER_BARRIER_SHAPE
 
-__all__ = ["MIN_BULK_COPY_CC", "guess_bytes", "make_prefetch_state"]
+__all__ = ["MIN_BULK_COPY_CC", "make_prefetch_state", "prefetch_state_bytes"]
 
 MIN_BULK_COPY_CC = (9, 0)
-"""Compute capability from which kernels copy in bulk, as prefetch_experts does."""
+"""Lowest compute capability with bulk copies (cp.async.bulk), which prefetch_experts uses."""
 
-ROWS = ROUTER_BARRIER_SHAPE[0]
-"""Rows of a step up to which there are guesses: those of few sequences, decoded."""
+MAX_PREFETCH_ROWS = ROUTER_BARRIER_SHAPE[0]
+"""Most rows of a step with prefetch: decode steps of few sequences."""
 
 
 def make_prefetch_state(ops: Ops, layers: int, experts: int, top_k: int) -> PrefetchState:
-    """A state without a prefetched expert.  Raises: OutOfMemory."""
-    made = PrefetchState(
-        ids=ops.empty((ROWS, top_k), np.uint16),
-        weights=ops.empty((ROWS, top_k), np.float32),
-        router_logits=ops.empty((ROWS, experts + 1), np.float32),
+    """A state in which no layer has a prefetched expert.  Raises: OutOfMemory."""
+    state = PrefetchState(
+        ids=ops.empty((MAX_PREFETCH_ROWS, top_k), np.uint16),
+        weights=ops.empty((MAX_PREFETCH_ROWS, top_k), np.float32),
+        router_logits=ops.empty((MAX_PREFETCH_ROWS, experts + 1), np.float32),
         counters=ops.empty((4,), np.int64),
         barrier=ops.empty(ROUTER_BARRIER_SHAPE, np.int32),
         expert=ops.empty((layers,), np.int32),
@@ -30,20 +34,24 @@ def make_prefetch_state(ops: Ops, layers: int, experts: int, top_k: int) -> Pref
         segments_done=ops.empty((layers, FETCH_WARPS), np.int32),
         start_signal=ops.empty((layers, FETCH_BLOCKS), np.int32),
     )
-    ops.memset(made.expert, 0xFF)  # -1
-    for zero in (
-        made.counters,
-        made.barrier,
-        made.slot,
-        made.state,
-        made.segments_done,
-        made.start_signal,
+    ops.memset(state.expert, 0xFF)  # -1
+    for array in (
+        state.counters,
+        state.barrier,
+        state.slot,
+        state.state,
+        state.segments_done,
+        state.start_signal,
     ):
-        ops.memset(zero, 0)
-    return made
+        ops.memset(array, 0)
+    return state
 
 
-def guess_bytes(layers: int, experts: int, top_k: int) -> int:
-    """Bytes of these arrays."""
-    scratch = ROWS * (6 * top_k + 4 * (experts + 1)) + 32 + 4 * math.prod(ROUTER_BARRIER_SHAPE)
+def prefetch_state_bytes(layers: int, experts: int, top_k: int) -> int:
+    """Bytes that make_prefetch_state allocates."""
+    scratch = (
+        MAX_PREFETCH_ROWS * (6 * top_k + 4 * (experts + 1))
+        + 32
+        + 4 * math.prod(ROUTER_BARRIER_SHAPE)
+    )
     return scratch + layers * (8 + 4 * (FETCH_WARPS + 2 * FETCH_BLOCKS))

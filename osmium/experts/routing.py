@@ -1,11 +1,13 @@
-"""Which experts were asked for: recorded from a running model, or read from a trace.
+"""Routing traces: the experts chosen for each token, recorded from a running model or read back.
 
-A trace is an .npz with ids [T, L, A], the experts that each token activated in each layer, in order
-of time, and prompt_starts [P], where the traffic of another prompt begins.  It may have predicted
-[T, L, A], whom each layer's router would have chosen for the rows that the layer before has seen;
-the first layer has none before it, and there predicted is ids.  Beside predicted it may have
-predicted_weights, float [T, L, A]: the softmax of that router over the A that it would have chosen;
-in the first layer 1 / A each.
+A trace is an .npz with these arrays:
+
+ids                unsigned [T, L, A]  the top-k expert ids of each token and layer, in time order
+prompt_starts      i64 [P]             indices of tokens at which a new prompt begins
+predicted          unsigned [T, L, A]  optional; a layer's router on the previous layer's input
+predicted_weights  float [T, L, A]     optional; the softmax of that router over its top k
+
+The first layer has no previous layer: there predicted is ids, and each weight is 1 / A.
 """
 
 import zlib
@@ -27,62 +29,71 @@ F32 = npt.NDArray[np.float32]
 
 
 class RoutingRecorder:
-    """Collects routing as a model runs: for looking, since every layer's ids come to the host."""
+    """Collects routing while a model runs.  Slow: each layer's ids are copied to the host."""
 
     def __init__(self, layers: int) -> None:
         self._layers: list[list[Ids]] = [[] for _ in range(layers)]
-        self._expected: list[list[Ids]] = [[] for _ in range(layers)]
+        self._predicted: list[list[Ids]] = [[] for _ in range(layers)]
         self._weights: list[list[F32]] = [[] for _ in range(layers)]
-        self._starts: list[int] = [0]
-        self._tokens = 0
+        self._prompt_starts: list[int] = [0]
+        self._num_tokens = 0
 
     def add(self, layer: int, ids: Ids) -> None:
-        """ids u16 [T, A] of one step's layer; layers come in order."""
+        """Append ids u16 [T, A] of one layer and step; call it in layer order."""
         self._layers[layer].append(np.array(ids, np.uint16))
         if layer == 0:
-            self._tokens += len(ids)
+            self._num_tokens += len(ids)
 
     def add_predicted(self, layer: int, predicted: Ids, weights: F32) -> None:
-        """predicted u16, weights f32 [T, A] of a layer but the first, in every step or in none."""
-        self._expected[layer].append(np.array(predicted, np.uint16))
+        """Append predicted u16 [T, A] and weights f32 [T, A] of a layer after the first.
+
+        Call it in every step or in none.
+        """
+        self._predicted[layer].append(np.array(predicted, np.uint16))
         self._weights[layer].append(np.array(weights, np.float32))
 
     def prompt(self) -> None:
-        """What follows belongs to another prompt."""
-        if self._tokens > self._starts[-1]:
-            self._starts.append(self._tokens)
+        """Begin a new prompt: later tokens belong to it."""
+        if self._num_tokens > self._prompt_starts[-1]:
+            self._prompt_starts.append(self._num_tokens)
 
     def ids(self) -> Ids:
         """u16 [T, L, A]."""
         return _stacked(self._layers)
 
     def predicted(self) -> Ids | None:
-        """u16 [T, L, A], or None where nothing was expected."""
-        if not any(self._expected):
+        """u16 [T, L, A], or None without recorded predictions."""
+        if not any(self._predicted):
             return None
-        return _stacked([self._layers[0], *self._expected[1:]])
+        return _stacked([self._layers[0], *self._predicted[1:]])
 
     def predicted_weights(self) -> F32 | None:
-        """f32 [T, L, A], in the first layer 1 / A; None where nothing was expected."""
-        if not any(self._expected):
+        """f32 [T, L, A], in the first layer 1 / A; None without recorded predictions."""
+        if not any(self._predicted):
             return None
-        alike = [np.full(ids.shape, 1 / ids.shape[1], np.float32) for ids in self._layers[0]]
-        return _stacked([alike, *self._weights[1:]])
+        equal = [np.full(ids.shape, 1 / ids.shape[1], np.float32) for ids in self._layers[0]]
+        return _stacked([equal, *self._weights[1:]])
 
     def save(self, path: str | Path) -> None:
-        """Raises: ConfigError where the file cannot be written."""
+        """Write the trace.  Raises: ConfigError where the file cannot be written."""
         try:
             with open(path, "wb") as file:
-                starts, more = np.array(self._starts, np.int64), dict[str, Any]()
+                prompt_starts = np.array(self._prompt_starts, np.int64)
+                optional = dict[str, Any]()
                 if (predicted := self.predicted()) is not None:
-                    more = {"predicted": predicted, "predicted_weights": self.predicted_weights()}
-                np.savez_compressed(file, ids=self.ids(), prompt_starts=starts, **more)
+                    optional["predicted"] = predicted
+                    optional["predicted_weights"] = self.predicted_weights()
+                np.savez_compressed(file, ids=self.ids(), prompt_starts=prompt_starts, **optional)
         except OSError as error:
             raise ConfigError(f"{path} cannot be written: {error}") from None
 
 
 class RoutingTrace:
-    """Routing to replay or to simulate with."""
+    """Routing to replay, or input of a cache simulation.
+
+    ids u16 [T, L, A]; starts i64 [P]; experts: the number per layer; predicted u16 [T, L, A] and
+    predicted_weights f32 [T, L, A] are None where the trace lacks them.
+    """
 
     def __init__(
         self,
@@ -97,9 +108,9 @@ class RoutingTrace:
 
 
 def read_trace(path: str | Path, experts: int | None = None) -> RoutingTrace:
-    """A trace from its file; `experts` a layer, or one more than the largest that it names.
+    """Read a trace.  Without `experts`, their number per layer is the largest id plus one.
 
-    Raises: ConfigError where the file is no trace, or of another model.
+    Raises: ConfigError where the file is not a trace, or has an id of `experts` or more.
     """
     try:
         with np.load(path) as file:
@@ -119,19 +130,17 @@ def read_trace(path: str | Path, experts: int | None = None) -> RoutingTrace:
     if weights is not None:
         _check_weights(path, weights, predicted)
         weights = weights.astype(np.float32)
-    most = int(ids.max() if predicted is None else max(ids.max(), predicted.max())) + 1
-    if experts is not None and most > experts:
-        raise ConfigError(
-            f"{path} has expert id {most - 1}; the model has {experts} experts per layer."
-        )
+    max_id = int(ids.max() if predicted is None else max(ids.max(), predicted.max()))
+    if experts is not None and max_id >= experts:
+        raise ConfigError(f"{path} has expert id {max_id}; the model has {experts} per layer.")
     starts = np.asarray(data.get("prompt_starts", [0]), np.int64)
     if predicted is not None:
         predicted = predicted.astype(np.uint16)
-    return RoutingTrace(ids.astype(np.uint16), starts, experts or most, predicted, weights)
+    return RoutingTrace(ids.astype(np.uint16), starts, experts or max_id + 1, predicted, weights)
 
 
 def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids | None) -> None:
-    """Raises: ConfigError where these are no weights of the predicted."""
+    """Raises: ConfigError where `weights` do not match `predicted`, are not finite or below 0."""
     if predicted is None:
         raise ConfigError(f"{path} has predicted_weights without predicted ids.")
     if weights.shape != predicted.shape or weights.dtype.kind != "f":
@@ -146,8 +155,10 @@ def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids |
 def predict_experts(
     ops: Ops, h: MatmulInput, router: LinearWeight, num_experts: int, top_k: int
 ) -> tuple[Ids, F32]:
-    """Whom a router would choose for rows h [T, D], u16 [T, A], and their weights, f32 [T, A], on
-    the host.  Allocates and waits, as recording does."""
+    """Top-k ids u16 [T, A] and weights f32 [T, A] of `router` on rows h [T, D], on the host.
+
+    Allocates and synchronises, so it serves recording only.
+    """
     tokens = h.f32.shape[0]
     ids, weights = ops.empty((tokens, top_k), np.uint16), ops.empty((tokens, top_k), np.float32)
     router_logits, counters = (
@@ -156,9 +167,10 @@ def predict_experts(
     )
     ops.linear(router_logits, h, router)
     ops.topk_softmax(ids, weights, router_logits, num_experts, counters)
-    chosen, by = ops.copy_d2h(ids), ops.copy_d2h(weights)
-    return chosen.astype(np.uint16, copy=False), by.astype(np.float32, copy=False)
+    host_ids, host_weights = ops.copy_d2h(ids), ops.copy_d2h(weights)
+    return host_ids.astype(np.uint16, copy=False), host_weights.astype(np.float32, copy=False)
 
 
 def _stacked(layers: Sequence[Sequence[npt.NDArray[Any]]]) -> npt.NDArray[Any]:
+    """[L][steps] arrays [t, A] -> [T, L, A]."""
     return np.stack([np.concatenate(layer) for layer in layers], axis=1)

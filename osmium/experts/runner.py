@@ -1,7 +1,8 @@
-"""The store: from token and expert ids to the experts' output, wherever their bytes are.
+"""The expert runner: from expert ids and weights to the experts' output.
 
-Place, fetch, compute, in blocks of rows small enough for the slots; where every expert has its
-slot, compute alone.  Every routed expert is computed; the counters say from where.
+It assigns slots, fetches missed experts and computes, in blocks of rows small enough for the slots.
+A fully resident cache needs only the computation.  Every routed expert is computed; the counters
+count hits and misses.  See docs/expert-cache.md.
 """
 
 import contextlib
@@ -23,22 +24,27 @@ from osmium.ops import (
 )
 from osmium.ops.types import FETCH_SEGMENT_BYTES, rows_bytes
 
-__all__ = ["ExpertCounters", "ExpertRunner", "store_bytes"]
+__all__ = ["ExpertCounters", "ExpertRunner", "expert_runner_bytes"]
 
 
 @dataclass(frozen=True)
 class ExpertCounters:
-    """Since the store was made, in pairs of a token and an expert; copied is in records, and so are
-    prefetched, what was to be fetched before it was asked for, and right, what then was."""
+    """Counts since the runner was made.  routed = hit + missed."""
 
     routed: int
+    """Routed pairs: one (token, expert) each."""
     hit: int
+    """Routed pairs whose expert was in a slot."""
     missed: int
+    """Routed pairs whose expert was not in a slot."""
     experts_copied: int
+    """Experts copied to slots for misses."""
     prefetched: int = 0
+    """Experts chosen for prefetch."""
     prefetch_hits: int = 0
+    """Prefetched experts that their layer's router then chose."""
     prefetch_bytes: int = 0
-    """Bytes of right ones that had come before they were asked for."""
+    """Bytes of those copied before their layer's fetch."""
 
 
 class ExpertRunner:
@@ -51,78 +57,89 @@ class ExpertRunner:
         cache: ExpertCache,
         rows: int,
         top_k: int,
-        prefetch: PrefetchState | None = None,
+        prefetch_state: PrefetchState | None = None,
     ) -> None:
-        """`arena` may be None where the cache is wholly resident; `mlp` takes any number of rows,
-        at most `rows` at once.  With room for a guess an expert of the next layer is fetched while
-        the link has nothing else to do.  Raises: OutOfMemory."""
+        """A fully resident cache needs no `host_experts`.  `forward` takes any number of rows and
+        computes at most `rows` at once.  With a `prefetch_state` one expert of the next layer is
+        prefetched while the link is idle.  Raises: OutOfMemory."""
         resident = cache.capacity == cache.num_experts
-        assert resident or host_experts is not None, "experts that are not resident need an arena"
+        assert resident or host_experts is not None, "a partial cache needs host experts"
         self.ops = ops
-        self.host_experts = None if resident else host_experts  # nothing is ever fetched
+        self.host_experts = None if resident else host_experts
+        """None where the cache is fully resident: nothing is ever fetched."""
         self.trace: Array | None = None
-        """u16 [N, L, A]: routing that is replayed instead of the router's, for benchmarks."""
+        """u16 [N, L, A]: routing replayed instead of the router's choice, for benchmarks."""
         self.predicted: Array | None = None
-        """u16 [N, L, A]: what is replayed of the routing that was guessed."""
+        """u16 [N, L, A]: predictions replayed with `trace`."""
         self.recorder: RoutingRecorder | None = None
-        """Collects which experts are asked for, where somebody wants to know."""
-        self.block = _block(rows, cache.capacity, cache.num_experts, top_k)
+        """Collects the routing of each step where it is recorded."""
+        self.max_rows = _rows_per_block(rows, cache.capacity, cache.num_experts, top_k)
+        """Most rows computed at once, before layers differ in slots."""
         self.top_k = top_k
         self.set_cache(cache)
-        self._guess = self._asked = None if resident else prefetch
-        most = min(cache.num_experts, self.block * top_k)
-        self.inner = ops.empty_input(self.block * top_k, cache.layout.inner)
-        self.plan = SlotAssignment(
+        self._prefetch_state = self._router_prefetch = None if resident else prefetch_state
+        most = min(cache.num_experts, self.max_rows * top_k)
+        self.inner = ops.empty_input(self.max_rows * top_k, cache.layout.inner)
+        self.assignment = SlotAssignment(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
             slot=ops.empty((most,), np.int32),
             fetch_flags=ops.empty((most,), np.int32),
             uses=ops.empty((most,), np.int32),
-            pair_slots=ops.empty((self.block, top_k), np.int32),
+            pair_slots=ops.empty((self.max_rows, top_k), np.int32),
             fetch_progress=ops.empty((2,), np.int32),
         )
 
     def set_cache(self, cache: ExpertCache) -> None:
-        """From now on use the slots of this cache: as many in all as there are room and plans for.
-        No guess lasts from one step to the next, so none is of other slots."""
-        each = [layer.shape[0] for layer in cache.slots]
-        assert min(each) >= self.top_k, f"{each} slots for a row's {self.top_k} experts"
+        """Use the slots of `cache` from now on; their total equals that of the first cache.
+
+        No prefetch lasts from one step to the next, so none refers to the old slots.
+        """
+        slots_per_layer = [layer.shape[0] for layer in cache.slots]
+        assert min(slots_per_layer) >= self.top_k, f"{slots_per_layer} slots, top_k {self.top_k}"
         self.cache = cache
-        self.blocks = [_block(self.block, slots, cache.num_experts, self.top_k) for slots in each]
-        """Rows at once of each layer."""
+        self.layer_rows = [
+            _rows_per_block(self.max_rows, slots, cache.num_experts, self.top_k)
+            for slots in slots_per_layer
+        ]
+        """Most rows computed at once, by layer."""
 
     def replay(self, trace: Array, predicted: Array | None) -> None:
-        """From now on routing is that of a trace, and so is what is guessed: its weights are all
-        alike, as a trace has none.  Both u16 [N, L, A].  Raises: OutOfMemory."""
+        """Replay routing, and predictions, from a trace instead of the router's choice.
+
+        Both u16 [N, L, A].  A trace has no weights, so all are 1 / A.  Without `predicted` nothing
+        is prefetched.  Raises: OutOfMemory.
+        """
         self.trace, self.predicted = trace, predicted
         if predicted is None:
-            self._guess = self._asked = None
-        elif self._guess is not None:
-            alike = self._guess.weights
-            self.ops.copy_h2d(alike, np.full(alike.shape, 1 / alike.shape[1], np.float32))
-            room = self.ops.empty(alike.shape, np.float32)
-            self._asked = replace(self._guess, weights=room)
+            self._prefetch_state = self._router_prefetch = None
+        elif self._prefetch_state is not None:
+            weights = self._prefetch_state.weights
+            self.ops.copy_h2d(weights, np.full(weights.shape, 1 / weights.shape[1], np.float32))
+            # The router's own weights go to a scratch array that nothing reads.
+            scratch = self.ops.empty(weights.shape, np.float32)
+            self._router_prefetch = replace(self._prefetch_state, weights=scratch)
 
-    def guess(self, tokens: int) -> PrefetchState | None:
-        """Room for guesses, if a step of so many rows has them."""
-        guess = self._guess
-        if guess is None or tokens > min(guess.ids.shape[0], *self.blocks):
+    def prefetch_state(self, tokens: int) -> PrefetchState | None:
+        """The prefetch state, or None where a step of `tokens` rows has no prefetch."""
+        state = self._prefetch_state
+        if state is None or tokens > min(state.ids.shape[0], *self.layer_rows):
             return None
-        return guess
+        return state
 
     def router_prefetch_buffers(self, tokens: int) -> PrefetchState | None:
-        """The same for the next layer's router to write."""
-        return None if self.guess(tokens) is None else self._asked
+        """The prefetch state that the next layer's router writes, or None without prefetch."""
+        return None if self.prefetch_state(tokens) is None else self._router_prefetch
 
     @contextlib.contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """All layers of a step of so many rows: what they guess is fetched beside them."""
-        guess = self.guess(tokens)
-        if guess is None or self.host_experts is None:
+        """Run the prefetch kernel on a side stream while the body launches all layers of a step."""
+        prefetch_state = self.prefetch_state(tokens)
+        if prefetch_state is None or self.host_experts is None:
             yield
             return
         with self.ops.on_side_stream(prefetch=True):
-            self.ops.prefetch_experts(self.cache, guess, self.host_experts)
+            self.ops.prefetch_experts(self.cache, prefetch_state, self.host_experts)
         yield
         self.ops.join_side_stream(prefetch=True)
 
@@ -136,70 +153,81 @@ class ExpertRunner:
         shared: SharedExpert,
         router_logits: Array,
         shared_inner: MatmulInput,
-        gate_up: Array,
+        shared_gate_up: Array,
         shared_out: Array,
         y: Array,
         norm: Array,
         l2_prefetch: Array | None = None,
     ) -> None:
-        """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], and the shared expert
-        times its gate; h = norm(x).
+        """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t] + gated shared expert of
+        h[t]; then h = norm(x).
 
         x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]    norm f32 [D]
-        scores f32 [T, > shared.column]    shared_inner [T, Is], both f32 [T, 2 Is],
-        said, y f32 [T, D], scratch    ahead: what is read next, as of Ops.fetch_experts
+        router_logits f32 [T, > shared.column]: that column is the shared expert's gate
+        scratch: shared_inner [T, Is], shared_gate_up f32 [T, 2 Is], shared_out and y f32 [T, D]
+        l2_prefetch: weights that Ops.fetch_experts prefetches into L2
         """
-        ops, cache, prefetch = self.ops, self.cache, self.guess(x.shape[0])
+        ops, cache, prefetch_state = self.ops, self.cache, self.prefetch_state(x.shape[0])
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_d2h(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
-        plan = None if self.host_experts is None else self.plan
-        block = self.blocks[layer]
+        assignment = None if self.host_experts is None else self.assignment
+        block = self.layer_rows[layer]
         for start in range(0, tokens, block):
             rows = slice(start, min(start + block, tokens))
-            some = ids[rows]
-            pairs, own = self.inner[: some.shape[0] * top_k], shared_inner[rows]
-            up = (pairs, own, h[rows], some, plan, cache, layer)
-            down = (x[rows], pairs, own, some, weights[rows], plan, cache, layer)
-            with_up = (shared, gate_up[rows])
-            with_down = (shared, router_logits[rows], shared_out[rows], y[rows], h[rows], norm)
-            if plan is None:
-                ops.expert_up(*up, "all", *with_up)
-                ops.expert_down(*down, "all", *with_down)
+            block_ids = ids[rows]
+            inner = self.inner[: block_ids.shape[0] * top_k]
+            up = (inner, shared_inner[rows], h[rows], block_ids, assignment, cache, layer)
+            down = (
+                x[rows], inner, shared_inner[rows], block_ids, weights[rows], assignment, cache,
+                layer,
+            )  # fmt: skip
+            shared_up = (shared, shared_gate_up[rows])
+            shared_down = (
+                shared, router_logits[rows], shared_out[rows], y[rows], h[rows], norm,
+            )  # fmt: skip
+            if assignment is None:
+                ops.expert_up(*up, "all", *shared_up)
+                ops.expert_down(*down, "all", *shared_down)
                 continue
-            assert self.host_experts is not None, "what is placed is fetched from somewhere"
-            ops.assign_slots(plan, cache, layer, some, prefetch)
-            with ops.on_side_stream():  # what was there, while the others are fetched
-                ops.expert_up(*up, "hits", *with_up)
-                ops.expert_down(*down, "hits", *with_down)
-            ops.fetch_experts(cache, plan, self.host_experts, layer, l2_prefetch, prefetch)
-            ops.expert_up(*up, "rest", *with_up)
+            assert self.host_experts is not None, "a slot assignment needs host experts"
+            ops.assign_slots(assignment, cache, layer, block_ids, prefetch_state)
+            with ops.on_side_stream():  # hits are computed while misses are fetched
+                ops.expert_up(*up, "hits", *shared_up)
+                ops.expert_down(*down, "hits", *shared_down)
+            ops.fetch_experts(
+                cache, assignment, self.host_experts, layer, l2_prefetch, prefetch_state
+            )
+            ops.expert_up(*up, "rest", *shared_up)
             ops.join_side_stream()
-            ops.expert_down(*down, "rest", *with_down)
+            ops.expert_down(*down, "rest", *shared_down)
 
     def counters(self) -> ExpertCounters:
-        """What was routed, hit, fetched and copied so far; waits for what was launched.
+        """Counts of routed, hit and missed pairs, copies and prefetches; synchronises.
 
-        Asserts that every routed pair was either hit or fetched.
+        Asserts that every routed pair is either a hit or a miss.
         """
-        found = (int(n) for n in self.ops.copy_d2h(self.cache.counters))
-        routed, hit, fetched, copied, guessed, right, pieces = found
+        values = (int(n) for n in self.ops.copy_d2h(self.cache.counters))
+        routed, hit, missed, copied, prefetched, prefetch_hits, pieces = values
         if self.host_experts is None:
-            hit = routed  # nothing is placed, so nobody counts
-        assert routed == hit + fetched, f"{routed} routed, but {hit} hit and {fetched} fetched"
+            hit = routed  # without slot assignment no kernel counts hits
+        assert routed == hit + missed, f"{routed} routed, but {hit} hit and {missed} missed"
         return ExpertCounters(
-            routed, hit, fetched, copied, guessed, right, pieces * (FETCH_SEGMENT_BYTES // 8)
-        )
+            routed, hit, missed, copied, prefetched, prefetch_hits,
+            pieces * (FETCH_SEGMENT_BYTES // 8),
+        )  # fmt: skip
 
 
-def store_bytes(rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool) -> int:
-    """Bytes of a store's own arrays on a backend; `inner` is I."""
-    block = _block(rows, capacity, experts, top_k)
+def expert_runner_bytes(
+    rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool
+) -> int:
+    """Bytes of the runner's own arrays on a backend; `inner` is I."""
+    block = _rows_per_block(rows, capacity, experts, top_k)
     return rows_bytes(block * top_k, inner, False, gpu) + 4 * (
         block * top_k + 1 + 2 + 4 * min(experts, block * top_k)
     )
 
 
-def _block(rows: int, capacity: int, experts: int, top_k: int) -> int:
-    """Rows at once: all of them may ask for different experts, and each needs a slot."""
+def _rows_per_block(rows: int, capacity: int, experts: int, top_k: int) -> int:
+    """Most rows computed at once: each may route to other experts, and each expert needs a slot."""
     return rows if capacity == experts else min(rows, capacity // top_k)

@@ -1,12 +1,14 @@
-"""Heat that outlives the engine: how much each expert was used, and which were resident.
+"""Expert usage: snapshots of the use counts, the usage file, and slots per layer by usage.
+
+The usage file keeps a snapshot between runs of the engine:
 
     0      magic "OSMHEAT\\3", u32 crc32 of all that follows, u32 length of the JSON
     16     JSON: fingerprint of the model, shape [L, E], steps counted
-    ...    heat, long heat f32 [L, E] as of when they were saved; age i32 [L, E], steps since the
-           last use (-1: never); resident u8 [L, E]
+    ...    short and long count f32 [L, E], decayed to the time of saving; age i32 [L, E], steps
+           since the last use (-1: never); resident u8 [L, E]
 
-It can be lost at any time: what is damaged, another version's or another model's is left aside with
-a warning.
+The file is only a cache.  A damaged file, or one of another version or model, is ignored with a
+warning.
 """
 
 import contextlib
@@ -27,7 +29,7 @@ from osmium.experts.cache import DECAY
 from osmium.ops import ExpertCache, HostExperts, Ops
 
 __all__ = [
-    "UsageSnapshot", "read_heat", "rebalanced_slots", "save_heat", "slots_per_layer",
+    "UsageSnapshot", "read_usage", "rebalanced_slots", "save_usage", "slots_per_layer",
     "snapshot_usage", "try_save_usage", "warm_cache",
 ]  # fmt: skip
 
@@ -36,28 +38,28 @@ LOG = logging.getLogger("osmium.experts")
 MAGIC = b"OSMHEAT\3"
 
 MAX_STEPS = 32 * int(DECAY.long_half_life)
-"""Steps from which on one more changes no warmth: the rest of the long heat's weights is below
-f32's last bit.  No more are said to have been counted, however long an engine has run."""
+"""Cap on the counted steps.  Beyond it the long count's older weights are below f32's last bit, so
+that one more step changes no eviction score."""
 
 FIRST_REBALANCE_TOKENS = 1024
-"""Tokens after which heat first says how many slots each layer needs; it is asked anew at twice as
-many each time."""
+"""Tokens before the first rebalancing of slots between layers; each next one waits for twice as
+many."""
 
 MIN_MOVED_FRACTION = 32
-"""Of so many slots one must change its layer, or they are not shared out anew: all of them are
-filled again for it, and heat that has not settled moves some each time."""
+"""Rebalance only if at least one slot in this many changes its layer.  Rebalancing refills every
+slot, and counts that still fluctuate move a few each time."""
 
 
 @dataclass(frozen=True)
 class UsageSnapshot:
-    """Of every expert, as of one moment."""
+    """Use counts of every expert at one step."""
 
-    heat: npt.NDArray[np.float32]
-    """f32 [L, E]."""
-    long_heat: npt.NDArray[np.float32]
-    """f32 [L, E]."""
+    short_count: npt.NDArray[np.float32]
+    """f32 [L, E], uses decayed with DECAY.half_life."""
+    long_count: npt.NDArray[np.float32]
+    """f32 [L, E], uses decayed with DECAY.long_half_life."""
     steps: int
-    """Steps that were counted, ENDLESS at most."""
+    """Steps counted, at most MAX_STEPS."""
     age: npt.NDArray[np.int32]
     """i32 [L, E], steps since the last use; -1: never used."""
     resident: npt.NDArray[np.bool_]
@@ -65,24 +67,31 @@ class UsageSnapshot:
 
     @property
     def eviction_scores(self) -> npt.NDArray[np.float32]:
-        """f32 [L, E], as of now (types.DecayConfig)."""
-        grown = np.float32(1 - 2 ** (-(self.steps + DECAY.prior_steps) / DECAY.long_half_life))
-        return grown * self.heat + np.float32(DECAY.long_scale) * self.long_heat
+        """f32 [L, E], at this step; the formula is that of types.DecayConfig."""
+        short_weight = np.float32(
+            1 - 2 ** (-(self.steps + DECAY.prior_steps) / DECAY.long_half_life)
+        )
+        return short_weight * self.short_count + np.float32(DECAY.long_scale) * self.long_count
 
     def top_experts(self, layer: int, most: int) -> npt.NDArray[np.intp]:
-        """Up to `most` experts that were used or resident, the warmest first (types.DecayConfig);
-        equals by the later use, then those that were resident, then by number."""
-        known = (self.long_heat[layer] > 0) | self.resident[layer]
+        """Up to `most` experts that were used or resident, the highest eviction score first.
+
+        Ties go to the later use, then to resident experts, then to the lower id.
+        """
+        candidates = (self.long_count[layer] > 0) | self.resident[layer]
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
         order = np.lexsort((~self.resident[layer], age, -self.eviction_scores[layer]))
-        return cast(npt.NDArray[np.intp], order[known[order]][:most])
+        return cast(npt.NDArray[np.intp], order[candidates[order]][:most])
 
 
 def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
-    """A cache's heat as of now; see types.ExpertCache for how it is kept."""
+    """The usage of a cache, decayed to its current step; synchronises.
+
+    types.ExpertCache says how the device keeps the counts.
+    """
     arrays: list[npt.NDArray[Any]] = [
-        ops.copy_d2h(one)
-        for one in (
+        ops.copy_d2h(array)
+        for array in (
             cache.short_count,
             cache.long_count,
             cache.last_used,
@@ -90,26 +99,26 @@ def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
             cache.expert_to_slot,
         )
     ]
-    heat, long_heat, stamp, step, slot_of = arrays
-    used = stamp > 0
-    ages = np.where(used, step[0] - stamp, -1).astype(np.int32)
+    short_count, long_count, last_used, step, expert_to_slot = arrays
+    used = last_used > 0
+    ages = np.where(used, step[0] - last_used, -1).astype(np.int32)
 
-    def faded(count: npt.NDArray[Any], half_life: float) -> npt.NDArray[np.float32]:
+    def decayed(count: npt.NDArray[Any], half_life: float) -> npt.NDArray[np.float32]:
         decay = np.exp2(-np.maximum(ages, 0).astype(np.float32) * np.float32(1 / half_life))
         return np.where(used, count * decay, 0).astype(np.float32)
 
-    short = faded(heat, cache.decay.half_life)
-    long = faded(long_heat, cache.decay.long_half_life)
-    return UsageSnapshot(short, long, min(int(step[0]), MAX_STEPS), ages, slot_of >= 0)
+    short = decayed(short_count, cache.decay.half_life)
+    long = decayed(long_count, cache.decay.long_half_life)
+    return UsageSnapshot(short, long, min(int(step[0]), MAX_STEPS), ages, expert_to_slot >= 0)
 
 
-def save_heat(path: Path, fingerprint: str, heat: UsageSnapshot) -> None:
-    """Under a temporary name, then renamed.  Raises: OSError."""
-    about = {"fingerprint": fingerprint, "shape": heat.heat.shape, "steps": heat.steps}
-    head = json.dumps(about).encode()
-    floats = (heat.heat.astype("<f4"), heat.long_heat.astype("<f4"))
-    arrays = (*floats, heat.age.astype("<i4"), heat.resident.astype(np.uint8))
-    body = len(head).to_bytes(4, "little") + head + b"".join(one.tobytes() for one in arrays)
+def save_usage(path: Path, fingerprint: str, usage: UsageSnapshot) -> None:
+    """Write a usage file under a temporary name, then rename it.  Raises: OSError."""
+    metadata = {"fingerprint": fingerprint, "shape": usage.short_count.shape, "steps": usage.steps}
+    head = json.dumps(metadata).encode()
+    floats = (usage.short_count.astype("<f4"), usage.long_count.astype("<f4"))
+    arrays = (*floats, usage.age.astype("<i4"), usage.resident.astype(np.uint8))
+    body = len(head).to_bytes(4, "little") + head + b"".join(array.tobytes() for array in arrays)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -124,17 +133,17 @@ def save_heat(path: Path, fingerprint: str, heat: UsageSnapshot) -> None:
 
 
 def try_save_usage(path: Path, fingerprint: str, ops: Ops, cache: ExpertCache) -> None:
-    """`save_heat` of a cache, or a warning: an engine that closes does not fail of it."""
+    """Save the usage of a cache; log a warning where that fails, so that closing goes on."""
     try:
-        heat = snapshot_usage(ops, cache)
-        if heat.long_heat.any():
-            save_heat(path, fingerprint, heat)
+        usage = snapshot_usage(ops, cache)
+        if usage.long_count.any():
+            save_usage(path, fingerprint, usage)
     except (OSError, DeviceError) as error:
         LOG.warning("Expert usage cannot be saved to %s: %s", path, error)
 
 
-def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> UsageSnapshot | None:
-    """What was saved; None, and a warning where there is a file, if it is not of this model."""
+def read_usage(path: Path, fingerprint: str, layers: int, experts: int) -> UsageSnapshot | None:
+    """Read a usage file; None without a file, or with a warning if it is not of this model."""
     try:
         if not path.exists():
             return None
@@ -147,7 +156,7 @@ def read_heat(path: Path, fingerprint: str, layers: int, experts: int) -> UsageS
 
 
 def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> UsageSnapshot:
-    """Raises: ValueError, KeyError, TypeError for what no such heat can be."""
+    """A usage file's snapshot.  Raises: ValueError, KeyError, TypeError for invalid contents."""
     if raw[:7] != MAGIC[:7] or len(raw) < 16:
         raise ValueError("it is not a usage file")
     if raw[7] != MAGIC[7]:
@@ -161,65 +170,70 @@ def _parsed(raw: bytes, fingerprint: str, shape: tuple[int, int]) -> UsageSnapsh
     if tuple(head["shape"]) != shape or len(raw) != start + 13 * size:
         raise ValueError(f"its shape is {head['shape']}, the model has {list(shape)}")
     steps = head["steps"]
-    heats = np.frombuffer(raw, "<f4", 2 * size, start).reshape(2, *shape).astype(np.float32)
+    counts = np.frombuffer(raw, "<f4", 2 * size, start).reshape(2, *shape).astype(np.float32)
     age = np.frombuffer(raw, "<i4", size, start + 8 * size).reshape(shape)
-    there = np.frombuffer(raw, np.uint8, size, start + 12 * size).reshape(shape) != 0
-    if not (np.isfinite(heats).all() and (heats >= 0).all()):
+    resident = np.frombuffer(raw, np.uint8, size, start + 12 * size).reshape(shape) != 0
+    if not (np.isfinite(counts).all() and (counts >= 0).all()):
         raise ValueError("a count in it is negative or not finite")
     if not (isinstance(steps, int) and 0 < steps <= MAX_STEPS):
         raise ValueError(f"its number of steps is {steps}")
-    return UsageSnapshot(heats[0], heats[1], steps, age.astype(np.int32), there)
+    return UsageSnapshot(counts[0], counts[1], steps, age.astype(np.int32), resident)
 
 
-def slots_per_layer(heat: UsageSnapshot, slots: int, top_k: int) -> list[int] | None:
-    """Slots of each layer, `slots` in the mean, by what each had hot: the least for every layer,
-    the others one by one where the next expert has the largest share of its layer's uses.
+def slots_per_layer(usage: UsageSnapshot, slots: int, top_k: int) -> list[int] | None:
+    """Slots of each layer by usage, `slots` per layer on average.
 
-    The least is half of them, and room for the experts of a token and a half: with less a layer
-    keeps hardly anyone from one token to the next, and its every use is a miss.  None, for layers
-    alike, if there is no more than that least to share out, or a layer was not used.
+    Each layer gets a minimum.  Each further slot goes to the layer whose next expert has the
+    largest fraction of its layer's eviction scores.  The minimum is half of `slots`, and at least
+    1.5 top_k: with fewer slots hardly an expert stays from one token to the next.
+    Returns None, for equal layers, if `slots` is at most the minimum or a layer was not used.
     """
-    warmth = heat.eviction_scores.astype(np.float64)
-    layers = len(warmth)
-    uses, least = warmth.sum(axis=1, keepdims=True), max(top_k + top_k // 2, slots // 2)
-    if slots <= least or not uses.all():
+    scores = usage.eviction_scores.astype(np.float64)
+    layers = len(scores)
+    totals, minimum = scores.sum(axis=1, keepdims=True), max(top_k + top_k // 2, slots // 2)
+    if slots <= minimum or not totals.all():
         return None
-    shares = -np.sort(-warmth / uses, axis=1)[:, least:]  # of the others, the largest first
-    layer, rank = (index.reshape(-1) for index in np.indices(shares.shape))
-    order = np.lexsort((layer, rank, -shares.reshape(-1)))[: layers * (slots - least)]
-    more = np.bincount(layer[order], minlength=layers)
-    return [least + int(count) for count in more]
+    fractions = -np.sort(-scores / totals, axis=1)[:, minimum:]  # beyond the minimum, descending
+    layer, rank = (index.reshape(-1) for index in np.indices(fractions.shape))
+    order = np.lexsort((layer, rank, -fractions.reshape(-1)))[: layers * (slots - minimum)]
+    extra = np.bincount(layer[order], minlength=layers)
+    return [minimum + int(count) for count in extra]
 
 
-def rebalanced_slots(heat: UsageSnapshot, now: Sequence[int], top_k: int) -> list[int] | None:
-    """`quotas` where layers own `now` slots each; None, too, if that would move fewer than one slot
-    in WORTH."""
-    each = slots_per_layer(heat, sum(now) // len(now), top_k)
-    if each is None:
-        return None
-    moved = sum(max(0, new - old) for new, old in zip(each, now, strict=True))
-    return each if MIN_MOVED_FRACTION * moved >= sum(now) else None
+def rebalanced_slots(usage: UsageSnapshot, current: Sequence[int], top_k: int) -> list[int] | None:
+    """`slots_per_layer` for layers that have `current` slots now.
 
-
-def warm_cache(ops: Ops, cache: ExpertCache, host_experts: HostExperts, heat: UsageSnapshot) -> int:
-    """Put the heat into a cache that nobody has used, and the hottest experts into its slots;
-    how many.  What was in the slots is out.
-
-    All are stamped alike, as used at the last step that was counted, with their heats as of now:
-    their order is as it was, and from now on they cool alike.  Of equal warmth the lower slot
-    leaves first, so that slots are given from the coldest up.
+    Returns None, too, if fewer than one slot in MIN_MOVED_FRACTION would change its layer.
     """
-    slot_of = np.full(cache.expert_to_slot.shape, -1, np.int32)
+    target = slots_per_layer(usage, sum(current) // len(current), top_k)
+    if target is None:
+        return None
+    moved = sum(max(0, new - old) for new, old in zip(target, current, strict=True))
+    return target if MIN_MOVED_FRACTION * moved >= sum(current) else None
+
+
+def warm_cache(
+    ops: Ops, cache: ExpertCache, host_experts: HostExperts, usage: UsageSnapshot
+) -> int:
+    """Set the counts of a cache from `usage`, and fill its slots with the most used experts.
+
+    Every used expert is marked as used at the last counted step, with its count decayed to that
+    step.  The order of the eviction scores stays.  Eviction breaks ties by the lower slot, so
+    slots are filled from the lowest score up.  Returns the number of experts copied.
+    """
+    expert_to_slot = np.full(cache.expert_to_slot.shape, -1, np.int32)
     for layer, slots in enumerate(cache.slots):
-        expert_in, records = np.full(slots.shape[0], -1, np.int32), host_experts.packed[layer]
-        for slot, expert in enumerate(heat.top_experts(layer, slots.shape[0])[::-1]):
-            slot_of[layer, expert], expert_in[slot] = slot, expert
-            ops.copy(slots[slot : slot + 1], records[int(expert) : int(expert) + 1])
-        ops.copy_h2d(cache.slot_to_expert[layer], expert_in)
-    ops.copy_h2d(cache.expert_to_slot, slot_of)
-    ops.copy_h2d(cache.short_count, np.ascontiguousarray(heat.heat, np.float32))
-    ops.copy_h2d(cache.long_count, np.ascontiguousarray(heat.long_heat, np.float32))
-    ops.copy_h2d(cache.last_used, np.where(heat.long_heat > 0, heat.steps, 0).astype(np.int32))
-    ops.copy_h2d(cache.step, np.array([heat.steps], np.int32))
+        slot_to_expert = np.full(slots.shape[0], -1, np.int32)
+        packed = host_experts.packed[layer]
+        for slot, expert in enumerate(usage.top_experts(layer, slots.shape[0])[::-1]):
+            expert_to_slot[layer, expert], slot_to_expert[slot] = slot, expert
+            ops.copy(slots[slot : slot + 1], packed[int(expert) : int(expert) + 1])
+        ops.copy_h2d(cache.slot_to_expert[layer], slot_to_expert)
+    ops.copy_h2d(cache.expert_to_slot, expert_to_slot)
+    ops.copy_h2d(cache.short_count, np.ascontiguousarray(usage.short_count, np.float32))
+    ops.copy_h2d(cache.long_count, np.ascontiguousarray(usage.long_count, np.float32))
+    last_used = np.where(usage.long_count > 0, usage.steps, 0).astype(np.int32)
+    ops.copy_h2d(cache.last_used, last_used)
+    ops.copy_h2d(cache.step, np.array([usage.steps], np.int32))
     ops.synchronize()
-    return int((slot_of >= 0).sum())
+    return int((expert_to_slot >= 0).sum())

@@ -1,7 +1,7 @@
-"""The models: one file a model_type, and the file's name is the registry.
+"""The models: one file per model_type; the file's name is the registry.
 
-A model file defines `Model(ops, config, weights, store, rows)` with `forward` and `head`, written
-once against ops.Ops.  Knows nothing of files, requests or CUDA.
+A model file sets MODEL_CLASS, whose `forward` and `head` are written once against ops.Ops.  Files,
+requests and CUDA are out of scope.
 """
 
 import importlib
@@ -11,16 +11,16 @@ from typing import TYPE_CHECKING, cast
 from osmium.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from osmium.models.qwen3_5_moe import Model
+    from osmium.models.qwen3_5_moe import Qwen3_5MoeModel
 
 __all__ = ["model_class"]
 
 
-def model_class(model_type: str) -> "type[Model]":
-    """The class that computes `model_type`.  Raises: CheckpointError where there is none."""
+def model_class(model_type: str) -> "type[Qwen3_5MoeModel]":
+    """The model class of `model_type`.  Raises: CheckpointError where there is none."""
     name = f"{__name__}.{model_type}"
     if model_type.isidentifier() and importlib.util.find_spec(name):
-        found = getattr(importlib.import_module(name), "Model", None)
-        if found is not None:
-            return cast("type[Model]", found)
+        cls = getattr(importlib.import_module(name), "MODEL_CLASS", None)
+        if cls is not None:
+            return cast("type[Qwen3_5MoeModel]", cls)
     raise CheckpointError(f"model_type is {model_type!r}; osmium/models has no file for it.")

@@ -1,4 +1,4 @@
-"""Gated grouped-query attention: norms on q and k, partial rotation, paged keys and values.
+"""Gated grouped-query attention: norms on q and k, partial RoPE, paged keys and values.
 
     q, g, k, v = x Wqgkv;  q, k = rope(norm(q)), rope(norm(k))
     out = (softmax(q k^T / sqrt(d), causal) v * sigmoid(g)) Wout
@@ -18,35 +18,37 @@ __all__ = ["Attention", "rotary_frequencies"]
 
 
 class Attention:
-    """The mixer of one attention layer."""
+    """Gated attention of one layer."""
 
     def __init__(
         self, ops: Ops, config: ModelConfig, weights: WeightView, frequencies: Array
     ) -> None:
-        """frequencies f32 [R / 2], radians a position."""
-        heads, groups, size, hidden = (
+        """frequencies f32 [R / 2], radians per position."""
+        heads, kv_heads, head_dim, hidden = (
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
             config.hidden_size,
         )
         self.ops = ops
-        self.qgkv = weights.linear("qgkv", 2 * (heads + groups) * size, hidden)
+        self.qgkv = weights.linear("qgkv", 2 * (heads + kv_heads) * head_dim, hidden)
         self.first_weight = self.qgkv
-        """The matrix that is read first."""
+        """The first matrix that `forward` reads; the previous layer prefetches it into L2."""
         self.weights = AttentionWeights(
-            norms=weights.array("attention_norms", 2, size),
+            norms=weights.array("attention_norms", 2, head_dim),
             frequencies=frequencies,
-            out=weights.linear("attention_out", hidden, heads * size),
+            out=weights.linear("attention_out", hidden, heads * head_dim),
             eps=config.eps,
-            scale=size**-0.5,
+            scale=head_dim**-0.5,
         )
 
     def forward(
         self, x: Array, step: StepInputs, state: PagedKV, work: Workspace, norm: Array
     ) -> None:
-        """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
-        Keys and values of the step are kept before any is read."""
+        """x += attention(work.h); work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+
+        The step's keys and values are written to their pages before attention reads them.
+        """
         ops, h = self.ops, work.h
         ops.linear(work.qgkv, h, self.qgkv)
         workspace = AttentionWorkspace(work.q, work.attn_out, work.partial, work.split_counters)
@@ -54,6 +56,6 @@ class Attention:
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
-    """theta^(-2j / R) for j < R / 2, radians a position.  f32 [R / 2]."""
+    """theta^(-2j / R) for j < R / 2, radians per position.  f32 [R / 2]."""
     exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
     return (config.rope_theta**-exponent).astype(np.float32)

@@ -15,21 +15,23 @@ from osmium.ops import Array, DeltaNetWorkspace, DeltaWeights, Ops, StepInputs
 __all__ = ["DeltaNet"]
 
 MAX_EXTRA_RECURRENT_ROWS = 2
-"""Rows beyond one a sequence up to which the rule goes token by token.  The recurrence reads and
-writes its whole state for every row, a chunk once: from three or four rows on the chunk is faster
-(NumPy, both the lab model's and the 122B's heads, 2026-11; not measured on a GPU)."""
+"""A step with at most this many rows more than sequences uses the recurrent form of the delta rule.
+
+The recurrent form reads and writes the whole state for every row, the chunked form once.  From
+three or four rows on the chunked form is faster (NumPy, the test model's and the 122B's heads,
+2026-11; not measured on a GPU)."""
 
 
 class DeltaNet:
-    """The mixer of one delta-net layer."""
+    """The gated delta net of one layer."""
 
     def __init__(self, ops: Ops, config: ModelConfig, weights: WeightView) -> None:
         hidden, heads = config.hidden_size, config.value_heads
-        self.ops = ops
         width = heads * config.value_dim
+        self.ops = ops
         self.qkvz = weights.linear("qkvz", config.channels + width, hidden)
         self.first_weight = self.qkvz
-        """The matrix that is read first."""
+        """The first matrix that `forward` reads; the previous layer prefetches it into L2."""
         self.weights = DeltaWeights(
             conv=weights.array("conv", config.channels, 4),
             ab=weights.linear("ab", 2 * heads, hidden),
@@ -43,13 +45,17 @@ class DeltaNet:
     def forward(
         self, x: Array, step: StepInputs, state: DeltaState, work: Workspace, norm: Array
     ) -> None:
-        """x += the mixer of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
-        The sequences' states become those after the step."""
+        """x += delta_net(work.h); work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+
+        Updates the recurrent state of every sequence of the step.
+        """
         ops, h = self.ops, work.h
         ops.linear(work.qkvz, h, self.qkvz)
         workspace = DeltaNetWorkspace(work.qkv, work.ab, work.decay, work.beta, work.delta_out)
-        # starts is on the device: the longest run of rows is known only to be at most this + 1.
-        chunks = step.tokens - step.sequences > MAX_EXTRA_RECURRENT_ROWS
+        # query_start_loc is on the device.  The host only bounds the rows of a sequence:
+        # at most tokens - sequences + 1.
+        use_chunks = step.tokens - step.sequences > MAX_EXTRA_RECURRENT_ROWS
         ops.delta_net(
-            x, h, norm, work.qkvz, self.weights, state.conv, state.delta, workspace, step, chunks
-        )
+            x, h, norm, work.qkvz, self.weights, state.conv, state.delta, workspace, step,
+            use_chunks,
+        )  # fmt: skip

@@ -1,9 +1,9 @@
-"""Mixture of experts: a router, the experts it chooses through a store, and a shared expert.
+"""Mixture of experts: a router, its top-k experts through the expert runner, and a shared expert.
 
     out = sum over the top k of w_e expert_e(x) + sigmoid(x gate) shared(x)
     expert(x) = (silu(x Wgate) * x Wup) Wdown
 
-Every routed expert is computed, always.
+Every routed expert is computed; none is dropped or approximated.
 """
 
 from osmium.config import ModelConfig
@@ -17,13 +17,19 @@ __all__ = ["MoeBlock"]
 
 
 class MoeBlock:
-    """The experts of one layer."""
+    """The router and the experts of one layer."""
 
     def __init__(
-        self, ops: Ops, config: ModelConfig, weights: WeightView, store: ExpertRunner, layer: int
+        self,
+        ops: Ops,
+        config: ModelConfig,
+        weights: WeightView,
+        expert_runner: ExpertRunner,
+        layer: int,
     ) -> None:
         hidden, inner = config.hidden_size, config.shared_intermediate_size
-        self.ops, self.store, self.layer, self.experts = ops, store, layer, config.num_experts
+        self.ops, self.expert_runner = ops, expert_runner
+        self.layer, self.num_experts = layer, config.num_experts
         self.router = weights.linear("router", config.num_experts + 1, hidden)
         self.shared = SharedExpert(
             up=weights.linear("shared_up", 2 * inner, hidden),
@@ -31,27 +37,29 @@ class MoeBlock:
             gate_column=config.num_experts,
         )
         self.next_router: LinearWeight | None = None
-        """The next layer's router."""
+        """The next layer's router, for prefetch; None in the last layer."""
 
     def forward(
         self, x: Array, step: StepInputs, work: Workspace, norm: Array, l2_prefetch: Array
     ) -> None:
-        """x += the experts of work.h; work.h = norm(x).  x f32 [T, D]    norm f32 [D]
-        ahead: the weights that are read next"""
-        store = self.store
-        prefetch = None if self.next_router is None else store.router_prefetch_buffers(step.tokens)
+        """x += experts(work.h); work.h = norm(x).  x f32 [T, D]    norm f32 [D]
+
+        l2_prefetch: the weights that the next layer reads first.
+        """
+        runner, next_router = self.expert_runner, self.next_router
+        prefetch = None if next_router is None else runner.router_prefetch_buffers(step.tokens)
         self.ops.router(
-            work.ids, work.weights, work.router_logits, work.h, self.router, self.experts,
-            store.cache.counters, work.router_barrier, store.trace, self.layer, step.positions,
-            prefetch, self.next_router, store.predicted,
+            work.ids, work.weights, work.router_logits, work.h, self.router, self.num_experts,
+            runner.cache.counters, work.router_barrier, runner.trace, self.layer, step.positions,
+            prefetch, next_router, runner.predicted,
         )  # fmt: skip
-        if store.recorder is not None and store.trace is None and self.next_router is not None:
+        if runner.recorder is not None and runner.trace is None and next_router is not None:
             top_k = work.ids.shape[1]
             predicted, weights = predict_experts(
-                self.ops, work.h, self.next_router, self.experts, top_k
+                self.ops, work.h, next_router, self.num_experts, top_k
             )
-            store.recorder.add_predicted(self.layer + 1, predicted, weights)
-        store.forward(
+            runner.recorder.add_predicted(self.layer + 1, predicted, weights)
+        runner.forward(
             x, work.h, work.ids, work.weights, self.layer, self.shared, work.router_logits,
             work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, l2_prefetch,
         )  # fmt: skip

@@ -3,8 +3,8 @@
     x = embed[ids];  every layer: x += mixer(norm(x));  x += moe(norm(x))
     logits = norm(x) Whead
 
-The mixer is a gated delta net in three layers of four and attention in the fourth.  The model type
-is that of transformers; the formulas are those of its modules of that name.
+The mixer is a gated delta net in three layers of four and attention in the fourth.  Source of the
+formulas: the module qwen3_5_moe of transformers.
 """
 
 from collections.abc import Mapping
@@ -23,33 +23,33 @@ from osmium.models.weights import WeightView
 from osmium.models.workspace import make_workspace
 from osmium.ops import Array, LinearWeight, Ops, StepInputs
 
-__all__ = ["Model"]
+__all__ = ["MODEL_CLASS", "Qwen3_5MoeModel"]
 
 
 class _Layer:
-    """A mixer and experts, and the norm before each."""
+    """A mixer, the experts, and the norm before each."""
 
     def __init__(
         self,
         ops: Ops,
         config: ModelConfig,
         weights: WeightView,
-        store: ExpertRunner,
+        expert_runner: ExpertRunner,
         index: int,
         frequencies: Array,
     ) -> None:
         self.mixer_norm = weights.array("mixer_norm", config.hidden_size)
         self.moe_norm = weights.array("moe_norm", config.hidden_size)
-        # State.layers holds the mixer's own kind of state at the same index.
+        # ModelState.layers[index] is the matching kind of state: PagedKV or DeltaState.
         self.mixer: Any = (
             Attention(ops, config, weights, frequencies)
             if config.layer_types[index] == "attention"
             else DeltaNet(ops, config, weights)
         )
-        self.moe = MoeBlock(ops, config, weights, store, index)
+        self.moe = MoeBlock(ops, config, weights, expert_runner, index)
 
 
-class Model:
+class Qwen3_5MoeModel:
     """The whole model on one backend."""
 
     def __init__(
@@ -57,52 +57,61 @@ class Model:
         ops: Ops,
         config: ModelConfig,
         weights: Mapping[str, LinearWeight | Array],
-        store: ExpertRunner,
+        expert_runner: ExpertRunner,
         rows: int,
     ) -> None:
-        """`weights` by the names of models/weights.py, where `ops` reaches them; steps have at
-        most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
-        taken = WeightView(weights)
-        self.ops, self.config, self.rows, self.store = ops, config, rows, store
-        self.embed = taken.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
-        self.norm = taken.array("norm", config.hidden_size)
+        """`weights` have the names of models/weights.py and are in memory that `ops` reads.  A step
+        has at most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
+        view = WeightView(weights)
+        self.ops, self.config, self.rows, self.expert_runner = ops, config, rows, expert_runner
+        self.embed = view.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
+        self.norm = view.array("norm", config.hidden_size)
         self.head_matrix = (
-            taken.linear("head", config.vocab_size, config.hidden_size)
-            if taken.has("head")
+            view.linear("head", config.vocab_size, config.hidden_size)
+            if view.has("head")
             else LinearWeight("bf16", config.vocab_size, config.hidden_size, self.embed)
         )
         frequencies = ops.to_device(rotary_frequencies(config))
         self.layers = [
-            _Layer(ops, config, taken.layer(i), store, i, frequencies)
+            _Layer(ops, config, view.layer(i), expert_runner, i, frequencies)
             for i in range(config.num_layers)
         ]
-        for layer, after in pairwise(self.layers):
-            layer.moe.next_router = after.moe.router
+        for layer, next_layer in pairwise(self.layers):
+            layer.moe.next_router = next_layer.moe.router
         self.work = make_workspace(ops, config, rows)
 
     def forward(self, step: StepInputs, state: ModelState) -> None:
-        """Compute a step: `head` then knows its rows, until the next.  Allocates nothing."""
-        assert step.tokens <= self.rows, f"a step of {step.tokens} rows, room for {self.rows}"
+        """Run all layers on a step; `head` computes its logits until the next call.
+
+        Allocates nothing.
+        """
+        assert step.tokens <= self.rows, f"a step of {step.tokens} rows, the maximum is {self.rows}"
         work = self.work.first_rows(step.tokens)
         x = work.x
         self.ops.embed(x, step.ids, self.embed)
         self.ops.rms_norm(work.h, x, self.layers[0].mixer_norm)
-        after = [(layer.mixer_norm, layer.mixer.first_weight.data) for layer in self.layers[1:]]
-        after.append((self.norm, self.head_matrix.data))
-        with self.store.step(step.tokens):
-            for layer, own, (norm, l2_prefetch) in zip(
-                self.layers, state.layers, after, strict=True
+        # The norm and the first matrix after each layer: the next layer's, at the end the head's.
+        following = [(one.mixer_norm, one.mixer.first_weight.data) for one in self.layers[1:]]
+        following.append((self.norm, self.head_matrix.data))
+        with self.expert_runner.step(step.tokens):
+            for layer, layer_state, (norm, l2_prefetch) in zip(
+                self.layers, state.layers, following, strict=True
             ):
-                layer.mixer.forward(x, step, own, work, layer.moe_norm)
+                layer.mixer.forward(x, step, layer_state, work, layer.moe_norm)
                 layer.moe.forward(x, step, work, norm, l2_prefetch)
 
     def head(self, out: Array, rows: Array | None = None) -> None:
-        """The logits of some rows of the last step; of its first ones, if right after it.
+        """Logits of some rows of the last step.
 
-        out f32 [R, vocab]    rows i32 [R]    R at most the model's rows
+        out f32 [R, vocab]    rows i32 [R]    R at most self.rows
+        Without `rows` they are the first R rows; that is valid only directly after `forward`.
         """
         ops, h = self.ops, self.work.h[: out.shape[0]]
         if rows is not None:
             ops.gather_rows(h.f32, self.work.x, rows)
             ops.rms_norm(h, h.f32, self.norm)
         ops.linear(out, h, self.head_matrix)
+
+
+MODEL_CLASS = Qwen3_5MoeModel
+"""The class that models.model_class returns for this file."""

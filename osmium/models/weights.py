@@ -1,4 +1,4 @@
-"""A model's weights by our names, checked as they are taken.
+"""A model's weights by Osmium's names, checked when they are looked up.
 
 name                        what                                            shape
 embed                       bf16                                            [vocab, D]
@@ -6,7 +6,7 @@ head                        a matrix; absent where it is the embedding      [voc
 norm                        f32                                             [D]
 layers.{i}.mixer_norm       f32                                             [D]
 layers.{i}.moe_norm         f32                                             [D]
-layers.{i}.router           a matrix, bf16; last the shared expert's gate   [E + 1, D]
+layers.{i}.router           a matrix, bf16; row E is the shared gate        [E + 1, D]
 layers.{i}.shared_up        a matrix, gate then up                          [2 Is, D]
 layers.{i}.shared_down      a matrix                                        [D, Is]
 of an attention layer:
@@ -36,7 +36,7 @@ __all__ = ["WeightView", "upload"]
 
 
 class WeightView:
-    """A view of the mapping that says which name is missing or has the wrong shape."""
+    """A view of the weights; errors name a weight that is missing or has the wrong shape."""
 
     def __init__(self, values: Mapping[str, LinearWeight | Array], prefix: str = "") -> None:
         self._values, self._prefix = values, prefix
@@ -50,31 +50,31 @@ class WeightView:
 
     def linear(self, name: str, rows: int, columns: int) -> LinearWeight:
         """A matrix [rows, columns].  Raises: CheckpointError."""
-        w = self._take(name)
+        w = self._lookup(name)
         if not isinstance(w, LinearWeight) or (w.out_features, w.in_features) != (rows, columns):
-            found = (
+            actual = (
                 f"[{w.out_features}, {w.in_features}]"
                 if isinstance(w, LinearWeight)
                 else f"an array {list(w.shape)}"
             )
             raise CheckpointError(
-                f"{self._prefix}{name} is {found}; the model's config makes it a matrix "
+                f"{self._prefix}{name} is {actual}; by the model's config it must be a matrix "
                 f"[{rows}, {columns}]."
             )
         return w
 
     def array(self, name: str, *shape: int, dtype: npt.DTypeLike = np.float32) -> Array:
-        """An array, f32 unless told otherwise.  Raises: CheckpointError."""
-        w = self._take(name)
+        """An array, f32 by default.  Raises: CheckpointError."""
+        w = self._lookup(name)
         if isinstance(w, LinearWeight) or tuple(w.shape) != shape or w.dtype != dtype:
-            found = "a matrix" if isinstance(w, LinearWeight) else f"{w.dtype} {list(w.shape)}"
+            actual = "a matrix" if isinstance(w, LinearWeight) else f"{w.dtype} {list(w.shape)}"
             raise CheckpointError(
-                f"{self._prefix}{name} is {found}; the model's config makes it "
+                f"{self._prefix}{name} is {actual}; by the model's config it must be "
                 f"{np.dtype(dtype)} {list(shape)}."
             )
         return w
 
-    def _take(self, name: str) -> LinearWeight | Array:
+    def _lookup(self, name: str) -> LinearWeight | Array:
         try:
             return self._values[self._prefix + name]
         except KeyError:
@@ -84,23 +84,23 @@ class WeightView:
 def upload(
     ops: Ops, values: Mapping[str, LinearWeight | Array], *, embed_on_host: bool
 ) -> dict[str, LinearWeight | Array]:
-    """Weights from the host's memory to where kernels reach them fast.
+    """Copy weights from host memory to device memory.
 
-    With `embed_on_host` the embedding goes to mapped host memory, as its table is large and a step
-    reads one row a token; a head that is the embedding then gets a copy of its own, as it is read
-    whole.  Raises: OutOfMemory.
+    With `embed_on_host` the embedding goes to mapped host memory: the table is large and a step
+    reads one row per token.  A head tied to the embedding then gets its own copy in VRAM, because
+    each step reads all of it.  Raises: OutOfMemory.
     """
-    placed: dict[str, LinearWeight | Array] = {}
+    uploaded: dict[str, LinearWeight | Array] = {}
     for name, value in values.items():
         if isinstance(value, LinearWeight):
             scale = None if value.scale is None else ops.to_device(value.scale)
-            placed[name] = replace(value, data=ops.to_device(value.data), scale=scale)
+            uploaded[name] = replace(value, data=ops.to_device(value.data), scale=scale)
         elif name == "embed" and embed_on_host:
-            placed[name] = ops.empty_mapped(value.shape, value.dtype)
-            ops.host_view(placed[name])[...] = value
+            uploaded[name] = ops.empty_mapped(value.shape, value.dtype)
+            ops.host_view(uploaded[name])[...] = value
             if "head" not in values:
                 rows, columns = value.shape
-                placed["head"] = LinearWeight("bf16", rows, columns, ops.to_device(value))
+                uploaded["head"] = LinearWeight("bf16", rows, columns, ops.to_device(value))
         else:
-            placed[name] = ops.to_device(value)
-    return placed
+            uploaded[name] = ops.to_device(value)
+    return uploaded

@@ -1,4 +1,4 @@
-"""The arrays that a forward pass writes on its way, made once for the longest step."""
+"""The workspace: scratch arrays of a forward pass, allocated once for the longest step."""
 
 import math
 from dataclasses import dataclass, fields
@@ -13,25 +13,25 @@ from osmium.ops.types import ROUTER_BARRIER_SHAPE, rows_bytes
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
-SPLITS = 160
-"""Most blocks a key head that share the contexts of a step: with two key heads they are two a
-multiprocessor of a GPU with 160.  A short context uses as many as it has tiles."""
+MAX_KV_SPLITS = 160
+"""Most blocks per KV head over the contexts of a step.  With two KV heads these are two blocks per
+multiprocessor of a GPU with 160.  A short context uses one block per tile."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """What a step writes on its way, a row a token.  Letters are in ops/types.py and config.py."""
+    """Scratch arrays of a step, one row per token.  Letters are in ops/types.py and config.py."""
 
     x: Array
     """f32 [T, D], the residual stream."""
     h: MatmulInput
-    """[T, D], what a block reads: x, normed."""
+    """[T, D], norm(x): the input of a mixer, a router and experts."""
     y: Array
     """f32 [T, D], scratch of the experts."""
     qgkv: Array
     """f32 [T, (2H + 2G) d]."""
     q: Array
-    """f32 [T, H, d], of steps whose attention does not turn its own."""
+    """f32 [T, H, d], rotated queries; unused where the attention kernel applies RoPE itself."""
     attn_out: MatmulInput
     """[T, H d]."""
     qkvz: Array
@@ -45,72 +45,83 @@ class Workspace:
     beta: Array
     """f32 [T, V]."""
     delta_out: MatmulInput
-    """[T, V dv], what the delta rule reads from its state, normed and gated."""
+    """[T, V dv], output of the delta rule, normed and gated."""
     router_logits: Array
     """f32 [T, E + 1], router logits, then the shared expert's gate."""
     ids: Array
-    """u16 [T, A], the experts of a token."""
+    """u16 [T, A], top-k expert ids."""
     weights: Array
-    """f32 [T, A], their weights."""
+    """f32 [T, A], top-k weights."""
     shared_gate_up: Array
     """f32 [T, 2 Is], the shared expert's gate and up."""
     shared_inner: MatmulInput
     """[T, Is]."""
     shared_out: Array
-    """f32 [T, D], what the shared expert says."""
+    """f32 [T, D], output of the shared expert."""
 
     partial: Array
-    """f32 [SPLITS, H, d + 2], partial results of split-KV blocks."""
+    """f32 [MAX_KV_SPLITS, H, d + 2], partial results of split-KV blocks."""
     split_counters: Array
-    """i32 [SPLIT_KV_MAX_SEQS, H, 8], zero between kernels: arrival counters of split-KV blocks."""
+    """i32 [SPLIT_KV_MAX_SEQS, H, 8], 0 between kernels: split-KV blocks that have finished."""
     router_barrier: Array
-    """i32 [8, 288], zero between kernels; of ROUTER_BARRIER_SHAPE."""
+    """i32 ROUTER_BARRIER_SHAPE, 0 between kernels: blocks that have written router logits."""
 
     def first_rows(self, tokens: int) -> "Workspace":
-        """The same, cut to a step's rows."""
-        whole = {
+        """The same arrays, cut to the first `tokens` rows."""
+        shared = {
             name: getattr(self, name) for name in ("partial", "split_counters", "router_barrier")
         }
-        cut = {f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in whole}
-        return Workspace(**cut, **whole)
+        rows = {
+            f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in shared
+        }
+        return Workspace(**rows, **shared)
 
 
 def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
-    """Room for steps of at most `rows` tokens.  Raises: OutOfMemory."""
-    split_counters, router_barrier = (
-        ops.empty(_split_counters(config), np.int32),
-        ops.empty(ROUTER_BARRIER_SHAPE, np.int32),
-    )
-    for words in (split_counters, router_barrier):
-        ops.memset(words, 0)
-    arrays = {name: ops.empty((rows, *s), t) for name, (s, t) in _shapes(config).items()}
+    """A workspace for steps of at most `rows` tokens.  Raises: OutOfMemory."""
+    split_counters = ops.empty(_split_counters_shape(config), np.int32)
+    router_barrier = ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
+    for counters in (split_counters, router_barrier):
+        ops.memset(counters, 0)
+    arrays = {
+        name: ops.empty((rows, *shape), dtype)
+        for name, (shape, dtype) in _row_shapes(config).items()
+    }
+    inputs = {
+        name: ops.empty_input(rows, width, eps)
+        for name, (width, eps) in _matmul_inputs(config).items()
+    }
     return Workspace(
         **arrays,
-        **{name: ops.empty_input(rows, width, eps) for name, (width, eps) in _rows(config).items()},
-        partial=ops.empty(_partial(config), np.float32),
+        **inputs,
+        partial=ops.empty(_partial_shape(config), np.float32),
         split_counters=split_counters,
         router_barrier=router_barrier,
     )
 
 
 def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
-    """Bytes that make_workspace asks for on a backend."""
-    wide = sum(math.prod(s) * np.dtype(t).itemsize for s, t in _shapes(config).values())
-    read = sum(rows_bytes(1, width, eps is not None, gpu) for width, eps in _rows(config).values())
-    whole = (_partial(config), _split_counters(config), ROUTER_BARRIER_SHAPE)
-    return rows * (wide + read) + 4 * sum(map(math.prod, whole))
+    """Bytes that make_workspace allocates on a backend."""
+    arrays = sum(
+        math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _row_shapes(config).values()
+    )
+    inputs = sum(
+        rows_bytes(1, width, eps is not None, gpu) for width, eps in _matmul_inputs(config).values()
+    )
+    shared = (_partial_shape(config), _split_counters_shape(config), ROUTER_BARRIER_SHAPE)
+    return rows * (arrays + inputs) + 4 * sum(map(math.prod, shared))
 
 
-def _partial(config: ModelConfig) -> tuple[int, ...]:
-    return (SPLITS, config.num_heads, config.head_dim + 2)
+def _partial_shape(config: ModelConfig) -> tuple[int, ...]:
+    return (MAX_KV_SPLITS, config.num_heads, config.head_dim + 2)
 
 
-def _split_counters(config: ModelConfig) -> tuple[int, ...]:
+def _split_counters_shape(config: ModelConfig) -> tuple[int, ...]:
     return (SPLIT_KV_MAX_SEQS, config.num_heads, 8)
 
 
-def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
-    """One row of each array, by name."""
+def _row_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
+    """Shape of one row and dtype of each plain array, by name."""
     hidden = config.hidden_size
     heads = (config.num_heads, config.head_dim)
     values = (config.value_heads, config.value_dim)
@@ -132,8 +143,8 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLi
     return {"ids": ((config.top_k,), np.uint16), **{n: (s, np.float32) for n, s in f32.items()}}
 
 
-def _rows(config: ModelConfig) -> dict[str, tuple[int, float | None]]:
-    """Width of each of the rows that matrices read, and the eps of those that are normed."""
+def _matmul_inputs(config: ModelConfig) -> dict[str, tuple[int, float | None]]:
+    """Width of each MatmulInput, and its eps if it is the output of a norm, by name."""
     return {
         "h": (config.hidden_size, config.eps),
         "attn_out": (config.num_heads * config.head_dim, None),

@@ -50,7 +50,7 @@ class Shapes(Protocol):
     def formats(self) -> Formats: ...
 
     @property
-    def record(self) -> ExpertLayout: ...
+    def layout(self) -> ExpertLayout: ...
 
     @property
     def parts(self) -> Mapping[str, TensorSpec]: ...
@@ -73,7 +73,7 @@ class Change:
 def plan_shapes(model: Shapes, config: EngineConfig, hardware: HardwareInfo) -> MemoryPlan:
     """The memory plan of a model.  Raises: DoesNotFit, ConfigError."""
     weights = [(name, part.nbytes) for name, part in model.parts.items()]
-    return make_plan(model.config, model.record, weights, config, hardware)
+    return make_plan(model.config, model.layout, weights, config, hardware)
 
 
 def _plan_change(
@@ -130,7 +130,7 @@ def _smaller_formats(
     again = "pack the checkpoint with " if packed else ""
     size = sum(part.nbytes for part in model.parts.values())
     for bits in (8, 4):
-        if bits >= model.record.bits:
+        if bits >= model.layout.bits:
             continue
         if other := _formatted(model, config, gpu_expert_bits=bits):
             yield f"{again}--gpu-expert-bits {bits}", *other

@@ -24,10 +24,10 @@ def config_of(device: str, options: dict[str, Any]) -> EngineConfig:
     return EngineConfig(**{"device": device, **options})
 
 
-def hardware_of(gpu: Gpu | None, held: int = 0, arena: int = 0) -> HardwareInfo:
+def hardware_of(gpu: Gpu | None, vram_bytes: int = 0, host_bytes: int = 0) -> HardwareInfo:
     """This machine.
 
-    `held` bytes of VRAM and `arena` bytes of host memory that this process has allocated count as
+    `vram_bytes` of VRAM and `host_bytes` of host memory that this process has allocated count as
     free, as the plan covers them.
     """
     available, ram = available_ram()
@@ -35,7 +35,7 @@ def hardware_of(gpu: Gpu | None, held: int = 0, arena: int = 0) -> HardwareInfo:
         return HardwareInfo(False, ram_available=available, ram_total=ram, name="the CPU")
     free, total = gpu.device.memory()
     return HardwareInfo(
-        True, free + held, total, available + arena, ram, gpu.link_gb_s, gpu.memory_gb_s,
+        True, free + vram_bytes, total, available + host_bytes, ram, gpu.link_gb_s, gpu.memory_gb_s,
         gpu.device.capability, gpu.device.name,
     )  # fmt: skip
 

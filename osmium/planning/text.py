@@ -99,7 +99,7 @@ def _experts(report: PlanReport) -> str:
     text += f"expected hit rate {plan.hit_rate:.2f}"
     time = plan.token_time()
     if time is not None:
-        missed = (1 - plan.hit_rate) * plan.traffic.expert_bytes / 1e6
+        missed = (1 - plan.hit_rate) * plan.token_cost.expert_bytes / 1e6
         text += f", {missed:.0f} MB per token over the link"
     return text
 
@@ -112,7 +112,7 @@ def _limit(report: PlanReport) -> str:
     if time is not None:
         parts = {
             "link": f"the link, at {plan.link_gb_s:.0f} GB/s",
-            "vram": f"the rate of VRAM, {plan.traffic.memory_gb_s:.0f} GB/s",
+            "vram": f"the rate of VRAM, {plan.token_cost.memory_gb_s:.0f} GB/s",
             "overhead": "the starts and ends of kernels (overhead)",
         }
         text = f"{parts[report.binds]}. A token takes {time.total_ms:.1f} ms: "

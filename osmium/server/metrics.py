@@ -51,7 +51,7 @@ class _EngineCollector(Collector):
         )  # fmt: skip
         if engine is None:
             return
-        meter = engine.meter
+        meter = engine.stats
         if meter.poll_interval_s is None or meter.poll_interval_s > POLL_INTERVAL_S:
             meter.poll_interval_s = POLL_INTERVAL_S
         yield from _requests(meter)
@@ -92,8 +92,8 @@ def _requests(meter: EngineStats) -> Iterator[Metric]:
 
 
 def _experts(meter: EngineStats) -> Iterator[Metric]:
-    experts, nbytes = meter.experts, meter.record_bytes
-    link = meter.link_now if meter.scheduler.running else 0.0
+    experts, nbytes = meter.experts, meter.expert_bytes
+    link = meter.fetch_gb_s if meter.scheduler.running else 0.0
     for name, text, count in (
         ("routed", "Routed (token, expert) pairs.", experts.routed),
         ("hit", "Routed pairs whose expert was in a VRAM slot.", experts.hit),
@@ -146,8 +146,8 @@ def _memory(engine: Engine) -> Iterator[Metric]:
         for part, nbytes in parts.items():
             family.add_metric([part], nbytes)
         yield family
-    if engine.meter.vram is not None:
-        free, total = engine.meter.vram
+    if engine.stats.vram is not None:
+        free, total = engine.stats.vram
         yield GaugeMetricFamily("osmium_vram_free_bytes", "Free VRAM of the GPU.", free)
         yield GaugeMetricFamily("osmium_vram_total_bytes", "Total VRAM of the GPU.", total)
 

@@ -240,7 +240,7 @@ def _pack_checkpoint(
     origin = Provenance.of(checkpoint, _fingerprint(shards.folder, shards), hub)
     with contextlib.ExitStack() as stack:
         source: PackSource = CpuQuantizer(checkpoint)
-        if ops is not None and checkpoint.record.bits != 16 and checkpoint.experts_are_bf16:
+        if ops is not None and checkpoint.layout.bits != 16 and checkpoint.experts_are_bf16:
             source = stack.enter_context(contextlib.closing(GpuQuantizer(ops, checkpoint)))
         write_packed(target, source, origin, progress)
     return open_packed(target)

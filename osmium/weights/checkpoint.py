@@ -202,7 +202,7 @@ class Checkpoint:
         """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
         self.shards, self.config, self.formats = shards, config, formats
         self.parts = tensor_specs(config, formats)
-        self.record = ExpertLayout(
+        self.layout = ExpertLayout(
             formats.expert_bits, config.hidden_size, config.moe_intermediate_size
         )
         names = shards.tensors
@@ -311,7 +311,7 @@ class Checkpoint:
         return {"data": data4, "scale": scale4}
 
     def pack_expert(self, out: npt.NDArray[np.uint8], layer: int, expert: int) -> None:
-        """Quantise and pack one routed expert into u8 [record.nbytes]."""
+        """Quantise and pack one routed expert into u8 [layout.nbytes]."""
         prefix = f"{self.root}layers.{layer}.mlp.experts."
         if self.fused:
             up = self.shards.read(f"{prefix}gate_up_proj")[expert]
@@ -321,7 +321,7 @@ class Checkpoint:
             gate_up = [self.shards.read(f"{prefix}{kind}_proj.weight") for kind in ("gate", "up")]
             up = np.concatenate(_one_dtype(gate_up))
             down = self.shards.read(f"{prefix}down_proj.weight")
-        pack_expert(out, self.record, _bf16_or_f32(up), _bf16_or_f32(down))
+        pack_expert(out, self.layout, _bf16_or_f32(up), _bf16_or_f32(down))
 
 
 def _f32(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

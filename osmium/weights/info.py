@@ -25,14 +25,14 @@ Kind = Literal["packed", "folder", "hub", "synthetic"]
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """A model before it is loaded; `config`, `formats`, `record`, `parts` as in PackedModel."""
+    """A model before it is loaded; `config`, `formats`, `layout`, `parts` as in PackedModel."""
 
     name: str
     """The model argument: a path, a hub id, or synthetic:NAME."""
     kind: Kind
     config: ModelConfig
     formats: Formats
-    record: ExpertLayout
+    layout: ExpertLayout
     parts: dict[str, TensorSpec]
     """All tensors but the routed experts', by Osmium's names."""
     packed_path: Path | None = None
@@ -86,7 +86,7 @@ def synthetic_info(synthetic: Synthetic) -> ModelInfo:
 def packed_info(name: str, packed: PackedModel, kind: Kind = "packed") -> ModelInfo:
     """The info of a packed file, or of a model whose packed file exists."""
     return ModelInfo(
-        name, kind, packed.config, packed.formats, packed.record, packed.parts,
+        name, kind, packed.config, packed.formats, packed.layout, packed.parts,
         packed.path, packed.path.stat().st_size,
     )  # fmt: skip
 

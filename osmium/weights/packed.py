@@ -114,7 +114,7 @@ class PackedModel:
         if config is None:
             raise CheckpointError(f"{path} contains no config.json; pack the model again.")
         self.config = ModelConfig.from_hf(config, generation)
-        self.record = ExpertLayout(
+        self.layout = ExpertLayout(
             self.formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
         )
         self.parts: dict[str, TensorSpec] = {
@@ -129,7 +129,7 @@ class PackedModel:
             for part in self.parts.values()
             for kind, (shape, dtype) in part.arrays.items()
         }
-        layer_shape = (self.config.num_experts, self.record.nbytes)
+        layer_shape = (self.config.num_experts, self.layout.nbytes)
         for layer in range(self.config.num_layers):
             expected[f"experts.{layer}"] = (layer_shape, np.dtype(np.uint8))
         for name, (shape, dtype) in expected.items():
@@ -163,28 +163,28 @@ class PackedModel:
         assert part.format != "f32", "matrices are bf16, int8 or int4"
         return LinearWeight(part.format, rows, columns, data, scale, group)
 
-    def records(self, layer: int) -> npt.NDArray[np.uint8]:
+    def packed_experts(self, layer: int) -> npt.NDArray[np.uint8]:
         """The packed experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
         return self._array(f"experts.{layer}")
 
-    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+    def all_packed_experts(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The packed experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
         for layer in range(self.config.num_layers):
             if progress:
                 progress("experts", layer, self.config.num_layers)
-            self.records(layer)
+            self.packed_experts(layer)
         first = self._entries["experts.0"]
         shape = (self.config.num_layers, *first.shape)
         end = first.offset + first.nbytes * self.config.num_layers
         return self._map[first.offset : end].reshape(shape)
 
-    def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
+    def read_packed_experts(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
         """Read a layer's packed experts into u8 [E, nbytes].
 
         Raises: CheckpointError if the checksum differs.
         """
         with self.reading() as reading:
-            reading.records(layer, 0, out)()
+            reading.packed_experts(layer, 0, out)()
 
     def reading(self, write_only: bool = False) -> "PackedReader":
         """A reader of experts and tensors that does not use the mapping.
@@ -264,7 +264,9 @@ class PackedReader:
         """How bytes reach their memory: direct, bounced or cached; None before the first read."""
         return self._reader.io_mode
 
-    def records(self, layer: int, first: int, out: npt.NDArray[np.uint8]) -> Callable[[], None]:
+    def packed_experts(
+        self, layer: int, first: int, out: npt.NDArray[np.uint8]
+    ) -> Callable[[], None]:
         """Start to read the packed experts of a layer from number `first` on into u8 [n, nbytes].
 
         Returns a function that waits for them; it raises CheckpointError.

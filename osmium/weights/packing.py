@@ -49,7 +49,7 @@ class Shapes(Protocol):
     def formats(self) -> Formats: ...
 
     @property
-    def record(self) -> ExpertLayout: ...
+    def layout(self) -> ExpertLayout: ...
 
 
 class PackSource(Shapes, Protocol):
@@ -93,13 +93,13 @@ class CpuQuantizer:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self.checkpoint = checkpoint
         self.config, self.formats = checkpoint.config, checkpoint.formats
-        self.record = checkpoint.record
+        self.layout = checkpoint.layout
         self.arrays = checkpoint.arrays
 
     def layers(self, wanted: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
         """As PackSource.layers; NumPy releases the GIL, so threads are faster."""
         count, pack = self.config.num_experts, self.checkpoint.pack_expert
-        out = np.empty((2, count, self.record.nbytes), np.uint8)
+        out = np.empty((2, count, self.layout.nbytes), np.uint8)
         for i, layer in enumerate(wanted):
             experts = out[i % 2]
 
@@ -116,7 +116,7 @@ class _FileLayout:
 
     def __init__(self, source: Shapes, origin: Provenance) -> None:
         self.files = origin.files
-        config, layout = source.config, source.record
+        config, layout = source.config, source.layout
         self.parts = tensor_specs(config, source.formats)
         arrays: list[tuple[str, str, tuple[int, ...], int]] = [
             (f"file.{name}", "|u1", (len(raw),), len(raw)) for name, raw in self.files.items()

@@ -34,8 +34,8 @@ class GpuQuantizer:
         """Raises: OutOfMemory."""
         self.ops, self.checkpoint = ops, checkpoint
         self.config, self.formats = checkpoint.config, checkpoint.formats
-        self.record = checkpoint.record
-        self.expert_values = 3 * self.record.inner * self.record.hidden
+        self.layout = checkpoint.layout
+        self.expert_values = 3 * self.layout.inner * self.layout.hidden
         """Values of an expert's three matrices."""
         self.batch_experts = max(
             1, min(self.config.num_experts, batch_bytes // (2 * self.expert_values))
@@ -43,7 +43,7 @@ class GpuQuantizer:
         """Experts of a batch."""
         widest = max((part.shape[1] for part in checkpoint.parts if part.matrix), default=0)
         size = max(self.batch_experts * self.expert_values, 16 * widest)
-        nbytes = -(-max(self.batch_experts * self.record.nbytes, size) // 16) * 16
+        nbytes = -(-max(self.batch_experts * self.layout.nbytes, size) // 16) * 16
         self._w, self._out = ops.empty((size,), np.uint16), ops.empty((nbytes,), np.uint8)
         self._clips = ops.to_device(np.array(int4.CLIPS, np.float32))
         self._in = [ops.zeros_mapped((size,), np.uint16) for _ in range(2)]
@@ -101,7 +101,7 @@ class GpuQuantizer:
 
         Two buffers alternate: an array is overwritten two layers later.
         """
-        experts, shape = self.config.num_experts, (2, self.config.num_experts, self.record.nbytes)
+        experts, shape = self.config.num_experts, (2, self.config.num_experts, self.layout.nbytes)
         batches = [(layer, e) for layer in wanted for e in range(0, experts, self.batch_experts)]
         out = np.empty(shape, np.uint8)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="osmium-shard") as pool:
@@ -130,7 +130,7 @@ class GpuQuantizer:
         self, layer: int, first: int, last: int, buffer: npt.NDArray[np.uint8]
     ) -> Iterator[tuple[str, int, npt.NDArray[np.uint8]]]:
         """Reads (tensor, first byte, target): gate and up of all experts, then down of all."""
-        matrix_bytes = 2 * self.record.inner * self.record.hidden
+        matrix_bytes = 2 * self.layout.inner * self.layout.hidden
         names, at = self.checkpoint.expert_names(layer), 0
         wanted: list[tuple[str, int, int]] = []
         if self.checkpoint.fused:
@@ -150,7 +150,7 @@ class GpuQuantizer:
     def _pack(self, buffer: int, packed: npt.NDArray[np.uint8]) -> None:
         """Quantise the experts in buffer 0 or 1 into u8 [n, nbytes]."""
         count, nbytes = packed.shape
-        layout = self.record
+        layout = self.layout
         ups = count * 2 * layout.inner * layout.hidden
         self._copy_in(buffer, count * self.expert_values)
         out = self._out[: count * nbytes].reshape(count, nbytes)

@@ -113,7 +113,7 @@ class Synthetic:
     def __init__(self, name: str, config: dict[str, Any], formats: Formats) -> None:
         self.path = Path(name)
         self.config, self.formats = ModelConfig.from_hf(config), formats
-        self.record = ExpertLayout(
+        self.layout = ExpertLayout(
             formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
         )
         self.parts: dict[str, TensorSpec] = {p.name: p for p in tensor_specs(self.config, formats)}
@@ -179,7 +179,7 @@ class Synthetic:
 
         out u8 [<= E, nbytes], in VRAM or mapped host memory
         """
-        layout, form = self.record, {16: "bf16", 8: "int8", 4: "int4"}[self.record.bits]
+        layout, form = self.layout, {16: "bf16", 8: "int8", 4: "int4"}[self.layout.bits]
         seed = random_fill.skip_seed(
             random_fill.seed_from_name(f"experts.{layer}"), first * layout.nbytes // 8
         )
@@ -195,7 +195,7 @@ class Synthetic:
                 pattern = _pattern(form, gain, scales and form != "bf16")
                 ops.random_fill(out, start, end - start, seed, pattern)
 
-    def read_records(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
+    def read_packed_experts(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
         """Generate a layer's packed experts, u8 [E, nbytes], with one thread per core."""
         threads = os.cpu_count() or 1
         chunk = -(-len(out) // (4 * threads))
@@ -211,26 +211,26 @@ class Synthetic:
 
         Two buffers alternate: an array is overwritten two layers later.
         """
-        shape = (2, self.config.num_experts, self.record.nbytes)
+        shape = (2, self.config.num_experts, self.layout.nbytes)
         out = np.empty(shape, np.uint8)
         for i, layer in enumerate(wanted):
-            self.read_records(layer, out[i % 2])
+            self.read_packed_experts(layer, out[i % 2])
             yield out[i % 2]
 
-    def one_record(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
+    def packed_expert(self, layer: int, expert: int) -> npt.NDArray[np.uint8]:
         """One packed expert, u8 [nbytes]."""
-        out = np.empty(self.record.nbytes, np.uint8)
+        out = np.empty(self.layout.nbytes, np.uint8)
         self.generate_experts(self._ops, layer, out[None], expert)
         return out
 
-    def all_records(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
+    def all_packed_experts(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
         """The packed experts of all layers, u8 [L, E, nbytes], in memory."""
-        shape = (self.config.num_layers, self.config.num_experts, self.record.nbytes)
+        shape = (self.config.num_layers, self.config.num_experts, self.layout.nbytes)
         out = np.empty(shape, np.uint8)
         for layer in range(self.config.num_layers):
             if progress:
                 progress("experts", layer, self.config.num_layers)
-            self.read_records(layer, out[layer])
+            self.read_packed_experts(layer, out[layer])
         return out
 
 

@@ -117,7 +117,7 @@ def test_list_launches_records_without_running(
     assert launches and not gpu.launched
     with pytest.raises(ZeroDivisionError), list_launches(ops):
         raise ZeroDivisionError
-    ops.copy_h2d(engine.runner.replies.decode_step, np.zeros(1, np.int32))
+    ops.copy_h2d(engine.runner.decode_state.decode_step, np.zeros(1, np.int32))
     assert isinstance(ops.runtime, CudaRuntime) and ops.stream is ops.runtime.stream
 
 

@@ -41,7 +41,7 @@ def test_a_row_is_consistent_with_its_counters(engine: Any) -> None:
     assert row["routed"] == 2 * 6 * config.num_layers * config.top_k
     assert row["routed"] == row["hit"] + row["missed"]
     assert row["hit_rate"] == pytest.approx(row["hit"] / row["routed"])
-    expert_bytes = engine.runner.store.cache.layout.nbytes
+    expert_bytes = engine.runner.expert_runner.cache.layout.nbytes
     assert row["mb_fetched_per_token"] * 1e6 == pytest.approx(
         row["experts_copied"] * expert_bytes / 12
     )
@@ -99,7 +99,7 @@ def test_a_row_starts_with_an_empty_cache(engine: Any) -> None:
 def test_a_prefill_row_counts_fetched_experts(engine: Any) -> None:
     (row,) = measure(engine, BenchConfig(depths=(), prompts=(40,), repeats=2))["rows"]
     assert row["routed"] == 2 * 40 * engine.config.num_layers * engine.config.top_k
-    expert_bytes = engine.runner.store.cache.layout.nbytes
+    expert_bytes = engine.runner.expert_runner.cache.layout.nbytes
     assert row["mb_fetched"] * 1e6 == pytest.approx(row["experts_copied"] * expert_bytes / 2)
     assert row["ttft_ms"] > 0
 
@@ -107,7 +107,7 @@ def test_a_prefill_row_counts_fetched_experts(engine: Any) -> None:
 def test_inconsistent_counters_fail_the_benchmark(
     engine: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    store, status = engine.runner.store, engine.status
+    store, status = engine.runner.expert_runner, engine.status
 
     def dropping() -> dict[str, Any]:
         found: dict[str, Any] = status()
@@ -212,10 +212,10 @@ def test_measuring_the_link_rate_changes_no_state(
         runner.ops, "runtime", SimpleNamespace(device=None, stream=None), raising=False
     )
     before = engine.status()["experts"]
-    expert_bytes = runner.store.cache.layout.nbytes
+    expert_bytes = runner.expert_runner.cache.layout.nbytes
     assert throughput.link_rate(engine, 2) == 2 * expert_bytes / 0.25 / 1e6, (
         "4 fetches of 2 experts in one tick"
     )
     assert engine.status()["experts"] == before
-    host_bytes = runner.ops.host_view(runner.store.host_experts.packed)
-    assert verify(runner.ops, runner.store.cache, host_bytes, 1000, 0) > 0
+    host_bytes = runner.ops.host_view(runner.expert_runner.host_experts.packed)
+    assert verify(runner.ops, runner.expert_runner.cache, host_bytes, 1000, 0) > 0

@@ -242,8 +242,8 @@ class EngineHarness:
     def close(self) -> None:
         """Close the engine; every page and slot must be free."""
         self.engine.close()
-        assert self.kv_cache.free_pages == self.kv_cache.pages, "pages were lost"
-        assert self.kv_cache.free_slots == self.kv_cache.slots, "slots were lost"
+        assert self.kv_cache.free_pages == self.kv_cache.num_pages, "pages were lost"
+        assert self.kv_cache.free_slots == self.kv_cache.num_slots, "slots were lost"
 
 
 class Response:

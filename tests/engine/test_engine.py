@@ -31,6 +31,7 @@ from tests.engine.fakes import (
 Make = Callable[..., EngineHarness]
 
 LONG = replace(GREEDY, max_tokens=None)
+BUSY = CudaError("busy", call="c", name="N", code=1, context_lost=False)
 
 
 def prompts(rng: np.random.Generator, count: int, max_tokens: int = 30) -> list[list[int]]:
@@ -335,7 +336,7 @@ def test_many_random_requests_and_cancels_free_every_page_and_slot(
     status = harness.engine.status()
     assert (status["running"], status["waiting"]) == (0, 0)
     assert status["free_pages"] == status["pages"] == 20
-    assert harness.kv_cache.free_slots == harness.kv_cache.slots
+    assert harness.kv_cache.free_slots == harness.kv_cache.num_slots
 
 
 # -- refusals --------------------------------------------------------------------------------------
@@ -485,18 +486,18 @@ def test_a_failing_step_ends_its_requests_and_the_engine_continues(
     again = harness.submit([1] * 12)
     assert again.wait().error is None
     assert again.ids == follow(scrambled, [1] * 12, 8)
-    assert harness.kv_cache.free_pages == harness.kv_cache.pages
+    assert harness.kv_cache.free_pages == harness.kv_cache.num_pages
 
 
 def test_a_cuda_error_that_keeps_the_context_ends_only_one_step(harness_of: Make) -> None:
     harness = harness_of()
-    harness.model.before = Failing(1, CudaError("busy", call="c", name="N", code=1, lost=False))
+    harness.model.before = Failing(1, BUSY)
     assert isinstance(harness.submit([1]).wait().error, CudaError)
     assert harness.submit([1]).wait().error is None
 
 
 def lost() -> CudaError:
-    return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, lost=True)
+    return CudaError("gone", call="cuCtxSynchronize", name="N", code=700, context_lost=True)
 
 
 def test_a_lost_context_ends_every_request_and_the_engine(harness_of: Make) -> None:

@@ -75,7 +75,7 @@ def test_a_watchdog_that_fires_ends_every_request_and_the_thread(harness_of: Any
     watchdog = Watchdog(harness.engine.stop, GIB, lambda: available[0], period=0.002)
     available[0] = GIB // 4
     end = time.monotonic() + PATIENCE_S
-    while harness.engine._why is None:
+    while harness.engine._stop_reason is None:
         assert time.monotonic() < end, "the watchdog did not fire"
         time.sleep(0.001)
     gate.open()
@@ -88,7 +88,7 @@ def test_a_watchdog_that_fires_ends_every_request_and_the_thread(harness_of: Any
     with pytest.raises(EngineStopped, match=r"0\.25 GiB"):
         harness.submit([1])
     assert harness.engine.failure is not None
-    assert harness.engine.meter.finished[FinishReason.ERROR] == 3
+    assert harness.engine.stats.finished[FinishReason.ERROR] == 3
     watchdog.close()
 
 

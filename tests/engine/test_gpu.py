@@ -50,7 +50,7 @@ def test_sampling_on_the_device_equals_sampling_on_the_host(rng: np.random.Gener
     """With log-probabilities requested, the host reads every row of logits and samples."""
     engine = demo()
     try:
-        assert engine._runner._replays, "decode graphs are captured before serving"
+        assert engine._runner._graphs, "decode graphs are captured before serving"
         for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}):
             params = replace(GREEDY, **settings)  # type: ignore[arg-type]
             for ids in prompts(engine, rng, 3):
@@ -105,7 +105,7 @@ def test_only_logits_are_copied_to_the_host(rng: np.random.Generator) -> None:
         count = len(list(engine.generate(ids, GREEDY)))
         assert count == GREEDY.max_tokens
         engine.status()
-        counters = 3 * engine._runner.store.cache.counters.nbytes  # two polls and a status
+        counters = 3 * engine._runner.expert_runner.cache.counters.nbytes  # two polls and a status
         logit_bytes = ops.d2h_bytes - before - counters
         assert logit_bytes == engine.config.vocab_size * 4, "the first token's logits"
     finally:
@@ -133,13 +133,18 @@ def test_every_kind_of_host_memory_holds_the_files_experts(
 ) -> None:
     engine = demo(write_combined=wc_alloc, **_slots(slots))
     try:
-        experts = open_packed(DEMO).all_records()
+        experts = open_packed(DEMO).all_packed_experts()
         runner = engine.runner
         if slots is None:
-            assert verify(runner.ops, runner.store.cache, experts, 10**6, 0) == experts[..., 0].size
+            assert (
+                verify(runner.ops, runner.expert_runner.cache, experts, 10**6, 0)
+                == experts[..., 0].size
+            )
         else:
-            assert runner.store.host_experts is not None
-            assert np.array_equal(runner.ops.host_view(runner.store.host_experts.packed), experts)
+            assert runner.expert_runner.host_experts is not None
+            assert np.array_equal(
+                runner.ops.host_view(runner.expert_runner.host_experts.packed), experts
+            )
     finally:
         engine.close()
 
@@ -147,13 +152,13 @@ def test_every_kind_of_host_memory_holds_the_files_experts(
 def test_a_second_start_hits_more_with_saved_usage(tmp_path: Path) -> None:
     model = tmp_path / "model.osmium"  # the bundled file's own usage is not saved
     model.write_bytes(DEMO.read_bytes())
-    experts = open_packed(model).all_records()
+    experts = open_packed(model).all_packed_experts()
 
     def count() -> dict[str, int]:
         """Hits of twenty prompt tokens and their response; checks the slots at the start."""
         engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
         try:
-            ops, store = engine.runner.ops, engine.runner.store
+            ops, store = engine.runner.ops, engine.runner.expert_runner
             num_resident = engine.run_on_engine_thread(
                 lambda: int(resident(ops, store.cache).sum())
             )
@@ -179,15 +184,15 @@ def test_rebalancing_slots_between_responses_changes_none(
 ) -> None:
     model = tmp_path / "model.osmium"
     model.write_bytes(DEMO.read_bytes())
-    experts = open_packed(model).all_records()
+    experts = open_packed(model).all_packed_experts()
     engine = demo(model, expert_slots=12, cache_dir=str(tmp_path))
     try:
         runner = engine.runner
-        ops, store = runner.ops, runner.store
+        ops, store = runner.ops, runner.expert_runner
         assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
         all_prompts, used = prompts(engine, rng, 10), ops.runtime.pool.used
         before = [responses(engine, [ids]) for ids in all_prompts]
-        counters_before, captured = engine.status()["experts"], dict(runner._replays)
+        counters_before, captured = engine.status()["experts"], dict(runner._graphs)
         usage = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
 
         count = engine.run_on_engine_thread(runner.rebalance_slots)
@@ -207,11 +212,11 @@ def test_rebalancing_slots_between_responses_changes_none(
                 usage.top_experts(layer, num_slots).tolist()
             )
         usage_after = engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache))
-        assert np.allclose(usage_after.heat, usage.heat, rtol=1e-5)
-        assert np.allclose(usage_after.long_heat, usage.long_heat, rtol=1e-5)
+        assert np.allclose(usage_after.short_count, usage.short_count, rtol=1e-5)
+        assert np.allclose(usage_after.long_count, usage.long_count, rtol=1e-5)
         assert engine.status()["experts"] == counters_before and ops.runtime.pool.used == used
-        assert runner._replays, "captured again"
-        assert all(run is not captured.get(key) for key, run in runner._replays.items())
+        assert runner._graphs, "captured again"
+        assert all(run is not captured.get(key) for key, run in runner._graphs.items())
 
         after = [responses(engine, [ids]) for ids in all_prompts]
         # The sum runs over hits before misses, and that may change a near-tie.

@@ -47,7 +47,7 @@ def test_names_by_users_and_drivers_are_found(text: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        ("3060", ["RTX 3060 8GB", "RTX 3060 12GB", "say which"]),
+        ("3060", ["RTX 3060 8GB", "RTX 3060 12GB", "use one of these names"]),
         ("4060 ti", ["RTX 4060 Ti 8GB", "RTX 4060 Ti 16GB"]),
         ("4090 12GB", ["RTX 4090 (24 GiB)"]),
         ("6000", ["RTX A6000", "RTX 6000 Ada", "RTX PRO 6000"]),
@@ -69,7 +69,7 @@ def test_the_table_is_plausible() -> None:
     assert len({gpu.name for gpu in GPUS}) == len(GPUS)
     for gpu in GPUS:
         assert gpu.pcie in LINK_GB_S and 6 <= gpu.vram_gib <= 141
-        assert 200 <= gpu.memory_gb_s <= 4800 and 20 <= gpu.multiprocessors <= 188
+        assert 200 <= gpu.memory_gb_s <= 4800 and 20 <= gpu.sm_count <= 188
         assert gpu.capability in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
         assert gpu.vram_gib * 0.97 * GIB < gpu.vram_bytes < gpu.vram_gib * GIB
         assert gpu.vram_copy_gb_s < gpu.memory_gb_s

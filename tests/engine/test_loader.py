@@ -230,7 +230,7 @@ def test_a_refused_plan_allocates_and_reads_nothing(
     load(MIXED, folder).close()  # packs the model
     counted.allocated = 0
     read: list[str] = []
-    for method in ("tensor", "all_records", "read_records"):
+    for method in ("tensor", "all_packed_experts", "read_packed_experts"):
         monkeypatch.setattr(PackedModel, method, lambda self, *args, m=method: read.append(m))
     with pytest.raises(ConfigError):
         load(MIXED, folder, **options)
@@ -266,7 +266,7 @@ def allocate(
         planned.append(options.expert_slots)
         hardware_info = HardwareInfo(True, 8 << 30, 8 << 30, 8 << 30, 8 << 30)
         weights = [(name, part.nbytes) for name, part in packed.parts.items()]
-        return make_plan(packed.config, packed.record, weights, options, hardware_info)
+        return make_plan(packed.config, packed.layout, weights, options, hardware_info)
 
     def runner(self: Any, plan: MemoryPlan, options: Any, heat: None) -> Any:
         made.append(plan.expert_slots)
@@ -379,7 +379,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def recorder(method: str) -> Any:
         return lambda self, *args, **named: read.append(method)
 
-    for method in ("tensor", "all_records", "read_records", "reading"):
+    for method in ("tensor", "all_packed_experts", "read_packed_experts", "reading"):
         monkeypatch.setattr(PackedModel, method, recorder(method))
     monkeypatch.setattr("osmium.weights.write_packed", lambda *args: read.append("write_packed"))
     return read

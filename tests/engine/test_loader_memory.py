@@ -57,7 +57,7 @@ def options(packed: Path, **more: Any) -> dict[str, Any]:
 
 
 def all_experts(packed: PackedModel) -> npt.NDArray[np.uint8]:
-    return packed.all_records()
+    return packed.all_packed_experts()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -70,7 +70,7 @@ def test_resident_experts_are_loaded_through_one_layer_of_host_memory(
     engine = loader.load(
         packed.path, "gpu", progress=lambda *one: seen.append(one), **options(packed.path)
     )
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert cache.capacity == cache.num_experts
     count = cache.num_experts * len(CASE.kinds)
     assert verify(engine.runner.ops, cache, all_experts(packed), 10**6, 0) == count
@@ -92,8 +92,8 @@ def test_host_experts_hold_every_packed_expert(
     gpu.install(monkeypatch, kind)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
     runner = engine.runner
-    assert runner.store.host_experts is not None
-    host_bytes = runner.ops.host_view(runner.store.host_experts.packed)
+    assert runner.expert_runner.host_experts is not None
+    host_bytes = runner.ops.host_view(runner.expert_runner.host_experts.packed)
     assert np.array_equal(host_bytes, all_experts(packed))
     assert gpu.peak_bytes["host"] <= sum(engine.plan.ram.values()) + 8 * 4096
     engine.close()
@@ -174,7 +174,9 @@ def test_a_loader_can_be_used_again_after_out_of_memory(
     more: dict[str, Any] = {} if slots is None else {"expert_slots": slots}
     model_loader.engine(**more).close()
     gc.collect()
-    host_bytes = 0 if model_loader._arena is None else model_loader._arena.packed.nbytes
+    host_bytes = (
+        0 if model_loader._host_experts is None else model_loader._host_experts.packed.nbytes
+    )
     weights = gpu.bytes_of("cuMemAlloc")
     gpu.refuse = gpu.num_allocations + 3
     with pytest.raises(OutOfMemory):
@@ -183,7 +185,7 @@ def test_a_loader_can_be_used_again_after_out_of_memory(
     assert gpu.bytes_of("cuMemAlloc") <= weights
     assert gpu.host_bytes() <= host_bytes + model_loader.packed.parts["embed"].nbytes + 16 * 4096
     engine = model_loader.engine(**more)
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert cache.capacity == (slots or cache.num_experts)
     engine.close()
     model_loader.close()
@@ -197,7 +199,7 @@ def test_a_device_without_bulk_copies_does_not_prefetch(
     gpu = FakeGpu(4 << 30, capability=capability)
     gpu.install(monkeypatch)
     engine = loader.load(packed.path, "gpu", **options(packed.path, expert_slots=8))
-    assert (engine.runner.store.guess(1) is not None) == (capability[0] >= 9)
+    assert (engine.runner.expert_runner.prefetch_state(1) is not None) == (capability[0] >= 9)
     engine.close()
 
 
@@ -211,7 +213,7 @@ def test_out_of_vram_while_loading_names_the_owners_of_memory(
     def progress(stage: str, done: int, total: int) -> None:
         gpu.vram = gpu.bytes_of("cuMemAlloc")
 
-    with pytest.raises(OutOfMemory, match=r"are free; Osmium holds"):
+    with pytest.raises(OutOfMemory, match=r"are free; Osmium uses"):
         loader.load(packed.path, "gpu", progress=progress, **options(packed.path))
     assert not gpu.held
 
@@ -308,14 +310,14 @@ def generate(engine: Engine, seed: int = 1) -> list[int]:
 
 def resident_experts(engine: Engine) -> npt.NDArray[np.bool_]:
     return engine.run_on_engine_thread(
-        lambda: resident(engine.runner.ops, engine.runner.store.cache)
+        lambda: resident(engine.runner.ops, engine.runner.expert_runner.cache)
     )
 
 
 def most_used(engine: Engine, slots: int) -> npt.NDArray[np.bool_]:
     """The experts that a start with this mean number of slots per layer loads: bool [L, E]."""
     usage = engine.run_on_engine_thread(
-        lambda: snapshot_usage(engine.runner.ops, engine.runner.store.cache)
+        lambda: snapshot_usage(engine.runner.ops, engine.runner.expert_runner.cache)
     )
     out = np.zeros_like(usage.resident)
     slots_per_layer_ = slots_per_layer(usage, slots, engine.config.top_k) or [slots] * len(out)
@@ -340,7 +342,7 @@ def test_a_second_start_begins_with_the_most_used_experts(
     first.close()
     (file,) = usage_files(tmp_path)
     second = load_with_usage(packed, tmp_path)
-    cache = second.runner.store.cache
+    cache = second.runner.expert_runner.cache
     assert np.array_equal(resident_experts(second), expected) and expected.sum() == 6 * len(
         CASE.kinds
     )
@@ -426,7 +428,7 @@ def test_a_failed_engine_saves_no_usage(packed: PackedModel, tmp_path: Path) -> 
     generate(engine)
 
     def fail() -> None:
-        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, lost=True)
+        raise CudaError("gone", call="cuLaunchKernel", name="x", code=700, context_lost=True)
 
     with pytest.raises(CudaError):
         engine.run_on_engine_thread(fail)
@@ -456,7 +458,7 @@ def test_on_a_gpu_saved_usage_fills_the_slots(
     gpu.install(monkeypatch)
     settings = options(packed.path, expert_slots=6, cache_dir=str(tmp_path))
     engine = loader.load(packed.path, "gpu", **settings)
-    cache = engine.runner.store.cache
+    cache = engine.runner.expert_runner.cache
     assert np.array_equal(resident_experts(engine), expected)
     assert (
         verify(engine.runner.ops, cache, all_experts(packed), 1000, 0)

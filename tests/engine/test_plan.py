@@ -19,7 +19,13 @@ from osmium.engine.plan import (
     available_ram,
     make_plan,
 )
-from osmium.engine.speed_estimate import HIDDEN, LAYER_US, LINK_SHARE, MISS_LAYER_US, VRAM_SHARE
+from osmium.engine.speed_estimate import (
+    LAYER_US,
+    LINK_EFFICIENCY,
+    MISS_LAYER_US,
+    OVERLAP_FRACTION,
+    VRAM_EFFICIENCY,
+)
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.models.state import state_bytes
@@ -105,7 +111,7 @@ def test_a_model_that_fits_needs_no_host_experts() -> None:
 
 def test_kv_pages_hold_one_context_or_the_requested_size() -> None:
     result = plan(context=10_000, page_size=64)
-    assert (result.num_pages, result.table_pages) == (157, 157)
+    assert (result.num_pages, result.max_pages_per_seq) == (157, 157)
     assert result.vram["KV cache"] == state_bytes(MODEL, 157 + 1, 64, 0, "fp8_e4m3")
     more = plan(context=10_000, page_size=64, kv_cache_mb=2048)
     assert (
@@ -113,7 +119,7 @@ def test_kv_pages_hold_one_context_or_the_requested_size() -> None:
         <= 2 << 30
         < more.vram["KV cache"] + state_bytes(MODEL, 1, 64, 0, "fp8_e4m3")
     )
-    assert more.table_pages == 157
+    assert more.max_pages_per_seq == 157
 
 
 def test_the_default_context_is_the_models_up_to_32768() -> None:
@@ -186,10 +192,12 @@ def test_the_estimate_is_its_formula() -> None:
     weights = sum(size for name, size in WEIGHTS if name != "embed")
     states = 2 * state_bytes(MODEL, 0, 64, 1, "bf16")
     context = 1024 * state_bytes(MODEL, 1, 64, 0, "fp8_e4m3") // 64
-    vram = (weights + used + states + context) / (VRAM_SHARE * 1500e9)
+    vram = (weights + used + states + context) / (VRAM_EFFICIENCY * 1500e9)
     gpu = vram + MODEL.num_layers * LAYER_US / 1e6
-    link = (1 - result.hit_rate) * used / (LINK_SHARE * 50e9)
-    seconds = gpu + MODEL.num_layers * MISS_LAYER_US / 1e6 + link - HIDDEN * min(gpu, link)
+    link = (1 - result.hit_rate) * used / (LINK_EFFICIENCY * 50e9)
+    seconds = (
+        gpu + MODEL.num_layers * MISS_LAYER_US / 1e6 + link - OVERLAP_FRACTION * min(gpu, link)
+    )
     assert result.expected_tokens_per_s == pytest.approx(1 / seconds, rel=1e-6)
     (current,) = [row for row in result.slot_estimates() if row.gib == 0]
     assert current.tokens_per_s == result.expected_tokens_per_s

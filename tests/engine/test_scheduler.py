@@ -27,7 +27,7 @@ def compute(batch: Batch) -> list[Request]:
 
 
 def test_a_request_has_as_many_pages_as_its_tokens_need() -> None:
-    manager, one = KVCacheManager(pages=10, page=4, slots=2), request(9)
+    manager, one = KVCacheManager(num_pages=10, page_size=4, num_slots=2), request(9)
     assert manager.allocate_slot(one)
     for tokens, pages in ((1, 1), (4, 1), (5, 2), (9, 3), (3, 3), (40, 10)):
         assert manager.allocate_pages(one, tokens)
@@ -38,7 +38,11 @@ def test_a_request_has_as_many_pages_as_its_tokens_need() -> None:
 
 
 def test_allocating_more_than_free_pages_fails_and_takes_none() -> None:
-    manager, one, two = KVCacheManager(pages=5, page=2, slots=2), request(1), request(1)
+    manager, one, two = (
+        KVCacheManager(num_pages=5, page_size=2, num_slots=2),
+        request(1),
+        request(1),
+    )
     assert manager.allocate_slot(one) and manager.allocate_pages(one, 6)
     assert manager.allocate_slot(two) and not manager.allocate_pages(two, 5)
     assert (two.pages, manager.free_pages) == ([], 2)
@@ -46,7 +50,7 @@ def test_allocating_more_than_free_pages_fails_and_takes_none() -> None:
 
 
 def test_a_request_without_a_free_slot_is_not_admitted() -> None:
-    manager = KVCacheManager(pages=5, page=2, slots=1)
+    manager = KVCacheManager(num_pages=5, page_size=2, num_slots=1)
     one, two = request(1), request(1)
     assert manager.allocate_slot(one)
     assert not manager.allocate_slot(two)
@@ -56,7 +60,7 @@ def test_a_request_without_a_free_slot_is_not_admitted() -> None:
 
 
 def test_freeing_twice_frees_once() -> None:
-    manager, one = KVCacheManager(pages=5, page=2, slots=2), request(1)
+    manager, one = KVCacheManager(num_pages=5, page_size=2, num_slots=2), request(1)
     assert manager.allocate_slot(one) and manager.allocate_pages(one, 5)
     manager.free(one)
     manager.free(one)
@@ -64,7 +68,7 @@ def test_freeing_twice_frees_once() -> None:
 
 
 def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> None:
-    manager, admitted = KVCacheManager(pages=20, page=3, slots=5), list[Request]()
+    manager, admitted = KVCacheManager(num_pages=20, page_size=3, num_slots=5), list[Request]()
     for _ in range(2000):
         action = rng.integers(0, 4)
         if action == 0:
@@ -216,7 +220,7 @@ def test_every_request_finishes_in_a_bounded_number_of_steps(
                 continue
             owners = [one for one, _ in batch.scheduled]
             assert len(set(owners)) == len(owners) <= 3
-            assert sum(counts(batch)) <= sched.chunk
+            assert sum(counts(batch)) <= sched.max_step_tokens
             for one, count in batch.scheduled:
                 assert one.state_slot >= 0
                 assert 1 <= count <= one.num_pending_tokens
@@ -226,4 +230,4 @@ def test_every_request_finishes_in_a_bounded_number_of_steps(
                     sched.remove(one)
                     del lengths[one]
         assert not lengths
-        assert (sched.seats.free_pages, sched.seats.free_slots) == (pages, 3)
+        assert (sched.kv_cache.free_pages, sched.kv_cache.free_slots) == (pages, 3)

@@ -54,7 +54,7 @@ def generate(engine: Engine, seed: int = 1) -> list[int]:
 
 def layer_slots(runner: ModelRunner) -> list[int]:
     """Slots per layer."""
-    return [layer.shape[0] for layer in runner.store.cache.slots]
+    return [layer.shape[0] for layer in runner.expert_runner.cache.slots]
 
 
 # -- effects ---------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def test_after_rebalancing_slots_hold_the_most_used_and_state_is_kept(
     start: Callable[..., Engine], packed: PackedModel
 ) -> None:
     engine = start()
-    ops, store = engine.runner.ops, engine.runner.store
+    ops, store = engine.runner.ops, engine.runner.expert_runner
     generate(engine)
     before, counting_rebalance = (
         engine.run_on_engine_thread(lambda: snapshot_usage(ops, store.cache)),
@@ -105,27 +105,27 @@ def test_after_rebalancing_slots_hold_the_most_used_and_state_is_kept(
     )
     is_resident = resident(ops, store.cache)
     assert (
-        verify(ops, store.cache, packed.all_records(), 10**6, 0)
+        verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0)
         == is_resident.sum()
         == sum(slots_each)
     )
     for layer, slots in enumerate(slots_each):
         assert set(np.flatnonzero(is_resident[layer])) == set(before.top_experts(layer, slots))
     after = snapshot_usage(ops, store.cache)
-    assert np.allclose(after.heat, before.heat, rtol=1e-6)
-    assert np.allclose(after.long_heat, before.long_heat, rtol=1e-6)
+    assert np.allclose(after.short_count, before.short_count, rtol=1e-6)
+    assert np.allclose(after.long_count, before.long_count, rtol=1e-6)
     assert after.steps == before.steps and store.counters() == counting_rebalance
     assert store.cache.storage is memory, "no memory was allocated"
     assert all(getattr(store.cache, name) is array for name, array in arrays.items())
 
     generate(engine, 2)
     assert store.counters().routed == counting_rebalance.routed * 2
-    assert verify(ops, store.cache, packed.all_records(), 10**6, 0) > 0
+    assert verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0) > 0
 
 
 def test_rebalancing_without_a_better_split_does_nothing(start: Callable[..., Engine]) -> None:
     engine = start()
-    store = engine.runner.store
+    store = engine.runner.expert_runner
     assert engine.run_on_engine_thread(engine.runner.rebalance_slots) == 0, (
         "no expert has been used"
     )
@@ -145,27 +145,27 @@ def test_on_a_gpu_graphs_are_captured_again_without_allocations(
 ) -> None:
     source = start()
     generate(source)
-    usage = snapshot_usage(source.runner.ops, source.runner.store.cache)
+    usage = snapshot_usage(source.runner.ops, source.runner.expert_runner.cache)
     gpu = FakeGpu(4 << 30)
     gpu.install(monkeypatch)
     prepared: list[list[int]] = []
 
     def prepare(runner: ModelRunner) -> None:
         prepared.append(layer_slots(runner))
-        runner._prepared = True
-        runner._replays[("reply", 1)] = lambda: None
+        runner._graphs_captured = True
+        runner._graphs[("reply", 1)] = lambda: None
         for name in ("short_count", "step", "counters"):
-            runner.ops.memset(getattr(runner.store.cache, name), 0)
+            runner.ops.memset(getattr(runner.expert_runner.cache, name), 0)
 
     monkeypatch.setattr(ModelRunner, "capture_graphs", prepare)  # kernels do nothing here
     engine = start("gpu", cache_dir=str(packed.path.parent))
-    runner, store = engine.runner, engine.runner.store
+    runner, store = engine.runner, engine.runner.expert_runner
     ops, cache = runner.ops, store.cache
 
     def use() -> None:
         """Set the counters as if a response had been generated."""
-        ops.copy_h2d(cache.short_count, usage.heat)
-        ops.copy_h2d(cache.long_count, usage.long_heat)
+        ops.copy_h2d(cache.short_count, usage.short_count)
+        ops.copy_h2d(cache.long_count, usage.long_count)
         ops.copy_h2d(
             cache.last_used, np.where(usage.age >= 0, usage.steps - usage.age, 0).astype(np.int32)
         )
@@ -173,17 +173,17 @@ def test_on_a_gpu_graphs_are_captured_again_without_allocations(
         ops.copy_h2d(cache.counters, np.array([9, 4, 5, 5, 2, 1, 7], np.int64))
 
     engine.run_on_engine_thread(use)
-    old, asked, held_before = runner._replays[("reply", 1)], gpu.num_allocations, dict(gpu.held)
-    runner._replays[("logits", 1)] = old
+    old, asked, held_before = runner._graphs[("reply", 1)], gpu.num_allocations, dict(gpu.held)
+    runner._graphs[("logits", 1)] = old
     assert engine.run_on_engine_thread(runner.rebalance_slots) == SLOTS * len(CASE.kinds)
     assert (
         prepared == [[SLOTS] * len(CASE.kinds), layer_slots(runner)] and prepared[0] != prepared[1]
     )
-    assert list(runner._replays) == [("reply", 1)] and runner._replays[("reply", 1)] is not old
+    assert list(runner._graphs) == [("reply", 1)] and runner._graphs[("reply", 1)] is not old
     assert gpu.num_allocations == asked and gpu.held.keys() == held_before.keys()
     assert engine.status()["experts"]["routed"] == 9
     count = engine.run_on_engine_thread(
-        lambda: verify(ops, store.cache, packed.all_records(), 10**6, 0)
+        lambda: verify(ops, store.cache, packed.all_packed_experts(), 10**6, 0)
     )
     assert count == SLOTS * len(CASE.kinds)
 
@@ -194,12 +194,14 @@ def test_a_second_start_restores_the_rebalanced_slots(start: Callable[..., Engin
     first.run_on_engine_thread(first.runner.rebalance_slots)
     slots_each, is_resident = (
         layer_slots(first.runner),
-        resident(first.runner.ops, first.runner.store.cache),
+        resident(first.runner.ops, first.runner.expert_runner.cache),
     )
     first.close()
     second = start()
     assert layer_slots(second.runner) == slots_each
-    assert np.array_equal(resident(second.runner.ops, second.runner.store.cache), is_resident)
+    assert np.array_equal(
+        resident(second.runner.ops, second.runner.expert_runner.cache), is_resident
+    )
 
 
 # -- timing ----------------------------------------------------------------------------------------
@@ -215,7 +217,7 @@ def rebalanced_at(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     rebalance = ModelRunner.rebalance_slots
 
     def counting_rebalance(runner: ModelRunner) -> int:
-        rebalanced_after.append(int(runner.store.counters().routed))
+        rebalanced_after.append(int(runner.expert_runner.counters().routed))
         return rebalance(runner)
 
     monkeypatch.setattr(ModelRunner, "rebalance_slots", counting_rebalance)
@@ -333,7 +335,7 @@ def test_a_device_error_in_on_idle_stops_the_engine(
     harness, stopped = harness_of(), threading.Event()
 
     def fail() -> None:
-        raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, lost=True)
+        raise CudaError("gone", call="cuMemcpyAsync", name="x", code=700, context_lost=True)
 
     harness.engine.on_idle, harness.engine.on_stopped = fail, stopped.set
     harness.submit([1, 2, 3]).wait()

@@ -6,7 +6,7 @@ import pytest
 
 from osmium.config import EngineConfig
 from osmium.engine.plan import HardwareInfo, MemoryPlan
-from osmium.engine.speed_estimate import ERROR, LINK_SHARE, TokenCost, hit_rate
+from osmium.engine.speed_estimate import ERROR, LINK_EFFICIENCY, TokenCost, hit_rate
 from osmium.planning.alternatives import plan_shapes
 from osmium.weights.synthetic import open_synthetic
 
@@ -15,12 +15,12 @@ GIB = 1 << 30
 LARGE, SMALL = "qwen3.5-122b-a10b", "qwen3.5-35b-a3b"
 
 H100 = HardwareInfo(
-    True, 79 * GIB, 80 * GIB, 120 * GIB, 128 * GIB, 50.5 / LINK_SHARE, 2980, (9, 0), "H100"
+    True, 79 * GIB, 80 * GIB, 120 * GIB, 128 * GIB, 50.5 / LINK_EFFICIENCY, 2980, (9, 0), "H100"
 )
 """Measured rates: 50.5 and 51 GB/s by the fetch kernel, VRAM by a copy."""
 
 H200 = HardwareInfo(
-    True, 139 * GIB, 141 * GIB, 120 * GIB, 128 * GIB, 51.0 / LINK_SHARE, 4160, (9, 0), "H200"
+    True, 139 * GIB, 141 * GIB, 120 * GIB, 128 * GIB, 51.0 / LINK_EFFICIENCY, 4160, (9, 0), "H200"
 )
 
 SMALL_KV: dict[str, Any] = {"vram": 32 * GIB, "kv_cache_mb": 200, "context": 12288}

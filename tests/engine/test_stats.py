@@ -25,7 +25,7 @@ def test_tokens_and_finishes_are_counted_once(harness_of: Any) -> None:
     for prompt, params in (([1] * 20, GREEDY), ([2], GREEDY), ([3] * 60, replace(GREEDY))):
         harness.submit(prompt, params).wait()
     harness.engine.status()
-    meter = harness.engine.meter
+    meter = harness.engine.stats
     assert meter.tokens == {"prompt": 81, "completion": 8 + 8 + 4}
     assert meter.finished[FinishReason.LENGTH] == 3
     assert sum(meter.ttft_s.counts) == 3
@@ -42,7 +42,7 @@ def test_a_cancelled_request_is_counted_as_cancelled(harness_of: Any) -> None:
     gate.open()
     first.wait()
     second.wait()
-    finished = harness.engine.meter.finished
+    finished = harness.engine.stats.finished
     assert (finished[FinishReason.LENGTH], finished[FinishReason.CANCELLED]) == (1, 1)
 
 
@@ -67,7 +67,7 @@ class StatsRecorder:
 def test_request_stats_have_queue_prefill_and_decode_time(harness_of: Any) -> None:
     recorder = StatsRecorder()
     harness = harness_of()
-    harness.engine.meter.on_request_stats = recorder
+    harness.engine.stats.on_request_stats = recorder
     harness.submit([1] * 20).wait()
     (interval,) = recorder.wait(1)
     assert (interval.prompt_tokens, interval.generated_tokens) == (20, 7)
@@ -88,11 +88,11 @@ def test_a_stats_callback_that_raises_is_removed(harness_of: Any) -> None:
         raise BrokenPipeError
 
     harness = harness_of()
-    harness.engine.meter.on_request_stats = broken
+    harness.engine.stats.on_request_stats = broken
     for _ in range(2):
         assert harness.submit([1]).wait().error is None
     harness.engine.status()
-    assert harness.engine.meter.on_request_stats is None
+    assert harness.engine.stats.on_request_stats is None
 
 
 def test_polling_between_tokens_changes_no_response(harness_of: Any) -> None:
@@ -102,7 +102,7 @@ def test_polling_between_tokens_changes_no_response(harness_of: Any) -> None:
     for poll_s in (None, 0.0, 0.001):
         recorder = StatsRecorder()
         harness = harness_of()
-        harness.engine.meter.poll_interval_s, harness.engine.meter.on_interval_stats = (
+        harness.engine.stats.poll_interval_s, harness.engine.stats.on_interval_stats = (
             poll_s,
             recorder,
         )
@@ -123,18 +123,18 @@ def test_per_request_stats_sum_to_the_counters() -> None:
         "synthetic:tiny", device="cpu", expert_slots=4, context=256, prefill_chunk=64
     )
     recorder = StatsRecorder()
-    engine.meter.on_request_stats = recorder
+    engine.stats.on_request_stats = recorder
     for _ in range(2):
         list(engine.generate(list(range(40)), GREEDY))
     interval = recorder.wait(2)
-    before = engine.meter.experts
-    assert before == engine.meter.update()
+    before = engine.stats.experts
+    assert before == engine.stats.update()
     engine.close()
     for harness in interval:
         assert 0 < harness.hit_rate < 1
         assert harness.mb_per_token > 0
         assert harness.link_utilization == 0, "the link rate is not measured"
-    max_mb = before.experts_copied * engine.meter.record_bytes / 1e6
+    max_mb = before.experts_copied * engine.stats.expert_bytes / 1e6
     assert sum(harness.mb_per_token * harness.generated_tokens for harness in interval) < max_mb
 
 
@@ -146,7 +146,7 @@ def test_inconsistent_counters_are_logged_once(
     def raise_inconsistent() -> None:
         raise AssertionError("3 routed, but 1 hit and 1 fetched")
 
-    monkeypatch.setattr(harness.engine.runner.store, "counters", raise_inconsistent)
+    monkeypatch.setattr(harness.engine.runner.expert_runner, "counters", raise_inconsistent)
     for _ in range(2):
         assert harness.submit([1]).wait().error is None
     harness.engine.run_on_engine_thread(lambda: None)

@@ -9,7 +9,7 @@ import pytest
 
 import osmium
 from osmium.engine.request import SamplingParams
-from osmium.engine.watchdog import Watchdog, default_floor
+from osmium.engine.watchdog import Watchdog, default_min_free_ram
 from osmium.errors import EngineStopped
 from osmium.weights import DEMO
 
@@ -46,8 +46,8 @@ def test_the_watchdog_does_not_fire_above_the_floor_or_after_close() -> None:
 
 
 def test_the_floor_is_half_a_percent_and_at_least_half_a_gib() -> None:
-    assert default_floor(8 * GIB) == GIB // 2
-    assert default_floor(400 * GIB) == 2 * GIB
+    assert default_min_free_ram(8 * GIB) == GIB // 2
+    assert default_min_free_ram(400 * GIB) == 2 * GIB
 
 
 @needs_demo

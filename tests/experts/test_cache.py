@@ -18,8 +18,8 @@ from osmium.experts.cache import (
     verify,
 )
 from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
-from osmium.experts.prefetch import guess_bytes, make_prefetch_state
-from osmium.experts.runner import ExpertRunner, store_bytes
+from osmium.experts.prefetch import make_prefetch_state, prefetch_state_bytes
+from osmium.experts.runner import ExpertRunner, expert_runner_bytes
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, SharedExpert
 from osmium.ops.formulas import expert_matrices
 from osmium.ops.reference import ReferenceOps
@@ -256,12 +256,14 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         arrays += cache.storage
         assert cache_bytes(LAYOUT, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
-        num_slots = inner + sum(x.nbytes for x in vars(store.plan).values())
+        num_slots = inner + sum(x.nbytes for x in vars(store.assignment).values())
         sizes = (8, capacity, EXPERTS, TOP_K, LAYOUT.inner)
-        assert store_bytes(*sizes, gpu=False) == num_slots
-        assert store_bytes(*sizes, gpu=True) == num_slots + inner  # again, as hi and lo
+        assert expert_runner_bytes(*sizes, gpu=False) == num_slots
+        assert expert_runner_bytes(*sizes, gpu=True) == num_slots + inner  # again, as hi and lo
     prefetch = make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K)
-    assert guess_bytes(LAYERS, EXPERTS, TOP_K) == sum(x.nbytes for x in vars(prefetch).values())
+    assert prefetch_state_bytes(LAYERS, EXPERTS, TOP_K) == sum(
+        x.nbytes for x in vars(prefetch).values()
+    )
 
 
 def test_resizing_layers_reuses_the_same_memory(rng: np.random.Generator) -> None:
@@ -282,7 +284,7 @@ def test_resizing_layers_reuses_the_same_memory(rng: np.random.Generator) -> Non
             assert at == storage.ctypes.data + storage.nbytes
         reset_cache(OPS, resized)
         store.set_cache(resized)
-        assert store.blocks == [min(2, num_slots // TOP_K) for num_slots in slots_per_layer]
+        assert store.layer_rows == [min(2, num_slots // TOP_K) for num_slots in slots_per_layer]
         for _ in range(5):
             for layer in range(LAYERS):
                 # checks against the packed experts
@@ -307,15 +309,15 @@ def test_replayed_routing_prefetches_from_the_trace_or_not_at_all(rng: np.random
             make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K),
         )
         store = ExpertRunner(OPS, host_experts, cache, 8, TOP_K, prefetch)
-        assert store.router_prefetch_buffers(1) is store.guess(1) is prefetch
+        assert store.router_prefetch_buffers(1) is store.prefetch_state(1) is prefetch
         assert (
-            store.router_prefetch_buffers(2) is store.guess(2) is None
+            store.router_prefetch_buffers(2) is store.prefetch_state(2) is None
         )  # two rows may need more slots than a layer has
         store.replay(np.zeros((5, LAYERS, TOP_K), np.uint16), predicted)
         if predicted is None:
-            assert store.router_prefetch_buffers(1) is store.guess(1) is None
+            assert store.router_prefetch_buffers(1) is store.prefetch_state(1) is None
             continue
-        found, router_buffers = store.guess(1), store.router_prefetch_buffers(1)
+        found, router_buffers = store.prefetch_state(1), store.router_prefetch_buffers(1)
         assert (
             found is prefetch and router_buffers is not None and router_buffers.ids is prefetch.ids
         )

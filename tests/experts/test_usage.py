@@ -14,9 +14,9 @@ from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import (
     MAX_STEPS,
     UsageSnapshot,
-    read_heat,
+    read_usage,
     rebalanced_slots,
-    save_heat,
+    save_usage,
     slots_per_layer,
     snapshot_usage,
     try_save_usage,
@@ -60,8 +60,8 @@ def eviction_order(cache: ExpertCache, layer: int) -> list[int]:
 
 
 def save_and_read(cache: ExpertCache, path: Path) -> UsageSnapshot:
-    save_heat(path, FINGERPRINT, snapshot_usage(OPS, cache))
-    found = read_heat(path, FINGERPRINT, LAYERS, EXPERTS)
+    save_usage(path, FINGERPRINT, snapshot_usage(OPS, cache))
+    found = read_usage(path, FINGERPRINT, LAYERS, EXPERTS)
     assert found is not None
     return found
 
@@ -70,7 +70,7 @@ def test_a_saved_snapshot_reads_back_equal(
     used_cache: tuple[ExpertCache, ExpertRunner], tmp_path: Path
 ) -> None:
     cache, _ = used_cache
-    saved, restored = snapshot_usage(OPS, cache), save_and_read(cache, tmp_path / "new" / "a.heat")
+    saved, restored = snapshot_usage(OPS, cache), save_and_read(cache, tmp_path / "new" / "a.usage")
     for name in ("heat", "long_heat", "steps", "age", "resident"):
         assert np.array_equal(getattr(saved, name), getattr(restored, name))
     assert np.array_equal(restored.resident, resident(OPS, cache))
@@ -78,19 +78,19 @@ def test_a_saved_snapshot_reads_back_equal(
     assert (restored.age[never] == -1).all() and restored.steps == cache.step[0]
     ages, decay = cache.step[0] - cache.last_used, cache.decay
     for found, count, half_life in (
-        (restored.heat, cache.short_count, decay.half_life),
-        (restored.long_heat, cache.long_count, decay.long_half_life),
+        (restored.short_count, cache.short_count, decay.half_life),
+        (restored.long_count, cache.long_count, decay.long_half_life),
     ):
         assert (found[never] == 0).all()
         assert np.allclose(found, count * np.exp2(-ages / half_life), rtol=1e-6)
-    assert [one.name for one in (tmp_path / "new").iterdir()] == ["a.heat"]
+    assert [one.name for one in (tmp_path / "new").iterdir()] == ["a.usage"]
 
 
 @pytest.mark.parametrize("capacity", [TOP_K, CAPACITY, EXPERTS - 1])
 def test_the_most_used_experts_are_restored_byte_for_byte(
     used_cache: tuple[ExpertCache, ExpertRunner], experts: Any, tmp_path: Path, capacity: int
 ) -> None:
-    usage = save_and_read(used_cache[0], tmp_path / "a.heat")
+    usage = save_and_read(used_cache[0], tmp_path / "a.usage")
     host_experts = wrap_host_experts(LAYOUT, experts)
     cache = make_cache(OPS, host_experts, capacity, TOP_K)
     count = warm_cache(OPS, cache, host_experts, usage)
@@ -107,7 +107,7 @@ def test_restoring_keeps_the_eviction_order(
     used_cache: tuple[ExpertCache, ExpertRunner], experts: Any, tmp_path: Path
 ) -> None:
     old = used_cache[0]
-    usage = save_and_read(old, tmp_path / "a.heat")
+    usage = save_and_read(old, tmp_path / "a.usage")
     host_experts = wrap_host_experts(LAYOUT, experts)
     cache = make_cache(OPS, host_experts, CAPACITY, TOP_K)
     warm_cache(OPS, cache, host_experts, usage)
@@ -119,8 +119,8 @@ def test_restoring_keeps_the_eviction_order(
         )
         assert before == after
     restored = snapshot_usage(OPS, cache)
-    assert np.array_equal(restored.heat, usage.heat)
-    assert np.array_equal(restored.long_heat, usage.long_heat) and restored.steps == usage.steps
+    assert np.array_equal(restored.short_count, usage.short_count)
+    assert np.array_equal(restored.long_count, usage.long_count) and restored.steps == usage.steps
 
 
 def test_long_term_use_outranks_a_single_recent_use(experts: Any) -> None:
@@ -132,7 +132,7 @@ def test_long_term_use_outranks_a_single_recent_use(experts: Any) -> None:
     age = np.where(long_count > 0, 0, -1).astype(np.int32)
     usage = UsageSnapshot(short_count, long_count, MAX_STEPS, age, long_count > 0)
     assert usage.top_experts(0, 2).tolist() == [0, 1]
-    usage.long_heat[:, 1] += 1
+    usage.long_count[:, 1] += 1
     assert usage.top_experts(0, 2).tolist() == [1, 0]
     cache = make_cache(OPS, host_experts, TOP_K, TOP_K)
     warm_cache(OPS, cache, host_experts, usage)
@@ -146,14 +146,14 @@ def test_the_step_count_saturates_where_it_no_longer_changes_scores(
     more = 40_000_000 - int(cache.step[0])
     cache.last_used[cache.last_used > 0] += more
     cache.step[0] += more
-    usage = save_and_read(cache, tmp_path / "a.heat")
+    usage = save_and_read(cache, tmp_path / "a.usage")
     assert usage.steps == MAX_STEPS and np.float32(1) == np.float32(
         1 - 2 ** (-MAX_STEPS / DECAY.long_half_life)
     )
     host_experts = wrap_host_experts(LAYOUT, experts)
     restored = make_cache(OPS, host_experts, CAPACITY, TOP_K)
     warm_cache(OPS, restored, host_experts, usage)
-    assert np.array_equal(snapshot_usage(OPS, restored).long_heat, usage.long_heat)
+    assert np.array_equal(snapshot_usage(OPS, restored).long_count, usage.long_count)
 
 
 def test_ties_evict_the_least_recently_used_first(experts: Any) -> None:
@@ -174,7 +174,7 @@ def test_restored_experts_hit_and_counters_stay_consistent(
     rng: np.random.Generator,
     tmp_path: Path,
 ) -> None:
-    usage = save_and_read(used_cache[0], tmp_path / "a.heat")
+    usage = save_and_read(used_cache[0], tmp_path / "a.usage")
     rates = []
     for warm in (False, True):
         host_experts = wrap_host_experts(LAYOUT, experts)
@@ -201,7 +201,9 @@ def test_restoring_into_a_used_cache_computes_with_the_restored_experts(
     cache, store = used_cache
     usage = snapshot_usage(OPS, cache)
     reversed_usage = replace(
-        usage, heat=usage.heat[:, ::-1].copy(), long_heat=usage.long_heat[:, ::-1].copy()
+        usage,
+        short_count=usage.short_count[:, ::-1].copy(),
+        long_count=usage.long_count[:, ::-1].copy(),
     )
     before = resident(OPS, cache)
     warm_cache(OPS, cache, wrap_host_experts(LAYOUT, experts), reversed_usage)
@@ -213,7 +215,7 @@ def test_restoring_into_a_used_cache_computes_with_the_restored_experts(
 
 def test_an_unused_cache_saves_no_file(experts: Any, tmp_path: Path) -> None:
     cache = make_cache(OPS, wrap_host_experts(LAYOUT, experts), CAPACITY, TOP_K)
-    try_save_usage(tmp_path / "a.heat", FINGERPRINT, OPS, cache)
+    try_save_usage(tmp_path / "a.usage", FINGERPRINT, OPS, cache)
     assert not list(tmp_path.iterdir())
 
 
@@ -221,13 +223,13 @@ def test_an_unwritable_folder_is_a_warning(
     used_cache: tuple[ExpertCache, ExpertRunner], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "file").write_text("")
-    try_save_usage(tmp_path / "file" / "a.heat", FINGERPRINT, OPS, used_cache[0])
-    assert "a.heat" in caplog.text
-    (tmp_path / "b.heat").mkdir()
-    (tmp_path / "b.heat" / "x").write_text("")
-    try_save_usage(tmp_path / "b.heat", FINGERPRINT, OPS, used_cache[0])
-    assert "b.heat" in caplog.text
-    assert sorted(one.name for one in tmp_path.iterdir()) == ["b.heat", "file"]
+    try_save_usage(tmp_path / "file" / "a.usage", FINGERPRINT, OPS, used_cache[0])
+    assert "a.usage" in caplog.text
+    (tmp_path / "b.usage").mkdir()
+    (tmp_path / "b.usage" / "x").write_text("")
+    try_save_usage(tmp_path / "b.usage", FINGERPRINT, OPS, used_cache[0])
+    assert "b.usage" in caplog.text
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["b.usage", "file"]
 
 
 # -- ignored files ---------------------------------------------------------------------------------
@@ -236,7 +238,7 @@ def test_an_unwritable_folder_is_a_warning(
 def assert_ignored(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) -> None:
     expected = {"fingerprint": FINGERPRINT, "layers": LAYERS, "experts": EXPERTS, **other}
     caplog.clear()
-    assert read_heat(path, **expected) is None
+    assert read_usage(path, **expected) is None
     (warning,) = [one for one in caplog.records if one.levelno == logging.WARNING]
     assert path.name in warning.getMessage()
 
@@ -244,14 +246,14 @@ def assert_ignored(path: Path, caplog: pytest.LogCaptureFixture, **other: Any) -
 def test_a_missing_file_is_ignored_without_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert read_heat(tmp_path / "a.heat", FINGERPRINT, LAYERS, EXPERTS) is None
+    assert read_usage(tmp_path / "a.usage", FINGERPRINT, LAYERS, EXPERTS) is None
     assert not caplog.records
 
 
 def test_usage_of_another_model_is_ignored(
     used_cache: tuple[ExpertCache, ExpertRunner], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "a.heat"
+    path = tmp_path / "a.usage"
     save_and_read(used_cache[0], path)
     assert_ignored(path, caplog, fingerprint="cd" * 32)
     assert_ignored(path, caplog, layers=LAYERS + 1)
@@ -266,17 +268,17 @@ def test_usage_with_invalid_counts_is_ignored(
         for wrong in (np.nan, np.inf, -1):
             usage = getattr(good, name).copy()
             usage[1, 2] = wrong
-            save_heat(tmp_path / "a.heat", FINGERPRINT, replace(good, **{name: usage}))
-            assert_ignored(tmp_path / "a.heat", caplog)
+            save_usage(tmp_path / "a.usage", FINGERPRINT, replace(good, **{name: usage}))
+            assert_ignored(tmp_path / "a.usage", caplog)
     for steps in (0, -1, MAX_STEPS + 1):
-        save_heat(tmp_path / "a.heat", FINGERPRINT, replace(good, steps=steps))
-        assert_ignored(tmp_path / "a.heat", caplog)
+        save_usage(tmp_path / "a.usage", FINGERPRINT, replace(good, steps=steps))
+        assert_ignored(tmp_path / "a.usage", caplog)
 
 
 def test_usage_of_an_earlier_format_version_is_ignored_with_a_warning(
     used_cache: tuple[ExpertCache, ExpertRunner], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    path = tmp_path / "a.heat"
+    path = tmp_path / "a.usage"
     save_and_read(used_cache[0], path)
     raw = path.read_bytes()
     path.write_bytes(raw[:7] + b"\1" + raw[8:])
@@ -290,7 +292,7 @@ def test_damaged_usage_files_are_ignored(
     caplog: pytest.LogCaptureFixture,
     rng: np.random.Generator,
 ) -> None:
-    path = tmp_path / "a.heat"
+    path = tmp_path / "a.usage"
     save_and_read(used_cache[0], path)
     original = path.read_bytes()
     for length in (0, 1, 100, len(original) // 2, len(original) - 1):

@@ -240,10 +240,10 @@ def test_spilled_memory_is_found_by_its_read_rate(runtime: CudaRuntime) -> None:
     buffer = HostBuffer(runtime.device, 3 * SPILL_PROBE_BYTES, "pinned")
     try:
         assert spilled_bytes(runtime) == 0
-        runtime.pool._held[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
+        runtime.pool._allocated[buffer.device_address] = (3 * SPILL_PROBE_BYTES, "spilled")
         assert spilled_bytes(runtime) == 3 * SPILL_PROBE_BYTES
     finally:
-        runtime.pool._held.pop(buffer.device_address, None)
+        runtime.pool._allocated.pop(buffer.device_address, None)
         runtime.memory_gb_s = 0.0
         buffer.close()
     assert allocated.nbytes > 4 * SPILL_PROBE_BYTES

@@ -59,10 +59,12 @@ def test_packing_on_the_gpu_gives_the_bytes_of_numpy(
 def test_a_synthetic_model_is_the_same_on_gpu_and_cpu(gpu: GpuOps, bits: int) -> None:
     config = EngineConfig(gpu_expert_bits=bits, attention_quant="int4")
     model = open_synthetic("synthetic:qwen3.5-35b-a3b:1", config)
-    shape = (24, model.record.nbytes)
+    shape = (24, model.layout.nbytes)
     for out in (gpu.empty_mapped(shape, np.uint8), gpu.empty(shape, np.uint8)):
         model.generate_experts(gpu, 0, out, 3)
-        assert np.array_equal(gpu.copy_d2h(out)[[0, 23]], [model.one_record(0, e) for e in (3, 26)])
+        assert np.array_equal(
+            gpu.copy_d2h(out)[[0, 23]], [model.packed_expert(0, e) for e in (3, 26)]
+        )
     for name in ("layers.0.qkvz", "layers.0.router", "layers.0.shared_up", "layers.0.conv"):
         found, wanted = model.make(gpu, name), model.tensor(name)
         if not isinstance(wanted, LinearWeight):
@@ -78,7 +80,7 @@ def test_a_synthetic_model_equals_its_packed_file(
 ) -> None:
     """Generated in VRAM or host memory, and read from its packed file: the same responses."""
     path = pack("synthetic:tiny", cache_dir=str(tmp_path))
-    wanted = open_synthetic("synthetic:tiny", EngineConfig()).all_records()
+    wanted = open_synthetic("synthetic:tiny", EngineConfig()).all_packed_experts()
     responses = []
     for model in ("synthetic:tiny", path):
         loader = Loader(model, "gpu", expert_slots=slots, context=256, prefill_chunk=16)
@@ -86,8 +88,8 @@ def test_a_synthetic_model_equals_its_packed_file(
             engine = loader.engine()
             responses.append(np.asarray(engine.logits([1, 2, 3, 4])))
             engine.close()
-            if loader._arena is not None and loader.gpu is not None:
-                found = loader.gpu.copy_d2h(loader._arena.packed)
+            if loader._host_experts is not None and loader.gpu is not None:
+                found = loader.gpu.copy_d2h(loader._host_experts.packed)
                 assert np.array_equal(found, wanted)
         finally:
             loader.close()

@@ -43,7 +43,7 @@ def test_dynamic_shared_memory_limits_blocks_per_sm(
     shared_per_sm: int, max_blocks: int, rows: int
 ) -> None:
     device, reserved, static = Device.__new__(Device), 1024, 2048
-    device._shared_in_all, device._shared_kept, device.max_shared_per_block = (
+    device._shared_per_sm, device._shared_reserved, device.max_shared_per_block = (
         shared_per_sm,
         reserved,
         shared_per_sm - reserved,

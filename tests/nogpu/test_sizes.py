@@ -23,7 +23,7 @@ def test_a_size_is_a_number_and_a_binary_unit(text: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize(
     ("text", "hint"),
-    [("64", "say 64G"), ("32", "say 32G"), ("1.5", "say 1.5G"), ("68719476736", "32G")],
+    [("64", "write 64G"), ("32", "write 32G"), ("1.5", "write 1.5G"), ("68719476736", "32G")],
 )
 def test_a_size_without_a_unit_is_refused_with_a_suggestion(text: str, hint: str) -> None:
     with pytest.raises(ConfigError) as refused:
@@ -51,7 +51,7 @@ def test_every_size_flag_refuses_a_bare_number(
     flag: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["plan", "--device", "cpu", flag, "64"]) == 2
-    assert "say 64G" in capsys.readouterr().err
+    assert "write 64G" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["vram", "ram", "min_free_ram"])

@@ -39,7 +39,7 @@ class Clock:
 
     def cuMemAlloc(self, nbytes: int) -> int:
         if nbytes > self.room - sum(self.blocks.values()):
-            raise CudaError("full", call="cuMemAlloc", name="OOM", code=2, lost=False)
+            raise CudaError("full", call="cuMemAlloc", name="OOM", code=2, context_lost=False)
         ptr, self.next = self.next, self.next + nbytes
         self.blocks[ptr] = nbytes
         return ptr

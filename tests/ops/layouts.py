@@ -288,7 +288,7 @@ def documented(kinds: list[type]) -> Iterator[str]:
 # -- prose that holds an index ---------------------------------------------------------------------
 
 
-def said(doc: str | None, pattern: str) -> tuple[str, ...]:
+def documented_index(doc: str | None, pattern: str) -> tuple[str, ...]:
     """What a docstring says in the places of a pattern's groups, its lines joined."""
     found = re.search(pattern, re.sub(r"\s+", " ", doc or ""))
     assert found is not None, f"{pattern} is not in {doc}"

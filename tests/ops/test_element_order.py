@@ -40,6 +40,7 @@ from tests.ops.cases import CASES, TINY, run
 from tests.ops.layouts import (
     Layout,
     Table,
+    documented_index,
     evaluate,
     layouts_of,
 )
@@ -66,7 +67,7 @@ def hi_lo_of(value: F32) -> npt.NDArray[np.uint16]:
 
 def squares_of(x: F32) -> F32:
     """square_sums of the norm's input, as MatmulInput's docstring says."""
-    (count,) = documented(
+    (count,) = documented_index(
         layouts.fields_of(MatmulInput)["square_sums"], r"inputs (\d) i to \1 i \+ 7 in entry i"
     )
     sums: F32 = (x * x).reshape(len(x), -1, int(count)).sum(axis=2)
@@ -292,7 +293,7 @@ def test_packed_experts_have_the_documented_parts(rng: np.random.Generator, bits
     stored_up, stored_down = matrix(form, *arrays[:2]), matrix(form, *arrays[2:])
     for stored, w in ((stored_up, up), (stored_down, down)):
         assert np.linalg.norm(stored - w) < 0.15 * np.linalg.norm(w)
-    names = documented(expert_layout.__doc__, r"first are (\w+), rows I to 2I - 1 (\w+)")
+    names = documented_index(expert_layout.__doc__, r"first are (\w+), rows I to 2I - 1 (\w+)")
     halves = dict(zip(names, (stored_up[:inner], stored_up[inner:]), strict=True))
     x = rng.standard_normal((1, 192), np.float32)
     gated = silu(x @ halves["gate"].T) * (x @ halves["up"].T)
@@ -342,7 +343,7 @@ BACKENDS = pytest.mark.parametrize(
 def test_keys_and_values_are_where_the_page_table_says(
     rng: np.random.Generator, backend: Callable[[], Ops]
 ) -> None:
-    row, page = documented(
+    row, page = documented_index(
         StepInputs.__doc__, r"Position p of sequence s is row (.+?) of KV page (.+?)\. "
     )
     ops, case = backend(), CASES["rope_append"](rng, TINY)
@@ -360,8 +361,8 @@ def test_keys_and_values_are_where_the_page_table_says(
 def test_the_convolution_keeps_positions_where_its_docstring_says(
     rng: np.random.Generator, backend: Callable[[], Ops]
 ) -> None:
-    (entry,) = documented(Ops.causal_conv1d.__doc__, r"rows of u: position p at (.+?)\. ")
-    (same,) = documented(layouts.fields_of(DeltaState)["conv"], r"position p at (p % \d)")
+    (entry,) = documented_index(Ops.causal_conv1d.__doc__, r"rows of u: position p at (.+?)\. ")
+    (same,) = documented_index(layouts.fields_of(DeltaState)["conv"], r"position p at (p % \d)")
     assert entry == same
     ops, case = backend(), CASES["conv"](rng, TINY)
     placed = {name: ops.to_device(np.array(array)) for name, array in case.arrays.items()}
@@ -379,8 +380,8 @@ def test_split_attention_leaves_partial_sums_as_documented(rng: np.random.Genera
     docs = layouts.fields_of(AttentionWorkspace)
     shapes = re.findall(r"\[([^\]]+)\]", docs["partial"])
     assert len(shapes) == 3
-    (names,) = documented(docs["partial"], r"\[T, H, s, 2\]: (\w+, \w+)\.")
-    (word, groups) = documented(
+    (names,) = documented_index(docs["partial"], r"\[T, H, s, 2\]: (\w+, \w+)\.")
+    (word, groups) = documented_index(
         docs["split_counters"], r"Entry (.+?) counts .* head groups, (.+?)\. "
     )
     size = replace(TINY, lengths=(1, 1), past=(100, 40), page=8)
@@ -424,7 +425,7 @@ def test_split_attention_leaves_partial_sums_as_documented(rng: np.random.Genera
 def test_the_router_meets_at_the_documented_words(rng: np.random.Generator) -> None:
     """Words of the barrier that its docstring does not name are never read."""
     source = inspect.getsource(types)
-    last, count = documented(
+    last, count = documented_index(
         source, r"Words 0 to (\d+) of a token are logits as .*? word (\d+) counts"
     )
     ops, case = GpuOps(InterpretedRuntime()), CASES["router"](rng, TINY)
@@ -445,7 +446,7 @@ def test_rings_are_used_at_the_documented_entries(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which uniform numbers a step reads, where its tokens go, and the sampler's parameters."""
-    (entry,) = documented(DecodeState.__doc__, r"Decode step i uses entry (.+?) of both")
+    (entry,) = documented_index(DecodeState.__doc__, r"Decode step i uses entry (.+?) of both")
     shapes = re.findall(r"\[([^\]]+)\]", layouts.fields_of(DecodeState)["token_ring"])
     ring, rows, vocab = cases.RING, 2, 40
     arrays = cases.decode_arrays(rng, rows, vocab) | cases.step_arrays(
@@ -494,7 +495,7 @@ def test_counters_stand_in_the_documented_order() -> None:
 
 def test_prefetch_signals_are_the_documented_numbers() -> None:
     """After a layer's slots are assigned, after its fetch, and after its own assignment."""
-    (signal,) = documented(
+    (signal,) = documented_index(
         layouts.fields_of(PrefetchState)["start_signal"], r"FETCH_BLOCKS\], (.+?)\. "
     )
     ops = ReferenceOps()
@@ -506,11 +507,11 @@ def test_prefetch_signals_are_the_documented_numbers() -> None:
     for step in (1, 2):
         for layer in range(4):
             ids = np.array([[4, 5]], np.uint16)
-            ops.assign_slots(model.store.plan, cache, layer, ids, state)
+            ops.assign_slots(model.store.assignment, cache, layer, ids, state)
             assert (state.start_signal[layer] == evaluate(signal, step=step, n=15)).all()
             if layer < 3:
                 assert (state.start_signal[layer + 1] == evaluate(signal, step=step, n=0)).all()
             assert host is not None
-            ops.fetch_experts(cache, model.store.plan, host, layer, prefetch=state)
+            ops.fetch_experts(cache, model.store.assignment, host, layer, prefetch=state)
             if layer < 3:
                 assert (state.start_signal[layer + 1] == evaluate(signal, step=step, n=8)).all()

@@ -113,7 +113,7 @@ def test_operations_get_the_arrays_that_their_docstrings_state(rng: np.random.Ge
     for make in (*(sized(name, UNLIKE) for name in CASES), *cases_weights.CASES.values()):
         run(make(rng), ops)
     model = make_driver(MODELS[0], ops=ops, capacity=6, page=8)
-    model.store._guess = model.store._asked = make_prefetch_state(ops, 4, 8, 2)
+    model.store._prefetch_state = model.store._router_prefetch = make_prefetch_state(ops, 4, 8, 2)
     model.step({0: prompt(MODELS[0])[:2]})
     model.step({0: [5]})
     assert set(documented(KINDS)) <= ops.compared

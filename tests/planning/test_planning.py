@@ -382,7 +382,7 @@ def test_a_packed_file_keeps_its_formats(folder: Path, tmp_path: Path) -> None:
     packed = open_model(folder, EngineConfig(cache_dir=str(tmp_path)))
     for path, kind in ((packed.path, "packed"), (folder, "folder")):
         made = loader.Loader(path, "cpu", cache_dir=str(tmp_path))
-        assert made._info.kind == kind
+        assert made._model_info.kind == kind
         made.close()
 
 
@@ -463,7 +463,7 @@ def test_a_synthetic_model_in_other_formats_has_the_same_shapes() -> None:
     config = EngineConfig(attention_quant="int4")
     made = open_synthetic(SMALL, config)
     info = shapes_info("x", made.config, made.formats)
-    assert (info.record, info.parts) == (made.record, made.parts)
+    assert (info.layout, info.parts) == (made.layout, made.parts)
     card = HardwareInfo(True, 30 * GIB, 32 * GIB, 90 * GIB, 96 * GIB)
     assert plan_shapes(info, config, card) == plan_shapes(made, config, card)
 

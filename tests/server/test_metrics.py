@@ -60,7 +60,7 @@ def test_requests_tokens_and_experts_are_counted() -> None:
     assert hit + missed == after["osmium_experts_routed_total", ()]
     assert after["osmium_expert_hit_rate", ()] == hit / (hit + missed)
     copied = after["osmium_experts_copies_total", ()]
-    expert_bytes = engine.runner.store.cache.layout.nbytes
+    expert_bytes = engine.runner.expert_runner.cache.layout.nbytes
     assert after["osmium_experts_fetched_bytes_total", ()] == copied * expert_bytes
     assert after["osmium_inter_token_latency_seconds_bucket", ("+Inf",)] == 8
     assert after["osmium_planned_ram_bytes", ("KV cache",)] > 0

@@ -41,7 +41,7 @@ def assert_equal(one: PackedModel, other: PackedModel) -> None:
                 assert b.scale is not None and np.array_equal(a.scale, b.scale), name
         else:
             assert not isinstance(b, LinearWeight) and np.array_equal(a, b), name
-    assert np.array_equal(one.all_records(), other.all_records())
+    assert np.array_equal(one.all_packed_experts(), other.all_packed_experts())
 
 
 @pytest.mark.parametrize("bits", [16, 8])
@@ -68,8 +68,8 @@ def test_weights_and_packed_experts_equal_the_seeded_model(
             assert not isinstance(found, LinearWeight)
             assert found.dtype == right.dtype and np.array_equal(found, right), name
     layout, experts = packed_experts_of(packed.config, tensors, bits)
-    assert packed.record == layout
-    assert np.array_equal(packed.all_records(), experts)
+    assert packed.layout == layout
+    assert np.array_equal(packed.all_packed_experts(), experts)
 
 
 def test_a_tied_head_is_absent_and_its_copy_is_ignored(tmp_path: Path) -> None:

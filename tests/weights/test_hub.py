@@ -50,7 +50,7 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def shapes(info: ModelInfo) -> tuple[Any, ...]:
-    return replace(info.config, eos_token_ids=()), info.formats, info.record, info.parts
+    return replace(info.config, eos_token_ids=()), info.formats, info.layout, info.parts
 
 
 # -- before a download -----------------------------------------------------------------------------
@@ -246,7 +246,7 @@ def test_a_downloaded_model_packs_to_the_same_file_as_its_folder(
     assert packed.path.name.startswith("Small-7B-A1B-")
     here = open_model(folder, EngineConfig(cache_dir=str(tmp_path / "other")))
     assert packed.fingerprint == here.fingerprint
-    assert (packed.all_records() == here.all_records()).all()
+    assert (packed.all_packed_experts() == here.all_packed_experts()).all()
 
 
 def test_a_second_start_needs_neither_the_checkpoint_nor_the_hub(

@@ -46,7 +46,7 @@ def stamp(packed: PackedModel) -> tuple[int, int]:
 def test_a_second_start_reads_no_shard(
     packed: PackedModel, model: Path, config: EngineConfig
 ) -> None:
-    first, was = packed.all_records().copy(), stamp(packed)
+    first, was = packed.all_packed_experts().copy(), stamp(packed)
     for shard in model.glob("*.safetensors"):
         stat = shard.stat()
         shard.write_bytes(b"\0" * stat.st_size)  # same size and time, but zeros
@@ -54,7 +54,7 @@ def test_a_second_start_reads_no_shard(
     again = open_model(model, config)
     again.verify()
     assert stamp(again) == was
-    assert np.array_equal(again.all_records(), first)
+    assert np.array_equal(again.all_packed_experts(), first)
 
 
 def test_a_packed_model_starts_without_its_shards(
@@ -85,7 +85,7 @@ def test_the_packed_file_is_complete(packed: PackedModel, model: Path, tmp_path:
     assert {name: alone.file(name) for name in texts} == texts
     assert alone.file("tokenizer.json") is None and alone.json("tokenizer_config.json") is None
     assert alone.config == packed.config and 3 in alone.config.eos_token_ids
-    assert np.array_equal(alone.all_records(), packed.all_records())
+    assert np.array_equal(alone.all_packed_experts(), packed.all_packed_experts())
 
 
 @pytest.mark.parametrize("name", sorted(hf_tensors(CASE)))
@@ -113,7 +113,7 @@ def test_each_choice_of_formats_has_its_own_file(packed: PackedModel, model: Pat
     eight = open_model(model, EngineConfig(cache_dir=cache, gpu_expert_bits=8))
     wide = open_model(model, EngineConfig(cache_dir=cache, attention_quant="int8"))
     assert len({packed.path, eight.path, wide.path}) == 3
-    assert eight.record.bits == 8
+    assert eight.layout.bits == 8
     linear = wide.tensor("layers.1.qgkv")
     assert isinstance(linear, LinearWeight) and linear.format == "int8"
 
@@ -139,7 +139,7 @@ def test_a_packed_file_accepts_flags_for_its_own_formats(model: Path, tmp_path: 
     asked = EngineConfig(
         cache_dir=str(tmp_path), gpu_expert_bits=8, attention_quant="int8", lm_head_quant="bf16"
     )
-    assert open_model(open_model(model, asked).path, asked).record.bits == 8
+    assert open_model(open_model(model, asked).path, asked).layout.bits == 8
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -147,11 +147,11 @@ def test_a_packed_file_accepts_flags_for_its_own_formats(model: Path, tmp_path: 
 
 def test_experts_are_read_into_the_callers_memory(packed: PackedModel) -> None:
     for layer in range(packed.config.num_layers):
-        mapped = packed.records(layer)
+        mapped = packed.packed_experts(layer)
         out = np.full(mapped.shape, 0xAA, np.uint8)
-        packed.read_records(layer, out)
+        packed.read_packed_experts(layer, out)
         assert np.array_equal(out, mapped)
-    assert np.array_equal(packed.all_records()[1], packed.records(1))
+    assert np.array_equal(packed.all_packed_experts()[1], packed.packed_experts(1))
 
 
 def test_weights_start_at_page_boundaries(packed: PackedModel) -> None:
@@ -222,13 +222,13 @@ def test_an_edited_byte_of_any_weight_is_detected_when_reading(
         if not name.startswith("experts."):
             continue
         layer = int(name.removeprefix("experts."))
-        out = np.empty(packed.records(layer).shape, np.uint8)
+        out = np.empty(packed.packed_experts(layer).shape, np.uint8)
         with pytest.raises(CheckpointError, match=name):
-            open_packed(path).records(layer)
+            open_packed(path).packed_experts(layer)
         with pytest.raises(CheckpointError, match=name):
-            open_packed(path).all_records()
+            open_packed(path).all_packed_experts()
         with pytest.raises(CheckpointError, match=name):
-            open_packed(path).read_records(layer, out)
+            open_packed(path).read_packed_experts(layer, out)
 
 
 def test_a_table_of_another_model_with_valid_checksums_is_refused(
@@ -332,7 +332,7 @@ def test_without_a_model_the_bundled_demo_is_opened_and_intact() -> None:
     assert locate(None) == DEMO
     demo = open_model(None, EngineConfig())
     demo.verify()
-    assert demo.record.bits == 4
+    assert demo.layout.bits == 4
     for name in FILES:
         assert demo.file(name), name
 

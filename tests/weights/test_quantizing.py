@@ -62,7 +62,7 @@ def test_any_number_of_experts_per_launch_gives_the_same_bytes(
     checkpoint = Checkpoint(shards, model, Formats.of(config))
     cpu_quantizer = CpuQuantizer(checkpoint)
     wanted = [experts.copy() for experts in cpu_quantizer.layers(range(model.num_layers))]
-    expert_bytes = 2 * 3 * checkpoint.record.inner * checkpoint.record.hidden
+    expert_bytes = 2 * 3 * checkpoint.layout.inner * checkpoint.layout.hidden
     for buffer_bytes in (1, 3 * expert_bytes, 1 << 30):
         ops = BACKENDS[backend]()
         with contextlib.closing(GpuQuantizer(ops, checkpoint, buffer_bytes)) as files:

@@ -45,7 +45,7 @@ def test_shapes_have_the_published_sizes(name: str) -> None:
     count = sum(math.prod(part.shape) for part in model.parts.values()) + experts
     wanted, expert_bytes = PUBLISHED[name]
     assert count == pytest.approx(wanted, rel=1e-4)
-    assert config.num_layers * config.num_experts * model.record.nbytes == expert_bytes
+    assert config.num_layers * config.num_experts * model.layout.nbytes == expert_bytes
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -59,18 +59,18 @@ def test_weights_are_finite_and_keep_the_scale_of_activations(bits: int) -> None
             assert 0.3 < np.sqrt((w.astype(np.float64) ** 2).mean() * w.shape[1]) < 3, name
         else:
             assert np.isfinite(value).all()
-    up, down = expert_matrices(model.record, model.one_record(1, 3))
+    up, down = expert_matrices(model.layout, model.packed_expert(1, 3))
     for w in (up, down):
         assert 0.3 < np.sqrt((w.astype(np.float64) ** 2).mean() * w.shape[1]) < 3
 
 
 def test_weights_are_reproducible_and_experts_differ() -> None:
     one, other = tiny(), tiny()
-    out = np.empty((one.config.num_experts, one.record.nbytes), np.uint8)
-    one.read_records(2, out)
-    assert np.array_equal(out[5], other.one_record(2, 5))
+    out = np.empty((one.config.num_experts, one.layout.nbytes), np.uint8)
+    one.read_packed_experts(2, out)
+    assert np.array_equal(out[5], other.packed_expert(2, 5))
     assert len({row.tobytes() for row in out}) == len(out)
-    assert not np.array_equal(one.one_record(0, 5), one.one_record(1, 5))
+    assert not np.array_equal(one.packed_expert(0, 5), one.packed_expert(1, 5))
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])
@@ -87,9 +87,9 @@ def test_kernels_generate_the_same_bytes(bits: int) -> None:
         assert replace(found, data=None, scale=None) == replace(wanted, data=None, scale=None)
         assert np.array_equal(found.data.numpy(), wanted.data), name
         assert wanted.scale is None or np.array_equal(found.scale.numpy(), wanted.scale), name
-    out = runtime.empty_mapped((model.config.num_experts, model.record.nbytes), np.uint8)
+    out = runtime.empty_mapped((model.config.num_experts, model.layout.nbytes), np.uint8)
     model.generate_experts(GpuOps(runtime), 3, out)
-    assert np.array_equal(out.numpy(), np.stack([model.one_record(3, e) for e in range(8)]))
+    assert np.array_equal(out.numpy(), np.stack([model.packed_expert(3, e) for e in range(8)]))
 
 
 def test_weights_of_different_layers_are_uncorrelated() -> None:
@@ -98,7 +98,7 @@ def test_weights_of_different_layers_are_uncorrelated() -> None:
     words = np.concatenate(
         [part.data.reshape(-1) for part in parts if isinstance(part, LinearWeight)]
     )
-    words = np.concatenate([words, model.all_records().reshape(-1).view(np.uint16)])
+    words = np.concatenate([words, model.all_packed_experts().reshape(-1).view(np.uint16)])
     bits = (words[:, None] >> np.array([0, 1, 2, 3, 4, 5, 6, 15], np.uint16)) & 1
     correlation = np.corrcoef(bits, rowvar=False) - np.eye(8)
     assert abs(bits.mean(axis=0) - 0.5).max() < 0.01 and abs(correlation).max() < 0.02
@@ -116,7 +116,7 @@ def test_a_packed_synthetic_model_equals_the_generated_one(
     packed, synthetic = open_packed(path), open_synthetic(name, EngineConfig(**options))
     packed.verify()
     assert (packed.config, packed.formats) == (synthetic.config, synthetic.formats)
-    assert np.array_equal(packed.all_records(), synthetic.all_records())
+    assert np.array_equal(packed.all_packed_experts(), synthetic.all_packed_experts())
     for part in synthetic.parts.values():
         for kind, array in synthetic.arrays(part).items():
             assert np.array_equal(packed._array(f"{part.name}.{kind}"), array), part.name
