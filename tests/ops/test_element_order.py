@@ -50,7 +50,7 @@ from tests.tolerance import close
 F32 = npt.NDArray[np.float32]
 
 
-# -- the input of a matrix ----------------------------------------------------------
+# -- the input of a matrix -------------------------------------------------------------------------
 
 
 def hi_lo_of(value: F32) -> npt.NDArray[np.uint16]:
@@ -133,7 +133,7 @@ def _to(ops: Ops, w: LinearWeight) -> LinearWeight:
     return replace(w, data=ops.to_device(w.data), scale=scale)
 
 
-# -- digits -------------------------------------------------------------------------
+# -- digits ----------------------------------------------------------------------------------------
 
 
 class Digits:
@@ -228,7 +228,7 @@ def test_kernels_store_digits_in_the_documented_order(rng: np.random.Generator, 
     assert close(Digits().decode(found), rows, "rows")
 
 
-# -- weights ------------------------------------------------------------------------
+# -- weights ---------------------------------------------------------------------------------------
 
 
 def nibbles() -> list[tuple[int, int]]:
@@ -331,7 +331,7 @@ def _expert(
     return values, np.array(ops.copy_d2h(out))
 
 
-# -- state --------------------------------------------------------------------------
+# -- state -----------------------------------------------------------------------------------------
 
 
 BACKENDS = pytest.mark.parametrize(

@@ -296,13 +296,17 @@ def fetch(
             assignment = SlotAssignment(
                 a["count"], a["expert"], a["slot"], a["fetch"], a["uses"], None, a["fetch_progress"]
             )
-            guess = (
+            prefetch_state = (
                 prefetch_of(None, None, a["state"], a["segments_done"], a["start_signal"])
                 if with_prefetch
                 else None
             )
             ops.fetch_experts(
-                cache, assignment, HostExperts(layout, a["host_experts"]), 0, prefetch=guess
+                cache,
+                assignment,
+                HostExperts(layout, a["host_experts"]),
+                0,
+                prefetch=prefetch_state,
             )
 
         writes = ("slots", "counters", *(("start_signal",) if with_prefetch else ()))
@@ -341,12 +345,12 @@ def prefetch_experts(
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            guess = prefetch_of(
+            prefetch_state = prefetch_of(
                 *(a[k] for k in ("expert", "slot", "state", "segments_done", "start_signal"))
             )
             slots = [a["slots"][i] for i in range(shape[0])]
             cache = cache_of(layout, slots, unused_table, step=a["step"])
-            ops.prefetch_experts(cache, guess, HostExperts(layout, a["host_experts"]))
+            ops.prefetch_experts(cache, prefetch_state, HostExperts(layout, a["host_experts"]))
 
         return Case(arrays, call, dict.fromkeys(("slots", "state", "segments_done"), "exact"))
 
