@@ -242,7 +242,7 @@ def idle(engine: Engine) -> None:
 def test_slots_are_rebalanced_after_a_token_count_that_doubles(
     start: Callable[..., Engine], rebalanced_at: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "osmium.sharing")
+    caplog.set_level(logging.INFO, "osmium.rebalancer")
     engine = start()
     layers, top_k = len(CASE.kinds), engine.config.top_k
     rebalanced_after: list[int] = []
