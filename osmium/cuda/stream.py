@@ -334,7 +334,7 @@ class CudaRuntime:
         return lambda: graph.replay(self.stream)
 
     def fork_side_stream(self, prefetch: bool = False) -> Stream:
-        """A side stream, ordered after the main stream's work so far; `prefetch`: high priority."""
+        """A side stream, ordered after the main stream; with `prefetch` the high-priority one."""
         self._fork_event.record(self.stream)
         self.side_streams[prefetch].wait(self._fork_event)
         return self.side_streams[prefetch]
