@@ -25,7 +25,7 @@ class DeltaState:
     """The recurrent state of one delta-net layer."""
 
     conv: Array
-    """f32 [slots, C, 4], the last four inputs of the convolution: position p at p % 4."""
+    """f32 [slots, C, 4], the last four inputs of the convolution; position p is at p % 4."""
     delta: Array
     """f32 [slots, V, dk, dv], the state S of the delta rule."""
 
