@@ -1,13 +1,8 @@
 """`osmium bench kernels`: time of each operation of a decoded token, in shapes of real models.
 
-Method.  No model is loaded.  GpuOps runs each operation on random weights, states, KV pages and
-packed experts.  There are enough sets of them to fill the largest L2 four times.  A token's own
-activations are one set, as they come from L2 in a model, too.  One graph holds one call per set;
-the time is the median of seven replays.  A replay's start, some 8 us, is divided among the calls.
-
-Bytes are those of the kernels' contracts (`traffic`), plus the context's keys and values, which no
-contract counts.  `rate_fraction` is GB/s / the rate of a copy in VRAM, read and written; for
-`fetch`, / the link's rate.  Both rates are measured first.  For an operation that moves few bytes, read the time.
+No model is loaded: operations run on random weights, states, KV pages and packed experts, in enough
+sets to fill the largest L2 four times.  The time is the median of seven replays of a graph with one
+call per set.  Method: docs/benchmarks.md.
 """
 
 import gc

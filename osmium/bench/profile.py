@@ -201,7 +201,7 @@ def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float,
 
 
 def launch_bytes(launch: Launch) -> int:
-    """Bytes that a launch moves by its contract; 0 for a contract without `moves`."""
+    """Bytes that a launch moves by its contract; 0 for a contract without `traffic`."""
     kernel, grid, values = launch
     contract = kernel.contract
     if contract.traffic_bytes is None:
