@@ -31,6 +31,9 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 
 INDEX = "model.safetensors.index.json"
 
+MAX_JSON = 64_000_000
+"""Largest JSON file, bytes: three times the index of 190,000 tensors."""
+
 MAX_HEADER = 100_000_000
 """Largest header, bytes: the limit of the safetensors package."""
 
@@ -189,9 +192,16 @@ def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.  Raises: CheckpointError."""
+    """Read a JSON object from a file, with or without a byte order mark.
+
+    Raises: CheckpointError, also for a file of more than MAX_JSON bytes.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            raw = file.read(MAX_JSON + 1)
+        if len(raw) > MAX_JSON:
+            raise CheckpointError(f"{path} has more than {MAX_JSON} bytes; it is no such file.")
+        value = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}.") from None
     except (OSError, ValueError, RecursionError) as error:

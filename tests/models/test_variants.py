@@ -1,0 +1,39 @@
+"""Checkpoints that deviate from the published ones, from disk to logits, against transformers."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from osmium.config import EngineConfig
+from osmium.weights import open_model
+from tests.models.build import prompt
+from tests.models.run import SequenceDriver
+from tests.models.test_golden import GOLDEN
+from tests.models.variants import VARIANTS, Variant
+from tests.tolerance import close, distance
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+
+
+def from_disk(variant: Variant, folder: Path) -> SequenceDriver:
+    """The model of a checkpoint folder, packed without quantisation."""
+    options = EngineConfig(gpu_expert_bits=16, cache_dir=str(folder / "cache"))
+    packed = open_model(variant.write(folder / "checkpoint"), options)
+    weights = {name: packed.tensor(name) for name in packed.names()}
+    experts = packed.all_packed_experts()
+    return SequenceDriver(packed.config, weights, packed.layout, experts)
+
+
+@each_variant
+def test_a_checkpoint_on_disk_gives_the_logits_of_transformers(
+    variant: Variant, tmp_path: Path
+) -> None:
+    with np.load(GOLDEN / "variants" / f"{variant.name}.npz") as file:
+        want = dict(file)
+    assert str(want["weights"]) == variant.fingerprint(), "run tools/make_golden.py"
+    assert np.array_equal(want["ids"], prompt(variant.case)), "run tools/make_golden.py"
+    driver = from_disk(variant, tmp_path)
+    for chunk in (variant.case.prompt, 5):
+        got = driver.logits(prompt(variant.case), chunk)[want["positions"]]
+        assert close(got, want["logits"], "logits"), f"{chunk}: {distance(got, want['logits']):.2e}"
