@@ -18,6 +18,8 @@ from tests.weights.files import ROOT, shard
 
 BASE = Case("base", 21, 64, "ada", (4, 2, 64), 0.25, (1, 2, 32, 32), (5, 2, 32), 32, False, 96)
 TIED = Case("tied", 22, 64, "ad", (2, 1, 32), 0.5, (1, 1, 32, 32), (4, 2, 16), 16, True, 40)
+QWEN3_6 = Case("qwen3_6", 23, 64, "ddda", (4, 2, 64), 0.25, (2, 4, 32, 32), (8, 2, 16), 16,
+               False, 48, wide=False)  # fmt: skip
 
 MROPE = {"mrope_section": [3, 3, 2], "mrope_interleaved": True}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
@@ -60,7 +62,8 @@ class Variant:
 def variant_positions(variant: Variant) -> npt.NDArray[np.int32]:
     """The prompt's positions whose logits are golden: every eighth, and the last four."""
     p = np.arange(variant.case.prompt, dtype=np.int32)
-    return p[(p % 8 == 7) | (p >= len(p) - 4)]
+    rows: npt.NDArray[np.int32] = p[(p % 8 == 7) | (p >= len(p) - 4)]
+    return rows
 
 
 def _rope(key: str, values: dict[str, Any], **beside: Any) -> Any:
@@ -108,6 +111,47 @@ def _head_alone(tensors: dict[str, Tensor]) -> None:
     tensors["lm_head.weight"] = tensors.pop(f"{ROOT}embed_tokens.weight")
 
 
+def _qwen3_6(config: dict[str, Any], text: dict[str, Any]) -> None:
+    """The keys of Qwen3.6-35B-A3B's config.json, in this size."""
+    text.update({
+        "attention_bias": False, "attention_dropout": 0.0, "attn_output_gate": True,
+        "bos_token_id": 0, "dtype": "bfloat16", "full_attention_interval": 4,
+        "initializer_range": 0.02, "mamba_ssm_dtype": "float32", "mlp_only_layers": [],
+        "mtp_num_hidden_layers": 1, "mtp_use_dedicated_embeddings": False,
+        "output_router_logits": False, "pad_token_id": None, "partial_rotary_factor": 0.25,
+        "router_aux_loss_coef": 0.001, "use_cache": True, "output_gate_type": "swish",
+    })  # fmt: skip
+    config.update({
+        "image_token_id": 90, "video_token_id": 91, "vision_start_token_id": 92,
+        "vision_end_token_id": 93, "transformers_version": "4.57.1",
+    })  # fmt: skip
+    config["vision_config"]["deepstack_visual_indexes"] = []
+
+
+def _mtp_and_vision(tensors: dict[str, Tensor]) -> None:
+    """A fused MTP layer, as in Qwen3.6, and a vision tower, of which there are two tensors."""
+    layer = {n: t for n, t in tensors.items() if n.startswith(f"{ROOT}layers.0.")}
+    tensors |= {n.replace(f"{ROOT}layers.0.", "mtp.layers.0."): t for n, t in layer.items()}
+    norm = tensors[f"{ROOT}norm.weight"]
+    for name in ("mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden"):
+        tensors[f"{name}.weight"] = norm
+    tensors["mtp.fc.weight"] = np.concatenate([norm, norm])[None].repeat(len(norm), 0)
+    tensors["model.visual.pos_embed.weight"] = norm[None]
+    tensors["model.visual.merger.norm.weight"] = norm
+
+
+def _text_only(config: dict[str, Any], text: dict[str, Any]) -> None:
+    """A fine-tune of the text model alone: no text_config, as save_pretrained writes it."""
+    config.clear()
+    config.update(text, architectures=["Qwen3_5MoeForCausalLM"], torch_dtype="bfloat16")
+    config.update(transformers_version="5.24.0", use_cache=False)
+
+
+def _short_names(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if name.startswith(ROOT)]:
+        tensors[name.replace(ROOT, "model.")] = tensors.pop(name)
+
+
 VARIANTS = [
     # -- RoPE scaling: where it stands, and its parameters
     Variant("yarn_in_rope_scaling", _rope("rope_scaling", {"type": "yarn", **YARN},
@@ -148,4 +192,7 @@ VARIANTS = [
     Variant("tied_at_the_top_with_another_head", _tie(True, None), _other_head, TIED),
     Variant("tied_without_a_head", _tie(None, True), case=TIED),
     Variant("tied_without_an_embedding", _tie(True, True), _head_alone, TIED),
+    # -- siblings and fine-tunes
+    Variant("qwen3_6", _qwen3_6, _mtp_and_vision, QWEN3_6),
+    Variant("text_only", _text_only, _short_names),
 ]  # fmt: skip
