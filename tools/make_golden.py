@@ -6,12 +6,13 @@ usage: tools/make_golden.py [NAME...]
 Without names: all cases of tests/models/build.py and all variants of tests/models/variants.py.
 Needs the `oracle` extra (torch, transformers).  Writes tests/golden/logits_{case}.npz and
 tests/golden/variants/{variant}.npz with the logits after some of the prompt's positions, and a
-fingerprint of config and weights.
+fingerprint of config and weights; for the name rope tests/golden/variants/rope.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import tempfile
 from collections.abc import Callable
@@ -30,6 +31,7 @@ use_environment("oracle", needs=("torch", "transformers"))
 import numpy as np
 import torch
 import transformers
+from transformers.models.qwen3_5_moe.modeling_qwen3_5_moe import Qwen3_5MoeTextRotaryEmbedding
 
 from tests.models.build import (
     CASES,
@@ -39,14 +41,14 @@ from tests.models.build import (
     prompt,
     write_checkpoint,
 )
-from tests.models.variants import VARIANTS, variant_positions
+from tests.models.variants import ROPE, VARIANTS, rope_config, variant_positions
 
 
 def main() -> int:
     """Write one file per case and variant."""
     torch.set_num_threads(1)
     names = sys.argv[1:]
-    known = [one.name for one in (*CASES, *VARIANTS)]
+    known = [*(one.name for one in (*CASES, *VARIANTS)), "rope"]
     unknown = [name for name in names if name not in known]
     if unknown:
         raise SystemExit(f"{unknown[0]} is none of {', '.join(known)}.")
@@ -63,7 +65,20 @@ def main() -> int:
             out = golden / "variants" / f"{variant.name}.npz"
             rows = variant_positions(variant)
             save(out, variant.case, rows, variant.fingerprint(), variant.write)
+    if not names or "rope" in names:
+        save_rope(golden / "variants" / "rope.json")
     return 0
+
+
+def save_rope(out: Path) -> None:
+    """Write the frequencies and attention factors of transformers for ROPE."""
+    found = []
+    for parameters in ROPE:
+        config = transformers.Qwen3_5MoeTextConfig(**rope_config(parameters))
+        rope = Qwen3_5MoeTextRotaryEmbedding(config)
+        found.append([parameters, rope.attention_scaling, rope.inv_freq.tolist()])
+    out.write_text("\n".join(json.dumps(one) for one in found) + "\n")
+    print(f"{out.relative_to(ROOT)}  {out.stat().st_size} bytes")
 
 
 def save(

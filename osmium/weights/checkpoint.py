@@ -183,6 +183,9 @@ def _array(
 
 _EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
 
+_COMPARE_BYTES = 1 << 24
+"""Bytes that are compared at once."""
+
 _ROOTS = ("model.language_model.", "language_model.model.", "model.")
 """Where the text model's names start: published, MLX's, and the text class's own."""
 
@@ -246,7 +249,7 @@ class Checkpoint:
             return False
         if (embed.dtype, embed.shape) != (head.dtype, head.shape) or not head.file.is_file():
             return True
-        size = min(head.nbytes, 1 << 24)
+        size = min(head.nbytes, _COMPARE_BYTES)
         buffers = np.empty((2, size), np.uint8)
         for start in range(0, head.nbytes, size or 1):
             parts = buffers[:, : min(size, head.nbytes - start)]

@@ -1,16 +1,18 @@
 """Checkpoints that deviate from the published ones, from disk to logits, against transformers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from osmium.config import EngineConfig
+from osmium.config import EngineConfig, ModelConfig
+from osmium.models.attention import rotary_frequencies
 from osmium.weights import open_model
 from tests.models.build import prompt
 from tests.models.run import SequenceDriver
 from tests.models.test_golden import GOLDEN
-from tests.models.variants import VARIANTS, Variant
+from tests.models.variants import ROPE, VARIANTS, Variant, rope_config
 from tests.tolerance import close, distance
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
@@ -37,3 +39,16 @@ def test_a_checkpoint_on_disk_gives_the_logits_of_transformers(
     for chunk in (variant.case.prompt, 5):
         got = driver.logits(prompt(variant.case), chunk)[want["positions"]]
         assert close(got, want["logits"], "logits"), f"{chunk}: {distance(got, want['logits']):.2e}"
+
+
+def test_rope_has_the_frequencies_of_transformers() -> None:
+    """Theirs are computed in f32, where the ramp loses up to 4e-6; ours in f64, then rounded."""
+    lines = (GOLDEN / "variants" / "rope.json").read_text().splitlines()
+    golden = [json.loads(line) for line in lines]
+    assert [parameters for parameters, *_ in golden] == ROPE, "run tools/make_golden.py"
+    for parameters, factor, frequencies in golden:
+        config = ModelConfig.from_hf(rope_config(parameters))
+        assert config.rope_factor == pytest.approx(factor, rel=1e-12), parameters
+        got = rotary_frequencies(config)
+        assert got.dtype == np.float32 and got.shape == (config.rotary_dim // 2,)
+        np.testing.assert_allclose(got, frequencies, rtol=1e-5, err_msg=str(parameters))

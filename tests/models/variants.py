@@ -196,3 +196,36 @@ VARIANTS = [
     Variant("qwen3_6", _qwen3_6, _mtp_and_vision, QWEN3_6),
     Variant("text_only", _text_only, _short_names),
 ]  # fmt: skip
+
+ROPE = [
+    # the family's long contexts, as its model cards state them
+    {"rope_type": "yarn", "rope_theta": 1e7, "factor": 4.0,
+     "original_max_position_embeddings": 262144},
+    {"rope_type": "yarn", "rope_theta": 1e7, "factor": 2.0,
+     "original_max_position_embeddings": 262144, "mscale": 0.5, "mscale_all_dim": 1.0},
+    {"rope_type": "yarn", "rope_theta": 1e7, "factor": 1.0},
+    {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "partial_rotary_factor": 0.5,
+     "original_max_position_embeddings": 1_000_000},  # the ramp ends beyond the last pair
+    {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+     "original_max_position_embeddings": 3},  # no pair rotates once
+    {"rope_type": "yarn", "rope_theta": 1e5, "factor": 32.0, "beta_fast": 4, "beta_slow": 4,
+     "original_max_position_embeddings": 4096, "partial_rotary_factor": 1.0},
+    {"rope_type": "yarn", "rope_theta": 1e5, "factor": 32.0, "beta_fast": 2, "beta_slow": 9,
+     "original_max_position_embeddings": 4096, "truncate": False},
+    {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+     "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
+    {"rope_type": "linear", "rope_theta": 1e7, "factor": 8},
+    {"rope_type": "dynamic", "rope_theta": 1e7, "factor": 3.3},
+    {"rope_type": "default", "rope_theta": 1e7},
+    {},
+]  # fmt: skip
+"""rope_parameters whose frequencies are golden: tests/golden/variants/rope.json."""
+
+
+def rope_config(parameters: dict[str, Any]) -> dict[str, Any]:
+    """A config.json of Qwen3.5's shapes, which are the family's defaults, with these parameters."""
+    return {
+        "model_type": "qwen3_5_moe_text",
+        "max_position_embeddings": 262144,
+        "rope_parameters": dict(parameters),
+    }

@@ -80,6 +80,20 @@ def test_a_tied_head_is_absent_and_its_copy_is_ignored(tmp_path: Path) -> None:
     assert_equal(plain, pack(write(tmp_path / "b", copy, TIED)))
 
 
+@pytest.mark.parametrize("row", [0, 30, -1])
+def test_a_tied_head_that_differs_in_one_row_is_a_part(
+    row: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osmium.weights.checkpoint._COMPARE_BYTES", 1000)
+    tensors = hf_tensors(TIED)
+    head = tensors[f"{ROOT}embed_tokens.weight"].copy()
+    head[row, 3] ^= 1
+    packed = pack(write(tmp_path / "m", {**tensors, "lm_head.weight": head}, TIED), **BF16)
+    matrix = packed.tensor("head")
+    assert isinstance(matrix, LinearWeight) and np.array_equal(matrix.data, head)
+    assert not packed.config.tie_word_embeddings
+
+
 @pytest.mark.parametrize("bits", [16, 8, 4])
 def test_experts_in_separate_tensors_equal_fused_experts(bits: int, tmp_path: Path) -> None:
     tensors = hf_tensors(CASE)
