@@ -204,8 +204,8 @@ ROPE = [
     {"rope_type": "yarn", "rope_theta": 1e7, "factor": 2.0,
      "original_max_position_embeddings": 262144, "mscale": 0.5, "mscale_all_dim": 1.0},
     {"rope_type": "yarn", "rope_theta": 1e7, "factor": 1.0},
-    {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "partial_rotary_factor": 0.5,
-     "original_max_position_embeddings": 1_000_000},  # the ramp ends beyond the last pair
+    {"rope_type": "yarn", "rope_theta": 50.0, "factor": 4.0, "beta_fast": 1730,
+     "original_max_position_embeddings": 20000},  # the ramp ends beyond the last pair
     {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
      "original_max_position_embeddings": 3},  # no pair rotates once
     {"rope_type": "yarn", "rope_theta": 1e5, "factor": 32.0, "beta_fast": 4, "beta_slow": 4,
