@@ -95,11 +95,13 @@ class ModelConfig:
             )
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
-            raise CheckpointError("text_config in config.json is not an object.")
+            raise CheckpointError(
+                f"text_config is {shown(text)} in config.json; it must be an object."
+            )
         read = Section(text)
         layers = read.integer("num_hidden_layers", 40, most=1024)
         head_dim = read.integer("head_dim", 256)
-        max_positions = read.integer("max_position_embeddings", 32768, most=MAX_POSITIONS)
+        max_positions = read.integer("max_position_embeddings", 32768, least=2, most=MAX_POSITIONS)
         rope = read_rope(config, text, head_dim, max_positions)
         tied = [Section(part).boolean("tie_word_embeddings", False) for part in (config, text)]
         result = cls(

@@ -40,14 +40,16 @@ class Section:
     def of(cls, values: Any, name: str) -> "Section":
         """A section of `values`, which is empty for None.  Raises: CheckpointError."""
         if not isinstance(values, Mapping | None):
-            raise CheckpointError(f"{name} is {shown(values)}; it must be an object.")
+            raise CheckpointError(
+                f"{name} is {shown(values)} in config.json; it must be an object."
+            )
         return cls(values or {}, name)
 
-    def integer(self, key: str, default: int = REQUIRED, most: int = MAX_SIZE) -> int:
-        """An integer from 1 to `most`.  Raises: CheckpointError."""
+    def integer(self, key: str, default: int, *, least: int = 1, most: int = MAX_SIZE) -> int:
+        """An integer from `least` to `most`.  Raises: CheckpointError."""
         value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            self.refuse(key, f"an integer from 1 to {most}")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            self.refuse(key, f"an integer from {least} to {most}")
         return value
 
     def number(

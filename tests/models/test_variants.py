@@ -10,13 +10,17 @@ import pytest
 
 from osmium.config import EngineConfig, ModelConfig
 from osmium.models.attention import rotary_frequencies
-from osmium.ops import Ops
+from osmium.ops import LinearWeight, Ops
+from osmium.ops.gpu import GpuOps
 from osmium.weights import open_model
+from osmium.weights.shards import INDEX
 from tests.models.build import prompt
 from tests.models.run import SequenceDriver
 from tests.models.test_golden import GOLDEN
 from tests.models.variants import ROPE, VARIANTS, Variant, rope_config
+from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import TOLERANCE, close, distance
+from tests.weights.files import shard
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
 
@@ -47,6 +51,49 @@ def test_a_checkpoint_on_disk_gives_the_logits_of_transformers(
     for chunk in (variant.case.prompt, 5):
         got = driver.logits(prompt(variant.case), chunk)[want["positions"]]
         assert close(got, want["logits"], "logits"), f"{chunk}: {distance(got, want['logits']):.2e}"
+
+
+def test_a_folder_of_qwen3_6_packs_to_the_bytes_of_its_text_model(tmp_path: Path) -> None:
+    """Shards, index and small files have the names of Qwen3.6-35B-A3B's."""
+    variant = next(one for one in VARIANTS if one.name == "qwen3_6")
+    folder, tensors = variant.write(tmp_path / "qwen3.6"), variant.hf_tensors()
+    (folder / "model.safetensors").unlink()
+    shards = [f"model-{i + 1:05}-of-00026.safetensors" for i in range(26)]
+    where = {name: shards[i % 26] for i, name in enumerate(tensors)}
+    for file in shards:
+        (folder / file).write_bytes(shard({n: t for n, t in tensors.items() if where[n] == file}))
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}}
+    (folder / INDEX).write_text(json.dumps({**index, "weight_map": where}))
+    for name in ("LICENSE", "README.md", "merges.txt", ".gitattributes", "chat_template.jinja"):
+        (folder / name).write_text(name)
+    for name in ("configuration.json", "preprocessor_config.json", "vocab.json",
+                 "video_preprocessor_config.json", "tokenizer_config.json"):  # fmt: skip
+        (folder / name).write_text("{}")
+    for name in ("optimizer.pt", "training_args.bin"):  # of a fine-tune
+        (folder / name).write_bytes(b"\0")
+    config = EngineConfig(gpu_expert_bits=16, cache_dir=str(tmp_path / "cache"))
+    packed = open_model(folder, config)
+    alone = open_model(variant.write(tmp_path / "alone"), config)
+    assert packed.names() == alone.names() and not any("mtp" in name for name in packed.names())
+    for name in alone.names():
+        got, want = (
+            weight.data if isinstance(weight, LinearWeight) else weight
+            for weight in (packed.tensor(name), alone.tensor(name))
+        )
+        assert np.array_equal(got, want), name
+    assert np.array_equal(packed.all_packed_experts(), alone.all_packed_experts())
+    assert packed.file("chat_template.jinja") == b"chat_template.jinja"
+
+
+def test_kernels_scale_rotated_queries_and_keys_by_yarns_factor(tmp_path: Path) -> None:
+    """Prefill and decode are different kernels.  A factor of 1 would be off by 6e-2 and more."""
+    variant = next(one for one in VARIANTS if one.name == "yarn_with_an_attention_factor")
+    ids = prompt(variant.case)[:3]
+    want = from_disk(variant, tmp_path).logits(ids, 3)
+    kernels = GpuOps(InterpretedRuntime())
+    driver = from_disk(variant, tmp_path, ops=kernels, kv_dtype="bf16", rows=2, context=16)
+    got = np.concatenate([driver.logits(ids[:2], 2), driver.step({0: ids[2:]})[0]])
+    assert (np.linalg.norm(got - want, axis=1) < 1e-2 * np.linalg.norm(want, axis=1)).all()
 
 
 @pytest.mark.gpu
