@@ -18,9 +18,10 @@ from osmium.quant import int4, int8
 from osmium.quant.expert import pack_expert
 from osmium.quant.expert_layout import ExpertLayout, group_of
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.weights.choosing import summary
 from osmium.weights.shards import Shards
 
-__all__ = ["Checkpoint", "Formats", "TensorSpec", "tensor_specs"]
+__all__ = ["UNUSED", "Checkpoint", "Formats", "TensorSpec", "tensor_specs"]
 
 Format = Literal["f32", "bf16", "int8", "int4"]
 
@@ -184,7 +185,7 @@ def _array(
 _ROOTS = ("model.language_model.", "language_model.model.", "model.")
 """Where the text model's names start: published, MLX's, and the text class's own."""
 
-_SKIPPED = (
+UNUSED = (
     "model.visual.",
     "visual.",
     "vision_tower.",
@@ -221,6 +222,14 @@ class Checkpoint:
         nested = f"language_model.{source}"
         return nested if nested in self.shards.tensors else source
 
+    def _unread(self) -> str:
+        """For an error about a missing tensor: the files that were read and left out."""
+        left_out = self.shards.left_out
+        if not left_out:
+            return ""
+        files = summary([file.name for file in self.shards.files])
+        return f" Of its files {files} was read, and left out: {summary(left_out)}."
+
     def _check(self) -> None:
         expected: dict[str, tuple[int, ...]] = {}
         for part in self.parts:
@@ -233,7 +242,7 @@ class Checkpoint:
             tensor = self.shards.tensors.get(name)
             if tensor is None:
                 raise CheckpointError(
-                    f"{self.shards.folder} lacks the tensor {name} {list(shape)}."
+                    f"{self.shards.folder} lacks the tensor {name} {list(shape)}.{self._unread()}"
                 )
             if tensor.shape != shape:
                 raise CheckpointError(
@@ -251,7 +260,7 @@ class Checkpoint:
             else set()
         )
         for name in self.shards.tensors:
-            if name not in expected and name not in tied and not name.startswith(_SKIPPED):
+            if name not in expected and name not in tied and not name.startswith(UNUSED):
                 raise CheckpointError(
                     f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
                     f"{config.model_type} with this config.json."
@@ -314,8 +323,8 @@ class Checkpoint:
         """Quantise and pack one routed expert into u8 [layout.nbytes]."""
         prefix = f"{self.root}layers.{layer}.mlp.experts."
         if self.fused:
-            up = self.shards.read(f"{prefix}gate_up_proj")[expert]
-            down = self.shards.read(f"{prefix}down_proj")[expert]
+            up = self.shards.read(f"{prefix}gate_up_proj", expert)
+            down = self.shards.read(f"{prefix}down_proj", expert)
         else:
             prefix = f"{prefix}{expert}."
             gate_up = [self.shards.read(f"{prefix}{kind}_proj.weight") for kind in ("gate", "up")]
