@@ -214,8 +214,6 @@ def refuse_files(names: Collection[str], where: str, base: str | None = None) ->
         )
 
 
-
-
 # -- folders -------------------------------------------------------------------------------------
 
 
