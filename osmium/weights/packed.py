@@ -39,7 +39,7 @@ PREAMBLE_BYTES = 24
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 """Small files of a checkpoint that the packed file contains."""
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from osmium.errors import CheckpointError, ConfigError
 from osmium.hf import shown
+from osmium.weights.choosing import is_weight_file
 from osmium.weights.shards import read_json
 
 __all__ = [
@@ -158,7 +159,7 @@ def refuse_file(path: Path) -> None:
         raise ConfigError(f"{path} is a web page, saved in place of a file; download it again.")
     if lower == "modelfile":
         raise ConfigError(f"{path} is a Modelfile of Ollama, which is not supported; {_USE}.")
-    if lower.endswith(".safetensors") and not _is_checkpoint_shard(lower):
+    if lower.endswith(".safetensors") and not is_weight_file(lower):
         refuse_files([name], str(folder))
     if lower.endswith((".safetensors", ".safetensors.index.json")) or lower in _OF_A_CHECKPOINT:
         raise ConfigError(
@@ -178,7 +179,7 @@ def refuse_files(names: Collection[str], where: str, base: str | None = None) ->
     """
     lower = [name.lower() for name in names]
     top = {name for name in lower if "/" not in name}
-    shards = any(_is_checkpoint_shard(name) for name in top)
+    shards = any(is_weight_file(name) for name in top)
 
     def first(*suffixes: str) -> str | None:
         return next((name for name in sorted(lower) if name.endswith(suffixes)), None)
@@ -215,10 +216,6 @@ def refuse_files(names: Collection[str], where: str, base: str | None = None) ->
             f"{where} has weights of another framework ({first(*_OTHER_FRAMEWORKS)}), which are "
             f"not supported; {_USE}."
         )
-
-
-def _is_checkpoint_shard(name: str) -> bool:
-    return name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -262,13 +259,19 @@ def refuse_checkpoint(path: Path) -> None:
         refuse_folder(path)
     names = _names(path)
     refuse_files(names, str(path), _adapter_base(path))
-    pointers = [name for name in names if "/" not in name and _is_pointer(path / name)]
+    pointers = [
+        name
+        for name in names
+        if "/" not in name
+        and (is_weight_file(name) or name.endswith(".json"))
+        and _is_pointer(path / name)
+    ]
     if pointers:
         _refuse_pointers(path, f"has a pointer of git-lfs in place of {sorted(pointers)[0]}", path)
     config = _json(path / "config.json")
     if config is not None:
         refuse_config(config, str(path), names)
-    if not any(_is_checkpoint_shard(name) for name in names):
+    if not any(is_weight_file(name) for name in names):
         raise CheckpointError(
             f"{path} has a config.json and no .safetensors file; the download is not complete: "
             "download the weights too."

@@ -13,7 +13,7 @@ from osmium.models.attention import rotary_frequencies
 from osmium.ops import LinearWeight, Ops
 from osmium.ops.gpu import GpuOps
 from osmium.weights import open_model
-from osmium.weights.shards import INDEX
+from osmium.weights.choosing import INDEX
 from tests.models.build import prompt
 from tests.models.run import SequenceDriver
 from tests.models.test_golden import GOLDEN
