@@ -1,7 +1,4 @@
-"""The engine: one thread serves many callers.
-
-schedule a batch -> compute its tokens -> sample -> deliver
-"""
+"""The engine: one thread schedules batches, computes, samples and delivers tokens."""
 
 import contextlib
 import logging
@@ -186,35 +183,36 @@ class Engine:
         return out
 
     def prompt_logits(
-        self, sequences: list[list[int]], chunk: int
+        self, sequences: list[list[int]], max_step_tokens: int
     ) -> list[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        """Teacher-forced logits of whole sequences, `chunk` tokens per step, several per step.
+        """Teacher-forced logits of whole sequences, `max_step_tokens` tokens of each per step.
 
         Returns ((position, sequence), f32 [n, vocab]) for n positions from `position` on.  No other
         request runs meanwhile.  Raises: RequestError, EngineStopped.
         """
         self._check_sequences(sequences)
-        return self.run_on_engine_thread(lambda: list(self._forced_logits(sequences, chunk)))
+        forced = self._forced_logits
+        return self.run_on_engine_thread(lambda: list(forced(sequences, max_step_tokens)))
 
     def stream_prompt_logits(
         self,
         sequences: list[list[int]],
-        chunk: int,
+        max_step_tokens: int,
         on_logits: Callable[[int, int, npt.NDArray[np.float32]], None],
     ) -> None:
         """`prompt_logits` with a callback: on_logits(position, sequence, f32 [n, vocab])."""
         self._check_sequences(sequences)
 
         def job() -> None:
-            for (position, sequence), logits in self._forced_logits(sequences, chunk):
+            for (position, sequence), logits in self._forced_logits(sequences, max_step_tokens):
                 on_logits(position, sequence, logits)
 
         self.run_on_engine_thread(job)
 
     def _forced_logits(
-        self, sequences: list[list[int]], chunk: int
+        self, sequences: list[list[int]], max_step_tokens: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        return teacher_forced_logits(self._runner, self._scheduler, sequences, chunk)
+        return teacher_forced_logits(self._runner, self._scheduler, sequences, max_step_tokens)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.

@@ -64,7 +64,7 @@ class Workspace:
     split_counters: Array
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], 0 between kernels: split-KV blocks that have finished."""
     router_barrier: Array
-    """i32 ROUTER_BARRIER_SHAPE, 0 between kernels: blocks that have written router logits."""
+    """i32 [8, 288], 0 between kernels: logit keys and arrivals of router blocks."""
 
     def first_rows(self, tokens: int) -> "Workspace":
         """The same arrays, cut to the first `tokens` rows."""

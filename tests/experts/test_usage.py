@@ -71,7 +71,7 @@ def test_a_saved_snapshot_reads_back_equal(
 ) -> None:
     cache, _ = used_cache
     saved, restored = snapshot_usage(OPS, cache), save_and_read(cache, tmp_path / "new" / "a.usage")
-    for name in ("heat", "long_heat", "steps", "age", "resident"):
+    for name in ("short_count", "long_count", "steps", "age", "resident"):
         assert np.array_equal(getattr(saved, name), getattr(restored, name))
     assert np.array_equal(restored.resident, resident(OPS, cache))
     never = cache.last_used == 0
@@ -264,7 +264,7 @@ def test_usage_with_invalid_counts_is_ignored(
     used_cache: tuple[ExpertCache, ExpertRunner], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     good = snapshot_usage(OPS, used_cache[0])
-    for name in ("heat", "long_heat"):
+    for name in ("short_count", "long_count"):
         for wrong in (np.nan, np.inf, -1):
             usage = getattr(good, name).copy()
             usage[1, 2] = wrong

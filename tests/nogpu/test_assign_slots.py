@@ -234,7 +234,7 @@ def simulated(threads: int) -> Any:
     names["BLOCK_THREADS"] = threads
 
     def atomic_add(array: Any, index: int, value: int) -> None:
-        array[index] += value
+        cuda.atomic.add(array, index, value)
 
     names["atomic_add"] = atomic_add
     names["float_as_int"] = lambda x: np.float32(x).view(np.int32)
