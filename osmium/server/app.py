@@ -170,6 +170,8 @@ async def on_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, OsmiumError), "registered for OsmiumError"
     status = error_status(error)
     headers = {"Retry-After": "5"} if status in (429, 503) else None
+    if status == 408:
+        headers = {"Connection": "close"}
     return _error_response(request, error, status, headers)
 
 
@@ -183,7 +185,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
 def _error_response(
     request: Request, error: OsmiumError, status: int, headers: Mapping[str, str] | None
 ) -> Response:
-    drain_s = 0.2 if request.app.state.shutdown.begun else DRAIN_S
+    drain_s = 0.2 if status == 408 or request.app.state.shutdown.begun else DRAIN_S
     return ErrorResponse(error_body(error), status, headers, drain_s)
 
 

@@ -78,12 +78,18 @@ class HttpProtocol(H11Protocol):
         """Whether a request is served."""
         return self.cycle is not None and not self.cycle.response_complete
 
+    def is_idle_since(self, moment: float) -> bool:
+        """Whether no request has been served since `moment`, and none is."""
+        return not self.busy and self.idle_since < moment and not self.transport.is_closing()
+
     # -- events of the connection ------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         seconds = self._config.limits.head_timeout_s
-        if len(self.connections) > self._config.max_connections:
+        if len(self.connections) > self._config.max_connections and not _close_idle(
+            self.connections, most=1
+        ):
             self.app = _too_many_connections
             seconds = min(seconds, REFUSED_S)
         self._wait_for_head(seconds)
@@ -226,14 +232,7 @@ class AcceptErrors:
     def _shed(self, error: OSError) -> None:
         """Close idle connections, and those that wait to be accepted."""
         now = time.monotonic()
-        for connection in list(self._state.connections):
-            if (
-                isinstance(connection, HttpProtocol)
-                and not connection.busy
-                and now - connection.idle_since > REFUSED_S
-            ):
-                connection.transport.abort()
-                self._closed += 1
+        self._closed += _close_idle(self._state.connections)
         self.close()
         try:
             for listening in self._listening:
@@ -249,6 +248,18 @@ class AcceptErrors:
                 "(ulimit -n), or lower --max-connections.", error.strerror, self._closed,
             )  # fmt: skip
             self._logged, self._closed = now, 0
+
+
+def _close_idle(connections: Iterable[Any], most: int = 1 << 16) -> int:
+    """Close the connections that are idle for longest and REFUSED_S; returns their number."""
+    end = time.monotonic() - REFUSED_S
+    idle = sorted(
+        (c for c in connections if isinstance(c, HttpProtocol) and c.is_idle_since(end)),
+        key=lambda connection: connection.idle_since,
+    )[:most]
+    for connection in idle:
+        connection.transport.abort()
+    return len(idle)
 
 
 def _accept_and_close(listening: socket.socket) -> int:
