@@ -132,10 +132,38 @@ def _check(request: BaseRequest) -> None:
                     param=f"messages[{i}].role",
                     code="invalid_value",
                 )
+        _check_arguments(request.messages)
         if not request.messages:
             raise RequestError(
                 "messages is empty; send at least one.", param="messages", code="invalid_value"
             )
+
+
+def _check_arguments(messages: list[dict[str, Any]]) -> None:
+    """Check the shape of JSON in texts: the chat template gets the arguments of calls decoded.
+
+    Raises: RequestError.
+    """
+    left = MAX_VALUES
+    for i, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        for j, call in enumerate(calls if isinstance(calls, list) else ()):
+            function = call.get("function", call) if isinstance(call, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            name = f"messages[{i}].tool_calls[{j}].function.arguments"
+            while isinstance(text, str):
+                left -= check_json_shape(text.encode(errors="replace"), left, name=name)
+                text = _inner_text(text)
+
+
+def _inner_text(text: str) -> str | None:
+    """The text that the JSON of a text stands for; None for other JSON."""
+    if not text.lstrip().startswith('"'):
+        return None
+    try:
+        return msgspec.json.decode(text, type=str)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        return None
 
 
 def one_prompt(request: CompletionRequest) -> str | list[int]:

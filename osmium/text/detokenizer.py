@@ -89,20 +89,20 @@ class WindowDetokenizer:
         if self._inner.id_to_token(token) is None:
             if not self._unknown_ids_as_text:
                 return ""
-            before = self.flush()  # no later token completes a character across this one
-            self._returned = []
-            return before + id_text(token)
+            return self.flush() + id_text(token)
         self._pending.append(token)
         text = self._new_text()
-        if len(self._pending) < MAX_PENDING and (not text or text.endswith("\ufffd")):
+        if text.endswith("\ufffd") and len(self._pending) < MAX_PENDING:
             return ""
-        self._returned, self._pending = self._pending, []
+        # A token without text may still change how the next ones are decoded.
+        self._returned = self._pending if text else (self._returned + self._pending)[-MAX_PENDING:]
+        self._pending = []
         return text
 
     def flush(self) -> str:
         """The rest of the text; bytes of an incomplete character become U+FFFD."""
         text = self._new_text() if self._pending else ""
-        self._returned, self._pending = self._pending or self._returned, []
+        self._returned, self._pending = [], []
         return text
 
     def _new_text(self) -> str:

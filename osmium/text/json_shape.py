@@ -26,14 +26,14 @@ def check_json_shape(
     max_depth: int = MAX_DEPTH,
     name: str = "The body",
     hint: str = "",
-) -> None:
-    """Check the shape of `text`, UTF-8, which need not be valid JSON.
+) -> int:
+    """Check the shape of `text`, UTF-8, which need not be valid JSON; returns its values, at most.
 
     Raises: RequestError for more values, with `hint`, or a greater depth.
     """
-    most = text.count(b",") + _openings(text)
+    most = text.count(b",") + _openings(text) + 1
     if most <= min(max_values, max_depth):
-        return
+        return most
     # An escaped quote does not end a text.
     plain = text.replace(b"\\\\", b"").replace(b'\\"', b"")
     least = plain.count(b'"') // 4  # a value is at most one text, and has at most one key
@@ -51,6 +51,7 @@ def check_json_shape(
             "read. Send flatter JSON.",
             code="json_too_deep",
         )
+    return count
 
 
 def _openings(text: bytes | bytearray) -> int:
