@@ -1,14 +1,16 @@
 """Text to ids and back: tokenizer.json, through the tokenizers package."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
-from osmium.errors import CheckpointError, RequestError
+from osmium.errors import CheckpointError, RequestError, is_panic
+from osmium.text.added_tokens import add_tokens, merged
 from osmium.text.detokenizer import (
     BYTES,
     ByteDetokenizer,
@@ -16,6 +18,7 @@ from osmium.text.detokenizer import (
     WindowDetokenizer,
     id_text,
 )
+from osmium.text.regexes import check_tokenizer_json
 
 __all__ = ["Tokenizer"]
 
@@ -32,20 +35,41 @@ class Tokenizer:
     """A model's tokenizer.json."""
 
     def __init__(
-        self, source: bytes | str | os.PathLike[str], unknown_ids_as_text: bool = False
+        self,
+        source: bytes | str | os.PathLike[str],
+        unknown_ids_as_text: bool = False,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`source` is the file's contents, or its path.
+        """`source` is the file's contents, or its path; `config` is tokenizer_config.json.
 
         Ids that the tokenizer lacks have no text, like the padding rows of a real model's head.
         With `unknown_ids_as_text` they become "⟨12345⟩".  Raises: CheckpointError.
         """
+        config = config or {}
+        moved: dict[str, tuple[int, int]] = {}
         try:
             raw = source if isinstance(source, bytes) else Path(source).read_bytes()
-            self._inner = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the package raises plain Exception, and OSError for the path
-            raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
-        self._inner.no_padding()
-        self._inner.no_truncation()
+            check_tokenizer_json(raw)
+            self._inner = tokenizers.Tokenizer.from_buffer(merged(raw, config))
+            self._inner.no_padding()
+            self._inner.no_truncation()
+            moved = add_tokens(self._inner, config)
+            self._inner.encode("a", add_special_tokens=False)
+        except CheckpointError:
+            raise
+        except BaseException as error:  # the package raises plain Exception, and panics
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            raise CheckpointError(f"tokenizer.json cannot be used: {str(error)[:500]}") from None
+        self.notes: list[str] = []
+        """What the two files say differently."""
+        if moved:
+            content, (listed, actual) = next(iter(moved.items()))
+            others = f"; so do {len(moved) - 1} other tokens" if len(moved) > 1 else ""
+            self.notes.append(
+                f"tokenizer_config.json lists {content!r} as id {listed}; it gets id {actual}, the "
+                f"next one of tokenizer.json, as in transformers{others}."
+            )
         added = self._inner.get_added_tokens_decoder()
         self._added = frozenset(added)
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -160,9 +184,20 @@ class Tokenizer:
 
 
 def _encode(inner: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    """One text's encoding.  `encode` would hold Python's global lock, encode_batch releases it."""
+    """One text's encoding.  `encode` would hold Python's global lock, encode_batch releases it.
+
+    Raises: RequestError where the package fails or panics.
+    """
     encoding: tokenizers.Encoding
-    (encoding,) = inner.encode_batch_fast([text], add_special_tokens=False)
+    try:
+        (encoding,) = inner.encode_batch_fast([text], add_special_tokens=False)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise RequestError(
+            f"The model's tokenizer fails on this text: {str(error)[:200]}.",
+            code="tokenizer_failed",
+        ) from None
     return encoding
 
 
