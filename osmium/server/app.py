@@ -76,7 +76,10 @@ class BackgroundLoader:
 
     def _run(self) -> None:
         try:
-            self.engine = self._load(self._report)
+            engine = self._load(self._report)
+            if engine.tokenizer is not None:
+                engine.tokenizer.max_token_bytes  # noqa: B018 - slow once, so before any request
+            self.engine = engine
         except BaseException as error:  # /health reports it; serve() raises it again
             self.failure = error
         if self.on_done is not None:
