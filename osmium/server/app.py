@@ -309,12 +309,13 @@ async def _answer(request: Request, engine: Engine, prepared: Prepared) -> Respo
         except RuntimeError:
             pass  # the server has stopped, and its event loop is closed
 
-    request.app.state.shutdown.watch(events)
+    shutdown: Shutdown = request.app.state.shutdown
+    shutdown.watch(events)
     response = prepared.response
     handle = engine.submit(prepared.ids, prepared.params, on_event)
     if prepared.stream:
         return EventSourceResponse(
-            _stream(engine, handle, events, response, prepared.usage),
+            _stream(engine, handle, events, response, prepared.usage, shutdown),
             sep="\n",
             background=BackgroundTask(engine.cancel, handle),  # for a stream that never started
             ping=PING_INTERVAL_S,
@@ -349,6 +350,7 @@ async def _stream(
     events: "asyncio.Queue[Event | None]",
     response: ResponseBuilder,
     usage: bool,
+    shutdown: Shutdown,
 ) -> AsyncIterator[dict[str, str]]:
     """Yield one response as server-sent events.  Its end, for any reason, cancels the request."""
     try:
@@ -363,6 +365,8 @@ async def _stream(
                 break
         if event.error is not None:
             yield _data(error_body(event.error))
+            if not shutdown.begun:
+                return  # without [DONE], a client knows that the engine failed
         elif usage:
             yield _data(response.usage_chunk())
         yield {"data": "[DONE]"}
