@@ -1,7 +1,7 @@
 """Requests, sampling parameters, and the events of a response: tokens and its end.
 
 Values with arithmetic on them.  The engine works on token ids; tokenizing is the caller's.  An
-`IncrementalDetokenizer` (text/tokenizer.py) turns ids back into text, piece by piece.
+`IncrementalDetokenizer` (text/detokenizer.py) turns ids back into text, piece by piece.
 """
 
 import math

@@ -76,7 +76,10 @@ class BackgroundLoader:
 
     def _run(self) -> None:
         try:
-            self.engine = self._load(self._report)
+            engine = self._load(self._report)
+            if engine.tokenizer is not None:
+                engine.tokenizer.max_token_bytes  # noqa: B018 - slow once, so before any request
+            self.engine = engine
         except BaseException as error:  # /health reports it; serve() raises it again
             self.failure = error
         if self.on_done is not None:
@@ -306,12 +309,13 @@ async def _answer(request: Request, engine: Engine, prepared: Prepared) -> Respo
         except RuntimeError:
             pass  # the server has stopped, and its event loop is closed
 
-    request.app.state.shutdown.watch(events)
+    shutdown: Shutdown = request.app.state.shutdown
+    shutdown.watch(events)
     response = prepared.response
     handle = engine.submit(prepared.ids, prepared.params, on_event)
     if prepared.stream:
         return EventSourceResponse(
-            _stream(engine, handle, events, response, prepared.usage),
+            _stream(engine, handle, events, response, prepared.usage, shutdown),
             sep="\n",
             background=BackgroundTask(engine.cancel, handle),  # for a stream that never started
             ping=PING_INTERVAL_S,
@@ -346,6 +350,7 @@ async def _stream(
     events: "asyncio.Queue[Event | None]",
     response: ResponseBuilder,
     usage: bool,
+    shutdown: Shutdown,
 ) -> AsyncIterator[dict[str, str]]:
     """Yield one response as server-sent events.  Its end, for any reason, cancels the request."""
     try:
@@ -360,6 +365,8 @@ async def _stream(
                 break
         if event.error is not None:
             yield _data(error_body(event.error))
+            if not shutdown.begun:
+                return  # without [DONE], a client knows that the engine failed
         elif usage:
             yield _data(response.usage_chunk())
         yield {"data": "[DONE]"}

@@ -36,9 +36,8 @@ class ReasoningParser:
             self.thinking, self._at_start, self._held = False, True, ""
             return reasoning, self._trim(rest)
         keep = max((n for n in range(1, len(_END)) if self._held.endswith(_END[:n])), default=0)
-        cut = len(self._held) - keep
-        while cut and self._held[cut - 1] == "\n":
-            cut -= 1  # newlines before </think> are the template's
+        # Newlines before </think> are the template's.
+        cut = len(self._held[: len(self._held) - keep].rstrip("\n"))
         out, self._held = self._held[:cut], self._held[cut:]
         return self._trim(out), ""
 

@@ -149,8 +149,7 @@ class Tokenizer:
             or any(word in removing for word in _REMOVING)
         ):
             return None
-        names = (self._inner.id_to_token(i) or "" for i in range(self.vocab_size))
-        longest = max(len(name) for name in names)  # a letter per byte
+        longest = max(map(len, self._inner.get_vocab(with_added_tokens=False)))  # a letter per byte
         return max([longest, *(len(token.content.encode()) for token in added.values())])
 
     @property
