@@ -23,6 +23,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     check_ids,
+    context_error,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
@@ -113,12 +114,7 @@ class Engine:
         ids = [int(token) for token in prompt]
         check_ids(ids, self.config.vocab_size)
         if len(ids) >= self.context:
-            raise RequestError(
-                f"This model's maximum context length is {self.context} tokens. However, your "
-                f"prompt has {len(ids)} tokens. Shorten it, or start with a larger --context.",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise context_error(self.context, f"{len(ids)} tokens")
         for token in params.logit_bias:
             if token >= self.config.vocab_size:
                 raise RequestError(

@@ -7,13 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders, models, normalizers
 
 from osmium.errors import CheckpointError, RequestError, is_panic
 from osmium.text.added_tokens import add_tokens, merged
+from osmium.text.detokenizer import (
+    BYTES,
+    ByteDetokenizer,
+    IncrementalDetokenizer,
+    WindowDetokenizer,
+    id_text,
+)
 from osmium.text.regexes import check_tokenizer_json
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["Tokenizer"]
+
+PIECE_CHARS = 1 << 20
+"""Characters that one call tokenizes while tokens are counted; it takes about 100 bytes each."""
+
+_REMOVING = (
+    "Removed", "Whitespace", "Bert", "CharDelimiter", "Punctuation", "Metaspace",
+)  # fmt: skip
+"""Words in the description of pre-tokenizers that may remove characters of a text."""
 
 
 class Tokenizer:
@@ -55,7 +70,10 @@ class Tokenizer:
                 f"tokenizer_config.json lists {content!r} as id {listed}; it gets id {actual}, the "
                 f"next one of tokenizer.json, as in transformers{others}."
             )
-        self._added = frozenset(self._inner.get_added_tokens_decoder())
+        added = self._inner.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._is_byte_level = isinstance(self._inner.decoder, decoders.ByteLevel)
         self._unknown_ids_as_text = unknown_ids_as_text
 
     @cached_property
@@ -79,30 +97,66 @@ class Tokenizer:
         return None if token_id is None else int(token_id)
 
     def encode(self, text: str, specials: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text.  Other Python threads run meanwhile.
 
         With `specials`, names of special tokens in it become those tokens, as in a rendered chat
         template.  Without, they stay text, as in a plain text to be scored.
         Raises: RequestError for half a surrogate pair, which is not Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text has {text[error.start]!r} at {error.start}, half of a surrogate pair; "
-                "send whole characters.",
-                code="invalid_text",
-            ) from None
+        _check_unicode(text)
         inner = self._inner if specials else self._without_specials
-        try:
-            return list(inner.encode(text, add_special_tokens=False).ids)
-        except BaseException as error:
-            if not (isinstance(error, Exception) or is_panic(error)):
-                raise
-            raise RequestError(
-                f"The model's tokenizer fails on this text: {str(error)[:200]}.",
-                code="tokenizer_failed",
-            ) from None
+        return list(_encode(inner, text).ids)
+
+    def min_tokens(self, text: str, enough: int) -> int:
+        """A lower bound of the tokens of `text`, as far as it matters: counting ends at `enough`.
+
+        First by the text's length, without tokenizing it.  A long text is then tokenized in pieces,
+        so that a text that is too long takes neither much memory nor much time.
+        Raises: RequestError for half a surrogate pair.
+        """
+        if len(text) < enough // 4:
+            return 0  # at most four bytes per character, and a byte per token
+        _check_unicode(text)
+        longest = self.max_token_bytes
+        if longest is not None:
+            num_bytes = len(text) if text.isascii() else len(text.encode()) // self._shrink
+            least = -(-num_bytes // longest)
+            if least >= enough:
+                return least
+        if len(text) <= PIECE_CHARS:
+            return 0
+        count = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            # A cut splits tokens; the allowance for it is a whole token's bytes.
+            count += len(_encode(self._inner, text[start : start + PIECE_CHARS])) - (longest or 256)
+            if count >= enough:
+                return count
+        return max(count, 0)
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """Bytes of the longest token; None where a token may stand for text of any length."""
+        model, normalizer = self._inner.model, self._inner.normalizer
+        added = self._inner.get_added_tokens_decoder()
+        removing = str(self._inner.pre_tokenizer)
+        if (
+            not self._is_byte_level
+            or not isinstance(model, models.BPE)
+            or model.unk_token is not None
+            or any(self._inner.token_to_id(letter) is None for letter in BYTES)
+            or not (normalizer is None or isinstance(normalizer, normalizers.NFC))
+            or any(token.lstrip or token.rstrip for token in added.values())
+            or any(word in removing for word in _REMOVING)
+        ):
+            return None
+        names = (self._inner.id_to_token(i) or "" for i in range(self.vocab_size))
+        longest = max(len(name) for name in names)  # a letter per byte
+        return max([longest, *(len(token.content.encode()) for token in added.values())])
+
+    @property
+    def _shrink(self) -> int:
+        """Most bytes of a text that the normalizer may turn into one byte."""
+        return 1 if self._inner.normalizer is None else 3  # NFC of nine bytes of Hangul letters
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of token ids, without special tokens unless `specials`."""
@@ -115,65 +169,45 @@ class Tokenizer:
         """The bytes of one token, which may be part of a character."""
         name = self._inner.id_to_token(token)
         if name is None:
-            return _id_text(token).encode() if self._unknown_ids_as_text else b""
+            return id_text(token).encode() if self._unknown_ids_as_text else b""
         if token in self._added:
             return str(name).encode()
-        if all(letter in _BYTES for letter in name):
-            return bytes(_BYTES[letter] for letter in name)
+        if all(letter in BYTES for letter in name):
+            return bytes(BYTES[letter] for letter in name)
         return self.decode([token], specials=True).encode()
 
-    def decoder(self, specials: bool = False) -> "IncrementalDetokenizer":
+    def decoder(self, specials: bool = False) -> IncrementalDetokenizer:
         """A detokenizer for one response."""
-        return IncrementalDetokenizer(self._inner, specials, self._unknown_ids_as_text)
+        kind = ByteDetokenizer if self._is_byte_level else WindowDetokenizer
+        hidden = frozenset() if specials else self._special_ids
+        return kind(self._inner, hidden, self._unknown_ids_as_text)
 
 
-def _id_text(token: int) -> str:
-    """The text of an id that the tokenizer lacks, without Markdown's or a terminal's characters."""
-    return f"⟨{token}⟩"
+def _encode(inner: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    """One text's encoding.  `encode` would hold Python's global lock, encode_batch releases it.
+
+    Raises: RequestError where the package fails or panics.
+    """
+    encoding: tokenizers.Encoding
+    try:
+        (encoding,) = inner.encode_batch_fast([text], add_special_tokens=False)
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
+        raise RequestError(
+            f"The model's tokenizer fails on this text: {str(error)[:200]}.",
+            code="tokenizer_failed",
+        ) from None
+    return encoding
 
 
-class IncrementalDetokenizer:
-    """Converts one response's ids to text as they stream; it returns complete characters."""
-
-    def __init__(
-        self, inner: tokenizers.Tokenizer, specials: bool, unknown_ids_as_text: bool = False
-    ) -> None:
-        self._inner, self._specials = inner, specials
-        self._unknown_ids_as_text = unknown_ids_as_text
-        self._reset()
-
-    def _reset(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=not self._specials)
-        self._ids: list[int] = []
-        self._num_returned = 0
-        """Characters of `_ids` that push and flush have returned."""
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that no later token can change."""
-        if self._unknown_ids_as_text and self._inner.id_to_token(token) is None:
-            before = self.flush()  # no later token completes a character across this one
-            self._reset()
-            return before + _id_text(token)
-        self._ids.append(token)
-        text = str(self._stream.step(self._inner, token) or "")
-        self._num_returned += len(text)
-        return text
-
-    def flush(self) -> str:
-        """The rest of the text; bytes of an incomplete character become U+FFFD."""
-        text = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
-        rest = text[self._num_returned :]
-        self._num_returned = len(text)
-        return rest
-
-
-def _byte_letters() -> dict[str, int]:
-    """The byte of each letter of byte-level BPE.  Radford et al. 2019 (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    letters.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return letters
-
-
-_BYTES = _byte_letters()
+def _check_unicode(text: str) -> None:
+    """Raises: RequestError for half a surrogate pair, which is not Unicode."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text has {text[error.start]!r} at {error.start}, half of a surrogate pair; "
+            "send whole characters.",
+            code="invalid_text",
+        ) from None

@@ -6,7 +6,7 @@ a `Checkpoint` converts the shards to each part.  models/weights.py describes th
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
@@ -183,6 +183,11 @@ def _array(
     return TensorSpec(name, shape, form, False, sources)
 
 
+_EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+_COMPARE_BYTES = 1 << 24
+"""Bytes that are compared at once."""
+
 _ROOTS = ("model.language_model.", "language_model.model.", "model.")
 """Where the text model's names start: published, MLX's, and the text class's own."""
 
@@ -201,27 +206,60 @@ class Checkpoint:
     """The parts of one model, converted from its shards."""
 
     def __init__(self, shards: Shards, config: ModelConfig, formats: Formats) -> None:
-        """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
-        self.shards, self.config, self.formats = shards, config, formats
-        self.parts = tensor_specs(config, formats)
+        """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape.
+
+        `config` is as config.json has it; self.config as the tensors are.
+        """
+        self.shards, self.formats = shards, formats
         self.layout = ExpertLayout(
             formats.expert_bits, config.hidden_size, config.moe_intermediate_size
         )
         names = shards.tensors
-        roots = [root for root in _ROOTS if root + "embed_tokens.weight" in names]
+        marks = (_EMBED, "norm.weight")  # an embedding may be absent: _has_own_head
+        roots = [root for mark in marks for root in _ROOTS if root + mark in names]
         if not roots:
             raise CheckpointError(
                 f"{shards.folder} has no embed_tokens.weight under any of {', '.join(_ROOTS)}."
             )
         self.root = roots[0]
+        if config.tie_word_embeddings and self._has_own_head():
+            config = replace(config, tie_word_embeddings=False)
+        self.config, self.parts = config, tensor_specs(config, formats)
         self.fused = f"{self.root}layers.0.mlp.experts.gate_up_proj" in names
         self._check()
 
     def _name(self, part: TensorSpec, source: str) -> str:
-        if part.root:
-            return self.root + source
-        nested = f"language_model.{source}"
-        return nested if nested in self.shards.tensors else source
+        if not part.root:
+            return self._head_name()
+        name = self.root + source
+        if part.name == "embed" and self.config.tie_word_embeddings:
+            return name if name in self.shards.tensors else self._head_name()
+        return name
+
+    def _head_name(self) -> str:
+        nested = f"language_model.{_HEAD}"
+        return nested if nested in self.shards.tensors else _HEAD
+
+    def _has_own_head(self) -> bool:
+        """Whether a head that config.json ties is in the files with other values.
+
+        As in transformers: such a head is used; without an embedding, the head is the embedding.
+        """
+        tensors = self.shards.tensors
+        embed, head = (tensors.get(name) for name in (f"{self.root}{_EMBED}", self._head_name()))
+        if embed is None or head is None:
+            return False
+        if (embed.dtype, embed.shape) != (head.dtype, head.shape) or not head.file.is_file():
+            return True
+        size = min(head.nbytes, _COMPARE_BYTES)
+        buffers = np.empty((2, size), np.uint8)
+        for start in range(0, head.nbytes, size or 1):
+            parts = buffers[:, : min(size, head.nbytes - start)]
+            for tensor, out in zip((embed, head), parts, strict=True):
+                self.shards.read_into(tensor.name, start, out)
+            if not np.array_equal(*parts):
+                return True
+        return False
 
     def _unread(self) -> str:
         """For an error about a missing tensor: the files that were read and left out."""
@@ -232,13 +270,24 @@ class Checkpoint:
         return f" Of its files {files} was read, and left out: {summary(left_out)}."
 
     def _check(self) -> None:
-        expected: dict[str, tuple[int, ...]] = {}
-        for part in self.parts:
-            for source, shape in part.sources:
-                expected[self._name(part, source)] = shape
         config = self.config
+        expected: set[str] = set()
+        for part in self.parts:
+            expected |= self._check_tensors(
+                {self._name(part, source): shape for source, shape in part.sources}
+            )
         for i in range(config.num_layers):
-            expected.update(self._expert_shapes(i))
+            expected |= self._check_tensors(self._expert_shapes(i))
+        tied = {_HEAD, f"language_model.{_HEAD}"} if config.tie_word_embeddings else set()
+        for name in self.shards.tensors:
+            if name not in expected and name not in tied and not name.startswith(UNUSED):
+                raise CheckpointError(
+                    f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
+                    f"{config.model_type} with this config.json."
+                )
+
+    def _check_tensors(self, expected: dict[str, tuple[int, ...]]) -> set[str]:
+        """The names of `expected`.  Raises: CheckpointError."""
         for name, shape in expected.items():
             tensor = self.shards.tensors.get(name)
             if tensor is None:
@@ -255,17 +304,7 @@ class Checkpoint:
                     f"{name} is {tensor.dtype} in {tensor.file.name}; this version reads BF16, F32 "
                     "and F16 checkpoints."
                 )
-        tied = (
-            {"lm_head.weight", "language_model.lm_head.weight"}
-            if config.tie_word_embeddings
-            else set()
-        )
-        for name in self.shards.tensors:
-            if name not in expected and name not in tied and not name.startswith(UNUSED):
-                raise CheckpointError(
-                    f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
-                    f"{config.model_type} with this config.json."
-                )
+        return set(expected)
 
     def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         config, prefix = self.config, f"{self.root}layers.{layer}.mlp.experts."

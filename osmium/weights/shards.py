@@ -32,6 +32,10 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 """Supported dtypes; bf16 is read as u16."""
 
+MAX_JSON = 16_000_000
+MAX_INDEX = 64_000_000
+"""Largest JSON files, bytes.  An index of 190,000 tensors has 20 MB."""
+
 MAX_HEADER = 100_000_000
 """Largest header, bytes: the limit of the safetensors package."""
 
@@ -220,9 +224,20 @@ def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.  Raises: CheckpointError."""
+    """Read a JSON object from a file, with or without a byte order mark.
+
+    Raises: CheckpointError, also for a file of more than MAX_JSON bytes, an index's MAX_INDEX.
+    """
+    most = MAX_INDEX if path.name.endswith(".index.json") else MAX_JSON
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise CheckpointError(
+                f"{path} has more than {most} bytes, the limit for such a file; replace it by the "
+                "original."
+            )
+        value = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}.") from None
     except (OSError, ValueError, RecursionError) as error:
