@@ -1,6 +1,6 @@
-"""Opens files that may be what another user or program put there: regular ones, without links.
+"""Opens files that another user or program may have put in place: regular ones, without links.
 
-A lock or a partial file in a shared folder could be a symbolic link to a file of the owner, and a
+A lock or a partial file in a shared folder could be a symbolic link to a file of the owner.  A
 small file of a checkpoint could be a pipe without a writer, or have many gigabytes.
 """
 
