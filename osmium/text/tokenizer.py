@@ -9,6 +9,8 @@ import tokenizers
 from tokenizers.decoders import DecodeStream
 
 from osmium.errors import CheckpointError, RequestError
+from osmium.text.control_tokens import ControlTokens
+from osmium.text.marked import MarkedText
 
 __all__ = ["IncrementalDetokenizer", "Tokenizer"]
 
@@ -44,6 +46,11 @@ class Tokenizer:
         copy.encode_special_tokens = True
         return copy
 
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokens that a chat template's markup stands for."""
+        return ControlTokens(self._inner)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
@@ -57,8 +64,9 @@ class Tokenizer:
     def encode(self, text: str, specials: bool = True) -> list[int]:
         """Token ids of a text.
 
-        With `specials`, names of special tokens in it become those tokens, as in a rendered chat
-        template.  Without, they stay text, as in a plain text to be scored.
+        With `specials`, names of added tokens in it become those tokens; in a rendered chat
+        template only those of its markup do.  Without, names of special tokens stay text, as in a
+        plain text to be scored.
         Raises: RequestError for half a surrogate pair, which is not Unicode.
         """
         try:
@@ -69,6 +77,8 @@ class Tokenizer:
                 "send whole characters.",
                 code="invalid_text",
             ) from None
+        if specials and isinstance(text, MarkedText) and not self.control_tokens.all_markup(text):
+            return self.control_tokens.encode(text)
         inner = self._inner if specials else self._without_specials
         return list(inner.encode(text, add_special_tokens=False).ids)
 
