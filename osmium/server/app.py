@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -44,7 +45,7 @@ from osmium.server.schema import (
     sampling_params,
     template_options,
 )
-from osmium.text.reasoning import starts_in_reasoning
+from osmium.text.reasoning import END_OF_REASONING, starts_in_reasoning
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
 
@@ -282,6 +283,8 @@ async def chat_completions(request: Request) -> Response:
         return engine.tokenizer.encode(prompt), starts_in_reasoning(prompt)
 
     ids, thinking = await run_in_threadpool(prepare)
+    if thinking:
+        params = replace(params, stop_after=END_OF_REASONING)
     response = ResponseBuilder(
         _name(request, engine), engine.tokenizer, chat=True, thinking=thinking
     )

@@ -36,6 +36,7 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     max_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
@@ -165,6 +166,8 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
     }
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+    if request.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.max_tokens is not None:
         given["max_tokens"] = request.max_tokens
     names: dict[str | None, str] = {}

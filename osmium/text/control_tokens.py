@@ -19,6 +19,8 @@ class ControlTokens:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         added = inner.get_added_tokens_decoder()
         self._added = frozenset(added)
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        """Ids that decoding omits."""
         # Added words and runs of spaces are vocabulary, as in tokenizers for code.
         control = {
             token.content: (token_id, token)

@@ -5,9 +5,12 @@ If the prompt ends inside <think>, the response starts with reasoning, up to </t
 
 from osmium.text.marked import MarkedText
 
-__all__ = ["DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
+__all__ = ["END_OF_REASONING", "DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
 
 _BEGIN, _END = "<think>", "</think>"
+
+END_OF_REASONING = _END
+"""The text between the reasoning and the answer of a response."""
 
 
 def starts_in_reasoning(prompt: str) -> bool:

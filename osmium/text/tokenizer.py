@@ -61,6 +61,12 @@ class Tokenizer:
         token_id = self._inner.token_to_id(token)
         return None if token_id is None else int(token_id)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with this text, which decoding omits; None if there is
+        none."""
+        token = self.control_tokens.id_of(text)
+        return token if token is not None and token in self.control_tokens.special_ids else None
+
     def encode(self, text: str, specials: bool = True) -> list[int]:
         """Token ids of a text.
 

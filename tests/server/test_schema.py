@@ -41,6 +41,7 @@ BOTH: dict[str, list[Any]] = {
     "repetition_penalty": NUMBER,
     "seed": INTEGER,
     "stop": [7, {}, ["a", 7], [["a"]]],
+    "stop_token_ids": [7, {}, "7", ["7"], [1.5], [None], [True]],
     "max_tokens": INTEGER,
     "logit_bias": ["a", [1], {"5": "x"}, {"5": None}],
     "ignore_eos": FLAG,
@@ -189,6 +190,7 @@ def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stop": ["a", ""]}, "stop"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"²": 1}}, "logit_bias"),
@@ -209,7 +211,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
             temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1,
             frequency_penalty=-1, repetition_penalty=1.5, seed=-3, stop=["a", "b"],
             max_tokens=9, logit_bias={"5": -1, "6": 2.5}, ignore_eos=True,
-            logprobs=True, top_logprobs=4,
+            logprobs=True, top_logprobs=4, stop_token_ids=[3, 4],
         ),
         {},
     )  # fmt: skip
@@ -217,6 +219,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, seed=-3, stop=("a", "b"),
         max_tokens=9, logit_bias={5: -1.0, 6: 2.5}, ignore_eos=True, logprobs=4,
+        stop_token_ids=(3, 4),
     )  # fmt: skip
 
 
