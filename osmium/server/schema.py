@@ -10,6 +10,7 @@ import msgspec
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
+from osmium.server.surrogates import replace_surrogates
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "one_prompt", "parse", "sampling_params",
@@ -78,9 +79,12 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
 def parse(body: bytes, kind: type[Body]) -> Body:
-    """Decode a body.  Raises: RequestError that names the path of the wrong value."""
+    """Decode a body; half a surrogate pair becomes U+FFFD.
+
+    Raises: RequestError that names the path of the wrong value.
+    """
     try:
-        request = msgspec.json.decode(body, type=kind)
+        request = _decode(body, kind)
     except msgspec.ValidationError as error:
         text = str(error)
         path = re.search(r" - at `\$\.?(.*?)`$", text)
@@ -93,6 +97,18 @@ def parse(body: bytes, kind: type[Body]) -> Body:
         raise RequestError(f"The body is not JSON: {error}.", code="invalid_json") from None
     _check(request)
     return request
+
+
+def _decode(body: bytes, kind: type[Body]) -> Body:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        repaired = replace_surrogates(body)
+        if repaired == body:
+            raise
+        return msgspec.json.decode(repaired, type=kind)
 
 
 def _check(request: BaseRequest) -> None:

@@ -116,12 +116,32 @@ def test_an_error_path_leads_to_the_wrong_value(name: str, value: Any, param: st
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b'{"messages": [}', b'{"a": \xff}', b'"\xff"', b"\x00", b"[" * 100_000,
-     b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', b'{"messages": NaN}'],
+     b'{"messages": NaN}', b'{"messages": "\\ud800'],
 )  # fmt: skip
 def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse(body, ChatRequest)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (rb"a\ud800b", "a\ufffdb"),
+        (rb"\uDBff", "\ufffd"),
+        (rb"\udc00\ud800", "\ufffd\ufffd"),
+        (rb"\ud83d\ude00\ud83d", "\U0001f600\ufffd"),
+        (rb"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (rb"\\ud800 \ud800", "\\ud800 \ufffd"),
+        (rb"\\\ud800\n", "\\\ufffd\n"),
+        (rb"\"\ud800\"", '"\ufffd"'),
+        (b"a\xed\xa0\xbdb\xed\x9f\xbf", "a\ufffdb\ud7ff"),
+    ],
+)
+def test_half_a_surrogate_pair_becomes_a_replacement_character(written: bytes, wanted: str) -> None:
+    found = parse(b'{"messages": [{"role": "user", "content": "%s"}]}' % written, ChatRequest)
+    assert found.messages[0]["content"] == wanted
+    assert parse(b'{"prompt": "%s"}' % written, CompletionRequest).prompt == wanted
 
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"null", b'"text"'])
