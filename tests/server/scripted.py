@@ -24,6 +24,7 @@ from osmium.text.tokenizer import Tokenizer
 from tests.text.byte_level import byte_level
 
 __all__ = [
+    "BASE_URL",
     "PATIENCE_S",
     "TEMPLATE",
     "TOKENIZER",
@@ -33,6 +34,9 @@ __all__ = [
     "client_of",
     "host_of",
 ]
+
+BASE_URL = "http://127.0.0.1:8012"
+"""An address that the server allows; TestClient's own is a name."""
 
 PATIENCE_S = 20.0
 """Waiting longer than this means that an event is lost."""
@@ -197,7 +201,7 @@ def client_of(
     done = threading.Event()
     host.on_done = done.set
     app = create_app(host, **options)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url=BASE_URL, raise_server_exceptions=False) as client:
         assert done.wait(PATIENCE_S)
         yield client
 

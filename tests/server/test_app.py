@@ -15,7 +15,7 @@ from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
 from osmium.server.app import BackgroundLoader, create_app
 from osmium.server.openai import ResponseBuilder
-from tests.server.scripted import PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
+from tests.server.scripted import BASE_URL, PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -444,7 +444,7 @@ def test_health_reports_loading_progress_and_other_routes_return_503() -> None:
     host = BackgroundLoader(load)
     done = threading.Event()
     host.on_done = done.set
-    with TestClient(create_app(host)) as client:
+    with TestClient(create_app(host), base_url=BASE_URL) as client:
         assert error_of.wait(PATIENCE_S)
         health = client.get("/health")
         assert health.status_code == 503
@@ -595,37 +595,3 @@ def test_an_unexpected_error_is_a_500_without_details(
         error = error_of(ask(client), 500)
     assert "secret" not in error["message"]
     assert "a secret" in caplog.text, "the log has the details"
-
-
-# -- access ----------------------------------------------------------------------------------------
-
-
-def test_with_an_api_key_other_keys_are_refused() -> None:
-    with client_of(ScriptedEngine(), api_key="sésame") as client:
-        for given in ("", "Bearer wrong", "sésame", "Bearer sésamee"):
-            headers = {b"Authorization": given.encode()}
-            answer = client.get("/v1/models", headers=headers)
-            assert error_of(answer, 401)["code"] == "invalid_api_key"
-            assert client.post("/v1/completions", headers=headers).status_code == 401
-        right = {b"Authorization": "Bearer sésame".encode()}
-        assert client.get("/v1/models", headers=right).status_code == 200
-        assert client.get("/health").status_code == 200
-
-
-ORIGIN = {"Origin": "http://page.example"}
-PREFLIGHT = {**ORIGIN, "Access-Control-Request-Method": "POST",
-          "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
-
-
-def test_cors_allows_any_origin_unless_one_is_configured() -> None:
-    with client_of(ScriptedEngine(), api_key="k") as client:
-        before = client.options("/v1/chat/completions", headers=PREFLIGHT)
-        assert before.status_code == 200
-        assert before.headers["access-control-allow-origin"] == "*"
-        refused = client.get("/v1/models", headers=ORIGIN)
-        assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "*"
-    with client_of(ScriptedEngine(), cors_origin="http://mine.example") as client:
-        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 400
-        answer = client.get("/v1/models", headers=ORIGIN)
-        assert "access-control-allow-origin" not in answer.headers
