@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from osmium.errors import CheckpointError, ConfigError
+from osmium.hf import MAX_POSITIONS, Section, read_rope, shown
 
 __all__ = [
     "EngineConfig", "ModelConfig", "Progress", "parse_count", "parse_size", "user_cache",
@@ -40,7 +41,10 @@ class ModelConfig:
     head_dim: int
     rotary_dim: int
     """R, values of a head that RoPE rotates."""
-    rope_theta: float
+    rope_frequencies: tuple[float, ...]
+    """Radians per position of each of the R / 2 pairs."""
+    rope_factor: float
+    """Factor of the rotated values of queries and keys; 1 without YaRN."""
     key_heads: int
     """Key heads U of a delta-net layer."""
     value_heads: int
@@ -81,62 +85,65 @@ class ModelConfig:
     ) -> "ModelConfig":
         """Read a config.json, nested (text_config) or flat, and a generation_config.json.
 
-        Raises: CheckpointError, with the key that is missing or has an unsupported value.
+        Absent keys have the family's defaults, as in transformers.
+        Raises: CheckpointError, with the key that has an unsupported value.
         """
         model_type = str(config.get("model_type", "")).removesuffix("_text")
         if model_type != "qwen3_5_moe":
             raise CheckpointError(
-                f"model_type is {config.get('model_type')!r}; this version runs qwen3_5_moe."
+                f"model_type is {shown(config.get('model_type'))}; this version runs qwen3_5_moe."
             )
         text = config.get("text_config", config)
         if not isinstance(text, Mapping):
-            raise CheckpointError("text_config in config.json is not an object.")
-        read = _Reader(text)
-        layers = read.positive("num_hidden_layers")
-        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
-        if rope.get("rope_type", "default") != "default":
             raise CheckpointError(
-                f"rope_type is {rope['rope_type']!r}; only 'default' is supported."
+                f"text_config is {shown(text)} in config.json; it must be an object."
             )
-        head_dim = read.positive("head_dim")
-        partial = rope.get("partial_rotary_factor", text.get("partial_rotary_factor", 1.0))
+        read = Section(text)
+        layers = read.integer("num_hidden_layers", 40, most=1024)
+        head_dim = read.integer("head_dim", 256)
+        max_positions = read.integer("max_position_embeddings", 32768, least=2, most=MAX_POSITIONS)
+        rope = read_rope(config, text, head_dim, max_positions)
+        tied = [Section(part).boolean("tie_word_embeddings", False) for part in (config, text)]
         result = cls(
             model_type=model_type,
-            vocab_size=read.positive("vocab_size"),
-            hidden_size=read.positive("hidden_size"),
-            layer_types=_layer_types(text, layers),
-            num_heads=read.positive("num_attention_heads"),
-            num_kv_heads=read.positive("num_key_value_heads"),
+            vocab_size=read.integer("vocab_size", 248320, most=MAX_POSITIONS),
+            hidden_size=read.integer("hidden_size", 2048),
+            layer_types=_layer_types(read, layers),
+            num_heads=read.integer("num_attention_heads", 16),
+            num_kv_heads=read.integer("num_key_value_heads", 2),
             head_dim=head_dim,
-            rotary_dim=int(head_dim * _number("partial_rotary_factor", partial)),
-            rope_theta=_number("rope_theta", rope.get("rope_theta", text.get("rope_theta"))),
-            key_heads=read.positive("linear_num_key_heads"),
-            value_heads=read.positive("linear_num_value_heads"),
-            key_dim=read.positive("linear_key_head_dim"),
-            value_dim=read.positive("linear_value_head_dim"),
-            num_experts=read.positive("num_experts"),
-            top_k=read.positive("num_experts_per_tok"),
-            moe_intermediate_size=read.positive("moe_intermediate_size"),
-            shared_intermediate_size=read.positive("shared_expert_intermediate_size"),
-            eps=_number("rms_norm_eps", text.get("rms_norm_eps")),
-            max_context=read.positive("max_position_embeddings"),
-            tie_word_embeddings=bool(
-                config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-            ),
+            rotary_dim=rope.rotary_dim,
+            rope_frequencies=rope.frequencies,
+            rope_factor=rope.factor,
+            key_heads=read.integer("linear_num_key_heads", 16),
+            value_heads=read.integer("linear_num_value_heads", 32),
+            key_dim=read.integer("linear_key_head_dim", 128),
+            value_dim=read.integer("linear_value_head_dim", 128),
+            num_experts=read.integer("num_experts", 256),
+            top_k=read.integer("num_experts_per_tok", 8),
+            moe_intermediate_size=read.integer("moe_intermediate_size", 512),
+            shared_intermediate_size=read.integer("shared_expert_intermediate_size", 512),
+            eps=read.number("rms_norm_eps", 1e-6, most=1.0),
+            max_context=rope.max_positions,
+            tie_word_embeddings=any(tied),
             eos_token_ids=_eos_token_ids(text, config, generation or {}),
         )
-        result._check(text)
+        result._check(read)
         return result
 
-    def _check(self, text: Mapping[str, Any]) -> None:
+    def _check(self, read: Section) -> None:
         """Raises: CheckpointError for a value that this engine does not support."""
+        text = read.values
         rules = [
-            (text.get("hidden_act", "silu") == "silu", "hidden_act", "'silu'"),
-            (text.get("linear_conv_kernel_dim", 4) == 4, "linear_conv_kernel_dim", "4"),
-            (text.get("attn_output_gate", True) is True, "attn_output_gate", "true"),
-            (not text.get("attention_bias"), "attention_bias", "false"),
-            (text.get("norm_topk_prob", True) is True, "norm_topk_prob", "true"),
+            (text.get("hidden_act") in (None, "silu", "swish"), "hidden_act", "'silu'"),
+            (text.get("output_gate_type") in (None, "silu", "swish"),
+             "output_gate_type", "'silu' or 'swish'"),
+            (read.integer("linear_conv_kernel_dim", 4) == 4, "linear_conv_kernel_dim", "4"),
+            (read.boolean("attn_output_gate", True), "attn_output_gate", "true"),
+            (not read.boolean("attention_bias", False), "attention_bias", "false"),
+            (read.boolean("norm_topk_prob", True), "norm_topk_prob", "true"),
             (not text.get("mlp_only_layers"), "mlp_only_layers", "empty"),
+            (not text.get("per_layer_config"), "per_layer_config", "absent"),
             (self.top_k <= self.num_experts, "num_experts_per_tok", "at most num_experts"),
             (self.num_experts <= 1024, "num_experts", "at most 1024"),
             (self.top_k <= 32, "num_experts_per_tok", "at most 32"),
@@ -145,8 +152,6 @@ class ModelConfig:
             (self.value_heads % self.key_heads == 0,
              "linear_num_value_heads", "a multiple of the key heads"),
             (self.head_dim % 32 == 0 and self.head_dim <= 256, "head_dim", "32, 64 ... 256"),
-            (0 < self.rotary_dim <= self.head_dim and self.rotary_dim % 2 == 0,
-             "partial_rotary_factor", "a fraction that rotates an even number of a head's values"),
             (self.key_dim % 32 == 0 and self.key_dim <= 128,
              "linear_key_head_dim", "32, 64, 96 or 128"),
             (self.value_dim % 32 == 0 and self.value_dim <= 128, "linear_value_head_dim",
@@ -158,51 +163,27 @@ class ModelConfig:
         ]  # fmt: skip
         for holds, key, rule in rules:
             if not holds:
-                raise CheckpointError(
-                    f"{key} is {text.get(key)!r} in config.json; it must be {rule}."
-                )
+                read.refuse(key, rule)
 
 
-class _Reader:
-    """Reads integers of a config.json; errors name the key."""
-
-    def __init__(self, text: Mapping[str, Any]) -> None:
-        self.text = text
-
-    def positive(self, key: str) -> int:
-        value = self.text.get(key)
-        if value is None:
-            raise CheckpointError(
-                f"config.json has no {key}; the model cannot be built without it."
-            )
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(
-                f"{key} is {value!r} in config.json; it must be a positive integer."
-            )
-        return value
-
-
-def _number(key: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise CheckpointError(f"{key} is {value!r} in config.json; it must be a number.")
-    return float(value)
-
-
-def _layer_types(text: Mapping[str, Any], layers: int) -> tuple[LayerType, ...]:
-    kinds = text.get("layer_types")
+def _layer_types(read: Section, layers: int) -> tuple[LayerType, ...]:
+    names: dict[str, LayerType] = {
+        "linear_attention": "delta_net",
+        "full_attention": "attention",
+    }
+    kinds = read.values.get("layer_types")
     if kinds is None:
-        interval = text.get("full_attention_interval", 4)
-        if not isinstance(interval, int) or interval < 1:
-            raise CheckpointError(f"full_attention_interval is {interval!r}; it must be 1 or more.")
+        interval = read.integer("full_attention_interval", 4)
         kinds = [
             "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
         ]
-    if not isinstance(kinds, list | tuple) or len(kinds) != layers:
-        raise CheckpointError(f"layer_types must have num_hidden_layers = {layers} entries.")
-    names: dict[str, LayerType] = {"linear_attention": "delta_net", "full_attention": "attention"}
+    if not isinstance(kinds, list) or len(kinds) != layers:
+        read.refuse("layer_types", f"a list of num_hidden_layers = {layers} names")
     for kind in kinds:
-        if kind not in names:
-            raise CheckpointError(f"layer_types has {kind!r}; known are {', '.join(names)}.")
+        if not isinstance(kind, str) or kind not in names:
+            raise CheckpointError(
+                f"layer_types has {shown(kind)} in config.json; known are {', '.join(names)}."
+            )
     return tuple(names[kind] for kind in kinds)
 
 
@@ -211,10 +192,16 @@ def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
     for source in sources:
         value = source.get("eos_token_id")
         for token in value if isinstance(value, list) else [value]:
-            if isinstance(token, int):
+            if (
+                isinstance(token, int)
+                and not isinstance(token, bool)
+                and 0 <= token < MAX_POSITIONS
+            ):
                 ids.add(token)
             elif token is not None:
-                raise CheckpointError(f"eos_token_id has {token!r}; ids are integers.")
+                raise CheckpointError(
+                    f"eos_token_id has {shown(token)}; ids are integers from 0 to {MAX_POSITIONS}."
+                )
     return tuple(sorted(ids))
 
 

@@ -25,6 +25,7 @@ __all__ = [
     "OsmiumError",
     "OutOfMemory",
     "RequestError",
+    "is_panic",
 ]
 
 
@@ -85,3 +86,8 @@ class RequestError(OsmiumError):
 
 class EngineStopped(OsmiumError):
     """The engine is closed or has failed, and takes no more requests."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a package in Rust panicked; PyO3 raises that as a BaseException, without a class."""
+    return type(error).__name__ == "PanicException"

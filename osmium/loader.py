@@ -159,6 +159,10 @@ class Loader:
                 self.packed, needs, demo=self.packed.path == DEMO,
                 synthetic=_is_synthetic(self.packed),
             )  # fmt: skip
+            for note in self.text.notes:
+                LOG.warning("%s", note)
+            ends = {*self.packed.config.eos_token_ids, *self.text.end_ids}
+            self.packed.config = replace(self.packed.config, eos_token_ids=tuple(sorted(ends)))
         except BaseException:
             self.close()
             raise

@@ -232,6 +232,13 @@ def test_every_page_is_in_the_index_and_readme_links_to_it() -> None:
     assert "docs/README.md" in {target for target, _, _ in links((ROOT / "README.md").read_text())}
 
 
+def test_pages_that_the_code_names_exist() -> None:
+    named = {
+        page for text in sources().values() for page in re.findall(r"\bdocs/[\w/-]+\.md\b", text)
+    }
+    assert named and not [page for page in named if not (ROOT / page).is_file()]
+
+
 @on_each_present_page
 def test_paths_in_code_spans_exist(path: Path) -> None:
     missing = [

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "osmium"
 
 FLOOR = {
-    "errors": -1, "distribution": -1, "config": 0,
+    "errors": -2, "distribution": -1, "hf": -1, "config": 0,
     "cuda": 1, "quant": 1,
     "kernels": 2,
     "ops": 3,

@@ -1,13 +1,8 @@
 """`osmium bench kernels`: time of each operation of a decoded token, in shapes of real models.
 
-Method.  No model is loaded.  GpuOps runs each operation on random weights, states, KV pages and
-packed experts.  There are enough sets of them to fill the largest L2 four times.  A token's own
-activations are one set, as they come from L2 in a model, too.  One graph holds one call per set;
-the time is the median of seven replays.  A replay's start, some 8 us, is divided among the calls.
-
-Bytes are those of the kernels' contracts (`moves`), plus the context's keys and values, which no
-contract counts.  `share` is GB/s / the rate of a copy in VRAM, read and written; for `fetch`, / the
-link's rate.  Both rates are measured first.  For an operation that moves few bytes, read the time.
+No model is loaded: operations run on random weights, states, KV pages and packed experts, in enough
+sets to fill the largest L2 four times.  The time is the median of seven replays of a graph with one
+call per set.  Method: docs/benchmarks.md.
 """
 
 import gc
@@ -74,7 +69,7 @@ def bench_kernels(name_filter: str | None, show: Callable[[str], None]) -> dict[
         "link": measure_h2d_rates(device, ["pinned"])["pinned"],
     }
     machine, rows = CudaRuntime(device, "pinned"), []
-    show(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'share':>7}")
+    show(f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'fraction':>9}")
     try:
         ops = GpuOps(machine)
         start = time.perf_counter()
@@ -84,7 +79,7 @@ def bench_kernels(name_filter: str | None, show: Callable[[str], None]) -> dict[
             rows.append({"model": model, "sequences": tokens, **row})
             show(
                 f"{model:18}{tokens:4}  {name:26}{row['us']:9.2f}{row['bytes'] / 1e6:10.3f}"
-                f"{row['gb_s']:9.1f}{row['share']:7.2f}  {' '.join(row['kernels'])}"
+                f"{row['gb_s']:9.1f}{row['rate_fraction']:9.2f}  {' '.join(row['kernels'])}"
             )
             gc.collect()  # frees this operation's VRAM before the next one allocates
             if number % len(names) == 0 and number < len(cases):
@@ -105,7 +100,7 @@ def _time(ops: GpuOps, name: str, cases: "OpCases", rates: dict[str, float]) -> 
     return {
         "op": name, "kernels": list(dict.fromkeys(kernel.name for kernel, _, _ in launches)),
         "sets": len(calls), "us": round(us, 2), "bytes": round(nbytes), "gb_s": round(rate, 1),
-        "share": round(rate / max_rate, 3) if max_rate else 0.0,
+        "rate_fraction": round(rate / max_rate, 3) if max_rate else 0.0,
     }  # fmt: skip
 
 
@@ -356,7 +351,7 @@ class OpCases:
 MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
     "linear qgkv": ("_linear", "qgkv"), "gated_attention": ("_attention",),
-    "router": ("_router",), "place": ("_assign_slots",), "fetch 1": ("_fetch", 1),
+    "router": ("_router",), "assign_slots": ("_assign_slots",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),
     "expert_down": ("_experts", False), "linear head": ("_linear", "head"), "sample": ("_sample",),
 }  # fmt: skip

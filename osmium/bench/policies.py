@@ -1,23 +1,9 @@
-"""Cache policies on routing traces: the hit rate of each.
+"""Cache policies on routing traces: a simulator of the expert cache, and the hit rate of each.
 
-A simulator of the expert cache.  Each token updates all layers at once.  As in ops.assign_slots,
-every miss is fetched and admitted, and experts of the present token are never evicted.  A policy
-decides which expert is evicted:
-
-    static     none: the slots hold the experts used most in the trace's first half
-    lru        the least recently used
-    decayed N  the least decayed count, half-life N tokens; ties by recency
-    popular    decayed 16 plus, on the same scale, uses / tokens so far
-    mixed      decayed 8 plus, on the same scale, decayed 512 (types.DecayConfig): what ships,
-               until the first rebalancing
-    shared     mixed, slots rebalanced between layers after 1,024, 2,048, 4,096 ... tokens: what
-               ships, on a first start, if the engine is idle at each of these points
-    quotas     decayed 24, slots per layer by their gain in hits on the first half of the trace
-    both       mixed, slots per layer as in quotas
-    belady     the expert whose next use is last: the bound of all policies that admit every miss
-               (Belady 1966)
-
-Where a trace has predicted experts, one per layer can be prefetched, as ops.assign_slots does.
+Each token updates all layers at once.  As in ops.assign_slots, every miss is fetched and admitted,
+and experts of the present token are never evicted; a policy decides which expert is evicted.
+What each policy does: docs/expert-cache.md.  Where a trace has predicted experts, one per layer can
+be prefetched.
 """
 
 from collections.abc import Callable

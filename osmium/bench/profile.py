@@ -113,15 +113,15 @@ def _profile(engine: Engine, depth: int) -> dict[str, Any]:
             continue
         graph = machine.capture_graph(lambda launches=launches: _launch(main_stream, launches))
         us = max(0.5, 1e3 * milliseconds(machine, graph) - overhead_us) / len(launches)
-        row |= {"us": round(us, 2), "share_us": round(us * len(launches), 1)}
+        row |= {"us": round(us, 2), "total_us": round(us * len(launches), 1)}
         nbytes = 0 if bytes_depend_on_hits(launches[0]) else launch_bytes(launches[0])
         if nbytes:
             row["gb_s"] = round(nbytes / us / 1e3, 1)
-    rows.sort(key=lambda row: -row.get("share_us", 0.0))
+    rows.sort(key=lambda row: -row.get("total_us", 0.0))
     return {
         "depth": depth,
         "nodes": len(step_launches),
-        "sum_ms": round(sum(row.get("share_us", 0.0) for row in rows) / 1e3, 3),
+        "sum_ms": round(sum(row.get("total_us", 0.0) for row in rows) / 1e3, 3),
         "token_ms": round(milliseconds(machine, replay), 3),
         "rows": rows,
     }
@@ -144,7 +144,7 @@ def profile_table(document: dict[str, Any]) -> str:
     ]
     for row in document["rows"]:
         line = f"{row['kernel']:28}{'x'.join(map(str, row['grid'])):>16}{row['launches']:7}"
-        for key, width, digits in (("us", 10, 2), ("share_us", 11, 1), ("gb_s", 9, 1)):
+        for key, width, digits in (("us", 10, 2), ("total_us", 11, 1), ("gb_s", 9, 1)):
             line += f"{row[key]:{width}.{digits}f}" if key in row else f"{'-':>{width}}"
         lines.append(line)
     return "\n".join(lines)
@@ -201,7 +201,7 @@ def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float,
 
 
 def launch_bytes(launch: Launch) -> int:
-    """Bytes that a launch moves by its contract; 0 for a contract without `moves`."""
+    """Bytes that a launch moves by its contract; 0 for a contract without `traffic`."""
     kernel, grid, values = launch
     contract = kernel.contract
     if contract.traffic_bytes is None:

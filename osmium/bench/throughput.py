@@ -1,19 +1,9 @@
 """Decode and prefill throughput, end to end through the engine.
 
-Method.  Decode: sequences with a context of --depth tokens, whose KV and states hold seeded random
-values, generate tokens, greedily without --temperature.  Where routers are random, expert ids come
-from a trace (--replay-routing).  Warm-up tokens are not timed.  The result is the median of the
-repeats; each continues where the last one ended, so that no token of the trace is used twice.
-Prefill: a prompt of random ids, timed from its submission to its first token.
-Every routed expert is computed.  The counters of router, slot assignment and fetch kernels must add
-up, and sampled slots must equal host memory byte for byte.  Otherwise the benchmark fails.
-
-The roofline of a token is max(bytes fetched / link rate, bytes read / VRAM rate).  Both rates are
-measured here: fetching experts with nothing else running, and a copy inside VRAM.  link_utilization
-compares a row with the fetch kernel alone, fetching as many experts at once.
-
-Each decode row starts with an empty cache: its first 64 tokens are the cold start.  The warm start
-is 64 tokens after the repeats: new sequences on the cache as the repeats filled it.
+Decode rows generate tokens at a context of --depth tokens of random state; a row is the median of
+its repeats.  A prefill row is timed from the submission of a random prompt to its first token.
+Fails unless the counters of router, slot assignment and fetch add up and sampled slots equal host
+memory.  Method, roofline and cold start: docs/benchmarks.md.
 """
 
 import functools

@@ -236,6 +236,20 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="web pages that may use the server, as https://app.example, or * for all; may be "
         "repeated (those of this machine)",
     )
+    add(
+        "--max-body-mb",
+        type=integer(1, 1024),
+        default=16,
+        metavar="MIB",
+        help="largest body of a request in MiB (16)",
+    )
+    add(
+        "--max-connections",
+        type=integer(1),
+        default=512,
+        metavar="N",
+        help="most open connections; further ones get 503 (512)",
+    )
     add("--served-model-name", metavar="NAME", help="model id in responses (the model's name)")
     add("--benchmark", action="store_true", help="run `osmium bench` after loading, then serve")
     add("--benchmark-only", action="store_true", help="run `osmium bench` after loading, then exit")

@@ -18,6 +18,7 @@ from osmium.engine.engine import Engine
 from osmium.loader import Loader
 from osmium.server.app import BackgroundLoader
 from osmium.server.app import serve as serve_http
+from osmium.server.limits import Limits
 
 __all__ = ["serve_model"]
 
@@ -59,6 +60,9 @@ def serve_model(args: argparse.Namespace) -> None:
             cors_origin=args.cors_origin,
             allowed_host=args.allowed_host,
             served_model_name=args.served_model_name,
+            limits=Limits(
+                max_body_bytes=args.max_body_mb << 20, max_connections=args.max_connections
+            ),
         )
     except KeyboardInterrupt:
         if loader.engine is None:

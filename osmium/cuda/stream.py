@@ -333,19 +333,19 @@ class CudaRuntime:
         (graph,) = graphs
         return lambda: graph.replay(self.stream)
 
-    def fork_side_stream(self, early: bool = False) -> Stream:
-        """A side stream, ordered after the main stream's work so far; `early`: for prefetch."""
+    def fork_side_stream(self, prefetch: bool = False) -> Stream:
+        """A side stream, ordered after the main stream; with `prefetch` the high-priority one."""
         self._fork_event.record(self.stream)
-        self.side_streams[early].wait(self._fork_event)
-        return self.side_streams[early]
+        self.side_streams[prefetch].wait(self._fork_event)
+        return self.side_streams[prefetch]
 
-    def join_side_stream(self, early: bool = False) -> None:
+    def join_side_stream(self, prefetch: bool = False) -> None:
         """Make later work on the main stream wait for the side stream.
 
         The next kernel may still use PDL with the main stream's last one.
         """
         follows_kernel = self.stream._follows_kernel
-        self._join_event.record(self.side_streams[early])
+        self._join_event.record(self.side_streams[prefetch])
         self.stream.wait(self._join_event)
         self.stream._follows_kernel = follows_kernel
 

@@ -1,7 +1,4 @@
-"""The engine: one thread serves many callers.
-
-schedule a batch -> compute its tokens -> sample -> deliver
-"""
+"""The engine: one thread schedules batches, computes, samples and delivers tokens."""
 
 import contextlib
 import logging
@@ -28,6 +25,7 @@ from osmium.engine.request import (
     Token,
     check_ids,
     check_params,
+    context_error,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
@@ -118,12 +116,7 @@ class Engine:
         ids = [int(token) for token in prompt]
         check_ids(ids, self.config.vocab_size)
         if len(ids) >= self.context:
-            raise RequestError(
-                f"This model's maximum context length is {self.context} tokens. However, your "
-                f"prompt has {len(ids)} tokens. Shorten it, or start with a larger --context.",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise context_error(self.context, f"{len(ids)} tokens")
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
@@ -187,35 +180,36 @@ class Engine:
         return out
 
     def prompt_logits(
-        self, sequences: list[list[int]], chunk: int
+        self, sequences: list[list[int]], max_step_tokens: int
     ) -> list[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        """Teacher-forced logits of whole sequences, `chunk` tokens per step, several per step.
+        """Teacher-forced logits of whole sequences, `max_step_tokens` tokens of each per step.
 
         Returns ((position, sequence), f32 [n, vocab]) for n positions from `position` on.  No other
         request runs meanwhile.  Raises: RequestError, EngineStopped.
         """
         self._check_sequences(sequences)
-        return self.run_on_engine_thread(lambda: list(self._forced_logits(sequences, chunk)))
+        forced = self._forced_logits
+        return self.run_on_engine_thread(lambda: list(forced(sequences, max_step_tokens)))
 
     def stream_prompt_logits(
         self,
         sequences: list[list[int]],
-        chunk: int,
+        max_step_tokens: int,
         on_logits: Callable[[int, int, npt.NDArray[np.float32]], None],
     ) -> None:
         """`prompt_logits` with a callback: on_logits(position, sequence, f32 [n, vocab])."""
         self._check_sequences(sequences)
 
         def job() -> None:
-            for (position, sequence), logits in self._forced_logits(sequences, chunk):
+            for (position, sequence), logits in self._forced_logits(sequences, max_step_tokens):
                 on_logits(position, sequence, logits)
 
         self.run_on_engine_thread(job)
 
     def _forced_logits(
-        self, sequences: list[list[int]], chunk: int
+        self, sequences: list[list[int]], max_step_tokens: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        return teacher_forced_logits(self._runner, self._scheduler, sequences, chunk)
+        return teacher_forced_logits(self._runner, self._scheduler, sequences, max_step_tokens)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
         """Run a job on the engine's thread, between two steps, and wait for it.

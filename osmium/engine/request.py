@@ -16,7 +16,7 @@ from osmium.errors import OsmiumError, OutOfMemory, RequestError
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "check_ids", "check_params", "step_error",
+    "Token", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -240,6 +240,16 @@ def step_error(error: Exception) -> OsmiumError:
     if isinstance(error, MemoryError):
         return OutOfMemory(f"out of memory: a step could not allocate host memory ({error}).")
     return OsmiumError(f"A step failed: {error!r}")
+
+
+def context_error(context: int, count: str) -> RequestError:
+    """The error of a prompt that does not fit the context; `count` is as "70 tokens"."""
+    return RequestError(
+        f"This model's maximum context length is {context} tokens. However, your prompt has "
+        f"{count}. Shorten it, or start with a larger --context.",
+        param="messages",
+        code="context_length_exceeded",
+    )
 
 
 def check_ids(ids: list[int], vocab: int) -> None:

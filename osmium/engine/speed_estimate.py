@@ -5,16 +5,7 @@
     else         F = missed bytes / (LINK_EFFICIENCY x copy rate of the link)
                  t = G + layers x MISS_LAYER_US + F - overlap x min(G, F)
 
-LAYER_US is the launch overhead of a layer's kernels.  Fetches overlap the kernels of hits; with
-prefetch the link is also busy while no expert is missed.  `overlap` is the fraction of the shorter
-of G and F that this hides.
-
-The five constants are fitted to 27 rows of `osmium bench` on an H100 and an H200.  The rows have
-INT4 experts and attention and 1k to 236k of context (LOG.md, 2026-11-25 to 2026-11-30).  The fit is
-within 7.5 % of each row.  Ten held-out rows of 2026-11-30, BF16 attention included, are within 10 %
-(tests/engine/test_speed_estimate.py).  Other cards have not been measured.
-
-The hit rate is itself an estimate, from published routing statistics.
+Fit of the constants and its error: docs/memory-plan.md.  The hit rate is itself an estimate.
 """
 
 from dataclasses import dataclass

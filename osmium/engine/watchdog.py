@@ -44,7 +44,10 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._closed.wait(self._period):
-            left = self._available()
+            try:
+                left = self._available()
+            except OSError:  # without file descriptors /proc cannot be read; the next poll may
+                continue
             if left < self._min_free:
                 self._stop(
                     f"Available host memory is {left / GIB:.2f} GiB, the limit is "

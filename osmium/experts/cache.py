@@ -61,10 +61,10 @@ def resident_cache(ops: Ops, layout: ExpertLayout, slots: Array) -> ExpertCache:
 
     slots u8 [L, E, nbytes], filled; on the CPU they may be the host experts themselves.
     """
-    layers, experts, nbytes = slots.shape
-    storage = slots.reshape(layers * experts, nbytes)
-    cache = _empty_cache(ops, layout, storage, [experts] * layers, experts)
-    identity = np.arange(experts, dtype=np.int32)
+    layers, num_experts, nbytes = slots.shape
+    storage = slots.reshape(layers * num_experts, nbytes)
+    cache = _empty_cache(ops, layout, storage, [num_experts] * layers, num_experts)
+    identity = np.arange(num_experts, dtype=np.int32)
     ops.copy_h2d(cache.expert_to_slot, np.tile(identity, (layers, 1)))
     for slot_to_expert in cache.slot_to_expert:
         ops.copy_h2d(slot_to_expert, identity)
@@ -96,21 +96,21 @@ def _split_by_layer(storage: Array, slots_per_layer: Sequence[int]) -> tuple[Arr
 
 
 def _empty_cache(
-    ops: Ops, layout: ExpertLayout, slots: Array, slots_per_layer: Sequence[int], experts: int
+    ops: Ops, layout: ExpertLayout, slots: Array, slots_per_layer: Sequence[int], num_experts: int
 ) -> ExpertCache:
     """An empty cache over `slots` of all layers.  Raises: OutOfMemory."""
     layers = len(slots_per_layer)
     slot_to_expert = ops.empty((slots.shape[0],), np.int32)
     cache = ExpertCache(
         layout=layout,
-        num_experts=experts,
+        num_experts=num_experts,
         decay=DECAY,
         slots=_split_by_layer(slots, slots_per_layer),
-        expert_to_slot=ops.empty((layers, experts), np.int32),
+        expert_to_slot=ops.empty((layers, num_experts), np.int32),
         slot_to_expert=_split_by_layer(slot_to_expert, slots_per_layer),
-        short_count=ops.empty((layers, experts), np.float32),
-        long_count=ops.empty((layers, experts), np.float32),
-        last_used=ops.empty((layers, experts), np.int32),
+        short_count=ops.empty((layers, num_experts), np.float32),
+        long_count=ops.empty((layers, num_experts), np.float32),
+        last_used=ops.empty((layers, num_experts), np.int32),
         step=ops.empty((1,), np.int32),
         counters=ops.empty((7,), np.int64),
         storage=(slots, slot_to_expert),
@@ -128,9 +128,9 @@ def reset_cache(ops: Ops, cache: ExpertCache) -> None:
         ops.memset(array, 0)
 
 
-def cache_bytes(layout: ExpertLayout, layers: int, experts: int, capacity: int) -> int:
+def cache_bytes(layout: ExpertLayout, layers: int, num_experts: int, capacity: int) -> int:
     """Bytes of the arrays of a cache with `capacity` slots per layer."""
-    return layers * (capacity * (layout.nbytes + 4) + experts * 16) + 60
+    return layers * (capacity * (layout.nbytes + 4) + num_experts * 16) + 60
 
 
 def resident(ops: Ops, cache: ExpertCache) -> npt.NDArray[np.bool_]:

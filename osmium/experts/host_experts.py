@@ -31,7 +31,7 @@ def load_host_experts(
     ops: Ops,
     layout: ExpertLayout,
     layers: int,
-    experts: int,
+    num_experts: int,
     start_read: StartRead,
     progress: Progress | None,
 ) -> HostExperts:
@@ -39,7 +39,7 @@ def load_host_experts(
 
     Raises: OutOfMemory, and the errors of the reads; the memory is then freed.
     """
-    shape = (layers, experts, layout.nbytes)
+    shape = (layers, num_experts, layout.nbytes)
 
     def fill(memory: npt.NDArray[np.uint8]) -> None:
         view, waits = memory.reshape(shape), Waits()
@@ -60,7 +60,7 @@ def load_resident_experts(
     ops: Ops,
     layout: ExpertLayout,
     layers: int,
-    experts: int,
+    num_experts: int,
     start_read: StartRead,
     progress: Progress | None,
 ) -> Array:
@@ -70,27 +70,27 @@ def load_resident_experts(
     the device while the other is read.
     Raises: OutOfMemory, and the errors of the reads; the memory is then freed.
     """
-    slots = ops.empty((layers, experts, layout.nbytes), np.uint8)
-    flat = slots.reshape(layers * experts, layout.nbytes)
-    half = -(-experts // 2)
+    slots = ops.empty((layers, num_experts, layout.nbytes), np.uint8)
+    flat = slots.reshape(layers * num_experts, layout.nbytes)
+    half = -(-num_experts // 2)
     staging = ops.empty_mapped((2, half, layout.nbytes), np.uint8)
     waits: Waits = []
     with _released_on_error(ops, staging), waited_for(waits):
         halves = np.asarray(ops.host_view(staging), np.uint8)
-        parts = [(layer, first) for layer in range(layers) for first in range(0, experts, half)]
+        parts = [(layer, first) for layer in range(layers) for first in range(0, num_experts, half)]
         for number in range(len(parts) + 1):
             if number < len(parts):
                 layer, first = parts[number]
-                waits.append(start_read(layer, first, halves[number % 2][: experts - first]))
+                waits.append(start_read(layer, first, halves[number % 2][: num_experts - first]))
             if number:
                 layer, first = parts[number - 1]
-                half_read = halves[(number - 1) % 2][: experts - first]
+                half_read = halves[(number - 1) % 2][: num_experts - first]
                 waits[0]()
                 waits.pop(0)
-                start = layer * experts + first
+                start = layer * num_experts + first
                 ops.copy_h2d(flat[start : start + len(half_read)], half_read)
                 ops.synchronize()  # the read after the next one reuses this half
-                if progress and first + half >= experts:
+                if progress and first + half >= num_experts:
                     progress("experts", layer + 1, layers)
     ops.release(staging)
     return slots

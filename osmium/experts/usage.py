@@ -2,7 +2,7 @@
 
 The usage file keeps a snapshot between runs of the engine:
 
-    0      magic "OSMHEAT\\3", u32 crc32 of all that follows, u32 length of the JSON
+    0      magic "OSMUSED\\3", u32 crc32 of all that follows, u32 length of the JSON
     16     JSON: fingerprint of the model, shape [L, E], steps counted
     ...    short and long count f32 [L, E], decayed to the time of saving; age i32 [L, E], steps
            since the last use (-1: never); resident u8 [L, E]
@@ -35,7 +35,7 @@ __all__ = [
 
 LOG = logging.getLogger("osmium.experts")
 
-MAGIC = b"OSMHEAT\3"
+MAGIC = b"OSMUSED\3"
 
 MAX_STEPS = 32 * int(DECAY.long_half_life)
 """Cap on the counted steps.  Beyond it the long count's older weights are below f32's last bit, so

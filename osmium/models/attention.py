@@ -35,7 +35,7 @@ class Attention:
         self.first_weight = self.qgkv
         """The first matrix that `forward` reads; the previous layer prefetches it into L2."""
         self.weights = AttentionWeights(
-            norms=weights.array("attention_norms", 2, head_dim),
+            norms=_norms(ops, config, weights.array("attention_norms", 2, head_dim)),
             frequencies=frequencies,
             out=weights.linear("attention_out", hidden, heads * head_dim),
             eps=config.eps,
@@ -56,6 +56,17 @@ class Attention:
 
 
 def rotary_frequencies(config: ModelConfig) -> npt.NDArray[np.float32]:
-    """theta^(-2j / R) for j < R / 2, radians per position.  f32 [R / 2]."""
-    exponent = np.arange(0, config.rotary_dim, 2) / config.rotary_dim
-    return (config.rope_theta**-exponent).astype(np.float32)
+    """Radians per position of each rotated pair.  f32 [R / 2]."""
+    return np.array(config.rope_frequencies, np.float32)
+
+
+def _norms(ops: Ops, config: ModelConfig, norms: Array) -> Array:
+    """The norm weights of q and k, f32 [2, d], with YaRN's factor of the rotated values.
+
+    A rotation is linear, so the factor may as well come before it.  A norm multiplies by 1 + w.
+    """
+    if config.rope_factor == 1:
+        return norms
+    scaled = ops.copy_d2h(norms).astype(np.float64)
+    scaled[:, : config.rotary_dim] = (1 + scaled[:, : config.rotary_dim]) * config.rope_factor - 1
+    return ops.to_device(scaled.astype(np.float32))

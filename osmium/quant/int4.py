@@ -2,7 +2,8 @@
 
 w = (q - 8) * scale with q in 0 .. 15 and an f16 scale of either sign for each group of 128, 64 or
 32 inputs.  The scale is the best of a small grid of clips by least squares.  A group of zeros has
-scale 0.
+scale 0.  A group with a value that is not finite, or too large for f16, has a scale that is not
+finite.
 
 Packed, a row of K inputs is K / 2 bytes.  Inputs k to k + 7 are one little-endian 32-bit word:
 
@@ -64,9 +65,10 @@ def quantize(
     rows = np.ascontiguousarray(w, np.float32).reshape(-1, group)
     q = np.empty(rows.shape, np.uint8)
     scale = np.empty(len(rows), np.float16)
-    for start in range(0, len(rows), _BLOCK):
-        block = slice(start, start + _BLOCK)
-        q[block], scale[block] = _quantize_groups(rows[block], clips)
+    with np.errstate(all="ignore"):  # values that are not finite
+        for start in range(0, len(rows), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            q[block], scale[block] = _quantize_groups(rows[block], clips)
     shape = w.shape[:-1]
     return pack(q.reshape(*shape, columns)), scale.reshape(*shape, columns // group)
 
@@ -78,7 +80,7 @@ def _quantize_groups(
     largest = np.take_along_axis(w, np.abs(w).argmax(axis=1)[:, None], axis=1)[:, 0]  # signed
     w = np.ascontiguousarray(w.T)  # [group, n], so that each operation is contiguous over groups
     best = np.full(len(largest), -1.0, np.float32)
-    scale = np.zeros(len(largest), np.float32)
+    scale = np.full(len(largest), np.nan, np.float32)  # stays where no score is a number
     q, product = np.empty_like(w), np.empty_like(w)
     for clip in clips:
         step = np.divide(clip, largest, out=np.zeros_like(largest), where=largest != 0)
@@ -90,6 +92,7 @@ def _quantize_groups(
         better = gain > best
         best = np.where(better, gain, best)
         scale = np.where(better, np.divide(wq, qq, out=np.zeros_like(qq), where=qq > 0), scale)
+    scale[~np.isfinite(largest)] = np.nan
     stored = scale.astype(np.float16)
     kept = stored.astype(np.float32)
     inverse = np.divide(1, kept, out=np.zeros_like(kept), where=kept != 0)

@@ -1,4 +1,7 @@
-"""INT8 with one scale per output row: w = q * scale, q in -127 .. 127."""
+"""INT8 with one scale per output row: w = q * scale, q in -127 .. 127.
+
+A row with a value that is not finite has a scale that is not finite.
+"""
 
 from typing import Any
 
@@ -13,10 +16,11 @@ def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDAr
 
     f32 [..., N, K] -> i8 [..., N, K], f32 [..., N]
     """
-    scale = (np.abs(w).max(axis=-1, initial=0.0) / 127).astype(np.float32)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-    q = np.rint(w * inverse[..., None])
-    return np.clip(q, -127, 127).astype(np.int8), scale
+    with np.errstate(all="ignore"):  # values that are not finite
+        scale = (np.abs(w).max(axis=-1, initial=0.0) / 127).astype(np.float32)
+        inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
+        q = np.rint(w * inverse[..., None])
+        return np.clip(q, -127, 127).astype(np.int8), scale
 
 
 def dequantize(q: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -11,10 +11,11 @@ import socket
 from collections.abc import Collection, Iterable, Sequence
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from osmium.errors import ConfigError, RequestError
+from osmium.server.body import ErrorResponse
 from osmium.server.openai import error_body
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
 
 PUBLIC_PATH = "/health"
 """Answered without an API key, for health checks."""
+
+DRAIN_S = 0.5
+"""Seconds in which the body of a refused request is received and dropped."""
 
 _LABELS = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
 _HOST = re.compile(rf"(?P<host>{_LABELS}|\[[0-9a-f:.]+(?:%[a-z0-9_.%-]+)?\])(?::[0-9]*)?")
@@ -64,7 +68,7 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         error = self._wrong_host(headers) or self._wrong_origin(headers)
         if error is not None:
-            await JSONResponse(error_body(error), error.status)(scope, receive, send)
+            await self._refuse(error, error.status, None)(scope, receive, send)
             return
         origin = headers.get("origin")
         if origin is not None:
@@ -77,10 +81,14 @@ class AccessMiddleware:
                 "The API key is missing or wrong; send the header `Authorization: Bearer KEY`.",
                 code="invalid_api_key",
             )
-            response = JSONResponse(error_body(error), 401, {"WWW-Authenticate": "Bearer"})
+            response = self._refuse(error, 401, {"WWW-Authenticate": "Bearer"})
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
+
+    @staticmethod
+    def _refuse(error: RequestError, status: int, headers: dict[str, str] | None) -> Response:
+        return ErrorResponse(error_body(error), status, headers, DRAIN_S)
 
     # -- host and origin ---------------------------------------------------------------------------
 

@@ -8,20 +8,18 @@ import asyncio
 import errno
 import json
 import logging
+import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
-import uvicorn
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.applications import Starlette
 from starlette.background import BackgroundTask
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
@@ -30,7 +28,7 @@ from starlette.routing import Route
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
-from osmium.engine.request import Event, Finish, SamplingParams
+from osmium.engine.request import Event, Finish
 from osmium.errors import ConfigError, EngineStopped, OsmiumError, RequestError
 from osmium.server.access import (
     AccessMiddleware,
@@ -40,24 +38,23 @@ from osmium.server.access import (
     parse_keys,
     parse_origins,
 )
+from osmium.server.body import BodyReader, ErrorResponse
+from osmium.server.connections import HttpConfig
+from osmium.server.limits import DEFAULT_LIMITS, Limits
 from osmium.server.metrics import CONTENT_TYPE, exposition
 from osmium.server.openai import ResponseBuilder, error_body, error_status, model_body
-from osmium.server.schema import (
-    ChatRequest,
-    CompletionRequest,
-    one_prompt,
-    parse,
-    sampling_params,
-    template_options,
-)
-from osmium.text.reasoning import END_OF_REASONING, starts_in_reasoning
+from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
+from osmium.server.shutdown import Server, Shutdown, exit_now
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
 
 log = logging.getLogger("osmium.server")
 
-BODY_LIMIT = 64 << 20
-"""The largest body of a request, bytes."""
+ACCEPTS = 64
+"""Most connections that one turn of the event loop accepts."""
+
+DRAIN_S = 5.0
+"""Seconds in which the rest of a refused body is dropped."""
 
 PING_INTERVAL_S = 10
 """Seconds without an event before a stream sends a comment; clients time out on silent streams."""
@@ -115,17 +112,21 @@ def create_app(
     cors_origin: str | Sequence[str] = (),
     allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
+    shutdown: Shutdown | None = None,
 ) -> Starlette:
     """The app.  With an `api_key`, or several, all routes but /health need one of them.
 
     `cors_origin` and `allowed_host` are allowed besides local ones.  Raises: ConfigError.
     """
+    shutdown, bodies = shutdown or Shutdown(), BodyReader(limits)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         loader.start()
         yield
-        await run_in_threadpool(loader.close)
+        bodies.close()
+        await shutdown.close(loader.close)
 
     access = Middleware(
         AccessMiddleware,
@@ -152,6 +153,7 @@ def create_app(
         lifespan=lifespan,
     )  # fmt: skip
     app.state.loader, app.state.served_model_name = loader, served_model_name
+    app.state.bodies, app.state.shutdown = bodies, shutdown
     return app
 
 
@@ -165,15 +167,25 @@ def _listed(values: str | Sequence[str] | None) -> list[str]:
 async def on_error(request: Request, error: Exception) -> Response:
     """Osmium's errors as OpenAI's error object."""
     assert isinstance(error, OsmiumError), "registered for OsmiumError"
-    headers = {"Retry-After": "5"} if isinstance(error, EngineStopped) else None
-    return JSONResponse(error_body(error), error_status(error), headers)
+    status = error_status(error)
+    headers = {"Retry-After": "5"} if status in (429, 503) else None
+    if status == 408:
+        headers = {"Connection": "close"}
+    return _error_response(request, error, status, headers)
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
     """Unknown routes and methods as OpenAI's error object."""
     assert isinstance(error, HTTPException), "registered for HTTPException"
     text = f"{request.method} {request.url.path}: {error.detail}."
-    return JSONResponse(error_body(RequestError(text)), error.status_code, error.headers)
+    return _error_response(request, RequestError(text), error.status_code, error.headers)
+
+
+def _error_response(
+    request: Request, error: OsmiumError, status: int, headers: Mapping[str, str] | None
+) -> Response:
+    drain_s = 0.2 if status == 408 or request.app.state.shutdown.begun else DRAIN_S
+    return ErrorResponse(error_body(error), status, headers, drain_s)
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
@@ -254,71 +266,35 @@ async def embeddings(request: Request) -> Response:
 # -- responses -------------------------------------------------------------------------------------
 
 
-async def _read_body(request: Request) -> bytes:
-    """The request's body.  Raises: RequestError above BODY_LIMIT."""
-    parts, size = [], 0
-    async for part in request.stream():
-        size += len(part)
-        if size > BODY_LIMIT:
-            raise RequestError(
-                f"The body is larger than {BODY_LIMIT} bytes.", code="body_too_large", status=413
-            )
-        parts.append(part)
-    return b"".join(parts)
+async def _handle(request: Request, prepare: Prepare) -> Response:
+    """Read a request's body, prepare it on a worker thread, and answer it."""
+    state = request.app.state
+    engine = state.loader.ready()
+    name = _name(request, engine)
+
+    async def prepared() -> Prepared:
+        async with state.bodies.read(request) as (body, workers):
+            return cast(Prepared, await workers.run(lambda: prepare(engine, name, body)))
+
+    return await _answer(request, engine, await state.shutdown.unless_begun(prepared()))
 
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    body = parse(await _read_body(request), ChatRequest)
-    engine = request.app.state.loader.ready()
-    if engine.tokenizer is None or engine.template is None:
-        raise RequestError(f"{engine.name} has no chat template; use /v1/completions.",
-                           param="messages", code="no_chat_template")  # fmt: skip
-    params = sampling_params(body, engine.defaults)
-
-    def prepare() -> tuple[list[int], bool]:
-        tools = None if body.tool_choice == "none" else body.tools
-        prompt = engine.template.render(body.messages, tools, **template_options(body))
-        return engine.tokenizer.encode(prompt), starts_in_reasoning(prompt)
-
-    ids, thinking = await run_in_threadpool(prepare)
-    if thinking:
-        params = replace(params, stop_after=END_OF_REASONING)
-    response = ResponseBuilder(
-        _name(request, engine), engine.tokenizer, chat=True, thinking=thinking
-    )
-    return await _answer(request, engine, body, ids, params, response)
+    return await _handle(request, prepare_chat)
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions"""
-    body = parse(await _read_body(request), CompletionRequest)
-    engine = request.app.state.loader.ready()
-    params = sampling_params(body, engine.defaults)
-    prompt = one_prompt(body)
-    if isinstance(prompt, list):
-        ids = prompt
-    elif engine.tokenizer is None:
-        raise RequestError(f"{engine.name} has no tokenizer; send token ids.", param="prompt")
-    else:
-        ids = await run_in_threadpool(engine.tokenizer.encode, prompt)
-    response = ResponseBuilder(_name(request, engine), engine.tokenizer, chat=False)
     try:
-        return await _answer(request, engine, body, ids, params, response)
+        return await _handle(request, prepare_completion)
     except RequestError as error:
         if error.param == "messages":  # the engine's name for a prompt
             error.param = "prompt"
         raise
 
 
-async def _answer(
-    request: Request,
-    engine: Engine,
-    body: ChatRequest | CompletionRequest,
-    ids: list[int],
-    params: SamplingParams,
-    response: ResponseBuilder,
-) -> Response:
+async def _answer(request: Request, engine: Engine, prepared: Prepared) -> Response:
     """Submit the request, and answer with JSON or a stream.  A disconnect cancels the request."""
     loop = asyncio.get_running_loop()
     events: asyncio.Queue[Event | None] = asyncio.Queue()
@@ -329,11 +305,12 @@ async def _answer(
         except RuntimeError:
             pass  # the server has stopped, and its event loop is closed
 
-    handle = engine.submit(ids, params, on_event)
-    if body.stream:
-        usage = bool(body.stream_options and body.stream_options.include_usage)
+    request.app.state.shutdown.watch(events)
+    response = prepared.response
+    handle = engine.submit(prepared.ids, prepared.params, on_event)
+    if prepared.stream:
         return EventSourceResponse(
-            _stream(engine, handle, events, response, usage),
+            _stream(engine, handle, events, response, prepared.usage),
             sep="\n",
             background=BackgroundTask(engine.cancel, handle),  # for a stream that never started
             ping=PING_INTERVAL_S,
@@ -379,11 +356,10 @@ async def _stream(
             for chunk in response.push(event):
                 yield _data(chunk)
             if isinstance(event, Finish):
-                if event.error is not None:
-                    yield _data(error_body(event.error))
-                    return
                 break
-        if usage:
+        if event.error is not None:
+            yield _data(error_body(event.error))
+        elif usage:
             yield _data(response.usage_chunk())
         yield {"data": "[DONE]"}
     finally:
@@ -411,27 +387,27 @@ def serve(
     cors_origin: str | Sequence[str] = (),
     allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> None:
     """Serve until Ctrl-C.  The port is bound before the model is loaded.
 
     Raises: ConfigError if the port is in use, and the error that stopped the loading or the engine.
     """
     hosts = [*_listed(allowed_host), *([] if is_address(address) else [address])]
+    shutdown = Shutdown()
     app = create_app(
-        loader,
-        api_key=api_key,
-        cors_origin=cors_origin,
-        allowed_host=hosts,
-        served_model_name=served_model_name,
-    )
+        loader, api_key=api_key, cors_origin=cors_origin, allowed_host=hosts,
+        served_model_name=served_model_name, limits=limits, shutdown=shutdown,
+    )  # fmt: skip
     listening = _listen(address, port)
     warning = open_to(listening.getsockname()[0], hosts, _listed(cors_origin), bool(api_key))
     if warning is not None:
         log.warning(warning)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=5, lifespan="on"
-    )
-    server = uvicorn.Server(config)
+    config = HttpConfig(
+        app, limits, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        lifespan="on", backlog=ACCEPTS,
+    )  # fmt: skip
+    server = Server(config, shutdown)
 
     def stop() -> None:
         server.should_exit = True
@@ -454,6 +430,10 @@ def serve(
     loader.on_done = on_done
     try:
         server.run(sockets=[listening])
+    except KeyboardInterrupt:
+        if shutdown.engine_runs or app.state.bodies.busy:
+            exit_now(signal.SIGINT)  # Python's own exit may crash in threads that still compute
+        raise
     finally:
         listening.close()
     if loader.failure is not None:

@@ -5,6 +5,7 @@ counters once a second.  Names and units follow Prometheus: seconds, bytes, _tot
 """
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import psutil
 from prometheus_client import CollectorRegistry, generate_latest
@@ -45,10 +46,11 @@ class _EngineCollector(Collector):
         engine = self._engine
         ready = engine is not None and engine.stopped is None
         yield GaugeMetricFamily("osmium_ready", "1 while requests are served, else 0.", ready)
-        yield GaugeMetricFamily(
-            "process_resident_memory_bytes", "Resident memory of the server process.",
-            psutil.Process().memory_info().rss,
-        )  # fmt: skip
+        with suppress(OSError):  # without file descriptors /proc cannot be read
+            yield GaugeMetricFamily(
+                "process_resident_memory_bytes", "Resident memory of the server process.",
+                psutil.Process().memory_info().rss,
+            )  # fmt: skip
         if engine is None:
             return
         meter = engine.stats

@@ -12,6 +12,10 @@ from osmium.text.tokenizer import Tokenizer
 __all__ = ["ResponseBuilder", "error_body", "error_status", "model_body"]
 
 
+MAX_ERROR_CHARS = 2000
+"""Characters of an error's message; the middle of a longer one is left out."""
+
+
 def error_status(error: OsmiumError) -> int:
     """The HTTP status of an error."""
     if isinstance(error, RequestError):
@@ -22,9 +26,12 @@ def error_status(error: OsmiumError) -> int:
 def error_body(error: OsmiumError) -> dict[str, Any]:
     """OpenAI's error object."""
     kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+    text = str(error)  # it may contain a value of the client's
+    if len(text) > MAX_ERROR_CHARS:
+        text = text[: MAX_ERROR_CHARS // 2] + " ... " + text[-MAX_ERROR_CHARS // 2 :]
     return {
         "error": {
-            "message": str(error),
+            "message": text,
             "type": kind,
             "param": getattr(error, "param", None),
             "code": getattr(error, "code", None),

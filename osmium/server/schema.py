@@ -10,7 +10,9 @@ import msgspec
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
+from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS, check_count, check_stop, shown
 from osmium.server.surrogates import replace_surrogates
+from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
     "ChatRequest", "CompletionRequest", "one_prompt", "parse", "sampling_params",
@@ -78,11 +80,14 @@ _ROLES = ("system", "developer", "user", "assistant", "tool")
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
 
 
-def parse(body: bytes, kind: type[Body]) -> Body:
-    """Decode a body; half a surrogate pair becomes U+FFFD.
+def parse(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
+    """Decode a body, with at most `max_ids` token ids beside its other values.
 
-    Raises: RequestError that names the path of the wrong value.
+    Half a surrogate pair becomes U+FFFD.
+    Raises: RequestError that names the path of the wrong value, or the limit.
     """
+    hint = f" A prompt has at most {max_ids} token ids." if max_ids else ""
+    check_json_shape(body, MAX_VALUES + max_ids, hint=hint)
     try:
         request = _decode(body, kind)
     except msgspec.ValidationError as error:
@@ -99,7 +104,7 @@ def parse(body: bytes, kind: type[Body]) -> Body:
     return request
 
 
-def _decode(body: bytes, kind: type[Body]) -> Body:
+def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError:
@@ -112,7 +117,11 @@ def _decode(body: bytes, kind: type[Body]) -> Body:
 
 
 def _check(request: BaseRequest) -> None:
-    """Raises: RequestError for options that Osmium does not have; it ignores none of them."""
+    """Raises: RequestError for options that Osmium does not have, and for too many items.
+
+    No option is ignored.
+    """
+    check_stop(request.stop)
     if request.n not in (None, 1):
         raise _unsupported("n", request.n, "a request has one choice; send several requests")
     if isinstance(request, CompletionRequest):
@@ -122,6 +131,8 @@ def _check(request: BaseRequest) -> None:
         if request.best_of not in (None, 1):
             raise _unsupported("best_of", request.best_of, "omit it")
     if isinstance(request, ChatRequest):
+        check_count("messages", len(request.messages), MAX_MESSAGES)
+        check_count("tools", len(request.tools or ()), MAX_TOOLS)
         format_type = (request.response_format or {}).get("type", "text")
         if format_type != "text":
             raise _unsupported("response_format", format_type, "use 'text'")
@@ -131,15 +142,43 @@ def _check(request: BaseRequest) -> None:
         for i, message in enumerate(request.messages):
             if message.get("role") not in _ROLES:
                 raise RequestError(
-                    f"messages[{i}].role is {message.get('role')!r}; it must be one of "
+                    f"messages[{i}].role is {shown(message.get('role'))}; it must be one of "
                     f"{', '.join(_ROLES)}.",
                     param=f"messages[{i}].role",
                     code="invalid_value",
                 )
+        _check_arguments(request.messages)
         if not request.messages:
             raise RequestError(
                 "messages is empty; send at least one.", param="messages", code="invalid_value"
             )
+
+
+def _check_arguments(messages: list[dict[str, Any]]) -> None:
+    """Check the shape of JSON in texts: the chat template gets the arguments of calls decoded.
+
+    Raises: RequestError.
+    """
+    left = MAX_VALUES
+    for i, message in enumerate(messages):
+        calls = message.get("tool_calls")
+        for j, call in enumerate(calls if isinstance(calls, list) else ()):
+            function = call.get("function", call) if isinstance(call, dict) else None
+            text = function.get("arguments") if isinstance(function, dict) else None
+            name = f"messages[{i}].tool_calls[{j}].function.arguments"
+            while isinstance(text, str):
+                left -= check_json_shape(text.encode(errors="replace"), left, name=name)
+                text = _inner_text(text)
+
+
+def _inner_text(text: str) -> str | None:
+    """The text that the JSON of a text stands for; None for other JSON."""
+    if not text.lstrip().startswith('"'):
+        return None
+    try:
+        return msgspec.json.decode(text, type=str)
+    except (msgspec.DecodeError, UnicodeEncodeError):
+        return None
 
 
 def one_prompt(request: CompletionRequest) -> str | list[int]:
@@ -159,7 +198,7 @@ def one_prompt(request: CompletionRequest) -> str | list[int]:
 
 def _unsupported(name: str, value: object, fix: str) -> RequestError:
     return RequestError(
-        f"{name} is {value!r}, which is not supported: {fix}.",
+        f"{name} is {shown(value)}, which is not supported: {fix}.",
         param=name,
         code="unsupported_value",
     )
@@ -220,7 +259,7 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
 def _token_id(key: str) -> int:
     if not re.fullmatch("[0-9]{1,9}", key):
         raise RequestError(
-            f"logit_bias has the key {key!r}; keys are token ids.",
+            f"logit_bias has the key {shown(key)}; keys are token ids.",
             param="logit_bias",
             code="invalid_value",
         )

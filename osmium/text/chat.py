@@ -8,7 +8,7 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jinja2
 import jinja2.nodes
@@ -16,7 +16,9 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 
 from osmium.errors import CheckpointError, RequestError
+from osmium.text.added_tokens import content_of
 from osmium.text.marked import MarkedText, TrackingEnvironment, concat, markup
+from osmium.text.template_files import template_sources
 
 __all__ = ["ChatTemplate", "normalise"]
 
@@ -36,6 +38,15 @@ _MAX_ENCODED = 4
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+MAX_DEPTH = 100
+"""Deepest nesting of a template's statements and expressions; the demo's template has 15 levels."""
+
+MAX_TEXT = 1 << 20
+"""Most characters or items that a template's multiplication makes."""
+
+MAX_BITS = 1 << 12
+"""Most bits of a template's integers."""
+
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
@@ -49,6 +60,38 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
+class _Sandbox(TrackingEnvironment):
+    """Jinja's sandbox, in which arithmetic has bounded results; it is not computed at compiling."""
+
+    intercepted_binops = frozenset({"*", "**", "%"})
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Raises: OverflowError for a result of more than MAX_TEXT characters or MAX_BITS bits."""
+        if operator == "*":
+            size = max(_size(left) * _factor(right), _size(right) * _factor(left))
+            bits = _bits(left) + _bits(right)
+        elif operator == "**":
+            size, bits = 0, _bits(left) * _factor(right)
+        else:
+            wide = isinstance(left, str) and re.search(r"%[^a-zA-Z%]*(\*|\d{5})", left)
+            size, bits = (MAX_TEXT + 1 if wide else 0), 0
+        if size > MAX_TEXT or bits > MAX_BITS:
+            raise OverflowError(f"the result of {operator} is too large")
+        return super().call_binop(context, operator, left, right)
+
+
+def _size(value: Any) -> int:
+    return len(value) if isinstance(value, str | list | tuple) else 0
+
+
+def _factor(value: Any) -> int:
+    return max(0, value) if isinstance(value, int) else 0
+
+
+def _bits(value: Any) -> int:
+    return value.bit_length() if isinstance(value, int) else 0
+
+
 class ChatTemplate:
     """A model's chat template."""
 
@@ -57,13 +100,15 @@ class ChatTemplate:
         source: str,
         tokens: Mapping[str, str] | None = None,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        tool_source: str | None = None,
     ) -> None:
-        """Compile the template.
+        """Compile the template, and with `tool_source` another one for requests with tools.
 
         `tokens` are bos_token, eos_token and others.  `defaults` are variables such as
         enable_thinking; arguments of `render` override them.  Raises: CheckpointError.
         """
-        env = TrackingEnvironment(
+        env = _Sandbox(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
@@ -74,9 +119,14 @@ class ChatTemplate:
         self._tokens = {name: markup(token) for name, token in (tokens or {}).items()}
         self._defaults = dict(defaults or {})
         try:
-            self._template = env.from_string(source)
-        except jinja2.TemplateError as error:
-            raise CheckpointError(f"The chat template cannot be read: {error}") from None
+            self._template = _compiled(env, source)
+            self._tool_template = self._template
+            if tool_source is not None:
+                self._tool_template = _compiled(env, tool_source)
+        except (*_TEMPLATE_ERRORS, SyntaxError, MemoryError) as error:
+            raise CheckpointError(
+                f"The chat template cannot be read: {str(error)[:500] or type(error).__name__}."
+            ) from None
 
     @classmethod
     def find(
@@ -84,35 +134,20 @@ class ChatTemplate:
         jinja: bytes | None,
         config: Mapping[str, Any] | None,
         defaults: Mapping[str, Any] | None = None,
+        *,
+        legacy: Mapping[str, Any] | None = None,
+        tool_jinja: bytes | None = None,
     ) -> "ChatTemplate | None":
-        """The template of chat_template.jinja, else of tokenizer_config.json, else None.
+        """The template of a model's files (template_files.py), or None.
 
-        The latter holds a text, or a list of named templates, of which `default` is used.
         Raises: CheckpointError for a template that cannot be read.
         """
         config = config or {}
-        try:
-            source: Any = jinja.decode() if jinja is not None else config.get("chat_template")
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"chat_template.jinja is not UTF-8: {error}.") from None
-        if isinstance(source, list):
-            named = [item for item in source if isinstance(item, Mapping)]
-            source = next((t.get("template") for t in named if t.get("name") == "default"), source)
-        if source is None:
+        sources = template_sources(jinja, config, legacy, tool_jinja)
+        if sources is None:
             return None
-        if not isinstance(source, str):
-            raise CheckpointError(
-                "chat_template in tokenizer_config.json is neither a text nor a list with a "
-                "template named default."
-            )
-        tokens = {}
-        for name in _TOKENS:
-            value = config.get(name)
-            if isinstance(value, Mapping):
-                value = value.get("content")
-            if isinstance(value, str):
-                tokens[name] = value
-        return cls(source, tokens, defaults)
+        tokens = {name: content for name in _TOKENS if (content := content_of(config.get(name)))}
+        return cls(sources[0], tokens, defaults, tool_source=sources[1])
 
     def render(
         self,
@@ -128,8 +163,9 @@ class ChatTemplate:
         Half a surrogate pair, which is not Unicode, becomes U+FFFD.
         Raises: RequestError if the template fails on the messages.
         """
+        template = self._tool_template if tools else self._template
         try:
-            text = self._template.render(
+            text = template.render(
                 {
                     **self._tokens,
                     **self._defaults,
@@ -151,6 +187,21 @@ class ChatTemplate:
         if not text.isascii() and _SURROGATE.search(text):
             text = MarkedText(_SURROGATE.sub("\ufffd", text), text.mask)
         return text
+
+
+def _compiled(env: _Sandbox, source: str) -> jinja2.Template:
+    """The template.  Raises: ValueError for one that is nested deeper than MAX_DEPTH.
+
+    Python takes seconds to refuse an expression in 200 parentheses.
+    """
+    tree = env.parse(source)
+    level, depth = [cast(jinja2.nodes.Node, tree)], 0
+    while level:
+        level = [child for node in level for child in node.iter_child_nodes()]
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
+    return env.from_string(tree)
 
 
 def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

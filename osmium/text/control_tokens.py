@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import tokenizers
 
+from osmium.text.encoding import encode_texts
 from osmium.text.marked import MarkedText
 
 __all__ = ["ControlTokens"]
@@ -19,8 +20,6 @@ class ControlTokens:
     def __init__(self, inner: tokenizers.Tokenizer) -> None:
         added = inner.get_added_tokens_decoder()
         self._added = frozenset(added)
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        """Ids that decoding omits."""
         # Added words and runs of spaces are vocabulary, as in tokenizers for code.
         control = {
             token.content: (token_id, token)
@@ -56,7 +55,7 @@ class ControlTokens:
             at, rstrip = end, token.rstrip
         pieces.append(plain[at:].lstrip() if rstrip else plain[at:])
         tokens.append([])
-        encoded = self._plain.encode_batch(pieces, add_special_tokens=False)
+        encoded = encode_texts(self._plain, pieces)
         ids: list[int] = []
         for piece, encoding, token_ids in zip(pieces, encoded, tokens, strict=True):
             ids += self._ordinary(piece, encoding.ids) + token_ids
@@ -77,7 +76,7 @@ class ControlTokens:
         # Cut after the first character of each name: no part holds a whole name.
         cuts = [match.start() + 1 for match in self._pattern.finditer(piece)]
         parts = [piece[a:b] for a, b in zip([0, *cuts], [*cuts, len(piece)], strict=True)]
-        encoded = self._plain.encode_batch(parts, add_special_tokens=False)
+        encoded = encode_texts(self._plain, parts)
         return [token for part in encoded for token in part.ids]
 
 

@@ -1,39 +1,82 @@
 """Text to ids and back: tokenizer.json, through the tokenizers package."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers.decoders import DecodeStream
+from tokenizers import decoders, models, normalizers
 
-from osmium.errors import CheckpointError, RequestError
+from osmium.errors import CheckpointError, RequestError, is_panic
+from osmium.text.added_tokens import add_tokens, merged
 from osmium.text.control_tokens import ControlTokens
+from osmium.text.detokenizer import (
+    BYTES,
+    ByteDetokenizer,
+    IncrementalDetokenizer,
+    WindowDetokenizer,
+    id_text,
+)
+from osmium.text.encoding import encode_texts
 from osmium.text.marked import MarkedText
+from osmium.text.regexes import check_tokenizer_json
 
-__all__ = ["IncrementalDetokenizer", "Tokenizer"]
+__all__ = ["Tokenizer"]
+
+PIECE_CHARS = 1 << 20
+"""Characters that one call tokenizes while tokens are counted; it takes about 100 bytes each."""
+
+_REMOVING = (
+    "Removed", "Whitespace", "Bert", "CharDelimiter", "Punctuation", "Metaspace",
+)  # fmt: skip
+"""Words in the description of pre-tokenizers that may remove characters of a text."""
 
 
 class Tokenizer:
     """A model's tokenizer.json."""
 
     def __init__(
-        self, source: bytes | str | os.PathLike[str], unknown_ids_as_text: bool = False
+        self,
+        source: bytes | str | os.PathLike[str],
+        unknown_ids_as_text: bool = False,
+        config: Mapping[str, Any] | None = None,
     ) -> None:
-        """`source` is the file's contents, or its path.
+        """`source` is the file's contents, or its path; `config` is tokenizer_config.json.
 
         Ids that the tokenizer lacks have no text, like the padding rows of a real model's head.
         With `unknown_ids_as_text` they become "⟨12345⟩".  Raises: CheckpointError.
         """
+        config = config or {}
+        moved: dict[str, tuple[int, int]] = {}
         try:
             raw = source if isinstance(source, bytes) else Path(source).read_bytes()
-            self._inner = tokenizers.Tokenizer.from_buffer(raw)
-        except Exception as error:  # the package raises plain Exception, and OSError for the path
-            raise CheckpointError(f"tokenizer.json cannot be used: {error}") from None
-        self._inner.no_padding()
-        self._inner.no_truncation()
-        self._added = frozenset(self._inner.get_added_tokens_decoder())
+            check_tokenizer_json(raw)
+            self._inner = tokenizers.Tokenizer.from_buffer(merged(raw, config))
+            self._inner.no_padding()
+            self._inner.no_truncation()
+            moved = add_tokens(self._inner, config)
+            self._inner.encode("a", add_special_tokens=False)
+        except CheckpointError:
+            raise
+        except BaseException as error:  # the package raises plain Exception, and panics
+            if not (isinstance(error, Exception) or is_panic(error)):
+                raise
+            raise CheckpointError(f"tokenizer.json cannot be used: {str(error)[:500]}") from None
+        self.notes: list[str] = []
+        """What the two files say differently."""
+        if moved:
+            content, (listed, actual) = next(iter(moved.items()))
+            others = f"; so do {len(moved) - 1} other tokens" if len(moved) > 1 else ""
+            self.notes.append(
+                f"tokenizer_config.json lists {content!r} as id {listed}; it gets id {actual}, the "
+                f"next one of tokenizer.json, as in transformers{others}."
+            )
+        added = self._inner.get_added_tokens_decoder()
+        self._added = frozenset(added)
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._is_byte_level = isinstance(self._inner.decoder, decoders.ByteLevel)
         self._unknown_ids_as_text = unknown_ids_as_text
 
     @cached_property
@@ -65,28 +108,72 @@ class Tokenizer:
         """The id of the special token with this text, which decoding omits; None if there is
         none."""
         token = self.control_tokens.id_of(text)
-        return token if token is not None and token in self.control_tokens.special_ids else None
+        return token if token is not None and token in self._special_ids else None
 
     def encode(self, text: str, specials: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Token ids of a text.  Other Python threads run meanwhile.
 
         With `specials`, names of added tokens in it become those tokens; in a rendered chat
         template only those of its markup do.  Without, names of special tokens stay text, as in a
         plain text to be scored.
         Raises: RequestError for half a surrogate pair, which is not Unicode.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise RequestError(
-                f"The text has {text[error.start]!r} at {error.start}, half of a surrogate pair; "
-                "send whole characters.",
-                code="invalid_text",
-            ) from None
+        _check_unicode(text)
         if specials and isinstance(text, MarkedText) and not self.control_tokens.all_markup(text):
             return self.control_tokens.encode(text)
         inner = self._inner if specials else self._without_specials
-        return list(inner.encode(text, add_special_tokens=False).ids)
+        return list(_encode(inner, text).ids)
+
+    def min_tokens(self, text: str, enough: int) -> int:
+        """A lower bound of the tokens of `text`, as far as it matters: counting ends at `enough`.
+
+        First by the text's length, without tokenizing it.  A long text is then tokenized in pieces,
+        so that a text that is too long takes neither much memory nor much time.
+        Raises: RequestError for half a surrogate pair.
+        """
+        if len(text) < enough // 4:
+            return 0  # at most four bytes per character, and a byte per token
+        _check_unicode(text)
+        longest = self.max_token_bytes
+        if longest is not None:
+            num_bytes = len(text) if text.isascii() else len(text.encode()) // self._shrink
+            least = -(-num_bytes // longest)
+            if least >= enough:
+                return least
+        if len(text) <= PIECE_CHARS:
+            return 0
+        count = 0
+        for start in range(0, len(text), PIECE_CHARS):
+            # A cut splits tokens; the allowance for it is a whole token's bytes.
+            count += len(_encode(self._inner, text[start : start + PIECE_CHARS])) - (longest or 256)
+            if count >= enough:
+                return count
+        return max(count, 0)
+
+    @cached_property
+    def max_token_bytes(self) -> int | None:
+        """Bytes of the longest token; None where a token may stand for text of any length."""
+        model, normalizer = self._inner.model, self._inner.normalizer
+        added = self._inner.get_added_tokens_decoder()
+        removing = str(self._inner.pre_tokenizer)
+        if (
+            not self._is_byte_level
+            or not isinstance(model, models.BPE)
+            or model.unk_token is not None
+            or any(self._inner.token_to_id(letter) is None for letter in BYTES)
+            or not (normalizer is None or isinstance(normalizer, normalizers.NFC))
+            or any(token.lstrip or token.rstrip for token in added.values())
+            or any(word in removing for word in _REMOVING)
+        ):
+            return None
+        names = (self._inner.id_to_token(i) or "" for i in range(self.vocab_size))
+        longest = max(len(name) for name in names)  # a letter per byte
+        return max([longest, *(len(token.content.encode()) for token in added.values())])
+
+    @property
+    def _shrink(self) -> int:
+        """Most bytes of a text that the normalizer may turn into one byte."""
+        return 1 if self._inner.normalizer is None else 3  # NFC of nine bytes of Hangul letters
 
     def decode(self, ids: Sequence[int], specials: bool = False) -> str:
         """The text of token ids, without special tokens unless `specials`."""
@@ -99,65 +186,32 @@ class Tokenizer:
         """The bytes of one token, which may be part of a character."""
         name = self._inner.id_to_token(token)
         if name is None:
-            return _id_text(token).encode() if self._unknown_ids_as_text else b""
+            return id_text(token).encode() if self._unknown_ids_as_text else b""
         if token in self._added:
             return str(name).encode()
-        if all(letter in _BYTES for letter in name):
-            return bytes(_BYTES[letter] for letter in name)
+        if all(letter in BYTES for letter in name):
+            return bytes(BYTES[letter] for letter in name)
         return self.decode([token], specials=True).encode()
 
-    def decoder(self, specials: bool = False) -> "IncrementalDetokenizer":
+    def decoder(self, specials: bool = False) -> IncrementalDetokenizer:
         """A detokenizer for one response."""
-        return IncrementalDetokenizer(self._inner, specials, self._unknown_ids_as_text)
+        kind = ByteDetokenizer if self._is_byte_level else WindowDetokenizer
+        hidden = frozenset() if specials else self._special_ids
+        return kind(self._inner, hidden, self._unknown_ids_as_text)
 
 
-def _id_text(token: int) -> str:
-    """The text of an id that the tokenizer lacks, without Markdown's or a terminal's characters."""
-    return f"⟨{token}⟩"
+def _encode(inner: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
+    (encoding,) = encode_texts(inner, [text])
+    return encoding
 
 
-class IncrementalDetokenizer:
-    """Converts one response's ids to text as they stream; it returns complete characters."""
-
-    def __init__(
-        self, inner: tokenizers.Tokenizer, specials: bool, unknown_ids_as_text: bool = False
-    ) -> None:
-        self._inner, self._specials = inner, specials
-        self._unknown_ids_as_text = unknown_ids_as_text
-        self._reset()
-
-    def _reset(self) -> None:
-        self._stream = DecodeStream(skip_special_tokens=not self._specials)
-        self._ids: list[int] = []
-        self._num_returned = 0
-        """Characters of `_ids` that push and flush have returned."""
-
-    def push(self, token: int) -> str:
-        """Add a token; returns the text that no later token can change."""
-        if self._unknown_ids_as_text and self._inner.id_to_token(token) is None:
-            before = self.flush()  # no later token completes a character across this one
-            self._reset()
-            return before + _id_text(token)
-        self._ids.append(token)
-        text = str(self._stream.step(self._inner, token) or "")
-        self._num_returned += len(text)
-        return text
-
-    def flush(self) -> str:
-        """The rest of the text; bytes of an incomplete character become U+FFFD."""
-        text = str(self._inner.decode(self._ids, skip_special_tokens=not self._specials))
-        rest = text[self._num_returned :]
-        self._num_returned = len(text)
-        return rest
-
-
-def _byte_letters() -> dict[str, int]:
-    """The byte of each letter of byte-level BPE.  Radford et al. 2019 (GPT-2)."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {chr(byte): byte for byte in printable}
-    others = [byte for byte in range(256) if byte not in set(printable)]
-    letters.update({chr(256 + i): byte for i, byte in enumerate(others)})
-    return letters
-
-
-_BYTES = _byte_letters()
+def _check_unicode(text: str) -> None:
+    """Raises: RequestError for half a surrogate pair, which is not Unicode."""
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"The text has {text[error.start]!r} at {error.start}, half of a surrogate pair; "
+            "send whole characters.",
+            code="invalid_text",
+        ) from None

@@ -21,7 +21,8 @@ from typing import Any
 from osmium.config import EngineConfig, ModelConfig, Progress, user_cache
 from osmium.errors import CheckpointError, ConfigError
 from osmium.ops import Ops
-from osmium.weights.checkpoint import Checkpoint, Formats
+from osmium.weights.checkpoint import UNUSED, Checkpoint, Formats
+from osmium.weights.choosing import is_weight_file, summary
 from osmium.weights.disk import check_disk, free_text, gb
 from osmium.weights.hub import HubModel, download, hub_id, hub_shards, look_up, small_file
 from osmium.weights.info import (
@@ -36,7 +37,7 @@ from osmium.weights.local import folder_name
 from osmium.weights.packed import FILES, PackedModel, PackedReader, open_packed
 from osmium.weights.packing import CpuQuantizer, PackSource, Provenance, locked, write_packed
 from osmium.weights.quantizing import GpuQuantizer
-from osmium.weights.shards import Shards, open_shards, read_json
+from osmium.weights.shards import Shards, choose_files, open_shards, read_json
 from osmium.weights.synthetic import Synthetic, open_synthetic, synthetic_name
 from osmium.weights.unsupported import (
     refuse_checkpoint,
@@ -222,7 +223,10 @@ def _writing(target: Path, progress: Progress | None) -> Iterator[None]:
 
 def _checkpoint(folder: Path, config: EngineConfig) -> Checkpoint:
     """Read the headers of a checkpoint folder.  Raises: CheckpointError."""
-    shards = open_shards(folder)
+    shards = open_shards(folder, UNUSED)
+    if shards.left_out:
+        files = summary([file.name for file in shards.files])
+        LOG.warning("%s: reading %s; left out: %s.", folder, files, summary(shards.left_out, 8))
     generation = folder / "generation_config.json"
     defaults = read_json(generation) if generation.is_file() else None
     model_config = ModelConfig.from_hf(read_json(folder / "config.json"), defaults)
@@ -331,6 +335,9 @@ def _log_download(model: HubModel, info: ModelInfo) -> None:
     Raises: ConfigError if a disk has too little free space.
     """
     needs, count = info.disk_needs, len(model.missing)
+    if model.choice.left_out:
+        unread = summary(model.choice.left_out, 8)
+        LOG.warning("%s: reading %s; left out: %s.", model.name, summary(model.shards), unread)
     fetch = f"downloading {gb(info.download_bytes or 0)} ({count} files) to {model.cache}, then "
     LOG.warning(
         "%s: %spacking %s into %s; %s of disk in all, %s free.", model.name, fetch if count else "",
@@ -386,9 +393,12 @@ def _reusable(target: Path, folder: Path) -> PackedModel | None:
         for name in packed.sources
         if (folder / name).is_file() and (stat := (folder / name).stat())
     }
-    if texts and (now == packed.sources or not any(folder.glob("*.safetensors"))):
+    if not any(is_weight_file(name) for name in os.listdir(folder)):
+        return packed if texts else None
+    same_files = set(choose_files(folder, UNUSED).names) == set(packed.sources)
+    if texts and same_files and now == packed.sources:
         return packed
-    if texts and packed.fingerprint == _fingerprint(folder, open_shards(folder)):
+    if texts and packed.fingerprint == _fingerprint(folder, open_shards(folder, UNUSED)):
         return packed  # the checkpoint was copied or touched, its contents are the same
     return None
 

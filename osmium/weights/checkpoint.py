@@ -6,8 +6,8 @@ a `Checkpoint` converts the shards to each part.  models/weights.py describes th
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -17,10 +17,12 @@ from osmium.errors import CheckpointError
 from osmium.quant import int4, int8
 from osmium.quant.expert import pack_expert
 from osmium.quant.expert_layout import ExpertLayout, group_of
+from osmium.quant.finite import expert_scales, first_not_finite, is_finite
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.weights.choosing import summary
 from osmium.weights.shards import Shards
 
-__all__ = ["Checkpoint", "Formats", "TensorSpec", "tensor_specs"]
+__all__ = ["UNUSED", "Checkpoint", "Formats", "TensorSpec", "tensor_specs"]
 
 Format = Literal["f32", "bf16", "int8", "int4"]
 
@@ -181,10 +183,15 @@ def _array(
     return TensorSpec(name, shape, form, False, sources)
 
 
+_EMBED, _HEAD = "embed_tokens.weight", "lm_head.weight"
+
+_COMPARE_BYTES = 1 << 24
+"""Bytes that are compared at once."""
+
 _ROOTS = ("model.language_model.", "language_model.model.", "model.")
 """Where the text model's names start: published, MLX's, and the text class's own."""
 
-_SKIPPED = (
+UNUSED = (
     "model.visual.",
     "visual.",
     "vision_tower.",
@@ -199,41 +206,93 @@ class Checkpoint:
     """The parts of one model, converted from its shards."""
 
     def __init__(self, shards: Shards, config: ModelConfig, formats: Formats) -> None:
-        """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape."""
-        self.shards, self.config, self.formats = shards, config, formats
-        self.parts = tensor_specs(config, formats)
+        """Raises: CheckpointError for a tensor that is missing, extra or of the wrong shape.
+
+        `config` is as config.json has it; self.config as the tensors are.
+        """
+        self.shards, self.formats = shards, formats
         self.layout = ExpertLayout(
             formats.expert_bits, config.hidden_size, config.moe_intermediate_size
         )
         names = shards.tensors
-        roots = [root for root in _ROOTS if root + "embed_tokens.weight" in names]
+        marks = (_EMBED, "norm.weight")  # an embedding may be absent: _has_own_head
+        roots = [root for mark in marks for root in _ROOTS if root + mark in names]
         if not roots:
             raise CheckpointError(
                 f"{shards.folder} has no embed_tokens.weight under any of {', '.join(_ROOTS)}."
             )
         self.root = roots[0]
+        if config.tie_word_embeddings and self._has_own_head():
+            config = replace(config, tie_word_embeddings=False)
+        self.config, self.parts = config, tensor_specs(config, formats)
         self.fused = f"{self.root}layers.0.mlp.experts.gate_up_proj" in names
         self._check()
 
     def _name(self, part: TensorSpec, source: str) -> str:
-        if part.root:
-            return self.root + source
-        nested = f"language_model.{source}"
-        return nested if nested in self.shards.tensors else source
+        if not part.root:
+            return self._head_name()
+        name = self.root + source
+        if part.name == "embed" and self.config.tie_word_embeddings:
+            return name if name in self.shards.tensors else self._head_name()
+        return name
+
+    def _head_name(self) -> str:
+        nested = f"language_model.{_HEAD}"
+        return nested if nested in self.shards.tensors else _HEAD
+
+    def _has_own_head(self) -> bool:
+        """Whether a head that config.json ties is in the files with other values.
+
+        As in transformers: such a head is used; without an embedding, the head is the embedding.
+        """
+        tensors = self.shards.tensors
+        embed, head = (tensors.get(name) for name in (f"{self.root}{_EMBED}", self._head_name()))
+        if embed is None or head is None:
+            return False
+        if (embed.dtype, embed.shape) != (head.dtype, head.shape) or not head.file.is_file():
+            return True
+        size = min(head.nbytes, _COMPARE_BYTES)
+        buffers = np.empty((2, size), np.uint8)
+        for start in range(0, head.nbytes, size or 1):
+            parts = buffers[:, : min(size, head.nbytes - start)]
+            for tensor, out in zip((embed, head), parts, strict=True):
+                self.shards.read_into(tensor.name, start, out)
+            if not np.array_equal(*parts):
+                return True
+        return False
+
+    def _unread(self) -> str:
+        """For an error about a missing tensor: the files that were read and left out."""
+        left_out = self.shards.left_out
+        if not left_out:
+            return ""
+        files = summary([file.name for file in self.shards.files])
+        return f" Of its files {files} was read, and left out: {summary(left_out)}."
 
     def _check(self) -> None:
-        expected: dict[str, tuple[int, ...]] = {}
-        for part in self.parts:
-            for source, shape in part.sources:
-                expected[self._name(part, source)] = shape
         config = self.config
+        expected: set[str] = set()
+        for part in self.parts:
+            expected |= self._check_tensors(
+                {self._name(part, source): shape for source, shape in part.sources}
+            )
         for i in range(config.num_layers):
-            expected.update(self._expert_shapes(i))
+            expected |= self._check_tensors(self._expert_shapes(i))
+        tied = {_HEAD, f"language_model.{_HEAD}"} if config.tie_word_embeddings else set()
+        for name in self.shards.tensors:
+            if name not in expected and name not in tied and not name.startswith(UNUSED):
+                raise CheckpointError(
+                    f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
+                    f"{config.model_type} with this config.json."
+                )
+
+    def _check_tensors(self, expected: dict[str, tuple[int, ...]]) -> set[str]:
+        """The names of `expected`.  Raises: CheckpointError."""
         for name, shape in expected.items():
             tensor = self.shards.tensors.get(name)
             if tensor is None:
                 raise CheckpointError(
-                    f"{self.shards.folder} lacks the tensor {name} {list(shape)}."
+                    f"{self.shards.folder} lacks the tensor {name} {list(shape)}.{self._unread()}"
                 )
             if tensor.shape != shape:
                 raise CheckpointError(
@@ -245,17 +304,7 @@ class Checkpoint:
                     f"{name} is {tensor.dtype} in {tensor.file.name}; this version reads BF16, F32 "
                     "and F16 checkpoints."
                 )
-        tied = (
-            {"lm_head.weight", "language_model.lm_head.weight"}
-            if config.tie_word_embeddings
-            else set()
-        )
-        for name in self.shards.tensors:
-            if name not in expected and name not in tied and not name.startswith(_SKIPPED):
-                raise CheckpointError(
-                    f"{name} in {self.shards.tensors[name].file.name} is no tensor of "
-                    f"{config.model_type} with this config.json."
-                )
+        return set(expected)
 
     def _expert_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         config, prefix = self.config, f"{self.root}layers.{layer}.mlp.experts."
@@ -291,37 +340,103 @@ class Checkpoint:
         step = 2 if self.fused else 3
         return [names[i : i + step] for i in range(0, len(names), step)]
 
-    def concatenated(self, part: TensorSpec) -> npt.NDArray[Any]:
-        """A part in the checkpoint's dtype: bf16, f16, or f32 if its sources' dtypes differ."""
+    def concatenated(self, part: TensorSpec, check: bool = False) -> npt.NDArray[Any]:
+        """A part in the checkpoint's dtype: bf16, f16, or f32 if its sources' dtypes differ.
+
+        Raises: CheckpointError, with `check` also for a value that is not finite.
+        """
         sources = [self.shards.read(self._name(part, source)) for source, _ in part.sources]
+        if check:
+            for source, (name, _) in zip(sources, part.sources, strict=True):
+                _refuse_not_finite(self._name(part, name), source)
         array = sources[0] if len(sources) == 1 else np.concatenate(_one_dtype(sources))
         return array.reshape(part.shape)
 
     def arrays(self, part: TensorSpec) -> dict[str, npt.NDArray[Any]]:
-        """A part in its format: data, and a matrix's scale."""
-        array = self.concatenated(part)
+        """A part in its format: data, and a matrix's scale.
+
+        Raises: CheckpointError for a value that is not finite.
+        """
+        quantised = part.format in ("int8", "int4")
+        array = self.concatenated(part, check=not quantised)
         if part.format == "f32":
             return {"data": _f32(array)}
         if part.format == "bf16":
-            return {"data": array if array.dtype == np.uint16 else bf16_from_f32(_f32(array))}
+            data = array if array.dtype == np.uint16 else bf16_from_f32(_f32(array))
+            if data is not array and not is_finite(data):
+                self.refuse_part(part)
+            return {"data": data}
         if part.format == "int8":
             data8, scale8 = int8.quantize(_f32(array))
-            return {"data": data8, "scale": scale8}
-        data4, scale4 = int4.quantize(_f32(array), group_of(part.shape[1]))
-        return {"data": data4, "scale": scale4}
+            arrays: dict[str, npt.NDArray[Any]] = {"data": data8, "scale": scale8}
+        else:
+            data4, scale4 = int4.quantize(_f32(array), group_of(part.shape[1]))
+            arrays = {"data": data4, "scale": scale4}
+        if not is_finite(arrays["scale"]):
+            self.refuse_part(part)
+        return arrays
 
     def pack_expert(self, out: npt.NDArray[np.uint8], layer: int, expert: int) -> None:
-        """Quantise and pack one routed expert into u8 [layout.nbytes]."""
-        prefix = f"{self.root}layers.{layer}.mlp.experts."
+        """Quantise and pack one routed expert into u8 [layout.nbytes].
+
+        Raises: CheckpointError for a value that is not finite.
+        """
+        *ups, down = (tensor for _, tensor in self._expert(layer, expert))
+        up = ups[0] if len(ups) == 1 else np.concatenate(_one_dtype(ups))
+        up, down = _bf16_or_f32(up), _bf16_or_f32(down)
+        pack_expert(out, self.layout, up, down)
+        self.check_packed_expert(out, layer, expert)
+
+    def check_packed_expert(self, packed: npt.NDArray[np.uint8], layer: int, expert: int) -> None:
+        """Check the scales of a packed expert, or its values in 16 bits.
+
+        Raises: CheckpointError that names a tensor which is not finite or too large.
+        """
+        scales = expert_scales(packed, self.layout) or [packed.view(np.uint16)]
+        if not all(is_finite(scale) for scale in scales):
+            tensors = self._expert(layer, expert)
+            _refuse(tensors, f"{self.layout.bits}-bit experts", expert if self.fused else None)
+
+    def _expert(self, layer: int, expert: int) -> list[tuple[str, npt.NDArray[Any]]]:
+        """Names and values of an expert's tensors: gate and up, which may be one, and down."""
+        prefix, at = f"{self.root}layers.{layer}.mlp.experts.", None
         if self.fused:
-            up = self.shards.read(f"{prefix}gate_up_proj")[expert]
-            down = self.shards.read(f"{prefix}down_proj")[expert]
+            names, at = [f"{prefix}gate_up_proj", f"{prefix}down_proj"], expert
         else:
-            prefix = f"{prefix}{expert}."
-            gate_up = [self.shards.read(f"{prefix}{kind}_proj.weight") for kind in ("gate", "up")]
-            up = np.concatenate(_one_dtype(gate_up))
-            down = self.shards.read(f"{prefix}down_proj.weight")
-        pack_expert(out, self.layout, _bf16_or_f32(up), _bf16_or_f32(down))
+            names = [f"{prefix}{expert}.{kind}_proj.weight" for kind in ("gate", "up", "down")]
+        return [(name, self.shards.read(name, at)) for name in names]
+
+    def refuse_part(self, part: TensorSpec) -> NoReturn:
+        """Raises: CheckpointError that names the tensor which is not finite or too large."""
+        names = [self._name(part, source) for source, _ in part.sources]
+        _refuse([(name, self.shards.read(name)) for name in names], part.format)
+
+
+def _refuse(
+    tensors: list[tuple[str, npt.NDArray[Any]]], form: str, expert: int | None = None
+) -> NoReturn:
+    """Raises: CheckpointError that names the tensor which is not finite, or is too large."""
+    for name, tensor in tensors:
+        _refuse_not_finite(name, tensor, expert)
+    largest, name = max((float(np.abs(_f32(tensor)).max()), name) for name, tensor in tensors)
+    raise CheckpointError(
+        f"{name} has a value of magnitude {largest:g}, which is too large for {form}; the file is "
+        "damaged, or choose another format."
+    )
+
+
+def _refuse_not_finite(name: str, tensor: npt.NDArray[Any], expert: int | None = None) -> None:
+    """Raises: CheckpointError for a value that is not finite; `expert` is its first index."""
+    found = first_not_finite(tensor)
+    if found is None:
+        return
+    index, kind, count = found
+    at = list(index if expert is None else (expert, *index))
+    raise CheckpointError(
+        f"{name} has {kind} at {at}, {count} of its {tensor.size} values"
+        f"{'' if expert is None else f' of expert {expert}'} are not finite; weights must be "
+        "finite. The file is damaged or its training diverged: download it again, or use another."
+    )
 
 
 def _f32(x: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

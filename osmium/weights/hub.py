@@ -20,17 +20,10 @@ from typing import Any
 
 from osmium.config import Progress
 from osmium.errors import CheckpointError, ConfigError
+from osmium.weights.checkpoint import UNUSED
+from osmium.weights.choosing import INDEX, ShardChoice, choose_shards, is_weight_file, listed_shards
 from osmium.weights.packed import FILES
-from osmium.weights.shards import (
-    INDEX,
-    MAX_HEADER,
-    Shards,
-    Tensor,
-    listed_shards,
-    parse_header,
-    read_json,
-    shards_of,
-)
+from osmium.weights.shards import MAX_HEADER, Shards, Tensor, parse_header, read_json, shards_of
 from osmium.weights.unsupported import refuse_files
 
 __all__ = ["HubFile", "HubModel", "download", "hub_id", "hub_shards", "look_up", "small_file"]
@@ -73,10 +66,16 @@ class HubModel:
     """Parsed config.json, and generation_config.json and the index if they exist."""
     files: dict[str, HubFile]
     """The files to download: shards, index and the small files of packed.FILES."""
-    shards: tuple[str, ...]
+    choice: ShardChoice
+    """The shards among its files, and the weights that are not read."""
     cache: Path
     """The hub's cache, for all models."""
     online: bool
+
+    @property
+    def shards(self) -> tuple[str, ...]:
+        """The names of the files of its weights."""
+        return self.choice.names
 
     @property
     def folder(self) -> Path:
@@ -199,18 +198,12 @@ def _model(
     if FILES[0] not in texts:
         refuse_files(listed, name)
         raise CheckpointError(f"{name} has no {FILES[0]} on the hub, so it is no checkpoint.")
-    if INDEX in texts:
-        shards = sorted(set(listed_shards(texts[INDEX], name).values()))
-    else:
-        shards = sorted(x for x in listed if x.endswith(".safetensors") and "/" not in x)
-    if online and not shards:
-        raise CheckpointError(f"{name} has neither {INDEX} nor a .safetensors file on the hub.")
-    for shard in shards:
-        if shard not in listed:
-            raise CheckpointError(f"{INDEX} names {shard}, which is not in {name} on the hub.")
-    wanted = (*FILES, INDEX, *shards)
+    choice = ShardChoice((), {}, ())
+    if online or any(is_weight_file(file) for file in listed):
+        choice = choose_shards(listed, lambda: texts[INDEX], f"{name} on the hub", UNUSED)
+    wanted = (*FILES, *([INDEX] if choice.listed else []), *choice.names)
     files = {file: listed[file] for file in wanted if file in listed}
-    return HubModel(name, revision, texts, files, tuple(shards), cache, online)
+    return HubModel(name, revision, texts, files, choice, cache, online)
 
 
 @contextlib.contextmanager
@@ -291,8 +284,7 @@ def hub_shards(model: HubModel, progress: Progress | None = None) -> Shards | No
         return None
     with _hub_errors(model.name), ThreadPoolExecutor(RANGES) as pool:
         headers = dict(pool.map(header, model.shards))
-    listed = listed_shards(model.texts[INDEX], model.name) if INDEX in model.texts else {}
-    return shards_of(Path(model.name), headers, listed)
+    return shards_of(Path(model.name), headers, model.choice)
 
 
 def _header(model: HubModel, name: str) -> dict[str, Tensor]:

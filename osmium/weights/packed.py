@@ -15,7 +15,7 @@ import math
 import mmap
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,7 +39,7 @@ PREAMBLE_BYTES = 24
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-    "chat_template.jinja",
+    "chat_template.jinja", "chat_template.json", "additional_chat_templates/tool_use.jinja",
 )  # fmt: skip
 """Small files of a checkpoint that the packed file contains."""
 
@@ -113,7 +113,9 @@ class PackedModel:
         config, generation = (self.json(name) for name in FILES[:2])
         if config is None:
             raise CheckpointError(f"{path} contains no config.json; pack the model again.")
-        self.config = ModelConfig.from_hf(config, generation)
+        model = ModelConfig.from_hf(config, generation)
+        tied = model.tie_word_embeddings and "head.data" not in self._entries
+        self.config = replace(model, tie_word_embeddings=tied)
         self.layout = ExpertLayout(
             self.formats.expert_bits, self.config.hidden_size, self.config.moe_intermediate_size
         )

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from osmium.ops import Array, Ops
 from osmium.quant import int4
+from osmium.quant.finite import is_finite
 from osmium.weights.checkpoint import Checkpoint, TensorSpec
 
 __all__ = ["GpuQuantizer"]
@@ -92,6 +93,8 @@ class GpuQuantizer:
                 raw = self._back_view[offset : offset + len(values) * widths[kind]]
                 target = arrays[kind][start : start + batch]
                 target[...] = raw.view(target.dtype).reshape(target.shape)
+        if not is_finite(arrays["scale"]):
+            self.checkpoint.refuse_part(part)
         return arrays
 
     # -- experts -----------------------------------------------------------------------------------
@@ -121,6 +124,8 @@ class GpuQuantizer:
                 last = min(experts, first + self.batch_experts)
                 packed = out[wanted.index(layer) % 2]
                 self._pack(batch % 2, packed[first:last])
+                for expert in range(first, last):
+                    self.checkpoint.check_packed_expert(packed[expert], layer, expert)
                 if batch + 2 < len(batches):
                     reads.append(begin(batch + 2))
                 if last == experts:

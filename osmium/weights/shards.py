@@ -1,7 +1,8 @@
-"""Safetensors files: the tensors of a checkpoint folder, and their bytes as mapped arrays.
+"""Safetensors files: the tensors of a checkpoint folder, and their bytes.
 
-The safetensors package validates each file.  Its NumPy API has no BF16, so this module maps the
+The safetensors package validates each file.  Its NumPy API has no BF16, so this module reads the
 bytes by the offsets of the validated header.  It handles names, shapes and bytes, not models.
+It reads and never maps: a mapped file that is cut meanwhile ends the process by SIGBUS.
 Format: github.com/huggingface/safetensors.
 """
 
@@ -11,17 +12,19 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
-from osmium.errors import CheckpointError
+from osmium.errors import CheckpointError, is_panic
+from osmium.weights.choosing import INDEX, ShardChoice, choose_shards, summary
 
 __all__ = [
-    "INDEX", "MAX_HEADER", "Shards", "Tensor", "listed_shards", "open_shards", "parse_header",
-    "read_json", "shards_of",
+    "MAX_HEADER", "Shards", "Tensor", "choose_files", "open_shards", "parse_header", "read_json",
+    "shards_of",
 ]  # fmt: skip
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -29,10 +32,23 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }  # fmt: skip
 """Supported dtypes; bf16 is read as u16."""
 
-INDEX = "model.safetensors.index.json"
+MAX_JSON = 16_000_000
+MAX_INDEX = 64_000_000
+"""Largest JSON files, bytes.  An index of 190,000 tensors has 20 MB."""
 
 MAX_HEADER = 100_000_000
 """Largest header, bytes: the limit of the safetensors package."""
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
+
+
+class _Entry(msgspec.Struct, frozen=True):
+    """A tensor's entry in the header's JSON."""
+
+    dtype: str
+    shape: Annotated[list[_Count], msgspec.Meta(max_length=16)]
+    data_offsets: tuple[_Count, _Count]
 
 
 @dataclass(frozen=True)
@@ -52,90 +68,103 @@ class Tensor:
 class Shards:
     """The tensors of all files of a checkpoint."""
 
-    def __init__(self, folder: Path, files: list[Path], tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        files: list[Path],
+        tensors: dict[str, Tensor],
+        left_out: tuple[str, ...] = (),
+    ) -> None:
         self.folder, self.files, self.tensors = folder, files, tensors
-        self._maps: dict[Path, npt.NDArray[np.uint8]] = {}
+        self.left_out = left_out
+        """What of the folder's weights is not used, in words."""
 
-    def read(self, name: str) -> npt.NDArray[Any]:
-        """A tensor as a view of the mapped file; bf16 as u16.  Raises: CheckpointError."""
+    def read(self, name: str, at: int | None = None) -> npt.NDArray[Any]:
+        """A tensor, or its entry `at` along the first axis; bf16 as u16.  Thread-safe.
+
+        Raises: CheckpointError.
+        """
         tensor = self.tensors[name]
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is None:
             raise CheckpointError(
                 f"{name} is {tensor.dtype} in {tensor.file.name}; BF16, F32 and F16 are supported."
             )
-        if tensor.file not in self._maps:
-            self._maps[tensor.file] = np.memmap(tensor.file, np.uint8, mode="r")
-        raw = self._maps[tensor.file][tensor.offset : tensor.offset + tensor.nbytes]
-        return raw.view(dtype).reshape(tensor.shape)
+        shape = tensor.shape if at is None else tensor.shape[1:]
+        out = np.empty(shape, dtype)
+        start = 0 if at is None else at * out.nbytes
+        self.read_into(name, start, out.reshape(-1).view(np.uint8))
+        return out
 
     def read_into(self, name: str, start: int, out: npt.NDArray[np.uint8]) -> None:
-        """Read a tensor from its byte `start` on into u8 [n], without the mapping; thread-safe.
+        """Read a tensor from its byte `start` on into u8 [n]; thread-safe.
 
         Raises: CheckpointError if the file is too short.
         """
         tensor, done = self.tensors[name], 0
         assert start + out.nbytes <= tensor.nbytes, f"{name} has {tensor.nbytes} bytes"
-        with open(tensor.file, "rb", buffering=0) as file:
-            while done < out.nbytes:
-                at = tensor.offset + start + done
-                try:
+        try:
+            with open(tensor.file, "rb", buffering=0) as file:
+                while done < out.nbytes:
+                    at = tensor.offset + start + done
                     count = os.preadv(file.fileno(), [out[done:].data], at)
-                except OSError as error:
-                    raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
-                if not count:
-                    raise CheckpointError(f"{tensor.file} ends inside {name}.")
-                done += count
+                    if not count:
+                        raise CheckpointError(
+                            f"{tensor.file} ends inside {name}; it was cut after it was opened."
+                        )
+                    done += count
+        except OSError as error:
+            raise CheckpointError(f"{tensor.file} cannot be read: {error}") from None
 
 
-def open_shards(folder: Path) -> Shards:
-    """Read the headers of a checkpoint's files.  Raises: CheckpointError."""
-    index = folder / INDEX
-    listed: Mapping[str, Any] = {}
-    if index.is_file():
-        listed = listed_shards(read_json(index), str(folder))
-        files = [folder / name for name in sorted(set(listed.values()))]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{folder} has neither {INDEX} nor a .safetensors file.")
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"{INDEX} lists {file.name}, which is not in {folder}.")
-    return shards_of(folder, {file: _header(file) for file in files}, listed)
+def open_shards(folder: Path, unused: tuple[str, ...] = ()) -> Shards:
+    """Read the headers of a checkpoint's files.
+
+    `unused` are beginnings of the names of tensors that Osmium does not use.
+    Raises: CheckpointError.
+    """
+    choice = choose_files(folder, unused)
+    return shards_of(
+        folder, {folder / name: _header(folder / name) for name in choice.names}, choice
+    )
+
+
+def choose_files(folder: Path, unused: tuple[str, ...] = ()) -> ShardChoice:
+    """The files of a checkpoint folder that hold its weights.  Raises: CheckpointError."""
+    try:
+        names = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read: {error.strerror}.") from None
+    return choose_shards(names, lambda: read_json(folder / INDEX), str(folder), unused)
 
 
 def shards_of(
-    folder: Path, headers: Mapping[Path, Mapping[str, Tensor]], listed: Mapping[str, str]
+    folder: Path, headers: Mapping[Path, Mapping[str, Tensor]], choice: ShardChoice
 ) -> Shards:
-    """A checkpoint from the headers of its files, checked against its index if it has one.
+    """A checkpoint from the headers of its files, in the order of reading.
 
-    Raises: CheckpointError.
+    Of two tensors of one name the last one counts where an index lists the files.
+    Raises: CheckpointError for two tensors of one name in files without an index.
     """
     tensors: dict[str, Tensor] = {}
+    twice: list[str] = []
     for file, header in headers.items():
         for name, tensor in header.items():
             if name in tensors:
-                raise CheckpointError(f"{name} is in {tensors[name].file.name} and {file.name}.")
+                before = tensors[name].file.name
+                if not choice.listed:
+                    raise CheckpointError(
+                        f"{name} is in {before} and {file.name}, and no {INDEX} says which of them "
+                        "belong together; remove one of the files."
+                    )
+                twice.append(f"{name} of {before} (that of {file.name} is used)")
             tensors[name] = tensor
-    for name, file_name in listed.items():
-        if name not in tensors or tensors[name].file.name != file_name:
-            raise CheckpointError(f"{INDEX} lists {name} in {file_name}; it is not in that file.")
-    return Shards(folder, list(headers), tensors)
-
-
-def listed_shards(index: Mapping[str, Any], where: str) -> dict[str, str]:
-    """The file name of each tensor, from an index.  Raises: CheckpointError.
-
-    A name with a path is an error: an index must not point outside its folder.
-    """
-    listed = index.get("weight_map", {})
-    if not isinstance(listed, Mapping) or not listed:
-        raise CheckpointError(f"{INDEX} in {where} has no weight_map.")
-    for name in listed.values():
-        if not isinstance(name, str) or not name or Path(name).name != name:
-            raise CheckpointError(f"{INDEX} in {where} lists {name!r}, which is no file name.")
-    return dict(listed)
+    absent = [name for name in choice.listed if name not in tensors]
+    left_out = [*choice.left_out, *twice]
+    if absent:
+        where = f" and {summary(choice.missing)}" if choice.missing else ""
+        left_out.append(f"{summary(absent)}, which {INDEX} lists and no file has{where}")
+    return Shards(folder, list(headers), tensors, tuple(left_out))
 
 
 def _header(file: Path) -> dict[str, Tensor]:
@@ -143,11 +172,15 @@ def _header(file: Path) -> dict[str, Tensor]:
     try:
         with safe_open(str(file), framework="numpy"):
             pass
+        with open(file, "rb") as raw:
+            size = int.from_bytes(raw.read(8), "little")
+            return parse_header(raw.read(min(size, MAX_HEADER)), file, file.stat().st_size)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} is no complete safetensors file: {error}") from None
-    with open(file, "rb") as raw:
-        size = int.from_bytes(raw.read(8), "little")
-        return parse_header(raw.read(size), file, file.stat().st_size)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise CheckpointError(f"{file.name} is no complete safetensors file: {error}") from None
 
 
 def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
@@ -156,15 +189,17 @@ def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
     Raises: CheckpointError if the header does not describe such a file.
     """
     tensors: dict[str, Tensor] = {}
+    at = 8 + len(text)
     try:
-        for name, entry in json.loads(text).items():
+        for name, raw in msgspec.json.decode(text, type=dict[str, msgspec.Raw]).items():
             if name == "__metadata__":
                 continue
-            start, end = entry["data_offsets"]
-            shape, at = tuple(int(n) for n in entry["shape"]), 8 + len(text)
-            tensors[name] = Tensor(name, str(entry["dtype"]), shape, file, at + start, end - start)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file.name} has no safetensors header: {error!r}") from None
+            entry = msgspec.json.decode(raw, type=_Entry)
+            start, end = entry.data_offsets
+            shape = tuple(entry.shape)
+            tensors[name] = Tensor(name, entry.dtype, shape, file, at + start, end - start)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{file.name} has no safetensors header: {error}") from None
     for tensor in tensors.values():
         dtype = _DTYPES.get(tensor.dtype)
         if dtype is not None and math.prod(tensor.shape) * dtype.itemsize != tensor.nbytes:
@@ -189,9 +224,20 @@ def parse_header(text: bytes, file: Path, nbytes: int) -> dict[str, Tensor]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.  Raises: CheckpointError."""
+    """Read a JSON object from a file, with or without a byte order mark.
+
+    Raises: CheckpointError, also for a file of more than MAX_JSON bytes, an index's MAX_INDEX.
+    """
+    most = MAX_INDEX if path.name.endswith(".index.json") else MAX_JSON
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            raw = file.read(most + 1)
+        if len(raw) > most:
+            raise CheckpointError(
+                f"{path} has more than {most} bytes, the limit for such a file; replace it by the "
+                "original."
+            )
+        value = json.loads(raw.decode("utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no {path.name}.") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -5,20 +5,25 @@ functions read file names, config.json and first bytes, without weights and netw
 """
 
 import difflib
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
 from osmium.errors import CheckpointError, ConfigError
+from osmium.hf import shown
+from osmium.weights.choosing import is_weight_file
+from osmium.weights.shards import read_json
 
 __all__ = [
     "refuse_checkpoint", "refuse_config", "refuse_file", "refuse_files", "refuse_folder",
     "refuse_name",
 ]  # fmt: skip
 
-SUPPORTED = ("Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-397B-A17B")
+SUPPORTED = (
+    "Qwen/Qwen3.5-35B-A3B", "Qwen/Qwen3.5-122B-A10B", "Qwen/Qwen3.5-397B-A17B",
+    "Qwen/Qwen3.6-35B-A3B",
+)  # fmt: skip
 """Hub ids of the supported models."""
 
 MODEL_TYPE = "qwen3_5_moe"
@@ -154,7 +159,7 @@ def refuse_file(path: Path) -> None:
         raise ConfigError(f"{path} is a web page, saved in place of a file; download it again.")
     if lower == "modelfile":
         raise ConfigError(f"{path} is a Modelfile of Ollama, which is not supported; {_USE}.")
-    if lower.endswith(".safetensors") and not _is_checkpoint_shard(lower):
+    if lower.endswith(".safetensors") and not is_weight_file(lower):
         refuse_files([name], str(folder))
     if lower.endswith((".safetensors", ".safetensors.index.json")) or lower in _OF_A_CHECKPOINT:
         raise ConfigError(
@@ -174,7 +179,7 @@ def refuse_files(names: Collection[str], where: str, base: str | None = None) ->
     """
     lower = [name.lower() for name in names]
     top = {name for name in lower if "/" not in name}
-    shards = any(_is_checkpoint_shard(name) for name in top)
+    shards = any(is_weight_file(name) for name in top)
 
     def first(*suffixes: str) -> str | None:
         return next((name for name in sorted(lower) if name.endswith(suffixes)), None)
@@ -211,10 +216,6 @@ def refuse_files(names: Collection[str], where: str, base: str | None = None) ->
             f"{where} has weights of another framework ({first(*_OTHER_FRAMEWORKS)}), which are "
             f"not supported; {_USE}."
         )
-
-
-def _is_checkpoint_shard(name: str) -> bool:
-    return name.endswith(".safetensors") and not name.startswith(("adapter_", "consolidated"))
 
 
 # -- folders -------------------------------------------------------------------------------------
@@ -258,13 +259,19 @@ def refuse_checkpoint(path: Path) -> None:
         refuse_folder(path)
     names = _names(path)
     refuse_files(names, str(path), _adapter_base(path))
-    pointers = [name for name in names if "/" not in name and _is_pointer(path / name)]
+    pointers = [
+        name
+        for name in names
+        if "/" not in name
+        and (is_weight_file(name) or name.endswith(".json"))
+        and _is_pointer(path / name)
+    ]
     if pointers:
         _refuse_pointers(path, f"has a pointer of git-lfs in place of {sorted(pointers)[0]}", path)
     config = _json(path / "config.json")
     if config is not None:
         refuse_config(config, str(path), names)
-    if not any(_is_checkpoint_shard(name) for name in names):
+    if not any(is_weight_file(name) for name in names):
         raise CheckpointError(
             f"{path} has a config.json and no .safetensors file; the download is not complete: "
             "download the weights too."
@@ -311,10 +318,9 @@ def _is_pointer(path: Path) -> bool:
 def _json(path: Path) -> dict[str, Any] | None:
     """A small JSON object; None if it is missing or invalid, which other functions report."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except CheckpointError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _adapter_base(path: Path) -> str | None:
@@ -346,17 +352,18 @@ def refuse_config(config: Mapping[str, Any], where: str, names: Collection[str] 
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         if "_class_name" in config:
+            name = shown(config["_class_name"])
             raise CheckpointError(
-                f"{where} is a part of a diffusers pipeline ({config['_class_name']}), which is "
-                f"not supported; Osmium runs language models: {_USE}."
+                f"{where} is a part of a diffusers pipeline ({name}), which is not "
+                f"supported; Osmium runs language models: {_USE}."
             )
         raise CheckpointError(
             f"config.json of {where} has no model_type, so Osmium cannot run it; {_USE}."
         )
     if model_type.removesuffix("_text") != MODEL_TYPE:
         raise CheckpointError(
-            f"{where} is {_family(config)} (model_type {model_type}), which is not supported yet; "
-            f"this version runs {MODEL_TYPE}: {', '.join(SUPPORTED)}."
+            f"{where} is {_family(config)} (model_type {shown(model_type)[1:-1]}), which is not "
+            f"supported yet; this version runs {MODEL_TYPE}: {', '.join(SUPPORTED)}."
         )
     method = _quantisation(config, names)
     if method:
@@ -379,12 +386,12 @@ def _family(config: Mapping[str, Any]) -> str:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names and isinstance(names[0], str) else ""
     if name and not name.endswith(_GENERATES):
-        return f"no text-generation model but {name}"
+        return f"no text-generation model but {shown(name)[1:-1]}"
     for section in configs:
         for key in _EXPERT_COUNTS:
             count = section.get(key)
             if isinstance(count, int) and count > 1:
-                return f"a Mixture-of-Experts model of another family, of {count} experts"
+                return f"a Mixture-of-Experts model of another family, of {shown(count)} experts"
     return "a dense model"
 
 
@@ -394,9 +401,10 @@ def _quantisation(config: Mapping[str, Any], names: Collection[str]) -> str | No
         value = config.get(key)
         if not isinstance(value, Mapping) or not value:
             continue
-        method = str(value.get("quant_method") or ("MLX" if key == "quantization" else "unknown"))
+        method = value.get("quant_method") or ("MLX" if key == "quantization" else "unknown")
+        method = method if isinstance(method, str) and len(method) < 60 else shown(method)
         bits = value.get("bits") or (4 if value.get("load_in_4bit") else None)
-        return f"{method}, {bits} bits" if bits else method
+        return f"{method}, {shown(bits)} bits" if bits else method
     for name in ("hf_quant_config.json", "quantize_config.json", "quant_config.json"):
         if name in names:
             return name

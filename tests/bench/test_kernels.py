@@ -53,7 +53,7 @@ def test_every_operation_launches_kernels_with_known_traffic(name: str) -> None:
         call()
     assert len(recorded) >= len(calls)
     nbytes = sum(map(launch_bytes, recorded)) / len(calls)
-    assert nbytes > 0 or name in ("place", "sample")
+    assert nbytes > 0 or name in ("assign_slots", "sample")
     if name.startswith("fetch"):
         count = 1 if name == "fetch 1" else 2
         assert nbytes == 2 * count * cases.layout.nbytes
@@ -66,7 +66,7 @@ def test_a_row_has_time_bytes_rate_and_utilization(monkeypatch: pytest.MonkeyPat
     assert (row["op"], row["sets"], row["us"]) == ("router", 4, 2.0)
     assert row["kernels"] and row["bytes"] > 9 * 64 * 2
     assert row["gb_s"] == pytest.approx(row["bytes"] / 2e3, abs=0.06)
-    assert row["share"] == pytest.approx(row["gb_s"], abs=0.06)
+    assert row["rate_fraction"] == pytest.approx(row["gb_s"], abs=0.06)
 
 
 @pytest.mark.gpu
@@ -76,7 +76,7 @@ def test_every_operation_is_timed_on_a_gpu(gpu: GpuOps, name: str, tokens: int) 
     cases = OpCases(gpu, "qwen3.5-35b-a3b:4", tokens, sets_bytes=1 << 20)
     row = kernels._time(gpu, name, cases, RATES)
     assert row["us"] > 0 and row["sets"] >= 4 and row["kernels"]
-    assert (row["bytes"] > 0) == (name != "place")
+    assert (row["bytes"] > 0) == (name != "assign_slots")
 
 
 def test_every_benchmark_model_is_a_known_synthetic_model() -> None:

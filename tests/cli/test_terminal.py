@@ -153,7 +153,9 @@ def test_a_conversation_with_the_line_editor(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_stops_a_response_and_the_chat_continues() -> None:
-    with terminal("chat", "demo", *GREEDY, "--no-think", "--plain") as chat:
+    # a model with random weights: it does not end a response by itself, however slow the machine
+    words = ["chat", "synthetic:tiny", *GREEDY, "--no-think", "--plain", "--max-tokens", "20000"]
+    with terminal(*words) as chat:
         chat.wait(READY)
         chat.press("Tell me about the Congress and all its powers, at length.\r")
         chat.wait(r"\x1b\[\?2004l.*?[a-z]{3}")  # the editor is off, the first words are shown

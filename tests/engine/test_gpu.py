@@ -222,10 +222,9 @@ def test_rebalancing_slots_between_responses_changes_none(
         # The sum runs over hits before misses, and that may change a near-tie.
         equal = sum(a == b for a, b in zip(before, after, strict=True))
         assert equal >= 9, f"{equal} of 10"
-        experts = engine.status()["experts"]
-        assert (
-            experts["routed"] == experts["hit"] + experts["missed"] == 2 * counters_before["routed"]
-        )
+        counters = engine.status()["experts"]
+        routed = counters["hit"] + counters["missed"]
+        assert counters["routed"] == routed == 2 * counters_before["routed"]
         is_resident = engine.run_on_engine_thread(lambda: resident(ops, store.cache))
         assert (
             engine.run_on_engine_thread(lambda: verify(ops, store.cache, experts, 10**6, 0))

@@ -476,8 +476,8 @@ def test_bench_load_reports_load_and_disk_speed(packed: PackedModel) -> None:
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["reader_way"] in ("direct", "cached")
-    assert found["bounced_way"] in ("bounced", "cached")
+    assert found["reader_mode"] in ("direct", "cached")
+    assert found["bounced_mode"] in ("bounced", "cached")
     for name in ("reader", "bounced", "load"):
         assert found[f"{name}_ratio"] == found[f"{name}_gb_s"] / max(found["raw_gb_s"])
         median = statistics.median(found["raw_gb_s"])

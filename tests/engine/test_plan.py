@@ -36,7 +36,8 @@ GIB = 1 << 30
 MODEL = ModelConfig(
     model_type="qwen3_5_moe", vocab_size=248320, hidden_size=3072,
     layer_types=("delta_net", "delta_net", "delta_net", "attention") * 12,
-    num_heads=32, num_kv_heads=2, head_dim=256, rotary_dim=64, rope_theta=1e7,
+    num_heads=32, num_kv_heads=2, head_dim=256, rotary_dim=64,
+    rope_frequencies=(1.0,) * 32, rope_factor=1.0,
     key_heads=16, value_heads=64, key_dim=128, value_dim=128,
     num_experts=256, top_k=8, moe_intermediate_size=1024, shared_intermediate_size=1024, eps=1e-6,
     max_context=262144, tie_word_embeddings=False, eos_token_ids=(1,),

@@ -242,7 +242,7 @@ def idle(engine: Engine) -> None:
 def test_slots_are_rebalanced_after_a_token_count_that_doubles(
     start: Callable[..., Engine], rebalanced_at: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level(logging.INFO, "osmium.sharing")
+    caplog.set_level(logging.INFO, "osmium.rebalancer")
     engine = start()
     layers, top_k = len(CASE.kinds), engine.config.top_k
     rebalanced_after: list[int] = []
@@ -255,8 +255,8 @@ def test_slots_are_rebalanced_after_a_token_count_that_doubles(
     # A response's last token is never computed.
     assert rebalanced_at == [(TOKENS - 1) * number * layers * top_k for number in rebalanced_after]
     assert rebalanced_after == [2, 4, 8], "64 tokens of at least 50, then 128 and 256"
-    (responses, *_) = [one.getMessage() for one in caplog.records]
-    assert "expert slots between layers" in responses and f"{SLOTS * layers} experts" in responses
+    (message, *_) = [one.getMessage() for one in caplog.records]
+    assert "expert slots between layers" in message and f"{SLOTS * layers} experts" in message
 
 
 def test_a_request_repeated_after_rebalancing_gets_the_same_response(

@@ -63,9 +63,11 @@ class SequenceDriver:
                 else load_host_experts(ops, self.layout, *shape, self.begin, None)
             )
             cache = make_cache(ops, host_experts, self.capacity, config.top_k)
-        self.store = self.store_type(ops, host_experts, cache, self.rows, config.top_k)
+        self.expert_runner = self.store_type(ops, host_experts, cache, self.rows, config.top_k)
         weights = upload(ops, self.weights, embed_on_host=not host)
-        self.model = model_class(config.model_type)(ops, config, weights, self.store, self.rows)
+        self.model = model_class(config.model_type)(
+            ops, config, weights, self.expert_runner, self.rows
+        )
         pages_per_sequence = -(-self.context // self.page)
         pages = pages_per_sequence * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)

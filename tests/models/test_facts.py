@@ -130,8 +130,8 @@ def test_a_fetched_expert_equals_a_resident_one(case: Case, bits: int) -> None:
     # One row at a time, so that both sides compute its experts by the same calls.
     assert np.array_equal(streamed.logits(ids, 1), resident.logits(ids, 1))
     routed = len(ids) * case.experts[1] * len(case.kinds)
-    assert resident.store.counters().hit == routed
-    counted = streamed.store.counters()
+    assert resident.expert_runner.counters().hit == routed
+    counted = streamed.expert_runner.counters()
     assert counted.routed == routed == counted.hit + counted.missed
     if case.experts[0] > case.experts[1]:
         assert counted.experts_copied > case.experts[1] * len(case.kinds)
@@ -234,13 +234,13 @@ def test_a_missing_or_misshapen_weight_is_named(name: str) -> None:
     weights = dict(good.weights)
     taken = weights.pop(name)
     with pytest.raises(CheckpointError, match=name):
-        build(good.ops, good.config, weights, good.store, 8)
+        build(good.ops, good.config, weights, good.expert_runner, 8)
     if isinstance(taken, LinearWeight):
         weights[name] = LinearWeight("bf16", taken.out_features + 1, taken.in_features, taken.data)
     else:
         weights[name] = taken[:-1]
     with pytest.raises(CheckpointError, match=name):
-        build(good.ops, good.config, weights, good.store, 8)
+        build(good.ops, good.config, weights, good.expert_runner, 8)
 
 
 def test_512_delta_net_steps_are_close_to_float64(rng: np.random.Generator) -> None:

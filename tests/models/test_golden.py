@@ -52,5 +52,5 @@ def test_teacher_forced_decode_gives_the_logits_of_transformers(case: Case) -> N
 def test_a_cache_of_top_k_slots_gives_the_logits_of_transformers(case: Case) -> None:
     small = make_driver(case, capacity=case.experts[1])
     check(case, small.logits(prompt(case), chunk=64))
-    counted = small.store.counters()
+    counted = small.expert_runner.counters()
     assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)

@@ -30,11 +30,14 @@ class RecordingRunner(ExpertRunner):
 
 def routed(model: SequenceDriver, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
     """Logits [T, vocab], and the sorted routed experts of every token and layer [T, L, A]."""
-    assert isinstance(model.store, RecordingRunner)
-    model.store.seen = []
+    assert isinstance(model.expert_runner, RecordingRunner)
+    model.expert_runner.seen = []
     logits = model.logits(ids, chunk)
     layers = model.config.num_layers
-    steps = [model.store.seen[at : at + layers] for at in range(0, len(model.store.seen), layers)]
+    steps = [
+        model.expert_runner.seen[at : at + layers]
+        for at in range(0, len(model.expert_runner.seen), layers)
+    ]
     return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
 
 
@@ -77,10 +80,10 @@ def test_quantised_experts_give_the_cpus_logits(bits: int, gpu: Ops) -> None:
 @each_case
 def test_a_small_cache_gives_the_cpus_logits_and_its_slots_verify(case: Case, gpu: Ops) -> None:
     model = check(case, gpu, 33, bits=16, capacity=case.experts[1])
-    counted = model.store.counters()
+    counted = model.expert_runner.counters()
     assert counted.routed == case.prompt * case.experts[1] * len(case.kinds)
-    held = int(resident(gpu, model.store.cache).sum())
-    assert verify(gpu, model.store.cache, model.experts, samples=held, seed=0) == held > 0
+    held = int(resident(gpu, model.expert_runner.cache).sum())
+    assert verify(gpu, model.expert_runner.cache, model.experts, samples=held, seed=0) == held > 0
 
 
 def test_only_requested_logits_are_copied_to_the_host(gpu: Ops) -> None:

@@ -8,6 +8,7 @@ import copy
 import os
 import subprocess
 import sys
+import threading
 import types
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,8 +234,11 @@ def simulated(threads: int) -> Any:
     names = {"cuda": cuda, "float32": float32, "int32": int32, "uint32": uint32}
     names["BLOCK_THREADS"] = threads
 
+    lock = threading.Lock()
+
     def atomic_add(array: Any, index: int, value: int) -> None:
-        array[index] += value
+        with lock:  # the simulator runs each CUDA thread as a Python thread
+            array[index] += value
 
     names["atomic_add"] = atomic_add
     names["float_as_int"] = lambda x: np.float32(x).view(np.int32)

@@ -486,8 +486,8 @@ def test_counters_stand_in_the_documented_order() -> None:
     names = layouts_of(ExpertCache)["counters"].entries
     counted = {"routed": 9, "hit": 5, "missed": 4, "copied": 3, "prefetched": 2, "prefetch_hits": 1}
     counted["prefetched_eighths"] = 8
-    model.store.cache.counters[:] = [counted[name] for name in names]
-    found = model.store.counters()
+    model.expert_runner.cache.counters[:] = [counted[name] for name in names]
+    found = model.expert_runner.counters()
     assert (found.routed, found.hit, found.missed) == (9, 5, 4)
     assert (found.experts_copied, found.prefetched, found.prefetch_hits) == (3, 2, 1)
     assert found.prefetch_bytes == types.FETCH_SEGMENT_BYTES
@@ -500,18 +500,18 @@ def test_prefetch_signals_are_the_documented_numbers() -> None:
     )
     ops = ReferenceOps()
     model = make_driver(MODELS[0], ops=ops, capacity=4)
-    cache, host = model.store.cache, model.store.host_experts
+    cache, host = model.expert_runner.cache, model.expert_runner.host_experts
     state = make_prefetch_state(ops, 4, 8, 2)
     state.ids[:] = np.arange(2)
     state.weights[:] = 0.5
     for step in (1, 2):
         for layer in range(4):
             ids = np.array([[4, 5]], np.uint16)
-            ops.assign_slots(model.store.assignment, cache, layer, ids, state)
+            ops.assign_slots(model.expert_runner.assignment, cache, layer, ids, state)
             assert (state.start_signal[layer] == evaluate(signal, step=step, n=15)).all()
             if layer < 3:
                 assert (state.start_signal[layer + 1] == evaluate(signal, step=step, n=0)).all()
             assert host is not None
-            ops.fetch_experts(cache, model.store.assignment, host, layer, prefetch=state)
+            ops.fetch_experts(cache, model.expert_runner.assignment, host, layer, prefetch=state)
             if layer < 3:
                 assert (state.start_signal[layer + 1] == evaluate(signal, step=step, n=8)).all()

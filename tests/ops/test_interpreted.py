@@ -51,7 +51,7 @@ def test_a_kernel_with_pdl_waits_before_reading_earlier_results(
     rng: np.random.Generator, name: str
 ) -> None:
     seed = int(rng.integers(1 << 32))
-    run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedRuntime(seed, early=True)))
+    run(ALL[name](np.random.default_rng(seed)), GpuOps(InterpretedRuntime(seed, pdl=True)))
 
 
 @pytest.mark.parametrize(

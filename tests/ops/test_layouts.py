@@ -113,7 +113,9 @@ def test_operations_get_the_arrays_that_their_docstrings_state(rng: np.random.Ge
     for make in (*(sized(name, UNLIKE) for name in CASES), *cases_weights.CASES.values()):
         run(make(rng), ops)
     model = make_driver(MODELS[0], ops=ops, capacity=6, page=8)
-    model.store._prefetch_state = model.store._router_prefetch = make_prefetch_state(ops, 4, 8, 2)
+    model.expert_runner._prefetch_state = model.expert_runner._router_prefetch = (
+        make_prefetch_state(ops, 4, 8, 2)
+    )
     model.step({0: prompt(MODELS[0])[:2]})
     model.step({0: [5]})
     assert set(documented(KINDS)) <= ops.compared
@@ -160,6 +162,6 @@ def test_the_engine_gives_operations_the_arrays_that_their_docstrings_state() ->
     ops = ComparedReference()
     model = make_driver(MODELS[0], ops=ops, rows=16, page=8, sequences=4)
     pages = model.tables.shape[1]
-    ModelRunner(ops, model.model, model.store, model.state, 3, pages).capture_graphs()
+    ModelRunner(ops, model.model, model.expert_runner, model.state, 3, pages).capture_graphs()
     assert {f"DecodeState.{name}" for name in layouts_of(DecodeState)} <= ops.compared
     assert {f"StepInputs.{name}" for name in layouts_of(StepInputs)} <= ops.compared

@@ -78,12 +78,12 @@ TRUE = b"\1" * 4 * LANES
 class Block:
     """Memory with a record of its written bytes."""
 
-    def __init__(self, nbytes: int, name: str, early: bool = False) -> None:
-        """With `early` each byte records the launch that wrote it last."""
+    def __init__(self, nbytes: int, name: str, pdl: bool = False) -> None:
+        """With `pdl` each byte records the launch that wrote it last."""
         self.nbytes, self.name = nbytes, name
         room = -(-nbytes // 16) * 16
         self.data, self.written = np.full(room, 0xA5, np.uint8), np.zeros(room, np.bool_)
-        self.launch = np.zeros(room, np.int32) if early else None
+        self.launch = np.zeros(room, np.int32) if pdl else None
         """The launch that wrote a byte last; 0 if none did."""
         self._data = {size: self.data.view(kind) for size, kind in WORDS.items()}
         self._written = {size: self.written.view(kind) for size, kind in WORDS.items()}
@@ -251,22 +251,22 @@ class InterpretedRuntime:
     l2 = 1 << 20
 
     def __init__(
-        self, seed: int = 0, without: tuple[str, int] | None = None, early: bool = False
+        self, seed: int = 0, without: tuple[str, int] | None = None, pdl: bool = False
     ) -> None:
         """`without` is an entry and the number of its barrier to leave out.
 
-        With `early` kernels run as with programmatic dependent launch. Reading what the previous
+        With `pdl` kernels run as with programmatic dependent launch. Reading what the previous
         kernel wrote before the wait is then a fault.
         """
         self.blocks: list[Block] = []
         self.prefetched: list[int] = []
         """Addresses requested by prefetch.global.L2, with repetitions."""
-        self.stream = InterpretedStream(self, seed, without, early)
+        self.stream = InterpretedStream(self, seed, without, pdl)
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         name = f"array {len(self.blocks)}, {np.dtype(dtype)} {shape}"
-        self.blocks.append(Block(nbytes, name, self.stream.early))
+        self.blocks.append(Block(nbytes, name, self.stream.pdl))
         return InterpretedArray(self.blocks[-1], len(self.blocks) << SPAN, 0, shape, dtype)
 
     def empty_mapped(
@@ -479,7 +479,7 @@ class Warp:
         """Groups of bulk copies that a lane has not waited for, the open one last."""
         self.steps = 0
         self.at: Instruction | None = None
-        self.waited = not machine.stream.early
+        self.waited = not machine.stream.pdl
         """Whether the previous kernel's results may be read, and anything be written."""
         self.acquired = False
         """Whether an acquiring load has read the previous kernel's last store."""
@@ -661,9 +661,9 @@ class InterpretedStream:
     """A stream for launches."""
 
     def __init__(
-        self, machine: InterpretedRuntime, seed: int, without: tuple[str, int] | None, early: bool
+        self, machine: InterpretedRuntime, seed: int, without: tuple[str, int] | None, pdl: bool
     ) -> None:
-        self.machine, self.without, self.early = machine, without, early
+        self.machine, self.without, self.pdl = machine, without, pdl
         self.launches = 0
         self.rng = np.random.default_rng(seed)
         self.programs: dict[str, Program] = {}
@@ -745,7 +745,7 @@ class InterpretedStream:
         program = self.programs.get(contract.entry)
         if program is None:
             entry, which = self.without or ("", None)
-            text = contract.pdl_text if self.early else contract.text
+            text = contract.pdl_text if self.pdl else contract.text
             program = parse_program(text, which if entry == contract.entry else None)
             self.programs[contract.entry] = program
         named = {

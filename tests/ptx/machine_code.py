@@ -1,7 +1,7 @@
 """Machine code of kernels, by ptxas: what a change of names or comments must leave equal.
 
-`tools/compare_machine_code COMMIT` assembles every kernel of a commit and of the working tree for
-every target of its contract, and from sm_90 on also with programmatic dependent launch.
+`tools/compare_machine_code COMMIT` assembles every kernel of a commit and of the working tree.
+Each is assembled for every target of its contract, from sm_90 on also with PDL.
 """
 
 import hashlib
@@ -115,7 +115,8 @@ def all_code(root: Path) -> dict[str, dict[str, MachineCode]]:
         text=True,
     )
     if done.returncode:
-        raise ValueError(f"kernels of {root} cannot be read: {done.stderr.strip()}")
+        reason = done.stderr.strip().splitlines()[-1]
+        raise ValueError(f"The kernels of this commit cannot be read: {reason}")
     work = [
         (name, key, target, text)
         for name, texts in sorted(json.loads(done.stdout).items())

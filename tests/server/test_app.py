@@ -14,6 +14,7 @@ from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
 from osmium.server.app import BackgroundLoader, create_app
+from osmium.server.limits import Limits
 from osmium.server.openai import ResponseBuilder
 from tests.server.scripted import BASE_URL, PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
@@ -234,8 +235,8 @@ def test_an_error_in_a_stream_is_sent_and_ends_it() -> None:
     with client_of(ScriptedEngine("the end", fails_after=2)) as client:
         answer = ask(client, stream=True)
     events = answer.text.strip().split("\n\n")
-    assert "[DONE]" not in answer.text
-    assert json.loads(events[-1].removeprefix("data: ")) == {
+    assert events[-1] == "data: [DONE]"
+    assert json.loads(events[-2].removeprefix("data: ")) == {
         "error": {
             "message": "The engine has stopped: the card is gone.",
             "type": "server_error",
@@ -575,9 +576,8 @@ def test_an_empty_prompt_is_refused_by_field() -> None:
             assert error_of(complete(client, prompt=prompt), 400)["param"] == "prompt"
 
 
-def test_a_body_over_the_limit_is_a_413(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "BODY_LIMIT", 1000)
-    with client_of() as client:
+def test_a_body_over_the_limit_is_a_413() -> None:
+    with client_of(limits=Limits(max_body_bytes=1000)) as client:
         error_of(ask(client, user="x" * 1000), 413)
         assert ask(client, user="x" * 100).status_code == 200
 

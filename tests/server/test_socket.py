@@ -70,7 +70,8 @@ def connect(url: str, body: dict[str, Any]) -> socket.socket:
     raw = json.dumps({"messages": HELLO, **body}).encode()
     connection = socket.create_connection((address, int(port)), PATIENCE_S)
     connection.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\n"
         b"Content-Length: " + str(len(raw)).encode() + b"\r\n\r\n" + raw
     )
     return connection

@@ -8,6 +8,7 @@ import pytest
 
 from osmium.errors import CheckpointError, RequestError
 from osmium.text.chat import ChatTemplate, normalise
+from osmium.text.template_files import MAX_TEMPLATE
 from tests.text.templates import CONVERSATIONS, SOURCES, TOKENS, by_transformers
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "chat"
@@ -46,11 +47,44 @@ def test_the_template_file_takes_precedence_over_the_configuration() -> None:
     assert found.render([USER]) == "from the file"
 
 
-def test_the_default_of_a_list_of_templates_is_used() -> None:
-    named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": "yes"}]
-    found = ChatTemplate.find(None, {"chat_template": named})
+NAMED = (
+    [{"name": "tool_use", "template": "with tools"}, {"name": "default", "template": "without"}],
+    {"tool_use": "with tools", "default": "without"},
+)
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_of_named_templates_tool_use_is_for_requests_with_tools(named: Any) -> None:
+    for config, legacy in (({"chat_template": named}, None), ({}, {"chat_template": named})):
+        found = ChatTemplate.find(None, config, legacy=legacy)
+        assert found is not None
+        assert found.render([USER]) == "without"
+        assert found.render([USER], [{"type": "function"}]) == "with tools"
+        assert found.render([USER], []) == "without"
+
+
+def test_without_tool_use_the_default_is_for_all_requests() -> None:
+    found = ChatTemplate.find(None, {"chat_template": [{"name": "default", "template": "yes"}]})
     assert found is not None
-    assert found.render([USER]) == "yes"
+    assert found.render([USER], [{"type": "function"}]) == "yes"
+
+
+def test_a_second_file_is_the_template_for_requests_with_tools() -> None:
+    found = ChatTemplate.find(b"without", None, tool_jinja=b"with tools")
+    assert found is not None
+    assert found.render([USER]) == "without"
+    assert found.render([USER], [{"type": "function"}]) == "with tools"
+
+
+def test_chat_template_json_counts_where_it_is_the_only_one() -> None:
+    legacy = {"chat_template": "legacy"}
+    for jinja, config, wanted in (
+        (None, None, "legacy"), (None, {"bos_token": "<s>"}, "legacy"),
+        (None, {"chat_template": "config"}, "config"), (b"jinja", None, "jinja"),
+    ):  # fmt: skip
+        found = ChatTemplate.find(jinja, config, legacy=legacy)
+        assert found is not None
+        assert found.render([USER]) == wanted
 
 
 def test_special_tokens_come_from_the_configuration_as_text_or_as_object() -> None:
@@ -76,7 +110,7 @@ def test_an_invalid_template_is_refused(source: str) -> None:
         ChatTemplate(source)
 
 
-@pytest.mark.parametrize("value", [7, {"default": "x"}])
+@pytest.mark.parametrize("value", [7, {"other": "x"}, {"default": 7}])
 def test_a_template_of_a_wrong_type_is_refused(value: object) -> None:
     with pytest.raises(CheckpointError, match="chat_template"):
         ChatTemplate.find(None, {"chat_template": value})
@@ -86,6 +120,58 @@ def test_a_template_of_a_wrong_type_is_refused(value: object) -> None:
 def test_a_list_without_a_default_template_is_refused(broken: object) -> None:
     with pytest.raises(CheckpointError, match="chat_template"):
         ChatTemplate.find(None, {"chat_template": broken})
+
+
+NESTED = {
+    "statements": "{% if a %}" * 300 + "x" + "{% endif %}" * 300,
+    "loops": "{% for i in [1] %}" * 300 + "x" + "{% endfor %}" * 300,
+    "macros": "".join(f"{{% macro m{i}() %}}" for i in range(300)) + "{% endmacro %}" * 300,
+    "parentheses": "{{ " + "(" * 300 + "1" + ")" * 300 + " }}",
+    "signs": "{{ " + "-" * 300 + "a }}",
+    "attributes": "{{ a" + ".b" * 300 + " }}",
+    "filters": "{{ a" + "|upper" * 300 + " }}",
+    "sums": "{{ a" + "+ a" * 300 + " }}",
+    "deeper than the stack": "{{ " + "not " * 20_000 + "a }}",
+    "blocks that Python refuses": "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+}
+
+
+@pytest.mark.parametrize("source", NESTED.values(), ids=NESTED)
+@pytest.mark.timeout(5)
+def test_a_template_that_is_nested_too_deep_is_refused_at_once(source: str) -> None:
+    """Python takes ten seconds to refuse 300 signs or filters."""
+    with pytest.raises(CheckpointError, match="template"):
+        ChatTemplate(source)
+    with pytest.raises(CheckpointError, match="template"):
+        ChatTemplate("x", tool_source=source)
+
+
+def test_a_template_of_moderate_depth_is_accepted() -> None:
+    nested = "{% if messages %}" * 40 + "{{ " + "not " * 20 + "messages }}" + "{% endif %}" * 40
+    assert ChatTemplate(nested).render([USER]) == "True"
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["{{ 'a' * 10**11 }}", "{{ 10**11 * 'a' }}", "{{ [1] * 10**11 }}", "{{ 2 ** 10000000000 }}",
+     "{{ '%9999999999d' % 1 }}", "{{ '%*d' % (9999999999, 1) }}",
+     "{% set x = 10**1000 %}{{ x * x }}"],
+)  # fmt: skip
+@pytest.mark.timeout(5)
+def test_arithmetic_with_a_huge_result_fails_at_rendering_and_takes_no_memory(source: str) -> None:
+    with pytest.raises(RequestError, match="too large"):
+        ChatTemplate(source).render([USER])
+
+
+def test_ordinary_arithmetic_in_a_template_works() -> None:
+    source = "{{ 3 * 4 }} {{ '-' * 3 }} {{ 2 ** 10 }} {{ 7 % 4 }} {{ '%05.2f|%s' % (1.5, 'a') }}"
+    assert ChatTemplate(source).render([USER]) == "12 --- 1024 3 01.50|a"
+
+
+def test_a_template_of_absurd_length_is_refused() -> None:
+    with pytest.raises(CheckpointError, match="characters"):
+        ChatTemplate.find(b"x" * (MAX_TEMPLATE + 1), None)
+    assert ChatTemplate.find(b"x" * MAX_TEMPLATE, None) is not None
 
 
 def test_a_file_that_is_not_utf8_is_refused() -> None:

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from osmium.text.defaults import sampling_defaults
 from osmium.text.reasoning import DisplayedResponse, ReasoningParser, starts_in_reasoning
 
 
@@ -51,20 +50,6 @@ def test_a_prompt_with_an_open_think_tag_starts_in_reasoning() -> None:
     assert starts_in_reasoning("<|im_start|>assistant\n<think>\n")
     assert not starts_in_reasoning("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert not starts_in_reasoning("<|im_start|>assistant\n")
-
-
-def test_sampling_defaults_come_from_generation_config() -> None:
-    config = {
-        "do_sample": True,
-        "temperature": 0.6,
-        "top_k": 20,
-        "top_p": 0.95,
-        "eos_token_id": [1],
-    }
-    assert sampling_defaults(config) == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
-    assert sampling_defaults({"do_sample": False, "temperature": 0.6}) == {"temperature": 0.0}
-    assert sampling_defaults(None) == {}
-    assert sampling_defaults({"temperature": None, "top_k": True, "top_p": "0.9"}) == {}
 
 
 def shown(pieces: list[str], thinking: bool) -> tuple[str, str]:

@@ -1,5 +1,6 @@
 """Text to token ids and back, whole and incrementally."""
 
+import json
 import threading
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 
 from osmium.errors import CheckpointError, RequestError
+from osmium.text import tokenizer as text_tokenizer
 from osmium.text.tokenizer import Tokenizer
-from tests.text.byte_level import SPECIALS, byte_level
+from tests.text.byte_level import SPECIALS, byte_level, byte_level_json
 
 LAB = Path(__file__).resolve().parents[3] / "shared" / "lab-model" / "tokenizer.json"
 
@@ -178,3 +180,90 @@ def test_half_a_surrogate_pair_is_refused() -> None:
 def test_an_invalid_tokenizer_file_is_refused(source: bytes | Path) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.json"):
         Tokenizer(source)
+
+
+def test_other_threads_run_while_a_text_is_encoded() -> None:
+    tokenizer = byte_level()
+    text = "the end " * 100_000
+    turns, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            turns[0] += 1
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        before = turns[0]
+        tokenizer.encode(text)
+        assert turns[0] - before > 10_000, "encoding holds the global lock"
+    finally:
+        stop.set()
+        thread.join()
+
+
+def test_the_least_tokens_of_a_text_are_never_too_many(
+    tokenizer: Tokenizer, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("osmium.text.tokenizer.PIECE_CHARS", 50)
+    for _ in range(200):
+        text = some_text(rng) * int(rng.integers(1, 20))
+        count = len(tokenizer.encode(text))
+        for enough in (1, count // 2, count, 2 * count):
+            assert tokenizer.min_tokens(text, enough) <= count
+
+
+def test_a_text_too_long_for_its_context_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = byte_level()
+    longest = len(SPECIALS[0])
+    assert tokenizer.max_token_bytes == longest
+    monkeypatch.setattr("osmium.text.tokenizer._encode", lambda *_: pytest.fail("it is tokenized"))
+    assert tokenizer.min_tokens("ab" * 10_000, 1000) == -(-20_000 // longest)
+    assert tokenizer.min_tokens("é" * 10_000, 1000) == -(-20_000 // longest)
+    assert tokenizer.min_tokens("ab" * 10_000, 5000) == 0, "it may fit"
+
+
+def test_a_long_text_is_counted_in_pieces_until_it_is_too_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer, sizes = byte_level(), []
+    encode = text_tokenizer._encode
+
+    def record(inner: object, text: str) -> object:
+        sizes.append(len(text))
+        return encode(inner, text)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(text_tokenizer, "PIECE_CHARS", 1000)
+    monkeypatch.setattr(text_tokenizer, "_encode", record)
+    found = tokenizer.min_tokens("xyz" * 5000, 2500)
+    assert 2500 <= found <= 3000
+    assert sizes == [1000, 1000, 1000], "no piece after the limit"
+
+
+@pytest.mark.parametrize("change", ["strip", "normalizer", "byte", "unknown", "removed"])
+def test_a_tokenizer_that_may_drop_text_has_no_longest_token(change: str) -> None:
+    made = json.loads(byte_level_json())
+    if change == "strip":
+        made["added_tokens"][0]["rstrip"] = True
+    elif change == "normalizer":
+        made["normalizer"] = {"type": "Strip", "strip_left": True, "strip_right": True}
+    elif change == "byte":
+        del made["model"]["vocab"]["z"]
+    elif change == "unknown":
+        made["model"]["unk_token"] = "z"
+    else:
+        made["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [
+            {"type": "WhitespaceSplit"}, made["pre_tokenizer"]]}  # fmt: skip
+    tokenizer = Tokenizer(json.dumps(made).encode())
+    assert tokenizer.max_token_bytes is None
+    assert tokenizer.min_tokens(" " * 100_000, 1000) == 0
+
+
+def test_a_normalizer_that_composes_characters_counts_as_shrinking() -> None:
+    made = json.loads(byte_level_json())
+    made["normalizer"] = {"type": "NFC"}
+    tokenizer = Tokenizer(json.dumps(made).encode())
+    text = "\u1112\u1161\u11ab" * 1000  # one syllable of three bytes, from nine
+    longest = tokenizer.max_token_bytes
+    assert longest is not None
+    assert tokenizer.min_tokens(text, 10) == -(-3000 // longest)

@@ -10,7 +10,7 @@ from typing import Any
 
 from osmium.config import EngineConfig
 from osmium.weights.checkpoint import Formats, tensor_specs
-from osmium.weights.shards import INDEX
+from osmium.weights.choosing import INDEX
 from osmium.weights.synthetic import open_synthetic
 from tests.weights.stand_in_hub import HubFile
 

@@ -1,6 +1,7 @@
 """Safetensors files: valid and malicious ones."""
 
 import json
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from osmium.errors import CheckpointError
-from osmium.weights.shards import INDEX, open_shards
+from osmium.weights.choosing import INDEX
+from osmium.weights.shards import open_shards
 from tests.models.build import hf_tensors
 from tests.weights.files import CASE, raw_shard, shard, write
 
@@ -87,7 +89,7 @@ def test_a_flipped_byte_of_a_header_is_a_checkpoint_error_or_harmless(
     assert refused > 50
 
 
-def test_tensors_are_views_with_their_written_values(tmp_path: Path) -> None:
+def test_tensors_have_their_written_values(tmp_path: Path) -> None:
     wanted = {**hf_tensors(CASE), "half": np.arange(6, dtype=np.float16).reshape(2, 3)}
     shards = open_shards(write(tmp_path, wanted, shards=3))
     assert set(shards.tensors) == set(wanted)
@@ -95,7 +97,19 @@ def test_tensors_are_views_with_their_written_values(tmp_path: Path) -> None:
         read = shards.read(name)
         assert read.dtype == tensor.dtype
         assert np.array_equal(read, tensor), name
-        assert not read.flags.owndata and not read.flags.writeable
+        assert np.array_equal(shards.read(name, len(tensor) - 1), tensor[-1]), name
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    shards = open_shards(write(tmp_path, shards=2))
+    file = tmp_path / "part0.safetensors"
+    name = next(n for n, tensor in reversed(shards.tensors.items()) if tensor.file == file)
+    os.truncate(file, 4096)
+    with pytest.raises(CheckpointError, match=rf"part0\.safetensors ends inside {name}"):
+        shards.read(name)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"part0\.safetensors cannot be read"):
+        shards.read(name)
 
 
 def test_a_tensor_at_an_odd_offset_is_read(tmp_path: Path) -> None:
@@ -129,26 +143,54 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
         open_shards(tmp_path)
 
 
-def test_a_tensor_missing_from_its_shard_is_named(tmp_path: Path) -> None:
-    write(tmp_path, shards=2)
-    edit_index(tmp_path, ghost="part0.safetensors")
-    with pytest.raises(CheckpointError, match="ghost"):
-        open_shards(tmp_path)
-
-
-def test_a_tensor_in_another_shard_than_the_index_says_is_named(tmp_path: Path) -> None:
+def test_a_tensor_in_another_shard_than_the_index_says_is_read(tmp_path: Path) -> None:
     write(tmp_path, shards=2)
     where = json.loads((tmp_path / INDEX).read_text())["weight_map"]["lm_head.weight"]
     other = {"part0.safetensors": "part1.safetensors", "part1.safetensors": "part0.safetensors"}
     edit_index(tmp_path, **{"lm_head.weight": other[where]})
-    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+    assert np.array_equal(
+        open_shards(tmp_path).read("lm_head.weight"), hf_tensors(CASE)["lm_head.weight"]
+    )
+
+
+def test_a_tensor_that_no_shard_has_is_left_out_and_named(tmp_path: Path) -> None:
+    write(tmp_path, shards=2)
+    ghosts = {f"mtp.layers.0.{i}": "part0.safetensors" for i in range(9)}
+    edit_index(tmp_path, **ghosts)
+    (left_out,) = open_shards(tmp_path).left_out
+    assert "mtp.layers.0.0" in left_out and "5 more" in left_out
+
+
+def test_a_shard_may_be_absent_if_it_would_have_only_unused_tensors(tmp_path: Path) -> None:
+    write(tmp_path, shards=2)
+    edit_index(tmp_path, **{"mtp.fc.weight": "part2.safetensors"})
+    with pytest.raises(CheckpointError, match=r"part2\.safetensors"):
         open_shards(tmp_path)
+    shards = open_shards(tmp_path, unused=("mtp.",))
+    assert [file.name for file in shards.files] == ["part0.safetensors", "part1.safetensors"]
+    assert "mtp.fc.weight" in shards.left_out[0] and "part2.safetensors" in shards.left_out[0]
+    edit_index(tmp_path, **{"model.norm": "part2.safetensors"})
+    with pytest.raises(CheckpointError, match=r"part2\.safetensors"):
+        open_shards(tmp_path, unused=("mtp.",))
 
 
-def test_a_tensor_in_two_shards_is_named(tmp_path: Path) -> None:
+def test_of_a_tensor_in_two_listed_shards_the_last_one_counts(tmp_path: Path) -> None:
+    """As in transformers, which reads the files in the order of their names."""
+    write(tmp_path, shards=2)
+    first, second = (tmp_path / f"part{i}.safetensors" for i in range(2))
+    first.write_bytes(shard({"x": np.zeros(2, np.float32), "twice": np.zeros(2, np.float32)}))
+    second.write_bytes(shard({"twice": np.ones(2, np.float32)}))
+    weight_map = {"twice": first.name, "x": first.name, "y": second.name}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    shards = open_shards(tmp_path)
+    assert shards.read("twice").tolist() == [1, 1]
+    assert "twice of part0.safetensors" in shards.left_out[0]
+
+
+def test_a_tensor_in_two_shards_without_an_index_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(shard({"twice": np.zeros(2, np.float32)}))
     (tmp_path / "b.safetensors").write_bytes(shard({"twice": np.zeros(2, np.float32)}))
-    with pytest.raises(CheckpointError, match="twice"):
+    with pytest.raises(CheckpointError, match=r"twice is in a\.safetensors and b\.safetensors"):
         open_shards(tmp_path)
 
 
@@ -176,4 +218,107 @@ def test_a_malformed_index_is_refused_by_name(text: str, tmp_path: Path) -> None
 
 def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="safetensors"):
+        open_shards(tmp_path)
+
+
+# -- files beside the model ------------------------------------------------------------------------
+
+LEFTOVERS = (
+    "._model.safetensors", "._model-00001-of-00002.safetensors", "adapter_model.safetensors",
+    "consolidated.safetensors", "consolidated.00.safetensors", "optimizer.safetensors",
+    "scheduler.safetensors", "rng_state_0.safetensors", "training_args.safetensors",
+    "ema.safetensors", ".cache.safetensors",
+)  # fmt: skip
+
+
+def arrange(folder: Path, kind: str) -> set[str]:
+    """Put the model into `folder` in one of the ways that checkpoints have; returns its files."""
+    write(folder, shards=2)
+    if kind == "index":
+        return {"part0.safetensors", "part1.safetensors"}
+    (folder / INDEX).unlink()
+    names = {
+        "numbered": ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"),
+        "published": ("model.safetensors-00001-of-00002.safetensors",
+                      "model.safetensors-00002-of-00002.safetensors"),
+        "other": ("part0.safetensors", "part1.safetensors"),
+    }  # fmt: skip
+    if kind == "whole":
+        for i in range(2):
+            (folder / f"part{i}.safetensors").unlink()
+        write(folder)
+        return {"model.safetensors"}
+    for i, name in enumerate(names[kind]):
+        (folder / f"part{i}.safetensors").rename(folder / name)
+    return set(names[kind])
+
+
+@pytest.mark.parametrize("kind", ["whole", "index", "numbered", "published", "other"])
+def test_files_beside_the_model_are_left_out_and_named(kind: str, tmp_path: Path) -> None:
+    mine = arrange(tmp_path, kind)
+    for name in LEFTOVERS:
+        (tmp_path / name).write_bytes(b"no safetensors file")
+    shards = open_shards(tmp_path)
+    assert {file.name for file in shards.files} == mine
+    assert set(shards.tensors) == set(hf_tensors(CASE))
+    assert set(shards.left_out) == set(LEFTOVERS)
+
+
+@pytest.mark.parametrize(
+    "name", ["model-00001-of-00009.safetensors", "model (1).safetensors", "model.fp16.safetensors"]
+)
+@pytest.mark.parametrize("kind", ["whole", "index"])
+def test_shards_that_transformers_does_not_read_are_left_out(
+    kind: str, name: str, tmp_path: Path
+) -> None:
+    mine = arrange(tmp_path, kind)
+    (tmp_path / name).write_bytes(b"")
+    shards = open_shards(tmp_path)
+    assert {file.name for file in shards.files} == mine
+    assert shards.left_out == (name,)
+
+
+def test_a_whole_file_wins_over_an_index_and_its_shards(tmp_path: Path) -> None:
+    write(tmp_path, {"old": np.zeros(1, np.float32)}, shards=1)
+    (tmp_path / "model.safetensors").rename(tmp_path / "part0.safetensors")
+    weight_map = {"old": "part0.safetensors", "gone": "part1.safetensors"}
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    write(tmp_path)
+    shards = open_shards(tmp_path)
+    assert [file.name for file in shards.files] == ["model.safetensors"]
+    assert set(shards.tensors) == set(hf_tensors(CASE))
+    assert set(shards.left_out) == {INDEX, "part0.safetensors"}
+
+
+def test_a_stale_index_is_not_even_read_beside_a_whole_file(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / INDEX).write_text("[")
+    assert open_shards(tmp_path).left_out == (INDEX,)
+
+
+def test_an_incomplete_set_of_numbered_shards_is_refused(tmp_path: Path) -> None:
+    arrange(tmp_path, "numbered")
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="1 of the 2 shards"):
+        open_shards(tmp_path)
+
+
+def test_two_sets_of_numbered_shards_without_an_index_are_refused(tmp_path: Path) -> None:
+    arrange(tmp_path, "numbered")
+    (tmp_path / "model-00001-of-00001.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="two sets of shards"):
+        open_shards(tmp_path)
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_a_folder_with_only_such_files_has_no_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(shard({"x": np.zeros(2, np.float32)}))
+    with pytest.raises(CheckpointError, match="neither"):
+        open_shards(tmp_path)
+
+
+def test_a_pipe_or_a_folder_of_a_shards_name_is_no_shard(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "model.safetensors")
+    (tmp_path / "model-00001-of-00001.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="neither"):
         open_shards(tmp_path)

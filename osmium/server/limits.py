@@ -1,0 +1,75 @@
+"""What a client may use: bytes of a body, connections, seconds, items of a request."""
+
+from dataclasses import dataclass
+
+from osmium.errors import RequestError
+
+__all__ = ["DEFAULT_LIMITS", "Limits", "check_count", "check_stop", "shown"]
+
+MAX_MESSAGES = 8192
+MAX_TOOLS = 1024
+MAX_STOP_TEXTS = 64
+MAX_STOP_BYTES = 1024
+"""UTF-8 bytes of one stop text; each token is compared with every stop text."""
+
+SHOWN_CHARS = 200
+"""Characters of a client's value in an error."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the server, for all clients together or for each connection."""
+
+    max_body_bytes: int = 16 << 20
+    """The largest body of a request."""
+    max_connections: int = 512
+    """Open connections; a further one gets 503."""
+    large_body_bytes: int = 256 << 10
+    """A body above this size needs one of `large_bodies` places while it is read and tokenized."""
+    large_bodies: int = 4
+    workers: int = 2
+    """Threads that parse and tokenize bodies; one more does so for the large ones."""
+    head_timeout_s: float = 10.0
+    """Seconds from a connection's start to the end of its request's headers."""
+    body_timeout_s: float = 30.0
+    """Seconds for a body, beyond the time that `min_body_rate` allows."""
+    min_body_rate: int = 64 << 10
+    """Bytes per second of a slow body."""
+    queue_timeout_s: float = 60.0
+    """Seconds that a large body waits for its place."""
+    write_timeout_s: float = 300.0
+    """Seconds in which a client reads nothing of its response."""
+
+
+DEFAULT_LIMITS = Limits()
+
+
+def shown(value: object) -> str:
+    """A client's value for an error, shortened."""
+    text = repr(value)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
+
+
+def check_count(name: str, count: int, limit: int) -> None:
+    """Raises: RequestError for more than `limit` items of a field."""
+    if count > limit:
+        raise RequestError(
+            f"{name} has {count} items; at most {limit} are accepted. Send fewer.",
+            param=name,
+            code="too_many_items",
+        )
+
+
+def check_stop(stop: str | list[str] | None) -> None:
+    """Raises: RequestError for too many stop texts, or one that is too long."""
+    texts = [stop] if isinstance(stop, str) else stop or []
+    check_count("stop", len(texts), MAX_STOP_TEXTS)
+    for i, text in enumerate(texts):
+        size = len(text.encode(errors="replace"))
+        if size > MAX_STOP_BYTES:
+            name = "stop" if isinstance(stop, str) else f"stop[{i}]"
+            raise RequestError(
+                f"{name} has {size} bytes; a stop text has at most {MAX_STOP_BYTES}. Shorten it.",
+                param=name,
+                code="stop_too_long",
+            )
