@@ -3,14 +3,21 @@
 If the prompt ends inside <think>, the response starts with reasoning, up to </think>.
 """
 
-__all__ = ["DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
+from osmium.text.marked import MarkedText
+
+__all__ = ["END_OF_REASONING", "DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
 
 _BEGIN, _END = "<think>", "</think>"
 
+END_OF_REASONING = _END
+"""The text between the reasoning and the answer of a response."""
+
 
 def starts_in_reasoning(prompt: str) -> bool:
-    """Whether a rendered prompt leaves <think> open."""
-    return prompt.rstrip().endswith("<think>")
+    """Whether a rendered prompt leaves <think> open; in a message's text <think> is none."""
+    end = prompt.rstrip()
+    is_markup = not isinstance(end, MarkedText) or end.is_markup(len(end) - len(_BEGIN), len(end))
+    return end.endswith(_BEGIN) and is_markup
 
 
 class ReasoningParser:
