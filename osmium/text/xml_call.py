@@ -23,6 +23,7 @@ from osmium.text.xml_tags import (
     body_start,
     closer_end,
     function_header,
+    opens_call,
     parameter_header,
     skip_openers,
 )
@@ -249,10 +250,10 @@ class XmlCall:
             return at if plain and strong else -1
         if tag:
             last, after = self._follower(text, at + len(tag), final)
-            if tag == FUNCTION_END and last == CALL_END and not strong:
+            if tag == FUNCTION_END and last == CALL_END:
+                if self._bare or (line_start and "\n" in text[at:after]):
+                    return at  # both on lines of their own
                 last, _ = self._follower(text, after + len(CALL_END), final)
-            elif tag == FUNCTION_END and last == CALL_END:
-                last = "end"
             if last is None:
                 return None
             if last == "end" or (last in OPENERS and strong):
@@ -276,14 +277,13 @@ class XmlCall:
             known = self._is_known(text, after, final)
             if known is None:
                 return None
-        if self._strays and strong and not known:
-            ends = self._response_ends(text, after, final)
-            if not ends:
-                self._strays -= ends is not None
-                return None if ends is None else -1
-            return end
+        if self._strays and strong and follower in ("", PARAMETER, PARAMETER_END) and not known:
+            self._strays -= 1
+            return -1
         if follower in ("", PARAMETER_END):
             return -1
+        if not self._bare and "\n" not in text[end:after]:
+            strong = False  # not on a line of its own
         if strong or known or follower == CALL:
             return end
         if follower == FUNCTION_END or follower == CALL_END:
@@ -326,20 +326,10 @@ class XmlCall:
         if self._place.in_reasoning:
             tags += (THINK_END,)
         tag = tag_at(text, after, tags, final)
+        if tag in OPENERS:
+            opens = opens_call(text, after, final)
+            tag = None if opens is None else tag if opens else ""
         return ("end" if tag == THINK_END else tag), after
-
-    def _response_ends(self, text: str, at: int, final: bool) -> bool | None:
-        """Whether the closing tags of a call are at `at`, and nothing behind them."""
-        closed = False
-        for _ in range(MAX_INNER):
-            follower, at = self._follower(text, at, final)
-            if follower is None or follower == "end":
-                return None if follower is None else closed
-            if follower not in (FUNCTION_END, CALL_END):
-                return False
-            closed = closed or follower == CALL_END
-            at += len(follower)
-        return False
 
     # -- calls inside of values --------------------------------------------------------------------
 

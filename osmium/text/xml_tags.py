@@ -16,6 +16,7 @@ __all__ = [
     "body_start",
     "closer_end",
     "function_header",
+    "opens_call",
     "parameter_header",
     "skip_openers",
 ]
@@ -82,6 +83,19 @@ def body_start(text: str, at: int, final: bool) -> bool | None:
         return True
     tag = tag_at(text, after, (PARAMETER, FUNCTION_END, CALL_END), final)
     return None if tag is None else bool(tag)
+
+
+def opens_call(text: str, at: int, final: bool) -> bool | None:
+    """Whether a call's opening tags are at `at`; None if a longer text decides."""
+    start, wrapped = skip_openers(text, at, final)
+    if start is None:
+        return None
+    if wrapped and text.startswith("{", start):
+        return True
+    header = function_header(text, start, final)
+    if not isinstance(header, tuple):
+        return None if header else False
+    return body_start(text, header[1], final)
 
 
 def _line_or(char: str, text: str, start: int) -> int | None:
