@@ -147,6 +147,11 @@ class ResponseParser:
         "tool_calls"."""
         return self._calls
 
+    @property
+    def unparsed(self) -> int:
+        """Characters of text that are not parsed yet, since a longer text decides what they are."""
+        return len(self._text) - self._at
+
     def push(self, text: str) -> list[Delta]:
         """Add `text`; returns what is certain."""
         self._text = self._text[self._at :] + text
@@ -230,6 +235,8 @@ class ResponseParser:
             return self._end_reasoning(text, at, final)
         if tag == _THINK and not self.in_reasoning:
             self._segment(True, trim=True)
+        elif tag == _THINK_END:
+            self._trim = True
         if tag:  # a repeated tag is left out
             return at + len(tag)
         if self._format is None or self._code.in_code:

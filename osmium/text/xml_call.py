@@ -57,6 +57,8 @@ class XmlCall:
         self._line_start = True
         self._bare = False
         """Whether no newline follows the opening tag; then the closing tag needs none before it."""
+        self._newline = "\n"
+        """The newline that is left out before the closing tag, as the opening tag's."""
         self._strays = 0
         """Tags <parameter=...> inside the value that have not been closed."""
         self._inner: XmlCall | None = None
@@ -80,7 +82,7 @@ class XmlCall:
     def _cut_off(self, text: str, at: int) -> int:
         """The response has ended inside the call."""
         if self._step == self._value:
-            self._push(text[at:].removesuffix("\n").removesuffix("\r"))
+            self._push(text[at:].removesuffix(self._newline))
         self._finish(complete=self._step == self._end)
         return len(text)
 
@@ -175,7 +177,7 @@ class XmlCall:
         newline = tag_at(text, at, ("\r\n", "\n"), final)
         if newline is None:
             return None
-        self._bare = not newline
+        self._bare, self._newline = not newline, newline or "\n"
         self._step = self._value
         return at + len(newline)
 
@@ -183,17 +185,17 @@ class XmlCall:
         found = text.find("<", at)
         end = found if found >= 0 else len(text)
         start = end  # of what is kept: the last newline may be the closing tag's
-        if text.endswith("\n", at, end):
-            start -= 2 if text.endswith("\r\n", at, end) else 1
-        elif found < 0 and text.endswith("\r", at, end):
+        if text.endswith(self._newline, at, end):
+            start -= len(self._newline)
+        elif found < 0 and text.endswith(self._newline[0], at, end):
             start -= 1
         self._push(text[at:start])
         if found < 0:
             return start if start > at else None
-        if final and _is_cut(text[found:]):
+        line_start = self._line_start or start < end
+        if final and _is_cut(text[found:], line_start):
             self._finish(complete=False)
             return len(text)
-        line_start = self._line_start or start < end
         closes = self._closes(text, found, final, line_start)
         if self.aborted:
             return found
@@ -326,6 +328,8 @@ class XmlCall:
         if self._place.in_reasoning:
             tags += (THINK_END,)
         tag = tag_at(text, after, tags, final)
+        if final and not tag and any(one.startswith(text[after:]) for one in tags):
+            tag = "end"  # the beginning of a tag
         if tag in OPENERS:
             opens = opens_call(text, after, final)
             tag = None if opens is None else tag if opens else ""
@@ -389,6 +393,6 @@ class XmlCall:
         return after
 
 
-def _is_cut(text: str) -> bool:
+def _is_cut(text: str, line_start: bool) -> bool:
     """Whether the end of a response is the beginning of a closing tag."""
-    return len(text) > 1 and any(tag.startswith(text) for tag in CLOSERS)
+    return len(text) > (not line_start) and any(tag.startswith(text) for tag in CLOSERS)

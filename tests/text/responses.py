@@ -159,7 +159,8 @@ PIECES = (
     "{'a': True}", "\n<tool_call>\n<function=write>\n<parameter=path>\n",
     "\n</parameter>\n</function>\n</tool_call>", "\n</parameter>\n<parameter=content>\n",
     "\n</parameter>\n</function>\n</tool_call>\n<tool_call>\n<function=list>\n</function>\n",
-    "<tool_call>\n{", "}\n</tool_call>", "<tool_call>\n<function=write>\n{", "return '</parameter>'",
+    "<tool_call>\n{", "}\n</tool_call>", "<tool_call>\n<function=write>\n{",
+    "return '</parameter>'",
 )  # fmt: skip
 
 
@@ -194,9 +195,9 @@ def fuzz(seed: int, cases: int) -> None:
 # -- well-formed calls -----------------------------------------------------------------------------
 
 WORDS = (
-    "x", "text ", "\n", "\n\n", " ", "<", "</", "</parameter>;", "</parameter>\nfoo", "</function>;", "<tool_call>",
-    "</tool_call> on", "`", "```\n", '"', "\\", "{", "[1]", "<parameter=zzz>", "é😀", "\t", "'",
-    "return '</parameter>'\n", "</think>", "null", "5", "\r\n",
+    "x", "text ", "\n", "\n\n", " ", "<", "</", "</parameter>;", "</parameter>\nfoo",
+    "</function>;", "<tool_call>", "</tool_call> on", "`", "```\n", '"', "\\", "{", "[1]",
+    "<parameter=zzz>", "é😀", "\t", "'", "return '</parameter>'\n", "</think>", "null", "5", "\r\n",
 )  # fmt: skip
 
 
