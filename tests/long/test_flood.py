@@ -68,7 +68,9 @@ async def watching(server: Server) -> AsyncIterator[Seen]:
         message = {"role": "user", "content": "Hello"}
         body = json.dumps({"messages": [message], **fields}).encode()
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        )
         writer.write(head % len(body) + body)
         try:
             while line := await reader.readline():

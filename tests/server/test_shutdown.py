@@ -91,7 +91,7 @@ def test_a_client_that_reads_nothing_does_not_delay_the_end(end: signal.Signals)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         connection.connect(("127.0.0.1", port))
         body = b'{"prompt":"Hello","stream":true}'
-        head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
         with connection:
             connection.sendall(head % len(body) + body)
             time.sleep(0.3)
