@@ -4,7 +4,6 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 `IncrementalDetokenizer` (text/detokenizer.py) turns ids back into text, piece by piece.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -13,6 +12,7 @@ from enum import StrEnum
 from typing import Any, Protocol
 
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
+from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
@@ -25,6 +25,10 @@ class Decoder(Protocol):
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
+
+
+MAX_INT = 2**63 - 1
+"""Largest integer of a parameter: it fits int64 and converts to float."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +69,6 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
-        inf = math.inf
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
@@ -77,7 +80,9 @@ class SamplingParams:
                 raise _invalid_value(name, value, f"a number from {low} to {high}")
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
-        for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
+        for name, least, most in (
+            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("logprobs", 0, 20),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name != "top_k":
                 continue
@@ -111,7 +116,7 @@ class SamplingParams:
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {value!r}; it must be {rule}.", param=name, code="invalid_value"
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
     )
 
 
