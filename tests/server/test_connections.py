@@ -109,7 +109,7 @@ def test_a_client_that_does_not_read_its_response_is_disconnected() -> None:
         connection = socket.socket()
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         connection.connect(("127.0.0.1", running.port))
-        head = f"{CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(BODY)}\r\n\r\n"
+        head = f"{CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(BODY)}\r\n\r\n"
         with connection:
             connection.sendall(head.encode() + BODY)
             engine.wait_for_request().wait()
@@ -172,7 +172,7 @@ def test_an_idle_connection_makes_room_for_a_new_one(monkeypatch: pytest.MonkeyP
     ("raw", "status"),
     [
         (b"\x00\xff\r\n\r\n", 400),
-        (b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n", 400),
+        (b"GET / HTTP/1.1\r\nHost: localhost\r\nContent-Length: x\r\n\r\n", 400),
         (b"GET / HTTP/1.1\r\nA: " + b"b" * 70_000, 431),
     ],
 )
