@@ -20,6 +20,7 @@ from osmium.kernels.numba_kernels import cuda
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.ops.reference import ReferenceOps
 from tests import needs
+from tests.nogpu.simulator import prepare_simulator
 from tests.ops.cases import TINY, Case, advance_step, as_decode_state, decode_arrays, sample
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -100,7 +101,7 @@ class Simulated(ReferenceOps):
 
 
 def atomic_add(array: Any, index: int, value: Any) -> None:
-    """Stands in for the kernels' add_to in the simulator."""
+    """The kernels' atomic_add in the simulator."""
     cuda.atomic.add(array, index, value)
 
 
@@ -220,8 +221,7 @@ def test_compiled_sampling_kernels_match_their_contracts() -> None:
 
 
 if __name__ == "__main__":
-    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
-    sys.setswitchinterval(5e-5)
+    prepare_simulator()
     first, size = int(sys.argv[1]), CASES.get(sys.argv[2])
     if size is None:
         for offset in range(3):
