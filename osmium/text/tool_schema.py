@@ -1,13 +1,13 @@
 """The tools of a request: names, and the types of their parameters by JSON schema."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 __all__ = ["STRING", "UNTYPED", "Tool", "ValueType", "offered_tools"]
 
-MAX_NESTING = 16
-"""Schemas inside of anyOf, oneOf, allOf and $ref that are followed."""
+MAX_PARTS = 64
+"""Schemas of one value, by anyOf, oneOf, allOf and $ref, that are followed."""
 
 _ALIASES = {
     "str": "string", "text": "string", "varchar": "string", "char": "string", "date": "string",
@@ -95,17 +95,20 @@ def _value_type(schema: Any, root: Any) -> ValueType:
     return ValueType(frozenset(names), frozenset(strings))
 
 
-def _alternatives(schema: Any, root: Any, nesting: int = 0) -> Iterable[Mapping[str, Any]]:
-    """A schema and those that it combines or refers to."""
-    if not isinstance(schema, Mapping) or nesting > MAX_NESTING:
-        return
-    yield schema
-    for key in ("anyOf", "oneOf", "allOf"):
-        several = schema.get(key)
-        for one in several if isinstance(several, list) else ():
-            yield from _alternatives(one, root, nesting + 1)
-    if isinstance(schema.get("$ref"), str):
-        yield from _alternatives(_target(schema["$ref"], root), root, nesting + 1)
+def _alternatives(schema: Any, root: Any) -> Iterator[Mapping[str, Any]]:
+    """A schema and those that it combines or refers to, each once, in order."""
+    waiting, seen = [schema], set[int]()
+    while waiting and len(seen) < MAX_PARTS:
+        one = waiting.pop(0)
+        if not isinstance(one, Mapping) or id(one) in seen:
+            continue
+        seen.add(id(one))
+        yield one
+        for key in ("anyOf", "oneOf", "allOf"):
+            several = one.get(key)
+            waiting += several[:MAX_PARTS] if isinstance(several, list) else []
+        if isinstance(one.get("$ref"), str):
+            waiting.append(_target(one["$ref"], root))
 
 
 def _target(reference: str, root: Any) -> Any:

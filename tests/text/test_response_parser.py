@@ -484,6 +484,7 @@ def test_a_value_gets_the_type_of_the_schema(key: str, text: str, wanted: Any) -
         ({"allOf": [{"type": "integer"}]}, "4", 4),
         ({"$ref": "#/$defs/Size"}, "4", 4),
         ({"$ref": "#/$defs/Loop"}, "4", "4"),
+        ({"anyOf": [{"$ref": "#/$defs/Many"}, {"type": "integer"}]}, "4", 4),
         ({"$ref": "elsewhere.json"}, "4", "4"),
         ({"enum": [1, 2]}, "2", 2),
         ({"enum": ["1", 2]}, "1", "1"),
@@ -507,8 +508,10 @@ def test_types_of_unions_references_and_unusual_schemas(
 ) -> None:
     one = tool("write", x=schema)
     one["function"]["parameters"]["$defs"] = {
-        "Size": {"type": "integer"}, "Loop": {"$ref": "#/$defs/Loop"}
-    }  # fmt: skip
+        "Size": {"type": "integer"},
+        "Loop": {"$ref": "#/$defs/Loop"},
+        "Many": {"anyOf": [{"$ref": "#/$defs/Many"} for _ in range(20)]},
+    }
     assert value(text, "x", tools=[one]) == wanted
 
 
