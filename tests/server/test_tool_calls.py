@@ -99,7 +99,7 @@ def test_calls_after_reasoning_leave_both_apart() -> None:
 
 def test_the_official_client_assembles_streamed_calls() -> None:
     with client_of(engine_of(TWO_CALLS)) as http:
-        client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="none", http_client=http)  # type: ignore[arg-type]
+        client = openai.OpenAI(base_url=f"{BASE_URL}/v1", api_key="none", http_client=http)
         with client.chat.completions.stream(
             model="any",
             messages=[{"role": "user", "content": "Hello"}],
