@@ -187,6 +187,10 @@ def _layer_types(read: Section, layers: int) -> tuple[LayerType, ...]:
     return tuple(names[kind] for kind in kinds)
 
 
+MAX_EOS = 256
+"""Most end tokens of a model: each generated token is compared with all of them."""
+
+
 def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
     ids: set[int] = set()
     for source in sources:
@@ -202,6 +206,8 @@ def _eos_token_ids(*sources: Mapping[str, Any]) -> tuple[int, ...]:
                 raise CheckpointError(
                     f"eos_token_id has {shown(token)}; ids are integers from 0 to {MAX_POSITIONS}."
                 )
+    if len(ids) > MAX_EOS:
+        raise CheckpointError(f"eos_token_id lists {len(ids)} ids; it may list {MAX_EOS}.")
     return tuple(sorted(ids))
 
 

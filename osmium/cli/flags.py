@@ -210,8 +210,32 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         metavar="PORT",
         help="port to listen on (8012; 0: any free port)",
     )
-    add("--api-key", metavar="KEY", help="require this key from clients ($OSMIUM_API_KEY; none)")
-    add("--cors-origin", default="*", metavar="ORIGIN", help="origin allowed in browsers (*)")
+    add(
+        "--api-key-file",
+        metavar="FILE",
+        help="require a key from clients, one of the lines of FILE (none)",
+    )
+    add(
+        "--api-key",
+        metavar="KEY",
+        help="require this key; other users may see it in `ps` at start ($OSMIUM_API_KEY; none)",
+    )
+    add(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="name by which clients reach the server, as box.lan or *.lan; may be repeated "
+        "(localhost and literal addresses)",
+    )
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use the server, as https://app.example, or * for all; may be "
+        "repeated (those of this machine)",
+    )
     add(
         "--max-body-mb",
         type=integer(1, 1024),

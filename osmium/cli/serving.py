@@ -3,10 +3,10 @@
 import argparse
 import gc
 import json
-import os
 import sys
 from typing import Any
 
+from osmium.cli.api_keys import api_keys
 from osmium.cli.benchmark import DEFAULTS, bench, measure_and_show
 from osmium.cli.commands import print_resumable
 from osmium.cli.flags import BENCH_DEFAULTS, engine_options
@@ -31,6 +31,7 @@ def serve_model(args: argparse.Namespace) -> None:
         args.kv_cache_mb = None if args.kv_cache_mb is None else (args.kv_cache_mb,)
         bench(args)
         return
+    keys = api_keys(args.api_key, args.api_key_file)
     model, options = engine_options(args)
     EngineConfig(**options)  # raises for an invalid flag before the port opens
     model = named_model(model, args.cache_dir)
@@ -55,8 +56,9 @@ def serve_model(args: argparse.Namespace) -> None:
             loader,
             address=args.host,
             port=args.port,
-            api_key=args.api_key or os.environ.get("OSMIUM_API_KEY"),
+            api_key=keys,
             cors_origin=args.cors_origin,
+            allowed_host=args.allowed_host,
             served_model_name=args.served_model_name,
             limits=Limits(
                 max_body_bytes=args.max_body_mb << 20, max_connections=args.max_connections

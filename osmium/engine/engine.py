@@ -7,6 +7,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,6 +25,7 @@ from osmium.engine.request import (
     Token,
     TokenMask,
     check_ids,
+    check_params,
     context_error,
     step_error,
 )
@@ -117,19 +119,16 @@ class Engine:
         check_ids(ids, self.config.vocab_size)
         if len(ids) >= self.context:
             raise context_error(self.context, f"{len(ids)} tokens")
-        for token in params.logit_bias:
-            if token >= self.config.vocab_size:
-                raise RequestError(
-                    f"logit_bias names token {token}; the vocabulary has {self.config.vocab_size}.",
-                    param="logit_bias",
-                    code="invalid_value",
-                )
+        check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
+        special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
+        stops = StopMatcher(
+            decoder, params.stop, params.stop_after, [i for i in special_ids if i is not None]
+        )
         seed = secrets.randbits(63) if params.seed is None else params.seed
         request = Request(
-            ids, params, on_event, StopMatcher(decoder, params.stop), seed, self.context,
-            skip_prefill, token_mask,
-        )  # fmt: skip
+            ids, params, on_event, stops, seed, self.context, skip_prefill, token_mask
+        )
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -164,7 +163,7 @@ class Engine:
                     last = event
                     continue
                 if last is not None:
-                    yield Token(last.id, last.text + event.text, last.logprob, last.top)
+                    yield replace(last, text=last.text + event.text)
                 if event.error is not None:
                     raise event.error
                 return
@@ -451,13 +450,14 @@ class Engine:
         request.tokens.append(token)
         if request.token_mask is not None:
             request.token_mask.push(token)
-        params = request.params
-        if token in self.config.eos_token_ids and not params.ignore_eos:
+        stops = request.stop_matcher
+        is_eos = token in self.config.eos_token_ids and not request.params.ignore_eos
+        if is_eos or token in request.stop_token_ids or stops.stops_at(token):
             self._finish(request, FinishReason.STOP)
             return
-        text = request.stop_matcher.push(token)
-        request.emit(Token(token, text, logprob, top))
-        if request.stop_matcher.matched:
+        start, text = stops.length, stops.push(token)
+        request.emit(Token(token, text, logprob, top, start, stops.length))
+        if stops.matched:
             self._finish(request, FinishReason.STOP)
         elif request.tokens_left <= 0:
             self._finish(request, FinishReason.LENGTH)

@@ -248,7 +248,7 @@ def make_plan(
         rest += embed  # the head has its own copy
     if not hardware.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * host_experts)
-        ram = {"weights, mapped": host_experts + embed + rest, "f32 copies": copies, **fixed}
+        ram = {"weights": host_experts + embed + rest, "f32 copies": copies, **fixed}
         slots, vram, vram_limit = experts, {}, 0
         if options.expert_slots is not None:
             slots = _checked_slots(options.expert_slots, config)

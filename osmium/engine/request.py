@@ -1,10 +1,9 @@
 """Requests, sampling parameters, and the events of a response: tokens and its end.
 
 Values with arithmetic on them.  The engine works on token ids; tokenizing is the caller's.  An
-`IncrementalDetokenizer` (text/tokenizer.py) turns ids back into text, piece by piece.
+`IncrementalDetokenizer` (text/detokenizer.py) turns ids back into text, piece by piece.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -16,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
+from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "context_error", "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -28,6 +28,10 @@ class Decoder(Protocol):
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
+
+
+MAX_INT = 2**63 - 1
+"""Largest integer of a parameter: it fits int64 and converts to float."""
 
 
 class TokenMask(Protocol):
@@ -68,6 +72,10 @@ class SamplingParams:
     """Added to logits, by token id."""
     stop: tuple[str, ...] = ()
     """Texts that end the response and are not part of it."""
+    stop_after: str = ""
+    """Stop texts count after this text and the newlines that follow it; empty: in all text."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end the response and are not part of it."""
     max_tokens: int | None = None
     """Most tokens of the response; None continues to the end of the context."""
     ignore_eos: bool = False
@@ -77,7 +85,6 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
-        inf = math.inf
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
@@ -89,7 +96,9 @@ class SamplingParams:
                 raise _invalid_value(name, value, f"a number from {low} to {high}")
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
-        for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
+        for name, least, most in (
+            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("logprobs", 0, 20),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name != "top_k":
                 continue
@@ -103,6 +112,13 @@ class SamplingParams:
             isinstance(text, str) and text for text in self.stop
         ):
             raise _invalid_value("stop", self.stop, "a tuple of texts, none of them empty")
+        if not isinstance(self.stop_after, str):
+            raise _invalid_value("stop_after", self.stop_after, "a text")
+        if not isinstance(self.stop_token_ids, tuple | list) or not all(
+            isinstance(token, int) and not isinstance(token, bool) and token >= 0
+            for token in self.stop_token_ids
+        ):
+            raise _invalid_value("stop_token_ids", self.stop_token_ids, "a tuple of token ids")
         if not isinstance(self.logit_bias, Mapping):
             raise _invalid_value("logit_bias", self.logit_bias, "a mapping")
         for token, bias in self.logit_bias.items():
@@ -121,7 +137,7 @@ class SamplingParams:
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {value!r}; it must be {rule}.", param=name, code="invalid_value"
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
     )
 
 
@@ -146,6 +162,10 @@ class Token:
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
     """The likeliest alternatives and their log-probabilities."""
+    start: int = 0
+    """Characters of the response before this token, before stop texts end it."""
+    end: int = 0
+    """The same with this token; `start` if it completes no character."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +215,7 @@ class Request:
         self.params = params
         self.emit = emit
         self.stop_matcher = stop_matcher
+        self.stop_token_ids = frozenset(params.stop_token_ids)
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         """Most tokens of prompt and response together."""
@@ -284,3 +305,15 @@ def check_ids(ids: list[int], vocab: int) -> None:
             param="prompt",
             code="invalid_token",
         )
+
+
+def check_params(params: SamplingParams, vocab: int) -> None:
+    """Check the token ids of `params` against a vocabulary of `vocab` ids.  Raises: RequestError"""
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(params, name):
+            if token >= vocab:
+                raise RequestError(
+                    f"{name} names token {token}; the vocabulary has {vocab}.",
+                    param=name,
+                    code="invalid_value",
+                )

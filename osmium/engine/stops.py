@@ -3,6 +3,8 @@
 Text that may be the beginning of a stop text is held back.  A stop text itself is never delivered.
 """
 
+from collections.abc import Collection
+
 from osmium.engine.request import Decoder
 
 __all__ = ["StopMatcher"]
@@ -11,16 +13,39 @@ __all__ = ["StopMatcher"]
 class StopMatcher:
     """Detokenizes one response and ends it at a stop text."""
 
-    def __init__(self, decoder: Decoder | None, stop: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        decoder: Decoder | None,
+        stop: tuple[str, ...],
+        after: str = "",
+        token_ids: Collection[int] = (),
+    ) -> None:
+        """Stop texts count after the text `after` and the newlines that follow it.
+
+        `token_ids` are stop texts that are special tokens, which have no text.
+        """
         self.decoder = decoder
         self.stop = stop
-        self._held = ""
+        self.length = 0
+        """Characters of the response so far, before stop texts end it."""
         self.matched = False
         """Whether a stop text was found; no text follows it."""
+        self._after = after
+        self._token_ids = frozenset(token_ids)
+        self._tail = ""
+        """The end of the text so far, while it may be the beginning of `after`."""
+        self._skips_newlines = False
+        self._held = ""
+
+    def stops_at(self, token: int) -> bool:
+        """Whether the token is a stop text that counts by now."""
+        return token in self._token_ids and not self._after
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is final by now, without the text held back."""
-        return self._release(self.decoder.push(token) if self.decoder else "")
+        text = self.decoder.push(token) if self.decoder else ""
+        self.length += len(text)
+        return self._release(text)
 
     def flush(self) -> str:
         """The text still held back at the end of a response."""
@@ -32,14 +57,36 @@ class StopMatcher:
         return text
 
     def _release(self, more: str) -> str:
+        if not self.stop:
+            return more
+        before, more = self._before_stops(more)
         text = self._held + more
         matches = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
-        if matches:
+        if self.matched or matches:
             self.matched, self._held = True, ""
-            return text[: min(matches)]
+            return before + text[: min(matches, default=0)]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        return before + text[: len(text) - keep]
+
+    def _before_stops(self, more: str) -> tuple[str, str]:
+        """`more` in two parts; stop texts count in the second."""
+        if self._after:
+            text = self._tail + more
+            at = text.find(self._after)
+            if at < 0:
+                self._tail = text[max(len(text) - len(self._after) + 1, 0) :]
+                return more, ""
+            end = at + len(self._after) - len(self._tail)
+            self.matched = self._after in self.stop
+            self._after, self._skips_newlines = "", True
+        else:
+            end = 0
+        if self._skips_newlines and not self.matched:
+            rest = more[end:].lstrip("\n")
+            self._skips_newlines = not rest
+            end = len(more) - len(rest)
+        return more[:end], more[end:]
 
 
 def _overlap(text: str, stop: str) -> int:

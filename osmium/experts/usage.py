@@ -122,7 +122,8 @@ def save_usage(path: Path, fingerprint: str, usage: UsageSnapshot) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        with open(partial, "wb") as file:
+        partial.unlink(missing_ok=True)
+        with open(partial, "xb") as file:  # a new file: no link is followed
             file.write(MAGIC + zlib.crc32(body).to_bytes(4, "little") + body)
             file.flush()
             os.fsync(file.fileno())

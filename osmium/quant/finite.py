@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.quant.expert_layout import ExpertLayout
+from osmium.quant.expert_layout import ExpertLayout, group_of
 
-__all__ = ["expert_scales", "first_not_finite", "is_finite"]
+__all__ = ["first_not_finite", "is_finite", "packed_is_finite"]
 
 _EXPONENTS = {np.dtype(np.uint16): 0x7F80, np.dtype(np.float16): 0x7C00,
               np.dtype(np.float32): 0x7F800000}  # fmt: skip
@@ -45,14 +45,15 @@ def first_not_finite(x: npt.NDArray[Any]) -> tuple[tuple[int, ...], str, int] | 
     return index, kind, int(bad.sum())
 
 
-def expert_scales(packed: npt.NDArray[np.uint8], layout: ExpertLayout) -> list[npt.NDArray[Any]]:
-    """The scales of a packed expert, u8 [nbytes]: of gate and up, and of down.  None in 16 bits."""
+def packed_is_finite(packed: npt.NDArray[np.uint8], layout: ExpertLayout) -> bool:
+    """Whether packed experts, u8 [..., nbytes], have finite scales; in 16 bits finite values."""
     if layout.bits == 16:
-        return []
+        return is_finite(packed.view(np.uint16))
     dtype = np.dtype(np.float32 if layout.bits == 8 else np.float16)
-    down = layout.hidden * (1 if layout.bits == 8 else layout.inner // layout.down_group)
-    up = 2 * layout.inner * (1 if layout.bits == 8 else layout.hidden // layout.up_group)
-    return [
-        packed[start : start + count * dtype.itemsize].view(dtype)
-        for start, count in ((layout.up_scale, up), (layout.down_scale, down))
-    ]
+    up, down = (2 * layout.inner, layout.hidden), (layout.hidden, layout.inner)
+    for start, (rows, columns) in ((layout.up_scale, up), (layout.down_scale, down)):
+        count = rows if layout.bits == 8 else rows * (columns // group_of(columns))
+        raw = packed[..., start : start + count * dtype.itemsize]
+        if not is_finite(np.ascontiguousarray(raw).view(dtype)):
+            return False
+    return True

@@ -17,10 +17,13 @@ def quantize(w: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDAr
     f32 [..., N, K] -> i8 [..., N, K], f32 [..., N]
     """
     with np.errstate(all="ignore"):  # values that are not finite
-        scale = (np.abs(w).max(axis=-1, initial=0.0) / 127).astype(np.float32)
+        highest, lowest = w.max(axis=-1, initial=0.0), w.min(axis=-1, initial=0.0)
+        largest = np.maximum(np.abs(highest), np.abs(lowest))  # without an array of |w|
+        scale = (largest / 127).astype(np.float32)
         inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale > 0)
-        q = np.rint(w * inverse[..., None])
-        return np.clip(q, -127, 127).astype(np.int8), scale
+        q = np.multiply(w, inverse[..., None], dtype=np.float32)
+        np.clip(np.rint(q, out=q), -127, 127, out=q)
+        return q.astype(np.int8), scale
 
 
 def dequantize(q: npt.NDArray[Any], scale: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -6,7 +6,6 @@ while the socket is already open; /health reports the progress.
 
 import asyncio
 import errno
-import hmac
 import json
 import logging
 import signal
@@ -14,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, cast
 
@@ -23,16 +22,22 @@ from starlette.applications import Starlette
 from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish
 from osmium.errors import ConfigError, EngineStopped, OsmiumError, RequestError
+from osmium.server.access import (
+    AccessMiddleware,
+    is_address,
+    open_to,
+    parse_hosts,
+    parse_keys,
+    parse_origins,
+)
 from osmium.server.body import BodyReader, ErrorResponse
 from osmium.server.connections import HttpConfig
 from osmium.server.limits import DEFAULT_LIMITS, Limits
@@ -76,7 +81,10 @@ class BackgroundLoader:
 
     def _run(self) -> None:
         try:
-            self.engine = self._load(self._report)
+            engine = self._load(self._report)
+            if engine.tokenizer is not None:
+                engine.tokenizer.max_token_bytes  # noqa: B018 - slow once, so before any request
+            self.engine = engine
         except BaseException as error:  # /health reports it; serve() raises it again
             self.failure = error
         if self.on_done is not None:
@@ -103,13 +111,17 @@ class BackgroundLoader:
 def create_app(
     loader: BackgroundLoader,
     *,
-    api_key: str | None = None,
-    cors_origin: str = "*",
+    api_key: str | Sequence[str] | None = None,
+    cors_origin: str | Sequence[str] = (),
+    allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     shutdown: Shutdown | None = None,
 ) -> Starlette:
-    """The app.  With an `api_key`, all routes but /health need `Authorization: Bearer KEY`."""
+    """The app.  With an `api_key`, or several, all routes but /health need one of them.
+
+    `cors_origin` and `allowed_host` are allowed besides local ones.  Raises: ConfigError.
+    """
     shutdown, bodies = shutdown or Shutdown(), BodyReader(limits)
 
     @asynccontextmanager
@@ -119,8 +131,11 @@ def create_app(
         bodies.close()
         await shutdown.close(loader.close)
 
-    cors = Middleware(
-        CORSMiddleware, allow_origins=[cors_origin], allow_methods=["*"], allow_headers=["*"]
+    access = Middleware(
+        AccessMiddleware,
+        allowed_hosts=parse_hosts(_listed(allowed_host)),
+        cors_origins=parse_origins(_listed(cors_origin)),
+        api_keys=parse_keys(_listed(api_key)),
     )
     app = Starlette(
         routes=[
@@ -133,7 +148,7 @@ def create_app(
             Route("/v1/completions", completions, methods=["POST"]),
             Route("/v1/embeddings", embeddings, methods=["POST"]),
         ],
-        middleware=[cors, *([Middleware(ApiKeyMiddleware, key=api_key)] if api_key else [])],
+        middleware=[access],
         exception_handlers={
             OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect,
             Exception: on_internal_error,
@@ -145,21 +160,8 @@ def create_app(
     return app
 
 
-class ApiKeyMiddleware:
-    """Answers 401 to requests without the API key."""
-
-    def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self.key = app, key.encode()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] != "/health":
-            header = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(header, b"Bearer " + self.key):
-                error = RequestError("The API key is missing or wrong.", code="invalid_api_key")
-                response = JSONResponse(error_body(error), 401, {"WWW-Authenticate": "Bearer"})
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
+def _listed(values: str | Sequence[str] | None) -> list[str]:
+    return [values] if isinstance(values, str) else list(values or ())
 
 
 # -- errors ----------------------------------------------------------------------------------------
@@ -306,12 +308,13 @@ async def _answer(request: Request, engine: Engine, prepared: Prepared) -> Respo
         except RuntimeError:
             pass  # the server has stopped, and its event loop is closed
 
-    request.app.state.shutdown.watch(events)
+    shutdown: Shutdown = request.app.state.shutdown
+    shutdown.watch(events)
     response = prepared.response
     handle = engine.submit(prepared.ids, prepared.params, on_event)
     if prepared.stream:
         return EventSourceResponse(
-            _stream(engine, handle, events, response, prepared.usage),
+            _stream(engine, handle, events, response, prepared.usage, shutdown),
             sep="\n",
             background=BackgroundTask(engine.cancel, handle),  # for a stream that never started
             ping=PING_INTERVAL_S,
@@ -346,6 +349,7 @@ async def _stream(
     events: "asyncio.Queue[Event | None]",
     response: ResponseBuilder,
     usage: bool,
+    shutdown: Shutdown,
 ) -> AsyncIterator[dict[str, str]]:
     """Yield one response as server-sent events.  Its end, for any reason, cancels the request."""
     try:
@@ -360,6 +364,8 @@ async def _stream(
                 break
         if event.error is not None:
             yield _data(error_body(event.error))
+            if not shutdown.begun:
+                return  # without [DONE], a client knows that the engine failed
         elif usage:
             yield _data(response.usage_chunk())
         yield {"data": "[DONE]"}
@@ -384,8 +390,9 @@ def serve(
     *,
     address: str = "127.0.0.1",
     port: int = 8012,
-    api_key: str | None = None,
-    cors_origin: str = "*",
+    api_key: str | Sequence[str] | None = None,
+    cors_origin: str | Sequence[str] = (),
+    allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
 ) -> None:
@@ -393,12 +400,16 @@ def serve(
 
     Raises: ConfigError if the port is in use, and the error that stopped the loading or the engine.
     """
-    listening = _listen(address, port)
+    hosts = [*_listed(allowed_host), *([] if is_address(address) else [address])]
     shutdown = Shutdown()
     app = create_app(
-        loader, api_key=api_key, cors_origin=cors_origin, served_model_name=served_model_name,
-        limits=limits, shutdown=shutdown,
+        loader, api_key=api_key, cors_origin=cors_origin, allowed_host=hosts,
+        served_model_name=served_model_name, limits=limits, shutdown=shutdown,
     )  # fmt: skip
+    listening = _listen(address, port)
+    warning = open_to(listening.getsockname()[0], hosts, _listed(cors_origin), bool(api_key))
+    if warning is not None:
+        log.warning(warning)
     config = HttpConfig(
         app, limits, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
         lifespan="on", backlog=ACCEPTS,

@@ -65,9 +65,14 @@ class ResponseBuilder:
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
         self._texts = {"reasoning": "", "content": ""}
-        self._logprobs: list[dict[str, Any]] = []
-        self._completion_tokens: list[tuple[Token, int]] = []
-        """Completions: each token, and the characters of text before it."""
+        self._pending: list[Token] = []
+        """Tokens with log-probabilities whose text is not final yet."""
+        self._tokens: list[Token] = []
+        """The answer's tokens with log-probabilities."""
+        self._length = 0
+        """Characters of reasoning and answer that are final, tags included."""
+        self._answer_start = None if thinking else 0
+        """Characters before the answer; None while there is no answer."""
         kind = "chat.completion" if chat else "text_completion"
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -89,15 +94,12 @@ class ResponseBuilder:
             rest = self.reasoning.flush()
             reasoning, answer = reasoning + rest[0], answer + rest[1]
             self.finish = event
-        before = len(self._texts["content"])
         self._texts["reasoning"] += reasoning
         self._texts["content"] += answer
-        logprobs = None
-        if isinstance(event, Token) and event.logprob is not None:
-            self._completion_tokens.append((event, before))
-            entry = self._logprob(event)
-            self._logprobs.append(entry)
-            logprobs = {"content": [entry]} if self.chat else self._completion_logprobs(-1)
+        self._length += len(event.text)
+        if answer and self._answer_start is None:
+            self._answer_start = self._length - len(answer)
+        logprobs = self._logprobs(self._final_tokens(event))
         chunks = []
         if reasoning:
             chunks.append(self._chunk({"reasoning_content": reasoning, "reasoning": reasoning}))
@@ -107,6 +109,27 @@ class ResponseBuilder:
         if isinstance(event, Finish) and event.error is None:
             chunks.append(self._chunk({} if self.chat else "", finish=_reason(event)))
         return chunks
+
+    def _final_tokens(self, event: Token | Finish) -> list[Token]:
+        """The answer's tokens with log-probabilities whose text is final with this event.
+
+        No token of the reasoning is among them, and none of a stop text.
+        """
+        if isinstance(event, Token) and event.logprob is not None:
+            self._pending.append(event)
+        if not self._pending:
+            return []
+        answer_start = self._answer_start
+        if answer_start is None:  # tokens of final text without an answer are reasoning
+            self._pending = [token for token in self._pending if token.end > self._length]
+            return []
+        is_stop_text = self._pending[-1].end > self._length
+        ends = isinstance(event, Finish) and not is_stop_text
+        final = [token for token in self._pending if ends or token.start < self._length]
+        self._pending = self._pending[len(final) :]
+        final = [t for t in final if t.start >= answer_start or t.end > answer_start]
+        self._tokens += final
+        return final
 
     def usage_chunk(self) -> dict[str, Any]:
         """The last chunk of a stream with stream_options.include_usage."""
@@ -136,10 +159,9 @@ class ResponseBuilder:
                 message["reasoning_content"] = self._texts["reasoning"]
                 message["reasoning"] = self._texts["reasoning"]
             text: dict[str, Any] = {"message": message}
-            logprobs: Any = {"content": self._logprobs} if self._logprobs else None
         else:
             text = {"text": content}
-            logprobs = self._completion_logprobs(0) if self._completion_tokens else None
+        logprobs = self._logprobs(self._tokens)
         reason = _reason(self.finish)
         choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [choice], "usage": self.usage()}
@@ -157,6 +179,14 @@ class ResponseBuilder:
 
     # -- log-probabilities -------------------------------------------------------------------------
 
+    def _logprobs(self, tokens: list[Token]) -> dict[str, Any] | None:
+        """Log-probabilities of tokens; None without tokens."""
+        if not tokens:
+            return None
+        if self.chat:
+            return {"content": [self._logprob(token) for token in tokens]}
+        return self._completion_logprobs(tokens)
+
     def _logprob(self, token: Token) -> dict[str, Any]:
         """A token's log-probability in the form of chat completions."""
         assert token.logprob is not None, "called for tokens with a logprob"
@@ -171,17 +201,16 @@ class ResponseBuilder:
             "bytes": list(raw),
         }
 
-    def _completion_logprobs(self, start: int) -> dict[str, Any]:
-        """Log-probabilities in the form of completions, of the tokens from `start` on."""
-        tokens = self._completion_tokens[start:]
+    def _completion_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
+        """Log-probabilities in the form of completions."""
         return {
-            "tokens": [self._token_entry(t.id, 0)["token"] for t, _ in tokens],
-            "token_logprobs": [t.logprob for t, _ in tokens],
+            "tokens": [self._token_entry(t.id, 0)["token"] for t in tokens],
+            "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
                 {self._token_entry(other, 0)["token"]: logprob for other, logprob in t.top}
-                for t, _ in tokens
+                for t in tokens
             ],
-            "text_offset": [before for _, before in tokens],
+            "text_offset": [t.start for t in tokens],
         }
 
 

@@ -4,7 +4,7 @@ Everything here runs on a worker thread, as it takes time that grows with the bo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams, context_error
@@ -18,7 +18,7 @@ from osmium.server.schema import (
     sampling_params,
     template_options,
 )
-from osmium.text.reasoning import starts_in_reasoning
+from osmium.text.reasoning import END_OF_REASONING, starts_in_reasoning
 
 __all__ = ["Prepare", "Prepared", "prepare_chat", "prepare_completion"]
 
@@ -50,6 +50,8 @@ def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
     prompt = engine.template.render(body.messages, tools, **template_options(body))
     ids = _encode(engine, prompt)
     thinking = starts_in_reasoning(prompt)
+    if thinking:
+        params = replace(params, stop_after=END_OF_REASONING)
     response = ResponseBuilder(name, engine.tokenizer, chat=True, thinking=thinking)
     return Prepared(bool(body.stream), _wants_usage(body), ids, params, response)
 

@@ -11,6 +11,7 @@ import msgspec
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
 from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS, check_count, check_stop, shown
+from osmium.server.surrogates import replace_surrogates
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
@@ -38,6 +39,7 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
     max_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
@@ -81,12 +83,13 @@ Body = TypeVar("Body", ChatRequest, CompletionRequest)
 def parse(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
     """Decode a body, with at most `max_ids` token ids beside its other values.
 
+    Half a surrogate pair becomes U+FFFD.
     Raises: RequestError that names the path of the wrong value, or the limit.
     """
     hint = f" A prompt has at most {max_ids} token ids." if max_ids else ""
     check_json_shape(body, MAX_VALUES + max_ids, hint=hint)
     try:
-        request = msgspec.json.decode(body, type=kind)
+        request = _decode(body, kind)
     except msgspec.ValidationError as error:
         text = str(error)
         path = re.search(r" - at `\$\.?(.*?)`$", text)
@@ -99,6 +102,18 @@ def parse(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
         raise RequestError(f"The body is not JSON: {error}.", code="invalid_json") from None
     _check(request)
     return request
+
+
+def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        repaired = replace_surrogates(body)
+        if repaired == body:
+            raise
+        return msgspec.json.decode(repaired, type=kind)
 
 
 def _check(request: BaseRequest) -> None:
@@ -206,6 +221,8 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
     }
     if request.stop is not None:
         given["stop"] = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop)
+    if request.stop_token_ids is not None:
+        given["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.max_tokens is not None:
         given["max_tokens"] = request.max_tokens
     names: dict[str | None, str] = {}

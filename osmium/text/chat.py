@@ -14,10 +14,10 @@ import jinja2
 import jinja2.nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from osmium.errors import CheckpointError, RequestError
 from osmium.text.added_tokens import content_of
+from osmium.text.marked import MarkedText, TrackingEnvironment, concat, markup
 from osmium.text.template_files import template_sources
 
 __all__ = ["ChatTemplate", "normalise"]
@@ -27,6 +27,16 @@ _TEMPLATE_ERRORS = (
     RecursionError,
 )  # fmt: skip
 """Exceptions of a template whose messages have an unexpected form."""
+
+_ROLES = ("system", "user", "assistant", "tool")
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning; the first that it has counts."""
+
+_MAX_ENCODED = 4
+"""How often a call's arguments may be encoded as JSON."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 MAX_DEPTH = 100
 """Deepest nesting of a template's statements and expressions; the demo's template has 15 levels."""
@@ -50,7 +60,7 @@ class _Generation(Extension):
         return list(parser.parse_statements(("name:endgeneration",), drop_needle=True))
 
 
-class _Sandbox(ImmutableSandboxedEnvironment):
+class _Sandbox(TrackingEnvironment):
     """Jinja's sandbox, in which arithmetic has bounded results; it is not computed at compiling."""
 
     intercepted_binops = frozenset({"*", "**", "%"})
@@ -106,7 +116,8 @@ class ChatTemplate:
         env.filters["tojson"] = _tojson
         env.globals["raise_exception"] = _raise
         env.globals["strftime_now"] = _now
-        self._tokens, self._defaults = dict(tokens or {}), dict(defaults or {})
+        self._tokens = {name: markup(token) for name, token in (tokens or {}).items()}
+        self._defaults = dict(defaults or {})
         try:
             self._template = _compiled(env, source)
             self._tool_template = self._template
@@ -147,13 +158,14 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt.  `variables` are the template's own, such as enable_thinking.
+        """The prompt, a MarkedText.  `variables` are the template's own, such as enable_thinking.
 
+        Half a surrogate pair, which is not Unicode, becomes U+FFFD.
         Raises: RequestError if the template fails on the messages.
         """
         template = self._tool_template if tools else self._template
         try:
-            return template.render(
+            text = template.render(
                 {
                     **self._tokens,
                     **self._defaults,
@@ -170,6 +182,11 @@ class ChatTemplate:
                 param="messages",
                 code="template_error",
             ) from None
+        if not isinstance(text, MarkedText):
+            text = MarkedText(text)
+        if not text.isascii() and _SURROGATE.search(text):
+            text = MarkedText(_SURROGATE.sub("\ufffd", text), text.mask)
+        return text
 
 
 def _compiled(env: _Sandbox, source: str) -> jinja2.Template:
@@ -191,8 +208,10 @@ def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates expect them.
 
     Leading system and developer messages are merged into one; later ones get the role "user".
-    Contents in parts become text.  A tool call's arguments become an object.  `reasoning` is copied
-    to `reasoning_content`.  Raises: RequestError that names the message.
+    Contents in parts become text.  A tool call's arguments become an object.  Reasoning has the
+    name `reasoning_content`; without it, the tags of a think block that begins an assistant's
+    content are markup.  So is a role, of which templates make tokens.  Raises: RequestError that
+    names the message.
     """
     if not messages:
         raise RequestError("messages is empty; send at least one.", param="messages",
@@ -210,9 +229,12 @@ def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 continue
             if normalised:
                 role = "user"
-        message["role"] = role
-        if "reasoning" in message and "reasoning_content" not in message:
-            message["reasoning_content"] = message["reasoning"]
+        message["role"] = markup(role) if role in _ROLES else role
+        reasoning = next((message[name] for name in _REASONING if name in message), None)
+        if reasoning is not None:
+            message["reasoning_content"] = reasoning
+        elif role == "assistant":
+            message["content"] = _think_block(message["content"])
         if "tool_calls" in message:
             message["tool_calls"] = [_tool_call(call, i) for call in message["tool_calls"]]
         normalised.append(message)
@@ -244,21 +266,54 @@ def _text(content: Any, param: str) -> str:
     return "".join(pieces)
 
 
+def _think_block(content: str) -> str:
+    """`content`, with the tags of a think block at its beginning as markup.
+
+    A model wrote these tags as control tokens.  The template parts the block, if it does so.
+    """
+    block = re.match(r"\s*(<think>)(.*?)(</think>)", content, re.DOTALL)
+    if block is None:
+        return content
+    return concat(
+        [content[: block.start(1)], markup(block[1]), block[2], markup(block[3]),
+         content[block.end() :]]
+    )  # fmt: skip
+
+
 def _tool_call(call: Any, i: int) -> dict[str, Any]:
-    """A tool call with its arguments as an object.  Raises: RequestError."""
-    if not isinstance(call, Mapping):
+    """A tool call as {"function": {"name", "arguments"}}, its arguments an object.
+
+    Takes the flat form {"name", "arguments"}, too.  Raises: RequestError.
+    """
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(call, Mapping) or not isinstance(function, Mapping | None):
         raise RequestError(f"messages[{i}].tool_calls holds {call!r}; calls are objects.",
                            param=f"messages[{i}].tool_calls", code="invalid_type")  # fmt: skip
-    function = dict(call.get("function") or {})
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
+    if function is None:
+        function = {name: call[name] for name in ("name", "arguments") if name in call}
+    name = function.get("name")
+    function = {
+        **function,
+        "name": name if isinstance(name, str) else "",
+        "arguments": _arguments(function.get("arguments")),
+    }
+    flat = {name: function[name] for name in ("name", "arguments") if name in call}
+    return {**call, **flat, "function": function}
+
+
+def _arguments(value: Any) -> dict[str, Any]:
+    """A call's arguments; empty for all that is not an object, nor the JSON of one.
+
+    Invalid arguments that a model generated earlier must not end the conversation.
+    """
+    for _ in range(_MAX_ENCODED):
+        if not isinstance(value, str):
+            break
         try:
-            parsed = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            parsed = None
-        # Invalid arguments that a model generated earlier must not end the conversation.
-        function["arguments"] = parsed if isinstance(parsed, dict) else {"arguments": arguments}
-    return {**call, "function": function}
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            return {}
+    return dict(value) if isinstance(value, Mapping) else {}
 
 
 def _tojson(

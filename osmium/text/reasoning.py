@@ -3,14 +3,21 @@
 If the prompt ends inside <think>, the response starts with reasoning, up to </think>.
 """
 
-__all__ = ["DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
+from osmium.text.marked import MarkedText
+
+__all__ = ["END_OF_REASONING", "DisplayedResponse", "ReasoningParser", "starts_in_reasoning"]
 
 _BEGIN, _END = "<think>", "</think>"
 
+END_OF_REASONING = _END
+"""The text between the reasoning and the answer of a response."""
+
 
 def starts_in_reasoning(prompt: str) -> bool:
-    """Whether a rendered prompt leaves <think> open."""
-    return prompt.rstrip().endswith("<think>")
+    """Whether a rendered prompt leaves <think> open; in a message's text <think> is none."""
+    end = prompt.rstrip()
+    is_markup = not isinstance(end, MarkedText) or end.is_markup(len(end) - len(_BEGIN), len(end))
+    return end.endswith(_BEGIN) and is_markup
 
 
 class ReasoningParser:
@@ -36,9 +43,8 @@ class ReasoningParser:
             self.thinking, self._at_start, self._held = False, True, ""
             return reasoning, self._trim(rest)
         keep = max((n for n in range(1, len(_END)) if self._held.endswith(_END[:n])), default=0)
-        cut = len(self._held) - keep
-        while cut and self._held[cut - 1] == "\n":
-            cut -= 1  # newlines before </think> are the template's
+        # Newlines before </think> are the template's.
+        cut = len(self._held[: len(self._held) - keep].rstrip("\n"))
         out, self._held = self._held[:cut], self._held[cut:]
         return self._trim(out), ""
 

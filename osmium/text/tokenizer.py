@@ -11,6 +11,7 @@ from tokenizers import decoders, models, normalizers
 
 from osmium.errors import CheckpointError, RequestError, is_panic
 from osmium.text.added_tokens import add_tokens, merged
+from osmium.text.control_tokens import ControlTokens
 from osmium.text.detokenizer import (
     BYTES,
     ByteDetokenizer,
@@ -18,6 +19,8 @@ from osmium.text.detokenizer import (
     WindowDetokenizer,
     id_text,
 )
+from osmium.text.encoding import encode_texts
+from osmium.text.marked import MarkedText
 from osmium.text.regexes import check_tokenizer_json
 
 __all__ = ["Tokenizer"]
@@ -86,6 +89,11 @@ class Tokenizer:
         copy.encode_special_tokens = True
         return copy
 
+    @cached_property
+    def control_tokens(self) -> ControlTokens:
+        """The tokens that a chat template's markup stands for."""
+        return ControlTokens(self._inner)
+
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
@@ -96,14 +104,23 @@ class Tokenizer:
         token_id = self._inner.token_to_id(token)
         return None if token_id is None else int(token_id)
 
+    def special_id(self, text: str) -> int | None:
+        """The id of the special token with this text, which decoding omits; None if there is
+        none."""
+        token = self.control_tokens.id_of(text)
+        return token if token is not None and token in self._special_ids else None
+
     def encode(self, text: str, specials: bool = True) -> list[int]:
         """Token ids of a text.  Other Python threads run meanwhile.
 
-        With `specials`, names of special tokens in it become those tokens, as in a rendered chat
-        template.  Without, they stay text, as in a plain text to be scored.
+        With `specials`, names of added tokens in it become those tokens; in a rendered chat
+        template only those of its markup do.  Without, names of special tokens stay text, as in a
+        plain text to be scored.
         Raises: RequestError for half a surrogate pair, which is not Unicode.
         """
         _check_unicode(text)
+        if specials and isinstance(text, MarkedText) and not self.control_tokens.all_markup(text):
+            return self.control_tokens.encode(text)
         inner = self._inner if specials else self._without_specials
         return list(_encode(inner, text).ids)
 
@@ -149,8 +166,7 @@ class Tokenizer:
             or any(word in removing for word in _REMOVING)
         ):
             return None
-        names = (self._inner.id_to_token(i) or "" for i in range(self.vocab_size))
-        longest = max(len(name) for name in names)  # a letter per byte
+        longest = max(map(len, self._inner.get_vocab(with_added_tokens=False)))  # a letter per byte
         return max([longest, *(len(token.content.encode()) for token in added.values())])
 
     @property
@@ -184,20 +200,7 @@ class Tokenizer:
 
 
 def _encode(inner: tokenizers.Tokenizer, text: str) -> tokenizers.Encoding:
-    """One text's encoding.  `encode` would hold Python's global lock, encode_batch releases it.
-
-    Raises: RequestError where the package fails or panics.
-    """
-    encoding: tokenizers.Encoding
-    try:
-        (encoding,) = inner.encode_batch_fast([text], add_special_tokens=False)
-    except BaseException as error:
-        if not (isinstance(error, Exception) or is_panic(error)):
-            raise
-        raise RequestError(
-            f"The model's tokenizer fails on this text: {str(error)[:200]}.",
-            code="tokenizer_failed",
-        ) from None
+    (encoding,) = encode_texts(inner, [text])
     return encoding
 
 

@@ -34,6 +34,7 @@ from osmium.weights.info import (
     synthetic_info,
 )
 from osmium.weights.local import folder_name
+from osmium.weights.own_files import read_small_file
 from osmium.weights.packed import FILES, PackedModel, PackedReader, open_packed
 from osmium.weights.packing import CpuQuantizer, PackSource, Provenance, locked, write_packed
 from osmium.weights.quantizing import GpuQuantizer
@@ -74,12 +75,7 @@ class CheckpointFiles:
 
     def file(self, name: str) -> bytes | None:
         """A file's bytes; None if it is missing.  Raises: CheckpointError."""
-        try:
-            return (self.path / name).read_bytes()
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise CheckpointError(f"{self.path / name} cannot be read: {error}") from None
+        return read_small_file(self.path / name)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A file parsed as a JSON object; None if it is missing.  Raises: CheckpointError."""
@@ -96,7 +92,7 @@ class HubFiles:
     def file(self, name: str) -> bytes | None:
         """A file's bytes; None if the hub has no such file.  Raises: ConfigError."""
         path = small_file(self._model, name)
-        return None if path is None else path.read_bytes()
+        return None if path is None else read_small_file(path)
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A file parsed as a JSON object; None if the hub has no such file.
@@ -383,7 +379,7 @@ def _reusable(target: Path, folder: Path) -> PackedModel | None:
     try:
         packed = open_packed(target)
         texts = all(
-            not (folder / name).is_file() or (folder / name).read_bytes() == packed.file(name)
+            (raw := read_small_file(folder / name)) is None or raw == packed.file(name)
             for name in FILES
         )
     except CheckpointError:

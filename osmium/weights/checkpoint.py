@@ -17,7 +17,7 @@ from osmium.errors import CheckpointError
 from osmium.quant import int4, int8
 from osmium.quant.expert import pack_expert
 from osmium.quant.expert_layout import ExpertLayout, group_of
-from osmium.quant.finite import expert_scales, first_not_finite, is_finite
+from osmium.quant.finite import first_not_finite, is_finite, packed_is_finite
 from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from osmium.weights.choosing import summary
 from osmium.weights.shards import Shards
@@ -392,8 +392,7 @@ class Checkpoint:
 
         Raises: CheckpointError that names a tensor which is not finite or too large.
         """
-        scales = expert_scales(packed, self.layout) or [packed.view(np.uint16)]
-        if not all(is_finite(scale) for scale in scales):
+        if not packed_is_finite(packed, self.layout):
             tensors = self._expert(layer, expert)
             _refuse(tensors, f"{self.layout.bits}-bit experts", expert if self.fused else None)
 

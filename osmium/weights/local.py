@@ -15,6 +15,7 @@ from pathlib import Path
 
 from osmium.errors import CheckpointError, ConfigError
 from osmium.weights.checkpoint import Formats
+from osmium.weights.own_files import open_own
 from osmium.weights.packed import open_packed
 
 __all__ = [
@@ -124,9 +125,11 @@ def mark_used(path: Path, folder: Path) -> None:
 
     Other files, and errors on writing, are ignored.
     """
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, ConfigError):
         if path.is_file() and path.resolve().parent == folder.resolve():
-            path.with_name(path.name + ".used").touch()
+            handle = open_own(path.with_name(path.name + ".used"), os.O_WRONLY | os.O_CREAT)
+            os.utime(handle)
+            os.close(handle)
 
 
 def _last_used(path: Path) -> float | None:
@@ -165,8 +168,8 @@ def remove(model: LocalModel, others: list[LocalModel]) -> int:
 def _is_locked(path: Path) -> bool:
     """Whether a process has locked a packed file for writing (packing.locked)."""
     try:
-        handle = os.open(path.with_name(path.name + ".lock"), os.O_RDONLY)
-    except OSError:
+        handle = open_own(path.with_name(path.name + ".lock"), os.O_RDONLY)
+    except (OSError, ConfigError):
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

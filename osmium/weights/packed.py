@@ -12,7 +12,6 @@ that a start needs no other file.
 
 import json
 import math
-import mmap
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -28,7 +27,8 @@ from osmium.errors import CheckpointError
 from osmium.ops import LinearWeight
 from osmium.quant.expert_layout import IO_ALIGNMENT, ExpertLayout
 from osmium.weights.checkpoint import Formats, TensorSpec, tensor_specs
-from osmium.weights.reading import Reader, crc32_combine
+from osmium.weights.own_files import MAX_SMALL_FILE
+from osmium.weights.reading import BLOCK, Reader, crc32_combine, huge_pages
 
 __all__ = ["FILES", "PackedModel", "PackedReader", "open_packed"]
 
@@ -36,6 +36,9 @@ MAGIC = b"OSMIUM\0\1"
 VERSION = 1
 PREAMBLE_BYTES = 24
 """Bytes before the JSON."""
+
+MAX_HEADER = 16 << 20
+"""Longest JSON, bytes; that of the largest model of the family has 400 kB."""
 
 FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
@@ -81,6 +84,12 @@ class _Formats(msgspec.Struct, frozen=True):
     head: _Matrix
 
 
+class _Hub(msgspec.Struct, frozen=True):
+    id: str
+    revision: str
+    etags: dict[str, str]
+
+
 class _Header(msgspec.Struct, frozen=True):
     """The header's JSON."""
 
@@ -89,27 +98,26 @@ class _Header(msgspec.Struct, frozen=True):
     sources: dict[str, list[int]]
     size: int
     parts: list[_Row]
-    hub: dict[str, Any] | None = None
+    hub: _Hub | None = None
 
 
 class PackedModel:
-    """An open packed file, mapped; `reading` reads it into other memory."""
+    """An open packed file; every array is read into memory and its checksum verified.
+
+    Nothing is mapped: a mapped file that is cut while it is served ends the process by SIGBUS.
+    """
 
     def __init__(self, path: Path, header: _Header) -> None:
         self.path = path
         self.fingerprint = header.fingerprint
         self.sources = header.sources
         """Size and modification time of each shard of the checkpoint."""
-        self.hub = header.hub
+        self.hub: dict[str, Any] | None = msgspec.to_builtins(header.hub)
         """Of a hub model: its id, commit, and the etag of each file; else None."""
         formats = header.formats
         self.formats = Formats(formats.expert_bits, formats.attention, formats.shared, formats.head)
         self._entries = {row.name: row.entry for row in header.parts}
         self._crcs = {row.name: int(row.crc, 16) for row in header.parts}
-        with open(path, "rb") as file:
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._map = np.frombuffer(self._pages, np.uint8)
-        self._checked: set[str] = set()
         config, generation = (self.json(name) for name in FILES[:2])
         if config is None:
             raise CheckpointError(f"{path} contains no config.json; pack the model again.")
@@ -166,19 +174,20 @@ class PackedModel:
         return LinearWeight(part.format, rows, columns, data, scale, group)
 
     def packed_experts(self, layer: int) -> npt.NDArray[np.uint8]:
-        """The packed experts of a layer, u8 [E, nbytes], mapped.  Raises: CheckpointError."""
+        """The packed experts of a layer, u8 [E, nbytes].  Raises: CheckpointError."""
         return self._array(f"experts.{layer}")
 
     def all_packed_experts(self, progress: Progress | None = None) -> npt.NDArray[np.uint8]:
-        """The packed experts of all layers, u8 [L, E, nbytes], mapped.  Raises: CheckpointError."""
-        for layer in range(self.config.num_layers):
-            if progress:
-                progress("experts", layer, self.config.num_layers)
-            self.packed_experts(layer)
-        first = self._entries["experts.0"]
-        shape = (self.config.num_layers, *first.shape)
-        end = first.offset + first.nbytes * self.config.num_layers
-        return self._map[first.offset : end].reshape(shape)
+        """The packed experts of all layers, u8 [L, E, nbytes].  Raises: CheckpointError."""
+        layers = self.config.num_layers
+        shape = (layers, self.config.num_experts, self.layout.nbytes)
+        experts = huge_pages(math.prod(shape)).reshape(shape)
+        with Reader(self.path) as reader:
+            for layer in range(layers):
+                if progress:
+                    progress("experts", layer, layers)
+                self._read(reader, f"experts.{layer}", experts[layer].reshape(-1))
+        return _read_only(experts)
 
     def read_packed_experts(self, layer: int, out: npt.NDArray[np.uint8]) -> None:
         """Read a layer's packed experts into u8 [E, nbytes].
@@ -189,7 +198,7 @@ class PackedModel:
             reading.packed_experts(layer, 0, out)()
 
     def reading(self, write_only: bool = False) -> "PackedReader":
-        """A reader of experts and tensors that does not use the mapping.
+        """A reader of experts and tensors into other memory, past the page cache.
 
         `write_only` declares that the destination is slow to read back.  Raises: CheckpointError.
         """
@@ -201,8 +210,13 @@ class PackedModel:
 
     def file(self, name: str) -> bytes | None:
         """A small file of the checkpoint, or None.  Raises: CheckpointError."""
-        key = f"file.{name}"
-        return self._array(key).tobytes() if key in self._entries else None
+        entry = self._entries.get(f"file.{name}")
+        if entry is not None and entry.nbytes > MAX_SMALL_FILE:
+            raise CheckpointError(
+                f"{self.path}: {name} has {entry.nbytes} bytes; at most {MAX_SMALL_FILE >> 20} MiB "
+                "are supported. Pack it again."
+            )
+        return None if entry is None else self._array(entry.name).tobytes()
 
     def json(self, name: str) -> dict[str, Any] | None:
         """A small file parsed as a JSON object, or None.  Raises: CheckpointError."""
@@ -217,21 +231,22 @@ class PackedModel:
 
     def verify(self) -> None:
         """Check every part's checksum.  Raises: CheckpointError."""
-        for name in self._entries:
-            self._array(name)
+        with Reader(self.path) as reader:
+            for name, entry in self._entries.items():
+                self.verify_crc(name, reader.checksum(entry.offset, entry.nbytes))
 
     def _array(self, name: str) -> npt.NDArray[Any]:
-        """An array, mapped, after its checksum has been verified.
-
-        The checksum uses reads: several threads share them, and a truncated file causes an error
-        instead of a signal.
-        """
+        """An array, after its checksum has been verified.  Raises: CheckpointError."""
         entry = self._entries[name]
-        if name not in self._checked:
-            with Reader(self.path) as reader:
-                self.verify_crc(name, reader.checksum(entry.offset, entry.nbytes))
-        raw = self._map[entry.offset : entry.offset + entry.nbytes]
-        return raw.view(entry.dtype).reshape(entry.shape)
+        raw = (
+            huge_pages(entry.nbytes) if entry.nbytes >= BLOCK else np.empty(entry.nbytes, np.uint8)
+        )
+        with Reader(self.path) as reader:
+            self._read(reader, name, raw)
+        return _read_only(raw.view(entry.dtype).reshape(entry.shape))
+
+    def _read(self, reader: Reader, name: str, out: npt.NDArray[np.uint8]) -> None:
+        self.verify_crc(name, reader.read(out, self._entries[name].offset))
 
     def verify_crc(self, name: str, crc: int) -> None:
         """Compare a part's crc32 with the header's.  Raises: CheckpointError."""
@@ -240,7 +255,6 @@ class PackedModel:
                 f"{self.path}: {name} has checksum {crc:08x}, its header {self._crcs[name]:08x}. "
                 "The file is damaged; delete it and pack again."
             )
-        self._checked.add(name)
 
 
 class PackedReader:
@@ -300,6 +314,11 @@ class PackedReader:
         return wait
 
 
+def _read_only(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    array.flags.writeable = False
+    return array
+
+
 def _header(path: Path, text: bytes, size: int) -> _Header:
     """Decode the header's JSON, and check that its parts lie inside the file.
 
@@ -309,20 +328,23 @@ def _header(path: Path, text: bytes, size: int) -> _Header:
         header = msgspec.json.decode(text, type=_Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the header is not that of a packed file ({error}); pack it again."
+            f"{path}: the header is not that of a packed file ({str(error)[:300]}); pack it again."
         ) from None
     if header.size != size:
         raise CheckpointError(
             f"{path} has {size} bytes, its header {header.size}; delete it and pack again."
         )
-    for row in header.parts:
+    end = PREAMBLE_BYTES + len(text)
+    for row in sorted(header.parts, key=lambda row: row.offset):
         nbytes = math.prod(row.shape) * np.dtype(row.dtype).itemsize
-        inside = PREAMBLE_BYTES + len(text) <= row.offset and row.offset + row.nbytes <= size
+        inside = end <= row.offset and row.offset + row.nbytes <= size
         if nbytes != row.nbytes or not inside or row.offset % IO_ALIGNMENT:
             raise CheckpointError(
-                f"{path}: {row.name} is {row.dtype} {row.shape} in {row.nbytes} bytes from "
-                f"{row.offset} on, which does not fit a file of {size} bytes. Pack it again."
+                f"{path}: {row.name[:80]} is {row.dtype} {row.shape} in {row.nbytes} bytes from "
+                f"{row.offset} on, which does not fit between byte {end} and the file's end at "
+                f"{size}. Pack it again."
             )
+        end = row.offset + row.nbytes
     if len({row.name for row in header.parts}) != len(header.parts):
         raise CheckpointError(f"{path}: the header has a part twice. Pack it again.")
     return header
@@ -345,7 +367,7 @@ def open_packed(path: Path) -> PackedModel:
                 raise CheckpointError(
                     f"{path} has format {version}, this version reads {VERSION}; pack it again."
                 )
-            if length > min(size, 1 << 28):
+            if length > min(size, MAX_HEADER):
                 raise CheckpointError(
                     f"{path} is truncated or damaged: its header has {length} bytes, the file "
                     f"{size}. Delete it and pack again."

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import zlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -24,7 +25,9 @@ from osmium.config import ModelConfig, Progress
 from osmium.errors import ConfigError
 from osmium.quant.expert_layout import IO_ALIGNMENT, ExpertLayout
 from osmium.weights.checkpoint import Checkpoint, Formats, TensorSpec, tensor_specs
+from osmium.weights.own_files import open_own, read_small_file
 from osmium.weights.packed import FILES, MAGIC, PREAMBLE_BYTES, VERSION, Entry
+from osmium.weights.reading import Reader
 
 __all__ = [
     "CpuQuantizer",
@@ -35,6 +38,11 @@ __all__ = [
     "packed_size",
     "write_packed",
 ]
+
+LOG = logging.getLogger("osmium.weights")
+
+MAX_JOURNAL = 64 << 20
+"""Most bytes of a journal that are read; one of 1,200 parts has 100 kB."""
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -83,7 +91,8 @@ class Provenance:
     ) -> "Provenance":
         """The origin of a checkpoint."""
         folder = checkpoint.shards.folder
-        files = {n: (folder / n).read_bytes() for n in FILES if (folder / n).is_file()}
+        read = {name: read_small_file(folder / name) for name in FILES}
+        files = {name: raw for name, raw in read.items() if raw is not None}
         return cls(fingerprint, files, _stamps(checkpoint.shards.files), hub)
 
 
@@ -202,12 +211,15 @@ def write_packed(
     partial = path.with_name(path.name + ".partial")
     journal = path.with_name(path.name + ".journal")
     try:
-        crcs = _resume(partial, journal, layout)
+        crcs = _resume(partial, journal, layout, progress)
         _check_free_space(path, layout.size, partial)
-        with open(partial, "r+b" if partial.exists() else "w+b") as file:
+        with open(open_own(partial, os.O_RDWR | os.O_CREAT), "r+b") as file:
             with contextlib.suppress(AttributeError):
                 os.posix_fallocate(file.fileno(), 0, layout.size)
-            with open(journal, "ab") as journal_file:
+            os.ftruncate(file.fileno(), layout.size)
+            with open(
+                open_own(journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "ab"
+            ) as journal_file:
                 if not crcs:
                     _append_journal(
                         journal_file,
@@ -236,24 +248,60 @@ def write_packed(
         ) from None
 
 
-def _resume(partial: Path, journal: Path, layout: _FileLayout) -> dict[str, int]:
-    """Checksums of the parts that an earlier run finished.
+def _resume(
+    partial: Path, journal: Path, layout: _FileLayout, progress: Progress | None
+) -> dict[str, int]:
+    """Checksums of the parts that an earlier run finished and that are on the disk.
 
-    Files of another model are deleted.
+    A part counts if its bytes have the checksum that the journal records.  Files of another model
+    are deleted.
     """
+    recorded = _recorded(journal, layout) if partial.is_file() else {}
     crcs: dict[str, int] = {}
-    lines = journal.read_bytes().split(b"\n")[:-1] if journal.is_file() else []
+    if recorded:
+        entries = [entry for entry in layout.entries if entry.name in recorded]
+        total, done = sum(entry.nbytes for entry in entries), 0
+        with open(open_own(partial, os.O_RDONLY), "rb") as file, Reader(partial) as reader:
+            size = os.fstat(file.fileno()).st_size
+            for entry in entries:
+                if progress:
+                    progress("checking", done, total)
+                if entry.offset + entry.nbytes <= size:
+                    crc = reader.checksum(entry.offset, entry.nbytes)
+                    if crc == recorded[entry.name]:
+                        crcs[entry.name] = crc
+                done += entry.nbytes
+        if lost := len(entries) - len(crcs):
+            LOG.warning(
+                "%s: %d of %d parts are not as they were written; packing them again.", partial,
+                lost, len(entries),
+            )  # fmt: skip
+    if not crcs:
+        journal.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+    return crcs
+
+
+def _recorded(journal: Path, layout: _FileLayout) -> dict[str, int]:
+    """The checksums of a journal of this model; empty for another model's, or without one."""
+    if not journal.is_file():
+        return {}
+    with open(open_own(journal, os.O_RDONLY), "rb") as file:
+        raw = file.read(MAX_JOURNAL)
     entries = []
-    for line in lines:  # without the last line, which may be incomplete
-        with contextlib.suppress(ValueError):
+    for line in raw.split(b"\n")[:-1]:  # without the last line, which may be incomplete
+        with contextlib.suppress(ValueError, RecursionError):
             entries.append(json.loads(line))
-    if partial.is_file() and entries and entries[0].get("key") == layout.key:
-        for entry in entries[1:]:
-            crcs.update(entry)
-        return crcs
-    journal.unlink(missing_ok=True)
-    partial.unlink(missing_ok=True)
-    return {}
+    entries = [entry for entry in entries if isinstance(entry, dict)]
+    if not entries or entries[0].get("key") != layout.key:
+        return {}
+    names = {entry.name for entry in layout.entries}
+    return {
+        name: crc
+        for entry in entries[1:]
+        for name, crc in entry.items()
+        if name in names and isinstance(crc, int)
+    }
 
 
 def _check_free_space(path: Path, size: int, partial: Path) -> None:
@@ -366,7 +414,7 @@ def locked(path: Path, progress: Progress | None) -> Iterator[None]:
     """
     lock = path.with_name(path.name + ".lock")
     try:
-        handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        handle = open_own(lock, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         raise ConfigError(
             f"{path.parent} cannot be written ({error}); choose another folder with --cache-dir."

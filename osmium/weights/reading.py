@@ -155,6 +155,30 @@ class Reader:
 
         return finish
 
+    def read(self, out: Bytes, offset: int) -> int:
+        """Fill `out` from `offset` on through the page cache, which keeps it; returns the crc32.
+
+        Raises: CheckpointError.
+        """
+        if self._cached_fd < 0:
+            raise CheckpointError(f"{self.path} is closed.")
+        blocks = [out[at : at + BLOCK] for at in range(0, out.nbytes, BLOCK)]
+        if len(blocks) < 2:
+            self._fill(self._cached_fd, out, offset)
+            return zlib.crc32(out.data)
+        futures = [
+            self._submit(self._read_cached, block, offset + i * BLOCK)
+            for i, block in enumerate(blocks)
+        ]
+        crc = 0
+        for block_crc, block in zip(_results(futures), blocks, strict=True):
+            crc = crc32_combine(crc, block_crc, block.nbytes)
+        return crc
+
+    def _read_cached(self, out: Bytes, offset: int) -> int:
+        self._fill(self._cached_fd, out, offset)
+        return zlib.crc32(out.data)
+
     def checksum(self, offset: int, nbytes: int) -> int:
         """crc32 of a part of the file, which stays in the page cache.  Raises: CheckpointError."""
         pieces = [(at, min(BLOCK, nbytes - at)) for at in range(0, nbytes, BLOCK)]

@@ -32,7 +32,7 @@ Logits = npt.NDArray[np.float32]
 Rule = Callable[[list[int]], Logits]
 """Logits of the next token, from a sequence's ids so far."""
 
-EOS, OTHER_EOS = 256, 258
+EOS, SPECIAL, OTHER_EOS = 256, 257, 258
 VOCAB = 260
 """256 bytes, and a few ids without text."""
 
@@ -201,6 +201,9 @@ class ByteTokenizer:
 
     def decoder(self) -> ByteDecoder:
         return ByteDecoder()
+
+    def special_id(self, text: str) -> int | None:
+        return SPECIAL if text == "<special>" else None
 
 
 # -- engines ---------------------------------------------------------------------------------------

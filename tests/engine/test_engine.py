@@ -18,6 +18,7 @@ from tests.engine.fakes import (
     GREEDY,
     OTHER_EOS,
     PATIENCE_S,
+    SPECIAL,
     VOCAB,
     EngineHarness,
     Gate,
@@ -107,6 +108,48 @@ def test_a_stop_string_across_tokens_ends_a_response_before_it(harness_of: Make)
     finish = response.wait()
     assert (response.text, finish.reason) == ("count 1 2 ", FinishReason.STOP)
     assert finish.completion_tokens == generated.index(" more")
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(
+    "fields",
+    [{"stop_token_ids": (SPECIAL, 5)}, {"stop": ("<special>",)}, {"stop_token_ids": [100]}],
+)
+def test_a_stop_token_ends_a_response_and_is_not_part_of_it(
+    harness_of: Make, fields: dict[str, Any], lookahead: int
+) -> None:
+    ends = 100 if "stop_token_ids" in fields and 100 in fields["stop_token_ids"] else SPECIAL
+    rule = always(*b"abc", ends, *b"defg")
+    params = replace(LONG, **fields)
+    response = harness_of(rule, lookahead=lookahead).submit([1], params)
+    finish = response.wait()
+    assert (response.text, finish.reason) == ("abc", FinishReason.STOP)
+    assert response.ids == [*b"abc"]
+    assert finish.completion_tokens == 4
+
+
+def test_text_held_back_before_a_stop_token_is_part_of_the_response(harness_of: Make) -> None:
+    params = replace(LONG, stop=("bcx", "<special>"))
+    response = harness_of(always(*b"abc", SPECIAL)).submit([1], params)
+    finish = response.wait()
+    assert (response.text, finish.reason) == ("abc", FinishReason.STOP)
+
+
+def test_a_stop_string_in_the_reasoning_does_not_count(harness_of: Make) -> None:
+    rule = always(*b"END<special>", SPECIAL, *b"|aEND")
+    params = replace(LONG, stop=("END", "<special>"), stop_after="|")
+    response = harness_of(rule).submit([1], params)
+    finish = response.wait()
+    assert (response.text, finish.reason) == ("END<special>|a", FinishReason.STOP)
+
+
+def test_tokens_know_where_their_text_is_before_stop_strings(harness_of: Make) -> None:
+    text = "aé END"
+    response = harness_of(always(*text.encode())).submit([1], replace(LONG, stop=("END",)))
+    response.wait()
+    assert response.text == "aé "
+    wanted = [(0, 1), (1, 1), (1, 2), (2, 3), (3, 4), (4, 5), (5, 6)]
+    assert [(one.start, one.end) for one in response.tokens] == wanted
 
 
 def test_text_held_back_for_a_stop_string_comes_with_the_finish(harness_of: Make) -> None:
@@ -370,6 +413,9 @@ def test_a_bias_outside_the_vocabulary_is_refused(harness_of: Make) -> None:
     with pytest.raises(RequestError, match=str(VOCAB)) as caught:
         harness_of().submit([1], replace(GREEDY, logit_bias={VOCAB: 1.0}))
     assert caught.value.param == "logit_bias"
+    with pytest.raises(RequestError) as caught:
+        harness_of().submit([1], replace(GREEDY, stop_token_ids=(1, VOCAB)))
+    assert caught.value.param == "stop_token_ids"
 
 
 # -- logits and jobs -------------------------------------------------------------------------------

@@ -129,3 +129,58 @@ def test_without_a_detokenizer_there_is_no_text() -> None:
     stops = StopMatcher(None, ("a",))
     assert stops.push(97) == ""
     assert stops.flush() == ""
+
+
+# -- after the reasoning ---------------------------------------------------------------------------
+
+THOUGHT = "is it END?\nno</x>\n\nthe END."
+
+
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [
+        ("END", "is it END?\nno</x>\n\nthe "),
+        ("it", THOUGHT),
+        ("\n", THOUGHT),
+        ("\n\n", THOUGHT),
+        ("x>\n", THOUGHT),
+        ("</x>", "is it END?\nno</x>"),
+        ("t", "is it END?\nno</x>\n\n"),
+        (".", "is it END?\nno</x>\n\nthe END"),
+    ],
+)
+def test_a_stop_string_counts_after_the_reasoning_and_its_newlines(stop: str, wanted: str) -> None:
+    for first in range(len(THOUGHT) + 1):
+        for second in range(first, len(THOUGHT) + 1):
+            pieces = split_at(THOUGHT, [first, second])
+            stops = StopMatcher(Pieces(pieces), (stop,), "</x>")
+            assert "".join(matched_output(stops, 3)) == wanted, pieces
+            assert stops.matched == (wanted != THOUGHT)
+
+
+def test_reasoning_is_returned_at_once() -> None:
+    stops = StopMatcher(Pieces(["EN", "a<", "/x", ">EN", "b"]), ("END", "<"), "</x>")
+    assert matched_output(stops, 5) == ["EN", "a<", "/x", ">", "ENb", ""]
+
+
+def test_a_stop_string_in_the_last_bytes_counts_only_after_the_reasoning() -> None:
+    assert StopMatcher(Pieces([], rest="END"), ("END",), "</x>").flush() == "END"
+    assert StopMatcher(Pieces([], rest="a</x>bEND"), ("END",), "</x>").flush() == "a</x>b"
+
+
+def test_a_stop_token_counts_only_after_the_reasoning() -> None:
+    stops = StopMatcher(Pieces(["a", "</x>", "b"]), ("<special>",), "</x>", [7])
+    assert [stops.stops_at(7), stops.stops_at(8)] == [False, False]
+    stops.push(0)
+    assert not stops.stops_at(7)
+    stops.push(1)
+    assert [stops.stops_at(7), stops.stops_at(8)] == [True, False]
+    assert StopMatcher(None, ("<special>",), "", [7]).stops_at(7)
+
+
+def test_the_length_counts_text_before_a_stop_string_ends_it() -> None:
+    stops, lengths = StopMatcher(Pieces(["ab", "", "cEN", "D"]), ("END",)), []
+    for token in range(4):
+        stops.push(token)
+        lengths.append(stops.length)
+    assert lengths == [2, 2, 5, 6]

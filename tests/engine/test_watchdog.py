@@ -83,3 +83,20 @@ def test_the_server_exits_with_the_reason() -> None:
     assert done.returncode == 1
     assert "Available host memory is" in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr
+
+
+def test_a_value_that_cannot_be_read_is_read_again() -> None:
+    """Without file descriptors /proc/meminfo cannot be opened."""
+    values: list[int | OSError] = [OSError(24, "Too many open files"), 2 * GIB, OSError(24, ""), 1]
+    reasons: list[str] = []
+
+    def available() -> int:
+        value = values.pop(0)
+        if isinstance(value, OSError):
+            raise value
+        return value
+
+    watchdog = Watchdog(reasons.append, GIB, available, period=0.001)
+    watchdog._thread.join(10)
+    watchdog.close()
+    assert len(reasons) == 1 and not values

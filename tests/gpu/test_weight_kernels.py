@@ -8,13 +8,17 @@ import pytest
 from osmium.config import EngineConfig
 from osmium.cuda.memory import DeviceArray
 from osmium.cuda.stream import CudaRuntime
+from osmium.errors import CheckpointError
 from osmium.loader import Loader, pack
 from osmium.ops import LinearWeight
 from osmium.ops.gpu import GpuOps
+from osmium.quant.floats import bf16_from_f32
 from osmium.weights import open_model
 from osmium.weights.synthetic import open_synthetic
 from tests.models.build import hf_tensors
-from tests.weights.files import CASE, per_expert, write
+from tests.weights.files import CASE, ROOT, per_expert, write
+
+NAN, INF = float("nan"), float("inf")
 
 pytestmark = pytest.mark.gpu
 
@@ -53,6 +57,21 @@ def test_packing_on_the_gpu_gives_the_bytes_of_numpy(
             )
             made.append(open_model(folder, config, None, ops).path.read_bytes())
         assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("values", [(NAN, 1), (INF, 1), (-INF, 1), (INF, -INF), (NAN, INF)])
+def test_packing_on_the_gpu_refuses_weights_that_are_not_finite(
+    gpu: GpuOps, tmp_path: Path, bits: int, values: tuple[float, float]
+) -> None:
+    for name in ("layers.1.mlp.experts.down_proj", "layers.0.linear_attn.out_proj.weight"):
+        tensors = hf_tensors(CASE)
+        spoiled = tensors[ROOT + name].copy()
+        spoiled.reshape(-1)[-2:] = bf16_from_f32(np.array(values, np.float32))
+        folder = write(tmp_path / name, {**tensors, ROOT + name: spoiled})
+        config = EngineConfig(cache_dir=str(tmp_path), gpu_expert_bits=bits, attention_quant="int4")
+        with pytest.raises(CheckpointError, match=ROOT + name):
+            open_model(folder, config, None, gpu)
 
 
 @pytest.mark.parametrize("bits", [16, 8, 4])

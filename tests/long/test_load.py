@@ -74,7 +74,9 @@ def test_clients_that_do_not_read_do_not_block_others(demo: Server) -> None:
     async def run_clients() -> list[Answer]:
         """Three of four running requests generate long responses that their clients do not read."""
         body = b'{"messages":[{"role":"user","content":"Hello"}],"stream":true,"ignore_eos":true}'
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+        )
         unread_writers = []
         for _ in range(3):
             _, writer = await asyncio.open_connection("127.0.0.1", demo.port, limit=1)

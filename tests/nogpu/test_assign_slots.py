@@ -25,6 +25,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS
 from osmium.quant.expert_layout import ExpertLayout
 from tests import needs
+from tests.nogpu.simulator import prepare_simulator
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -248,7 +249,6 @@ def simulated(threads: int) -> Any:
 
 
 if __name__ == "__main__":
-    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
-    sys.setswitchinterval(5e-5)
+    prepare_simulator()
     sequence = SEQUENCES[sys.argv[2]]
     compare(simulated(sequence.threads), np.random.default_rng(int(sys.argv[1])), sequence)

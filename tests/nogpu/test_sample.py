@@ -23,6 +23,7 @@ from osmium.kernels.top_logprobs import TOP_LOGPROBS
 from osmium.ops.controls import SamplingControls
 from osmium.ops.reference import ReferenceOps
 from tests import needs
+from tests.nogpu.simulator import prepare_simulator
 from tests.ops.cases import (
     TINY,
     Case,
@@ -131,7 +132,7 @@ class Simulated(ReferenceOps):
 
 
 def atomic_add(array: Any, index: int, value: Any) -> None:
-    """Stands in for the kernels' add_to in the simulator."""
+    """The kernels' atomic_add in the simulator."""
     cuda.atomic.add(array, index, value)
 
 
@@ -262,8 +263,7 @@ def test_compiled_sampling_kernels_match_their_contracts() -> None:
 
 
 if __name__ == "__main__":
-    # The simulator polls its threads: by the default of 5 ms a barrier waits for as long each time.
-    sys.setswitchinterval(5e-5)
+    prepare_simulator()
     first, size = int(sys.argv[1]), CASES.get(sys.argv[2])
     if sys.argv[2] in CONTROLLED:
         for offset in range(2):

@@ -24,6 +24,7 @@ from osmium.text.tokenizer import Tokenizer
 from tests.text.byte_level import byte_level
 
 __all__ = [
+    "BASE_URL",
     "PATIENCE_S",
     "TEMPLATE",
     "TOKENIZER",
@@ -33,6 +34,9 @@ __all__ = [
     "client_of",
     "host_of",
 ]
+
+BASE_URL = "http://127.0.0.1:8012"
+"""An address that the server allows; TestClient's own is a name."""
 
 PATIENCE_S = 20.0
 """Waiting longer than this means that an event is lost."""
@@ -133,7 +137,10 @@ class ScriptedEngine:
     def _answer(self, request: ScriptedRequest, on_event: Callable[[Event], None]) -> None:
         params = request.params
         decoder = self.tokenizer.decoder() if self.tokenizer else None
-        stops = StopMatcher(decoder, params.stop)
+        special = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
+        stops = StopMatcher(
+            decoder, params.stop, params.stop_after, [i for i in special if i is not None]
+        )
         reason, generated, error = FinishReason.STOP, 0, None
         while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
@@ -146,7 +153,10 @@ class ScriptedEngine:
                 reason = FinishReason.ERROR
                 break
             generated += 1
-            on_event(self._token(token, stops.push(token), params))
+            if token in params.stop_token_ids or stops.stops_at(token):
+                break
+            start, text = stops.length, stops.push(token)
+            on_event(self._token(token, text, params, start, stops.length))
             if stops.matched:
                 break
             if generated in (params.max_tokens, self.context - len(request.ids)):
@@ -160,11 +170,11 @@ class ScriptedEngine:
         request.done.set()
 
     @staticmethod
-    def _token(token: int, text: str, params: SamplingParams) -> Token:
+    def _token(token: int, text: str, params: SamplingParams, start: int, end: int) -> Token:
         if params.logprobs is None:
-            return Token(token, text)
+            return Token(token, text, start=start, end=end)
         top = tuple((one, -0.5 - i) for i, one in enumerate([token, 0][: params.logprobs]))
-        return Token(token, text, -0.5, top)
+        return Token(token, text, -0.5, top, start, end)
 
 
 def host_of(engine: ScriptedEngine) -> BackgroundLoader:
@@ -191,7 +201,7 @@ def client_of(
     done = threading.Event()
     host.on_done = done.set
     app = create_app(host, **options)
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with TestClient(app, base_url=BASE_URL, raise_server_exceptions=False) as client:
         assert done.wait(PATIENCE_S)
         yield client
 

@@ -1,8 +1,9 @@
 """A server in a separate process, for tests that send Ctrl-C.
 
-`python -m tests.server.server_process serves|slow|fails PORT`
+`python -m tests.server.server_process serves|slow|fails|stuck|few_files PORT`
 """
 
+import resource
 import sys
 import time
 from typing import Any, cast
@@ -22,6 +23,8 @@ def load(progress: Progress) -> Engine:
     if sys.argv[1] == "slow":
         progress("packing", 1, 2)
         time.sleep(60)
+    if sys.argv[1] == "stuck":
+        return cast(Engine, StuckEngine("the end " * 2000, context=10**6, pace_s=0.005))
     return cast(Engine, ReportingEngine("the end " * 2000, context=10**6, pace_s=0.005))
 
 
@@ -37,7 +40,17 @@ class ReportingEngine(ScriptedEngine):
         print("cancelled", flush=True)
 
 
+class StuckEngine(ScriptedEngine):
+    """Is in a step that lasts a minute when it is closed."""
+
+    def close(self) -> None:
+        print("closing", flush=True)
+        time.sleep(60)
+
+
 if __name__ == "__main__":
+    if sys.argv[1] == "few_files":
+        resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     try:
         serve(BackgroundLoader(load), port=int(sys.argv[2]))
     except OsmiumError as error:

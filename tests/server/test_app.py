@@ -10,11 +10,13 @@ from starlette.testclient import TestClient
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
+from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import app as server
 from osmium.server.app import BackgroundLoader, create_app
 from osmium.server.limits import Limits
-from tests.server.scripted import PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
+from osmium.server.openai import ResponseBuilder
+from tests.server.scripted import BASE_URL, PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -233,8 +235,8 @@ def test_an_error_in_a_stream_is_sent_and_ends_it() -> None:
     with client_of(ScriptedEngine("the end", fails_after=2)) as client:
         answer = ask(client, stream=True)
     events = answer.text.strip().split("\n\n")
-    assert events[-1] == "data: [DONE]"
-    assert json.loads(events[-2].removeprefix("data: ")) == {
+    assert "[DONE]" not in answer.text
+    assert json.loads(events[-1].removeprefix("data: ")) == {
         "error": {
             "message": "The engine has stopped: the card is gone.",
             "type": "server_error",
@@ -288,6 +290,120 @@ def test_completion_logprobs_have_text_offsets(stream: bool) -> None:
     assert found["text_offset"] == [0, 1, 4, 5, 7]
 
 
+def entries_of(response: Any, stream: bool) -> list[dict[str, Any]]:
+    """The log-probabilities of a chat response."""
+    if not stream:
+        logprobs = response.json()["choices"][0]["logprobs"]
+        return list(logprobs["content"]) if logprobs else []
+    found = [one["choices"][0]["logprobs"] for one in chunks(response.text)]
+    return [entry for one in found if one for entry in one["content"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("says", "stop", "wanted"),
+    [
+        ("ab\n</think>\n\nthe end", None, "the end"),
+        ("ab\n</think>\n\n é the", None, " é the"),
+        ("ab\n</think>\n\nthe end", ["b", "n"], "the e"),
+        ("ab\n</think>\n\nthe end", ["end"], "the "),
+        ("ab\n</think>\n\nthe end", ["the"], ""),
+        ("ab\n</think>", None, ""),
+        ("ab the end", None, ""),
+    ],
+)
+def test_logprobs_are_those_of_the_answer(
+    says: str, stop: list[str] | None, wanted: str, stream: bool
+) -> None:
+    with client_of(ScriptedEngine(says)) as client:
+        response = ask(client, logprobs=True, enable_thinking=True, stop=stop, stream=stream)
+    found = b"".join(bytes(one["bytes"]) for one in entries_of(response, stream))
+    # A stop text may begin inside a token: that token is part of the answer.
+    assert found == (wanted.encode() if stop != ["b", "n"] else b"the en")
+
+
+def test_a_token_at_the_border_of_reasoning_and_answer_is_the_answers() -> None:
+    """</think> of letters, so that one token has a part of both."""
+    response = ResponseBuilder("m", TOKENIZER, chat=True, thinking=True)
+    text = "</think>\nab"
+    token = Token(TOKENIZER.encode("ab")[0], text, -0.5, (), 0, len(text))
+    response.push(token)
+    response.push(Finish(FinishReason.STOP))
+    assert response.body()["choices"][0]["logprobs"]["content"][0]["token"] == "ab"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("chat", [False, True])
+def test_logprobs_of_a_stop_text_are_not_returned(stream: bool, chat: bool) -> None:
+    with client_of(ScriptedEngine("the end a b")) as client:
+        request, logprobs = (ask, True) if chat else (complete, 1)
+        response = request(client, logprobs=logprobs, stop=["end a", "ab"], stream=stream)
+    if chat:
+        assert [one["token"] for one in entries_of(response, stream)] == ["the", " "]
+        return
+    parts = chunks(response.text) if stream else [response.json()]
+    found = [one["choices"][0]["logprobs"] for one in parts]
+    assert [token for part in found if part for token in part["tokens"]] == ["the", " "]
+    assert [at for part in found if part for at in part["text_offset"]] == [0, 3]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_offsets_count_text_that_is_held_back(stream: bool) -> None:
+    """While "the en" may become a stop text, the next tokens' offsets count it."""
+    with client_of(ScriptedEngine("the end")) as client:
+        response = complete(client, logprobs=0, stop="the enz", stream=stream)
+    parts = chunks(response.text) if stream else [response.json()]
+    found = [one["choices"][0]["logprobs"] for one in parts]
+    assert [at for part in found if part for at in part["text_offset"]] == [0, 3, 4, 6]
+    assert "".join(one["choices"][0]["text"] for one in parts) == "the end"
+
+
+def test_tokens_without_text_keep_their_logprobs() -> None:
+    with client_of(ScriptedEngine("the <|im_start|>")) as client:
+        response = ask(client, logprobs=True)
+        cut = ask(client, logprobs=True, max_tokens=2)
+    assert [one["token"] for one in entries_of(response, False)] == ["the", " ", "<|im_start|>"]
+    assert [one["token"] for one in entries_of(cut, False)] == ["the", " "]
+
+
+# -- stops -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "wanted"),
+    [("France", "Paris in "), ("\n", "Paris in France"), ("\n\n", "Paris in France"),
+     ("see", "Paris in France"), ("</think>", ""), ("P", "")],
+)  # fmt: skip
+def test_a_stop_text_counts_after_the_thinking(stop: str, wanted: str, stream: bool) -> None:
+    with client_of(ScriptedEngine("I see\n\nFrance.\n</think>\n\nParis in France")) as client:
+        response = ask(client, stop=stop, enable_thinking=True, stream=stream)
+    if stream:
+        deltas = [one["choices"][0]["delta"] for one in chunks(response.text)]
+    else:
+        deltas = [response.json()["choices"][0]["message"]]
+    assert "".join(one.get("reasoning", "") for one in deltas) == "I see\n\nFrance."
+    assert "".join(one.get("content", "") for one in deltas) == wanted
+
+
+def test_without_thinking_a_stop_text_counts_everywhere() -> None:
+    with client_of(ScriptedEngine("I see</think>\n\nParis")) as client:
+        assert ask(client, stop="see").json()["choices"][0]["message"]["content"] == "I "
+        assert complete(client, stop="\n").json()["choices"][0]["text"] == "I see</think>"
+
+
+@pytest.mark.parametrize("fields", [{"stop": "<|im_start|>"}, {"stop": ["x", "<|im_start|>"]},
+    {"stop_token_ids": [TOKENIZER.id_of("<|im_start|>")]},
+    {"stop_token_ids": [TOKENIZER.id_of("<|im_start|>")], "stop": "zz"}])  # fmt: skip
+def test_a_special_token_stops_by_its_text_and_by_its_id(fields: dict[str, Any]) -> None:
+    with client_of(ScriptedEngine("the <|im_start|>end")) as client:
+        for response in (ask(client, **fields), complete(client, **fields)):
+            (choice,) = response.json()["choices"]
+            assert (choice["finish_reason"], response.json()["usage"]["completion_tokens"]) == (
+                "stop", 3)  # fmt: skip
+            assert (choice.get("text") or choice["message"]["content"]) == "the "
+
+
 # -- models, health and the rest -------------------------------------------------------------------
 
 
@@ -329,7 +445,7 @@ def test_health_reports_loading_progress_and_other_routes_return_503() -> None:
     host = BackgroundLoader(load)
     done = threading.Event()
     host.on_done = done.set
-    with TestClient(create_app(host)) as client:
+    with TestClient(create_app(host), base_url=BASE_URL) as client:
         assert error_of.wait(PATIENCE_S)
         health = client.get("/health")
         assert health.status_code == 503
@@ -410,6 +526,10 @@ def test_a_malformed_body_is_a_400(path: str, body: bytes) -> None:
         ({"messages": "Hello"}, "messages", "invalid_type"),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
         ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"top_k": 10**400}, "top_k", "invalid_value"),
+        ({"max_tokens": 10**400}, "max_tokens", "invalid_value"),
+        ({"temperature": 10**400}, "temperature", "invalid_type"),
+        ({"logit_bias": {str(10**400): 1}}, "logit_bias", "invalid_value"),
         ({"n": 3}, "n", "unsupported_value"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "template_error"),
         (
@@ -479,37 +599,3 @@ def test_an_unexpected_error_is_a_500_without_details(
         error = error_of(ask(client), 500)
     assert "secret" not in error["message"]
     assert "a secret" in caplog.text, "the log has the details"
-
-
-# -- access ----------------------------------------------------------------------------------------
-
-
-def test_with_an_api_key_other_keys_are_refused() -> None:
-    with client_of(ScriptedEngine(), api_key="sésame") as client:
-        for given in ("", "Bearer wrong", "sésame", "Bearer sésamee"):
-            headers = {b"Authorization": given.encode()}
-            answer = client.get("/v1/models", headers=headers)
-            assert error_of(answer, 401)["code"] == "invalid_api_key"
-            assert client.post("/v1/completions", headers=headers).status_code == 401
-        right = {b"Authorization": "Bearer sésame".encode()}
-        assert client.get("/v1/models", headers=right).status_code == 200
-        assert client.get("/health").status_code == 200
-
-
-ORIGIN = {"Origin": "http://page.example"}
-PREFLIGHT = {**ORIGIN, "Access-Control-Request-Method": "POST",
-          "Access-Control-Request-Headers": "authorization,content-type"}  # fmt: skip
-
-
-def test_cors_allows_any_origin_unless_one_is_configured() -> None:
-    with client_of(ScriptedEngine(), api_key="k") as client:
-        before = client.options("/v1/chat/completions", headers=PREFLIGHT)
-        assert before.status_code == 200
-        assert before.headers["access-control-allow-origin"] == "*"
-        refused = client.get("/v1/models", headers=ORIGIN)
-        assert refused.status_code == 401
-        assert refused.headers["access-control-allow-origin"] == "*"
-    with client_of(ScriptedEngine(), cors_origin="http://mine.example") as client:
-        assert client.options("/v1/chat/completions", headers=PREFLIGHT).status_code == 400
-        answer = client.get("/v1/models", headers=ORIGIN)
-        assert "access-control-allow-origin" not in answer.headers

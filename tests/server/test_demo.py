@@ -8,7 +8,7 @@ from starlette.testclient import TestClient
 
 import osmium
 from osmium.server.app import BackgroundLoader, create_app
-from tests.server.scripted import chunks
+from tests.server.scripted import BASE_URL, chunks
 
 FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -17,7 +17,7 @@ FRANCE = [{"role": "user", "content": "What is the capital of France?"}]
 def client() -> Iterator[TestClient]:
     engine = osmium.load(device="cpu")
     host = BackgroundLoader(lambda progress: engine)
-    with TestClient(create_app(host)) as made:
+    with TestClient(create_app(host), base_url=BASE_URL) as made:
         while made.get("/health").status_code == 503:
             pass
         yield made

@@ -12,7 +12,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams
 from osmium.errors import CheckpointError
 from osmium.server.app import BackgroundLoader, create_app
-from tests.server.scripted import PATIENCE_S, client_of
+from tests.server.scripted import BASE_URL, PATIENCE_S, client_of
 
 
 def read(client: TestClient) -> dict[tuple[str, tuple[str, ...]], float]:
@@ -37,7 +37,7 @@ def test_requests_tokens_and_experts_are_counted() -> None:
 
     host, done = BackgroundLoader(load), threading.Event()
     host.on_done = done.set
-    with TestClient(create_app(host)) as client:
+    with TestClient(create_app(host), base_url=BASE_URL) as client:
         assert done.wait(PATIENCE_S)
         before = read(client)
         assert before["osmium_experts_routed_total", ()] == 0

@@ -41,6 +41,7 @@ BOTH: dict[str, list[Any]] = {
     "repetition_penalty": NUMBER,
     "seed": INTEGER,
     "stop": [7, {}, ["a", 7], [["a"]]],
+    "stop_token_ids": [7, {}, "7", ["7"], [1.5], [None], [True]],
     "max_tokens": INTEGER,
     "logit_bias": ["a", [1], {"5": "x"}, {"5": None}],
     "ignore_eos": FLAG,
@@ -115,12 +116,32 @@ def test_an_error_path_leads_to_the_wrong_value(name: str, value: Any, param: st
 @pytest.mark.parametrize(
     "body",
     [b"", b"{", b'{"messages": [}', b'{"a": \xff}', b'"\xff"', b"\x00", b"[" * 100_000,
-     b'{"messages": [{"role": "user", "content": "a\\ud800b"}]}', b'{"messages": NaN}'],
+     b'{"messages": NaN}', b'{"messages": "\\ud800'],
 )  # fmt: skip
 def test_invalid_json_is_refused(body: bytes) -> None:
     with pytest.raises(RequestError) as caught:
         parse(body, ChatRequest)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"),
+    [
+        (rb"a\ud800b", "a\ufffdb"),
+        (rb"\uDBff", "\ufffd"),
+        (rb"\udc00\ud800", "\ufffd\ufffd"),
+        (rb"\ud83d\ude00\ud83d", "\U0001f600\ufffd"),
+        (rb"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (rb"\\ud800 \ud800", "\\ud800 \ufffd"),
+        (rb"\\\ud800\n", "\\\ufffd\n"),
+        (rb"\"\ud800\"", '"\ufffd"'),
+        (b"a\xed\xa0\xbdb\xed\x9f\xbf", "a\ufffdb\ud7ff"),
+    ],
+)
+def test_half_a_surrogate_pair_becomes_a_replacement_character(written: bytes, wanted: str) -> None:
+    found = parse(b'{"messages": [{"role": "user", "content": "%s"}]}' % written, ChatRequest)
+    assert found.messages[0]["content"] == wanted
+    assert parse(b'{"prompt": "%s"}' % written, CompletionRequest).prompt == wanted
 
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"null", b'"text"'])
@@ -189,6 +210,7 @@ def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stop": ["a", ""]}, "stop"),
+        ({"stop_token_ids": [5, -1]}, "stop_token_ids"),
         ({"logit_bias": {"5": 101}}, "logit_bias"),
         ({"logit_bias": {"x": 1}}, "logit_bias"),
         ({"logit_bias": {"²": 1}}, "logit_bias"),
@@ -209,7 +231,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
             temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1,
             frequency_penalty=-1, repetition_penalty=1.5, seed=-3, stop=["a", "b"],
             max_tokens=9, logit_bias={"5": -1, "6": 2.5}, ignore_eos=True,
-            logprobs=True, top_logprobs=4,
+            logprobs=True, top_logprobs=4, stop_token_ids=[3, 4],
         ),
         {},
     )  # fmt: skip
@@ -217,6 +239,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, seed=-3, stop=("a", "b"),
         max_tokens=9, logit_bias={5: -1.0, 6: 2.5}, ignore_eos=True, logprobs=4,
+        stop_token_ids=(3, 4),
     )  # fmt: skip
 
 

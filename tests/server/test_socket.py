@@ -1,11 +1,8 @@
 """The server on a real socket: concurrent clients, the openai package, Ctrl-C."""
 
 import json
-import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -13,7 +10,6 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,9 +18,8 @@ import uvicorn
 from osmium.engine.request import FinishReason
 from osmium.errors import ConfigError
 from osmium.server.app import BackgroundLoader, create_app, serve
+from tests.server.running import address_of, process
 from tests.server.scripted import PATIENCE_S, ScriptedEngine, host_of
-
-ROOT = Path(__file__).resolve().parents[2]
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -70,7 +65,8 @@ def connect(url: str, body: dict[str, Any]) -> socket.socket:
     raw = json.dumps({"messages": HELLO, **body}).encode()
     connection = socket.create_connection((address, int(port)), PATIENCE_S)
     connection.sendall(
-        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        b"Content-Type: application/json\r\n"
         b"Content-Length: " + str(len(raw)).encode() + b"\r\n\r\n" + raw
     )
     return connection
@@ -132,7 +128,7 @@ def test_the_openai_package_works_against_the_server() -> None:
             )  # fmt: skip
             assert whole.choices[0].message.content == "the é 🙂"
             assert whole.choices[0].message.reasoning_content == "I see."
-            assert whole.choices[0].logprobs.content[0].token == "I"
+            assert whole.choices[0].logprobs.content[0].token == "the"
             assert whole.usage.total_tokens > 0
             stream = client.chat.completions.create(
                 model="gpt-4o", messages=HELLO, stream=True, stream_options={"include_usage": True}
@@ -164,28 +160,6 @@ def test_closing_a_stream_of_the_openai_package_cancels_the_request() -> None:
 
 
 # -- serve() ---------------------------------------------------------------------------------------
-
-
-@contextmanager
-def process(kind: str, port: int = 0) -> Iterator[subprocess.Popen[str]]:
-    """serve() in a separate process, killed at the end of a test that left it running."""
-    command = [sys.executable, "-m", "tests.server.server_process", kind, str(port)]
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as child:
-        try:
-            yield child
-        finally:
-            child.kill()
-
-
-def address_of(child: subprocess.Popen[str]) -> str:
-    """The address that the server prints."""
-    assert child.stderr is not None
-    line = child.stderr.readline()
-    found = re.search(r"scripted is served on (http://127\.0\.0\.1:\d+)/v1", line)
-    assert found, line + child.stderr.read()
-    return found[1]
 
 
 def test_a_port_in_use_is_refused_before_the_model_is_loaded() -> None:

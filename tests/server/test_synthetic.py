@@ -14,7 +14,7 @@ import osmium
 from osmium.cli import main
 from osmium.server.app import BackgroundLoader, create_app
 from osmium.weights import synthetic
-from tests.server.scripted import chunks
+from tests.server.scripted import BASE_URL, chunks
 
 VOCAB = 24_000
 """Most ids are beyond the tokenizer's 8,192, like in the published shapes."""
@@ -30,7 +30,9 @@ def client() -> Iterator[TestClient]:
         patch.setitem(synthetic._SHAPES, "tiny", {**synthetic._SHAPES["tiny"], "vocab": VOCAB})
         engine = osmium.load("Synthetic:Tiny", "cpu", context=512, prefill_chunk=64)
     assert engine.name == "synthetic:tiny"
-    with TestClient(create_app(BackgroundLoader(lambda progress: engine))) as made:
+    with TestClient(
+        create_app(BackgroundLoader(lambda progress: engine)), base_url=BASE_URL
+    ) as made:
         while made.get("/health").status_code == 503:
             pass
         yield made

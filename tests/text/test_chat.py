@@ -251,8 +251,8 @@ def test_absent_content_is_empty() -> None:
         assert normalise([USER, message])[1] == {"role": "assistant", "content": ""}
 
 
-def test_reasoning_is_accepted_under_both_its_names() -> None:
-    for name in ("reasoning", "reasoning_content"):
+def test_reasoning_is_accepted_under_all_its_names() -> None:
+    for name in ("reasoning", "reasoning_content", "thinking"):
         found = normalise([USER, {"role": "assistant", "content": "4", name: "2 + 2"}])
         assert found[1]["reasoning_content"] == "2 + 2"
 
@@ -262,9 +262,22 @@ def test_reasoning_is_accepted_under_both_its_names() -> None:
     [
         ('{"a": [1, "x"]}', {"a": [1, "x"]}),
         ("", {}),
+        ("  ", {}),
         ({"a": 1}, {"a": 1}),
-        ('{"a": ', {"arguments": '{"a": '}),
-        ("[1]", {"arguments": "[1]"}),
+        (json.dumps('{"a": 1}'), {"a": 1}),
+        (json.dumps(json.dumps('{"a": 1}')), {"a": 1}),
+        (json.dumps("a text"), {}),
+        ('{"a": ', {}),
+        ("a text", {}),
+        ("[1]", {}),
+        ("null", {}),
+        ("[" * 100_000, {}),
+        ("1" * 5000, {}),
+        (None, {}),
+        ([{"a": 1}], {}),
+        (7, {}),
+        (1.5, {}),
+        (True, {}),
     ],
 )
 def test_call_arguments_become_an_object(arguments: object, wanted: object) -> None:
@@ -273,6 +286,61 @@ def test_call_arguments_become_an_object(arguments: object, wanted: object) -> N
     found = normalise([USER, {"role": "assistant", "content": None, "tool_calls": [call]}])
     assert found[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": wanted}
     assert json.dumps(call) == before, "the caller's message is unchanged"
+
+
+def calls_of(call: object) -> Any:
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    return normalise([USER, message])[1]["tool_calls"]
+
+
+def test_a_flat_call_is_a_function_too() -> None:
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        (call,) = calls_of({"id": "1", "name": "f", "arguments": arguments})
+        assert call["function"] == {"name": "f", "arguments": {"a": 1}}
+        assert call["arguments"] == {"a": 1}
+    (call,) = calls_of({"name": "f", "function": None})
+    assert call["function"] == {"name": "f", "arguments": {}}
+
+
+@pytest.mark.parametrize("name", [None, 7, ["f"]])
+def test_a_call_without_a_name_has_an_empty_one(name: object) -> None:
+    (call,) = calls_of({"function": {"name": name, "arguments": "{}"}})
+    assert call["function"] == {"name": "", "arguments": {}}
+    assert calls_of({"function": {}}) == [{"function": {"name": "", "arguments": {}}}]
+
+
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("arguments", [None, [1], 7, "{", '"x"', '{"a": 1}', '"{\\"a\\": 1}"'])
+def test_a_call_with_any_arguments_renders_like_one_with_an_object(
+    source: str, arguments: object
+) -> None:
+    template = ChatTemplate(SOURCES[source](), TOKENS)
+
+    def render(call: object) -> str:
+        message = {"role": "assistant", "content": "", "tool_calls": [call]}
+        return template.render([USER, message, {"role": "tool", "content": "x"}])
+
+    wanted: dict[str, int] = {"a": 1} if "a" in str(arguments) else {}
+    right = render({"function": {"name": "f", "arguments": wanted}})
+    assert render({"function": {"name": "f", "arguments": arguments}}) == right
+    assert render({"name": "f", "arguments": arguments}) == right
+    assert ("a=1" in right or "<parameter=a>" in right) == bool(wanted)
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_half_a_surrogate_pair_becomes_a_replacement_character(source: str) -> None:
+    half = "a\ud83d b\udc00"
+    conversation: list[dict[str, Any]] = [
+        {"role": "system", "content": half},
+        {"role": "user", "content": [{"type": "text", "text": half}]},
+        {"role": "assistant", "content": half, "reasoning_content": half, "tool_calls": [
+            {"function": {"name": half, "arguments": {half: half}}}]},
+        {"role": "tool", "content": half},
+    ]  # fmt: skip
+    tools = [{"type": "function", "function": {"name": "f", "description": half}}]
+    text = ChatTemplate(SOURCES[source](), TOKENS).render(conversation, tools)
+    text.encode()
+    assert text.count("a\ufffd b\ufffd") >= 7
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Separation of reasoning and answer, at any split of the text."""
 
+import time
+
 import numpy as np
 import pytest
 
@@ -84,3 +86,12 @@ def test_no_unpaired_tag_is_shown_at_any_split(
         cuts = sorted(rng.integers(0, len(text) + 1, 4).tolist())
         pieces = [text[a:b] for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
         assert shown(pieces, thinking) == wanted
+
+
+def test_many_newlines_of_reasoning_take_little_time() -> None:
+    parser = ReasoningParser(True)
+    start = time.perf_counter()
+    for _ in range(20_000):
+        assert parser.push("\n") == ("", "")
+    assert time.perf_counter() - start < 5, "each push looked at each newline, in Python"
+    assert parser.push("a") == ("a", "")

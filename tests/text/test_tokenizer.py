@@ -267,3 +267,9 @@ def test_a_normalizer_that_composes_characters_counts_as_shrinking() -> None:
     longest = tokenizer.max_token_bytes
     assert longest is not None
     assert tokenizer.min_tokens(text, 10) == -(-3000 // longest)
+
+
+def test_the_longest_token_is_found_beyond_a_gap_of_the_ids() -> None:
+    made = json.loads(byte_level_json())
+    made["model"]["vocab"]["x" * 40] = 100_000
+    assert Tokenizer(json.dumps(made).encode()).max_token_bytes == 40

@@ -61,7 +61,7 @@ def test_a_value_that_is_not_finite_is_refused_in_any_tensor(
      f"{ROOT}layers.0.mlp.shared_expert.up_proj.weight",
      f"{ROOT}layers.1.mlp.shared_expert.down_proj.weight"],
 )  # fmt: skip
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, "numpy"])
 def test_a_quantised_matrix_is_checked_on_both_devices(
     backend: str | None, name: str, options: dict[str, str], tmp_path: Path
 ) -> None:
@@ -72,7 +72,7 @@ def test_a_quantised_matrix_is_checked_on_both_devices(
 @pytest.mark.parametrize("form", [fused, per_expert], ids=["fused", "per expert"])
 @pytest.mark.parametrize("bits", [16, 8, 4])
 @pytest.mark.parametrize("value", [NAN, MINUS_INF])
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
+@pytest.mark.parametrize("backend", [None, "numpy"])
 def test_an_expert_is_checked_on_both_devices(
     backend: str | None,
     value: float,
@@ -91,6 +91,16 @@ def test_an_expert_is_checked_on_both_devices(
         ops = BACKENDS[backend]() if backend else None
         text = refuses(folder, prefix + name, ops, gpu_expert_bits=bits)
         assert form is per_expert or "[3, " in text, "the expert's number is in the index"
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("value", [NAN, MINUS_INF])
+def test_the_kernels_mark_an_expert_that_is_not_finite(
+    value: float, bits: int, tmp_path: Path
+) -> None:
+    name = f"{ROOT}layers.0.mlp.experts.gate_up_proj"
+    write(tmp_path, spoiled(hf_tensors(CASE), name, value, last=False))
+    assert "[0, 0, 0]" in refuses(tmp_path, name, BACKENDS["interpreted"](), gpu_expert_bits=bits)
 
 
 @pytest.mark.parametrize("backend", [None, *BACKENDS])

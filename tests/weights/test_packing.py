@@ -1,17 +1,22 @@
 """Packing that is killed, runs out of disk space, or runs in two processes."""
 
+import json
 import os
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from osmium.config import EngineConfig
 from osmium.errors import ConfigError
-from osmium.weights import open_model
+from osmium.weights import local, open_model
+from osmium.weights.checkpoint import Checkpoint, TensorSpec
+from osmium.weights.local import mark_used
 from tests.models.build import hf_tensors
 from tests.weights.files import CASE, write
 
@@ -122,6 +127,145 @@ def test_a_truncated_journal_is_resumed(
     assert (
         open_model(model, EngineConfig(cache_dir=str(tmp_path))).path.read_bytes() == complete_file
     )
+
+
+# -- what an interrupted run left is not trusted ---------------------------------------------------
+
+
+def emptied(partial: Path, journal: Path) -> None:
+    partial.write_bytes(b"")
+
+
+def cut(partial: Path, journal: Path) -> None:
+    os.truncate(partial, partial.stat().st_size // 2)
+
+
+def zeroed(partial: Path, journal: Path) -> None:
+    partial.write_bytes(bytes(partial.stat().st_size))
+
+
+def one_bit(partial: Path, journal: Path) -> None:
+    raw = bytearray(partial.read_bytes())
+    at = next(i for i in range(8192, len(raw)) if raw[i])
+    raw[at] ^= 16
+    partial.write_bytes(raw)
+
+
+def longer(partial: Path, journal: Path) -> None:
+    with open(partial, "ab") as file:
+        file.write(b"x" * 5000)
+
+
+def all_finished(partial: Path, journal: Path) -> None:
+    key, *_ = journal.read_bytes().splitlines(keepends=True)
+    nbytes = json.loads(key)["nbytes"]
+    journal.write_bytes(key + json.dumps(dict.fromkeys(nbytes, 0)).encode() + b"\n")
+
+
+def odd_lines(partial: Path, journal: Path) -> None:
+    lines = journal.read_bytes().splitlines(keepends=True)
+    odd = [b"[1]\n", b"7\n", b"null\n", b'{"ghost": 5}\n', b'{"norm.data": "x"}\n', b"[" * 99_999]
+    journal.write_bytes(b"".join([*lines, *odd]) + b"\n")
+
+
+def odd_first_line(partial: Path, journal: Path) -> None:
+    journal.write_bytes(b"[]\n7\n")
+
+
+def not_text(partial: Path, journal: Path) -> None:
+    journal.write_bytes(b"\xff\xfe\n" * 9)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [emptied, cut, zeroed, one_bit, longer, all_finished, odd_lines, odd_first_line, not_text],
+)
+def test_a_damaged_partial_file_or_journal_never_gives_a_damaged_model(
+    damage: Callable[[Path, Path], None],
+    model: Path,
+    complete_file: bytes,
+    num_writes: int,
+    tmp_path: Path,
+) -> None:
+    assert interrupted(model, tmp_path, "kill", num_writes - 3).returncode == -9
+    ((partial,), (journal,)) = tmp_path.glob("*.partial"), tmp_path.glob("*.journal")
+    damage(partial, journal)
+    packed = open_model(model, EngineConfig(cache_dir=str(tmp_path)))
+    assert packed.path.read_bytes() == complete_file
+    assert not list(tmp_path.glob("*.partial")) and not list(tmp_path.glob("*.journal"))
+
+
+def test_parts_that_are_as_they_were_written_are_not_packed_again(
+    model: Path, num_writes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert interrupted(model, tmp_path, "kill", num_writes - 3).returncode == -9
+    (partial,) = tmp_path.glob("*.partial")
+    one_bit(partial, partial)
+    made: list[str] = []
+    arrays = Checkpoint.arrays
+
+    def counted(self: Checkpoint, part: TensorSpec) -> dict[str, Any]:
+        made.append(part.name)
+        return arrays(self, part)
+
+    monkeypatch.setattr(Checkpoint, "arrays", counted)
+    stages: list[str] = []
+    config = EngineConfig(cache_dir=str(tmp_path))
+    open_model(model, config, lambda stage, done, total: stages.append(stage)).verify()
+    assert len(made) <= 1, "only the part with the changed bit"
+    assert stages[0] == "checking"
+
+
+# -- links and other things in the cache folder ----------------------------------------------------
+
+OWN_FILES = (".lock", ".partial", ".journal")
+
+
+@pytest.mark.parametrize("suffix", OWN_FILES)
+@pytest.mark.parametrize("kind", ["link", "dangling link", "pipe", "folder"])
+def test_a_link_or_a_pipe_in_the_place_of_an_own_file_is_refused_and_untouched(
+    kind: str, suffix: str, model: Path, complete_file: bytes, num_writes: int, tmp_path: Path
+) -> None:
+    cache, target = tmp_path / "cache", tmp_path / "precious"
+    path = open_model(model, EngineConfig(cache_dir=str(cache))).path
+    path.unlink()
+    own = path.with_name(path.name + suffix)
+    own.unlink(missing_ok=True)
+    if kind == "link":
+        target.write_text("precious")
+        own.symlink_to(target)
+    elif kind == "dangling link":
+        own.symlink_to(target)
+    elif kind == "pipe":
+        os.mkfifo(own)
+    else:
+        own.mkdir()
+    try:
+        packed = open_model(model, EngineConfig(cache_dir=str(cache)))
+    except ConfigError as error:
+        assert own.name in str(error)
+    else:
+        assert packed.path.read_bytes() == complete_file and not own.is_symlink()
+    assert target.exists() == (kind == "link")
+    assert kind != "link" or target.read_text() == "precious"
+
+
+@pytest.mark.parametrize("suffix", [".lock", ".used"])
+@pytest.mark.timeout(20)
+def test_listing_and_loading_do_not_follow_links_or_wait_for_pipes(
+    suffix: str, model: Path, tmp_path: Path
+) -> None:
+    path = open_model(model, EngineConfig(cache_dir=str(tmp_path))).path
+    own, target = path.with_name(path.name + suffix), tmp_path / "target"
+    for kind in ("link", "pipe"):
+        own.unlink(missing_ok=True)
+        if kind == "link":
+            own.symlink_to(target)
+        else:
+            os.mkfifo(own)
+        mark_used(path, tmp_path)
+        assert not local._is_locked(path)
+        assert not target.exists()
 
 
 # -- a full disk -----------------------------------------------------------------------------------
