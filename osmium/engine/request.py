@@ -4,7 +4,6 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 `IncrementalDetokenizer` (text/detokenizer.py) turns ids back into text, piece by piece.
 """
 
-import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -12,11 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
+from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "check_ids", "check_params", "context_error", "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -25,6 +28,23 @@ class Decoder(Protocol):
 
     def push(self, token: int) -> str: ...
     def flush(self) -> str: ...
+
+
+MAX_INT = 2**63 - 1
+"""Largest integer of a parameter: it fits int64 and converts to float."""
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next, for structured output.  Used on the engine's thread alone."""
+
+    def fill(self, words: npt.NDArray[np.int32]) -> None:
+        """Write the mask of the next token: bit t % 32 of word t // 32 is 1 if t is allowed.
+
+        words i32 [ceil(vocab / 32)], with unspecified contents
+        """
+
+    def push(self, token: int) -> None:
+        """Advance by a sampled token."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,6 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
-        inf = math.inf
         for name, low, high in (
             ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
             ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
@@ -77,7 +96,9 @@ class SamplingParams:
                 raise _invalid_value(name, value, f"a number from {low} to {high}")
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
-        for name, least, most in (("top_k", -1, inf), ("max_tokens", 1, inf), ("logprobs", 0, 20)):
+        for name, least, most in (
+            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("logprobs", 0, 20),
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name != "top_k":
                 continue
@@ -108,10 +129,15 @@ class SamplingParams:
                     "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a penalty changes logits."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {value!r}; it must be {rule}.", param=name, code="invalid_value"
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
     )
 
 
@@ -184,6 +210,7 @@ class Request:
         seed: int,
         max_total_tokens: int = 1 << 30,
         skip_prefill: bool = False,
+        token_mask: TokenMask | None = None,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -194,6 +221,10 @@ class Request:
         """Most tokens of prompt and response together."""
         self.skip_prefill = skip_prefill
         """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
+        self.token_mask = token_mask
+        """Which tokens may come next; None allows all."""
+        self.mask_error: Exception | None = None
+        """The error of `token_mask`; it ends the request."""
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
@@ -222,6 +253,17 @@ class Request:
         if self.params.max_tokens is None:
             return context_left
         return min(context_left, self.params.max_tokens - self.completion_tokens)
+
+    @property
+    def needs_controls(self) -> bool:
+        """Whether the request has penalties, a bias, log-probabilities or a token mask."""
+        params = self.params
+        return bool(
+            params.has_penalties
+            or params.logit_bias
+            or params.logprobs is not None
+            or self.token_mask is not None
+        )
 
     @property
     def generated(self) -> list[int]:

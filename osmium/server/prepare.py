@@ -52,7 +52,14 @@ def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
     thinking = starts_in_reasoning(prompt)
     if thinking:
         params = replace(params, stop_after=END_OF_REASONING)
-    response = ResponseBuilder(name, engine.tokenizer, chat=True, thinking=thinking)
+    response = ResponseBuilder(
+        name,
+        engine.tokenizer,
+        chat=True,
+        thinking=thinking,
+        tools=tools,
+        tool_format=engine.template.tool_format,
+    )
     return Prepared(bool(body.stream), _wants_usage(body), ids, params, response)
 
 

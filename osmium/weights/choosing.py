@@ -13,7 +13,9 @@ from typing import Any
 
 from osmium.errors import CheckpointError
 
-__all__ = ["INDEX", "ShardChoice", "choose_shards", "is_weight_file", "listed_shards", "summary"]
+__all__ = [
+    "INDEX", "WHOLE", "ShardChoice", "choose_shards", "is_weight_file", "listed_shards", "summary",
+]  # fmt: skip
 
 INDEX = "model.safetensors.index.json"
 

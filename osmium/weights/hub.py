@@ -12,7 +12,7 @@ import importlib
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,14 @@ from typing import Any
 from osmium.config import Progress
 from osmium.errors import CheckpointError, ConfigError
 from osmium.weights.checkpoint import UNUSED
-from osmium.weights.choosing import INDEX, ShardChoice, choose_shards, is_weight_file, listed_shards
+from osmium.weights.choosing import (
+    INDEX,
+    WHOLE,
+    ShardChoice,
+    choose_shards,
+    is_weight_file,
+    listed_shards,
+)
 from osmium.weights.packed import FILES
 from osmium.weights.shards import MAX_HEADER, Shards, Tensor, parse_header, read_json, shards_of
 from osmium.weights.unsupported import refuse_files
@@ -155,7 +162,7 @@ def _from_hub(name: str) -> HubModel:
     }
     texts = {
         file: read_json(Path(hf_hub_download(name, file)))
-        for file in (*FILES[:2], INDEX)
+        for file in _parsed(listed)
         if file in listed
     }
     return _model(name, info.sha or "", texts, listed, Path(constants.HF_HUB_CACHE), True)
@@ -173,17 +180,20 @@ def _from_cache(name: str) -> HubModel | None:
     if not isinstance(config, str):
         return None
     folder = Path(config).parent
-    texts = {
-        file: read_json(folder / file) for file in (*FILES[:2], INDEX) if (folder / file).is_file()
-    }
     listed = {
         file.name: HubFile(file.stat().st_size, file.resolve().name)
         for file in folder.iterdir()
         if file.is_file()
     }
+    texts = {file: read_json(folder / file) for file in _parsed(listed) if file in listed}
     for shard in listed_shards(texts[INDEX], name).values() if INDEX in texts else ():
         listed.setdefault(shard, HubFile(None, ""))
     return _model(name, folder.name, texts, listed, Path(constants.HF_HUB_CACHE), False)
+
+
+def _parsed(listed: Collection[str]) -> tuple[str, ...]:
+    """The files that are parsed: an index beside a whole file is stale, and may hold anything."""
+    return FILES[:2] if WHOLE in listed else (*FILES[:2], INDEX)
 
 
 def _model(

@@ -328,7 +328,7 @@ def _header(path: Path, text: bytes, size: int) -> _Header:
         header = msgspec.json.decode(text, type=_Header)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(
-            f"{path}: the header is not that of a packed file ({error}); pack it again."
+            f"{path}: the header is not that of a packed file ({str(error)[:300]}); pack it again."
         ) from None
     if header.size != size:
         raise CheckpointError(

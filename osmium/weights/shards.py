@@ -36,8 +36,8 @@ MAX_JSON = 16_000_000
 MAX_INDEX = 64_000_000
 """Largest JSON files, bytes.  An index of 190,000 tensors has 20 MB."""
 
-MAX_HEADER = 100_000_000
-"""Largest header, bytes: the limit of the safetensors package."""
+MAX_HEADER = 50_000_000
+"""Largest header, bytes; one of 190,000 tensors in one file has 25 MB."""
 
 
 _Count = Annotated[int, msgspec.Meta(ge=0, lt=1 << 62)]
@@ -162,7 +162,7 @@ def shards_of(
     absent = [name for name in choice.listed if name not in tensors]
     left_out = [*choice.left_out, *twice]
     if absent:
-        where = f" and {summary(choice.missing)}" if choice.missing else ""
+        where = f" ({summary(choice.missing)} does not exist)" if choice.missing else ""
         left_out.append(f"{summary(absent)}, which {INDEX} lists and no file has{where}")
     return Shards(folder, list(headers), tensors, tuple(left_out))
 
@@ -170,11 +170,16 @@ def shards_of(
 def _header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file, after the safetensors package has accepted it."""
     try:
-        with safe_open(str(file), framework="numpy"):
-            pass
         with open(file, "rb") as raw:
             size = int.from_bytes(raw.read(8), "little")
-            return parse_header(raw.read(min(size, MAX_HEADER)), file, file.stat().st_size)
+            if size > MAX_HEADER:
+                raise CheckpointError(
+                    f"{file.name} is no complete safetensors file: its header has {size} bytes, "
+                    f"{MAX_HEADER} are the limit."
+                )
+            with safe_open(str(file), framework="numpy"):
+                pass
+            return parse_header(raw.read(size), file, file.stat().st_size)
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{file.name} is no complete safetensors file: {error}") from None
     except BaseException as error:
@@ -230,6 +235,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     most = MAX_INDEX if path.name.endswith(".index.json") else MAX_JSON
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{path} is no regular file; replace it by one.")
         with open(path, "rb") as file:
             raw = file.read(most + 1)
         if len(raw) > most:

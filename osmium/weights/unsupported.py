@@ -307,8 +307,8 @@ def _names(path: Path) -> list[str]:
 
 def _is_pointer(path: Path) -> bool:
     try:
-        if path.stat().st_size > SMALL:
-            return False
+        if not path.is_file() or path.stat().st_size > SMALL:
+            return False  # opening a pipe would wait for a writer
         with open(path, "rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
     except OSError:

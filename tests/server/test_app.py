@@ -526,6 +526,10 @@ def test_a_malformed_body_is_a_400(path: str, body: bytes) -> None:
         ({"messages": "Hello"}, "messages", "invalid_type"),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
         ({"temperature": -1}, "temperature", "invalid_value"),
+        ({"top_k": 10**400}, "top_k", "invalid_value"),
+        ({"max_tokens": 10**400}, "max_tokens", "invalid_value"),
+        ({"temperature": 10**400}, "temperature", "invalid_type"),
+        ({"logit_bias": {str(10**400): 1}}, "logit_bias", "invalid_value"),
         ({"n": 3}, "n", "unsupported_value"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "template_error"),
         (

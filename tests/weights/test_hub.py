@@ -16,6 +16,7 @@ import pytest
 from osmium.config import EngineConfig
 from osmium.errors import CheckpointError, ConfigError
 from osmium.weights import CheckpointFiles, HubFiles, disk, inspect_model, open_model
+from osmium.weights.choosing import INDEX
 from osmium.weights.hub import download, hub_id, look_up
 from osmium.weights.info import ModelInfo
 from tests.models.build import hf_tensors
@@ -247,6 +248,34 @@ def test_a_downloaded_model_packs_to_the_same_file_as_its_folder(
     here = open_model(folder, EngineConfig(cache_dir=str(tmp_path / "other")))
     assert packed.fingerprint == here.fingerprint
     assert (packed.all_packed_experts() == here.all_packed_experts()).all()
+
+
+def test_files_beside_the_model_are_not_downloaded_and_named(
+    hub: StandInHub, folder: Path, config: EngineConfig, caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    for name in ("consolidated.safetensors", "optimizer.safetensors", "extra.safetensors"):
+        (copy / name).write_bytes(b"x" * 100)
+    hub.models[NAME] = folder_files(copy)
+    packed = open_model(NAME, config)
+    (line,) = [r.getMessage() for r in caplog.records if "left out" in r.getMessage()]
+    assert "left out: consolidated.safetensors, extra.safetensors, optimizer" in line
+    found = {file.name for file in (tmp_path / "hub").rglob("*.safetensors")}
+    assert found == {file.name for file in folder.glob("*.safetensors")}
+    assert packed.fingerprint == open_model(folder, config).fingerprint
+
+
+@pytest.mark.parametrize("text", ['{"weight_map": {"old": "gone.safetensors"}}', "["])
+def test_a_whole_file_on_the_hub_wins_over_a_stale_index(
+    hub: StandInHub, text: str, config: EngineConfig, tmp_path: Path
+) -> None:
+    whole = write(tmp_path / "whole")
+    (whole / INDEX).write_text(text)
+    hub.models[NAME] = folder_files(whole)
+    packed = open_model(NAME, config)
+    assert list(packed.sources) == ["model.safetensors"]
+    assert packed.hub is not None and INDEX not in packed.hub["etags"]
 
 
 def test_a_second_start_needs_neither_the_checkpoint_nor_the_hub(

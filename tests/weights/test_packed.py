@@ -1,5 +1,6 @@
 """The packed file: contents, when it is packed again, and detection of damage."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -420,6 +421,21 @@ def test_invalid_json_text_is_refused_by_name(model: Path, config: EngineConfig)
         (model / "tokenizer_config.json").write_text(text)
         with pytest.raises(CheckpointError, match=r"tokenizer_config\.json"):
             open_model(model, config).json("tokenizer_config.json")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+             "chat_template.jinja", "adapter_config.json", "notes.json", "README.md"],
+)  # fmt: skip
+@pytest.mark.timeout(20)
+def test_a_pipe_in_the_place_of_a_small_file_is_not_waited_for(
+    name: str, model: Path, config: EngineConfig
+) -> None:
+    (model / name).unlink(missing_ok=True)
+    os.mkfifo(model / name)
+    with contextlib.suppress(CheckpointError, ConfigError):
+        assert open_model(model, config).file(name) is None
+        open_model(model, config)
 
 
 # -- names of models -------------------------------------------------------------------------------
