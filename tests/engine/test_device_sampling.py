@@ -151,6 +151,27 @@ def test_requests_that_come_and_go_keep_their_own_counts_and_biases(
         check(response, host_response(prompt, params))
 
 
+def test_tables_are_written_once_while_other_requests_come_and_go(
+    make: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, ...]] = []
+    copy_h2d = ReferenceOps.copy_h2d
+
+    def recorded(self: ReferenceOps, out: Any, source: Any) -> None:
+        if out.dtype in (np.uint32, np.float32) and out.shape[-1] in (1, VOCAB):
+            written.append(out.shape)
+        copy_h2d(self, out, source)
+
+    monkeypatch.setattr(ReferenceOps, "copy_h2d", recorded)
+    harness = make(sequences=2)
+    params = replace(PENALTIES, max_tokens=50, logit_bias={3: 1.0})
+    response = harness.submit([1, 2, 3], params)
+    for i in range(6):
+        harness.submit([i + 1], replace(GREEDY, max_tokens=5)).wait()
+    check(response, host_response([1, 2, 3], params))
+    assert written == [(1, VOCAB)] * 2, "counts and bias"
+
+
 def test_a_preempted_request_keeps_its_counts(make: Make, rng: np.random.Generator) -> None:
     harness = make(pages=18, sequences=3)  # 72 tokens for three times 40
     prompts = [rng.integers(0, VOCAB, 8).tolist() for _ in range(3)]
