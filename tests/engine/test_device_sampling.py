@@ -350,3 +350,11 @@ def test_more_sequences_than_a_decode_session_holds_are_all_served(
         check(response, host_response(prompt, params))
     assert max(len(parts) for parts in harness.model.steps) == 20
     assert Counter(len(parts) for parts in harness.model.steps)[16] > 0
+
+
+def test_a_vocabulary_smaller_than_the_alternatives_returns_all_of_it() -> None:
+    tables = ControlTables(ReferenceOps(), 1, 1, 12, 8)
+    request = Request([1], replace(GREEDY, logprobs=20), lambda event: None, None, seed=0)
+    tables.start([request])
+    assert tables.controls.flags[0].tolist() == [0, 1, 12]
+    assert len(tables.logprobs(0, 0)[1]) == 12
