@@ -14,7 +14,7 @@ from osmium.engine.request import FinishReason, Request, SamplingParams
 from osmium.engine.sampler import sample
 from osmium.ops.controls import PROMPT_BIT
 from osmium.ops.reference import ReferenceOps
-from tests.engine.fakes import GREEDY, VOCAB, EngineHarness, Logits, Response, scrambled
+from tests.engine.fakes import GREEDY, VOCAB, EngineHarness, Gate, Logits, Response, scrambled
 
 Make = Callable[..., EngineHarness]
 
@@ -339,13 +339,15 @@ def test_a_stop_text_ends_a_masked_request_beside_another(make: Make) -> None:
 def test_more_sequences_than_a_decode_session_holds_are_all_served(
     make: Make, rng: np.random.Generator
 ) -> None:
-    harness = make(sequences=20, chunk=32)
+    gate = Gate()  # holds the first step until all requests wait
+    harness = make(sequences=20, chunk=32, gate=gate)
     assert harness.engine.runner.max_decode_rows == 16
     jobs = []
     for i in range(20):
         prompt = rng.integers(0, VOCAB, 3).tolist()
         params = replace(PENALTIES if i % 2 else GREEDY, max_tokens=40 + i)
         jobs.append((prompt, params, harness.submit(prompt, params)))
+    gate.open()
     for prompt, params, response in jobs:
         check(response, host_response(prompt, params))
     assert max(len(parts) for parts in harness.model.steps) == 20
