@@ -1,9 +1,9 @@
 """Sampling on the host: from a row of logits to a token.
 
-The order is: repetition, presence and frequency penalties; logit bias; temperature, top-k, top-p,
-min-p; then a draw.  At temperature 0 the largest logit after the bias is taken.  The draw depends
-only on the seed and the token's index in the response, so that batches and restarts do not change
-it.  Log-probabilities are those of the model's unmodified logits.
+The order is: repetition, presence and frequency penalties; logit bias; min_tokens; temperature,
+top-k, top-p, min-p; then a draw.  At temperature 0 the largest logit after the bias is taken.  The
+draw depends only on the seed and the token's index in the response, so that batches and restarts do
+not change it.  Log-probabilities are those of the model's unmodified logits.
 """
 
 from typing import Any
@@ -63,6 +63,8 @@ def _penalized_logits(logits: F32, request: Request) -> F64:
         scores[generated] -= params.presence_penalty + params.frequency_penalty * counts
     for token, bias in params.logit_bias.items():
         scores[token] += bias
+    if not request.may_end:
+        scores[request.end_ids] = -np.inf
     return scores
 
 
@@ -75,10 +77,14 @@ def non_finite_error() -> OsmiumError:
 
 
 def can_sample_on_device(request: Request) -> bool:
-    """Whether Ops.sample can draw this request's tokens: no penalty, bias or log-probabilities."""
+    """Whether Ops.sample can draw this request's next token.
+
+    It has no penalty, bias, log-probabilities, nor tokens left of min_tokens.
+    """
     params = request.params
     return (
-        params.repetition_penalty == 1
+        request.may_end
+        and params.repetition_penalty == 1
         and not params.presence_penalty
         and not params.frequency_penalty
         and not params.logit_bias
