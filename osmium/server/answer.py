@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from osmium.engine.engine import Engine
-from osmium.engine.request import Event, Finish
+from osmium.engine.request import Event, Finish, Token
 from osmium.errors import RequestError
 from osmium.server.choices import Choices, Handle, timings
 from osmium.server.openai import error_body
@@ -166,15 +166,15 @@ class _Answer:
             if prepared.shows_progress:
                 async for chunk in self._progress():
                     yield _data(chunk)
-            counts = [0] * len(self.handles)
+            count = 0
             while not choices.finished:
                 event = await self.events.get()
                 assert event is not None, "_watch runs for responses without a stream"
                 chunks = self._push(event)
-                if prepared.timings_per_token and isinstance(event, tuple):
-                    counts[event[0]] += 1
+                if prepared.timings_per_token:
+                    count += isinstance(event, tuple) and isinstance(event[1], Token)
                     for chunk in chunks:
-                        chunk["timings"] = timings(self.handles, sum(counts))
+                        chunk["timings"] = timings(self.handles, count)
                 if choices.finished and choices.error is None and not prepared.usage:
                     chunks[-1]["timings"] = self._timings(choices.usage())
                 for chunk in chunks:

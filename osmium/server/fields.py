@@ -117,6 +117,9 @@ HINTS: dict[str, tuple[Any, ...] | None] = {
 }
 """Fields that change no answer: the values that ask for nothing, None for all of them."""
 
+OPTIONS = ("stream_options.include_usage", "stream_options.include_obfuscation")
+"""Known fields of objects."""
+
 ALIASES = {
     "num_predict": "max_tokens", "n_predict": "max_tokens", "max_new_tokens": "max_tokens",
     "max_output_tokens": "max_tokens", "max_length": "max_tokens", "min_new_tokens": "min_tokens",
@@ -151,8 +154,9 @@ def unknown_fields(body: bytes | bytearray, known: Collection[str]) -> tuple[str
             ignored.append(name)
     if "stream_options" in given and "stream_options" in known:
         options = _items(given["stream_options"])
-        hints = ("include_usage", "include_obfuscation")
-        ignored += [f"stream_options.{name}" for name in options if name not in hints]
+        ignored += [
+            name for option in options if (name := f"stream_options.{option}") not in OPTIONS
+        ]
     return tuple(ignored)
 
 
@@ -191,7 +195,7 @@ class IgnoredFields:
     """Reports ignored fields: in a header, and each name once in the log."""
 
     def __init__(self, known: Iterable[str]) -> None:
-        self._known = sorted({*known, *REFUSED, *HINTS, *CHAT_ONLY})
+        self._known = sorted({*known, *REFUSED, *HINTS, *CHAT_ONLY, *OPTIONS})
         self._logged: set[str] = set()
 
     def headers(self, names: tuple[str, ...]) -> dict[str, str]:
@@ -221,7 +225,8 @@ class IgnoredFields:
         if alias:
             return alias
         plain = name.strip().lower().replace("-", "_")
-        return next(iter(difflib.get_close_matches(plain, self._known, 1, 0.8)), None)
+        same_depth = [known for known in self._known if ("." in known) is ("." in plain)]
+        return next(iter(difflib.get_close_matches(plain, same_depth, 1, 0.8)), None)
 
     def _log(self, names: tuple[str, ...], listed: list[str]) -> None:
         new = [

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 from starlette.testclient import TestClient
@@ -98,6 +99,7 @@ class ScriptedEngine:
         self.token_ids, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
         self.fails_after = fails_after
         self.tokenizer = tokenizer
+        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
         self.name = "scripted"

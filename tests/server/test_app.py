@@ -413,7 +413,7 @@ def test_models_are_listed_with_their_context() -> None:
     with client_of(ScriptedEngine(context=77)) as client:
         found = client.get("/v1/models").json()
         one = client.get("/v1/models/scripted").json()
-        others = [client.get(f"/v1/models/{name}") for name in ("org/other", "gpt-4o", "%0a", "")]
+        others = [client.get(f"/v1/models/{name}") for name in ("org/other", "gpt-4o", "a%2Fb", "")]
     assert found["object"] == "list"
     assert found["data"] == [one]
     assert (one["id"], one["max_model_len"], one["context_length"]) == ("scripted", 77, 77)
