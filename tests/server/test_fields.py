@@ -143,7 +143,13 @@ def test_a_malformed_tool_is_refused_by_its_path(tool: dict[str, Any], path: str
 
 
 def test_tools_of_openais_form_are_accepted() -> None:
-    full = {"name": "a.b-c", "description": None, "parameters": {}, "strict": False, "x": 1}
+    full: dict[str, Any] = {
+        "name": "a.b-c",
+        "description": None,
+        "parameters": {},
+        "strict": False,
+        "x": 1,
+    }
     tools = [TOOL, {"type": "function", "function": full, "cache_control": {}}]
     for choice in (None, "auto", "none"):
         raw = json.dumps({"messages": HELLO, "tools": tools, "tool_choice": choice}).encode()
@@ -268,10 +274,11 @@ def test_a_misspelt_field_is_suggested(name: str, known: str | None) -> None:
 
 
 def test_names_cannot_break_the_header_nor_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    names = {"a\r\nX-Evil: 1": 1, "é\U0001f600": 1, "": 1, "x" * 5000: 1, "a, b": 1}
+    names: dict[str, Any] = {"a\r\nX-Evil: 1": 1, "é\U0001f600": 1, "": 1, "x" * 5000: 1, "a, b": 1}
+    numbered: dict[str, Any] = {f"field{i}": i for i in range(1000)}
     with client_of() as client:
         answer = post(client, **names)
-        many = post(client, **{f"field{i}": i for i in range(1000)})
+        many = post(client, **numbered)
         for i in range(MAX_LOGGED):
             IgnoredFields(()).headers((f"n{i}",))
     assert answer.status_code == many.status_code == 200
