@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.engine.kv_cache_manager import KVCacheManager
+from osmium.engine.min_tokens import with_min_tokens
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -27,6 +28,7 @@ from osmium.engine.request import (
     check_ids,
     check_params,
     context_error,
+    end_ids,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
@@ -122,13 +124,12 @@ class Engine:
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stops = StopMatcher(
-            decoder, params.stop, params.stop_after, [i for i in special_ids if i is not None]
-        )
+        stop_ids = [token for token in special_ids if token is not None]
+        ends = end_ids(params, self.config.eos_token_ids, stop_ids, self.config.vocab_size)
+        stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(
-            ids, params, on_event, stops, seed, self.context, skip_prefill, token_mask
-        )
+        mask = with_min_tokens(token_mask, params.min_tokens, ends)
+        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, mask)
         self._send(lambda: self._scheduler.add(request))
         return request
 

@@ -6,7 +6,7 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -19,7 +19,8 @@ from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "end_ids",
+    "step_error",
 ]  # fmt: skip
 
 
@@ -78,6 +79,8 @@ class SamplingParams:
     """Token ids that end the response and are not part of it."""
     max_tokens: int | None = None
     """Most tokens of the response; None continues to the end of the context."""
+    min_tokens: int = 0
+    """Tokens before which nothing but `max_tokens` and the context ends the response."""
     ignore_eos: bool = False
     """Continue past the model's end-of-sequence tokens."""
     logprobs: int | None = None
@@ -97,13 +100,17 @@ class SamplingParams:
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
         for name, least, most in (
-            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("logprobs", 0, 20),
+            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("min_tokens", 0, MAX_INT),
+            ("logprobs", 0, 20),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name != "top_k":
+            if value is None and name not in ("top_k", "min_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise _invalid_value(name, value, f"an integer from {least} to {most}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            rule = f"at most max_tokens, which is {shown(self.max_tokens)}"
+            raise _invalid_value("min_tokens", self.min_tokens, rule)
         if self.seed is not None and (
             not isinstance(self.seed, int) or isinstance(self.seed, bool)
         ):
@@ -273,6 +280,24 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
+
+
+def end_ids(
+    params: SamplingParams, eos: Collection[int], stop_ids: Collection[int], vocab: int
+) -> set[int]:
+    """The token ids that end a response; `stop_ids` are those of stop texts.
+
+    Raises: RequestError if with min_tokens no token would be left to sample.
+    """
+    found = {*params.stop_token_ids, *stop_ids, *(() if params.ignore_eos else eos)}
+    if params.min_tokens and len(found) >= vocab:
+        raise RequestError(
+            f"min_tokens is {params.min_tokens}, but each of the {vocab} tokens ends the response. "
+            "Send fewer stop_token_ids.",
+            param="min_tokens",
+            code="invalid_value",
+        )
+    return found
 
 
 def step_error(error: Exception) -> OsmiumError:

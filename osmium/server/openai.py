@@ -61,9 +61,9 @@ def model_body(name: str, context: int, created: int) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """Builds one response in OpenAI's form: `push` each event; it returns the chunks.
+    """Builds one choice in OpenAI's form: `push` each event; it returns the chunks.
 
-    body() is the complete response, after the event that finishes it.
+    choice() is the complete choice, after the event that finishes it.
     """
 
     def __init__(
@@ -75,10 +75,16 @@ class ResponseBuilder:
         thinking: bool = False,
         tools: Sequence[Any] | None = None,
         tool_format: ToolFormat | None = None,
+        shows_reasoning: bool = True,
+        index: int = 0,
+        head: dict[str, Any] | None = None,
     ) -> None:
-        """`thinking`: the prompt ends inside the reasoning.  `tools`: those that the request
-        offers; calls of them in `tool_format` become tool_calls."""
-        self.chat = chat
+        """Choice `index` of a response; choices share `head`, and the first one makes it.
+
+        `thinking`: the prompt ends inside the reasoning.  `tools`: those that the request offers;
+        calls of them in `tool_format` become tool_calls.
+        """
+        self.chat, self.index, self.shows_reasoning = chat, index, shows_reasoning
         self.parser = ResponseParser(tool_format, tools, thinking) if chat else None
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
@@ -93,7 +99,7 @@ class ResponseBuilder:
         self._answer_start = None if thinking else 0
         """Characters before the answer; None while there is no answer."""
         kind = "chat.completion" if chat else "text_completion"
-        self._head = {
+        self.head = head or {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "object": kind,
             "created": int(time.time()),
@@ -103,8 +109,12 @@ class ResponseBuilder:
     # -- chunks of a stream ------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """The first chunk of a chat stream, sent before the prefill."""
+        """The choice's first chunk of a chat stream, sent before the prefill."""
         return self._chunk({"role": "assistant", "content": ""})
+
+    def progress(self) -> dict[str, Any]:
+        """A chunk without text, for the progress of the prefill."""
+        return self._chunk({} if self.chat else "")
 
     def push(self, event: Token | Finish) -> list[dict[str, Any]]:
         """The chunks of an event; none if it has no text."""
@@ -141,6 +151,8 @@ class ResponseBuilder:
         """A delta in the form of a chunk's `delta`; empty for the end of a call."""
         match delta:
             case ReasoningDelta(text):
+                if not self.shows_reasoning:
+                    return {}
                 self._texts["reasoning"] += text
                 return {"reasoning_content": text, "reasoning": text}
             case ContentDelta(text):
@@ -183,26 +195,22 @@ class ResponseBuilder:
         self._tokens += final
         return final
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream with stream_options.include_usage."""
-        return {**self._chunk_head(), "choices": [], "usage": self.usage()}
-
     def _chunk(
         self, delta: Any, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         text = {"delta": delta} if self.chat else {"text": delta}
-        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._chunk_head(), "choices": [choice]}
+        choice = {"index": self.index, **text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self.chunk_head(), "choices": [choice]}
 
-    def _chunk_head(self) -> dict[str, Any]:
+    def chunk_head(self) -> dict[str, Any]:
         if not self.chat:
-            return self._head
-        return {**self._head, "object": "chat.completion.chunk"}
+            return self.head
+        return {**self.head, "object": "chat.completion.chunk"}
 
     # -- complete response -------------------------------------------------------------------------
 
-    def body(self) -> dict[str, Any]:
-        """The complete response."""
+    def choice(self) -> dict[str, Any]:
+        """The complete choice."""
         assert self.finish is not None, "the response has not finished"
         content = self._texts["content"]
         if self.chat:
@@ -217,19 +225,7 @@ class ResponseBuilder:
             text = {"text": content}
         logprobs = self._logprobs(self._tokens)
         reason = self._reason(self.finish)
-        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._head, "choices": [choice], "usage": self.usage()}
-
-    def usage(self) -> dict[str, Any]:
-        """Prompt tokens and generated tokens."""
-        assert self.finish is not None, "the response has not finished"
-        prompt, completion = self.finish.prompt_tokens, self.finish.completion_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        }
+        return {"index": self.index, **text, "logprobs": logprobs, "finish_reason": reason}
 
     # -- log-probabilities -------------------------------------------------------------------------
 
