@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.engine.kv_cache_manager import KVCacheManager
+from osmium.engine.min_tokens import end_mask, has_spent_mask
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -23,14 +24,14 @@ from osmium.engine.request import (
     Request,
     SamplingParams,
     Token,
+    TokenMask,
     check_ids,
     check_params,
     context_error,
-    end_ids,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
-from osmium.engine.sampler import can_sample_on_device, non_finite_error, sample
+from osmium.engine.sampler import Sampled, sample, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
 from osmium.engine.stops import StopMatcher
@@ -106,8 +107,9 @@ class Engine:
         params: SamplingParams,
         on_event: Callable[[Event], None],
         skip_prefill: bool = False,
+        token_mask: TokenMask | None = None,
     ) -> Request:
-        """Queue a request.
+        """Queue a request; `token_mask` says which tokens may come next.
 
         The engine's thread calls `on_event` with each Token and, at the end, with one Finish.  It
         must return at once; if it raises, the request is cancelled.  With `skip_prefill` the
@@ -122,10 +124,11 @@ class Engine:
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
         stop_ids = [token for token in special_ids if token is not None]
-        ends = end_ids(params, self.config.eos_token_ids, stop_ids, self.config.vocab_size)
         stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
+        eos, vocab = self.config.eos_token_ids, self.config.vocab_size
+        mask = end_mask(params, token_mask, eos, stop_ids, vocab)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, ends)
+        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, mask)
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -360,9 +363,10 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         self.stats.begin(batch)
         try:
-            if self._runner.expert_runner.recorder is None and all(
-                request.num_pending_tokens == 1 and can_sample_on_device(request)
-                for request, _ in batch.scheduled
+            if (
+                self._runner.expert_runner.recorder is None
+                and len(batch.scheduled) <= self._runner.max_decode_rows
+                and all(request.num_pending_tokens == 1 for request, _ in batch.scheduled)
             ):
                 self._decode_on_device(batch)
                 return
@@ -373,11 +377,11 @@ class Engine:
                 if request.num_pending_tokens == count:
                     rows.append(row - 1)
                     ready.append(request)
-            sampled: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
+            sampled: list[Sampled | OsmiumError] = []
             for chunk in self._runner.logits(np.array(rows, np.int32)):
                 start = len(sampled)
                 for logits, request in zip(chunk, ready[start:], strict=False):
-                    sampled.append(sample(logits, request))
+                    sampled.append(_sample(logits, request))
         except Exception as error:  # a failed step ends its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
@@ -387,24 +391,28 @@ class Engine:
             return
         for request, count in batch.scheduled:
             self._add_computed(request, count)
-        for request, (token, logprob, top) in zip(ready, sampled, strict=True):
-            self._deliver_token(request, token, logprob, top)
+        for request, result in zip(ready, sampled, strict=True):
+            if isinstance(result, OsmiumError):
+                self._finish(request, FinishReason.ERROR, result)
+            else:
+                self._deliver_token(request, result)
 
     def _decode_on_device(self, batch: Batch) -> None:
         """Decode with sampling on the device until the batch has to change."""
-        session, lookahead = self._runner.start_decode(batch), self._runner.lookahead_steps
+        session = self._runner.start_decode(batch)
         session.launch()
         while session.in_flight:
-            while session.in_flight <= lookahead and self._can_continue_decode(session):
+            while session.in_flight <= session.lookahead and self._can_continue_decode(session):
                 session.launch()
-            for request, token in zip(session.requests, session.wait_tokens(), strict=True):
+            for row, token in enumerate(session.wait_tokens()):
+                request = session.requests[row]
                 if request.done or token == -2:
                     continue
                 self._add_computed(request, 1)
-                if token == -1:
-                    self._finish(request, FinishReason.ERROR, non_finite_error())
+                if token == -1 or request.mask_error is not None:
+                    self._finish(request, FinishReason.ERROR, sampling_error(request))
                 else:
-                    self._deliver_token(request, token, None, ())
+                    self._deliver_token(request, (token, *session.logprobs(row)))
             if not session.in_flight and self._can_continue_decode(session):
                 session.launch()
 
@@ -417,7 +425,7 @@ class Engine:
             and self._commands.empty()
             and not (self._scheduler.waiting and self._kv_cache.free_slots)
             and len(self._scheduler.running) == len(requests)
-            and not any(r.done or r.cancelled.is_set() for r in requests)
+            and not any(r.done or r.cancelled.is_set() or has_spent_mask(r) for r in requests)
             and all(r.tokens_left >= steps for r in requests)
             and all(
                 self._kv_cache.allocate_pages(r, r.num_computed_tokens + steps) for r in requests
@@ -429,28 +437,19 @@ class Engine:
         self.stats.add_computed(request, count)
         request.num_computed_tokens += count
 
-    def _deliver_token(
-        self,
-        request: Request,
-        token: int,
-        logprob: float | None,
-        top: tuple[tuple[int, float], ...],
-    ) -> None:
+    def _deliver_token(self, request: Request, sampled: Sampled) -> None:
         try:
-            self._append_token(request, token, logprob, top)
+            self._append_token(request, sampled)
         except Exception as error:  # of the decoder or `on_event`; other requests continue
             self._finish(request, FinishReason.ERROR, _delivery_error(error))
 
-    def _append_token(
-        self,
-        request: Request,
-        token: int,
-        logprob: float | None,
-        top: tuple[tuple[int, float], ...],
-    ) -> None:
+    def _append_token(self, request: Request, sampled: Sampled) -> None:
         """Append and emit a token; finish the request if it is the last one."""
+        token, logprob, top = sampled
         self.stats.token(request)
         request.tokens.append(token)
+        if request.token_mask is not None:
+            request.token_mask.push(token)
         stops = request.stop_matcher
         is_eos = token in self.config.eos_token_ids and not request.params.ignore_eos
         if is_eos or token in request.stop_token_ids or stops.stops_at(token):
@@ -484,6 +483,14 @@ class Engine:
             request.emit(Finish(reason, text, *counts, error))
         except Exception as problem:  # of `on_event`; only the log can report it
             _delivery_error(problem)
+
+
+def _sample(logits: npt.NDArray[np.float32], request: Request) -> Sampled | OsmiumError:
+    """`sample`, or the error that ends this request alone."""
+    try:
+        return sample(logits, request)
+    except Exception as error:
+        return step_error(error)
 
 
 def _delivery_error(error: Exception) -> OsmiumError:

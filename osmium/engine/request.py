@@ -6,20 +6,20 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
 from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "check_ids", "check_params", "context_error", "end_ids",
-    "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -32,6 +32,19 @@ class Decoder(Protocol):
 
 MAX_INT = 2**63 - 1
 """Largest integer of a parameter: it fits int64 and converts to float."""
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next, for structured output.  Used on the engine's thread alone."""
+
+    def fill(self, words: npt.NDArray[np.int32]) -> None:
+        """Write the mask of the next token: bit t % 32 of word t // 32 is 1 if t is allowed.
+
+        words i32 [ceil(vocab / 32)], with unspecified contents
+        """
+
+    def push(self, token: int) -> None:
+        """Advance by a sampled token."""
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,11 @@ class SamplingParams:
                     "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a penalty changes logits."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
@@ -198,7 +216,7 @@ class Request:
         seed: int,
         max_total_tokens: int = 1 << 30,
         skip_prefill: bool = False,
-        end_ids: Collection[int] = (),
+        token_mask: TokenMask | None = None,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -209,8 +227,10 @@ class Request:
         """Most tokens of prompt and response together."""
         self.skip_prefill = skip_prefill
         """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
-        self.end_ids = np.array(sorted(end_ids), np.int64)
-        """Tokens that are not sampled before params.min_tokens."""
+        self.token_mask = token_mask
+        """Which tokens may come next; None allows all."""
+        self.mask_error: Exception | None = None
+        """The error of `token_mask`; it ends the request."""
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
@@ -241,9 +261,15 @@ class Request:
         return min(context_left, self.params.max_tokens - self.completion_tokens)
 
     @property
-    def may_end(self) -> bool:
-        """Whether the next token may be one that ends the response."""
-        return self.completion_tokens >= self.params.min_tokens
+    def needs_controls(self) -> bool:
+        """Whether the request has penalties, a bias, log-probabilities or a token mask."""
+        params = self.params
+        return bool(
+            params.has_penalties
+            or params.logit_bias
+            or params.logprobs is not None
+            or self.token_mask is not None
+        )
 
     @property
     def generated(self) -> list[int]:
@@ -253,24 +279,6 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
-
-
-def end_ids(
-    params: SamplingParams, eos: Collection[int], stop_ids: Collection[int], vocab: int
-) -> set[int]:
-    """The token ids that end a response; `stop_ids` are those of stop texts.
-
-    Raises: RequestError if with min_tokens no token would be left to sample.
-    """
-    found = {*params.stop_token_ids, *stop_ids, *(() if params.ignore_eos else eos)}
-    if params.min_tokens and len(found) >= vocab:
-        raise RequestError(
-            f"min_tokens is {params.min_tokens}, but each of the {vocab} tokens ends the response. "
-            "Send fewer stop_token_ids.",
-            param="min_tokens",
-            code="invalid_value",
-        )
-    return found
 
 
 def step_error(error: Exception) -> OsmiumError:

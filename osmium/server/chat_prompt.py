@@ -26,6 +26,8 @@ class ChatPrompt:
     text: str
     thinking: bool
     """Whether the response starts with reasoning."""
+    tools: Sequence[Any] | None
+    """The tools that the prompt offers."""
 
 
 def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:
@@ -45,12 +47,12 @@ def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:
         messages, in_reasoning = _marked(messages)
     text = _render(engine, messages, tools, begins, options)
     if not continues:
-        return ChatPrompt(text, starts_in_reasoning(text))
+        return ChatPrompt(text, starts_in_reasoning(text), tools)
     at = text.rfind(_END_MARK)
     if at < 0:
         raise _cannot_continue("the chat template leaves out its text")
     text = text[:at]
-    return ChatPrompt(text, in_reasoning or starts_in_reasoning(text))
+    return ChatPrompt(text, in_reasoning or starts_in_reasoning(text), tools)
 
 
 def _render(

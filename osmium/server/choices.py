@@ -30,17 +30,14 @@ class Choices:
         *,
         chat: bool,
         count: int = 1,
-        thinking: bool = False,
-        shows_reasoning: bool = True,
+        **options: Any,
     ) -> None:
+        """`options` are those of each ResponseBuilder."""
         self.chat = chat
         head = None
         self.builders: list[ResponseBuilder] = []
         for index in range(count):
-            builder = ResponseBuilder(
-                name, tokenizer, chat=chat, thinking=thinking, shows_reasoning=shows_reasoning,
-                index=index, head=head,
-            )  # fmt: skip
+            builder = ResponseBuilder(name, tokenizer, chat=chat, index=index, head=head, **options)
             head = builder.head
             self.builders.append(builder)
         self.error: OsmiumError | None = None

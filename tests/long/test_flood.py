@@ -28,7 +28,8 @@ async def ask(port: int, method: str, path: str, body: bytes = b"") -> bytes:
     head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     try:
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        return await asyncio.wait_for(reader.read(), ANSWER_S)
+        async with asyncio.timeout(ANSWER_S):  # wait_for of Python 3.11 may swallow a cancellation
+            return await reader.read()
     finally:
         writer.transport.abort()
 

@@ -94,7 +94,6 @@ def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
         ({"thinking_token_budget": 100}, "thinking_token_budget"),
         ({"reasoning_budget_tokens": 1}, "reasoning_budget_tokens"),
         ({"thinking_budget": -2}, "thinking_budget"),
-        ({"parallel_tool_calls": False, "tools": [TOOL]}, "parallel_tool_calls"),
         ({"n": 9}, "n"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
         ({"continue_final_message": True}, "continue_final_message"),
