@@ -44,8 +44,6 @@ class JsonRepair:
     def __init__(self, stops: tuple[str, ...] = ()) -> None:
         """`stops` are tags that end the value where no string is open, as "</tool_call>"."""
         self.done = False
-        self.complete = False
-        """Whether the value has its own end, so nothing was added by `close`."""
         self._stops = stops
         self._state = "value"  # value, key, colon, next, string
         self._open: list[str] = []
@@ -81,7 +79,7 @@ class JsonRepair:
                 self._lead = ""  # a key without its value
             while self._open:
                 self._pop()
-            self.done, self.complete = True, False
+            self.done = True
         return self._taken()
 
     def _taken(self) -> str:
@@ -209,7 +207,7 @@ class JsonRepair:
         if self._open:
             self._state = "next"
         else:
-            self.done = self.complete = True
+            self.done = True
 
     # -- strings -----------------------------------------------------------------------------------
 

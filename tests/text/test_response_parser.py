@@ -398,6 +398,39 @@ def test_a_call_whose_response_ends_behind_a_value_is_not_complete() -> None:
     assert both(CALL.removesuffix("\n</tool_call>")).complete == [True]
 
 
+@pytest.mark.parametrize(
+    ("cut", "wanted"),
+    [
+        ("x\n", "x"), ("x\n\n", "x\n"), ("x\n<", "x"), ("x\n</par", "x"), ("x\n</tool_call", "x"),
+        ("x <", "x <"), ("x\n<div", "x\n<div"), ("x\n</div>", "x\n</div>"), ("x </", "x "),
+        ("x\n</parameter>\n</func", "x"), ("x\n</parameter>\n<para", "x"),
+    ],
+)  # fmt: skip
+def test_a_string_that_is_cut_off_ends_before_its_closing_tag(cut: str, wanted: str) -> None:
+    result = both(HEAD + "<parameter=content>\n" + cut)
+    assert result.calls == [("write", {"content": wanted})] and result.complete == [False]
+
+
+def test_a_call_of_an_unknown_tool_at_the_end_of_a_value_is_part_of_it() -> None:
+    example = LIST.replace("list", "f")
+    for inner in (example, f"{example}\n{LIST}", f"{LIST}\n{example}"):
+        text = f"{HEAD}<parameter=content>\nSee\n{inner}"
+        assert both(text).calls == [("write", {"content": f"See\n{inner}"})]
+    again = f"{HEAD}<parameter=content>\nSee\n{example}\nand\n{LIST}"
+    assert both(again).names == ["write", "list"]
+
+
+def test_a_json_call_follows_one_without_its_end() -> None:
+    text = CALL.replace(END, "\n</parameter>\n") + write_hermes([("list", {})])
+    assert both(text).calls == [WRITTEN, ("list", {})]
+
+
+def test_a_parameter_may_have_a_space_in_its_name() -> None:
+    text = CALL.replace("=path>", "=my key>")
+    assert both(text).calls == [("write", {"my key": "a.txt"})]
+    assert both(CALL.replace("=path>", "=" + "k" * 400 + ">")).names == ["write"]
+
+
 # -- values ----------------------------------------------------------------------------------------
 
 
@@ -419,6 +452,10 @@ def test_a_call_whose_response_ends_behind_a_value_is_not_complete() -> None:
         f"Example:\n{CALL}\nEnd",
         f"{CALL}\n{LIST}\nEnd",
         "Example:\n<tool_call>\n<function=f>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>\nEnd",
+        "a\n<parameter=zzz>\n1\n</parameter>\n<parameter=yyy>\n2\n</parameter>",
+        "x</parameter>\n<parameter=zzz> </function>",
+        "x</parameter> <parameter=zzz>\n</tool_call>;",
+        "  <parameter=zzz>\n  1\n  </parameter>\n  <parameter=yyy>",
         "<think>\n</think>",
         "<tool_call> is a tag, <function=list> too",
         'if "<function=" in text and "<parameter=" in text:',
