@@ -6,7 +6,7 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -19,8 +19,7 @@ from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "check_params", "context_error", "end_ids",
-    "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -280,24 +279,6 @@ class Request:
     @property
     def completion_tokens(self) -> int:
         return len(self.tokens) - self.prompt_tokens
-
-
-def end_ids(
-    params: SamplingParams, eos: Collection[int], stop_ids: Collection[int], vocab: int
-) -> set[int]:
-    """The token ids that end a response; `stop_ids` are those of stop texts.
-
-    Raises: RequestError if with min_tokens no token would be left to sample.
-    """
-    found = {*params.stop_token_ids, *stop_ids, *(() if params.ignore_eos else eos)}
-    if params.min_tokens and len(found) >= vocab:
-        raise RequestError(
-            f"min_tokens is {params.min_tokens}, but each of the {vocab} tokens ends the response. "
-            "Send fewer stop_token_ids.",
-            param="min_tokens",
-            code="invalid_value",
-        )
-    return found
 
 
 def step_error(error: Exception) -> OsmiumError:

@@ -10,7 +10,6 @@ from osmium.server.limits import shown
 from osmium.server.schema import ChatRequest
 from osmium.server.thinking import efforts_to_try, thinking_options
 from osmium.text.reasoning import starts_in_reasoning
-from osmium.text.tool_formats import ToolFormat
 
 __all__ = ["ChatPrompt", "render_chat"]
 
@@ -27,10 +26,8 @@ class ChatPrompt:
     text: str
     thinking: bool
     """Whether the response starts with reasoning."""
-    tools: Sequence[Any] | None = None
-    """The offered tools."""
-    tool_format: ToolFormat | None = None
-    """How the template tells the model to write calls."""
+    tools: Sequence[Any] | None
+    """The tools that the prompt offers."""
 
 
 def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:
@@ -50,13 +47,12 @@ def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:
         messages, in_reasoning = _marked(messages)
     text = _render(engine, messages, tools, begins, options)
     if not continues:
-        return ChatPrompt(text, starts_in_reasoning(text), tools, engine.template.tool_format)
+        return ChatPrompt(text, starts_in_reasoning(text), tools)
     at = text.rfind(_END_MARK)
     if at < 0:
         raise _cannot_continue("the chat template leaves out its text")
     text = text[:at]
-    thinking = in_reasoning or starts_in_reasoning(text)
-    return ChatPrompt(text, thinking, tools, engine.template.tool_format)
+    return ChatPrompt(text, in_reasoning or starts_in_reasoning(text), tools)
 
 
 def _render(

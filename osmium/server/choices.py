@@ -7,7 +7,6 @@ from osmium.engine.request import Event, Finish, RequestTimes
 from osmium.errors import OsmiumError
 from osmium.server.openai import ResponseBuilder
 from osmium.text.tokenizer import Tokenizer
-from osmium.text.tool_formats import ToolFormat
 
 __all__ = ["Choices", "Handle", "timings"]
 
@@ -31,19 +30,14 @@ class Choices:
         *,
         chat: bool,
         count: int = 1,
-        thinking: bool = False,
-        shows_reasoning: bool = True,
-        tools: Sequence[Any] | None = None,
-        tool_format: ToolFormat | None = None,
+        **options: Any,
     ) -> None:
+        """`options` are those of each ResponseBuilder."""
         self.chat = chat
         head = None
         self.builders: list[ResponseBuilder] = []
         for index in range(count):
-            builder = ResponseBuilder(
-                name, tokenizer, chat=chat, thinking=thinking, shows_reasoning=shows_reasoning,
-                index=index, head=head, tools=tools, tool_format=tool_format,
-            )  # fmt: skip
+            builder = ResponseBuilder(name, tokenizer, chat=chat, index=index, head=head, **options)
             head = builder.head
             self.builders.append(builder)
         self.error: OsmiumError | None = None

@@ -75,16 +75,16 @@ class ResponseBuilder:
         thinking: bool = False,
         tools: Sequence[Any] | None = None,
         tool_format: ToolFormat | None = None,
+        parallel_calls: bool = True,
         shows_reasoning: bool = True,
         index: int = 0,
         head: dict[str, Any] | None = None,
     ) -> None:
-        """Choice `index` of a response; choices share `head`, and the first one makes it.
-
-        `thinking`: the prompt ends inside the reasoning.  `tools`: those that the request offers;
-        calls of them in `tool_format` become tool_calls.
-        """
-        self.chat, self.index, self.shows_reasoning = chat, index, shows_reasoning
+        """`thinking`: the prompt ends inside the reasoning.  `tools`: those that the request
+        offers; calls of them in `tool_format` become tool_calls, without `parallel_calls` one
+        of them.  Choices of a response share `head`, which the first one makes."""
+        self.chat, self.index = chat, index
+        self._parallel_calls, self._shows_reasoning = parallel_calls, shows_reasoning
         self.parser = ResponseParser(tool_format, tools, thinking) if chat else None
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
@@ -150,9 +150,13 @@ class ResponseBuilder:
     def _field(self, delta: Delta) -> dict[str, Any]:
         """A delta in the form of a chunk's `delta`; empty for the end of a call."""
         match delta:
+            case ReasoningDelta() if not self._shows_reasoning:
+                return {}
+            case ToolCallStart(index) | ToolCallArguments(index) if (
+                index and not self._parallel_calls
+            ):
+                return {}
             case ReasoningDelta(text):
-                if not self.shows_reasoning:
-                    return {}
                 self._texts["reasoning"] += text
                 return {"reasoning_content": text, "reasoning": text}
             case ContentDelta(text):

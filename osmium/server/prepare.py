@@ -60,8 +60,9 @@ def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
         params = replace(params, stop_after=END_OF_REASONING)
     choices = Choices(
         name, engine.tokenizer, chat=True, count=body.n or 1, thinking=prompt.thinking,
-        shows_reasoning=shows_reasoning(body), tools=prompt.tools,
-        tool_format=prompt.tool_format,
+        tools=prompt.tools, tool_format=engine.template.tool_format,
+        parallel_calls=body.parallel_tool_calls is not False,
+        shows_reasoning=shows_reasoning(body),
     )  # fmt: skip
     return _prepared(body, ids, params, choices, ignored)
 

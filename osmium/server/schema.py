@@ -166,8 +166,6 @@ def _check(request: BaseRequest) -> None:
         format_type = (request.response_format or {}).get("type", "text")
         if format_type != "text":
             raise _unsupported("response_format", format_type, "use 'text'")
-        if request.tools and request.parallel_tool_calls is False:
-            raise _unsupported("parallel_tool_calls", False, "omit it; calls may be parallel")
 
 
 def _check_chat(request: ChatRequest) -> None:

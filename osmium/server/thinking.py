@@ -28,7 +28,7 @@ class ThinkingFields(Protocol):
 
 def thinking_options(fields: ThinkingFields) -> dict[str, Any]:
     """Variables of the chat template.  The more specific field counts.  Raises: RequestError."""
-    options = dict(fields.chat_template_kwargs or {})
+    options = _template_kwargs(fields.chat_template_kwargs or {})
     switch, effort = _switch(fields), _effort(fields)
     if switch is not None:
         options["enable_thinking"] = switch
@@ -37,6 +37,22 @@ def thinking_options(fields: ThinkingFields) -> dict[str, Any]:
         if effort == "none":
             options.setdefault("enable_thinking", False)
     return options
+
+
+def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy.  Raises: RequestError for variables that are fields of the request itself."""
+    for name in ("messages", "tools", "documents"):
+        if name in given:
+            path = f"chat_template_kwargs.{name}"
+            raise RequestError(
+                f"{path} has no effect: the template gets the field {name} of the request.",
+                param=path,
+                code="unsupported_value",
+            )
+    switch = given.get("enable_thinking")
+    if not isinstance(switch, bool | None):
+        raise _invalid("chat_template_kwargs.enable_thinking", switch, "true or false")
+    return dict(given)
 
 
 def shows_reasoning(fields: ThinkingFields) -> bool:

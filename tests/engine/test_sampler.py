@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from osmium.engine.min_tokens import MinTokensMask
+from osmium.engine.min_tokens import EndMask
 from osmium.engine.request import Request, SamplingParams
 from osmium.engine.sampler import log_softmax, sample
 from osmium.errors import OsmiumError, RequestError
@@ -307,11 +307,11 @@ def test_end_tokens_are_not_sampled_before_min_tokens(
     row = logits(rng)
     row[[5, 7]] = 50, 40
     for generated in range(6):
-        mask = MinTokensMask(params.min_tokens, {7, 5})
-        for _ in range(generated):
-            mask.push(1)
+        mask = EndMask({7, 5}, 3)
         request = Request([0], params, lambda event: None, None, generated, token_mask=mask)
-        request.tokens += [1] * generated
+        for _ in range(generated):
+            request.tokens.append(1)
+            mask.push(1)
         token, _, _ = sample(row, request)
         assert (token == 5) is (generated >= 3)
         assert generated >= 3 or token != 7

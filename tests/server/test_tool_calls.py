@@ -111,3 +111,27 @@ def test_the_official_client_assembles_streamed_calls() -> None:
     calls = final.choices[0].message.tool_calls
     assert calls is not None
     assert [json.loads(call.function.arguments)["city"] for call in calls] == ["Paris", "Rome"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("parallel", [None, True, False])
+def test_without_parallel_tool_calls_the_first_call_is_the_only_one(
+    parallel: bool | None, stream: bool
+) -> None:
+    with client_of(engine_of(TWO_CALLS)) as client:
+        answer = ask(client, tools=[WEATHER], parallel_tool_calls=parallel, stream=stream, n=2)
+    for index in range(2):
+        if stream:
+            choices = [
+                choice
+                for chunk in chunks(answer.text)
+                for choice in chunk["choices"]
+                if choice["index"] == index
+            ]
+            calls = [one for choice in choices for one in choice["delta"].get("tool_calls", [])]
+            count = len({call["index"] for call in calls})
+        else:
+            choices = [answer.json()["choices"][index]]
+            count = len(choices[0]["message"]["tool_calls"])
+        assert count == (1 if parallel is False else 2)
+        assert choices[-1]["finish_reason"] == "tool_calls"
