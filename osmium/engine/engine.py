@@ -23,13 +23,14 @@ from osmium.engine.request import (
     Request,
     SamplingParams,
     Token,
+    TokenMask,
     check_ids,
     check_params,
     context_error,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
-from osmium.engine.sampler import can_sample_on_device, non_finite_error, sample
+from osmium.engine.sampler import sample, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
 from osmium.engine.stops import StopMatcher
@@ -105,8 +106,9 @@ class Engine:
         params: SamplingParams,
         on_event: Callable[[Event], None],
         skip_prefill: bool = False,
+        token_mask: TokenMask | None = None,
     ) -> Request:
-        """Queue a request.
+        """Queue a request; `token_mask` says which tokens may come next.
 
         The engine's thread calls `on_event` with each Token and, at the end, with one Finish.  It
         must return at once; if it raises, the request is cancelled.  With `skip_prefill` the
@@ -124,7 +126,9 @@ class Engine:
             decoder, params.stop, params.stop_after, [i for i in special_ids if i is not None]
         )
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill)
+        request = Request(
+            ids, params, on_event, stops, seed, self.context, skip_prefill, token_mask
+        )
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -359,9 +363,10 @@ class Engine:
     def _step(self, batch: Batch) -> None:
         self.stats.begin(batch)
         try:
-            if self._runner.expert_runner.recorder is None and all(
-                request.num_pending_tokens == 1 and can_sample_on_device(request)
-                for request, _ in batch.scheduled
+            if (
+                self._runner.expert_runner.recorder is None
+                and len(batch.scheduled) <= self._runner.max_decode_rows
+                and all(request.num_pending_tokens == 1 for request, _ in batch.scheduled)
             ):
                 self._decode_on_device(batch)
                 return
@@ -391,19 +396,20 @@ class Engine:
 
     def _decode_on_device(self, batch: Batch) -> None:
         """Decode with sampling on the device until the batch has to change."""
-        session, lookahead = self._runner.start_decode(batch), self._runner.lookahead_steps
+        session = self._runner.start_decode(batch)
         session.launch()
         while session.in_flight:
-            while session.in_flight <= lookahead and self._can_continue_decode(session):
+            while session.in_flight <= session.lookahead and self._can_continue_decode(session):
                 session.launch()
-            for request, token in zip(session.requests, session.wait_tokens(), strict=True):
+            for row, token in enumerate(session.wait_tokens()):
+                request = session.requests[row]
                 if request.done or token == -2:
                     continue
                 self._add_computed(request, 1)
                 if token == -1:
-                    self._finish(request, FinishReason.ERROR, non_finite_error())
+                    self._finish(request, FinishReason.ERROR, sampling_error(request))
                 else:
-                    self._deliver_token(request, token, None, ())
+                    self._deliver_token(request, token, *session.logprobs(row))
             if not session.in_flight and self._can_continue_decode(session):
                 session.launch()
 
@@ -450,6 +456,8 @@ class Engine:
         """Append and emit a token; finish the request if it is the last one."""
         self.stats.token(request)
         request.tokens.append(token)
+        if request.token_mask is not None:
+            request.token_mask.push(token)
         stops = request.stop_matcher
         is_eos = token in self.config.eos_token_ids and not request.params.ignore_eos
         if is_eos or token in request.stop_token_ids or stops.stops_at(token):

@@ -11,12 +11,15 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
 from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "check_ids", "check_params", "context_error", "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
 ]  # fmt: skip
 
 
@@ -29,6 +32,19 @@ class Decoder(Protocol):
 
 MAX_INT = 2**63 - 1
 """Largest integer of a parameter: it fits int64 and converts to float."""
+
+
+class TokenMask(Protocol):
+    """Which tokens may come next, for structured output.  Used on the engine's thread alone."""
+
+    def fill(self, words: npt.NDArray[np.int32]) -> None:
+        """Write the mask of the next token: bit t % 32 of word t // 32 is 1 if t is allowed.
+
+        words i32 [ceil(vocab / 32)], with unspecified contents
+        """
+
+    def push(self, token: int) -> None:
+        """Advance by a sampled token."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +129,11 @@ class SamplingParams:
                     "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
                 )
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether a penalty changes logits."""
+        return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
@@ -189,6 +210,7 @@ class Request:
         seed: int,
         max_total_tokens: int = 1 << 30,
         skip_prefill: bool = False,
+        token_mask: TokenMask | None = None,
     ) -> None:
         self.params = params
         self.emit = emit
@@ -199,6 +221,8 @@ class Request:
         """Most tokens of prompt and response together."""
         self.skip_prefill = skip_prefill
         """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
+        self.token_mask = token_mask
+        """Which tokens may come next; None allows all."""
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
@@ -227,6 +251,17 @@ class Request:
         if self.params.max_tokens is None:
             return context_left
         return min(context_left, self.params.max_tokens - self.completion_tokens)
+
+    @property
+    def needs_controls(self) -> bool:
+        """Whether the request has penalties, a bias, log-probabilities or a token mask."""
+        params = self.params
+        return bool(
+            params.has_penalties
+            or params.logit_bias
+            or params.logprobs is not None
+            or self.token_mask is not None
+        )
 
     @property
     def generated(self) -> list[int]:

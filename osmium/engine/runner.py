@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osmium.engine.control_tables import ControlTables
 from osmium.engine.request import Request
 from osmium.engine.sampler import uniform
 from osmium.engine.scheduler import Batch
@@ -22,6 +23,7 @@ from osmium.experts.usage import rebalanced_slots, snapshot_usage, warm_cache
 from osmium.models.qwen3_5_moe import Qwen3_5MoeModel
 from osmium.models.state import ModelState
 from osmium.ops import DecodeState, Ops, StepInputs
+from osmium.ops.controls import controls_bytes
 
 __all__ = ["LOGIT_ROWS", "DecodeSession", "ModelRunner", "runner_bytes"]
 
@@ -44,8 +46,11 @@ def runner_bytes(vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: in
         math.prod(shape) * np.dtype(dtype).itemsize
         for shape, dtype in DecodeState.scratch(min(max_num_seqs, rows, LOGIT_ROWS), vocab).values()
     )
+    controls = controls_bytes(
+        min(max_num_seqs, rows, LOGIT_ROWS), max_num_seqs, vocab, MAX_STEPS_IN_FLIGHT
+    )
     inputs = _input_words(rows, max_num_seqs, max_pages_per_seq)
-    return 4 * (inputs + LOGIT_ROWS * vocab + decode_state) + scratch
+    return 4 * (inputs + LOGIT_ROWS * vocab + decode_state) + scratch + controls
 
 
 def _input_words(rows: int, max_num_seqs: int, max_pages_per_seq: int) -> int:
@@ -83,7 +88,12 @@ class ModelRunner:
         self._device_views = self._views(self._device_inputs)
         self._host_views = self._views(self._host_inputs)
         self._logits = ops.empty((LOGIT_ROWS, model.config.vocab_size), np.float32)
-        self.decode_state = self._make_decode_state(min(max_num_seqs, rows, LOGIT_ROWS))
+        self.max_decode_rows = min(max_num_seqs, rows, LOGIT_ROWS)
+        """Most sequences of a decode session."""
+        self.decode_state = self._make_decode_state(self.max_decode_rows)
+        self.control_tables = ControlTables(
+            ops, self.max_decode_rows, max_num_seqs, model.config.vocab_size, MAX_STEPS_IN_FLIGHT
+        )
         self._graphs: dict[tuple[str, int], Callable[[], None]] = {}
         """Replays of captured steps with one row per sequence, by kind and number of rows."""
         self._launched_once: set[tuple[str, int]] = set()
@@ -114,9 +124,10 @@ class ModelRunner:
         )
 
     def capture_graphs(self) -> None:
-        """Capture the decode step for every number of sequences, before serving.
+        """Capture the decode steps for every number of sequences, before serving.
 
-        Afterwards the expert cache has no counts, but keeps the experts in its slots.
+        Steps with token masks are captured at their second use.  Afterwards the expert cache has no
+        counts, but keeps the experts in its slots.
         """
         for rows in range(1, self.decode_state.token.shape[0] + 1):
             views = self._host_views
@@ -134,8 +145,11 @@ class ModelRunner:
             ):
                 self.ops.memset(array, 0)
             self.ops.memset(self.decode_state.sampler_params, 0)
-            for _ in range(2):  # the first call launches, the second captures and replays
-                self._decode_replay(rows, self._step_views(rows, rows))()
+            self.ops.memset(self.control_tables.controls.flags, 0)
+            step = self._step_views(rows, rows)
+            for controlled in (False, True):
+                for _ in range(2):  # the first call launches, the second captures and replays
+                    self._decode_replay(rows, step, controlled)()
             self.ops.synchronize()
         cache = self.expert_runner.cache
         for array in (
@@ -186,13 +200,7 @@ class ModelRunner:
             recorder.prompt()
         rows = step.tokens
         if rows == step.sequences <= LOGIT_ROWS:
-            out = self._logits[:rows]
-
-            def run() -> None:
-                self.model.forward(step, self.state)
-                self.model.head(out)
-
-            self._captured(("logits", rows), run)()
+            self._logits_replay(rows, step)()
             self._valid_logit_rows = rows
         else:
             self.model.forward(step, self.state)
@@ -224,22 +232,48 @@ class ModelRunner:
         self.ops.memset(decode_state.decode_step, 0)
         self.ops.host_view(self.decode_state.token_ring)[0] = 0
         requests = [request for request, _ in batch.scheduled]
-        return DecodeSession(self, requests, self._decode_replay(rows, step))
+        controlled = any(request.needs_controls for request in requests)
+        if controlled:
+            self.control_tables.start(requests)
+        tables = self.control_tables if controlled else None
+        if all(request.token_mask is None for request in requests):
+            replay = self._decode_replay(rows, step, controlled)
+            return DecodeSession(self, requests, replay, None, tables)
 
-    def _decode_replay(self, rows: int, step: StepInputs) -> Callable[[], None]:
-        return self._captured(("decode", rows), lambda: self._decode_step(rows, step))
+        def sample() -> None:
+            self._captured(("sample", rows), lambda: self._sample_step(rows, step, True))()
 
-    def _decode_step(self, rows: int, step: StepInputs) -> None:
-        decode_state = self.decode_state.first_rows(rows)
-        out = self._logits[:rows]
+        return DecodeSession(
+            self, requests, lambda: self._logits_replay(rows, step)(), sample, tables
+        )
+
+    def _decode_replay(self, rows: int, step: StepInputs, controlled: bool) -> Callable[[], None]:
+        kind = "controlled" if controlled else "decode"
+        return self._captured((kind, rows), lambda: self._decode_step(rows, step, controlled))
+
+    def _logits_replay(self, rows: int, step: StepInputs) -> Callable[[], None]:
+        return self._captured(("logits", rows), lambda: self._logits_step(rows, step))
+
+    def _decode_step(self, rows: int, step: StepInputs, controlled: bool) -> None:
+        self._logits_step(rows, step)
+        self._sample_step(rows, step, controlled)
+
+    def _logits_step(self, rows: int, step: StepInputs) -> None:
         self.model.forward(step, self.state)
-        self.model.head(out)
-        self.ops.sample(out, decode_state)
+        self.model.head(self._logits[:rows])
+
+    def _sample_step(self, rows: int, step: StepInputs, controlled: bool) -> None:
+        decode_state, logits = self.decode_state.first_rows(rows), self._logits[:rows]
+        if controlled:
+            controls = self.control_tables.controls.first_rows(rows)
+            self.ops.sample_controlled(logits, step, decode_state, controls)
+        else:
+            self.ops.sample(logits, decode_state)
         self.ops.advance_step(step, decode_state)
 
     def launch_decode_step(self, rows: int) -> None:
         """Launch one decode step without a graph, for profilers and tests."""
-        self._decode_step(rows, self._step_views(rows, rows))
+        self._decode_step(rows, self._step_views(rows, rows), controlled=False)
 
     def set_page(self, row: int, entry: int, page: int) -> None:
         """Set an entry of a row's page table on the device, for steps launched from now on."""
@@ -320,16 +354,31 @@ class DecodeSession:
     """Decoding of one batch with sampling on the device: steps launched and tokens received.
 
     Each request is one row.  The device ends a row at an end-of-sequence token or at its last
-    token.
+    token.  A step with token masks has two parts: the model, then sampling, which needs the masks.
+    The next step's model is launched before this step's token is known.
     """
 
     def __init__(
-        self, runner: ModelRunner, requests: list[Request], replay: Callable[[], None]
+        self,
+        runner: ModelRunner,
+        requests: list[Request],
+        replay: Callable[[], None],
+        sample: Callable[[], None] | None = None,
+        tables: ControlTables | None = None,
     ) -> None:
+        """`replay` launches a step, or only its model if `sample` launches its second part.
+        `tables` are those of a step with controls."""
         self.requests = requests
         self.launched = self.received = 0
         self.replay = replay
         """Launches one step; `launch` first writes its uniforms and page table entries."""
+        self.lookahead = (
+            runner.lookahead_steps if sample is None else min(1, runner.lookahead_steps)
+        )
+        """Steps to launch before the host has the previous token."""
+        self._sample, self._tables = sample, tables
+        self._sampled = 0
+        """Steps whose second part is launched, in a session with token masks."""
         self._runner = runner
         rows, view = len(requests), runner.ops.host_view
         self._uniforms = (
@@ -347,7 +396,11 @@ class DecodeSession:
         return self.launched - self.received
 
     def launch(self) -> None:
-        """Launch one step.  Every request must have a page for it."""
+        """Launch one step.  Every request must have a page for it.
+
+        In a session with token masks, every token but the last step's must have been received.
+        """
+        self._launch_sampling()
         for row, request in enumerate(self.requests):
             for entry in range(self._pages_written[row], len(request.pages)):
                 self._runner.set_page(row, entry, request.pages[entry])
@@ -357,12 +410,22 @@ class DecodeSession:
         self.replay()
         self.launched += 1
 
+    def _launch_sampling(self) -> None:
+        """Launch the second part of the last step, if it has one that is not launched."""
+        if self._sample is None or self._sampled == self.launched:
+            return
+        assert self._tables is not None and self.received == self._sampled
+        self._tables.fill_masks()
+        self._sample()
+        self._sampled += 1
+
     def wait_tokens(self) -> list[int]:
         """Wait for the oldest step in flight; returns one token per row.
 
         -1: the largest logit is not finite.  -2: the row had ended before.
         Raises: CudaError where the device has failed.
         """
+        self._launch_sampling()
         start = time.perf_counter()
         if self._typical_wait_s > 1e-3 and self._token_ring[0] <= self.received:
             time.sleep(0.7 * self._typical_wait_s)
@@ -378,4 +441,13 @@ class DecodeSession:
         rows = len(self.requests)
         at = 1 + self.received % MAX_STEPS_IN_FLIGHT * rows
         self.received += 1
-        return [int(token) for token in self._token_ring[at : at + rows]]
+        tokens: list[int] = self._token_ring[at : at + rows].tolist()
+        if self._tables is not None:
+            for row, token in enumerate(tokens):
+                if token != -2:
+                    self._tables.count_step(row)
+        return tokens
+
+    def logprobs(self, row: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
+        """Log-probability of a row's last received token, and the likeliest alternatives."""
+        return (None, ()) if self._tables is None else self._tables.logprobs(self.received - 1, row)

@@ -1,24 +1,28 @@
-"""Sampling on the host: from a row of logits to a token.
+"""Sampling on the host: from a row of logits to a token, where a step has no captured graph.
 
-The order is: repetition, presence and frequency penalties; logit bias; temperature, top-k, top-p,
-min-p; then a draw.  At temperature 0 the largest logit after the bias is taken.  The draw depends
-only on the seed and the token's index in the response, so that batches and restarts do not change
-it.  Log-probabilities are those of the model's unmodified logits.
+The order is: repetition, presence and frequency penalties; logit bias; token mask; temperature,
+top-k, top-p, min-p; then a draw.  At temperature 0 the largest logit after the mask is taken.  The
+draw depends only on the seed and the token's index in the response, so that batches and restarts do
+not change it.  Log-probabilities are those of the model's unmodified logits.
 """
-
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from osmium.engine.request import Request
 from osmium.errors import OsmiumError
-from osmium.ops.sampling import sample_from_logits
+from osmium.ops.controls import mask_words
+from osmium.ops.sampling import (
+    adjust_tokens,
+    allowed_tokens,
+    largest_tokens,
+    log_softmax,
+    sample_from_logits,
+)
 
-__all__ = ["can_sample_on_device", "log_softmax", "non_finite_error", "sample", "uniform"]
+__all__ = ["log_softmax", "sample", "sampling_error", "token_penalties", "uniform"]
 
 F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
 
 
 def sample(
@@ -26,63 +30,64 @@ def sample(
 ) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
     """The next token of a request, its log-probability and the likeliest alternatives.
 
-    logits f32 [vocab], not modified.  Raises: OsmiumError where the largest is not finite.
+    logits f32 [vocab], not modified.  Raises: OsmiumError where the largest is not finite, before
+    or after penalties, bias and mask.
     """
     params = request.params
-    if not np.isfinite(logits.max()):
-        raise non_finite_error()
-    scores = _penalized_logits(logits, request)
+    scores = _adjusted_logits(logits, request)
+    if not np.isfinite(logits.max()) or not np.isfinite(scores.max()):
+        raise sampling_error(request)
     draw = uniform(request, request.completion_tokens)
     token = sample_from_logits(
-        scores, params.temperature, params.top_k, params.top_p, params.min_p, draw
-    )
+        scores.astype(np.float64),
+        params.temperature, params.top_k, params.top_p, params.min_p, draw,
+    )  # fmt: skip
     if params.logprobs is None:
         return token, None, ()
     logprobs = log_softmax(logits)
-    order: npt.NDArray[np.intp] = np.argsort(-logprobs, kind="stable")[: params.logprobs]
-    top = tuple((int(i), float(logprobs[i])) for i in order)
-    return token, float(logprobs[token]), top
+    top = largest_tokens(logits, params.logprobs)
+    return token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top)
 
 
-def log_softmax(logits: npt.NDArray[Any]) -> F64:
-    """log(softmax(logits)) along the last axis, in f64."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
-
-
-def _penalized_logits(logits: F32, request: Request) -> F64:
-    """A copy of the logits with penalties and bias, in f64."""
+def token_penalties(request: Request) -> F32:
+    """The repetition, presence and frequency penalty of a request, f32 [3]."""
     params = request.params
-    scores = logits.astype(np.float64)
-    if params.repetition_penalty != 1:
-        seen, penalty = np.unique(request.tokens), params.repetition_penalty
-        scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        generated, counts = np.unique(np.array(request.generated, np.int64), return_counts=True)
-        scores[generated] -= params.presence_penalty + params.frequency_penalty * counts
-    for token, bias in params.logit_bias.items():
-        scores[token] += bias
-    return scores
-
-
-def non_finite_error() -> OsmiumError:
-    """The error for a row whose largest logit is not finite."""
-    return OsmiumError(
-        "The largest logit is not finite, so no token can be sampled: the weights are damaged, or "
-        "a kernel computes wrong values."
+    return np.array(
+        (params.repetition_penalty, params.presence_penalty, params.frequency_penalty), np.float32
     )
 
 
-def can_sample_on_device(request: Request) -> bool:
-    """Whether Ops.sample can draw this request's tokens: no penalty, bias or log-probabilities."""
-    params = request.params
-    return (
-        params.repetition_penalty == 1
-        and not params.presence_penalty
-        and not params.frequency_penalty
-        and not params.logit_bias
-        and params.logprobs is None
+def _adjusted_logits(logits: F32, request: Request) -> F32:
+    """The logits with penalties, bias and mask; a copy if any of them applies."""
+    params, prompt = request.params, request.tokens[: request.prompt_tokens]
+    if params.has_penalties or params.logit_bias:
+        bias = params.logit_bias
+        tokens = np.array(sorted({*request.tokens, *bias}), np.int64)
+        counts = np.bincount(np.array(request.generated, np.int64), minlength=len(logits))[tokens]
+        seen = (counts > 0) | np.isin(tokens, np.array(prompt, np.int64))
+        biases = np.array([bias.get(token, 0.0) for token in tokens.tolist()], np.float32)
+        adjusted = logits.copy()
+        adjusted[tokens] = adjust_tokens(
+            logits[tokens], seen, counts, token_penalties(request), biases
+        )
+        logits = adjusted
+    if request.token_mask is not None:
+        words = np.zeros(mask_words(len(logits)), np.int32)
+        request.token_mask.fill(words)
+        logits = np.where(allowed_tokens(words, len(logits)), logits, np.float32(-np.inf))
+    return logits
+
+
+def sampling_error(request: Request) -> OsmiumError:
+    """The error for a row in which no token can be sampled."""
+    if request.token_mask is not None:
+        return OsmiumError(
+            "No token can be sampled: the mask of the structured output allows none, or the "
+            "largest logit is not finite (damaged weights, or a kernel that computes wrong values)."
+        )
+    return OsmiumError(
+        "The largest logit is not finite, so no token can be sampled: the weights are damaged, or "
+        "a kernel computes wrong values."
     )
 
 

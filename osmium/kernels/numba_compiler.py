@@ -33,7 +33,7 @@ PACKAGES = (
 LATEST_PTX = (8, 7)
 """The newest PTX version that a 12.8 driver loads."""
 
-MODULES = ("assign_slots", "logit_histogram", "sample")
+MODULES = ("adjust_logits", "assign_slots", "logit_histogram", "sample", "top_logprobs")
 
 
 def versions() -> str:
@@ -87,7 +87,7 @@ def _compile(source: NumbaSource) -> str:
     known = source.function.__globals__
     found = {**known} | {name: getattr(numba, name) for name in plain}
     found |= {"cuda": numba.cuda, "exp2": libdevice.exp2f, "atomic_add": _atomic_add()}
-    found["float_as_int"] = libdevice.float_as_int
+    found |= {"float_as_int": libdevice.float_as_int, "fetch_add": _fetch_add()}
     for name, called in DEVICE_FUNCTIONS.items():
         if known.get(name) is called:
             found[name] = numba.cuda.jit(device=True, forceinline=True)(
@@ -121,6 +121,10 @@ def _renamed(source: NumbaSource, text: str) -> str:
     text = re.sub(r"^\.common \.global [^\n]*NumbaEnv[^\n]*\n", "", text, flags=re.M)
     if "NumbaEnv" in text:
         raise KernelError(f"Numba compiled {source.name} to code that needs its environment.")
+    # Numba numbers shared arrays over all kernels of a process; here from 1 in each kernel.
+    arrays = dict.fromkeys(re.findall(r"_cudapy_smem_\d+", text))
+    numbers = {name: f"_cudapy_smem_{number}" for number, name in enumerate(arrays, 1)}
+    text = re.sub(r"_cudapy_smem_\d+", lambda match: numbers[match[0]], text)
     mangled = re.findall(r"\.visible \.entry (\w+)\(", text)
     if len(mangled) != 1:
         raise KernelError(f"Numba compiled {source.name} to {len(mangled)} entries, not one.")
@@ -145,6 +149,21 @@ def _atomic_add() -> Any:
         return void(pointer, index, value), code
 
     return intrinsic(atomic_add)
+
+
+def _fetch_add() -> Any:
+    """Atomic addition through a pointer that returns the value before."""
+    from numba.cuda.extending import intrinsic
+
+    def fetch_add(_: Any, pointer: Any, index: Any, value: Any) -> Any:
+        def code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            value = context.cast(builder, arguments[2], signature.args[2], pointer.dtype)
+            at = builder.gep(arguments[0], [arguments[1]])
+            return builder.atomic_rmw("add", at, value, "monotonic")
+
+        return pointer.dtype(pointer, index, value), code
+
+    return intrinsic(fetch_add)
 
 
 def _missing(what: str) -> str:

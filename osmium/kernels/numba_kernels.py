@@ -4,7 +4,7 @@
     def count(out, n): ...
 
 Parameters are pointers and scalars; there are no warp intrinsics.  Threads exchange values through
-shared memory, thread blocks through `atomic_add`.  Kernels share code as a `device_function`.
+shared memory, blocks through `atomic_add` and `fetch_add`.  Kernels share a `device_function`.
 The contract follows from the signature and the parameter names.  It stands on top of the compiled
 text, in the form of a hand-written kernel's.
 
@@ -27,7 +27,7 @@ from osmium.kernels.ptx import Contract, Kernel, parse
 
 __all__ = [
     "COMPILED", "DEVICE_FUNCTIONS", "KERNELS", "NumbaSource", "atomic_add", "cuda",
-    "device_function", "exp2", "float32", "float64", "float_as_int", "int32", "int64",
+    "device_function", "exp2", "fetch_add", "float32", "float64", "float_as_int", "int32", "int64",
     "python_kernel", "uint16", "uint32", "uint64",
 ]  # fmt: skip
 
@@ -42,8 +42,10 @@ float64: Any = None
 exp2: Any = None
 float_as_int: Any = None
 atomic_add: Any = None
+fetch_add: Any = None
 """Numba's names for a kernel's source to import, None at run time.  `float_as_int(float32)` is an
-int32 with the same bits; `atomic_add(pointer, index, value)` adds in device memory."""
+int32 with the same bits; `atomic_add(pointer, index, value)` adds in device memory; `fetch_add`
+also returns the value before."""
 
 TARGETS = "sm_80 sm_86 sm_89 sm_90 sm_100 sm_120"
 

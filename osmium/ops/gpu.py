@@ -5,10 +5,13 @@ ptx/ and is not repeated here.  Operations do not allocate or wait.  Results rea
 through `copy_d2h`, which counts its bytes, and through the token ring.
 """
 
+from osmium.kernels.adjust_logits import ADJUST_LOGITS
 from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
+from osmium.kernels.top_logprobs import TOP_LOGPROBS
 from osmium.ops import gpu_experts, gpu_rows
+from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.tiling import (
@@ -229,18 +232,16 @@ class GpuOps(GpuExperts):
 
     def sample(self, logits: Array, decode_state: DecodeState) -> None:
         r, (rows, vocab) = decode_state, logits.shape
-        slices = r.slice_max.shape[1]
         SLICE_MAX(
-            self.stream,
-            rows,
-            r.slice_max,
-            r.slice_argmax,
-            r.bin_counts,
-            r.bin_weights,
-            logits,
-            vocab,
-            slices,
-        )
+            self.stream, rows, r.slice_max, r.slice_argmax, r.bin_counts, r.bin_weights, logits,
+            vocab, r.slice_max.shape[1],
+        )  # fmt: skip
+        self._sample_slices(logits, decode_state)
+
+    def _sample_slices(self, logits: Array, decode_state: DecodeState) -> None:
+        """Sample the tokens, once the largest logit of each slice is known."""
+        r, (rows, vocab) = decode_state, logits.shape
+        slices = r.slice_max.shape[1]
         LOGIT_HISTOGRAM(
             self.stream, rows, r.token, r.bin_counts, r.bin_weights, r.slice_bin_ends,
             r.bin_order, logits, r.slice_max,
@@ -250,6 +251,25 @@ class GpuOps(GpuExperts):
             self.stream, rows, r.token, logits, r.slice_max, r.sampler_params, r.uniforms,
             r.decode_step, r.bin_counts, r.bin_weights, r.slice_bin_ends, r.bin_order, vocab,
             slices, r.ring_size,
+        )  # fmt: skip
+
+    def sample_controlled(
+        self, logits: Array, step: StepInputs, decode_state: DecodeState,
+        controls: SamplingControls,
+    ) -> None:  # fmt: skip
+        r, c, (rows, vocab) = decode_state, controls, logits.shape
+        slices = r.slice_max.shape[1]
+        ADJUST_LOGITS(
+            self.stream, rows, c.adjusted, r.slice_max, r.slice_argmax, r.bin_counts,
+            r.bin_weights, c.raw_max, c.raw_argmax, c.raw_sums, c.blocks_done, c.token_counts,
+            logits, c.flags, c.penalties, c.logit_bias, c.token_mask, step.ids, step.positions,
+            step.state_slots, vocab, slices, c.token_mask.shape[1], r.null_slot,
+        )  # fmt: skip
+        self._sample_slices(c.adjusted, decode_state)
+        TOP_LOGPROBS(
+            self.stream, rows, c.logprobs, c.logprob_tokens, c.top_logits, c.top_tokens,
+            c.blocks_done, r.token, logits, c.raw_max, c.raw_argmax, c.raw_sums, c.flags,
+            step.state_slots, r.decode_step, vocab, slices, r.ring_size, r.null_slot,
         )  # fmt: skip
 
     def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.ops import sampling, slot_assignment
+from osmium.ops.controls import SamplingControls
 from osmium.ops.formulas import (
     CHUNK,
     F32,
@@ -486,15 +487,13 @@ class ReferenceOps(ReferenceQuantOps):
     # -- sampling ----------------------------------------------------------------------------------
 
     def sample(self, logits: Array, decode_state: DecodeState) -> None:
-        uniforms = decode_state.uniforms[int(decode_state.decode_step[0]) % decode_state.ring_size]
-        for row, row_logits in enumerate(logits):
-            if not np.isfinite(row_logits.max()):
-                decode_state.token[row] = -1
-                continue
-            temperature, top_k, top_p, min_p = (float(x) for x in decode_state.sampler_params[row])
-            logits64, uniform = row_logits.astype(np.float64), float(uniforms[row])
-            token = sampling.sample_from_logits(logits64, temperature, top_k, top_p, min_p, uniform)
-            decode_state.token[row] = token
+        sampling.sample(logits, decode_state)
+
+    def sample_controlled(
+        self, logits: Array, step: StepInputs, decode_state: DecodeState,
+        controls: SamplingControls,
+    ) -> None:  # fmt: skip
+        sampling.sample_controlled(logits, step, decode_state, controls)
 
     def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
         sampling.advance_step(step, decode_state)

@@ -1,13 +1,133 @@
-"""Sampling in NumPy: the specification of Ops.sample, and the sampler for logits on the host."""
+"""Sampling in NumPy: the specification of the sampling operations, and the host's sampler."""
+
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from osmium.ops.controls import (
+    HAS_BIAS,
+    HAS_MASK,
+    HAS_PENALTIES,
+    PROMPT_BIT,
+    SamplingControls,
+)
 from osmium.ops.types import DecodeState, StepInputs
 
-__all__ = ["advance_step", "sample_from_logits"]
+__all__ = [
+    "adjust_tokens", "advance_step", "allowed_tokens", "largest_tokens", "log_softmax", "sample",
+    "sample_controlled", "sample_from_logits",
+]  # fmt: skip
 
+F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+
+
+def sample(logits: F32, decode_state: DecodeState) -> None:
+    """See ops.Ops.sample."""
+    uniforms = decode_state.uniforms[int(decode_state.decode_step[0]) % decode_state.ring_size]
+    for row, row_logits in enumerate(logits):
+        if not np.isfinite(row_logits.max()):
+            decode_state.token[row] = -1
+            continue
+        temperature, top_k, top_p, min_p = (float(x) for x in decode_state.sampler_params[row])
+        logits64, uniform = row_logits.astype(np.float64), float(uniforms[row])
+        token = sample_from_logits(logits64, temperature, top_k, top_p, min_p, uniform)
+        decode_state.token[row] = token
+
+
+def sample_controlled(
+    logits: F32, step: StepInputs, decode_state: DecodeState, controls: SamplingControls
+) -> None:
+    """See ops.Ops.sample_controlled."""
+    used = step.state_slots != decode_state.null_slot
+    for row, row_logits in enumerate(logits):
+        flags = int(controls.flags[row, 0]) if used[row] else 0
+        _adjust_row(row, row_logits, flags, step, controls)
+    sample(controls.adjusted, decode_state)
+    decode_state.token[~np.isfinite(logits.max(axis=1))] = -1
+    entry = int(decode_state.decode_step[0]) % decode_state.ring_size
+    for row, token in enumerate(decode_state.token):
+        count = int(controls.flags[row, 2])
+        if count < 0 or token < 0 or not used[row]:
+            continue
+        logprobs = log_softmax(logits[row])
+        tokens = np.array([token, *largest_tokens(logits[row], count)])
+        controls.logprobs[entry, row, : 1 + count] = logprobs[tokens]
+        controls.logprob_tokens[entry, row, : 1 + count] = tokens
+
+
+def _adjust_row(
+    row: int, logits: F32, flags: int, step: StepInputs, controls: SamplingControls
+) -> None:
+    """Write a row's adjusted logits; count the step's own token in a row with penalties."""
+    if not flags:
+        controls.adjusted[row] = logits
+        return
+    slot = int(step.state_slots[row])
+    counts = np.zeros(len(logits), np.uint32)
+    bias = np.zeros(len(logits), np.float32)
+    if flags & HAS_PENALTIES:
+        counts = controls.token_counts[slot]  # a view
+        own = int(step.ids[row])
+        if step.positions[row] < controls.flags[row, 1]:
+            counts[own] |= np.uint32(PROMPT_BIT)
+        else:
+            counts[own] += np.uint32(1)
+    if flags & HAS_BIAS:
+        bias = controls.logit_bias[slot]
+    generated = counts & np.uint32(PROMPT_BIT - 1)
+    adjusted = adjust_tokens(logits, counts != 0, generated, controls.penalties[row], bias)
+    if flags & HAS_MASK:
+        adjusted[~allowed_tokens(controls.token_mask[row], len(logits))] = -np.inf
+    controls.adjusted[row] = adjusted
+
+
+def adjust_tokens(logits: F32, seen: Any, generated: Any, penalties: F32, bias: F32) -> F32:
+    """Logits of some tokens with penalties and bias: f32, computed in f64 and rounded once.
+
+    l = l / repetition where l > 0, else l * repetition, for tokens that prompt or response have
+    l = l - (presence + frequency * generated), for tokens that the response has
+    l = l + bias
+
+    logits, bias f32 [n]    seen bool [n]: in prompt or response    generated [n]: times in it
+    penalties f32 [3]: repetition, presence, frequency
+    """
+    repetition, presence, frequency = penalties.astype(np.float64)
+    exact = logits.astype(np.float64)
+    repeated = np.where(exact > 0, exact / repetition, exact * repetition)
+    exact = np.where(seen, repeated, exact)
+    exact = np.where(
+        np.greater(generated, 0), exact - (presence + frequency * np.asarray(generated)), exact
+    )
+    with np.errstate(over="ignore"):  # beyond f32: infinite, so no token is sampled
+        return np.asarray(exact + bias).astype(np.float32)
+
+
+def allowed_tokens(mask: npt.NDArray[np.int32], vocab: int) -> npt.NDArray[np.bool_]:
+    """The bits of a token mask, i32 [mask_words], as bool [vocab]."""
+    bits = np.unpackbits(np.ascontiguousarray(mask).view(np.uint8), bitorder="little")
+    return bits[:vocab].astype(bool)
+
+
+def largest_tokens(logits: F32, count: int) -> npt.NDArray[np.intp]:
+    """The ids of the `count` largest logits, largest first, ties to the lower id."""
+    if count <= 0:
+        return np.empty(0, np.intp)
+    if count < len(logits):
+        threshold = np.partition(logits, len(logits) - count)[len(logits) - count]
+        # the sort keeps the lower ids among those equal to the threshold
+        candidates = np.flatnonzero(logits >= threshold)
+    else:
+        candidates = np.arange(len(logits))
+    return candidates[np.lexsort((candidates, -logits[candidates]))][:count]
+
+
+def log_softmax(logits: npt.NDArray[Any]) -> F64:
+    """log(softmax(logits)) along the last axis, in f64."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return np.asarray(x - np.log(np.exp(x).sum(axis=-1, keepdims=True)))
 
 
 def sample_from_logits(
