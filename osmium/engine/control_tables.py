@@ -92,8 +92,12 @@ class ControlTables:
     def fill_masks(self) -> None:
         """Write the token masks of the next step; no step that reads masks may be in flight."""
         for row, request in enumerate(self._requests):
-            if request.token_mask is not None and not request.done:
+            if request.token_mask is None or request.done:
+                continue
+            try:
                 request.token_mask.fill(self._host_views["token_mask"][row])
+            except Exception as error:  # ends this request alone, when the step's token is there
+                request.mask_error = error
 
     def logprobs(self, step: int, row: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
         """Log-probability of the token of decode step `step`, and the likeliest alternatives."""

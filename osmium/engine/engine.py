@@ -30,7 +30,7 @@ from osmium.engine.request import (
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
-from osmium.engine.sampler import sample, sampling_error
+from osmium.engine.sampler import Sampled, sample, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
 from osmium.engine.stops import StopMatcher
@@ -377,11 +377,11 @@ class Engine:
                 if request.num_pending_tokens == count:
                     rows.append(row - 1)
                     ready.append(request)
-            sampled: list[tuple[int, float | None, tuple[tuple[int, float], ...]]] = []
+            sampled: list[Sampled | OsmiumError] = []
             for chunk in self._runner.logits(np.array(rows, np.int32)):
                 start = len(sampled)
                 for logits, request in zip(chunk, ready[start:], strict=False):
-                    sampled.append(sample(logits, request))
+                    sampled.append(_sample(logits, request))
         except Exception as error:  # a failed step ends its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
@@ -391,8 +391,11 @@ class Engine:
             return
         for request, count in batch.scheduled:
             self._add_computed(request, count)
-        for request, (token, logprob, top) in zip(ready, sampled, strict=True):
-            self._deliver_token(request, token, logprob, top)
+        for request, result in zip(ready, sampled, strict=True):
+            if isinstance(result, OsmiumError):
+                self._finish(request, FinishReason.ERROR, result)
+            else:
+                self._deliver_token(request, result)
 
     def _decode_on_device(self, batch: Batch) -> None:
         """Decode with sampling on the device until the batch has to change."""
@@ -406,10 +409,10 @@ class Engine:
                 if request.done or token == -2:
                     continue
                 self._add_computed(request, 1)
-                if token == -1:
+                if token == -1 or request.mask_error is not None:
                     self._finish(request, FinishReason.ERROR, sampling_error(request))
                 else:
-                    self._deliver_token(request, token, *session.logprobs(row))
+                    self._deliver_token(request, (token, *session.logprobs(row)))
             if not session.in_flight and self._can_continue_decode(session):
                 session.launch()
 
@@ -434,26 +437,15 @@ class Engine:
         self.stats.add_computed(request, count)
         request.num_computed_tokens += count
 
-    def _deliver_token(
-        self,
-        request: Request,
-        token: int,
-        logprob: float | None,
-        top: tuple[tuple[int, float], ...],
-    ) -> None:
+    def _deliver_token(self, request: Request, sampled: Sampled) -> None:
         try:
-            self._append_token(request, token, logprob, top)
+            self._append_token(request, sampled)
         except Exception as error:  # of the decoder or `on_event`; other requests continue
             self._finish(request, FinishReason.ERROR, _delivery_error(error))
 
-    def _append_token(
-        self,
-        request: Request,
-        token: int,
-        logprob: float | None,
-        top: tuple[tuple[int, float], ...],
-    ) -> None:
+    def _append_token(self, request: Request, sampled: Sampled) -> None:
         """Append and emit a token; finish the request if it is the last one."""
+        token, logprob, top = sampled
         self.stats.token(request)
         request.tokens.append(token)
         if request.token_mask is not None:
@@ -491,6 +483,14 @@ class Engine:
             request.emit(Finish(reason, text, *counts, error))
         except Exception as problem:  # of `on_event`; only the log can report it
             _delivery_error(problem)
+
+
+def _sample(logits: npt.NDArray[np.float32], request: Request) -> Sampled | OsmiumError:
+    """`sample`, or the error that ends this request alone."""
+    try:
+        return sample(logits, request)
+    except Exception as error:
+        return step_error(error)
 
 
 def _delivery_error(error: Exception) -> OsmiumError:

@@ -223,6 +223,8 @@ class Request:
         """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
         self.token_mask = token_mask
         """Which tokens may come next; None allows all."""
+        self.mask_error: Exception | None = None
+        """The error of `token_mask`; it ends the request."""
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)

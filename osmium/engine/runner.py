@@ -425,7 +425,8 @@ class DecodeSession:
         -1: the largest logit is not finite.  -2: the row had ended before.
         Raises: CudaError where the device has failed.
         """
-        self._launch_sampling()
+        if self._sampled == self.received:
+            self._launch_sampling()
         start = time.perf_counter()
         if self._typical_wait_s > 1e-3 and self._token_ring[0] <= self.received:
             time.sleep(0.7 * self._typical_wait_s)

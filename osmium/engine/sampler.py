@@ -9,7 +9,7 @@ not change it.  Log-probabilities are those of the model's unmodified logits.
 import numpy as np
 import numpy.typing as npt
 
-from osmium.engine.request import Request
+from osmium.engine.request import Request, step_error
 from osmium.errors import OsmiumError
 from osmium.ops.controls import mask_words
 from osmium.ops.sampling import (
@@ -20,14 +20,15 @@ from osmium.ops.sampling import (
     sample_from_logits,
 )
 
-__all__ = ["log_softmax", "sample", "sampling_error", "token_penalties", "uniform"]
+__all__ = ["Sampled", "log_softmax", "sample", "sampling_error", "token_penalties", "uniform"]
 
 F32 = npt.NDArray[np.float32]
 
+Sampled = tuple[int, float | None, tuple[tuple[int, float], ...]]
+"""A token, its log-probability, and the likeliest alternatives with theirs."""
 
-def sample(
-    logits: F32, request: Request
-) -> tuple[int, float | None, tuple[tuple[int, float], ...]]:
+
+def sample(logits: F32, request: Request) -> Sampled:
     """The next token of a request, its log-probability and the likeliest alternatives.
 
     logits f32 [vocab], not modified.  Raises: OsmiumError where the largest is not finite, before
@@ -80,6 +81,8 @@ def _adjusted_logits(logits: F32, request: Request) -> F32:
 
 def sampling_error(request: Request) -> OsmiumError:
     """The error for a row in which no token can be sampled."""
+    if request.mask_error is not None:
+        return step_error(request.mask_error)
     if request.token_mask is not None:
         return OsmiumError(
             "No token can be sampled: the mask of the structured output allows none, or the "

@@ -15,8 +15,8 @@ from osmium.ops.controls import (
 from osmium.ops.types import DecodeState, StepInputs
 
 __all__ = [
-    "adjust_tokens", "advance_step", "allowed_tokens", "largest_tokens", "log_softmax", "sample",
-    "sample_controlled", "sample_from_logits",
+    "adjust_logits", "adjust_tokens", "advance_step", "allowed_tokens", "largest_tokens",
+    "log_softmax", "sample", "sample_controlled", "sample_from_logits", "store_logprobs",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -40,47 +40,58 @@ def sample_controlled(
     logits: F32, step: StepInputs, decode_state: DecodeState, controls: SamplingControls
 ) -> None:
     """See ops.Ops.sample_controlled."""
-    used = step.state_slots != decode_state.null_slot
-    for row, row_logits in enumerate(logits):
-        flags = int(controls.flags[row, 0]) if used[row] else 0
-        _adjust_row(row, row_logits, flags, step, controls)
+    adjust_logits(logits, step, decode_state.null_slot, controls)
     sample(controls.adjusted, decode_state)
     decode_state.token[~np.isfinite(logits.max(axis=1))] = -1
     entry = int(decode_state.decode_step[0]) % decode_state.ring_size
-    for row, token in enumerate(decode_state.token):
-        count = int(controls.flags[row, 2])
-        if count < 0 or token < 0 or not used[row]:
-            continue
-        logprobs = log_softmax(logits[row])
-        tokens = np.array([token, *largest_tokens(logits[row], count)])
-        controls.logprobs[entry, row, : 1 + count] = logprobs[tokens]
-        controls.logprob_tokens[entry, row, : 1 + count] = tokens
+    store_logprobs(
+        logits, step.state_slots, decode_state.token, entry, decode_state.null_slot, controls
+    )
 
 
-def _adjust_row(
-    row: int, logits: F32, flags: int, step: StepInputs, controls: SamplingControls
+def adjust_logits(
+    logits: F32, step: StepInputs, null_slot: int, controls: SamplingControls
 ) -> None:
-    """Write a row's adjusted logits; count the step's own token in a row with penalties."""
-    if not flags:
-        controls.adjusted[row] = logits
-        return
-    slot = int(step.state_slots[row])
-    counts = np.zeros(len(logits), np.uint32)
-    bias = np.zeros(len(logits), np.float32)
-    if flags & HAS_PENALTIES:
-        counts = controls.token_counts[slot]  # a view
-        own = int(step.ids[row])
-        if step.positions[row] < controls.flags[row, 1]:
-            counts[own] |= np.uint32(PROMPT_BIT)
-        else:
-            counts[own] += np.uint32(1)
-    if flags & HAS_BIAS:
-        bias = controls.logit_bias[slot]
-    generated = counts & np.uint32(PROMPT_BIT - 1)
-    adjusted = adjust_tokens(logits, counts != 0, generated, controls.penalties[row], bias)
-    if flags & HAS_MASK:
-        adjusted[~allowed_tokens(controls.token_mask[row], len(logits))] = -np.inf
-    controls.adjusted[row] = adjusted
+    """The first part of `sample_controlled`: write controls.adjusted and token_counts."""
+    controls.adjusted[:] = logits
+    for row in np.flatnonzero(step.state_slots != null_slot):
+        flags, slot = int(controls.flags[row, 0]), int(step.state_slots[row])
+        counts = np.zeros(logits.shape[1], np.uint32)
+        bias = np.zeros(logits.shape[1], np.float32)
+        if flags & HAS_PENALTIES:
+            counts = controls.token_counts[slot]  # a view
+            if step.positions[row] < controls.flags[row, 1]:
+                counts[step.ids[row]] |= np.uint32(PROMPT_BIT)
+            else:
+                counts[step.ids[row]] += np.uint32(1)
+        if flags & HAS_BIAS:
+            bias = controls.logit_bias[slot]
+        if flags & (HAS_PENALTIES | HAS_BIAS):
+            generated = counts & np.uint32(PROMPT_BIT - 1)
+            controls.adjusted[row] = adjust_tokens(
+                logits[row], counts != 0, generated, controls.penalties[row], bias
+            )
+        if flags & HAS_MASK:
+            allowed = allowed_tokens(controls.token_mask[row], logits.shape[1])
+            controls.adjusted[row, ~allowed] = -np.inf
+
+
+def store_logprobs(
+    logits: F32,
+    state_slots: npt.NDArray[np.int32],
+    token: npt.NDArray[np.int32],
+    entry: int,
+    null_slot: int,
+    controls: SamplingControls,
+) -> None:
+    """The last part of `sample_controlled`: write an entry of the rings of log-probabilities."""
+    for row in np.flatnonzero((state_slots != null_slot) & (token >= 0)):
+        count = int(controls.flags[row, 2])
+        if count >= 0:
+            logprobs = log_softmax(logits[row])
+            tokens = np.array([token[row], *largest_tokens(logits[row], count)])
+            controls.logprobs[entry, row, : 1 + count] = logprobs[tokens]
+            controls.logprob_tokens[entry, row, : 1 + count] = tokens
 
 
 def adjust_tokens(logits: F32, seen: Any, generated: Any, penalties: F32, bias: F32) -> F32:

@@ -19,7 +19,10 @@ from tests.ptx.kernels import NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
-OURS = ("advance_step", "assign_slots", "logit_histogram", "sample_token", "slice_max")
+OURS = (
+    "adjust_logits", "advance_step", "assign_slots", "logit_histogram", "sample_token", "slice_max",
+    "top_logprobs",
+)  # fmt: skip
 
 
 def double(out, n):  # type: ignore[no-untyped-def]
@@ -174,6 +177,14 @@ def test_compiling_writes_every_kernel_and_deletes_other_files(
     assert source().contract().entry == "double"
     assert [path.name for path in compiled_folder.iterdir()] == ["double.ptx"]
     assert compile_all(compiled_folder) == []
+
+
+def test_a_kernels_text_does_not_depend_on_the_kernels_compiled_before_it() -> None:
+    """Numba numbers shared arrays over all kernels of a process."""
+    needs.numba_compiler()
+    first = compile_kernel(KERNELS["slice_max"])
+    compile_kernel(KERNELS["top_logprobs"])
+    assert compile_kernel(KERNELS["slice_max"]) == first
 
 
 def test_a_newer_toolkit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

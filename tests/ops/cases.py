@@ -5,7 +5,7 @@ written arrays. `run` does that on any backend and returns outputs as NumPy.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -27,10 +27,12 @@ from osmium.ops import (
     Ops,
     PagedKV,
     PrefetchState,
+    SamplingControls,
     SharedExpert,
     SlotAssignment,
     StepInputs,
 )
+from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
 from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
@@ -818,7 +820,7 @@ def add_sigmoid_gated(rng: np.random.Generator, size: Size) -> Case:
 
 # -- decode state ----------------------------------------------------------------------------------
 
-RING = 3
+RING, NULL_SLOT = 3, 77
 
 
 def decode_arrays(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
@@ -866,7 +868,7 @@ def as_decode_state(a: dict[str, Any]) -> DecodeState:
         "slice_bin_ends",
         "bin_order",
     )
-    return DecodeState(RING, 77, 99, *(a[name] for name in names))
+    return DecodeState(RING, NULL_SLOT, 99, *(a[name] for name in names))
 
 
 def sample(rng: np.random.Generator, size: Size) -> Case:
@@ -883,6 +885,64 @@ def sample(rng: np.random.Generator, size: Size) -> Case:
         ops.sample(a["logits"], as_decode_state(a))
 
     return Case(arrays, call, {"token": "exact"})
+
+
+def control_arrays(rng: np.random.Generator, rows: int, slots: int, vocab: int) -> Arrays:
+    """Arrays of SamplingControls; flags and penalties differ between rows."""
+    slices = max(4, -(-vocab // SLICE))
+    seen = rng.random((slots, vocab)) < 0.3
+    counts = seen * rng.integers(0, 4, (slots, vocab), dtype=np.uint32)
+    counts[rng.random((slots, vocab)) < 0.1] |= np.uint32(PROMPT_BIT)
+    mask = rng.integers(-(1 << 31), 1 << 31, (rows, mask_words(vocab)), dtype=np.int64)
+    mask |= rng.integers(-(1 << 31), 1 << 31, mask.shape, dtype=np.int64)
+    if rows > 3:
+        mask[rng.integers(0, rows)] = 0  # no token is allowed
+    return {
+        "flags": np.stack([
+            rng.permutation(np.resize(np.arange(8), rows)), rng.integers(0, rows + 2, rows),
+            np.minimum(rng.choice([-1, 0, 1, 5, MAX_LOGPROBS], rows), vocab),
+        ], axis=1).astype(np.int32),
+        "penalties": np.stack([
+            rng.choice([1, 0.5, 1.3, 2], rows), rng.choice([0, 1.5, -0.3], rows),
+            rng.choice([0, 0.7, -2], rows),
+        ], axis=1).astype(np.float32),
+        "token_counts": counts,
+        "logit_bias": np.where(
+            rng.random((slots, vocab)) < 0.2, rng.integers(-16, 17, (slots, vocab)) / 8, 0
+        ).astype(np.float32),
+        "token_mask": mask.astype(np.int32),
+        "logprobs": np.full((RING, rows, 1 + MAX_LOGPROBS), 7, np.float32),
+        "logprob_tokens": np.full((RING, rows, 1 + MAX_LOGPROBS), -7, np.int32),
+        "adjusted": _nan(rows, vocab),
+        "raw_max": _nan(rows, slices),
+        "raw_argmax": np.full((rows, slices), -7, np.int32),
+        "raw_sums": _nan(rows, slices),
+        "top_logits": _nan(rows, MAX_LOGPROBS, MAX_LOGPROBS),
+        "top_tokens": np.full((rows, MAX_LOGPROBS, MAX_LOGPROBS), 7, np.int32),
+        "blocks_done": np.full(rows, 7, np.int32),
+    }  # fmt: skip
+
+
+def as_controls(a: dict[str, Any]) -> SamplingControls:
+    return SamplingControls(**{f.name: a[f.name] for f in fields(SamplingControls)})
+
+
+def sample_controlled(rng: np.random.Generator, size: Size) -> Case:
+    """Rows with every combination of penalties, bias and mask, and one on the null slot."""
+    rows, vocab = min(8, sum(size.lengths)), size.outputs
+    arrays = sample(rng, size).arrays
+    one = replace(size, lengths=(1,) * rows, past=tuple(range(rows)))
+    arrays |= step_arrays(rng, one) | control_arrays(rng, rows, rows + 1, vocab)
+    arrays["ids"] = rng.integers(0, vocab, rows, dtype=np.int32)
+    arrays["slots"] = rng.permutation(rows + 1)[:rows].astype(np.int32)
+    if rows > 1:
+        arrays["slots"][rng.integers(0, rows)] = NULL_SLOT
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        ops.sample_controlled(a["logits"], _step(one, a), as_decode_state(a), as_controls(a))
+
+    writes = dict.fromkeys(("token", "adjusted", "token_counts", "logprob_tokens"), "exact")
+    return Case(arrays, call, {**writes, "logprobs": "f32"})
 
 
 def advance_step(rng: np.random.Generator, size: Size) -> Case:
@@ -943,6 +1003,7 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "silu_and_mul": silu_and_mul,
     "add_sigmoid_gated": add_sigmoid_gated,
     "sample": sample,
+    "sample_controlled": sample_controlled,
     "advance_step": advance_step,
 }
 

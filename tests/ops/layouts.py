@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import Ops, types
+from osmium.ops import Ops, controls, types
 from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
 from osmium.ops.types import LinearWeight, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
@@ -269,7 +269,7 @@ class Compared:
             for argument, given in bound.items():
                 if argument in documented and given is not None:
                     comparison.any(given, f"{name}.{argument}", documented[argument], own)
-                elif type(given).__module__ == types.__name__:
+                elif type(given).__module__ in (types.__name__, controls.__name__):
                     comparison.fields(given, type(given).__name__)
             comparison.finish()
             self.compared |= comparison.compared

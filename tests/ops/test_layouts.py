@@ -12,6 +12,7 @@ from osmium.experts.prefetch import make_prefetch_state
 from osmium.models.state import DeltaState, make_state
 from osmium.models.workspace import Workspace, make_workspace
 from osmium.ops import Ops
+from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import (
@@ -46,7 +47,7 @@ from tests.ptx.interpreter import InterpretedRuntime
 
 KINDS: list[type] = [
     AttentionWeights, AttentionWorkspace, DecodeState, DeltaNetWorkspace, DeltaWeights, ExpertCache,
-    HostExperts, PagedKV, PrefetchState, SharedExpert, SlotAssignment, StepInputs,
+    HostExperts, PagedKV, PrefetchState, SamplingControls, SharedExpert, SlotAssignment, StepInputs,
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -165,3 +166,4 @@ def test_the_engine_gives_operations_the_arrays_that_their_docstrings_state() ->
     ModelRunner(ops, model.model, model.expert_runner, model.state, 3, pages).capture_graphs()
     assert {f"DecodeState.{name}" for name in layouts_of(DecodeState)} <= ops.compared
     assert {f"StepInputs.{name}" for name in layouts_of(StepInputs)} <= ops.compared
+    assert {f"SamplingControls.{name}" for name in layouts_of(SamplingControls)} <= ops.compared

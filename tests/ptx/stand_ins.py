@@ -4,16 +4,20 @@ The interpreter does not run compiled text; Numba's simulator runs those kernels
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, cast
+
+import numpy as np
 
 from osmium.ops import (
     DecayConfig,
     DecodeState,
     ExpertCache,
     PrefetchState,
+    SamplingControls,
     SlotAssignment,
     StepInputs,
+    sampling,
 )
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.expert_layout import ExpertLayout
@@ -128,10 +132,54 @@ def _advance_step(values: tuple[Any, ...]) -> None:
     ReferenceOps().advance_step(step, decode_state)
 
 
+def _controls(**arrays: Any) -> SamplingControls:
+    """SamplingControls with the arrays that a reference operation uses."""
+    unused = {field.name: None for field in fields(SamplingControls)}
+    return SamplingControls(**unused | arrays)
+
+
+def _adjust_logits(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_sample_controlled.py compares the kernel with the reference."""
+    arrays = [value.numpy() for value in values[:18]]
+    for value in (values[0], values[9]):
+        value.touch()
+    adjusted, token_counts, logits, flags, penalties, bias, mask = (
+        arrays[i] for i in (0, 9, 10, 11, 12, 13, 14)
+    )
+    unused: Any = None
+    ids, positions, state_slots = arrays[15:]
+    step = StepInputs(
+        len(ids), len(ids), 1, ids, positions, unused, unused, unused, state_slots, unused
+    )
+    controls = _controls(
+        flags=flags, penalties=penalties, token_counts=token_counts, logit_bias=bias,
+        token_mask=mask, adjusted=adjusted,
+    )  # fmt: skip
+    sampling.adjust_logits(logits, step, values[21], controls)
+
+
+def _top_logprobs(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_sample_controlled.py compares the kernel with the reference."""
+    arrays = [value.numpy() for value in values[:13]]
+    for value in values[:2]:
+        value.touch()
+    logprobs, logprob_tokens, token, logits, flags, state_slots, decode_step = (
+        arrays[i] for i in (0, 1, 5, 6, 10, 11, 12)
+    )
+    token[~np.isfinite(logits.max(axis=1))] = -1  # the kernel of slice_max's place reports these
+    values[5].touch()
+    controls = _controls(flags=flags, logprobs=logprobs, logprob_tokens=logprob_tokens)
+    sampling.store_logprobs(
+        logits, state_slots, token, int(decode_step[0]) % values[15], values[16], controls
+    )
+
+
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
+    "adjust_logits": _adjust_logits,
     "assign_slots": _assign_slots,
     "slice_max": lambda values: None,
     "logit_histogram": lambda values: None,
     "sample_token": _sample_token,
     "advance_step": _advance_step,
+    "top_logprobs": _top_logprobs,
 }

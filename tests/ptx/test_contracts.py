@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from osmium.kernels.adjust_logits import ADJUST_LOGITS
 from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Contract, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
+from osmium.kernels.top_logprobs import TOP_LOGPROBS
 from tests.ptx.kernels import FOLDER, NAMES
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -114,7 +116,11 @@ def _declared(code: str) -> str:
 
 
 def test_a_compiled_numba_kernel_assembles_for_every_target(tmp_path: Path) -> None:
-    for made in (ASSIGN_SLOTS, ADVANCE_STEP, SAMPLE_TOKEN, SLICE_MAX, LOGIT_HISTOGRAM):
+    kernels = (
+        ADJUST_LOGITS, ASSIGN_SLOTS, ADVANCE_STEP, SAMPLE_TOKEN, SLICE_MAX, LOGIT_HISTOGRAM,
+        TOP_LOGPROBS,
+    )  # fmt: skip
+    for made in kernels:
         path = tmp_path / f"{made.name}.ptx"
         for target in TARGETS:
             contract = made.contract
