@@ -311,7 +311,8 @@ async def _answer(request: Request, engine: Engine, prepared: Prepared) -> Respo
     shutdown: Shutdown = request.app.state.shutdown
     shutdown.watch(events)
     response = prepared.response
-    handle = engine.submit(prepared.ids, prepared.params, on_event)
+    mask = prepared.token_mask() if prepared.token_mask is not None else None
+    handle = engine.submit(prepared.ids, prepared.params, on_event, token_mask=mask)
     if prepared.stream:
         return EventSourceResponse(
             _stream(engine, handle, events, response, prepared.usage, shutdown),

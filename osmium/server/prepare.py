@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from osmium.engine.engine import Engine
-from osmium.engine.request import SamplingParams, context_error
+from osmium.engine.request import SamplingParams, TokenMask, context_error
 from osmium.errors import RequestError
 from osmium.server.openai import ResponseBuilder
 from osmium.server.schema import (
@@ -18,6 +18,7 @@ from osmium.server.schema import (
     sampling_params,
     template_options,
 )
+from osmium.server.structured import constraint, mask_factory
 from osmium.text.reasoning import END_OF_REASONING, starts_in_reasoning
 
 __all__ = ["Prepare", "Prepared", "prepare_chat", "prepare_completion"]
@@ -33,6 +34,8 @@ class Prepared:
     ids: list[int]
     params: SamplingParams
     response: ResponseBuilder
+    token_mask: Callable[[], TokenMask] | None = None
+    """Makes the token mask of one response; None for any text."""
 
 
 Prepare = Callable[[Engine, str, bytearray], Prepared]
@@ -52,8 +55,9 @@ def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
     thinking = starts_in_reasoning(prompt)
     if thinking:
         params = replace(params, stop_after=END_OF_REASONING)
+    mask = mask_factory(engine, constraint(body), params, len(ids), thinking)
     response = ResponseBuilder(name, engine.tokenizer, chat=True, thinking=thinking)
-    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response)
+    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response, mask)
 
 
 def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
@@ -67,8 +71,9 @@ def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
         raise RequestError(f"{engine.name} has no tokenizer; send token ids.", param="prompt")
     else:
         ids = _encode(engine, prompt)
+    mask = mask_factory(engine, constraint(body), params, len(ids))
     response = ResponseBuilder(name, engine.tokenizer, chat=False)
-    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response)
+    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response, mask)
 
 
 def _encode(engine: Engine, prompt: str) -> list[int]:

@@ -11,6 +11,7 @@ import msgspec
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
 from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS, check_count, check_stop, shown
+from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
@@ -47,6 +48,14 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    grammar: str | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
 
 
 class ChatRequest(BaseRequest, kw_only=True):
@@ -58,7 +67,6 @@ class ChatRequest(BaseRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    response_format: dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
@@ -122,6 +130,7 @@ def _check(request: BaseRequest) -> None:
     No option is ignored.
     """
     check_stop(request.stop)
+    constraint(request)
     if request.n not in (None, 1):
         raise _unsupported("n", request.n, "a request has one choice; send several requests")
     if isinstance(request, CompletionRequest):
@@ -133,9 +142,6 @@ def _check(request: BaseRequest) -> None:
     if isinstance(request, ChatRequest):
         check_count("messages", len(request.messages), MAX_MESSAGES)
         check_count("tools", len(request.tools or ()), MAX_TOOLS)
-        format_type = (request.response_format or {}).get("type", "text")
-        if format_type != "text":
-            raise _unsupported("response_format", format_type, "use 'text'")
         choice = request.tool_choice
         if choice not in (None, "auto", "none"):
             raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")

@@ -9,13 +9,13 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from osmium.errors import RequestError
-from osmium.text.grammar_mask import GrammarMask, ThinkingEnd
+from osmium.text.grammar_mask import GrammarMask, TextTokens, ThinkingEnd
 from osmium.text.json_schema import checked_schema
 from osmium.text.reasoning import END_OF_REASONING
 from osmium.text.tokenizer import Tokenizer
@@ -44,15 +44,15 @@ _JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
     # Bounded, as small models may otherwise generate spaces without end.
-    "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,64}",
+    "whitespace_pattern": r"\r?\n?[\x20\t]{0,48}",
     "coerce_one_of": False,
     "lenient": False,
 }
 
-_LIMITS = {
-    "max_lexer_states": 50_000,  # about 1.5 KB each
-    "max_grammar_size": 200_000,
-}
+_LIMITS = LLParserLimits(
+    max_lexer_states=50_000,  # about 1.5 KB each
+    max_grammar_size=200_000,
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Grammar:
         compiler = self.compiler
         return GrammarMask(
             self.matcher.deep_copy(),
-            compiler.tokens,
+            compiler.text,
             max_tokens,
             compiler.thinking_end if thinking else None,
         )
@@ -88,13 +88,10 @@ class _Vocabulary:
         self.special_token_ids = sorted(
             {*eos, *(token for token in tokenizer.added_ids if token < vocab)}
         )
-        known = tokenizer.vocab_size
         self.tokens = [
-            # Ids without a token are special too: no text has them.
             tokenizer.token_bytes(token) if tokenizer.has_id(token) else b""
-            for token in range(min(known, vocab))
+            for token in range(vocab)
         ]
-        self.tokens += [b""] * (vocab - len(self.tokens))
         self._tokenizer = tokenizer
 
     def __call__(self, text: str | bytes) -> list[int]:
@@ -108,13 +105,12 @@ class GrammarCompiler:
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
         """`vocab` is the number of logits, `eos` the end tokens, at least one."""
         words = _Vocabulary(tokenizer, vocab, eos)
-        self.tokens = words.tokens
-        """The bytes of each token; empty for those that are no text."""
-        self._inner = LLTokenizer(words, n_vocab=vocab, eos_token=list(eos))
-        for token in words.special_token_ids:
-            self.tokens[token] = b""
+        self._inner = LLTokenizer(cast(Any, words), n_vocab=vocab, eos_token=list(eos))
+        special = frozenset(words.special_token_ids)
+        tokens = [b"" if i in special else raw for i, raw in enumerate(words.tokens)]
+        self.text = TextTokens(tokens, self._inner.tokenize_bytes)
         self.thinking_end = ThinkingEnd(
-            self.tokens, tokenizer.id_of(END_OF_REASONING), END_OF_REASONING.encode(), eos
+            tokens, tokenizer.id_of(END_OF_REASONING), END_OF_REASONING.encode(), eos
         )
         self._cache: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
@@ -152,9 +148,7 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(any_to_lark(text))
         except (ValueError, RecursionError) as error:
             raise _invalid(kind, param, str(error)) from None
-        matcher = LLMatcher(
-            self._inner, grammar, log_level=0, limits=LLParserLimits(**_LIMITS)
-        )
+        matcher = LLMatcher(self._inner, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _invalid(kind, param, matcher.get_error())
         first = matcher.deep_copy()

@@ -5,7 +5,7 @@ it allows nothing else; `completion` is what is missing if even that does not su
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ from llguidance import LLMatcher
 
 from osmium.errors import OsmiumError
 
-__all__ = ["GrammarMask", "ThinkingEnd"]
+__all__ = ["GrammarMask", "TextTokens", "ThinkingEnd"]
 
 Words = npt.NDArray[np.int32]
 
@@ -23,11 +23,34 @@ CLOSING_WINDOW = 64
 CLOSING_SLACK = 8
 """Tokens more than the missing text needs, below which it is looked for at each step."""
 
-MAX_CLOSING_BYTES = 1024
+MAX_CLOSING_BYTES = 2048
 """Most bytes of the missing text."""
 
-_CLOSERS = b'"}],:\n 0aAtfn1{[e-.=;)'
+RANDOM_WALKS = 4
+"""Further tries if the first does not end within MAX_CLOSING_BYTES."""
+
+_ENDINGS = b'"}],:10aA\n tfn-{[e.=;)'
 """Bytes in the order in which they are tried: those that end JSON's values first."""
+
+
+class TextTokens:
+    """The tokens of a vocabulary as text."""
+
+    def __init__(self, tokens: Sequence[bytes], encode: Callable[[bytes], list[int]]) -> None:
+        self.tokens = tokens
+        """The bytes of each token; empty for those that are no text."""
+        self._encode = encode
+        by_byte = {raw[0]: i for i, raw in reversed([*enumerate(tokens)]) if len(raw) == 1}
+        order = [*_ENDINGS, *(byte for byte in range(256) if byte not in _ENDINGS)]
+        self.by_byte = {byte: by_byte[byte] for byte in order if byte in by_byte}
+        """The token of each byte, in the order in which endings are looked for."""
+
+    def encode(self, text: bytes) -> list[int]:
+        """Tokens whose bytes are `text`."""
+        ids = self._encode(text)
+        if b"".join(self.tokens[token] for token in ids) == text:
+            return ids
+        return [self.by_byte[byte] for byte in text]
 
 
 class ThinkingEnd:
@@ -58,11 +81,12 @@ class GrammarMask:
     def __init__(
         self,
         matcher: LLMatcher,
-        tokens: Sequence[bytes],
+        text: TextTokens,
         max_tokens: int,
         thinking: ThinkingEnd | None = None,
     ) -> None:
-        self._matcher, self._tokens, self._left = matcher, tokens, max_tokens
+        """`thinking` if the grammar applies only after the thinking."""
+        self._matcher, self._text, self._left = matcher, text, max_tokens
         self._thinking = thinking
         """None once the grammar applies."""
         self._newlines: list[int] = []
@@ -72,12 +96,15 @@ class GrammarMask:
         """Tokens that alone may come next."""
         self._least = 0
         """Tokens of the missing text when it was looked for last."""
+        self._in_vain = False
+        """Whether no missing text was found."""
 
     # -- the mask ----------------------------------------------------------------------------------
 
     def fill(self, words: Words) -> None:
-        """Write the mask of the next token, i32 [ceil(vocab / 32)].  Allows nothing after an error,
-        which `push` raises."""
+        """Write the mask of the next token, i32 [ceil(vocab / 32)].
+
+        It allows nothing once the grammar exceeds a limit of the package."""
         if self._thinking is not None:
             self._fill_thinking(words, self._thinking)
             return
@@ -88,15 +115,15 @@ class GrammarMask:
             _set(words, self._closing[:1])
             return
         self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
-        _set(words, self._newlines)
+        if self._matcher.is_error():
+            words[:] = 0
+        else:
+            _set(words, self._newlines)
 
     def _fill_thinking(self, words: Words, thinking: ThinkingEnd) -> None:
         words[:] = -1
         _clear(words, thinking.eos)
         _clear(words, thinking.forbidden[_overlap(self._tail, thinking.text)])
-        spare = len(self._tokens) % 32
-        if spare:
-            words[-1] = np.int32((1 << spare) - 1) & words[-1]
 
     # -- advancing ---------------------------------------------------------------------------------
 
@@ -106,14 +133,11 @@ class GrammarMask:
         if self._thinking is not None:
             self._push_thinking(token, self._thinking)
             return
-        if self._closing and token == self._closing[0]:
+        newlines, self._newlines = self._newlines, []
+        if self._closing:
             del self._closing[0]
-        else:
-            self._closing = []
-        if token in self._newlines:
-            self._newlines = []
+        elif token in newlines:
             return
-        self._newlines = []
         if not self._matcher.consume_token(token):
             raise OsmiumError(
                 f"The structured output cannot continue with token {token}: "
@@ -123,7 +147,7 @@ class GrammarMask:
     def _push_thinking(self, token: int, thinking: ThinkingEnd) -> None:
         ended = token == thinking.token
         if not ended:
-            text = self._tail + self._tokens[token]
+            text = self._tail + self._text.tokens[token]
             ended = thinking.text in text
             self._tail = text[1 - len(thinking.text) :]
         if ended:
@@ -139,18 +163,70 @@ class GrammarMask:
         return self._closing or self._missing_tokens() or ()
 
     def _must_look(self) -> bool:
-        if self._left > CLOSING_WINDOW:
+        if self._left > CLOSING_WINDOW or self._in_vain:
             return False
         return not self._least or self._left <= self._least + CLOSING_SLACK
 
     def _look(self) -> None:
         """Allow only the missing text from now on if no other token fits before it."""
         missing = self._missing_tokens()
-        if missing is not None:
-            self._least = max(len(missing), 1)
-            if len(missing) >= self._left:
-                self._closing = missing
+        if missing is None:
+            self._in_vain = True
+            return
+        self._least = max(len(missing), 1)
+        if len(missing) >= self._left:
+            self._closing = missing
 
     def _missing_tokens(self) -> list[int] | None:
         """Few tokens that complete the text; None if none were found."""
-        raise NotImplementedError
+        for walk in range(1 + RANDOM_WALKS):
+            text = self._ending(random.Random(walk) if walk else None)
+            if text is not None:
+                return self._text.encode(text)
+        return None
+
+    def _ending(self, rng: random.Random | None) -> bytes | None:
+        """Bytes that complete the text, by always taking the first byte that is allowed.
+
+        With `rng` the order of the bytes is random.  None if they become too many.
+        """
+        matcher, by_byte = self._matcher.deep_copy(), self._text.by_byte
+        order = list(by_byte)
+        ending = bytearray()
+        while len(ending) < MAX_CLOSING_BYTES and not matcher.is_error():
+            if matcher.is_accepting():
+                return bytes(ending)
+            if rng is not None:
+                rng.shuffle(order)
+
+            def allows(byte: int) -> bool:
+                return byte in by_byte and matcher.validate_tokens([by_byte[byte]]) == 1
+
+            # Inside a JSON text both braces are allowed; then the quote ends it.
+            closing = rng is None and not (allows(ord("{")) and allows(ord("}")))
+            first = b"}]" if closing else b""
+            byte = next((byte for byte in (*first, *order) if allows(byte)), None)
+            if byte is None:
+                return None
+            matcher.consume_token(by_byte[byte])
+            ending.append(byte)
+        return None
+
+
+def _overlap(text: bytes, end: bytes) -> int:
+    """Bytes at the end of `text` that are a proper prefix of `end`."""
+    return next((n for n in range(len(end) - 1, 0, -1) if text.endswith(end[:n])), 0)
+
+
+def _set(words: Words, tokens: Iterable[int]) -> None:
+    """Allow these tokens."""
+    bits = words.view(np.uint32)
+    for token in tokens:
+        bits[token // 32] |= np.uint32(1 << token % 32)
+
+
+def _clear(words: Words, tokens: Iterable[int]) -> None:
+    """Forbid these tokens."""
+    bits = words.view(np.uint32)
+    for token in tokens:
+        bits[token // 32] &= np.uint32(~(1 << token % 32) & 0xFFFFFFFF)
