@@ -146,15 +146,16 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(text)
             else:
                 grammar = LLMatcher.grammar_from_lark(any_to_lark(text))
-        except (ValueError, RecursionError) as error:
+        except Exception as error:  # the package's conversion raises plain Exception
             raise _invalid(kind, param, str(error)) from None
         matcher = LLMatcher(self._inner, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise _invalid(kind, param, matcher.get_error())
-        first = matcher.deep_copy()
-        allowed = first.compute_bitmask()
-        if first.is_error() or not any(allowed):
-            raise _invalid(kind, param, first.get_error() or "it matches no text")
+        for _ in range(2):  # the second mask shows whether the limits suffice
+            first = matcher.deep_copy()
+            allowed = first.compute_bitmask()
+            if first.is_error() or not any(allowed):
+                raise _invalid(kind, param, first.get_error() or "it matches no text")
         return matcher
 
     def _within_limits(self, job: Callable[[], LLMatcher], param: str) -> LLMatcher:
@@ -224,7 +225,7 @@ def _source(kind: GrammarKind, value: Any, param: str) -> str:
     return text
 
 
-def _schema(value: Any, param: str) -> dict[str, Any] | bool:
+def _schema(value: Any, param: str) -> dict[str, Any]:
     """A schema from an object or its JSON.  Raises: RequestError."""
     if isinstance(value, str):
         try:
@@ -241,7 +242,10 @@ _NAMES = {"json": "JSON Schema", "regex": "regular expression", "choice": "list 
 
 
 def _invalid(kind: GrammarKind, param: str, reason: str) -> RequestError:
-    reason = " ".join(reason.split())[:500].rstrip(".")
+    summary, _, state = reason.partition("<state>")
+    if state:  # a limit, or a grammar without a text
+        summary = "it matches no text" if "NoExtension" in summary else "it is too complex"
+    reason = " ".join(summary.split())[:500].rstrip(".")
     return RequestError(
         f"{param} cannot be used as a {_NAMES[kind]}: {reason or 'it is empty'}.",
         param=param,

@@ -5,6 +5,7 @@ it allows nothing else; `completion` is what is missing if even that does not su
 """
 
 import random
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -26,10 +27,10 @@ CLOSING_SLACK = 8
 MAX_CLOSING_BYTES = 2048
 """Most bytes of the missing text."""
 
-RANDOM_WALKS = 4
-"""Further tries if the first does not end within MAX_CLOSING_BYTES."""
+CLOSING_S = 0.1
+"""Seconds that looking for the missing text may take: other requests wait meanwhile."""
 
-_ENDINGS = b'"}],:10aA\n tfn-{[e.=;)'
+_ENDINGS = b'"}],:@10aAtfn-{[e.=;)\\\n '
 """Bytes in the order in which they are tried: those that end JSON's values first."""
 
 
@@ -179,38 +180,42 @@ class GrammarMask:
 
     def _missing_tokens(self) -> list[int] | None:
         """Few tokens that complete the text; None if none were found."""
-        for walk in range(1 + RANDOM_WALKS):
-            text = self._ending(random.Random(walk) if walk else None)
-            if text is not None:
-                return self._text.encode(text)
-        return None
+        text = self._ending()
+        return None if text is None else self._text.encode(text)
 
-    def _ending(self, rng: random.Random | None) -> bytes | None:
-        """Bytes that complete the text, by always taking the first byte that is allowed.
+    def _ending(self) -> bytes | None:
+        """Bytes that complete the text: always the first byte in order that is allowed.
 
-        With `rng` the order of the bytes is random.  None if they become too many.
+        Where that only repeats bytes, a random one.  None if they, or their time, become too many.
         """
         matcher, by_byte = self._matcher.deep_copy(), self._text.by_byte
-        order = list(by_byte)
-        ending = bytearray()
-        while len(ending) < MAX_CLOSING_BYTES and not matcher.is_error():
+        order, ending, rng = list(by_byte), bytearray(), random.Random(0)
+        end = time.perf_counter() + CLOSING_S
+
+        def allows(byte: int) -> bool:
+            return byte in by_byte and matcher.validate_tokens([by_byte[byte]]) == 1
+
+        while len(ending) < MAX_CLOSING_BYTES and time.perf_counter() < end:
             if matcher.is_accepting():
                 return bytes(ending)
-            if rng is not None:
-                rng.shuffle(order)
-
-            def allows(byte: int) -> bool:
-                return byte in by_byte and matcher.validate_tokens([by_byte[byte]]) == 1
-
-            # Inside a JSON text both braces are allowed; then the quote ends it.
-            closing = rng is None and not (allows(ord("{")) and allows(ord("}")))
-            first = b"}]" if closing else b""
-            byte = next((byte for byte in (*first, *order) if allows(byte)), None)
+            if _repeats(ending):
+                candidates = rng.sample(order, len(order))
+            elif allows(ord("{")) and allows(ord("}")):  # inside a JSON string
+                candidates = order
+            else:
+                candidates = [*b"}]", *order]
+            byte = next((byte for byte in candidates if allows(byte)), None)
             if byte is None:
                 return None
             matcher.consume_token(by_byte[byte])
             ending.append(byte)
         return None
+
+
+def _repeats(text: bytearray) -> bool:
+    """Whether the last twelve bytes repeat one, two, three or four bytes."""
+    end = text[-12:]
+    return len(end) == 12 and any(end[n:] == end[:-n] for n in (1, 2, 3, 4))
 
 
 def _overlap(text: bytes, end: bytes) -> int:

@@ -50,16 +50,16 @@ _DROPPED = ("x-guidance",)
 """Options of the grammar package, which a client may not set."""
 
 
-def checked_schema(schema: Any, param: str) -> dict[str, Any] | bool:
+def checked_schema(schema: Any, param: str) -> dict[str, Any]:
     """The schema without annotations that the grammar package would refuse.
 
     Raises: RequestError for a keyword that cannot be enforced, with its path.
     """
-    if isinstance(schema, bool):
-        return schema
+    if schema is True:
+        return {}
     if not isinstance(schema, Mapping):
         raise RequestError(
-            f"{param} is {_kind(schema)}; a JSON Schema is an object.",
+            f"{param} is {_kind(schema)}; it must be a JSON Schema, which is an object.",
             param=param,
             code="invalid_schema",
         )
@@ -78,6 +78,8 @@ def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
                 param=param,
                 code="unsupported_schema",
             )
+        if key == "$schema" and "json-schema.org/" not in str(value):
+            continue  # names no version of JSON Schema
         if key == "format" and isinstance(value, str) and value not in _STANDARD_FORMATS:
             continue
         out[key] = value

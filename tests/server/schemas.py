@@ -8,7 +8,8 @@ Schema = dict[str, object]
 
 PROMPTS = (
     "What is the capital of France?", "Hello!", "Write a poem, in plain text only.",
-    "Answer with the word no and nothing else.", "", "{", '```json\n{"a": 1', "Zähle bis zehn. 你好",
+    "Answer with the word no and nothing else.", "", "{",
+    '```json\n{"a": 1', "Zähle bis zehn. 你好",
 )  # fmt: skip
 
 _NAMES = ("name", "age", "tags", "é", 'q"uote', "a b", "$ref", "x", "items", "address", "")
@@ -62,13 +63,15 @@ def random_schema(rng: np.random.Generator, depth: int = 3) -> Schema:
     if kind == "map":
         return {"type": "object", "additionalProperties": random_schema(rng, 0)}
     if kind == "ref":
-        tree = {
+        value = random_schema(rng, 0)
+        tree: Schema = {
             "type": "object",
-            "properties": {"value": random_schema(rng, 0), "next": {"$ref": "#/$defs/tree"}},
+            "properties": {"value": value, "next": {"$ref": "#/$defs/tree"}},
             "required": ["value"],
             "additionalProperties": False,
         }
-        return {"$ref": "#/$defs/tree", "$defs": {"tree": tree}} if depth == 3 else tree["properties"]["value"]  # type: ignore[index,return-value]
+        # "#" is the whole schema, so only a schema at the top may have definitions.
+        return {"$ref": "#/$defs/tree", "$defs": {"tree": tree}} if depth == 3 else value
     return {"type": kind}
 
 
