@@ -16,7 +16,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from osmium.errors import RequestError
 from osmium.text.grammar_mask import GrammarMask, TextTokens, ThinkingEnd
-from osmium.text.json_schema import checked_schema
+from osmium.text.json_schema import ascii_classes, checked_schema
 from osmium.text.reasoning import END_OF_REASONING
 from osmium.text.tokenizer import Tokenizer
 
@@ -141,7 +141,7 @@ class GrammarCompiler:
             if kind == "json":
                 grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
             elif kind == "regex":
-                grammar = LLMatcher.grammar_from_regex(text)
+                grammar = LLMatcher.grammar_from_regex(ascii_classes(text))
             elif kind == "choice":
                 grammar = LLMatcher.grammar_from_lark(text)
             else:

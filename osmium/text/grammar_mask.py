@@ -30,7 +30,7 @@ MAX_CLOSING_BYTES = 2048
 CLOSING_S = 0.1
 """Seconds that looking for the missing text may take: other requests wait meanwhile."""
 
-_ENDINGS = b'"}],:@10aAtfn-{[e.=;)\\\n '
+_ENDINGS = b'",:10aAtfn-{[e.=;)@\\\n }]'
 """Bytes in the order in which they are tried: those that end JSON's values first."""
 
 
@@ -201,7 +201,7 @@ class GrammarMask:
             if _repeats(ending):
                 candidates = rng.sample(order, len(order))
             elif allows(ord("{")) and allows(ord("}")):  # inside a JSON string
-                candidates = order
+                candidates = [*b'"@', *order]
             else:
                 candidates = [*b"}]", *order]
             byte = next((byte for byte in candidates if allows(byte)), None)

@@ -9,7 +9,7 @@ from typing import Any
 
 from osmium.errors import RequestError
 
-__all__ = ["checked_schema"]
+__all__ = ["ascii_classes", "checked_schema"]
 
 _ONE = ("additionalProperties", "items", "additionalItems")
 """Keywords whose value is one schema; `items` may also be a list."""
@@ -82,6 +82,10 @@ def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
             continue  # names no version of JSON Schema
         if key == "format" and isinstance(value, str) and value not in _STANDARD_FORMATS:
             continue
+        if key == "pattern" and isinstance(value, str):
+            value = ascii_classes(value)
+        elif key == "patternProperties" and isinstance(value, dict):
+            value = {ascii_classes(name): child for name, child in value.items()}
         out[key] = value
     for key, name, child in _children(out):
         checked = _checked(child, param, f"{path}/{key}" + ("" if name is None else f"/{name}"))
@@ -103,6 +107,25 @@ def _children(schema: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]
             yield from ((key, i, child) for i, child in enumerate(value) if isinstance(child, dict))
         elif key in _NAMED and isinstance(value, dict):
             yield from ((key, n, child) for n, child in value.items() if isinstance(child, dict))
+
+
+def ascii_classes(regex: str) -> str:
+    r"""The expression with \d and \w of ASCII alone, as in ECMA-262, whose regexes schemas use."""
+    out, at, in_class = [], 0, False
+    while at < len(regex):
+        char = regex[at : at + 2] if regex[at] == "\\" else regex[at]
+        at += len(char)
+        if char in _CLASSES:
+            char = _CLASSES[char] if in_class else f"[{_CLASSES[char]}]"
+        elif char == "[":
+            in_class = True
+        elif char == "]":
+            in_class = False
+        out.append(char)
+    return "".join(out)
+
+
+_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_"}
 
 
 def _kind(value: object) -> str:

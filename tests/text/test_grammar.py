@@ -74,7 +74,8 @@ def test_random_schemas_always_give_valid_json(
 @pytest.mark.parametrize(
     ("kind", "value", "pattern"),
     [
-        ("regex", r"\d{3}-[a-c]+", r"\d{3}-[a-c]+"),
+        ("regex", r"\d{3}-[a-c]+", r"[0-9]{3}-[a-c]+"),
+        ("regex", r"[\dx]\w?\.", r"[0-9x][A-Za-z0-9_]?\."),
         ("regex", "^abc$", "abc"),
         ("regex", "", ""),
         ("choice", ["yes", "no", 'a "b"\n', "ü"], 'yes|no|a "b"\n|ü'),
