@@ -38,6 +38,13 @@ from osmium.ops import (
     StepInputs,
     types,
 )
+from osmium.ops.controls import (
+    HAS_BIAS,
+    HAS_MASK,
+    HAS_PENALTIES,
+    MAX_LOGPROBS,
+    SamplingControls,
+)
 from osmium.ops.gpu import GpuOps
 from osmium.weights.synthetic import open_synthetic
 
@@ -151,6 +158,7 @@ class OpCases:
         counts = {
             "gated_attention": self._kv_token_bytes() * self.depth,
             "sample": 4 * self.config.vocab_size,
+            "sample_controlled": 16 * self.config.vocab_size,  # also counts, biases, adjusted
         }
         return float(self.tokens * counts.get(name, 0))
 
@@ -329,7 +337,7 @@ class OpCases:
             for ids in self._routed_ids(max(4, experts // self.num_pairs))
         ]  # fmt: skip
 
-    def _sample(self) -> Calls:
+    def _sample(self, controlled: bool) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
         decode = types.DecodeState(
             ring_size=ring, null_slot=0, null_page=0,
@@ -344,8 +352,30 @@ class OpCases:
                 for name, (shape, dtype) in types.DecodeState.scratch(rows, vocab).items()
             },
         )  # fmt: skip
-        sets = self._sets(4 * rows * vocab)
-        return [partial(ops.sample, self._noise((rows, vocab), np.float32), decode) for _ in sets]
+        logits = [self._noise((rows, vocab), np.float32) for _ in self._sets(4 * rows * vocab)]
+        if not controlled:
+            return [partial(ops.sample, one, decode) for one in logits]
+        controls = self._controls(ring)
+        step = self._step(np.arange(1, rows + 1), np.zeros((rows, 1)))  # slot 0 is the null slot
+        return [partial(ops.sample_controlled, one, step, decode, controls) for one in logits]
+
+    def _controls(self, ring: int) -> SamplingControls:
+        """Penalties, a bias, a mask that allows all tokens, and 20 log-probabilities a row."""
+        ops, rows, vocab = self.ops, self.tokens, self.config.vocab_size
+        shapes = SamplingControls.shapes(rows, rows + 1, vocab, ring)
+        mapped = ("token_mask", "logprobs", "logprob_tokens")
+        controls = SamplingControls(**{
+            name: (ops.zeros_mapped if name in mapped else ops.empty)(shape, dtype)
+            for name, (shape, dtype) in shapes.items()
+        })  # fmt: skip
+        for array in (controls.token_counts, controls.logit_bias):
+            ops.memset(array, 0)
+        ops.host_view(controls.token_mask)[...] = -1
+        flags = HAS_PENALTIES | HAS_BIAS | HAS_MASK, 0, min(MAX_LOGPROBS, vocab)
+        ops.copy_h2d(controls.flags, np.tile(np.array(flags, np.int32), (rows, 1)))
+        penalties = np.array((1.1, 0.5, 0.5), np.float32)
+        ops.copy_h2d(controls.penalties, np.tile(penalties, (rows, 1)))
+        return controls
 
 
 MAKERS: dict[str, tuple[Any, ...]] = {
@@ -353,6 +383,7 @@ MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qgkv": ("_linear", "qgkv"), "gated_attention": ("_attention",),
     "router": ("_router",), "assign_slots": ("_assign_slots",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),
-    "expert_down": ("_experts", False), "linear head": ("_linear", "head"), "sample": ("_sample",),
+    "expert_down": ("_experts", False), "linear head": ("_linear", "head"),
+    "sample": ("_sample", False), "sample_controlled": ("_sample", True),
 }  # fmt: skip
 """The method that makes the calls of each operation, and its arguments."""

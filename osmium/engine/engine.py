@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.engine.kv_cache_manager import KVCacheManager
+from osmium.engine.min_tokens import end_mask, has_spent_mask
 from osmium.engine.request import (
     Decoder,
     Event,
@@ -120,13 +121,12 @@ class Engine:
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stops = StopMatcher(
-            decoder, params.stop, params.stop_after, [i for i in special_ids if i is not None]
-        )
+        stop_ids = [token for token in special_ids if token is not None]
+        stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
+        eos, vocab = self.config.eos_token_ids, self.config.vocab_size
+        mask = end_mask(params, token_mask, eos, stop_ids, vocab)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(
-            ids, params, on_event, stops, seed, self.context, skip_prefill, token_mask
-        )
+        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, mask)
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -423,7 +423,7 @@ class Engine:
             and self._commands.empty()
             and not (self._scheduler.waiting and self._kv_cache.free_slots)
             and len(self._scheduler.running) == len(requests)
-            and not any(r.done or r.cancelled.is_set() for r in requests)
+            and not any(r.done or r.cancelled.is_set() or has_spent_mask(r) for r in requests)
             and all(r.tokens_left >= steps for r in requests)
             and all(
                 self._kv_cache.allocate_pages(r, r.num_computed_tokens + steps) for r in requests

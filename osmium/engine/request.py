@@ -86,6 +86,8 @@ class SamplingParams:
     """Token ids that end the response and are not part of it."""
     max_tokens: int | None = None
     """Most tokens of the response; None continues to the end of the context."""
+    min_tokens: int = 0
+    """Tokens before which nothing but `max_tokens` and the context ends the response."""
     ignore_eos: bool = False
     """Continue past the model's end-of-sequence tokens."""
     logprobs: int | None = None
@@ -105,13 +107,17 @@ class SamplingParams:
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
         for name, least, most in (
-            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("logprobs", 0, 20),
+            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("min_tokens", 0, MAX_INT),
+            ("logprobs", 0, 20),
         ):  # fmt: skip
             value = getattr(self, name)
-            if value is None and name != "top_k":
+            if value is None and name not in ("top_k", "min_tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
                 raise _invalid_value(name, value, f"an integer from {least} to {most}")
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            rule = f"at most max_tokens, which is {shown(self.max_tokens)}"
+            raise _invalid_value("min_tokens", self.min_tokens, rule)
         if self.seed is not None and (
             not isinstance(self.seed, int) or isinstance(self.seed, bool)
         ):

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.engine.control_tables import ControlTables
+from osmium.engine.min_tokens import drop_spent_mask
 from osmium.engine.request import Request
 from osmium.engine.sampler import uniform
 from osmium.engine.scheduler import Batch
@@ -222,6 +223,7 @@ class ModelRunner:
         tokens_left, stop_on_eos = np.empty(rows, np.int32), np.empty(rows, np.int32)
         for row, (request, _) in enumerate(batch.scheduled):
             params = request.params
+            drop_spent_mask(request)
             sampler_params[row] = params.temperature, params.top_k, params.top_p, params.min_p
             tokens_left[row] = min(request.tokens_left, NO_LIMIT)
             stop_on_eos[row] = not params.ignore_eos

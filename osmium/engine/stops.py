@@ -19,10 +19,12 @@ class StopMatcher:
         stop: tuple[str, ...],
         after: str = "",
         token_ids: Collection[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         """Stop texts count after the text `after` and the newlines that follow it.
 
-        `token_ids` are stop texts that are special tokens, which have no text.
+        `token_ids` are stop texts that are special tokens, which have no text.  Nothing counts
+        before token `min_tokens`.
         """
         self.decoder = decoder
         self.stop = stop
@@ -30,6 +32,7 @@ class StopMatcher:
         """Characters of the response so far, before stop texts end it."""
         self.matched = False
         """Whether a stop text was found; no text follows it."""
+        self._tokens_until_stops = min_tokens
         self._after = after
         self._token_ids = frozenset(token_ids)
         self._tail = ""
@@ -39,12 +42,13 @@ class StopMatcher:
 
     def stops_at(self, token: int) -> bool:
         """Whether the token is a stop text that counts by now."""
-        return token in self._token_ids and not self._after
+        return token in self._token_ids and not self._after and self._tokens_until_stops <= 0
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is final by now, without the text held back."""
         text = self.decoder.push(token) if self.decoder else ""
         self.length += len(text)
+        self._tokens_until_stops -= 1
         return self._release(text)
 
     def flush(self) -> str:
@@ -60,6 +64,8 @@ class StopMatcher:
         if not self.stop:
             return more
         before, more = self._before_stops(more)
+        if self._tokens_until_stops > 0 and not self.matched:
+            return before + more
         text = self._held + more
         matches = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
         if self.matched or matches:
@@ -78,7 +84,7 @@ class StopMatcher:
                 self._tail = text[max(len(text) - len(self._after) + 1, 0) :]
                 return more, ""
             end = at + len(self._after) - len(self._tail)
-            self.matched = self._after in self.stop
+            self.matched = self._after in self.stop and self._tokens_until_stops <= 0
             self._after, self._skips_newlines = "", True
         else:
             end = 0

@@ -97,9 +97,9 @@ def store_logprobs(
 def adjust_tokens(logits: F32, seen: Any, generated: Any, penalties: F32, bias: F32) -> F32:
     """Logits of some tokens with penalties and bias: f32, computed in f64 and rounded once.
 
-    l = l / repetition where l > 0, else l * repetition, for tokens that prompt or response have
-    l = l - (presence + frequency * generated), for tokens that the response has
-    l = l + bias
+    seen: l = l / repetition if l > 0 else l * repetition.
+    generated > 0: l = l - (presence + frequency * generated).
+    All tokens: l = l + bias.
 
     logits, bias f32 [n]    seen bool [n]: in prompt or response    generated [n]: times in it
     penalties f32 [3]: repetition, presence, frequency

@@ -2,12 +2,21 @@
 
 import secrets
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import EngineStopped, OsmiumError, RequestError
-from osmium.text.reasoning import ReasoningParser
+from osmium.text.response_parser import (
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ResponseParser,
+    ToolCallArguments,
+    ToolCallStart,
+)
 from osmium.text.tokenizer import Tokenizer
+from osmium.text.tool_formats import ToolFormat
 
 __all__ = ["ResponseBuilder", "error_body", "error_status", "model_body"]
 
@@ -52,19 +61,35 @@ def model_body(name: str, context: int, created: int) -> dict[str, Any]:
 
 
 class ResponseBuilder:
-    """Builds one response in OpenAI's form: `push` each event; it returns the chunks.
+    """Builds one choice in OpenAI's form: `push` each event; it returns the chunks.
 
-    body() is the complete response, after the event that finishes it.
+    choice() is the complete choice, after the event that finishes it.
     """
 
     def __init__(
-        self, name: str, tokenizer: Tokenizer | None, *, chat: bool, thinking: bool = False
+        self,
+        name: str,
+        tokenizer: Tokenizer | None,
+        *,
+        chat: bool,
+        thinking: bool = False,
+        tools: Sequence[Any] | None = None,
+        tool_format: ToolFormat | None = None,
+        parallel_calls: bool = True,
+        shows_reasoning: bool = True,
+        index: int = 0,
+        head: dict[str, Any] | None = None,
     ) -> None:
-        self.chat = chat
-        self.reasoning = ReasoningParser(thinking)
+        """`thinking`: the prompt ends inside the reasoning.  `tools`: those that the request
+        offers; calls of them in `tool_format` become tool_calls, without `parallel_calls` one
+        of them.  Choices of a response share `head`, which the first one makes."""
+        self.chat, self.index = chat, index
+        self._parallel_calls, self._shows_reasoning = parallel_calls, shows_reasoning
+        self.parser = ResponseParser(tool_format, tools, thinking) if chat else None
         self.tokenizer = tokenizer
         self.finish: Finish | None = None
         self._texts = {"reasoning": "", "content": ""}
+        self._calls: list[dict[str, Any]] = []
         self._pending: list[Token] = []
         """Tokens with log-probabilities whose text is not final yet."""
         self._tokens: list[Token] = []
@@ -74,7 +99,7 @@ class ResponseBuilder:
         self._answer_start = None if thinking else 0
         """Characters before the answer; None while there is no answer."""
         kind = "chat.completion" if chat else "text_completion"
-        self._head = {
+        self.head = head or {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
             "object": kind,
             "created": int(time.time()),
@@ -84,31 +109,74 @@ class ResponseBuilder:
     # -- chunks of a stream ------------------------------------------------------------------------
 
     def first(self) -> dict[str, Any]:
-        """The first chunk of a chat stream, sent before the prefill."""
+        """The choice's first chunk of a chat stream, sent before the prefill."""
         return self._chunk({"role": "assistant", "content": ""})
+
+    def progress(self) -> dict[str, Any]:
+        """A chunk without text, for the progress of the prefill."""
+        return self._chunk({} if self.chat else "")
 
     def push(self, event: Token | Finish) -> list[dict[str, Any]]:
         """The chunks of an event; none if it has no text."""
-        reasoning, answer = self.reasoning.push(event.text)
-        if isinstance(event, Finish):
-            rest = self.reasoning.flush()
-            reasoning, answer = reasoning + rest[0], answer + rest[1]
-            self.finish = event
-        self._texts["reasoning"] += reasoning
-        self._texts["content"] += answer
         self._length += len(event.text)
-        if answer and self._answer_start is None:
-            self._answer_start = self._length - len(answer)
+        if isinstance(event, Finish):
+            self.finish = event
+        fields = [self._field(delta) for delta in self._deltas(event)]
+        if self._answer_start is None:
+            answer = sum(len(field.get("content", "")) for field in fields)
+            if answer:
+                unparsed = self.parser.unparsed if self.parser else 0
+                self._answer_start = self._length - unparsed - answer
         logprobs = self._logprobs(self._final_tokens(event))
+        if logprobs is not None and not any("content" in field for field in fields):
+            fields.append({"content": ""})
         chunks = []
-        if reasoning:
-            chunks.append(self._chunk({"reasoning_content": reasoning, "reasoning": reasoning}))
-        if answer or logprobs is not None:
-            delta = {"content": answer} if self.chat else answer
-            chunks.append(self._chunk(delta, logprobs=logprobs))
+        for field in filter(None, fields):
+            is_answer = logprobs is not None and "content" in field
+            delta = field if self.chat else field["content"]
+            chunks.append(self._chunk(delta, logprobs=logprobs if is_answer else None))
+            logprobs = None if is_answer else logprobs
         if isinstance(event, Finish) and event.error is None:
-            chunks.append(self._chunk({} if self.chat else "", finish=_reason(event)))
+            chunks.append(self._chunk({} if self.chat else "", finish=self._reason(event)))
         return chunks
+
+    def _deltas(self, event: Token | Finish) -> list[Delta]:
+        """What an event adds to reasoning, answer and calls."""
+        if self.parser is None:
+            return [ContentDelta(event.text)] if event.text else []
+        deltas = self.parser.push(event.text)
+        return deltas + self.parser.finish() if isinstance(event, Finish) else deltas
+
+    def _field(self, delta: Delta) -> dict[str, Any]:
+        """A delta in the form of a chunk's `delta`; empty for the end of a call."""
+        match delta:
+            case ReasoningDelta() if not self._shows_reasoning:
+                return {}
+            case ToolCallStart(index) | ToolCallArguments(index) if (
+                index and not self._parallel_calls
+            ):
+                return {}
+            case ReasoningDelta(text):
+                self._texts["reasoning"] += text
+                return {"reasoning_content": text, "reasoning": text}
+            case ContentDelta(text):
+                self._texts["content"] += text
+                return {"content": text}
+            case ToolCallStart(index, call_id, name):
+                function = {"name": name, "arguments": ""}
+                call = {"id": call_id, "type": "function", "function": function}
+                self._calls.append(call)
+                return {"tool_calls": [{"index": index, **call, "function": dict(function)}]}
+            case ToolCallArguments(index, fragment):
+                self._calls[index]["function"]["arguments"] += fragment
+                return {"tool_calls": [{"index": index, "function": {"arguments": fragment}}]}
+            case _:
+                return {}
+
+    def _reason(self, finish: Finish) -> str:
+        """The finish reason; an ended response with calls has "tool_calls"."""
+        reason = _reason(finish)
+        return "tool_calls" if self._calls and reason == "stop" else reason
 
     def _final_tokens(self, event: Token | Finish) -> list[Token]:
         """The answer's tokens with log-probabilities whose text is final with this event.
@@ -131,30 +199,28 @@ class ResponseBuilder:
         self._tokens += final
         return final
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream with stream_options.include_usage."""
-        return {**self._chunk_head(), "choices": [], "usage": self.usage()}
-
     def _chunk(
         self, delta: Any, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
         text = {"delta": delta} if self.chat else {"text": delta}
-        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": finish}
-        return {**self._chunk_head(), "choices": [choice]}
+        choice = {"index": self.index, **text, "logprobs": logprobs, "finish_reason": finish}
+        return {**self.chunk_head(), "choices": [choice]}
 
-    def _chunk_head(self) -> dict[str, Any]:
+    def chunk_head(self) -> dict[str, Any]:
         if not self.chat:
-            return self._head
-        return {**self._head, "object": "chat.completion.chunk"}
+            return self.head
+        return {**self.head, "object": "chat.completion.chunk"}
 
     # -- complete response -------------------------------------------------------------------------
 
-    def body(self) -> dict[str, Any]:
-        """The complete response."""
+    def choice(self) -> dict[str, Any]:
+        """The complete choice."""
         assert self.finish is not None, "the response has not finished"
         content = self._texts["content"]
         if self.chat:
             message: dict[str, Any] = {"role": "assistant", "content": content}
+            if self._calls:
+                message |= {"content": content or None, "tool_calls": self._calls}
             if self._texts["reasoning"]:
                 message["reasoning_content"] = self._texts["reasoning"]
                 message["reasoning"] = self._texts["reasoning"]
@@ -162,20 +228,8 @@ class ResponseBuilder:
         else:
             text = {"text": content}
         logprobs = self._logprobs(self._tokens)
-        reason = _reason(self.finish)
-        choice = {"index": 0, **text, "logprobs": logprobs, "finish_reason": reason}
-        return {**self._head, "choices": [choice], "usage": self.usage()}
-
-    def usage(self) -> dict[str, Any]:
-        """Prompt tokens and generated tokens."""
-        assert self.finish is not None, "the response has not finished"
-        prompt, completion = self.finish.prompt_tokens, self.finish.completion_tokens
-        return {
-            "prompt_tokens": prompt,
-            "completion_tokens": completion,
-            "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
-        }
+        reason = self._reason(self.finish)
+        return {"index": self.index, **text, "logprobs": logprobs, "finish_reason": reason}
 
     # -- log-probabilities -------------------------------------------------------------------------
 

@@ -4,22 +4,25 @@ Everything here runs on a worker thread, as it takes time that grows with the bo
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams, TokenMask, context_error
 from osmium.errors import RequestError
-from osmium.server.openai import ResponseBuilder
+from osmium.server.chat_prompt import render_chat
+from osmium.server.choices import Choices
+from osmium.server.fields import unknown_fields
 from osmium.server.schema import (
+    BaseRequest,
     ChatRequest,
     CompletionRequest,
     one_prompt,
     parse,
     sampling_params,
-    template_options,
 )
 from osmium.server.structured import constraint, mask_factory
-from osmium.text.reasoning import END_OF_REASONING, starts_in_reasoning
+from osmium.server.thinking import shows_reasoning
+from osmium.text.reasoning import END_OF_REASONING
 
 __all__ = ["Prepare", "Prepared", "prepare_chat", "prepare_completion"]
 
@@ -32,10 +35,17 @@ class Prepared:
     usage: bool
     """Whether a stream ends with the usage."""
     ids: list[int]
-    params: SamplingParams
-    response: ResponseBuilder
+    params: list[SamplingParams]
+    """One for each choice."""
+    choices: Choices
     token_mask: Callable[[], TokenMask] | None = None
-    """Makes the token mask of one response; None for any text."""
+    """Makes the token mask of one choice; None for any text."""
+    ignored: tuple[str, ...] = field(default=())
+    """Names of fields that have no effect."""
+    shows_progress: bool = False
+    """Whether a stream has chunks with the prefill's progress."""
+    timings_per_token: bool = False
+    """Whether each chunk of a stream has timings."""
 
 
 Prepare = Callable[[Engine, str, bytearray], Prepared]
@@ -45,24 +55,25 @@ Prepare = Callable[[Engine, str, bytearray], Prepared]
 def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
     """Prepare a body of /v1/chat/completions.  Raises: RequestError."""
     body = parse(raw, ChatRequest)
-    if engine.tokenizer is None or engine.template is None:
-        raise RequestError(f"{engine.name} has no chat template; use /v1/completions.",
-                           param="messages", code="no_chat_template")  # fmt: skip
+    ignored = unknown_fields(raw, ChatRequest.__struct_fields__)
     params = sampling_params(body, engine.defaults)
-    tools = None if body.tool_choice == "none" else body.tools
-    prompt = engine.template.render(body.messages, tools, **template_options(body))
-    ids = _encode(engine, prompt)
-    thinking = starts_in_reasoning(prompt)
-    if thinking:
+    prompt = render_chat(engine, body)
+    ids = _encode(engine, prompt.text)
+    if prompt.thinking:
         params = replace(params, stop_after=END_OF_REASONING)
-    mask = mask_factory(engine, constraint(body), params, len(ids), thinking)
-    response = ResponseBuilder(name, engine.tokenizer, chat=True, thinking=thinking)
-    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response, mask)
+    choices = Choices(
+        name, engine.tokenizer, chat=True, count=body.n or 1, thinking=prompt.thinking,
+        tools=prompt.tools, tool_format=engine.template.tool_format,
+        parallel_calls=body.parallel_tool_calls is not False,
+        shows_reasoning=shows_reasoning(body),
+    )  # fmt: skip
+    return _prepared(engine, body, ids, params, choices, ignored)
 
 
 def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
     """Prepare a body of /v1/completions.  Raises: RequestError."""
     body = parse(raw, CompletionRequest, max_ids=engine.context)
+    ignored = unknown_fields(raw, CompletionRequest.__struct_fields__)
     params = sampling_params(body, engine.defaults)
     prompt = one_prompt(body)
     if isinstance(prompt, list):
@@ -71,9 +82,28 @@ def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
         raise RequestError(f"{engine.name} has no tokenizer; send token ids.", param="prompt")
     else:
         ids = _encode(engine, prompt)
-    mask = mask_factory(engine, constraint(body), params, len(ids))
-    response = ResponseBuilder(name, engine.tokenizer, chat=False)
-    return Prepared(bool(body.stream), _wants_usage(body), ids, params, response, mask)
+    choices = Choices(name, engine.tokenizer, chat=False, count=body.n or 1)
+    return _prepared(engine, body, ids, params, choices, ignored)
+
+
+def _prepared(
+    engine: Engine,
+    body: BaseRequest,
+    ids: list[int],
+    params: SamplingParams,
+    choices: Choices,
+    ignored: tuple[str, ...],
+) -> Prepared:
+    """With a seed, each choice has the seed after the one before."""
+    count = len(choices.builders)
+    seed = params.seed
+    each = [params if seed is None else replace(params, seed=seed + i) for i in range(count)]
+    usage = bool(body.stream_options and body.stream_options.include_usage)
+    mask = mask_factory(engine, constraint(body), params, len(ids), bool(params.stop_after))
+    return Prepared(
+        bool(body.stream), usage, ids, each, choices, mask, ignored,
+        shows_progress=bool(body.return_progress), timings_per_token=bool(body.timings_per_token),
+    )  # fmt: skip
 
 
 def _encode(engine: Engine, prompt: str) -> list[int]:
@@ -82,7 +112,3 @@ def _encode(engine: Engine, prompt: str) -> list[int]:
     if least >= engine.context:
         raise context_error(engine.context, f"{least} tokens or more")
     return list(engine.tokenizer.encode(prompt))
-
-
-def _wants_usage(body: ChatRequest | CompletionRequest) -> bool:
-    return bool(body.stream_options and body.stream_options.include_usage)

@@ -1,6 +1,7 @@
 """OpenAI's JSON in: request bodies as types, and from them prompts and sampling parameters.
 
-No HTTP and no engine here.  Unknown fields are ignored; errors for wrong types name their path.
+No HTTP and no engine here.  Errors for wrong types name their path; fields.py reports fields that
+are not here.
 """
 
 import re
@@ -10,21 +11,27 @@ import msgspec
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
-from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS, check_count, check_stop, shown
+from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
+from osmium.server.tools import check_tools
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
-    "ChatRequest", "CompletionRequest", "one_prompt", "parse", "sampling_params",
-    "template_options",
+    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "decode", "one_prompt", "parse",
+    "sampling_params",
 ]  # fmt: skip
+
+MAX_CHOICES = 8
+"""Most choices of a response (n)."""
 
 
 class StreamOptions(msgspec.Struct):
     """Options of a stream."""
 
     include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """No event has padding, whatever the value."""
 
 
 class BaseRequest(msgspec.Struct, kw_only=True):
@@ -38,15 +45,20 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
+    repeat_penalty: float | None = None
+    """llama-server's name of repetition_penalty."""
     seed: int | None = None
     stop: str | list[str] | None = None
     stop_token_ids: list[int] | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     logit_bias: dict[str, float] | None = None
     ignore_eos: bool | None = None
     n: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    timings_per_token: bool | None = None
     user: str | None = None
     response_format: dict[str, Any] | None = None
     guided_json: str | dict[str, Any] | bool | None = None
@@ -54,8 +66,13 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
     structured_outputs: dict[str, Any] | None = None
-    grammar: str | None = None
     json_schema: str | dict[str, Any] | bool | None = None
+    """llama-server's name of guided_json; SGLang's, too."""
+    grammar: str | None = None
+    """llama-server's name of guided_grammar."""
+    regex: str | None = None
+    ebnf: str | None = None
+    """SGLang's names of guided_regex and guided_grammar."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
@@ -67,9 +84,20 @@ class ChatRequest(BaseRequest, kw_only=True):
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
     reasoning_effort: str | None = None
+    thinking: dict[str, Any] | bool | None = None
+    """{"type": "enabled" | "adaptive" | "disabled"} of Anthropic, DeepSeek and others."""
+    reasoning: dict[str, Any] | None = None
+    """{"effort", "enabled", "exclude"} of OpenRouter and of OpenAI's responses."""
+    thinking_token_budget: int | None = None
+    reasoning_budget_tokens: int | None = None
+    thinking_budget: int | None = None
+    include_reasoning: bool | None = None
 
 
 class CompletionRequest(BaseRequest, kw_only=True):
@@ -85,13 +113,21 @@ class CompletionRequest(BaseRequest, kw_only=True):
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 
-Body = TypeVar("Body", ChatRequest, CompletionRequest)
+Body = TypeVar("Body", bound=msgspec.Struct)
+Parsed = TypeVar("Parsed", bound=BaseRequest)
 
 
-def parse(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
+def parse(body: bytes | bytearray, kind: type[Parsed], max_ids: int = 0) -> Parsed:
+    """Decode and check a body, as `decode` does.  Raises: RequestError."""
+    request = decode(body, kind, max_ids)
+    _check(request)
+    return request
+
+
+def decode(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
     """Decode a body, with at most `max_ids` token ids beside its other values.
 
-    Half a surrogate pair becomes U+FFFD.
+    A chat's messages and tools are checked, too.  Half a surrogate pair becomes U+FFFD.
     Raises: RequestError that names the path of the wrong value, or the limit.
     """
     hint = f" A prompt has at most {max_ids} token ids." if max_ids else ""
@@ -108,7 +144,8 @@ def parse(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
         ) from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RequestError(f"The body is not JSON: {error}.", code="invalid_json") from None
-    _check(request)
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
     return request
 
 
@@ -131,33 +168,39 @@ def _check(request: BaseRequest) -> None:
     """
     check_stop(request.stop)
     constraint(request)
-    if request.n not in (None, 1):
-        raise _unsupported("n", request.n, "a request has one choice; send several requests")
+    if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
+        raise _unsupported("n", request.n, f"a request has 1 to {MAX_CHOICES} choices")
     if isinstance(request, CompletionRequest):
         for name, value in (("echo", request.echo), ("suffix", request.suffix)):
             if value:
                 raise _unsupported(name, value, "omit it")
-        if request.best_of not in (None, 1):
+        if request.best_of not in (None, 1, request.n):
             raise _unsupported("best_of", request.best_of, "omit it")
-    if isinstance(request, ChatRequest):
-        check_count("messages", len(request.messages), MAX_MESSAGES)
-        check_count("tools", len(request.tools or ()), MAX_TOOLS)
-        choice = request.tool_choice
-        if choice not in (None, "auto", "none"):
-            raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
-        for i, message in enumerate(request.messages):
-            if message.get("role") not in _ROLES:
-                raise RequestError(
-                    f"messages[{i}].role is {shown(message.get('role'))}; it must be one of "
-                    f"{', '.join(_ROLES)}.",
-                    param=f"messages[{i}].role",
-                    code="invalid_value",
-                )
-        _check_arguments(request.messages)
-        if not request.messages:
+
+
+def _check_chat(request: ChatRequest) -> None:
+    """Raises: RequestError for messages, tools or a tool choice of a wrong form."""
+    messages = request.messages
+    check_count("messages", len(messages or ()), MAX_MESSAGES)
+    check_tools(request.tools)
+    choice = request.tool_choice
+    if choice not in (None, "auto", "none"):
+        raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
+    if messages is None:  # a TokenizeRequest with a prompt
+        return
+    for i, message in enumerate(messages):
+        if message.get("role") not in _ROLES:
             raise RequestError(
-                "messages is empty; send at least one.", param="messages", code="invalid_value"
+                f"messages[{i}].role is {shown(message.get('role'))}; it must be one of "
+                f"{', '.join(_ROLES)}.",
+                param=f"messages[{i}].role",
+                code="invalid_value",
             )
+    _check_arguments(messages)
+    if not messages:
+        raise RequestError(
+            "messages is empty; send at least one.", param="messages", code="invalid_value"
+        )
 
 
 def _check_arguments(messages: list[dict[str, Any]]) -> None:
@@ -231,8 +274,13 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
         given["stop_token_ids"] = tuple(request.stop_token_ids)
     if request.max_tokens is not None:
         given["max_tokens"] = request.max_tokens
+    if request.min_tokens is not None:
+        given["min_tokens"] = request.min_tokens
     names: dict[str | None, str] = {}
     """The client's name of each parameter that the engine names differently."""
+    if request.repeat_penalty is not None and request.repetition_penalty is None:
+        given["repetition_penalty"] = request.repeat_penalty
+        names["repetition_penalty"] = "repeat_penalty"
     if isinstance(request, ChatRequest):
         if request.max_completion_tokens is not None:
             given["max_tokens"] = request.max_completion_tokens
@@ -270,16 +318,3 @@ def _token_id(key: str) -> int:
             code="invalid_value",
         )
     return int(key)
-
-
-def template_options(request: ChatRequest) -> dict[str, Any]:
-    """Variables of the chat template."""
-    options = dict(request.chat_template_kwargs or {})
-    if request.enable_thinking is not None:
-        options["enable_thinking"] = request.enable_thinking
-    if request.reasoning_effort is not None:
-        options["reasoning_effort"] = request.reasoning_effort
-        if request.reasoning_effort == "none":
-            options.setdefault("enable_thinking", False)
-    options.pop("add_generation_prompt", None)  # the prompt always ends with it
-    return options

@@ -24,9 +24,12 @@ from osmium.engine.request import Event, Finish, FinishReason
 from osmium.errors import EngineStopped
 from osmium.server.connections import AcceptErrors, HttpConfig, HttpProtocol, OncePerSecond
 
-__all__ = ["Server", "Shutdown", "exit_now"]
+__all__ = ["Events", "Server", "Shutdown", "exit_now"]
 
 T = TypeVar("T")
+
+Events = asyncio.Queue[tuple[int, Event] | Finish | None]
+"""Events of a request: (choice, event), the Finish of the shutdown, or None at a disconnect."""
 
 RESPOND_S = 0.7
 """Seconds in which clients receive the errors of their requests."""
@@ -43,7 +46,7 @@ class Shutdown:
 
     def __init__(self) -> None:
         self._begun = asyncio.Event()
-        self._queues: weakref.WeakSet[asyncio.Queue[Event | None]] = weakref.WeakSet()
+        self._queues: weakref.WeakSet[Events] = weakref.WeakSet()
         self.engine_runs = False
         """Whether the engine was still in a step after CLOSE_S."""
 
@@ -60,7 +63,7 @@ class Shutdown:
     def error(self) -> EngineStopped:
         return EngineStopped("The server is shutting down; try again when it runs.")
 
-    def watch(self, events: "asyncio.Queue[Event | None]") -> None:
+    def watch(self, events: Events) -> None:
         """End the queue of a request's events with an error once the server ends.
         Raises: EngineStopped if it ends already."""
         if self.begun:

@@ -34,6 +34,8 @@ class StructuredFields(Protocol):
     structured_outputs: Any
     grammar: Any
     json_schema: Any
+    regex: Any
+    ebnf: Any
     ignore_eos: bool | None
 
 
@@ -49,6 +51,7 @@ class Constraint:
 _FIELDS: tuple[tuple[str, GrammarKind], ...] = (
     ("guided_json", "json"), ("guided_regex", "regex"), ("guided_choice", "choice"),
     ("guided_grammar", "grammar"), ("grammar", "grammar"), ("json_schema", "json"),
+    ("regex", "regex"), ("ebnf", "grammar"),
 )  # fmt: skip
 
 _OUTPUTS: dict[str, GrammarKind] = {

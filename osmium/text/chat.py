@@ -19,6 +19,7 @@ from osmium.errors import CheckpointError, RequestError
 from osmium.text.added_tokens import content_of
 from osmium.text.marked import MarkedText, TrackingEnvironment, concat, markup
 from osmium.text.template_files import template_sources
+from osmium.text.tool_formats import find_format
 
 __all__ = ["ChatTemplate", "normalise"]
 
@@ -118,6 +119,8 @@ class ChatTemplate:
         env.globals["strftime_now"] = _now
         self._tokens = {name: markup(token) for name, token in (tokens or {}).items()}
         self._defaults = dict(defaults or {})
+        self.tool_format = find_format(tool_source, source)
+        """How the model writes calls of tools; None if the template does not tell it."""
         try:
             self._template = _compiled(env, source)
             self._tool_template = self._template

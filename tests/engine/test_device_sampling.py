@@ -14,7 +14,7 @@ from osmium.engine.request import FinishReason, Request, SamplingParams
 from osmium.engine.sampler import sample
 from osmium.ops.controls import PROMPT_BIT
 from osmium.ops.reference import ReferenceOps
-from tests.engine.fakes import GREEDY, VOCAB, EngineHarness, Logits, Response, scrambled
+from tests.engine.fakes import GREEDY, VOCAB, EngineHarness, Gate, Logits, Response, scrambled
 
 Make = Callable[..., EngineHarness]
 
@@ -152,6 +152,27 @@ def test_requests_that_come_and_go_keep_their_own_counts_and_biases(
         jobs.append((prompt, params, harness.submit(prompt, params)))
     for prompt, params, response in jobs:
         check(response, host_response(prompt, params))
+
+
+def test_tables_are_written_once_while_other_requests_come_and_go(
+    make: Make, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[tuple[int, ...]] = []
+    copy_h2d = ReferenceOps.copy_h2d
+
+    def recorded(self: ReferenceOps, out: Any, source: Any) -> None:
+        if out.dtype in (np.uint32, np.float32) and out.shape[-1] in (1, VOCAB):
+            written.append(out.shape)
+        copy_h2d(self, out, source)
+
+    monkeypatch.setattr(ReferenceOps, "copy_h2d", recorded)
+    harness = make(sequences=2)
+    params = replace(PENALTIES, max_tokens=50, logit_bias={3: 1.0})
+    response = harness.submit([1, 2, 3], params)
+    for i in range(6):
+        harness.submit([i + 1], replace(GREEDY, max_tokens=5)).wait()
+    check(response, host_response([1, 2, 3], params))
+    assert written == [(1, VOCAB)] * 2, "counts and bias"
 
 
 def test_a_preempted_request_keeps_its_counts(make: Make, rng: np.random.Generator) -> None:
@@ -321,14 +342,24 @@ def test_a_stop_text_ends_a_masked_request_beside_another(make: Make) -> None:
 def test_more_sequences_than_a_decode_session_holds_are_all_served(
     make: Make, rng: np.random.Generator
 ) -> None:
-    harness = make(sequences=20, chunk=32)
+    gate = Gate()  # holds the first step until all requests wait
+    harness = make(sequences=20, chunk=32, gate=gate)
     assert harness.engine.runner.max_decode_rows == 16
     jobs = []
     for i in range(20):
         prompt = rng.integers(0, VOCAB, 3).tolist()
         params = replace(PENALTIES if i % 2 else GREEDY, max_tokens=40 + i)
         jobs.append((prompt, params, harness.submit(prompt, params)))
+    gate.open()
     for prompt, params, response in jobs:
         check(response, host_response(prompt, params))
     assert max(len(parts) for parts in harness.model.steps) == 20
     assert Counter(len(parts) for parts in harness.model.steps)[16] > 0
+
+
+def test_a_vocabulary_smaller_than_the_alternatives_returns_all_of_it() -> None:
+    tables = ControlTables(ReferenceOps(), 1, 1, 12, 8)
+    request = Request([1], replace(GREEDY, logprobs=20), lambda event: None, None, seed=0)
+    tables.start([request])
+    assert tables.controls.flags[0].tolist() == [0, 1, 12]
+    assert len(tables.logprobs(0, 0)[1]) == 12

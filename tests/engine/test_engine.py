@@ -112,6 +112,41 @@ def test_a_stop_string_across_tokens_ends_a_response_before_it(harness_of: Make)
 
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize(
+    ("fields", "end", "count"),
+    [
+        ({}, EOS, 8),
+        ({"stop_token_ids": (SPECIAL, 5)}, SPECIAL, 8),
+        ({"stop": ("<special>",)}, SPECIAL, 8),
+        ({"stop": ("b",)}, EOS, 7),
+        ({"ignore_eos": True, "stop_token_ids": (EOS,)}, EOS, 8),
+    ],
+)
+def test_nothing_but_max_tokens_ends_a_response_before_min_tokens(
+    harness_of: Make, fields: dict[str, Any], end: int, count: int, lookahead: int
+) -> None:
+    """Tokens 2, 4, ... would be `end`, and the others "b"."""
+    harness = harness_of(always(98, end), lookahead=lookahead)
+    params = replace(LONG, **{"ignore_eos": False, **fields}, min_tokens=6)
+    response, beside = harness.submit([1], params), harness.submit([1], GREEDY)
+    finish = response.wait()
+    assert (finish.reason, finish.completion_tokens) == (FinishReason.STOP, count)
+    assert end not in response.ids
+    assert beside.wait().completion_tokens == GREEDY.max_tokens
+    short = harness.submit([1], replace(params, min_tokens=3, max_tokens=3))
+    assert short.wait().completion_tokens == 3
+
+
+def test_min_tokens_needs_a_token_that_does_not_end_the_response(harness_of: Make) -> None:
+    harness = harness_of()
+    ends = tuple(range(VOCAB))
+    with pytest.raises(RequestError) as caught:
+        harness.submit([1], replace(LONG, stop_token_ids=ends, min_tokens=1))
+    assert caught.value.param == "min_tokens"
+    assert harness.submit([1], replace(LONG, stop_token_ids=ends)).wait().completion_tokens == 1
+
+
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(
     "fields",
     [{"stop_token_ids": (SPECIAL, 5)}, {"stop": ("<special>",)}, {"stop_token_ids": [100]}],
 )

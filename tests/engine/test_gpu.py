@@ -1,5 +1,7 @@
 """The engine on a GPU: captured steps, batches, traffic to the host, memory."""
 
+import queue
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import osmium
 from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
-from osmium.engine.request import SamplingParams
+from osmium.engine.request import Finish, SamplingParams, Token
 from osmium.errors import NoDevice
 from osmium.experts.cache import resident, verify
 from osmium.experts.usage import snapshot_usage
@@ -46,17 +48,106 @@ def responses(engine: Engine, all_prompts: list[list[int]]) -> list[list[int]]:
     return [[token.id for token in one] for one in streams]
 
 
-def test_sampling_on_the_device_equals_sampling_on_the_host(rng: np.random.Generator) -> None:
-    """With log-probabilities requested, the host reads every row of logits and samples."""
+class AllowedTokens:
+    """A mask that allows a random third of the tokens, another after each token."""
+
+    def __init__(self, vocab: int, seed: int) -> None:
+        self.vocab, self.seed, self.count = vocab, seed, 0
+
+    def fill(self, words: Any) -> None:
+        rng = np.random.default_rng((self.seed, self.count))
+        bits = np.zeros(32 * len(words), np.uint8)
+        bits[: self.vocab] = rng.random(self.vocab) < 1 / 3
+        words[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def push(self, token: int) -> None:
+        self.count += 1
+
+    def completion(self) -> tuple[int, ...]:
+        return ()
+
+
+SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}
+PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.6, "frequency_penalty": 0.4}
+CONTROLS: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": SAMPLED,
+    "penalties": PENALTIES,
+    "bias": {"logit_bias": dict.fromkeys(range(0, 900, 3), 3.0)},
+    "log-probabilities": {"logprobs": 20},
+    "all": {**SAMPLED, **PENALTIES, "logit_bias": {5: 4.0, 6: -100}, "logprobs": 5},
+}
+
+
+def generated(
+    engine: Engine, ids: list[int], params: SamplingParams, seed: int | None = None
+) -> list[Token]:
+    """The tokens of a response; with a seed it has a mask."""
+    events: queue.SimpleQueue[Token | Finish] = queue.SimpleQueue()
+    mask = None if seed is None else AllowedTokens(engine.config.vocab_size, seed)
+    engine.submit(ids, params, events.put, token_mask=mask)
+    tokens: list[Token] = []
+    while isinstance(event := events.get(timeout=60), Token):
+        tokens.append(event)
+    assert event.error is None
+    return tokens
+
+
+def compare_log_probabilities(found: list[Token], wanted: list[Token]) -> None:
+    """Logits of two steps differ by rounding; so near-ties may change places."""
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.logprob is None) == (other.logprob is None)
+        if one.logprob is not None and other.logprob is not None:
+            assert one.logprob == pytest.approx(other.logprob, abs=1e-3)
+            values, others = (np.array([p for _, p in token.top]) for token in (one, other))
+            assert np.allclose(values, others, atol=1e-3)
+            assert (np.diff(values) <= 0).all()
+
+
+@pytest.mark.parametrize("mask", [False, True])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_sampling_on_the_device_equals_sampling_on_the_host(
+    rng: np.random.Generator, name: str, mask: bool
+) -> None:
+    """Without rows for decode sessions, the host reads every row of logits and samples."""
     engine = demo()
     try:
-        assert engine._runner._graphs, "decode graphs are captured before serving"
-        for settings in ({}, {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}):
-            params = replace(GREEDY, **settings)  # type: ignore[arg-type]
-            for ids in prompts(engine, rng, 3):
-                device = [token.id for token in engine.generate(ids, params)]
-                host = [token.id for token in engine.generate(ids, replace(params, logprobs=0))]
-                assert device == host
+        runner = engine.runner
+        assert {("decode", 1), ("controlled", 1)} <= set(runner._graphs), "captured before serving"
+        params = replace(GREEDY, **CONTROLS[name])
+        rows, seed = runner.max_decode_rows, 3 if mask else None
+        for ids in prompts(engine, rng, 3):
+            device = generated(engine, ids, params, seed)
+            engine.run_on_engine_thread(lambda: setattr(runner, "max_decode_rows", 0))
+            host = generated(engine, ids, params, seed)
+            engine.run_on_engine_thread(lambda: setattr(runner, "max_decode_rows", rows))
+            assert [token.id for token in device] == [token.id for token in host]
+            compare_log_probabilities(device, host)
+    finally:
+        engine.close()
+
+
+def test_controlled_requests_in_a_batch_give_the_same_responses_as_alone(
+    rng: np.random.Generator,
+) -> None:
+    """Rows come and go, with and without masks, with 0 to 4 steps in flight."""
+    engine = demo(max_num_seqs=4)
+    try:
+        jobs = []
+        for i, ids in enumerate(prompts(engine, rng, 24)):
+            params = replace(GREEDY, **list(CONTROLS.values())[i % 6], max_tokens=6 + 3 * (i % 9))
+            jobs.append((ids, params, i if i % 5 == 0 else None))
+        alone = [generated(engine, *job) for job in jobs]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            batched = list(pool.map(lambda job: generated(engine, *job), jobs))
+        equal = [
+            [token.id for token in a] == [token.id for token in b]
+            for a, b in zip(alone, batched, strict=True)
+        ]
+        assert sum(equal) >= 20, f"{sum(equal)} of 24"  # another summation order may change one
+        for one, other, same in zip(batched, alone, equal, strict=True):
+            if same:
+                compare_log_probabilities(one, other)
     finally:
         engine.close()
 
@@ -68,8 +159,8 @@ def test_a_response_ends_at_an_end_token(rng: np.random.Generator) -> None:
         all_prompts = prompts(engine, rng, 6)
         streams = [engine.generate(ids, params) for ids in all_prompts]
         batched = [[token.id for token in one] for one in streams]
-        host = replace(params, logprobs=0)
-        alone = [[token.id for token in engine.generate(ids, host)] for ids in all_prompts]
+        engine.run_on_engine_thread(lambda: setattr(engine.runner, "max_decode_rows", 0))
+        alone = [[token.id for token in engine.generate(ids, params)] for ids in all_prompts]
         equal = sum(a == b for a, b in zip(alone, batched, strict=True))
         assert equal >= 4, f"{equal} of 6"  # another summation order may change a sampled token
     finally:
@@ -94,15 +185,16 @@ def test_batched_requests_give_the_same_responses_as_alone(
         engine.close()
 
 
-def test_only_logits_are_copied_to_the_host(rng: np.random.Generator) -> None:
-    engine = demo(expert_slots=8)
+@pytest.mark.parametrize("name", CONTROLS)
+def test_only_logits_are_copied_to_the_host(rng: np.random.Generator, name: str) -> None:
+    engine, params = demo(expert_slots=8), replace(GREEDY, **CONTROLS[name])
     try:
         (ids,) = prompts(engine, rng, 1)
         ops = engine._runner.ops
-        list(engine.generate(ids, GREEDY))
+        list(engine.generate(ids, params))
         engine.status()  # waits for reads that the response left pending
         before = ops.d2h_bytes
-        count = len(list(engine.generate(ids, GREEDY)))
+        count = len(list(engine.generate(ids, params)))
         assert count == GREEDY.max_tokens
         engine.status()
         counters = 3 * engine._runner.expert_runner.cache.counters.nbytes  # two polls and a status
@@ -121,6 +213,8 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
         assert pool.frozen
         used = pool.used
         responses(engine, prompts(engine, rng, 3))
+        for i, options in enumerate(CONTROLS.values()):
+            generated(engine, [3, 4], replace(GREEDY, **options), i)
         assert pool.used == used
     finally:
         engine.close()

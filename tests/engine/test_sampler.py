@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osmium.engine.min_tokens import EndMask
 from osmium.engine.request import Request, SamplingParams
 from osmium.engine.sampler import log_softmax, sample
 from osmium.errors import OsmiumError, RequestError
@@ -296,3 +297,21 @@ def test_the_borders_of_the_ranges_are_allowed() -> None:
         repetition_penalty=0.01, seed=-5, max_tokens=1, logprobs=20, stop=("a", "b"),
         logit_bias={0: -100, 5: 100},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_end_tokens_are_not_sampled_before_min_tokens(
+    rng: np.random.Generator, temperature: float
+) -> None:
+    params = SamplingParams(temperature=temperature, min_tokens=3, top_k=2, logit_bias={5: 100})
+    row = logits(rng)
+    row[[5, 7]] = 50, 40
+    for generated in range(6):
+        mask = EndMask({7, 5}, 3)
+        request = Request([0], params, lambda event: None, None, generated, token_mask=mask)
+        for _ in range(generated):
+            request.tokens.append(1)
+            mask.push(1)
+        token, _, _ = sample(row, request)
+        assert (token == 5) is (generated >= 3)
+        assert generated >= 3 or token != 7

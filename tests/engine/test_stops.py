@@ -184,3 +184,26 @@ def test_the_length_counts_text_before_a_stop_string_ends_it() -> None:
         stops.push(token)
         lengths.append(stops.length)
     assert lengths == [2, 2, 5, 6]
+
+
+@pytest.mark.parametrize("min_tokens", range(8))
+def test_stop_texts_count_from_min_tokens_on(min_tokens: int) -> None:
+    pieces = ["a", "b", "a", "b", "a", "b"]
+    stops = StopMatcher(Pieces(pieces), ("b",), min_tokens=min_tokens)
+    text = "".join(matched_output(stops, len(pieces)))
+    ends = [count for count in (2, 4, 6) if count >= min_tokens]
+    assert text == ("ababab"[: ends[0] - 1] if ends else "ababab")
+    assert stops.matched is bool(ends)
+
+
+def test_a_special_stop_token_counts_from_min_tokens_on() -> None:
+    stops = StopMatcher(Pieces(["a", "b"]), ("<s>",), token_ids=[7], min_tokens=1)
+    assert not stops.stops_at(7)
+    stops.push(0)
+    assert stops.stops_at(7)
+
+
+def test_the_end_of_reasoning_as_a_stop_text_counts_from_min_tokens_on() -> None:
+    for min_tokens, wanted in ((0, "a</t>"), (5, "a</t>b")):
+        stops = StopMatcher(Pieces(["a", "</t>", "b"]), ("</t>",), "</t>", min_tokens=min_tokens)
+        assert "".join(matched_output(stops, 3)) == wanted

@@ -172,10 +172,6 @@ def compare(case: Any, seed: int, size: Any) -> None:
     simulated_function[1].call(Simulated(), simulated_function[1].arrays)
     for name, kind in simulated_function[0].writes.items():
         found, wanted = (simulated_function[i].arrays[name] for i in (1, 0))
-        if kind != "exact":  # a distance needs finite numbers
-            infinite = np.isneginf(wanted)
-            np.testing.assert_array_equal(np.isneginf(found), infinite, name)
-            found, wanted = np.where(infinite, 0, found), np.where(infinite, 0, wanted)
         assert distance(found, wanted, kind) <= allowed(kind), f"{name}: {found} is not {wanted}"
 
 

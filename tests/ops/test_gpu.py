@@ -1,6 +1,7 @@
 """Every operation on a GPU against its reference: the interpreter's cases and larger ones."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,12 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{name: sized(name, TINY) for name in CASES},
     **{f"{name}, lab": sized(name, LAB) for name in CASES},
     **{f"{name}, 122b": sized(name, DECODE) for name in CASES},
+    **{
+        f"sample_controlled, {vocab:,} tokens": sized(
+            "sample_controlled", replace(LAB, outputs=vocab)
+        )
+        for vocab in (3, 18, 190, 8_191, 151_936, 248_320)
+    },
     **cases_linear.CASES,
     **cases_attention.CASES,
     **cases_weights.CASES,

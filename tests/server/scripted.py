@@ -9,13 +9,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any, cast
 
 from starlette.testclient import TestClient
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
-from osmium.engine.request import Event, Finish, FinishReason, SamplingParams, Token
+from osmium.engine.request import (
+    Event,
+    Finish,
+    FinishReason,
+    RequestTimes,
+    SamplingParams,
+    Token,
+    TokenMask,
+)
 from osmium.engine.stops import StopMatcher
 from osmium.errors import EngineStopped, OsmiumError, RequestError
 from osmium.server.app import BackgroundLoader, create_app
@@ -60,6 +69,8 @@ class ScriptedRequest:
         self.cancelled = threading.Event()
         self.finish: Finish | None = None
         self.done = threading.Event()
+        self.times = RequestTimes()
+        self.prompt_progress = (0, len(ids))
 
     @property
     def prompt(self) -> str:
@@ -89,6 +100,7 @@ class ScriptedEngine:
         self.token_ids, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
         self.fails_after = fails_after
         self.tokenizer = tokenizer
+        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
         self.name = "scripted"
@@ -104,7 +116,11 @@ class ScriptedEngine:
         self.closed = False
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        on_event: Callable[[Event], None],
+        token_mask: TokenMask | None = None,
     ) -> ScriptedRequest:
         if self.stopped is not None:
             raise self.stopped
@@ -139,11 +155,13 @@ class ScriptedEngine:
         decoder = self.tokenizer.decoder() if self.tokenizer else None
         special = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
         stops = StopMatcher(
-            decoder, params.stop, params.stop_after, [i for i in special if i is not None]
-        )
+            decoder, params.stop, params.stop_after, [i for i in special if i is not None],
+            params.min_tokens,
+        )  # fmt: skip
         reason, generated, error = FinishReason.STOP, 0, None
         while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
+        request.prompt_progress = (len(request.ids), len(request.ids))
         for token in self.token_ids:
             if request.cancelled.wait(self.pace_s) if self.pace_s else request.cancelled.is_set():
                 reason = FinishReason.CANCELLED
@@ -153,6 +171,10 @@ class ScriptedEngine:
                 reason = FinishReason.ERROR
                 break
             generated += 1
+            now = time.perf_counter()
+            request.times.started = request.times.started or request.times.submitted
+            request.times.first_token = request.times.first_token or now
+            request.times.last_token = now
             if token in params.stop_token_ids or stops.stops_at(token):
                 break
             start, text = stops.length, stops.push(token)

@@ -133,3 +133,26 @@ def test_the_same_seed_gives_the_same_response(client: TestClient) -> None:
         return str(client.post("/v1/completions", json=fields).json()["choices"][0]["text"])
 
     assert once(-7) == once(-7) != once(8)
+
+
+def test_a_message_is_continued(client: TestClient) -> None:
+    last = {"role": "assistant", "content": "The capital of"}
+    body = ask(client, messages=[*FRANCE, last], continue_final_message=True).json()
+    assert body["choices"][0]["message"]["content"] == " France is Paris."
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_min_tokens_and_n_reach_the_engine(client: TestClient, stream: bool) -> None:
+    fields = {"n": 2, "min_tokens": 12, "max_tokens": 16, "stop": "Paris"}
+    options = {"stream": stream, "stream_options": {"include_usage": True}}
+    answer = ask(client, **fields, **options)
+    usage = chunks(answer.text)[-1]["usage"] if stream else answer.json()["usage"]
+    assert 24 <= usage["completion_tokens"] <= 32
+
+
+def test_tokens_of_messages_are_those_of_the_prompt(client: TestClient) -> None:
+    counted = client.post("/tokenize", json={"messages": FRANCE}).json()
+    assert counted["count"] == ask(client).json()["usage"]["prompt_tokens"]
+    text = client.post("/detokenize", json={"tokens": counted["tokens"]}).json()["prompt"]
+    prompt = {"prompt": text, "temperature": 0, "max_tokens": 60}
+    assert client.post("/v1/completions", json=prompt).json()["choices"][0]["text"] == "Paris."

@@ -53,8 +53,9 @@ def test_too_many_items_are_refused_with_their_number_and_the_limit(
 
 
 def test_the_largest_requests_within_the_limits_are_accepted() -> None:
+    tools = [{"type": "function", "function": {"name": f"f{i}"}} for i in range(MAX_TOOLS)]
     fields = {
-        "messages": HELLO * MAX_MESSAGES, "tools": [{}] * MAX_TOOLS,
+        "messages": HELLO * MAX_MESSAGES, "tools": tools,
         "stop": ["é" * 512] * MAX_STOP_TEXTS,
     }  # fmt: skip
     assert parse(json.dumps(fields).encode(), ChatRequest).stop == fields["stop"]

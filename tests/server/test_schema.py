@@ -1,4 +1,4 @@
-"""Request bodies: a field of a wrong type is refused by name, unknown fields are ignored."""
+"""Request bodies: a field of a wrong type is refused by name."""
 
 import json
 from typing import Any
@@ -13,8 +13,8 @@ from osmium.server.schema import (
     one_prompt,
     parse,
     sampling_params,
-    template_options,
 )
+from osmium.server.thinking import thinking_options
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -39,16 +39,30 @@ BOTH: dict[str, list[Any]] = {
     "presence_penalty": NUMBER,
     "frequency_penalty": NUMBER,
     "repetition_penalty": NUMBER,
+    "repeat_penalty": NUMBER,
     "seed": INTEGER,
     "stop": [7, {}, ["a", 7], [["a"]]],
     "stop_token_ids": [7, {}, "7", ["7"], [1.5], [None], [True]],
     "max_tokens": INTEGER,
+    "min_tokens": INTEGER,
+    "return_progress": FLAG,
+    "timings_per_token": FLAG,
     "logit_bias": ["a", [1], {"5": "x"}, {"5": None}],
     "ignore_eos": FLAG,
     "n": INTEGER,
     "stream": FLAG,
     "stream_options": [True, [], {"include_usage": "yes"}],
     "user": [7, []],
+    "response_format": ["text", 7],
+    "guided_json": [7, []],
+    "guided_regex": [7, []],
+    "guided_choice": ["a", [7], {}],
+    "guided_grammar": [7, []],
+    "structured_outputs": [[], "x"],
+    "json_schema": [7, []],
+    "grammar": [7, []],
+    "regex": [7, []],
+    "ebnf": [7, []],
 }
 CHAT: dict[str, list[Any]] = {
     "messages": [None, "Hello", {}, [7], ["Hello"], [None]],
@@ -57,10 +71,18 @@ CHAT: dict[str, list[Any]] = {
     "top_logprobs": INTEGER,
     "tools": [{}, "x", [7]],
     "tool_choice": [7, ["auto"]],
-    "response_format": ["text", 7],
     "chat_template_kwargs": ["x", [1]],
     "enable_thinking": FLAG,
     "reasoning_effort": [1, ["low"]],
+    "thinking": ["enabled", 1, []],
+    "reasoning": ["high", True, []],
+    "thinking_token_budget": INTEGER,
+    "reasoning_budget_tokens": INTEGER,
+    "thinking_budget": INTEGER,
+    "include_reasoning": FLAG,
+    "add_generation_prompt": FLAG,
+    "continue_final_message": FLAG,
+    "parallel_tool_calls": FLAG,
 }
 COMPLETION: dict[str, list[Any]] = {
     "prompt": [None, 7, {}, [None], [1.5], [{"a": 1}], [["a"]], [True]],
@@ -168,9 +190,9 @@ def test_unknown_fields_and_nulls_are_ignored() -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"n": 2}, "n"),
+        ({"n": 9}, "n"),
         ({"n": 0}, "n"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"messages": []}, "messages"),
@@ -185,7 +207,7 @@ def test_unsupported_chat_fields_are_refused(fields: dict[str, Any], param: str)
 @pytest.mark.parametrize(
     ("fields", "param"),
     [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"),
-     ({"n": 2}, "n")],
+     ({"best_of": 3, "n": 2}, "best_of"), ({"n": 9}, "n"), ({"n": -1}, "n")],
 )  # fmt: skip
 def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -206,6 +228,10 @@ def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param
         ({"repetition_penalty": 0}, "repetition_penalty"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 10**400}, "min_tokens"),
+        ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
+        ({"repeat_penalty": 0}, "repeat_penalty"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         ({"top_logprobs": 3}, "top_logprobs"),
@@ -231,7 +257,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
             temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1,
             frequency_penalty=-1, repetition_penalty=1.5, seed=-3, stop=["a", "b"],
             max_tokens=9, logit_bias={"5": -1, "6": 2.5}, ignore_eos=True,
-            logprobs=True, top_logprobs=4, stop_token_ids=[3, 4],
+            logprobs=True, top_logprobs=4, stop_token_ids=[3, 4], min_tokens=2,
         ),
         {},
     )  # fmt: skip
@@ -239,7 +265,7 @@ def test_every_sampling_field_reaches_the_engine() -> None:
         temperature=0.5, top_p=0.9, top_k=7, min_p=0.1, presence_penalty=1.0,
         frequency_penalty=-1.0, repetition_penalty=1.5, seed=-3, stop=("a", "b"),
         max_tokens=9, logit_bias={5: -1.0, 6: 2.5}, ignore_eos=True, logprobs=4,
-        stop_token_ids=(3, 4),
+        stop_token_ids=(3, 4), min_tokens=2,
     )  # fmt: skip
 
 
@@ -286,10 +312,16 @@ def test_more_than_one_prompt_is_refused(prompt: Any) -> None:
     assert caught.value.param == "prompt"
 
 
+def test_llama_servers_name_of_the_repetition_penalty_counts_without_the_other() -> None:
+    assert sampling_params(chat(repeat_penalty=1.5), {}).repetition_penalty == 1.5
+    both = chat(repeat_penalty=1.5, repetition_penalty=1.25)
+    assert sampling_params(both, {}).repetition_penalty == 1.25
+
+
 def test_template_options_come_from_the_request() -> None:
-    request = chat(chat_template_kwargs={"preserve_thinking": True, "add_generation_prompt": False})
-    assert template_options(request) == {"preserve_thinking": True}
-    assert template_options(chat(enable_thinking=False)) == {"enable_thinking": False}
-    assert template_options(chat(reasoning_effort="low")) == {"reasoning_effort": "low"}
-    none = template_options(chat(reasoning_effort="none"))
+    request = chat(chat_template_kwargs={"preserve_thinking": True})
+    assert thinking_options(request) == {"preserve_thinking": True}
+    assert thinking_options(chat(enable_thinking=False)) == {"enable_thinking": False}
+    assert thinking_options(chat(reasoning_effort="low")) == {"reasoning_effort": "low"}
+    none = thinking_options(chat(reasoning_effort="none"))
     assert none == {"reasoning_effort": "none", "enable_thinking": False}

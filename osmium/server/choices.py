@@ -1,0 +1,118 @@
+"""The choices of one response, as chunks of a stream or as a whole, with usage and timings."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from osmium.engine.request import Event, Finish, RequestTimes
+from osmium.errors import OsmiumError
+from osmium.server.openai import ResponseBuilder
+from osmium.text.tokenizer import Tokenizer
+
+__all__ = ["Choices", "Handle", "timings"]
+
+
+class Handle(Protocol):
+    """What the server reads of a submitted request."""
+
+    times: RequestTimes
+
+    @property
+    def prompt_progress(self) -> tuple[int, int]: ...
+
+
+class Choices:
+    """Builds a response of `count` choices, which end independently."""
+
+    def __init__(
+        self,
+        name: str,
+        tokenizer: Tokenizer | None,
+        *,
+        chat: bool,
+        count: int = 1,
+        **options: Any,
+    ) -> None:
+        """`options` are those of each ResponseBuilder."""
+        self.chat = chat
+        head = None
+        self.builders: list[ResponseBuilder] = []
+        for index in range(count):
+            builder = ResponseBuilder(name, tokenizer, chat=chat, index=index, head=head, **options)
+            head = builder.head
+            self.builders.append(builder)
+        self.error: OsmiumError | None = None
+        """The error of the choice that failed first; it ends the response."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every choice has ended, or one failed."""
+        if self.error is not None:
+            return True
+        return all(builder.finish is not None for builder in self.builders)
+
+    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
+        """The chunks of an event of a choice."""
+        if isinstance(event, Finish) and event.error is not None:
+            self.error = self.error or event.error
+        return self.builders[index].push(event)
+
+    def first(self) -> list[dict[str, Any]]:
+        """The chunks of a stream before the prefill: the role of each choice of a chat."""
+        return [builder.first() for builder in self.builders] if self.chat else []
+
+    def progress(self, done: int, total: int, seconds: float) -> dict[str, Any]:
+        """A chunk of a stream with the prefill's progress, in llama-server's form."""
+        return {
+            **self.builders[0].progress(),
+            "prompt_progress": {
+                "total": total, "cache": 0, "processed": done, "time_ms": round(seconds * 1000),
+            },
+        }  # fmt: skip
+
+    def usage_chunk(self) -> dict[str, Any]:
+        """The last chunk of a stream with stream_options.include_usage."""
+        return {**self.builders[0].chunk_head(), "choices": [], "usage": self.usage()}
+
+    def body(self) -> dict[str, Any]:
+        """The complete response."""
+        choices = [builder.choice() for builder in self.builders]
+        return {**self.builders[0].head, "choices": choices, "usage": self.usage()}
+
+    def usage(self) -> dict[str, Any]:
+        """Prompt tokens, counted once, and the generated tokens of all choices."""
+        finishes = [builder.finish for builder in self.builders]
+        assert all(finishes), "the response has not finished"
+        prompt = max(finish.prompt_tokens for finish in finishes if finish)
+        completion = sum(finish.completion_tokens for finish in finishes if finish)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
+
+
+def timings(handles: Sequence[Handle], completion_tokens: int) -> dict[str, Any]:
+    """llama-server's `timings`: tokens, milliseconds and rates of the prefill and of decoding.
+
+    Several choices count as one: from the first start to the last token.
+    """
+    times = [handle.times for handle in handles]
+    started = min((t.started for t in times if t.started), default=0.0)
+    first = min((t.first_token for t in times if t.first_token), default=started)
+    last = max((t.last_token for t in times if t.last_token), default=first)
+    prompt_tokens = handles[0].prompt_progress[1]
+    return {
+        "cache_n": 0,
+        **_rates("prompt", prompt_tokens, max(first - (started or first), 0.0)),
+        **_rates("predicted", completion_tokens, max(last - first, 0.0)),
+    }
+
+
+def _rates(name: str, count: int, seconds: float) -> dict[str, Any]:
+    return {
+        f"{name}_n": count,
+        f"{name}_ms": round(seconds * 1000, 3),
+        f"{name}_per_token_ms": round(seconds * 1000 / count, 3) if count else 0.0,
+        f"{name}_per_second": round(count / seconds, 3) if seconds else 0.0,
+    }

@@ -1,0 +1,126 @@
+"""Small endpoints: what is served, whether it runs, and what does not exist."""
+
+import difflib
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+import osmium
+from osmium.engine.engine import Engine
+from osmium.errors import RequestError
+from osmium.server.limits import shown
+from osmium.server.loading import BackgroundLoader
+from osmium.server.metrics import CONTENT_TYPE, exposition
+from osmium.server.openai import model_body
+
+__all__ = ["STATUS_ROUTES", "UNSUPPORTED_ROUTES", "served_name", "unknown_route"]
+
+
+async def root(request: Request) -> Response:
+    """The server's name and the path of its API."""
+    return JSONResponse({"name": "osmium", "api": "/v1", "version": osmium.__version__})
+
+
+async def version(request: Request) -> Response:
+    """The version of Osmium."""
+    return JSONResponse({"version": osmium.__version__})
+
+
+async def health(request: Request) -> Response:
+    """200 if requests can be served, else 503: while loading, with the progress."""
+    loader: BackgroundLoader = request.app.state.loader
+    if loader.failure is not None:
+        return JSONResponse({"status": "failed", "error": str(loader.failure)}, 503)
+    if loader.engine is None:
+        stage, done, total = loader.progress
+        body = {"status": "loading", "stage": stage, "done": done, "total": total}
+        return JSONResponse(body, 503)
+    stopped = loader.engine.stopped
+    if stopped is not None:
+        return JSONResponse({"status": "failed", "error": str(stopped)}, 503)
+    return JSONResponse({"status": "ok", "model": served_name(request, loader.engine)})
+
+
+async def metrics(request: Request) -> Response:
+    """Metrics in the Prometheus text format."""
+    loader: BackgroundLoader = request.app.state.loader
+    return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
+
+
+def served_name(request: Request, engine: Engine) -> str:
+    """The id of the served model, in every response."""
+    return str(request.app.state.served_model_name or engine.name)
+
+
+def _served_model(request: Request) -> dict[str, Any]:
+    """The model's entry.  Raises: EngineStopped."""
+    loader: BackgroundLoader = request.app.state.loader
+    engine = loader.ready()
+    return model_body(served_name(request, engine), engine.context, loader.created)
+
+
+async def models(request: Request) -> Response:
+    """The list of models: one entry."""
+    return JSONResponse({"object": "list", "data": [_served_model(request)]})
+
+
+async def model(request: Request) -> Response:
+    """The served model's entry, under any name, as requests may name any model."""
+    return JSONResponse(_served_model(request))
+
+
+async def unsupported(request: Request) -> Response:
+    """Always 404: an endpoint of OpenAI's API that a text model does not have."""
+    raise RequestError(
+        f"{request.method} {shown(request.url.path)} is not supported: the served model takes and "
+        "returns text alone. Use POST /v1/chat/completions.",
+        code="unsupported_endpoint",
+        status=404,
+    )
+
+
+STATUS_ROUTES = [
+    Route("/", root, methods=["GET"]),
+    Route("/health", health, methods=["GET"]),
+    Route("/version", version, methods=["GET"]),
+    Route("/metrics", metrics, methods=["GET"]),
+    Route("/v1/models", models, methods=["GET"]),
+    Route("/v1/models/", models, methods=["GET"]),
+    Route("/v1/models/{id:path}", model, methods=["GET"]),
+]
+
+_UNSUPPORTED = (
+    "/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}", "/v1/moderations",
+    "/v1/rerank", "/v1/score", "/v1/videos", "/v1/realtime", "/v1/files", "/v1/batches",
+    "/v1/assistants", "/v1/threads", "/v1/fine_tuning/{rest:path}", "/embeddings", "/embedding",
+)  # fmt: skip
+
+UNSUPPORTED_ROUTES = [
+    Route(path, unsupported, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    for path in _UNSUPPORTED
+]
+
+
+def unknown_route(request: Request) -> RequestError:
+    """The error of a path without a route: it names those that exist."""
+    listed = [
+        (method, route.path)
+        for route in request.app.routes
+        if isinstance(route, Route) and route not in UNSUPPORTED_ROUTES
+        for method in sorted((route.methods or set()) - {"HEAD"})
+        if not route.path.endswith("/") or route.path == "/"
+    ]
+    paths = [path for _, path in listed]
+    path = request.url.path.rstrip("/")[:200]
+    tail = path.removeprefix("/v1").removeprefix("/v1")
+    near = [name for name in (f"/v1{tail}", tail) if name in paths]
+    near = near or difflib.get_close_matches(path, paths, 1, 0.75)
+    hint = f" Did you mean {near[0]}? A client's base URL ends in /v1, once." if near else ""
+    names = ", ".join(f"{method} {path.replace(':path', '')}" for method, path in listed)
+    return RequestError(
+        f"{request.method} {shown(request.url.path)} does not exist.{hint} Routes: {names}.",
+        code="unknown_route",
+        status=404,
+    )

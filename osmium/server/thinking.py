@@ -1,0 +1,159 @@
+"""Whether and how much a model thinks: the fields of several APIs as variables of the template."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from osmium.errors import RequestError
+from osmium.server.limits import shown
+
+__all__ = ["ThinkingFields", "efforts_to_try", "shows_reasoning", "thinking_options"]
+
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+"""Values of reasoning_effort, least first."""
+
+
+class ThinkingFields(Protocol):
+    """Fields of a chat about its reasoning."""
+
+    chat_template_kwargs: dict[str, Any] | None
+    enable_thinking: bool | None
+    reasoning_effort: str | None
+    thinking: dict[str, Any] | bool | None
+    reasoning: dict[str, Any] | None
+    thinking_token_budget: int | None
+    reasoning_budget_tokens: int | None
+    thinking_budget: int | None
+    include_reasoning: bool | None
+
+
+def thinking_options(fields: ThinkingFields) -> dict[str, Any]:
+    """Variables of the chat template.  The more specific field counts.  Raises: RequestError."""
+    options = _template_kwargs(fields.chat_template_kwargs or {})
+    switch, effort = _switch(fields), _effort(fields)
+    if switch is not None:
+        options["enable_thinking"] = switch
+    if effort is not None:
+        options["reasoning_effort"] = effort
+        if effort == "none":
+            options.setdefault("enable_thinking", False)
+    return options
+
+
+def _template_kwargs(given: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy.  Raises: RequestError for variables that are fields of the request itself."""
+    for name in ("messages", "tools", "documents"):
+        if name in given:
+            path = f"chat_template_kwargs.{name}"
+            raise RequestError(
+                f"{path} has no effect: the template gets the field {name} of the request.",
+                param=path,
+                code="unsupported_value",
+            )
+    switch = given.get("enable_thinking")
+    if not isinstance(switch, bool | None):
+        raise _invalid("chat_template_kwargs.enable_thinking", switch, "true or false")
+    return dict(given)
+
+
+def shows_reasoning(fields: ThinkingFields) -> bool:
+    """Whether the response contains the reasoning."""
+    return fields.include_reasoning is not False and not (fields.reasoning or {}).get("exclude")
+
+
+def efforts_to_try(effort: Any) -> list[str]:
+    """Other efforts for a template that refuses `effort`, nearest first."""
+    if effort not in EFFORTS:
+        return []
+    at = EFFORTS.index(effort)
+    others = [other for other in EFFORTS[1:] if other != effort]
+    return sorted(others, key=lambda other: (abs(EFFORTS.index(other) - at), other))
+
+
+def _switch(fields: ThinkingFields) -> bool | None:
+    """enable_thinking by the first field that sets it."""
+    budgets = [_budget(fields, name) for name in _BUDGETS]
+    given = [fields.enable_thinking, _thinking(fields.thinking), _reasoning(fields.reasoning)]
+    given += [False for budget in budgets if budget == 0]
+    return next((value for value in given if value is not None), None)
+
+
+_BUDGETS = ("thinking_token_budget", "reasoning_budget_tokens", "thinking_budget")
+
+
+def _budget(fields: ThinkingFields, name: str) -> int | None:
+    return _checked_budget(name, getattr(fields, name))
+
+
+def _checked_budget(name: str, value: Any) -> int | None:
+    """0 for no reasoning; None and -1 set no limit.  Raises: RequestError for other budgets."""
+    if value is None or (value == -1 and not isinstance(value, bool)):
+        return None
+    if value != 0 or isinstance(value, bool):
+        raise RequestError(
+            f"{name} is {shown(value)}; a budget is not supported, only 0 (no reasoning) and -1 "
+            "(no limit). Omit it, and limit the response with max_tokens.",
+            param=name,
+            code="unsupported_value",
+        )
+    return 0
+
+
+def _thinking(value: Mapping[str, Any] | bool | None) -> bool | None:
+    """The switch of `thinking`.  Raises: RequestError."""
+    if value is None or isinstance(value, bool):
+        return value
+    _check_keys("thinking", value, ("type", "budget_tokens", "display", "clear_thinking", "keep"))
+    kind = value.get("type")
+    if kind not in ("enabled", "adaptive", "auto", "disabled"):
+        raise _invalid("thinking.type", kind, "'enabled', 'adaptive', 'auto' or 'disabled'")
+    if kind == "disabled":
+        return False
+    if _checked_budget("thinking.budget_tokens", value.get("budget_tokens")) == 0:
+        return False
+    return None if kind == "auto" else True
+
+
+def _reasoning(value: Mapping[str, Any] | None) -> bool | None:
+    """The switch of `reasoning`.  Raises: RequestError."""
+    if value is None:
+        return None
+    known = ("effort", "enabled", "exclude", "max_tokens", "summary", "generate_summary")
+    _check_keys("reasoning", value, known)
+    for name in ("enabled", "exclude"):
+        if not isinstance(value.get(name), bool | None):
+            raise _invalid(f"reasoning.{name}", value[name], "true or false")
+    if _checked_budget("reasoning.max_tokens", value.get("max_tokens")) == 0:
+        return False
+    enabled: bool | None = value.get("enabled")
+    return enabled
+
+
+def _effort(fields: ThinkingFields) -> str | None:
+    """The effort of reasoning_effort, or of `reasoning`.  Raises: RequestError."""
+    for name, value in (
+        ("reasoning_effort", fields.reasoning_effort),
+        ("reasoning.effort", (fields.reasoning or {}).get("effort")),
+    ):
+        if value is None:
+            continue
+        if value not in EFFORTS:
+            raise _invalid(name, value, f"one of {', '.join(EFFORTS)}")
+        return str(value)
+    return None
+
+
+def _check_keys(name: str, value: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    for key in value:
+        if key not in known:
+            path = f"{name}.{key[:64]}"
+            raise RequestError(
+                f"{path} is not known; {name} has {', '.join(known)}. Omit it.",
+                param=path,
+                code="unknown_field",
+            )
+
+
+def _invalid(name: str, value: object, rule: str) -> RequestError:
+    return RequestError(
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
+    )
