@@ -99,7 +99,8 @@ def _prepared(
     seed = params.seed
     each = [params if seed is None else replace(params, seed=seed + i) for i in range(count)]
     usage = bool(body.stream_options and body.stream_options.include_usage)
-    mask = mask_factory(engine, constraint(body), params, len(ids), bool(params.stop_after))
+    tools = isinstance(body, ChatRequest) and bool(body.tools) and body.tool_choice != "none"
+    mask = mask_factory(engine, constraint(body), params, len(ids), bool(params.stop_after), tools)
     return Prepared(
         bool(body.stream), usage, ids, each, choices, mask, ignored,
         shows_progress=bool(body.return_progress), timings_per_token=bool(body.timings_per_token),

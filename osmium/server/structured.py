@@ -188,10 +188,12 @@ def mask_factory(
     params: SamplingParams,
     prompt_tokens: int,
     thinking: bool = False,
+    tools: bool = False,
 ) -> Callable[[], GrammarMask] | None:
     """Compile a constraint; returns a function that makes the token mask of one response.
 
-    With `thinking` the response starts with it.  Raises: RequestError.
+    With `thinking` the response starts with it.  With `tools` it may be calls of tools instead.
+    Raises: RequestError.
     """
     if found is None:
         return None
@@ -199,7 +201,7 @@ def mask_factory(
     left = engine.context - prompt_tokens
     if params.max_tokens is not None:
         left = min(left, params.max_tokens)
-    return partial(grammar.mask, left, thinking)
+    return partial(grammar.mask, left, thinking, tools)
 
 
 def _compiler(engine: Engine, param: str) -> GrammarCompiler:

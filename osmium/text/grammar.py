@@ -63,10 +63,11 @@ class Grammar:
     matcher: LLMatcher
     """In its first state; each response has a copy."""
 
-    def mask(self, max_tokens: int, thinking: bool = False) -> GrammarMask:
+    def mask(self, max_tokens: int, thinking: bool = False, or_call: bool = False) -> GrammarMask:
         """The token mask of one response of at most `max_tokens` tokens.
 
-        With `thinking` the grammar applies to the text after </think>.
+        With `thinking` the grammar applies to the text after </think>.  With `or_call` the response
+        may be tool calls instead, if their tag is a token.
         """
         compiler = self.compiler
         return GrammarMask(
@@ -74,6 +75,7 @@ class Grammar:
             compiler.text,
             max_tokens,
             compiler.thinking_end if thinking else None,
+            compiler.call if or_call else None,
         )
 
 
@@ -112,6 +114,8 @@ class GrammarCompiler:
         self.thinking_end = ThinkingEnd(
             tokens, tokenizer.id_of(END_OF_REASONING), END_OF_REASONING.encode(), eos
         )
+        self.call = tokenizer.control_tokens.id_of("<tool_call>")
+        """The token that begins a tool call, if there is one."""
         self._cache: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Semaphore(MAX_COMPILING)

@@ -85,14 +85,21 @@ class GrammarMask:
         text: TextTokens,
         max_tokens: int,
         thinking: ThinkingEnd | None = None,
+        call: int | None = None,
     ) -> None:
-        """`thinking` if the grammar applies only after the thinking."""
+        """`thinking` if the grammar applies only after the thinking.
+
+        With `call`, this token may come instead of the text, and then any others.
+        """
         self._matcher, self._text, self._left = matcher, text, max_tokens
         self._thinking = thinking
         """None once the grammar applies."""
         self._newlines: list[int] = []
         """Tokens of newlines that may precede the text."""
         self._tail = b""
+        self._call = call
+        """None once the text has begun."""
+        self._is_call = False
         self._closing: list[int] = []
         """Tokens that alone may come next."""
         self._least = 0
@@ -109,6 +116,9 @@ class GrammarMask:
         if self._thinking is not None:
             self._fill_thinking(words, self._thinking)
             return
+        if self._is_call:
+            words[:] = -1
+            return
         if not self._closing and self._must_look():
             self._look()
         if self._closing:
@@ -120,6 +130,7 @@ class GrammarMask:
             words[:] = 0
         else:
             _set(words, self._newlines)
+            _set(words, () if self._call is None else (self._call,))
 
     def _fill_thinking(self, words: Words, thinking: ThinkingEnd) -> None:
         words[:] = -1
@@ -134,11 +145,16 @@ class GrammarMask:
         if self._thinking is not None:
             self._push_thinking(token, self._thinking)
             return
+        if token == self._call:
+            self._is_call = True
+        if self._is_call:
+            return
         newlines, self._newlines = self._newlines, []
         if self._closing:
             del self._closing[0]
         elif token in newlines:
             return
+        self._call = None
         if not self._matcher.consume_token(token):
             raise OsmiumError(
                 f"The structured output cannot continue with token {token}: "
@@ -158,8 +174,8 @@ class GrammarMask:
     # -- the end -----------------------------------------------------------------------------------
 
     def completion(self) -> Sequence[int]:
-        """Tokens of the text that is missing at the last token; none while the model thinks."""
-        if self._thinking is not None:
+        """Tokens of the text that is missing at the last token; none while the model thinks or calls."""
+        if self._thinking is not None or self._is_call:
             return ()
         return self._closing or self._missing_tokens() or ()
 

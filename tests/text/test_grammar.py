@@ -282,3 +282,28 @@ def test_a_grammar_is_compiled_once(
     monkeypatch.undo()
     compiler.compile("regex", "another", "field")
     assert len(compiler._cache) == grammar_module.CACHED_GRAMMARS
+
+
+def test_a_response_may_be_a_tool_call_instead_of_the_text(
+    engine: Engine, compiler: GrammarCompiler
+) -> None:
+    call = engine.tokenizer.id_of("<tool_call>")
+    words = np.zeros(-(-engine.config.vocab_size // 32), np.int32)
+
+    def allowed(token: int) -> bool:
+        mask.fill(words)
+        return bool(words[token // 32] >> token % 32 & 1)
+
+    grammar = compiler.compile("choice", ["yes"], "rule")
+    mask = grammar.mask(9)
+    assert not allowed(call)
+    mask = grammar.mask(100, or_call=True)
+    assert allowed(call)
+    mask.push(engine.tokenizer.encode("y")[0])
+    assert not allowed(call), "only instead of the text"
+    mask = grammar.mask(100, or_call=True)
+    mask.push(call)
+    for token in engine.tokenizer.encode("anything"):
+        assert allowed(token)
+        mask.push(token)
+    assert allowed(engine.config.eos_token_ids[0]) and not mask.completion()
