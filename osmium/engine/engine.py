@@ -1,7 +1,6 @@
 """The engine: one thread schedules batches, computes, samples and delivers tokens."""
 
 import contextlib
-import logging
 import queue
 import secrets
 import threading
@@ -28,6 +27,7 @@ from osmium.engine.request import (
     check_ids,
     check_params,
     context_error,
+    delivery_error,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
@@ -42,8 +42,6 @@ from osmium.experts.routing import RoutingRecorder
 __all__ = ["Engine"]
 
 T = TypeVar("T")
-
-LOG = logging.getLogger("osmium.engine")
 
 IDLE_SECONDS = 1.0
 """Idle seconds before `on_idle` runs: most follow-up requests arrive sooner (not measured)."""
@@ -441,7 +439,7 @@ class Engine:
         try:
             self._append_token(request, sampled)
         except Exception as error:  # of the decoder or `on_event`; other requests continue
-            self._finish(request, FinishReason.ERROR, _delivery_error(error))
+            self._finish(request, FinishReason.ERROR, delivery_error(error))
 
     def _append_token(self, request: Request, sampled: Sampled) -> None:
         """Append and emit a token; finish the request if it is the last one."""
@@ -473,16 +471,18 @@ class Engine:
         text = ""
         if error is None:
             try:
-                text = request.stop_matcher.flush()
+                if reason is FinishReason.LENGTH and request.token_mask is not None:
+                    text = "".join(map(request.stop_matcher.push, request.token_mask.completion()))
+                text += request.stop_matcher.flush()
             except Exception as problem:  # of the decoder; the Finish below reports it
-                reason, error = FinishReason.ERROR, _delivery_error(problem)
+                reason, error = FinishReason.ERROR, delivery_error(problem)
         if request.stop_matcher.matched and reason is FinishReason.LENGTH:
             reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
             request.emit(Finish(reason, text, *counts, error))
         except Exception as problem:  # of `on_event`; only the log can report it
-            _delivery_error(problem)
+            delivery_error(problem)
 
 
 def _sample(logits: npt.NDArray[np.float32], request: Request) -> Sampled | OsmiumError:
@@ -491,9 +491,3 @@ def _sample(logits: npt.NDArray[np.float32], request: Request) -> Sampled | Osmi
         return sample(logits, request)
     except Exception as error:
         return step_error(error)
-
-
-def _delivery_error(error: Exception) -> OsmiumError:
-    """Log a failed delivery; returns the error for the request."""
-    LOG.warning("Could not deliver the response: %r", error)
-    return OsmiumError(f"Could not deliver the response: {error!r}")

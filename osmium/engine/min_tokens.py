@@ -1,6 +1,6 @@
 """min_tokens as a token mask: tokens that end a response are not sampled before it."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +48,10 @@ class EndMask:
         self._left -= 1
         if self.inner is not None:
             self.inner.push(token)
+
+    def completion(self) -> Sequence[int]:
+        """Tokens that complete the text, as TokenMask.completion."""
+        return () if self.inner is None else self.inner.completion()
 
 
 def end_mask(

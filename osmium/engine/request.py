@@ -4,9 +4,10 @@ Values with arithmetic on them.  The engine works on token ids; tokenizing is th
 `IncrementalDetokenizer` (text/detokenizer.py) turns ids back into text, piece by piece.
 """
 
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol
@@ -19,8 +20,12 @@ from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "check_params", "context_error", "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "context_error", "delivery_error",
+    "step_error",
 ]  # fmt: skip
+
+
+LOG = logging.getLogger("osmium.engine")
 
 
 class Decoder(Protocol):
@@ -44,7 +49,10 @@ class TokenMask(Protocol):
         """
 
     def push(self, token: int) -> None:
-        """Advance by a sampled token."""
+        """Advance by a sampled token.  Raises: OsmiumError, which ends the request."""
+
+    def completion(self) -> Sequence[int]:
+        """Tokens that complete the text of a response that ends for its length."""
 
 
 @dataclass(frozen=True)
@@ -288,6 +296,14 @@ def step_error(error: Exception) -> OsmiumError:
     if isinstance(error, MemoryError):
         return OutOfMemory(f"out of memory: a step could not allocate host memory ({error}).")
     return OsmiumError(f"A step failed: {error!r}")
+
+
+def delivery_error(error: Exception) -> OsmiumError:
+    """Log a failed delivery; returns the error for the request."""
+    if isinstance(error, OsmiumError):
+        return error  # of the token mask
+    LOG.warning("Could not deliver the response: %r", error)
+    return OsmiumError(f"Could not deliver the response: {error!r}")
 
 
 def context_error(context: int, count: str) -> RequestError:

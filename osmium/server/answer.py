@@ -90,7 +90,9 @@ class _Answer:
         try:
             for index, params in enumerate(prepared.params):
                 on_event = self._receiver(loop, index)
-                self.handles.append(engine.submit(prepared.ids, params, on_event))
+                mask = prepared.token_mask() if prepared.token_mask is not None else None
+                handle = engine.submit(prepared.ids, params, on_event, token_mask=mask)
+                self.handles.append(handle)
         except BaseException:
             self.cancel()
             raise

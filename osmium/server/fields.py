@@ -28,7 +28,7 @@ MAX_NAME_CHARS = 64
 MAX_LOGGED = 256
 """Names that are logged, each once, so that clients cannot fill the log."""
 
-_STRUCTURED = "structured output of this form is not supported; describe the format in a message"
+_STRUCTURED = "use response_format or structured_outputs"
 _SAMPLING = "use temperature, top_p, top_k or min_p"
 _ONLY_TEXT = "only text is supported"
 _CHAT_ONLY = "use /v1/chat/completions"
@@ -36,17 +36,7 @@ _CHAT_ONLY = "use /v1/chat/completions"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), "use tools"),
     "function_call": (("none", "auto"), "use tool_choice"),
-    "guided_json": ((), _STRUCTURED),
-    "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED),
-    "guided_grammar": ((), _STRUCTURED),
-    "guided_decoding_backend": ((), _STRUCTURED),
     "guided_whitespace_pattern": ((), _STRUCTURED),
-    "structured_outputs": ((), _STRUCTURED),
-    "grammar": (("",), _STRUCTURED),
-    "json_schema": ((), _STRUCTURED),
-    "regex": ((), _STRUCTURED),
-    "ebnf": ((), _STRUCTURED),
     "structural_tag": ((), _STRUCTURED),
     "format": (("",), "use response_format"),
     "audio": ((), _ONLY_TEXT),
@@ -93,7 +83,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 """Fields that would change the answer: the values that ask for nothing, and what to do instead."""
 
 CHAT_ONLY: dict[str, tuple[Any, ...]] = {
-    "tools": ([],), "tool_choice": ("none", "auto"), "response_format": ({"type": "text"},),
+    "tools": ([],), "tool_choice": ("none", "auto"),
     "chat_template_kwargs": ({},), "enable_thinking": (), "thinking": (),
     "reasoning": ({},), "reasoning_effort": (), "thinking_token_budget": (),
     "reasoning_budget_tokens": (), "continue_final_message": (False,), "top_logprobs": (0,),
@@ -112,6 +102,7 @@ HINTS: dict[str, tuple[Any, ...] | None] = {
     "prompt_cache_options": None,
     "prediction": None,
     "cache_prompt": None,
+    "guided_decoding_backend": None,
     "request_id": None,
     "parallel_tool_calls": None,
 }

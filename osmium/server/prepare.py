@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from osmium.engine.engine import Engine
-from osmium.engine.request import SamplingParams, context_error
+from osmium.engine.request import SamplingParams, TokenMask, context_error
 from osmium.errors import RequestError
 from osmium.server.chat_prompt import render_chat
 from osmium.server.choices import Choices
@@ -20,6 +20,7 @@ from osmium.server.schema import (
     parse,
     sampling_params,
 )
+from osmium.server.structured import constraint, mask_factory
 from osmium.server.thinking import shows_reasoning
 from osmium.text.reasoning import END_OF_REASONING
 
@@ -37,6 +38,8 @@ class Prepared:
     params: list[SamplingParams]
     """One for each choice."""
     choices: Choices
+    token_mask: Callable[[], TokenMask] | None = None
+    """Makes the token mask of one choice; None for any text."""
     ignored: tuple[str, ...] = field(default=())
     """Names of fields that have no effect."""
     shows_progress: bool = False
@@ -64,7 +67,7 @@ def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
         parallel_calls=body.parallel_tool_calls is not False,
         shows_reasoning=shows_reasoning(body),
     )  # fmt: skip
-    return _prepared(body, ids, params, choices, ignored)
+    return _prepared(engine, body, ids, params, choices, ignored)
 
 
 def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
@@ -80,10 +83,11 @@ def prepare_completion(engine: Engine, name: str, raw: bytearray) -> Prepared:
     else:
         ids = _encode(engine, prompt)
     choices = Choices(name, engine.tokenizer, chat=False, count=body.n or 1)
-    return _prepared(body, ids, params, choices, ignored)
+    return _prepared(engine, body, ids, params, choices, ignored)
 
 
 def _prepared(
+    engine: Engine,
     body: BaseRequest,
     ids: list[int],
     params: SamplingParams,
@@ -95,8 +99,10 @@ def _prepared(
     seed = params.seed
     each = [params if seed is None else replace(params, seed=seed + i) for i in range(count)]
     usage = bool(body.stream_options and body.stream_options.include_usage)
+    tools = isinstance(body, ChatRequest) and bool(body.tools) and body.tool_choice != "none"
+    mask = mask_factory(engine, constraint(body), params, len(ids), bool(params.stop_after), tools)
     return Prepared(
-        bool(body.stream), usage, ids, each, choices, ignored,
+        bool(body.stream), usage, ids, each, choices, mask, ignored,
         shows_progress=bool(body.return_progress), timings_per_token=bool(body.timings_per_token),
     )  # fmt: skip
 

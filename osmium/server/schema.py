@@ -12,6 +12,7 @@ import msgspec
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
 from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
+from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
 from osmium.server.tools import check_tools
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
@@ -59,6 +60,19 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     return_progress: bool | None = None
     timings_per_token: bool | None = None
     user: str | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: str | dict[str, Any] | bool | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structured_outputs: dict[str, Any] | None = None
+    json_schema: str | dict[str, Any] | bool | None = None
+    """llama-server's name of guided_json; SGLang's, too."""
+    grammar: str | None = None
+    """llama-server's name of guided_grammar."""
+    regex: str | None = None
+    ebnf: str | None = None
+    """SGLang's names of guided_regex and guided_grammar."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
@@ -71,7 +85,6 @@ class ChatRequest(BaseRequest, kw_only=True):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
-    response_format: dict[str, Any] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -154,6 +167,7 @@ def _check(request: BaseRequest) -> None:
     No option is ignored.
     """
     check_stop(request.stop)
+    constraint(request)
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
         raise _unsupported("n", request.n, f"a request has 1 to {MAX_CHOICES} choices")
     if isinstance(request, CompletionRequest):
@@ -162,10 +176,6 @@ def _check(request: BaseRequest) -> None:
                 raise _unsupported(name, value, "omit it")
         if request.best_of not in (None, 1, request.n):
             raise _unsupported("best_of", request.best_of, "omit it")
-    if isinstance(request, ChatRequest):
-        format_type = (request.response_format or {}).get("type", "text")
-        if format_type != "text":
-            raise _unsupported("response_format", format_type, "use 'text'")
 
 
 def _check_chat(request: ChatRequest) -> None:

@@ -99,6 +99,15 @@ class Tokenizer:
         """Number of ids, added tokens included."""
         return int(self._inner.get_vocab_size(with_added_tokens=True))
 
+    @property
+    def added_ids(self) -> frozenset[int]:
+        """The ids of added tokens, special or not."""
+        return self._added
+
+    def has_id(self, token: int) -> bool:
+        """Whether the tokenizer has a token with this id."""
+        return self._inner.id_to_token(token) is not None
+
     def id_of(self, token: str) -> int | None:
         """The id of a token, spelled as in the vocabulary; None if there is none."""
         token_id = self._inner.token_to_id(token)

@@ -58,6 +58,9 @@ class AllowedTokens:
     def push(self, token: int) -> None:
         self.tokens.append(token)
 
+    def completion(self) -> tuple[int, ...]:
+        return ()
+
 
 def host_response(
     prompt: list[int], params: SamplingParams, mask: AllowedTokens | None = None

@@ -63,6 +63,9 @@ class AllowedTokens:
     def push(self, token: int) -> None:
         self.count += 1
 
+    def completion(self) -> tuple[int, ...]:
+        return ()
+
 
 SAMPLED = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 5}
 PENALTIES = {"repetition_penalty": 1.2, "presence_penalty": 0.6, "frequency_penalty": 0.4}

@@ -25,6 +25,9 @@ class Only:
     def push(self, token: int) -> None:
         self.pushed.append(token)
 
+    def completion(self) -> tuple[int, ...]:
+        return ()
+
 
 def allowed(mask: EndMask) -> set[int]:
     words = np.full(-(-VOCAB // 32), 12345, np.int32)

@@ -23,6 +23,7 @@ from osmium.engine.request import (
     RequestTimes,
     SamplingParams,
     Token,
+    TokenMask,
 )
 from osmium.engine.stops import StopMatcher
 from osmium.errors import EngineStopped, OsmiumError, RequestError
@@ -115,7 +116,11 @@ class ScriptedEngine:
         self.closed = False
 
     def submit(
-        self, prompt: Sequence[int], params: SamplingParams, on_event: Callable[[Event], None]
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        on_event: Callable[[Event], None],
+        token_mask: TokenMask | None = None,
     ) -> ScriptedRequest:
         if self.stopped is not None:
             raise self.stopped

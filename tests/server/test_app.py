@@ -583,7 +583,7 @@ def test_an_unexpected_error_is_a_500_without_details(
 ) -> None:
     engine = ScriptedEngine()
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a secret")
 
     monkeypatch.setattr(engine, "submit", fail)

@@ -74,9 +74,9 @@ def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
     [
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"function_call": {"name": "f"}}, "function_call"),
-        ({"guided_json": {"type": "object"}}, "guided_json"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
-        ({"grammar": "root ::= 'a'"}, "grammar"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+        ({"structural_tag": {"format": {}}}, "structural_tag"),
+        ({"logits_processors": ["a"]}, "logits_processors"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
@@ -298,10 +298,10 @@ def test_names_cannot_break_the_header_nor_fill_the_log(caplog: pytest.LogCaptur
 
 
 def test_fields_after_half_a_surrogate_pair_are_checked() -> None:
-    body = rb'{"messages": [{"role": "user", "content": "a\ud800"}], "grammar": "\ud800x", '
+    body = rb'{"messages": [{"role": "user", "content": "a\ud800"}], "stop_regex": "\ud800x", '
     body += rb'"\udc00": 1}'
     with client_of() as client:
         answer = client.post("/v1/chat/completions", content=body)
-        assert answer.json()["error"]["param"] == "grammar"
-        answer = client.post("/v1/chat/completions", content=body.replace(b"grammar", b"bar"))
+        assert answer.json()["error"]["param"] == "stop_regex"
+        answer = client.post("/v1/chat/completions", content=body.replace(b"stop_regex", b"bar"))
     assert (answer.status_code, answer.headers["x-osmium-ignored"]) == (200, "bar, %EF%BF%BD")

@@ -53,6 +53,16 @@ BOTH: dict[str, list[Any]] = {
     "stream": FLAG,
     "stream_options": [True, [], {"include_usage": "yes"}],
     "user": [7, []],
+    "response_format": ["text", 7],
+    "guided_json": [7, []],
+    "guided_regex": [7, []],
+    "guided_choice": ["a", [7], {}],
+    "guided_grammar": [7, []],
+    "structured_outputs": [[], "x"],
+    "json_schema": [7, []],
+    "grammar": [7, []],
+    "regex": [7, []],
+    "ebnf": [7, []],
 }
 CHAT: dict[str, list[Any]] = {
     "messages": [None, "Hello", {}, [7], ["Hello"], [None]],
@@ -61,7 +71,6 @@ CHAT: dict[str, list[Any]] = {
     "top_logprobs": INTEGER,
     "tools": [{}, "x", [7]],
     "tool_choice": [7, ["auto"]],
-    "response_format": ["text", 7],
     "chat_template_kwargs": ["x", [1]],
     "enable_thinking": FLAG,
     "reasoning_effort": [1, ["low"]],
@@ -183,7 +192,7 @@ def test_unknown_fields_and_nulls_are_ignored() -> None:
     [
         ({"n": 9}, "n"),
         ({"n": 0}, "n"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"messages": []}, "messages"),
