@@ -174,7 +174,7 @@ class GrammarMask:
     # -- the end -----------------------------------------------------------------------------------
 
     def completion(self) -> Sequence[int]:
-        """Tokens of the text that is missing at the last token; none while the model thinks or calls."""
+        """Tokens of the missing text; none while the model thinks or calls tools."""
         if self._thinking is not None or self._is_call:
             return ()
         return self._closing or self._missing_tokens() or ()
