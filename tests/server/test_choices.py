@@ -83,9 +83,9 @@ def test_one_failed_choice_ends_the_response_and_cancels_the_others(
     engine = ScriptedEngine("the end " * 50, context=10**6, pace_s=0.005)
     submit = engine.submit
 
-    def failing(*args: Any) -> ScriptedRequest:
+    def failing(*args: Any, **more: Any) -> ScriptedRequest:
         engine.fails_after = 2 if len(engine.requests) == 1 else None
-        request = submit(*args)
+        request = submit(*args, **more)
         time.sleep(0.05)
         return request
 
@@ -106,10 +106,10 @@ def test_an_engine_that_stops_between_two_choices_cancels_the_first(
     engine = ScriptedEngine("the end " * 50, context=10**6, pace_s=0.005)
     submit = engine.submit
 
-    def stopping(*args: Any) -> ScriptedRequest:
+    def stopping(*args: Any, **more: Any) -> ScriptedRequest:
         if engine.requests:
             raise EngineStopped("The engine has stopped.")
-        return submit(*args)
+        return submit(*args, **more)
 
     monkeypatch.setattr(engine, "submit", stopping)
     with client_of(engine) as client:
