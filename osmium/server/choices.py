@@ -42,19 +42,17 @@ class Choices:
             self.builders.append(builder)
         self.error: OsmiumError | None = None
         """The error of the choice that failed first; it ends the response."""
-
-    @property
-    def finished(self) -> bool:
+        self.finished = False
         """Whether every choice has ended, or one failed."""
-        if self.error is not None:
-            return True
-        return all(builder.finish is not None for builder in self.builders)
 
     def push(self, index: int, event: Event) -> list[dict[str, Any]]:
         """The chunks of an event of a choice."""
-        if isinstance(event, Finish) and event.error is not None:
+        chunks = self.builders[index].push(event)
+        if isinstance(event, Finish):
             self.error = self.error or event.error
-        return self.builders[index].push(event)
+            ended = all(builder.finish is not None for builder in self.builders)
+            self.finished = ended or self.error is not None
+        return chunks
 
     def first(self) -> list[dict[str, Any]]:
         """The chunks of a stream before the prefill: the role of each choice of a chat."""
