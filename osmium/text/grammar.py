@@ -44,7 +44,7 @@ _JSON_OPTIONS: Any = {
     "item_separator": ",",
     "key_separator": ":",
     # Bounded, as small models may otherwise generate spaces without end.
-    "whitespace_pattern": r"\r?\n?[\x20\t]{0,48}",
+    "whitespace_pattern": r"(\x20|\r?\n[\x20\t]{0,32})?",
     "coerce_one_of": False,
     "lenient": False,
 }

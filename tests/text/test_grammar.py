@@ -160,6 +160,15 @@ def test_a_response_keeps_within_its_tokens_where_the_text_fits(
     assert len(mask.completion()) <= 2
 
 
+def test_spaces_between_json_tokens_are_bounded(
+    engine: Engine, compiler: GrammarCompiler, rng: np.random.Generator
+) -> None:
+    grammar = compiler.compile("json", {"type": "array", "items": {"type": "null"}}, "schema")
+    for _ in range(20):
+        text, _ = response(engine, grammar, rng, 30)
+        assert re.fullmatch(r"(( |\r?\n[ \t]{0,32})?(\[|\]|,|null))*\s*", text), repr(text)
+
+
 def test_control_tokens_are_no_text(engine: Engine, compiler: GrammarCompiler) -> None:
     mask = compiler.compile("regex", "(?s:.*)", "rule").mask(100)
     words = np.zeros(-(-engine.config.vocab_size // 32), np.int32)
