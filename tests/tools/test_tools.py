@@ -14,6 +14,9 @@ import pytest
 
 from osmium.cuda.driver import cuda_version
 from osmium.experts.routing import read_trace
+from osmium.server.limits import DEFAULT_LIMITS
+from tests.server.running import run_limited
+from tests.server.scripted import ScriptedEngine
 from tests.weights.files import write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,6 +218,17 @@ def test_bench_pack_measures_on_the_cpu(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["packing"]["cpu"] >= 0
     assert list((tmp_path / "model-packed-cpu").glob("*.osmium"))
+
+
+def test_bench_server_measures_a_running_server() -> None:
+    with run_limited(ScriptedEngine("the end " * 20, context=2000), DEFAULT_LIMITS) as running:
+        url = f"http://127.0.0.1:{running.port}"
+        done = tool("bench_server", "--url", url, "--tokens", "40", "--rounds", "2")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["plain"] > 0 and found["stream"] > 0
+    done = tool("bench_server", "--url", url)
+    assert done.returncode == 2 and "Start osmium-serve" in done.stderr
 
 
 def test_make_demo_packs_a_checkpoint(tmp_path: Path) -> None:
