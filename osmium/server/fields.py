@@ -193,7 +193,8 @@ class IgnoredFields:
         """The headers of a response to a request with these ignored fields; logs new ones."""
         if not names:
             return {}
-        listed = [quote(name[:MAX_NAME_CHARS], safe="") for name in names[:MAX_NAMES]]
+        # a header must not end in a space, so that an empty name is shown as two quotes
+        listed = [quote(name[:MAX_NAME_CHARS], safe="") or '""' for name in names[:MAX_NAMES]]
         suggestions = [
             f"{shown_name} -> {known}"
             for name, shown_name in zip(names, listed, strict=False)

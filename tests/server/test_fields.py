@@ -4,6 +4,7 @@ import json
 import logging
 from typing import Any
 
+import h11
 import pytest
 
 from osmium.errors import RequestError
@@ -305,3 +306,10 @@ def test_fields_after_half_a_surrogate_pair_are_checked() -> None:
         assert answer.json()["error"]["param"] == "stop_regex"
         answer = client.post("/v1/chat/completions", content=body.replace(b"stop_regex", b"bar"))
     assert (answer.status_code, answer.headers["x-osmium-ignored"]) == (200, "bar, %EF%BF%BD")
+
+
+@pytest.mark.parametrize("names", [("",), ("prompt_ids", ""), (" ",), ("x", " y "), ("\n", "\0")])
+def test_any_name_of_an_ignored_field_gives_a_valid_header(names: tuple[str, ...]) -> None:
+    headers = IgnoredFields(()).headers(names)
+    h11.Response(status_code=200, headers=list(headers.items()))
+    assert headers["x-osmium-ignored"].count(", ") == len(names) - 1
