@@ -152,19 +152,25 @@ def unknown_fields(body: bytes | bytearray, known: Collection[str]) -> tuple[str
 
 
 def _items(body: Any) -> Mapping[str, msgspec.Raw]:
-    """The fields of an object that has been decoded before, not decoded themselves."""
-    kind = dict[str, msgspec.Raw]
-    try:
-        return msgspec.json.decode(body, type=kind | None) or {}
-    except msgspec.DecodeError:
-        return msgspec.json.decode(replace_surrogates(bytearray(body)), type=kind | None) or {}
+    """The fields of an object, not decoded themselves.  Raises: RequestError."""
+    fields: Mapping[str, msgspec.Raw] = _decoded(body, dict[str, msgspec.Raw] | None) or {}
+    return fields
 
 
 def _value(raw: msgspec.Raw) -> Any:
+    return _decoded(raw, Any)
+
+
+def _decoded(raw: Any, kind: Any) -> Any:
+    """JSON that was skipped before.  Raises: RequestError, as for bytes that are not UTF-8."""
     try:
-        return msgspec.json.decode(raw)
+        return msgspec.json.decode(raw, type=kind)
     except msgspec.DecodeError:
-        return msgspec.json.decode(replace_surrogates(bytearray(raw)))
+        pass
+    try:
+        return msgspec.json.decode(replace_surrogates(bytearray(raw)), type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise RequestError(f"The body is not JSON: {error}.", code="invalid_json") from None
 
 
 def _is_any(value: Any, values: tuple[Any, ...]) -> bool:

@@ -313,3 +313,14 @@ def test_any_name_of_an_ignored_field_gives_a_valid_header(names: tuple[str, ...
     headers = IgnoredFields(()).headers(names)
     h11.Response(status_code=200, headers=list(headers.items()))
     assert headers["x-osmium-ignored"].count(", ") == len(names) - 1
+
+
+@pytest.mark.parametrize("field", [b'"max_toke\xee": 3', b'"x": "\xff"', b'"x": {"a": "\xc3"}'])
+def test_bytes_that_are_not_utf_8_in_an_unknown_field_are_never_a_server_error(
+    field: bytes,
+) -> None:
+    body = b'{"messages": [{"role": "user", "content": "Hello"}], %s}' % field
+    with client_of(ScriptedEngine()) as client:
+        answer = client.post("/v1/chat/completions", content=body)
+    assert answer.status_code in (200, 400)
+    assert answer.status_code == 200 or answer.json()["error"]["code"] == "invalid_json"
