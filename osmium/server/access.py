@@ -212,12 +212,17 @@ def _address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
 # -- flags -----------------------------------------------------------------------------------------
 
 
+def _listed(values: Iterable[str]) -> list[str]:
+    """The items of a flag that may be given several times and with commas."""
+    return [item.strip() for value in values for item in value.split(",")]
+
+
 def parse_hosts(values: Iterable[str]) -> list[str]:
     """Names of --allowed-host, which may be given several times and with commas.
 
     Raises: ConfigError.
     """
-    hosts = [host.strip() for value in values for host in value.split(",")]
+    hosts = _listed(values)
     for host in hosts:
         _host_pattern(host)
     return hosts
@@ -228,7 +233,7 @@ def parse_origins(values: Iterable[str]) -> list[str]:
 
     Raises: ConfigError.
     """
-    origins = [origin.strip() for value in values for origin in value.split(",")]
+    origins = _listed(values)
     for origin in origins:
         _origin_pattern(origin)
     return origins

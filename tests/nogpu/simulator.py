@@ -1,12 +1,28 @@
 """Numba's CUDA simulator, made safe for shared arrays while the machine is busy."""
 
+import os
+import subprocess
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["prepare_simulator"]
+__all__ = ["prepare_simulator", "run_simulated"]
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_simulated(module: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a module as a program in a process with the simulator."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
 
 
 def prepare_simulator() -> None:

@@ -5,8 +5,6 @@ Numba's simulator runs the kernel in a separate process, because it replaces num
 """
 
 import copy
-import os
-import subprocess
 import sys
 import threading
 import types
@@ -25,7 +23,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS
 from osmium.quant.expert_layout import ExpertLayout
 from tests import needs
-from tests.nogpu.simulator import prepare_simulator
+from tests.nogpu.simulator import prepare_simulator, run_simulated
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -206,13 +204,7 @@ def compare(kernel: Any, rng: np.random.Generator, s: Sequence) -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_the_kernel_assigns_slots_like_the_reference(name: str, rng: np.random.Generator) -> None:
     needs.numba_simulator()
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.nogpu.test_assign_slots", str(rng.integers(1 << 32)), name],
-        cwd=ROOT,
-        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    run = run_simulated("tests.nogpu.test_assign_slots", str(rng.integers(1 << 32)), name)
     assert run.returncode == 0, run.stderr
 
 

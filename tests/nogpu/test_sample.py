@@ -4,8 +4,6 @@ Like in test_assign_slots.py, Numba's simulator runs the kernels in a separate p
 tests.nogpu.test_sample SEED ROWS VOCAB` compares random calls.
 """
 
-import os
-import subprocess
 import sys
 import types
 from dataclasses import fields, replace
@@ -23,7 +21,7 @@ from osmium.kernels.top_logprobs import TOP_LOGPROBS
 from osmium.ops.controls import SamplingControls
 from osmium.ops.reference import ReferenceOps
 from tests import needs
-from tests.nogpu.simulator import prepare_simulator
+from tests.nogpu.simulator import prepare_simulator, run_simulated
 from tests.ops.cases import (
     TINY,
     Case,
@@ -234,13 +232,7 @@ def compare_odd(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize("name", [*CASES, *CONTROLLED, "odd"])
 def test_sampling_kernels_equal_the_reference(name: str, rng: np.random.Generator) -> None:
     needs.numba_simulator()
-    run = subprocess.run(
-        [sys.executable, "-m", "tests.nogpu.test_sample", str(rng.integers(1 << 32)), name],
-        cwd=ROOT,
-        env=os.environ | {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    run = run_simulated("tests.nogpu.test_sample", str(rng.integers(1 << 32)), name)
     assert run.returncode == 0, run.stderr
 
 
