@@ -4,7 +4,6 @@ A disconnect cancels the request's choices; an error in a stream is its last eve
 """
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar, cast
@@ -15,15 +14,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from osmium.engine.engine import Engine
-from osmium.engine.request import Event, Finish, Token
+from osmium.engine.request import Event, Finish
 from osmium.errors import RequestError
-from osmium.server.choices import Choices, Handle, timings
-from osmium.server.openai import error_body
 from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
+from osmium.server.response_writer import Handle, ResponseWriter, StreamEvent
 from osmium.server.shutdown import Events, Shutdown
 from osmium.server.status import served_name
 
-__all__ = ["chat_completions", "completions", "work_on_body"]
+__all__ = ["answer", "chat_completions", "completions", "work_on_body"]
 
 T = TypeVar("T")
 
@@ -36,13 +34,13 @@ PROGRESS_INTERVAL_S = 0.25
 
 async def chat_completions(request: Request) -> Response:
     """POST /v1/chat/completions"""
-    return await _handle(request, prepare_chat)
+    return await answer(request, prepare_chat)
 
 
 async def completions(request: Request) -> Response:
     """POST /v1/completions"""
     try:
-        return await _handle(request, prepare_completion)
+        return await answer(request, prepare_completion)
     except RequestError as error:
         if error.param == "messages":  # the engine's name for a prompt
             error.param = "prompt"
@@ -66,7 +64,8 @@ async def work_on_body(request: Request, work: Callable[[Engine, str, bytearray]
     return await shutdown.unless_begun(result())
 
 
-async def _handle(request: Request, prepare: Prepare) -> Response:
+async def answer(request: Request, prepare: Prepare) -> Response:
+    """Prepare a request's body, run it, and respond.  Raises: RequestError, EngineStopped."""
     prepared = await work_on_body(request, prepare)
     engine: Engine = request.app.state.loader.ready()
     headers = request.app.state.ignored.headers(prepared.ignored)
@@ -79,7 +78,7 @@ class _Answer:
     def __init__(self, request: Request, engine: Engine, prepared: Prepared) -> None:
         """Submit the request.  Raises: RequestError, EngineStopped."""
         self.request, self.engine, self.prepared = request, engine, prepared
-        self.choices: Choices = prepared.choices
+        self.writer: ResponseWriter = prepared.writer
         self.shutdown: Shutdown = request.app.state.shutdown
         self.events: Events = asyncio.Queue()
         self.submitted = time.perf_counter()
@@ -87,6 +86,7 @@ class _Answer:
         self.shutdown.watch(self.events)
         loop = asyncio.get_running_loop()
         self.handles: list[Any] = []
+        """The submitted requests, each a Handle."""
         try:
             for index, params in enumerate(prepared.params):
                 on_event = self._receiver(loop, index)
@@ -127,7 +127,7 @@ class _Answer:
             )
         watch = asyncio.create_task(_watch(self.request, self.events))
         try:
-            while not self.choices.finished:
+            while not self.writer.finished:
                 event = await self.events.get()
                 if event is None:
                     return Response(status_code=499)
@@ -135,19 +135,15 @@ class _Answer:
         finally:
             watch.cancel()
             self.cancel()
-        if self.choices.error is not None:
-            raise self.choices.error
-        body = self.choices.body()
-        return JSONResponse({**body, "timings": self._timings(body["usage"])}, headers=headers)
+        if self.writer.error is not None:
+            raise self.writer.error
+        return JSONResponse(self.writer.body(self.handles), headers=headers)
 
-    def _push(self, event: tuple[int, Event] | Finish) -> list[dict[str, Any]]:
-        """The chunks of an event; the shutdown's has no index."""
+    def _push(self, event: tuple[int, Event] | Finish) -> list[StreamEvent]:
+        """Pass an event on; the shutdown's has no index."""
         index, one = (0, event) if isinstance(event, Finish) else event
         self.has_token = True
-        return self.choices.push(index, one)
-
-    def _timings(self, usage: dict[str, Any]) -> dict[str, Any]:
-        return timings(cast(list[Handle], self.handles), usage["completion_tokens"])
+        return self.writer.push(index, one, self.handles)
 
     def _comment(self) -> ServerSentEvent:
         """The comment of a stream without events, with the prefill's progress until its end."""
@@ -159,41 +155,31 @@ class _Answer:
 
     # -- streams -----------------------------------------------------------------------------------
 
-    async def _stream(self) -> AsyncIterator[dict[str, str]]:
+    async def _stream(self) -> AsyncIterator[StreamEvent]:
         """Yield the response as server-sent events.  Its end, for any reason, cancels it."""
-        choices, prepared = self.choices, self.prepared
+        writer = self.writer
         try:
-            for chunk in choices.first():
-                yield _data(chunk)
-            if prepared.shows_progress:
-                async for chunk in self._progress():
-                    yield _data(chunk)
-            count = 0
-            while not choices.finished:
+            for one in writer.first():
+                yield one
+            if self.prepared.shows_progress:
+                async for one in self._progress():
+                    yield one
+            while not writer.finished:
                 event = await self.events.get()
                 assert event is not None, "_watch runs for responses without a stream"
-                chunks = self._push(event)
-                if prepared.timings_per_token:
-                    count += isinstance(event, tuple) and isinstance(event[1], Token)
-                    for chunk in chunks:
-                        chunk["timings"] = timings(self.handles, count)
-                if choices.finished and choices.error is None and not prepared.usage:
-                    chunks[-1]["timings"] = self._timings(choices.usage())
-                for chunk in chunks:
-                    yield _data(chunk)
-            if choices.error is not None:
-                yield _data(error_body(choices.error))
-                if not self.shutdown.begun:
-                    return  # without [DONE], a client knows that the engine failed
-            elif prepared.usage:
-                last = choices.usage_chunk()
-                yield _data({**last, "timings": self._timings(last["usage"])})
-            yield {"data": "[DONE]"}
+                for one in self._push(event):
+                    yield one
+            if writer.error is None:
+                end = writer.last(self.handles)
+            else:
+                end = writer.failed(writer.error, self.shutdown.begun)
+            for one in end:
+                yield one
         finally:
             self.cancel()
 
-    async def _progress(self) -> AsyncIterator[dict[str, Any]]:
-        """Chunks with the prefill's progress, until the first event is there."""
+    async def _progress(self) -> AsyncIterator[StreamEvent]:
+        """The prefill's progress, until the first event is there."""
         handle: Handle = self.handles[0]
         shown = -1
         while True:
@@ -201,7 +187,9 @@ class _Answer:
             done, total = handle.prompt_progress
             if done != shown:
                 shown = done
-                yield self.choices.progress(done, total, time.perf_counter() - self.submitted)
+                seconds = time.perf_counter() - self.submitted
+                for one in self.writer.progress(done, total, seconds):
+                    yield one
             if ready:
                 return
             await self._wait_for_event(PROGRESS_INTERVAL_S)
@@ -217,12 +205,3 @@ async def _watch(request: Request, events: Events) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
     events.put_nowait(None)
-
-
-def _data(value: dict[str, Any]) -> dict[str, str]:
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return {"data": text.translate(_LINE_ENDS)}
-
-
-_LINE_ENDS = {ord(char): f"\\u{ord(char):04x}" for char in "\x85\u2028\u2029"}
-"""Unicode line ends, escaped: JSON allows them, but some clients split the stream's lines there."""

@@ -1,27 +1,19 @@
 """The choices of one response, as chunks of a stream or as a whole, with usage and timings."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
-from osmium.engine.request import Event, Finish, RequestTimes
+from osmium.engine.request import Event, Finish, Token
 from osmium.errors import OsmiumError
-from osmium.server.openai import ResponseBuilder
+from osmium.server.openai import ResponseBuilder, error_body
+from osmium.server.response_writer import DONE, Handle, StreamEvent, stream_event
 from osmium.text.tokenizer import Tokenizer
 
-__all__ = ["Choices", "Handle", "timings"]
-
-
-class Handle(Protocol):
-    """What the server reads of a submitted request."""
-
-    times: RequestTimes
-
-    @property
-    def prompt_progress(self) -> tuple[int, int]: ...
+__all__ = ["Choices", "timings"]
 
 
 class Choices:
-    """Builds a response of `count` choices, which end independently."""
+    """The ResponseWriter of chats and completions: `count` choices, which end independently."""
 
     def __init__(
         self,
@@ -30,10 +22,17 @@ class Choices:
         *,
         chat: bool,
         count: int = 1,
+        stream_usage: bool = False,
+        timings_per_token: bool = False,
         **options: Any,
     ) -> None:
-        """`options` are those of each ResponseBuilder."""
+        """A stream ends with `stream_usage`, and each of its chunks has `timings_per_token`.
+
+        `options` are those of each ResponseBuilder."""
         self.chat = chat
+        self._stream_usage, self._timings_per_token = stream_usage, timings_per_token
+        self._tokens = 0
+        """Generated tokens so far."""
         head = None
         self.builders: list[ResponseBuilder] = []
         for index in range(count):
@@ -45,36 +44,57 @@ class Choices:
         self.finished = False
         """Whether every choice has ended, or one failed."""
 
-    def push(self, index: int, event: Event) -> list[dict[str, Any]]:
-        """The chunks of an event of a choice."""
+    def push(self, index: int, event: Event, handles: Sequence[Handle]) -> list[StreamEvent]:
+        """See ResponseWriter."""
         chunks = self.builders[index].push(event)
+        self._tokens += isinstance(event, Token)
         if isinstance(event, Finish):
             self.error = self.error or event.error
             ended = all(builder.finish is not None for builder in self.builders)
             self.finished = ended or self.error is not None
-        return chunks
+        if self._timings_per_token:
+            for chunk in chunks:
+                chunk["timings"] = timings(handles, self._tokens)
+        if self.finished and self.error is None and not self._stream_usage:
+            chunks[-1]["timings"] = timings(handles, self.usage()["completion_tokens"])
+        return [stream_event(chunk) for chunk in chunks]
 
-    def first(self) -> list[dict[str, Any]]:
-        """The chunks of a stream before the prefill: the role of each choice of a chat."""
-        return [builder.first() for builder in self.builders] if self.chat else []
+    def first(self) -> list[StreamEvent]:
+        """See ResponseWriter: the role of each choice of a chat."""
+        return [stream_event(builder.first()) for builder in self.builders] if self.chat else []
 
-    def progress(self, done: int, total: int, seconds: float) -> dict[str, Any]:
-        """A chunk of a stream with the prefill's progress, in llama-server's form."""
-        return {
+    def progress(self, done: int, total: int, seconds: float) -> list[StreamEvent]:
+        """See ResponseWriter: a chunk in llama-server's form."""
+        chunk = {
             **self.builders[0].progress(),
             "prompt_progress": {
                 "total": total, "cache": 0, "processed": done, "time_ms": round(seconds * 1000),
             },
         }  # fmt: skip
+        return [stream_event(chunk)]
 
-    def usage_chunk(self) -> dict[str, Any]:
-        """The last chunk of a stream with stream_options.include_usage."""
-        return {**self.builders[0].chunk_head(), "choices": [], "usage": self.usage()}
+    def last(self, handles: Sequence[Handle]) -> list[StreamEvent]:
+        """See ResponseWriter: the usage, if it is asked for."""
+        if not self._stream_usage:
+            return [DONE]
+        usage = self.usage()
+        chunk = {**self.builders[0].chunk_head(), "choices": [], "usage": usage}
+        chunk["timings"] = timings(handles, usage["completion_tokens"])
+        return [stream_event(chunk), DONE]
 
-    def body(self) -> dict[str, Any]:
-        """The complete response."""
-        choices = [builder.choice() for builder in self.builders]
-        return {**self.builders[0].head, "choices": choices, "usage": self.usage()}
+    def failed(self, error: OsmiumError, shutdown: bool) -> list[StreamEvent]:
+        """See ResponseWriter.  Without [DONE], a client knows that the engine failed."""
+        return [stream_event(error_body(error)), *([DONE] if shutdown else [])]
+
+    def body(self, handles: Sequence[Handle]) -> dict[str, Any]:
+        """See ResponseWriter."""
+        choices, usage = [builder.choice() for builder in self.builders], self.usage()
+        return {
+            **self.builders[0].head,
+            "choices": choices,
+            "usage": usage,
+            "timings": timings(handles, usage["completion_tokens"]),
+        }
 
     def usage(self) -> dict[str, Any]:
         """Prompt tokens, counted once, and the generated tokens of all choices."""

@@ -18,8 +18,8 @@ from osmium.server.tools import check_tools
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
-    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "decode", "one_prompt", "parse",
-    "sampling_params",
+    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "one_prompt",
+    "parse", "sampling_params",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -122,6 +122,16 @@ def parse(body: bytes | bytearray, kind: type[Parsed], max_ids: int = 0) -> Pars
     request = decode(body, kind, max_ids)
     _check(request)
     return request
+
+
+def check_request(request: BaseRequest) -> None:
+    """Check a request that another API's body was converted to, as `parse` does.
+
+    Raises: RequestError.
+    """
+    if isinstance(request, ChatRequest):
+        _check_chat(request)
+    _check(request)
 
 
 def decode(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
