@@ -575,7 +575,7 @@ def test_a_prompt_longer_than_the_context_is_counted() -> None:
 
 
 def test_fields_without_effect_are_reported() -> None:
-    harmless = {
+    harmless: dict[str, Any] = {
         "model": "claude", "metadata": {"user_id": "a"}, "betas": ["x"], "service_tier": "auto",
         "cache_control": {"type": "ephemeral"}, "mcp_servers": [], "speed": "standard",
         "context_management": {"edits": []}, "container": None, "stream": False,
