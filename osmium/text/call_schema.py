@@ -23,8 +23,8 @@ _ROOT = "#/$defs/_"
 MAX_REFERENCES = 16
 """References that refer to each other."""
 
-MAX_INTEGER = 9 * 10**18
-"""Largest integer of a parameter whose schema has no limits: models may repeat digits forever."""
+MAX_NUMBER = 9 * 10**18
+"""Largest number of a parameter whose schema has no limits: models may repeat digits forever."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -186,7 +186,7 @@ def _other(schema: Mapping[str, Any]) -> Any:
 
 
 def _bundled(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
-    """A schema with what its $ref refer to, and with limits of integers."""
+    """A schema with what its $ref refer to, and with limits of numbers."""
     found = False
 
     def changed(one: dict[str, Any]) -> dict[str, Any]:
@@ -205,11 +205,11 @@ def _bundled(schema: Any, root: dict[str, Any]) -> dict[str, Any]:
 
 
 def _limited(schema: dict[str, Any]) -> dict[str, Any]:
-    if schema.get("type") != "integer" or "enum" in schema or "const" in schema:
+    if schema.get("type") not in ("integer", "number") or "enum" in schema or "const" in schema:
         return schema
-    limits = {"minimum": -MAX_INTEGER, "maximum": MAX_INTEGER}
+    limits = {"minimum": -MAX_NUMBER, "maximum": MAX_NUMBER}
     given = [schema[key] for key in schema if "inimum" in key or "aximum" in key]
-    if any(not isinstance(n, int | float) or abs(n) >= MAX_INTEGER for n in given):
+    if any(not isinstance(n, int | float) or abs(n) >= MAX_NUMBER for n in given):
         return schema
     if "exclusiveMinimum" in schema:
         del limits["minimum"]

@@ -154,7 +154,9 @@ class GrammarCompiler:
         Raises: RequestError for one that is invalid, too large, too slow, or matches no text.
         """
         text = _source(kind, value, param)
-        return Grammar(self, self.cached((kind, text), lambda: self._of(kind, text, param), param))
+        return Grammar(
+            self, self.cached((kind, text), lambda: self._compiled(kind, text, param), param)
+        )
 
     def cached(self, key: tuple[str, ...], job: Callable[[], LLMatcher], param: str) -> LLMatcher:
         """The result of an earlier `job` with the same key, or its own within the limits.
@@ -173,7 +175,7 @@ class GrammarCompiler:
                 self._cache.popitem(last=False)
         return matcher
 
-    def _of(self, kind: GrammarKind, text: str, param: str) -> LLMatcher:
+    def _compiled(self, kind: GrammarKind, text: str, param: str) -> LLMatcher:
         """Raises: RequestError."""
         try:
             if kind == "json":
