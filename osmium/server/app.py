@@ -35,6 +35,9 @@ from osmium.server.fields import IgnoredFields
 from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.openai import error_body, error_status
+from osmium.server.responses import RESPONSE_ROUTES
+from osmium.server.responses_schema import ResponsesRequest
+from osmium.server.responses_store import ResponseStore
 from osmium.server.schema import ChatRequest, CompletionRequest
 from osmium.server.shutdown import Server, Shutdown, exit_now
 from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
@@ -85,6 +88,7 @@ def create_app(
             *STATUS_ROUTES,
             Route("/v1/chat/completions", chat_completions, methods=["POST"]),
             Route("/v1/completions", completions, methods=["POST"]),
+            *RESPONSE_ROUTES,
             *TOKEN_ROUTES,
             *UNSUPPORTED_ROUTES,
         ],
@@ -97,7 +101,8 @@ def create_app(
     )  # fmt: skip
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
-    kinds = (ChatRequest, CompletionRequest, TokenizeRequest)
+    app.state.responses = ResponseStore()
+    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, ResponsesRequest)
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
 
