@@ -193,7 +193,7 @@ class ScriptedEngine:
         return Token(token, text, -0.5, top, start, end)
 
 
-def host_of(engine: ScriptedEngine) -> BackgroundLoader:
+def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:
     """A background loader whose model loads at once."""
 
     def load(progress: Progress) -> Engine:
