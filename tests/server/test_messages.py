@@ -4,6 +4,7 @@ import json
 import threading
 from typing import Any
 
+import jsonschema
 import pytest
 
 from osmium.errors import EngineStopped, OsmiumError, RequestError
@@ -746,3 +747,46 @@ def test_the_start_of_claude_code_is_answered() -> None:
         assert client.head("/").status_code == 200
         response = client.post(f"{MESSAGES}?beta=true", json={"messages": HELLO, "max_tokens": 1})
     assert response.json()["stop_reason"] == "max_tokens"
+
+
+# -- the OpenAPI document --------------------------------------------------------------------------
+
+
+def test_requests_and_responses_are_those_of_the_openapi_document() -> None:
+    said = f"I see</think>{TWO_CALLS}"
+    body = {
+        "messages": [
+            {"role": "system", "content": [text("a")]}, *HELLO,
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "a", "signature": "b"},
+                {"type": "redacted_thinking", "data": "a"}, text("a", **CACHE), USE]},
+            *user(result("t1", content=[text("a")], is_error=True), text("b"), result("t2")),
+        ],
+        "max_tokens": 1000, "tools": [{**WEATHER, "type": "custom"}, {"type": "bash_20250124"}],
+        "system": [text(BILLING), text("a", **CACHE)], "stop_sequences": ["zz"], "temperature": 1,
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": False}, **THINKING,
+        "output_config": {"effort": "high"},
+    }  # fmt: skip
+    with client_of(engine_of(said)) as client:
+        document = client.get("/openapi.json").json()
+
+        def check(name: str, value: Any) -> None:
+            schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+            jsonschema.validate(value, schema)
+
+        check("MessagesRequest", body)
+        response = client.post(MESSAGES, json=body)
+        assert [block["type"] for block in response.json()["content"]][2:] == ["tool_use"] * 2
+        check("MessageResponse", response.json())
+        for event in events_of(client.post(MESSAGES, json={**body, "stream": True})):
+            check("MessageEvent", event)
+        check("TokenCount", client.post(COUNT, json=body).json())
+        check("AnthropicErrorBody", post(client, max_tokens=0).json())
+        wrong: list[dict[str, Any]] = [
+            {"messages": user(IMAGE)}, {"system": [IMAGE]}, {"tools": [{"name": "a"}]},
+            {"thinking": {"type": "x"}}, {"max_tokens": 0}, {"stop_sequences": [""]},
+            {"messages": []}, {"output_config": {"format": {"type": "x"}}},
+        ]  # fmt: skip
+        for fields in wrong:
+            with pytest.raises(jsonschema.ValidationError):
+                check("MessagesRequest", {**body, **fields})
