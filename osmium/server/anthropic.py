@@ -46,7 +46,7 @@ __all__ = ["ANTHROPIC_ROUTES"]
 async def messages(request: Request) -> Response:
     """The model's message in Anthropic's form, as JSON or as a stream."""
     name = request_id(request.scope)
-    response = await answer(request, partial(prepare_message, request_id=name), _IGNORED)
+    response = await answer(request, partial(prepare_message, request_id=name), _reporter(request))
     response.headers["request-id"] = name
     return response
 
@@ -54,8 +54,17 @@ async def messages(request: Request) -> Response:
 async def count_tokens(request: Request) -> Response:
     """The number of tokens of the prompt that /v1/messages would run."""
     count, ignored = await work_on_body(request, count_prompt)
-    headers = {"request-id": request_id(request.scope), **_IGNORED.headers(ignored)}
+    headers = {"request-id": request_id(request.scope), **_reporter(request).headers(ignored)}
     return JSONResponse({"input_tokens": count}, headers=headers)
+
+
+def _reporter(request: Request) -> IgnoredFields:
+    """What reports the ignored fields of this API, which has other names than OpenAI's."""
+    state = request.app.state
+    if not hasattr(state, "anthropic_ignored"):
+        state.anthropic_ignored = IgnoredFields(MessagesRequest.__struct_fields__, ALIASES)
+    found: IgnoredFields = state.anthropic_ignored
+    return found
 
 
 def prepare_message(engine: Engine, name: str, raw: bytearray, *, request_id: str) -> Prepared:
@@ -169,7 +178,7 @@ def _thinking(value: dict[str, Any] | None) -> tuple[dict[str, Any], bool]:
         raise invalid("thinking.type", kind, "'enabled', 'adaptive' or 'disabled'")
     if display not in (None, "summarized", "omitted"):
         raise invalid("thinking.display", display, "'summarized' or 'omitted'")
-    budget = value.get("budget_tokens") if kind == "enabled" else None
+    budget = value.get("budget_tokens") if kind != "disabled" else None
     thinking = {"type": kind} if budget is None else {"type": kind, "budget_tokens": budget}
     return thinking, display == "omitted"
 
@@ -203,8 +212,6 @@ def _output(body: MessagesFields) -> tuple[str | None, str, dict[str, Any] | Non
     inner = {"name": "output", "schema": value["schema"], "strict": True}
     return effort, path, {"type": "json_schema", "json_schema": inner}
 
-
-_IGNORED = IgnoredFields(MessagesRequest.__struct_fields__, ALIASES)
 
 ANTHROPIC_ROUTES = [
     ApiRoute(

@@ -36,13 +36,16 @@ def chat_messages(
     for i, message in enumerate(messages):
         role, content, path = message.get("role"), message.get("content"), f"messages[{i}]"
         if role == "system":
-            found.append({"role": "system", "content": _system_text(content, f"{path}.content")})
+            text = _system_text(content, f"{path}.content")
+            found += [{"role": "system", "content": text}] if text else []
         elif role == "user":
             found += _user_messages(content, f"{path}.content", names)
         elif role == "assistant":
             found.append(_assistant_message(content, f"{path}.content", names))
         else:
             raise invalid(f"{path}.role", role, "'user', 'assistant' or 'system'")
+    if not found:
+        raise invalid("messages", messages, "a list with at least one message that has a text")
     if found[-1].get("tool_calls"):
         raise RequestError(
             f"messages[{len(messages) - 1}] is the last message and has tool_use blocks; a call "
