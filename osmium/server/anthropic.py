@@ -128,7 +128,7 @@ class Converted:
         name = re.sub(r"^reasoning_effort$", "output_config.effort", name)
         name = re.sub(r"^continue_final_message$", "messages", name)
         name = re.sub(r"^tool_choice\.function", "tool_choice", name)
-        name = re.sub(r"^tools\[(\d+)\]\.function", self._tool_path, name)
+        name = re.sub(r"^tools\[(\d+)\](\.function)?", self._tool_path, name)
         name = re.sub(r"^(tools\[\d+\])\.parameters", r"\1.input_schema", name)
         if name != param:
             error.args = (str(error).replace(param, name, 1),)

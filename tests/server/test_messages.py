@@ -8,7 +8,9 @@ import jsonschema
 import pytest
 
 from osmium.errors import EngineStopped, OsmiumError, RequestError
+from osmium.server.anthropic import convert
 from osmium.server.anthropic_prompt import chat_messages
+from osmium.server.anthropic_schema import MessagesRequest
 from osmium.server.anthropic_signature import signature, signed_thinking
 from osmium.server.anthropic_tools import chat_tools
 from osmium.server.anthropic_writer import MessageWriter, _arguments
@@ -560,6 +562,34 @@ def test_an_error_of_a_tool_names_its_place_beside_dropped_tools() -> None:
     with pytest.raises(RequestError) as caught:
         chat_tools([dropped, WEATHER, dropped, WEATHER], None)
     assert caught.value.param == "tools[3].name"
+
+
+@pytest.mark.parametrize(
+    ("param", "wanted"),
+    [
+        ("tools[1].function.parameters.a", "tools[3].input_schema.a"),
+        ("tools[1]", "tools[3]"),
+        ("tools[1].function.name", "tools[3].name"),
+        ("tools", "tools"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice", "tool_choice"),
+        ("stop", "stop_sequences"),
+        ("stop[2]", "stop_sequences[2]"),
+        ("reasoning_effort", "output_config.effort"),
+        ("response_format.json_schema.schema", "output_config.format.schema"),
+        ("thinking.budget_tokens", "thinking.budget_tokens"),
+        ("messages", "messages"),
+        (None, None),
+    ],
+)
+def test_errors_of_the_chat_have_the_bodys_names(param: str | None, wanted: str | None) -> None:
+    dropped: dict[str, Any] = {"type": "bash_20250124", "name": "bash"}
+    tools = [dropped, WEATHER, dropped, {**WEATHER, "name": "b"}]
+    converted = convert(
+        bytearray(b"{}"), MessagesRequest(messages=HELLO, max_tokens=1, tools=tools)
+    )
+    error = converted.in_clients_names(RequestError(f"{param} is 5.", param=param))
+    assert (error.param, str(error)) == (wanted, f"{wanted} is 5.")
 
 
 def test_count_tokens_checks_the_same_fields() -> None:
