@@ -38,7 +38,7 @@ from osmium.server.fields import IgnoredFields
 from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
 from osmium.server.route import ApiRoute, Operation
-from osmium.server.schema import ChatRequest, check_request, decode
+from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
 
 __all__ = ["ANTHROPIC_ROUTES"]
 
@@ -96,6 +96,7 @@ def count_prompt(engine: Engine, name: str, raw: bytearray) -> tuple[int, tuple[
     converted = convert(raw, decode(raw, CountTokensRequest))
     try:
         check_request(converted.chat)
+        sampling_params(converted.chat, engine.defaults)
         text = render_chat(engine, converted.chat).text
     except RequestError as error:
         raise converted.in_clients_names(error) from None

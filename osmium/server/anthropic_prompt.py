@@ -117,7 +117,10 @@ def _assistant_message(content: object, path: str, names: dict[str, str]) -> Mes
                 thinking = block.get("thinking")
                 if not isinstance(thinking, str):
                     raise invalid(f"{where}.thinking", thinking, "a text")
-                reasoning.append(thinking or signed_thinking(block.get("signature")))
+                signature = block.get("signature")
+                if not isinstance(signature, str | None):
+                    raise invalid(f"{where}.signature", signature, "a text")
+                reasoning.append(thinking or signed_thinking(signature))
             case "redacted_thinking":
                 pass  # encrypted by another server
             case "tool_use":

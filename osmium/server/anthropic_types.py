@@ -61,7 +61,9 @@ _RESULT = _block(
     is_error=_SWITCH,
 )
 _USE = _block("tool_use", ("id", "name", "input"), id=_NAME, name=_NAME, input={"type": "object"})
-_THINKING = _block("thinking", ("thinking",), thinking=_TEXT, signature=_TEXT)
+_THINKING = _block(
+    "thinking", ("thinking",), thinking=_TEXT, signature={"type": ["string", "null"]}
+)
 _REDACTED = _block("redacted_thinking")
 
 

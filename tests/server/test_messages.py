@@ -280,7 +280,7 @@ def test_omitted_thinking_returns_with_the_signature(stream: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 5, "", "abc", "osmium:é", "osmium:x", "osmium:/w==", "osmium:"]
+    "value", [None, "", "abc", "osmium:é", "osmium:x", "osmium:/w==", "osmium:"]
 )
 def test_a_foreign_signature_has_no_text(value: Any) -> None:
     assert signed_thinking(value) == ""
@@ -490,6 +490,8 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
         ({"messages": assistant(result("t"))}, "messages[1].content[0]"),
         ({"messages": assistant(IMAGE)}, "messages[1].content[0]"),
         ({"messages": assistant({"type": "thinking"})}, "messages[1].content[0].thinking"),
+        ({"messages": assistant({"type": "thinking", "thinking": "", "signature": 5})},
+         "messages[1].content[0].signature"),
         ({"messages": assistant({**USE, "id": 5})}, "messages[1].content[0].id"),
         ({"messages": assistant({**USE, "name": ""})}, "messages[1].content[0].name"),
         ({"messages": assistant({**USE, "input": "{}"})}, "messages[1].content[0].input"),
@@ -596,8 +598,12 @@ def test_count_tokens_checks_the_same_fields() -> None:
     with client_of() as client:
         message = error_of(post(client, COUNT, messages=user(IMAGE)), 400, "invalid_request_error")
         assert "messages[0].content[0]" in message
-        response = post(client, COUNT, max_tokens="-", thinking={"type": "x"})
-        error_of(response, 400, "invalid_request_error")
+        for fields in (
+            {"thinking": {"type": "x"}}, {"stop_sequences": [""]}, {"temperature": -1},
+            {"max_tokens": 0}, {"output_config": {"effort": "banana"}},
+        ):  # fmt: skip
+            response = post(client, COUNT, **fields)
+            error_of(response, 400, "invalid_request_error")
 
 
 def test_a_prompt_longer_than_the_context_is_counted() -> None:
