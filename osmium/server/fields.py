@@ -199,8 +199,11 @@ def _refuse_unless(name: str, value: Any, harmless: tuple[Any, ...], fix: str) -
 class IgnoredFields:
     """Reports ignored fields: in a header, and each name once in the log."""
 
-    def __init__(self, known: Iterable[str]) -> None:
-        self._known = sorted({*known, *REFUSED, *HINTS, *CHAT_ONLY, *OPTIONS})
+    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        """`aliases` are other APIs' names of the known fields; None for those of OpenAI's API."""
+        shared = {*REFUSED, *HINTS, *CHAT_ONLY, *OPTIONS} if aliases is None else ()
+        self._known = sorted({*known, *shared})
+        self._aliases = ALIASES if aliases is None else aliases
         self._logged: set[str] = set()
 
     def headers(self, names: tuple[str, ...]) -> dict[str, str]:
@@ -227,7 +230,7 @@ class IgnoredFields:
         name = name[:MAX_NAME_CHARS]
         if name in self._known:
             return None
-        alias = ALIASES.get(name)
+        alias = self._aliases.get(name)
         if alias:
             return alias
         plain = name.strip().lower().replace("-", "_")
