@@ -33,7 +33,15 @@ from osmium.server.responses_schema import (
 )
 from osmium.server.responses_store import KeptResponse, ResponseStore
 from osmium.server.responses_tools import OfferedTools, offer_tools
+from osmium.server.responses_types import (
+    DeletedResponse,
+    InputItemList,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
 from osmium.server.responses_writer import ResponsesWriter
+from osmium.server.route import ApiRoute, Operation
 from osmium.server.schema import ChatRequest, check_request, decode
 from osmium.server.thinking import shows_reasoning
 from osmium.text.response_parser import ResponseParser
@@ -188,7 +196,7 @@ def _kept(request: Request) -> KeptResponse:
 
 
 async def create_response(request: Request) -> Response:
-    """POST /v1/responses"""
+    """The model's response to a text or to items, as JSON or as a stream."""
     try:
         return await answer(request, partial(prepare_response, _store(request)))
     except RequestError as error:
@@ -198,15 +206,13 @@ async def create_response(request: Request) -> Response:
 
 
 async def input_tokens(request: Request) -> Response:
-    """POST /v1/responses/input_tokens: the tokens of a prompt, without a response."""
+    """The number of tokens of a response's prompt, without the response."""
     body, ignored = await work_on_body(request, partial(count_input_tokens, _store(request)))
     return JSONResponse(body, headers=request.app.state.ignored.headers(ignored))
 
 
-async def kept_response(request: Request) -> Response:
-    """GET and DELETE /v1/responses/{id}: a response that is kept."""
-    if request.method == "DELETE":
-        return await delete_response(request)
+async def retrieve_response(request: Request) -> Response:
+    """A response that is kept."""
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise RequestError(
             "stream is true, but a response that is kept has ended. Omit it.",
@@ -217,14 +223,14 @@ async def kept_response(request: Request) -> Response:
 
 
 async def delete_response(request: Request) -> Response:
-    """DELETE /v1/responses/{id}: it is kept no longer."""
+    """Delete a response that is kept."""
     response_id = request.path_params["id"]
     _store(request).delete(response_id)
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
 async def cancel_response(request: Request) -> Response:
-    """POST /v1/responses/{id}/cancel: refused, as the responses that are kept have ended."""
+    """Always refused, as the responses that are kept have ended."""
     status = _kept(request).body["status"]
     raise RequestError(
         f"The response {shown(request.path_params['id'])} has ended with status {status}. A "
@@ -235,7 +241,7 @@ async def cancel_response(request: Request) -> Response:
 
 
 async def list_input_items(request: Request) -> Response:
-    """GET /v1/responses/{id}/input_items: the items of a response's prompt, in pages."""
+    """The items of a response's prompt, in pages."""
     items = list(_kept(request).inputs)
     query = request.query_params
     order, limit = query.get("order", "desc"), query.get("limit", "20")
@@ -264,7 +270,7 @@ async def list_input_items(request: Request) -> Response:
 
 
 async def compact(request: Request) -> Response:
-    """POST /v1/responses/compact: always refused."""
+    """Always refused: conversations are not compacted."""
     raise RequestError(
         "POST /v1/responses/compact is not supported. Have the model summarise the conversation "
         "with POST /v1/responses, and go on with the summary.",
@@ -280,10 +286,22 @@ def _invalid(name: str, value: str, rule: str) -> RequestError:
 
 
 RESPONSE_ROUTES = [
-    Route("/v1/responses", create_response, methods=["POST"]),
-    Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
-    Route("/v1/responses/compact", compact, methods=["POST"]),
-    Route("/v1/responses/{id}", kept_response, methods=["GET", "DELETE"]),
-    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
-    Route("/v1/responses/{id}/input_items", list_input_items, methods=["GET"]),
-]
+    ApiRoute(
+        "/v1/responses",
+        create_response,
+        Operation(ResponsesRequest, ResponseObject, events=ResponseEvent, statuses=(404,)),
+    ),
+    ApiRoute(
+        "/v1/responses/input_tokens",
+        input_tokens,
+        Operation(ResponsesRequest, InputTokens, statuses=(404,)),
+    ),
+    ApiRoute("/v1/responses/{id}", retrieve_response, Operation(response=ResponseObject)),
+    ApiRoute("/v1/responses/{id}", delete_response, Operation(response=DeletedResponse),
+             method="DELETE"),
+    ApiRoute("/v1/responses/{id}/input_items", list_input_items,
+             Operation(response=InputItemList)),
+    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"],
+          include_in_schema=False),
+    Route("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
+]  # fmt: skip

@@ -129,7 +129,8 @@ class InputItems:
                 f"{path}.call_id is {shown(call_id)}, but no call before it has this id. Send the "
                 "call's item too, or name its response in previous_response_id.",
                 param=f"{path}.call_id",
-                code="invalid_value",
+                code="call_not_found",
+                status=404,
             )
         output = item.get("output")
         if isinstance(output, list):
