@@ -42,7 +42,7 @@ from osmium.server.responses_types import (
 )
 from osmium.server.responses_writer import ResponsesWriter
 from osmium.server.route import ApiRoute, Operation
-from osmium.server.schema import ChatRequest, check_request, decode
+from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
 from osmium.server.thinking import shows_reasoning
 from osmium.text.response_parser import ResponseParser
 
@@ -76,13 +76,11 @@ def convert(store: ResponseStore, raw: bytearray) -> Converted:
     if body.previous_response_id is not None:
         previous = store.previous(body.previous_response_id)
         context, context_bytes = previous.items, previous.context_bytes
-    elif not body.input and body.input != "":
+    elif body.input == []:
         raise RequestError(
-            f"input is {shown(body.input)}; send a text or a list of items.",
-            param="input",
-            code="missing_required_parameter" if body.input is None else "invalid_value",
+            "input is []; send a text or a list of items.", param="input", code="invalid_value"
         )
-    given = InputItems(body.input if body.input is not None else (), context, store.item)
+    given = InputItems(body.input, context, store.item)
     inputs, context_bytes = (*context, *given.items), context_bytes + _size(given.items)
     try:
         chat = chat_request(body, messages_of(inputs, body.instructions, tools), tools)
@@ -128,6 +126,7 @@ def count_input_tokens(
     """The body of POST /v1/responses/input_tokens, and ignored fields.  Raises: RequestError."""
     made = convert(store, raw)
     try:
+        sampling_params(made.chat, engine.defaults)  # checks them
         prompt = render_chat(engine, made.chat)
     except RequestError as error:
         raise renamed(error, made.tools) from None

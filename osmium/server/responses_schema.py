@@ -74,7 +74,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     """POST /v1/responses"""
 
     model: str | None = None
-    input: str | Items | None = None
+    input: str | Items
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None

@@ -47,7 +47,9 @@ _ITEMS = [
     _object(("type", "id"), type={"const": "item_reference"}, id=_NAME),
 ]  # fmt: skip
 InputItem = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema={"anyOf": _ITEMS})]
-Items = Annotated[list[InputItem], msgspec.Meta(extra_json_schema={"maxItems": MAX_MESSAGES})]
+Items = Annotated[
+    list[InputItem], msgspec.Meta(extra_json_schema={"minItems": 1, "maxItems": MAX_MESSAGES})
+]
 
 _FUNCTION = _object(
     ("type", "name"), type={"const": "function"}, name=_NAME, description=_nullable(**_TEXT),
