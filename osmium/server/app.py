@@ -105,7 +105,8 @@ def create_app(
     app.state.responses = ResponseStore()
     app.state.has_keys = bool(keys)
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]
-    kinds = [route.operation.body for route in routes if route.operation.body is not None]
+    operations = [route.operation for route in routes if route.operation.error is None]
+    kinds = [one.body for one in operations if one.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
 
