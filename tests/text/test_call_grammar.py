@@ -64,7 +64,7 @@ def compiled(
     several: bool = False,
 ) -> Grammar:  # fmt: skip
     entries = [CallableEntry(one, f"tools[{i}]") for i, one in enumerate(tools)]
-    return compile_calls(compiler, engine.tokenizer, form, entries, "tool_choice", several=several)
+    return compile_calls(compiler, form, entries, "tool_choice", several=several)
 
 
 def sampled(
