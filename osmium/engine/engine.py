@@ -71,8 +71,8 @@ class Engine:
         self.name, self.context, self.device, self.plan = name, context, device, plan
         self.host_memory = host_memory
         """The kind of host memory that holds the experts."""
-        self.max_step_tokens = runner.rows
-        """Most tokens of a step."""
+        self.max_step_tokens, self.max_num_seqs = runner.rows, kv_cache.num_slots
+        """Most tokens of a step, and most sequences at once."""
         self.tokenizer, self.template = tokenizer, template
         self.defaults = defaults or {}
         """Sampling parameters recommended by the model's authors (generation_config.json)."""

@@ -18,11 +18,19 @@ from osmium.engine.request import Event, Finish
 from osmium.errors import RequestError
 from osmium.server.fields import IgnoredFields
 from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
+from osmium.server.response_types import (
+    ChatChunk,
+    ChatResponse,
+    CompletionChunk,
+    CompletionResponse,
+)
 from osmium.server.response_writer import Handle, ResponseWriter, StreamEvent
+from osmium.server.route import ApiRoute, Operation
+from osmium.server.schema import ChatRequest, CompletionRequest
 from osmium.server.shutdown import Events, Shutdown
 from osmium.server.status import served_name
 
-__all__ = ["answer", "chat_completions", "completions", "work_on_body"]
+__all__ = ["ANSWER_ROUTES", "answer", "work_on_body"]
 
 T = TypeVar("T")
 
@@ -34,18 +42,32 @@ PROGRESS_INTERVAL_S = 0.25
 
 
 async def chat_completions(request: Request) -> Response:
-    """POST /v1/chat/completions"""
+    """The model's response to a conversation, as JSON or as a stream."""
     return await answer(request, prepare_chat)
 
 
 async def completions(request: Request) -> Response:
-    """POST /v1/completions"""
+    """The model's continuation of a prompt, as JSON or as a stream."""
     try:
         return await answer(request, prepare_completion)
     except RequestError as error:
         if error.param == "messages":  # the engine's name for a prompt
             error.param = "prompt"
         raise
+
+
+ANSWER_ROUTES = [
+    ApiRoute(
+        "/v1/chat/completions",
+        chat_completions,
+        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+    ),
+    ApiRoute(
+        "/v1/completions",
+        completions,
+        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+    ),
+]
 
 
 async def work_on_body(request: Request, work: Callable[[Engine, str, bytearray], T]) -> T:

@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.errors import ConfigError, OsmiumError, RequestError
 from osmium.server.access import (
@@ -28,7 +27,7 @@ from osmium.server.access import (
     parse_keys,
     parse_origins,
 )
-from osmium.server.answer import chat_completions, completions
+from osmium.server.answer import ANSWER_ROUTES
 from osmium.server.anthropic import ANTHROPIC_ROUTES
 from osmium.server.anthropic_errors import error_form
 from osmium.server.body import BodyReader, ErrorResponse
@@ -38,12 +37,11 @@ from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.openai import error_status
 from osmium.server.responses import RESPONSE_ROUTES
-from osmium.server.responses_schema import ResponsesRequest
 from osmium.server.responses_store import ResponseStore
-from osmium.server.schema import ChatRequest, CompletionRequest
+from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
 from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
-from osmium.server.tokens import TOKEN_ROUTES, TokenizeRequest
+from osmium.server.tokens import TOKEN_ROUTES
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
 
@@ -79,17 +77,17 @@ def create_app(
         bodies.close()
         await shutdown.close(loader.close)
 
+    keys = parse_keys(_listed(api_key))
     access = Middleware(
         AccessMiddleware,
         allowed_hosts=parse_hosts(_listed(allowed_host)),
         cors_origins=parse_origins(_listed(cors_origin)),
-        api_keys=parse_keys(_listed(api_key)),
+        api_keys=keys,
     )
     app = Starlette(
         routes=[
             *STATUS_ROUTES,
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            *ANSWER_ROUTES,
             *RESPONSE_ROUTES,
             *ANTHROPIC_ROUTES,
             *TOKEN_ROUTES,
@@ -105,7 +103,9 @@ def create_app(
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
     app.state.responses = ResponseStore()
-    kinds = (ChatRequest, CompletionRequest, TokenizeRequest, ResponsesRequest)
+    app.state.has_keys = bool(keys)
+    routes = [route for route in app.routes if isinstance(route, ApiRoute)]
+    kinds = [route.operation.body for route in routes if route.operation.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
 

@@ -16,6 +16,17 @@ from osmium.server.limits import shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.metrics import CONTENT_TYPE, exposition
 from osmium.server.openai import model_body
+from osmium.server.openapi import OPENAPI_ROUTE
+from osmium.server.response_types import (
+    Health,
+    Loading,
+    ModelEntry,
+    ModelList,
+    Props,
+    Root,
+    Version,
+)
+from osmium.server.route import ApiRoute, Operation
 
 __all__ = ["STATUS_ROUTES", "UNSUPPORTED_ROUTES", "served_name", "unknown_route"]
 
@@ -49,6 +60,27 @@ async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     loader: BackgroundLoader = request.app.state.loader
     return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
+
+
+async def props(request: Request) -> Response:
+    """The served model's context, sequences, sampling parameters and chat template.
+
+    The names are those of llama-server's /props.
+    """
+    loader: BackgroundLoader = request.app.state.loader
+    engine = loader.ready()
+    settings = {"n_ctx": engine.context, "params": engine.defaults}
+    return JSONResponse(
+        {
+            "model_alias": served_name(request, engine),
+            "n_ctx": engine.context,
+            "total_slots": engine.max_num_seqs,
+            "default_generation_settings": settings,
+            "chat_template": getattr(engine.template, "source", None),
+            "modalities": {"vision": False, "audio": False},
+            "build_info": f"osmium {osmium.__version__}",
+        }
+    )
 
 
 def served_name(request: Request, engine: Engine) -> str:
@@ -92,13 +124,15 @@ async def unsupported(request: Request) -> Response:
 
 
 STATUS_ROUTES = [
-    Route("/", root, methods=["GET"]),
-    Route("/health", health, methods=["GET"]),
-    Route("/version", version, methods=["GET"]),
-    Route("/metrics", metrics, methods=["GET"]),
-    Route("/v1/models", models, methods=["GET"]),
-    Route("/v1/models/", models, methods=["GET"]),
-    Route("/v1/models/{id:path}", model, methods=["GET"]),
+    ApiRoute("/", root, Operation(response=Root)),
+    ApiRoute("/health", health, Operation(response=Health, unready=Loading, is_public=True)),
+    ApiRoute("/version", version, Operation(response=Version)),
+    ApiRoute("/metrics", metrics, Operation(text=CONTENT_TYPE)),
+    ApiRoute("/props", props, Operation(response=Props)),
+    ApiRoute("/v1/models", models, Operation(response=ModelList)),
+    ApiRoute("/v1/models/", models, include_in_schema=False),
+    ApiRoute("/v1/models/{id:path}", model, Operation(response=ModelEntry)),
+    OPENAPI_ROUTE,
 ]
 
 _UNSUPPORTED = (
@@ -107,9 +141,10 @@ _UNSUPPORTED = (
     "/v1/assistants", "/v1/threads", "/v1/fine_tuning/{rest:path}", "/embeddings", "/embedding",
 )  # fmt: skip
 
+_ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
 UNSUPPORTED_ROUTES = [
-    Route(path, unsupported, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-    for path in _UNSUPPORTED
+    Route(path, unsupported, methods=_ANY_METHOD, include_in_schema=False) for path in _UNSUPPORTED
 ]
 
 

@@ -104,7 +104,7 @@ class ScriptedEngine:
         self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
-        self.name = "scripted"
+        self.name, self.max_num_seqs = "scripted", 4
         self.stopped: EngineStopped | None = None
         self.failure: EngineStopped | None = None
         self.when_stopped: Callable[[], None] | None = None
@@ -193,7 +193,7 @@ class ScriptedEngine:
         return Token(token, text, -0.5, top, start, end)
 
 
-def host_of(engine: ScriptedEngine) -> BackgroundLoader:
+def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:
     """A background loader whose model loads at once."""
 
     def load(progress: Progress) -> Engine:
