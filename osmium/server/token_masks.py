@@ -38,9 +38,7 @@ def token_masks(
     return lambda: ThinkingBudget(limit, tokenizer, thinking, make() if make else None)
 
 
-def _text_mask(
-    engine: Engine, request: BaseRequest, left: int, thinking: bool
-) -> MakeMask | None:
+def _text_mask(engine: Engine, request: BaseRequest, left: int, thinking: bool) -> MakeMask | None:
     """The mask of the text and its calls."""
     if isinstance(request, ChatRequest):
         choice = tool_choice(request.tool_choice, request.tools)

@@ -71,4 +71,3 @@ def compile_calls(
 def _lark(source: str) -> str:
     grammar: str = LLMatcher.grammar_from_lark(source)
     return grammar
-
