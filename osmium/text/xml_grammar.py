@@ -63,9 +63,9 @@ def _check_name(tool: CallableTool) -> None:
     text = f"{FUNCTION}{tool.name}>\n"
     if function_header(text, 0, True) != (tool.name, len(text) - 1):
         raise RequestError(
-            f"{tool.path}.function.name is {tool.name[:80]!r}, which cannot be written in the "
+            f"{tool.path}.name is {tool.name[:80]!r}, which cannot be written in the "
             "model's format of calls. Use letters, digits, underscores and dashes.",
-            param=f"{tool.path}.function.name",
+            param=f"{tool.path}.name",
             code="invalid_value",
         )
 

@@ -233,3 +233,68 @@ def test_without_a_known_format_only_a_required_call_is_refused(client: TestClie
     finally:
         engine.template = template
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+
+
+# -- strict tools, budgets -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_strict_tools_are_enforced_with_tool_choice_auto(client: TestClient, seed: int) -> None:
+    """A bias makes the model begin a call, which the grammar then restricts."""
+    engine = client.app.state.loader.engine  # type: ignore[attr-defined]
+    call = str(engine.tokenizer.id_of("<tool_call>"))
+    answer = ask(
+        client, tools=[tool("weather", WEATHER, strict=True), tool("stock", STOCK, strict=True)],
+        logit_bias={call: 100}, max_tokens=40, temperature=1, seed=seed,
+    )  # fmt: skip
+    assert len(calls_of(answer)) >= 1
+
+
+def test_strict_tools_leave_other_text_free(client: TestClient) -> None:
+    engine = client.app.state.loader.engine  # type: ignore[attr-defined]
+    call = str(engine.tokenizer.id_of("<tool_call>"))
+    answer = ask(
+        client, tools=[tool("weather", WEATHER, strict=True)], max_tokens=12,
+        logit_bias={call: -100}, response_format={"type": "text"},
+    )  # fmt: skip
+    assert answer.json()["choices"][0]["message"]["content"]
+
+
+def test_a_strict_tool_is_enforced_beside_a_response_format(client: TestClient) -> None:
+    engine = client.app.state.loader.engine  # type: ignore[attr-defined]
+    call = str(engine.tokenizer.id_of("<tool_call>"))
+    fields = {
+        "tools": [tool("weather", WEATHER, strict=True)], "max_tokens": 40,
+        "response_format": {"type": "json_object"},
+    }  # fmt: skip
+    assert calls_of(ask(client, logit_bias={call: 100}, **fields))
+    content = ask(client, logit_bias={call: -100}, **fields).json()["choices"][0]["message"]
+    assert isinstance(json.loads(content["content"]), dict)
+
+
+BUDGETS: list[dict[str, Any]] = [
+    {"thinking_token_budget": 5}, {"reasoning_budget_tokens": 5}, {"thinking_budget": 5},
+    {"thinking": {"type": "enabled", "budget_tokens": 5}}, {"reasoning": {"max_tokens": 5}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fields", BUDGETS)
+def test_a_budget_ends_the_thinking_and_the_answer_goes_on(
+    client: TestClient, fields: dict[str, Any]
+) -> None:
+    body = {"tools": None, "enable_thinking": True, "max_tokens": 60}
+    free, limited = (ask(client, **body, **more).json() for more in ({}, fields))
+    text = limited["choices"][0]["message"]["reasoning"]
+    count = client.post("/tokenize", json={"prompt": text}).json()["count"]
+    assert 1 <= count <= 5
+    assert free["choices"][0]["message"]["reasoning"].startswith(text)
+    assert limited["choices"][0]["message"]["content"]
+
+
+def test_a_budget_above_max_tokens_changes_nothing(client: TestClient) -> None:
+    body = {"tools": None, "enable_thinking": True, "max_tokens": 10}
+    free, limited = (
+        ask(client, **body, **more).json()["choices"][0]
+        for more in ({}, {"thinking_budget": 10_000})
+    )
+    assert free == limited
