@@ -10,7 +10,13 @@ import msgspec
 
 from osmium.engine.request import INTEGER_LIMITS, LOGIT_BIAS_LIMITS, NUMBER_LIMITS
 from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
-from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
+from osmium.server.thinking import (
+    EFFORTS,
+    MIN_BUDGET,
+    REASONING_KEYS,
+    THINKING_KEYS,
+    THINKING_TYPES,
+)
 
 __all__ = [
     "MAX_CHOICES", "ROLES", "TOKEN_ID",
@@ -113,10 +119,10 @@ Tools = Annotated[list[Tool], _states(maxItems=MAX_TOOLS)]
 
 # -- reasoning and structure -----------------------------------------------------------------------
 
-_BUDGET = {"enum": [*BUDGETS, None]}
+_BUDGET = _nullable(type="integer", minimum=MIN_BUDGET)
 _SWITCH = _nullable(type="boolean")
 Effort = Annotated[str, _states(enum=list(EFFORTS))]
-Budget = Annotated[int, _states(enum=list(BUDGETS))]
+Budget = Annotated[int, _states(minimum=MIN_BUDGET)]
 Thinking = Annotated[
     dict[str, Any],
     _states(

@@ -22,8 +22,8 @@ from osmium.server.schema import (
     parse,
     sampling_params,
 )
-from osmium.server.structured import constraint, mask_factory
 from osmium.server.thinking import shows_reasoning
+from osmium.server.token_masks import token_masks
 from osmium.text.reasoning import END_OF_REASONING
 
 __all__ = [
@@ -121,8 +121,7 @@ def _prepared(
     """With a seed, each choice has the seed after the one before."""
     count, seed = body.n or 1, params.seed
     each = [params if seed is None else replace(params, seed=seed + i) for i in range(count)]
-    tools = isinstance(body, ChatRequest) and bool(body.tools) and body.tool_choice != "none"
-    mask = mask_factory(engine, constraint(body), params, len(ids), bool(params.stop_after), tools)
+    mask = token_masks(engine, body, params, len(ids), bool(params.stop_after))
     return Prepared(
         bool(body.stream), ids, each, writer, mask, ignored,
         shows_progress=bool(body.return_progress),

@@ -41,7 +41,7 @@ from osmium.server.field_types import (
 from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
-from osmium.server.tools import check_tools
+from osmium.server.tools import check_tools, tool_choice
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
@@ -215,9 +215,7 @@ def _check_chat(request: ChatRequest) -> None:
     messages = request.messages
     check_count("messages", len(messages or ()), MAX_MESSAGES)
     check_tools(request.tools)
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
+    tool_choice(request.tool_choice, request.tools)
     if messages is None:  # a TokenizeRequest with a prompt
         return
     for i, message in enumerate(messages):
