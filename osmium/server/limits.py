@@ -9,8 +9,8 @@ __all__ = ["DEFAULT_LIMITS", "Limits", "check_count", "check_stop", "shown"]
 MAX_MESSAGES = 8192
 MAX_TOOLS = 1024
 MAX_STOP_TEXTS = 64
-MAX_STOP_BYTES = 1024
-"""UTF-8 bytes of one stop text; each token is compared with every stop text."""
+MAX_STOP_CHARS = 1024
+"""Characters of one stop text; each token is compared with every stop text."""
 
 SHOWN_CHARS = 200
 """Characters of a client's value in an error."""
@@ -65,11 +65,11 @@ def check_stop(stop: str | list[str] | None) -> None:
     texts = [stop] if isinstance(stop, str) else stop or []
     check_count("stop", len(texts), MAX_STOP_TEXTS)
     for i, text in enumerate(texts):
-        size = len(text.encode(errors="replace"))
-        if size > MAX_STOP_BYTES:
+        if len(text) > MAX_STOP_CHARS:
             name = "stop" if isinstance(stop, str) else f"stop[{i}]"
             raise RequestError(
-                f"{name} has {size} bytes; a stop text has at most {MAX_STOP_BYTES}. Shorten it.",
+                f"{name} has {len(text)} characters; a stop text has at most {MAX_STOP_CHARS}. "
+                "Shorten it.",
                 param=name,
                 code="stop_too_long",
             )
