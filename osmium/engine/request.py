@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from osmium.engine.prompt_logprobs import PromptLogprobs
 from osmium.errors import OsmiumError, OutOfMemory, RequestError
 from osmium.hf import shown
 
@@ -85,13 +86,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the response and are not part of it."""
     max_tokens: int | None = None
-    """Most tokens of the response; None continues to the end of the context."""
+    """Most tokens of the response; None continues to the end of the context, 0 computes the prompt
+    alone."""
     min_tokens: int = 0
     """Tokens before which nothing but `max_tokens` and the context ends the response."""
     ignore_eos: bool = False
     """Continue past the model's end-of-sequence tokens."""
     logprobs: int | None = None
     """Alternatives returned with each token; None returns no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, in Request.prompt_logprobs."""
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
@@ -107,8 +111,8 @@ class SamplingParams:
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
         for name, least, most in (
-            ("top_k", -1, MAX_INT), ("max_tokens", 1, MAX_INT), ("min_tokens", 0, MAX_INT),
-            ("logprobs", 0, 20),
+            ("top_k", -1, MAX_INT), ("max_tokens", 0, MAX_INT), ("min_tokens", 0, MAX_INT),
+            ("logprobs", 0, 20), ("prompt_logprobs", 0, 20),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is None and name not in ("top_k", "min_tokens"):
@@ -193,6 +197,8 @@ class Finish:
     completion_tokens: int = 0
     """Generated tokens, an end-of-sequence token included."""
     error: OsmiumError | None = None
+    end: Token | None = None
+    """The token that ended the response, without text, if it has a log-probability."""
 
 
 Event = Token | Finish
@@ -209,6 +215,8 @@ class RequestTimes:
     """Its first generated token."""
     last_token: float = 0.0
     """Its newest generated token."""
+    ended: float = 0.0
+    """Its end."""
 
 
 class Request:
@@ -242,6 +250,9 @@ class Request:
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
+        count = params.prompt_logprobs
+        self.prompt_logprobs = None if count is None else PromptLogprobs(prompt, count)
+        """Those of the prompt's tokens, if they are asked for."""
         self.num_computed_tokens = 0
         """Tokens whose keys, values and recurrent states are in the model's state."""
         self.state_slot = -1
@@ -267,6 +278,11 @@ class Request:
         if self.params.max_tokens is None:
             return context_left
         return min(context_left, self.params.max_tokens - self.completion_tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token may follow and the prompt is computed, but for the last one's logits."""
+        return self.num_pending_tokens <= 1 and self.tokens_left <= 0
 
     @property
     def needs_controls(self) -> bool:
