@@ -26,7 +26,7 @@ from osmium.engine.request import (
     TokenMask,
     check_ids,
     check_params,
-    context_error,
+    check_prompt,
     delivery_error,
     step_error,
 )
@@ -115,9 +115,7 @@ class Engine:
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(token) for token in prompt]
-        check_ids(ids, self.config.vocab_size)
-        if len(ids) + (params.max_tokens != 0) > self.context:
-            raise context_error(self.context, f"{len(ids)} tokens")
+        check_prompt(ids, params, self.config.vocab_size, self.context)
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
@@ -490,6 +488,6 @@ class Engine:
             reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
-            request.emit(Finish(reason, text, *counts, error, end))
+            request.emit(Finish(reason, text, *counts, error, end=end))
         except Exception as problem:  # of `on_event`; only the log can report it
             delivery_error(problem)

@@ -21,8 +21,8 @@ from osmium.hf import shown
 
 __all__ = [
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "check_params", "context_error", "delivery_error",
-    "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "check_prompt", "context_error",
+    "delivery_error", "step_error",
 ]  # fmt: skip
 
 
@@ -343,6 +343,13 @@ def check_ids(ids: list[int], vocab: int) -> None:
             param="prompt",
             code="invalid_token",
         )
+
+
+def check_prompt(ids: list[int], params: SamplingParams, vocab: int, context: int) -> None:
+    """Check a prompt; with max_tokens 0 it may fill the context.  Raises: RequestError."""
+    check_ids(ids, vocab)
+    if len(ids) + (params.max_tokens != 0) > context:
+        raise context_error(context, f"{len(ids)} tokens")
 
 
 def check_params(params: SamplingParams, vocab: int) -> None:
