@@ -71,8 +71,8 @@ class Engine:
         self.name, self.context, self.device, self.plan = name, context, device, plan
         self.host_memory = host_memory
         """The kind of host memory that holds the experts."""
-        self.max_step_tokens = runner.rows
-        """Most tokens of a step."""
+        self.max_step_tokens, self.max_num_seqs = runner.rows, kv_cache.num_slots
+        """Most tokens of a step, and most sequences at once."""
         self.tokenizer, self.template = tokenizer, template
         self.defaults = defaults or {}
         """Sampling parameters recommended by the model's authors (generation_config.json)."""
@@ -118,8 +118,8 @@ class Engine:
         check_prompt(ids, params, self.config.vocab_size, self.context)
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
-        special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stop_ids = [token for token in special_ids if token is not None]
+        special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
+        stop_ids = {token: s for token, s in special_ids.items() if token is not None}
         stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         eos, vocab = self.config.eos_token_ids, self.config.vocab_size
         mask = end_mask(params, token_mask, eos, stop_ids, vocab)
@@ -488,6 +488,7 @@ class Engine:
             reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
-            request.emit(Finish(reason, text, *counts, error, end=end))
+            stop = request.stop_matcher.found
+            request.emit(Finish(reason, text, *counts, error, stop, end))
         except Exception as problem:  # of `on_event`; only the log can report it
             delivery_error(problem)

@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.engine.prompt_logprobs import PromptLogprobs
-from osmium.errors import OsmiumError, OutOfMemory, RequestError
-from osmium.hf import shown
+from osmium.errors import ContextError, OsmiumError, OutOfMemory, RequestError, shown
 
 __all__ = [
+    "INTEGER_LIMITS", "LOGIT_BIAS_LIMITS", "NUMBER_LIMITS",
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
     "Token", "TokenMask", "check_ids", "check_params", "check_prompt", "context_error",
     "delivery_error", "step_error",
@@ -38,6 +38,20 @@ class Decoder(Protocol):
 
 MAX_INT = 2**63 - 1
 """Largest integer of a parameter: it fits int64 and converts to float."""
+
+NUMBER_LIMITS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100), "top_p": (0, 1), "min_p": (0, 1),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0.01, 100),
+}  # fmt: skip
+"""(least, most) of each parameter that is a number; a top_p of 0 is refused, too."""
+
+INTEGER_LIMITS: dict[str, tuple[int, int]] = {
+    "top_k": (-1, MAX_INT), "max_tokens": (0, MAX_INT), "min_tokens": (0, MAX_INT),
+    "logprobs": (0, 20), "prompt_logprobs": (0, 20),
+}  # fmt: skip
+"""(least, most) of each parameter that is an integer."""
+
+LOGIT_BIAS_LIMITS = (-100, 100)
 
 
 class TokenMask(Protocol):
@@ -99,21 +113,14 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
-        for name, low, high in (
-            ("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1),
-            ("presence_penalty", -2, 2), ("frequency_penalty", -2, 2),
-            ("repetition_penalty", 0.01, 100),
-        ):  # fmt: skip
+        for name, (low, high) in NUMBER_LIMITS.items():
             value = getattr(self, name)
             number = isinstance(value, int | float) and not isinstance(value, bool)
             if not number or not low <= value <= high:
                 raise _invalid_value(name, value, f"a number from {low} to {high}")
         if self.top_p == 0:
             raise _invalid_value("top_p", self.top_p, "above 0")
-        for name, least, most in (
-            ("top_k", -1, MAX_INT), ("max_tokens", 0, MAX_INT), ("min_tokens", 0, MAX_INT),
-            ("logprobs", 0, 20), ("prompt_logprobs", 0, 20),
-        ):  # fmt: skip
+        for name, (least, most) in INTEGER_LIMITS.items():
             value = getattr(self, name)
             if value is None and name not in ("top_k", "min_tokens"):
                 continue
@@ -142,10 +149,10 @@ class SamplingParams:
         for token, bias in self.logit_bias.items():
             is_id = isinstance(token, int) and not isinstance(token, bool) and token >= 0
             number = isinstance(bias, int | float) and not isinstance(bias, bool)
-            if not is_id or not number or not -100 <= bias <= 100:
-                raise _invalid_value(
-                    "logit_bias", {token: bias}, "token ids with numbers from -100 to 100"
-                )
+            low, high = LOGIT_BIAS_LIMITS
+            if not is_id or not number or not low <= bias <= high:
+                rule = f"token ids with numbers from {low} to {high}"
+                raise _invalid_value("logit_bias", {token: bias}, rule)
 
     @property
     def has_penalties(self) -> bool:
@@ -197,6 +204,8 @@ class Finish:
     completion_tokens: int = 0
     """Generated tokens, an end-of-sequence token included."""
     error: OsmiumError | None = None
+    stop: str | None = None
+    """The stop text that ended the response."""
     end: Token | None = None
     """The token that ended the response, without text, if it has a log-probability."""
 
@@ -324,11 +333,11 @@ def delivery_error(error: Exception) -> OsmiumError:
 
 def context_error(context: int, count: str) -> RequestError:
     """The error of a prompt that does not fit the context; `count` is as "70 tokens"."""
-    return RequestError(
+    return ContextError(
         f"This model's maximum context length is {context} tokens. However, your prompt has "
         f"{count}. Shorten it, or start with a larger --context.",
-        param="messages",
-        code="context_length_exceeded",
+        tokens=int(count.split()[0]),
+        context=context,
     )
 
 

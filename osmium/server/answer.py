@@ -17,13 +17,22 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, FinishReason
 from osmium.errors import OsmiumError, RequestError
 from osmium.server.completion import prepare_completion
+from osmium.server.fields import IgnoredFields
 from osmium.server.limits import MAX_RUNNING_CHOICES
 from osmium.server.prepare import Prepare, Prepared, prepare_chat
+from osmium.server.response_types import (
+    ChatChunk,
+    ChatResponse,
+    CompletionChunk,
+    CompletionResponse,
+)
 from osmium.server.response_writer import Handle, ResponseWriter, StreamEvent
+from osmium.server.route import ApiRoute, Operation
+from osmium.server.schema import ChatRequest, CompletionRequest
 from osmium.server.shutdown import Events, Shutdown
 from osmium.server.status import served_name
 
-__all__ = ["answer", "chat_completions", "completions", "work_on_body"]
+__all__ = ["ANSWER_ROUTES", "answer", "work_on_body"]
 
 T = TypeVar("T")
 
@@ -35,18 +44,32 @@ PROGRESS_INTERVAL_S = 0.25
 
 
 async def chat_completions(request: Request) -> Response:
-    """POST /v1/chat/completions"""
+    """The model's response to a conversation, as JSON or as a stream."""
     return await answer(request, prepare_chat)
 
 
 async def completions(request: Request) -> Response:
-    """POST /v1/completions"""
+    """The model's continuation of a prompt, as JSON or as a stream."""
     try:
         return await answer(request, prepare_completion)
     except RequestError as error:
         if error.param == "messages":  # the engine's name for a prompt
             error.param = "prompt"
         raise
+
+
+ANSWER_ROUTES = [
+    ApiRoute(
+        "/v1/chat/completions",
+        chat_completions,
+        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+    ),
+    ApiRoute(
+        "/v1/completions",
+        completions,
+        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+    ),
+]
 
 
 async def work_on_body(request: Request, work: Callable[[Engine, str, bytearray], T]) -> T:
@@ -66,11 +89,16 @@ async def work_on_body(request: Request, work: Callable[[Engine, str, bytearray]
     return await shutdown.unless_begun(result())
 
 
-async def answer(request: Request, prepare: Prepare) -> Response:
-    """Prepare a request's body, run it, and respond.  Raises: RequestError, EngineStopped."""
+async def answer(
+    request: Request, prepare: Prepare, ignored: IgnoredFields | None = None
+) -> Response:
+    """Prepare a request's body, run it, and respond.  Raises: RequestError, EngineStopped.
+
+    `ignored` reports fields without effect; None for those of OpenAI's API.
+    """
     prepared = await work_on_body(request, prepare)
     engine: Engine = request.app.state.loader.ready()
-    headers = request.app.state.ignored.headers(prepared.ignored)
+    headers = (ignored or request.app.state.ignored).headers(prepared.ignored)
     return await _Answer(request, engine, prepared).respond(headers)
 
 
@@ -168,12 +196,16 @@ class _Answer:
         return events
 
     def _comment(self) -> ServerSentEvent:
-        """The comment of a stream without events, with the prefill's progress until its end."""
+        """The comment of a stream without events, with the prefill's progress until its end.
+
+        It comes with the API's ping event, if there is one.
+        """
         text = "keep-alive"
         if not self.has_token:
             done, total = self.handles[0].prompt_progress
             text = f"prefill {done}/{total}"
-        return ServerSentEvent(comment=text, sep="\n")
+        ping = self.prepared.ping or {}
+        return ServerSentEvent(ping.get("data"), event=ping.get("event"), comment=text, sep="\n")
 
     # -- streams -----------------------------------------------------------------------------------
 

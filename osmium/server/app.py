@@ -17,7 +17,6 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.errors import ConfigError, OsmiumError, RequestError
 from osmium.server.access import (
@@ -28,17 +27,21 @@ from osmium.server.access import (
     parse_keys,
     parse_origins,
 )
-from osmium.server.answer import chat_completions, completions
+from osmium.server.answer import ANSWER_ROUTES
+from osmium.server.anthropic import ANTHROPIC_ROUTES
+from osmium.server.anthropic_errors import error_form
 from osmium.server.body import BodyReader, ErrorResponse
 from osmium.server.connections import HttpConfig
 from osmium.server.fields import IgnoredFields
 from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
-from osmium.server.openai import error_body, error_status
-from osmium.server.schema import ChatRequest, CompletionRequest
+from osmium.server.openai import error_status
+from osmium.server.responses import RESPONSE_ROUTES
+from osmium.server.responses_store import ResponseStore
+from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
 from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
-from osmium.server.tokens import TOKEN_ROUTES, TokenizeRequest
+from osmium.server.tokens import TOKEN_ROUTES
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
 
@@ -74,17 +77,19 @@ def create_app(
         bodies.close()
         await shutdown.close(loader.close)
 
+    keys = parse_keys(_listed(api_key))
     access = Middleware(
         AccessMiddleware,
         allowed_hosts=parse_hosts(_listed(allowed_host)),
         cors_origins=parse_origins(_listed(cors_origin)),
-        api_keys=parse_keys(_listed(api_key)),
+        api_keys=keys,
     )
     app = Starlette(
         routes=[
             *STATUS_ROUTES,
-            Route("/v1/chat/completions", chat_completions, methods=["POST"]),
-            Route("/v1/completions", completions, methods=["POST"]),
+            *ANSWER_ROUTES,
+            *RESPONSE_ROUTES,
+            *ANTHROPIC_ROUTES,
             *TOKEN_ROUTES,
             *UNSUPPORTED_ROUTES,
         ],
@@ -97,7 +102,10 @@ def create_app(
     )  # fmt: skip
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
-    kinds = (ChatRequest, CompletionRequest, TokenizeRequest)
+    app.state.responses = ResponseStore()
+    app.state.has_keys = bool(keys)
+    routes = [route for route in app.routes if isinstance(route, ApiRoute)]
+    kinds = [route.operation.body for route in routes if route.operation.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
 
@@ -110,7 +118,7 @@ def _listed(values: str | Sequence[str] | None) -> list[str]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Osmium's errors as OpenAI's error object."""
+    """Osmium's errors as the error object of the client's API."""
     assert isinstance(error, OsmiumError), "registered for OsmiumError"
     status = error_status(error)
     headers = {"Retry-After": "5"} if status in (429, 503) else None
@@ -120,7 +128,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Unknown routes and methods as OpenAI's error object."""
+    """Unknown routes and methods as the error object of the client's API."""
     assert isinstance(error, HTTPException), "registered for HTTPException"
     text = f"{request.method} {shown(request.url.path)}: {error.detail}."
     if error.status_code == 404:
@@ -135,7 +143,8 @@ def _error_response(
     request: Request, error: OsmiumError, status: int, headers: Mapping[str, str] | None
 ) -> Response:
     drain_s = 0.2 if status == 408 or request.app.state.shutdown.begun else DRAIN_S
-    return ErrorResponse(error_body(error), status, headers, drain_s)
+    body, form_headers = error_form(request.scope, error, status)
+    return ErrorResponse(body, status, {**(headers or {}), **form_headers}, drain_s)
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
@@ -146,7 +155,9 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 async def on_internal_error(request: Request, error: Exception) -> Response:
     """Any other exception: a bug.  Logs the traceback and answers 500."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(error_body(OsmiumError(f"Internal error: {type(error).__name__}.")), 500)
+    problem = OsmiumError(f"Internal error: {type(error).__name__}.")
+    body, headers = error_form(request.scope, problem)
+    return JSONResponse(body, 500, headers)
 
 
 # -- start -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from osmium.errors import RequestError
+from osmium.errors import RequestError, shown
 
 __all__ = ["DEFAULT_LIMITS", "Limits", "check_count", "check_scores", "check_stop", "shown"]
 
@@ -21,11 +21,8 @@ MAX_RUNNING_CHOICES = 8
 """Choices of one request in the engine at a time, so that other requests come between them."""
 
 MAX_STOP_TEXTS = 64
-MAX_STOP_BYTES = 1024
-"""UTF-8 bytes of one stop text; each token is compared with every stop text."""
-
-SHOWN_CHARS = 200
-"""Characters of a client's value in an error."""
+MAX_STOP_CHARS = 1024
+"""Characters of one stop text; each token is compared with every stop text."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +51,6 @@ class Limits:
 
 
 DEFAULT_LIMITS = Limits()
-
-
-def shown(value: object) -> str:
-    """A client's value for an error, shortened."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
 
 
 def check_count(name: str, count: int, limit: int) -> None:
@@ -91,11 +82,11 @@ def check_stop(stop: str | list[str] | None) -> None:
     texts = [stop] if isinstance(stop, str) else stop or []
     check_count("stop", len(texts), MAX_STOP_TEXTS)
     for i, text in enumerate(texts):
-        size = len(text.encode(errors="replace"))
-        if size > MAX_STOP_BYTES:
+        if len(text) > MAX_STOP_CHARS:
             name = "stop" if isinstance(stop, str) else f"stop[{i}]"
             raise RequestError(
-                f"{name} has {size} bytes; a stop text has at most {MAX_STOP_BYTES}. Shorten it.",
+                f"{name} has {len(text)} characters; a stop text has at most {MAX_STOP_CHARS}. "
+                "Shorten it.",
                 param=name,
                 code="stop_too_long",
             )

@@ -13,7 +13,7 @@ from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.choices import Choices
 from osmium.server.fields import unknown_fields
 from osmium.server.limits import check_scores
-from osmium.server.response_writer import ResponseWriter
+from osmium.server.response_writer import ResponseWriter, StreamEvent
 from osmium.server.schema import (
     BaseRequest,
     ChatRequest,
@@ -54,6 +54,8 @@ class Prepared:
     """Names of fields that have no effect."""
     shows_progress: bool = False
     """Whether a stream has events of the prefill's progress."""
+    ping: StreamEvent | None = None
+    """An event that is sent with each comment of a stream."""
 
 
 Prepare = Callable[[Engine, str, bytearray], Prepared]
@@ -88,6 +90,7 @@ def prepare_messages(
     params = sampling_params(body, engine.defaults)
     prompt = render_chat(engine, body)
     ids = encode_prompt(engine, prompt.text, params)
+    prompt.num_tokens = len(ids)
     if prompt.thinking:
         params = replace(params, stop_after=END_OF_REASONING)
     if params.prompt_logprobs is not None:

@@ -11,6 +11,35 @@ import msgspec
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
+from osmium.server.field_types import (
+    MAX_CHOICES,
+    ROLES,
+    BestOf,
+    Budget,
+    CompletionTokens,
+    Count,
+    Effort,
+    FrequencyPenalty,
+    LogitBias,
+    Messages,
+    MinP,
+    MinTokens,
+    NumTokens,
+    PresencePenalty,
+    PromptScores,
+    Reasoning,
+    RepetitionPenalty,
+    ResponseFormat,
+    StopText,
+    StopTexts,
+    Temperature,
+    Thinking,
+    TokenId,
+    Tools,
+    TopK,
+    TopLogprobs,
+    TopP,
+)
 from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
@@ -21,9 +50,6 @@ __all__ = [
     "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "parse",
     "prompt_logprobs", "prompts", "sampling_params",
 ]  # fmt: skip
-
-MAX_CHOICES = 8
-"""Most choices of a response (n)."""
 
 
 class StreamOptions(msgspec.Struct):
@@ -38,29 +64,29 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     """Fields of both kinds of request."""
 
     model: str | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    repeat_penalty: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    repeat_penalty: RepetitionPenalty | None = None
     """llama-server's name of repetition_penalty."""
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    max_tokens: int | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: StopText | StopTexts | None = None
+    stop_token_ids: list[TokenId] | None = None
+    max_tokens: NumTokens | None = None
+    min_tokens: MinTokens | None = None
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
-    n: int | None = None
+    n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
     user: str | None = None
-    response_format: dict[str, Any] | None = None
+    response_format: ResponseFormat | None = None
     guided_json: str | dict[str, Any] | bool | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
@@ -73,50 +99,50 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     """SGLang's names of guided_regex and guided_grammar."""
-    prompt_logprobs: int | bool | None = None
+    prompt_logprobs: PromptScores | bool | None = None
     """vLLM's: likeliest tokens returned at each position of the prompt; false is null."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
     """POST /v1/chat/completions"""
 
-    messages: list[dict[str, Any]]
-    max_completion_tokens: int | None = None
+    messages: Messages
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
-    tools: list[dict[str, Any]] | None = None
+    top_logprobs: TopLogprobs | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: str | None = None
-    thinking: dict[str, Any] | bool | None = None
+    reasoning_effort: Effort | None = None
+    thinking: Thinking | bool | None = None
     """{"type": "enabled" | "adaptive" | "disabled"} of Anthropic, DeepSeek and others."""
-    reasoning: dict[str, Any] | None = None
+    reasoning: Reasoning | None = None
     """{"effort", "enabled", "exclude"} of OpenRouter and of OpenAI's responses."""
-    thinking_token_budget: int | None = None
-    reasoning_budget_tokens: int | None = None
-    thinking_budget: int | None = None
+    thinking_token_budget: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    thinking_budget: Budget | None = None
     include_reasoning: bool | None = None
 
 
 class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
-    prompt: str | list[str | int | list[int]]
+    prompt: str | list[str | TokenId | list[TokenId]]
     """A text, token ids, or a list of texts or of lists of token ids."""
-    logprobs: int | None = None
+    max_tokens: CompletionTokens | None = None
+    """Most tokens of the response; 0 computes the prompt alone."""
+    logprobs: TopLogprobs | None = None
     echo: bool | None = None
     """Whether the response begins with the prompt; with logprobs also those of its tokens."""
     suffix: str | None = None
     """The text behind the gap that the response fills."""
-    best_of: int | None = None
+    best_of: BestOf | None = None
     """Choices that are generated; the `n` likeliest per token are returned."""
 
-
-_ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Body = TypeVar("Body", bound=msgspec.Struct)
 Parsed = TypeVar("Parsed", bound=BaseRequest)
@@ -217,10 +243,10 @@ def _check_chat(request: ChatRequest) -> None:
     if messages is None:  # a TokenizeRequest with a prompt
         return
     for i, message in enumerate(messages):
-        if message.get("role") not in _ROLES:
+        if message.get("role") not in ROLES:
             raise RequestError(
                 f"messages[{i}].role is {shown(message.get('role'))}; it must be one of "
-                f"{', '.join(_ROLES)}.",
+                f"{', '.join(ROLES)}.",
                 param=f"messages[{i}].role",
                 code="invalid_value",
             )
@@ -345,9 +371,8 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
         given["logprobs"] = request.logprobs
     if (scores := prompt_logprobs(request)) is not None:
         given["prompt_logprobs"] = scores
-    if given.get("max_tokens") == 0 and not _may_be_empty(request):
-        rule = "at least 1; with echo or prompt_logprobs, a completion may have 0"
-        raise _invalid(names.get("max_tokens", "max_tokens"), 0, rule)
+    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:
@@ -360,12 +385,6 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
             raise
         text = str(error).replace(str(error.param), name, 1)
         raise RequestError(text, param=name, code=error.code) from None
-
-
-def _may_be_empty(request: BaseRequest) -> bool:
-    """Whether a response without generated tokens has anything to say."""
-    scored = prompt_logprobs(request) is not None
-    return isinstance(request, CompletionRequest) and (bool(request.echo) or scored)
 
 
 def _token_id(key: str) -> int:

@@ -10,10 +10,23 @@ from starlette.routing import Route
 import osmium
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
+from osmium.server.anthropic_errors import is_anthropic
+from osmium.server.anthropic_writer import anthropic_model
 from osmium.server.limits import shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.metrics import CONTENT_TYPE, exposition
 from osmium.server.openai import model_body
+from osmium.server.openapi import OPENAPI_ROUTE
+from osmium.server.response_types import (
+    Health,
+    Loading,
+    ModelEntry,
+    ModelList,
+    Props,
+    Root,
+    Version,
+)
+from osmium.server.route import ApiRoute, Operation
 
 __all__ = ["STATUS_ROUTES", "UNSUPPORTED_ROUTES", "served_name", "unknown_route"]
 
@@ -49,21 +62,50 @@ async def metrics(request: Request) -> Response:
     return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
 
 
+async def props(request: Request) -> Response:
+    """The served model's context, sequences, sampling parameters and chat template.
+
+    The names are those of llama-server's /props.
+    """
+    loader: BackgroundLoader = request.app.state.loader
+    engine = loader.ready()
+    settings = {"n_ctx": engine.context, "params": engine.defaults}
+    return JSONResponse(
+        {
+            "model_alias": served_name(request, engine),
+            "n_ctx": engine.context,
+            "total_slots": engine.max_num_seqs,
+            "default_generation_settings": settings,
+            "chat_template": getattr(engine.template, "source", None),
+            "modalities": {"vision": False, "audio": False},
+            "build_info": f"osmium {osmium.__version__}",
+        }
+    )
+
+
 def served_name(request: Request, engine: Engine) -> str:
     """The id of the served model, in every response."""
     return str(request.app.state.served_model_name or engine.name)
 
 
 def _served_model(request: Request) -> dict[str, Any]:
-    """The model's entry.  Raises: EngineStopped."""
+    """The model's entry; Anthropic's clients get their fields, too.  Raises: EngineStopped."""
     loader: BackgroundLoader = request.app.state.loader
     engine = loader.ready()
-    return model_body(served_name(request, engine), engine.context, loader.created)
+    name, context = served_name(request, engine), engine.context
+    entry = model_body(name, context, loader.created)
+    if is_anthropic(request.scope):
+        entry |= anthropic_model(name, context, loader.created)
+    return entry
 
 
 async def models(request: Request) -> Response:
     """The list of models: one entry."""
-    return JSONResponse({"object": "list", "data": [_served_model(request)]})
+    entry = _served_model(request)
+    body: dict[str, Any] = {"object": "list", "data": [entry]}
+    if is_anthropic(request.scope):
+        body |= {"has_more": False, "first_id": entry["id"], "last_id": entry["id"]}
+    return JSONResponse(body)
 
 
 async def model(request: Request) -> Response:
@@ -82,13 +124,15 @@ async def unsupported(request: Request) -> Response:
 
 
 STATUS_ROUTES = [
-    Route("/", root, methods=["GET"]),
-    Route("/health", health, methods=["GET"]),
-    Route("/version", version, methods=["GET"]),
-    Route("/metrics", metrics, methods=["GET"]),
-    Route("/v1/models", models, methods=["GET"]),
-    Route("/v1/models/", models, methods=["GET"]),
-    Route("/v1/models/{id:path}", model, methods=["GET"]),
+    ApiRoute("/", root, Operation(response=Root)),
+    ApiRoute("/health", health, Operation(response=Health, unready=Loading, is_public=True)),
+    ApiRoute("/version", version, Operation(response=Version)),
+    ApiRoute("/metrics", metrics, Operation(text=CONTENT_TYPE)),
+    ApiRoute("/props", props, Operation(response=Props)),
+    ApiRoute("/v1/models", models, Operation(response=ModelList)),
+    ApiRoute("/v1/models/", models, include_in_schema=False),
+    ApiRoute("/v1/models/{id:path}", model, Operation(response=ModelEntry)),
+    OPENAPI_ROUTE,
 ]
 
 _UNSUPPORTED = (
@@ -97,9 +141,10 @@ _UNSUPPORTED = (
     "/v1/assistants", "/v1/threads", "/v1/fine_tuning/{rest:path}", "/embeddings", "/embedding",
 )  # fmt: skip
 
+_ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
+
 UNSUPPORTED_ROUTES = [
-    Route(path, unsupported, methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
-    for path in _UNSUPPORTED
+    Route(path, unsupported, methods=_ANY_METHOD, include_in_schema=False) for path in _UNSUPPORTED
 ]
 
 
@@ -118,6 +163,8 @@ def unknown_route(request: Request) -> RequestError:
     near = [name for name in (f"/v1{tail}", tail) if name in paths]
     near = near or difflib.get_close_matches(path, paths, 1, 0.75)
     hint = f" Did you mean {near[0]}? A client's base URL ends in /v1, once." if near else ""
+    if near and near[0].startswith("/v1/messages"):
+        hint = f" Did you mean {near[0]}? The base URL of Anthropic's clients has no /v1."
     names = ", ".join(f"{method} {path.replace(':path', '')}" for method, path in listed)
     return RequestError(
         f"{request.method} {shown(request.url.path)} does not exist.{hint} Routes: {names}.",

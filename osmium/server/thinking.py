@@ -6,10 +6,23 @@ from typing import Any, Protocol
 from osmium.errors import RequestError
 from osmium.server.limits import shown
 
-__all__ = ["ThinkingFields", "efforts_to_try", "shows_reasoning", "thinking_options"]
+__all__ = [
+    "BUDGETS", "EFFORTS", "REASONING_KEYS", "THINKING_KEYS", "THINKING_TYPES",
+    "ThinkingFields", "efforts_to_try", "shows_reasoning", "thinking_options",
+]  # fmt: skip
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """Values of reasoning_effort, least first."""
+
+BUDGETS = (-1, 0)
+"""Values of a budget of reasoning tokens: no limit, no reasoning."""
+
+THINKING_KEYS = ("type", "budget_tokens", "display", "clear_thinking", "keep")
+THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
+"""Keys of `thinking`, and values of its type."""
+
+REASONING_KEYS = ("effort", "enabled", "exclude", "max_tokens", "summary", "generate_summary")
+"""Keys of `reasoning`."""
 
 
 class ThinkingFields(Protocol):
@@ -86,26 +99,26 @@ def _budget(fields: ThinkingFields, name: str) -> int | None:
 
 def _checked_budget(name: str, value: Any) -> int | None:
     """0 for no reasoning; None and -1 set no limit.  Raises: RequestError for other budgets."""
-    if value is None or (value == -1 and not isinstance(value, bool)):
+    if value is None:
         return None
-    if value != 0 or isinstance(value, bool):
+    if value not in BUDGETS or isinstance(value, bool):
         raise RequestError(
             f"{name} is {shown(value)}; a budget is not supported, only 0 (no reasoning) and -1 "
             "(no limit). Omit it, and limit the response with max_tokens.",
             param=name,
             code="unsupported_value",
         )
-    return 0
+    return 0 if value == 0 else None
 
 
 def _thinking(value: Mapping[str, Any] | bool | None) -> bool | None:
     """The switch of `thinking`.  Raises: RequestError."""
     if value is None or isinstance(value, bool):
         return value
-    _check_keys("thinking", value, ("type", "budget_tokens", "display", "clear_thinking", "keep"))
+    _check_keys("thinking", value, THINKING_KEYS)
     kind = value.get("type")
-    if kind not in ("enabled", "adaptive", "auto", "disabled"):
-        raise _invalid("thinking.type", kind, "'enabled', 'adaptive', 'auto' or 'disabled'")
+    if kind not in THINKING_TYPES:
+        raise _invalid("thinking.type", kind, f"one of {', '.join(THINKING_TYPES)}")
     if kind == "disabled":
         return False
     if _checked_budget("thinking.budget_tokens", value.get("budget_tokens")) == 0:
@@ -117,8 +130,7 @@ def _reasoning(value: Mapping[str, Any] | None) -> bool | None:
     """The switch of `reasoning`.  Raises: RequestError."""
     if value is None:
         return None
-    known = ("effort", "enabled", "exclude", "max_tokens", "summary", "generate_summary")
-    _check_keys("reasoning", value, known)
+    _check_keys("reasoning", value, REASONING_KEYS)
     for name in ("enabled", "exclude"):
         if not isinstance(value.get(name), bool | None):
             raise _invalid(f"reasoning.{name}", value[name], "true or false")

@@ -6,14 +6,16 @@ from typing import Any
 import msgspec
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.engine.engine import Engine
 from osmium.engine.request import check_ids
 from osmium.errors import RequestError
 from osmium.server.answer import work_on_body
 from osmium.server.chat_prompt import render_chat
+from osmium.server.field_types import Messages, TokenId
 from osmium.server.fields import unknown_fields
+from osmium.server.response_types import DetokenizeResponse, TokenizeResponse
+from osmium.server.route import ApiRoute, Operation
 from osmium.server.schema import BaseRequest, ChatRequest, decode
 from osmium.text.tokenizer import Tokenizer
 
@@ -24,7 +26,7 @@ class TokenizeRequest(ChatRequest, kw_only=True):
     """POST /tokenize: a prompt, or the messages of a chat with the fields that its prompt uses."""
 
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None  # type: ignore[assignment]
+    messages: Messages | None = None  # type: ignore[assignment]
     add_special_tokens: bool | None = None
     """No effect: no model of these adds tokens such as BOS, and completions add none either."""
     return_token_strs: bool | None = None
@@ -43,7 +45,7 @@ class DetokenizeRequest(msgspec.Struct, kw_only=True):
     """POST /detokenize"""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: list[TokenId]
 
 
 Result = tuple[dict[str, Any], tuple[str, ...]]
@@ -117,6 +119,6 @@ def _respond(request: Request, result: Result) -> Response:
 
 
 TOKEN_ROUTES = [
-    Route("/tokenize", tokenize, methods=["POST"]),
-    Route("/detokenize", detokenize, methods=["POST"]),
+    ApiRoute("/tokenize", tokenize, Operation(TokenizeRequest, TokenizeResponse)),
+    ApiRoute("/detokenize", detokenize, Operation(DetokenizeRequest, DetokenizeResponse)),
 ]

@@ -119,6 +119,8 @@ class ChatTemplate:
         env.globals["strftime_now"] = _now
         self._tokens = {name: markup(token) for name, token in (tokens or {}).items()}
         self._defaults = dict(defaults or {})
+        self.source = source
+        """The template's text."""
         self.tool_format = find_format(tool_source, source)
         """How the model writes calls of tools; None if the template does not tell it."""
         try:

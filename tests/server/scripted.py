@@ -27,6 +27,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     TokenMask,
+    context_error,
 )
 from osmium.engine.stops import StopMatcher
 from osmium.errors import EngineStopped, OsmiumError, RequestError
@@ -110,7 +111,7 @@ class ScriptedEngine:
         self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
-        self.name = "scripted"
+        self.name, self.max_num_seqs = "scripted", 4
         self.stopped: EngineStopped | None = None
         self.failure: EngineStopped | None = None
         self.when_stopped: Callable[[], None] | None = None
@@ -134,12 +135,7 @@ class ScriptedEngine:
         if self.stopped is not None:
             raise self.stopped
         if len(prompt) + (params.max_tokens != 0) > self.context:
-            raise RequestError(
-                f"This model's maximum context length is {self.context} tokens. However, your "
-                f"prompt has {len(prompt)} tokens.",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise context_error(self.context, f"{len(prompt)} tokens")
         if not prompt:
             raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
         request = ScriptedRequest(list(prompt), params)
@@ -162,11 +158,9 @@ class ScriptedEngine:
     def _answer(self, request: ScriptedRequest, on_event: Callable[[Event], None]) -> None:
         params = request.params
         decoder = self.tokenizer.decoder() if self.tokenizer else None
-        special = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stops = StopMatcher(
-            decoder, params.stop, params.stop_after, [i for i in special if i is not None],
-            params.min_tokens,
-        )  # fmt: skip
+        special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
+        stop_ids = {token: s for token, s in special_ids.items() if token is not None}
+        stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         reason, generated, error, end = FinishReason.STOP, 0, None, None
         while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
@@ -203,7 +197,8 @@ class ScriptedEngine:
                 end = self._token(END, "", params, stops.length, stops.length)
         text = "" if error else stops.flush()
         end = None if params.logprobs is None else end
-        request.finish = Finish(reason, text, len(request.ids), generated, error, end=end)
+        counts = len(request.ids), generated
+        request.finish = Finish(reason, text, *counts, error, stops.found, end)
         on_event(request.finish)
         request.done.set()
 
@@ -221,7 +216,7 @@ class ScriptedEngine:
         return Token(token, text, self.logprob, top, start, end)
 
 
-def host_of(engine: ScriptedEngine) -> BackgroundLoader:
+def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:
     """A background loader whose model loads at once."""
 
     def load(progress: Progress) -> Engine:

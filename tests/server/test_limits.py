@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from osmium.errors import RequestError
 from osmium.server import prepare
-from osmium.server.limits import MAX_MESSAGES, MAX_STOP_BYTES, MAX_STOP_TEXTS, MAX_TOOLS, Limits
+from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS, Limits
 from osmium.server.openai import MAX_ERROR_CHARS
 from osmium.server.schema import ChatRequest, CompletionRequest, parse
 from osmium.text.json_shape import MAX_DEPTH, MAX_VALUES
@@ -35,8 +35,8 @@ def refusal(kind: Any, body: Any, **options: Any) -> RequestError:
     ("fields", "param", "numbers"),
     [
         ({"stop": ["a"] * (MAX_STOP_TEXTS + 1)}, "stop", (MAX_STOP_TEXTS + 1, MAX_STOP_TEXTS)),
-        ({"stop": "a" * 1025}, "stop", (1025, MAX_STOP_BYTES)),
-        ({"stop": ["a", "é" * 513]}, "stop[1]", (1026, MAX_STOP_BYTES)),
+        ({"stop": "a" * 1025}, "stop", (1025, MAX_STOP_CHARS)),
+        ({"stop": ["a", "é" * 1025]}, "stop[1]", (1025, MAX_STOP_CHARS)),
         ({"messages": HELLO * (MAX_MESSAGES + 1)}, "messages", (MAX_MESSAGES + 1, MAX_MESSAGES)),
         ({"tools": [{}] * (MAX_TOOLS + 1)}, "tools", (MAX_TOOLS + 1, MAX_TOOLS)),
         ({"user": [[]] * MAX_VALUES}, None, (MAX_VALUES,)),

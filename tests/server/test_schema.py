@@ -324,19 +324,9 @@ def test_mixed_or_too_many_prompts_are_refused(prompt: Any, code: str) -> None:
     assert (caught.value.param, caught.value.code) == ("prompt", code)
 
 
-@pytest.mark.parametrize(
-    "fields", [{}, {"echo": False}, {"logprobs": 1}, {"suffix": "a"}, {"prompt_logprobs": False}]
-)
-def test_a_completion_without_generated_tokens_needs_echo_or_prompt_logprobs(
-    fields: dict[str, Any],
-) -> None:
-    with pytest.raises(RequestError) as caught:
-        sampling_params(completion(max_tokens=0, **fields), {})
-    assert caught.value.param == "max_tokens"
-    for given in ({"echo": True}, {"prompt_logprobs": 0}):
-        assert sampling_params(completion(max_tokens=0, **given), {}).max_tokens == 0
-    with pytest.raises(RequestError):
-        sampling_params(chat(max_tokens=0, prompt_logprobs=1), {})
+@pytest.mark.parametrize("fields", [{}, {"echo": True}, {"logprobs": 1}, {"prompt_logprobs": 0}])
+def test_a_completion_may_compute_its_prompt_alone(fields: dict[str, Any]) -> None:
+    assert sampling_params(completion(max_tokens=0, **fields), {}).max_tokens == 0
 
 
 def test_llama_servers_name_of_the_repetition_penalty_counts_without_the_other() -> None:

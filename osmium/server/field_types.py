@@ -1,0 +1,156 @@
+"""Types of request fields with what /openapi.json states of them.
+
+The limits are those that the checks use.  A check names the field, its value and the rule, so they
+are stated as JSON Schema only, and msgspec does not enforce them.
+"""
+
+from typing import Annotated, Any
+
+import msgspec
+
+from osmium.engine.request import INTEGER_LIMITS, LOGIT_BIAS_LIMITS, NUMBER_LIMITS
+from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
+from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
+
+__all__ = [
+    "MAX_CHOICES", "ROLES", "TOKEN_ID",
+    "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP",
+    "MinTokens", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning", "RepetitionPenalty",
+    "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking", "TokenId", "Tools",
+    "TopK", "TopLogprobs", "TopP",
+]  # fmt: skip
+
+MAX_CHOICES = 8
+"""Most choices of a response (n)."""
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""Roles of messages."""
+
+TOKEN_ID = "token-id"
+"""The format of token ids; openapi.py adds the largest one of the served model."""
+
+TEXT_PARTS = ("text", "input_text", "output_text")
+"""Types of a message's parts that have a text."""
+
+
+def _states(**schema: Any) -> msgspec.Meta:
+    return msgspec.Meta(extra_json_schema=schema)
+
+
+def _limits(name: str) -> msgspec.Meta:
+    """The limits of a sampling parameter."""
+    least, most = {**NUMBER_LIMITS, **INTEGER_LIMITS}[name]
+    return _states(minimum=least, maximum=most)
+
+
+def _nullable(**schema: Any) -> dict[str, Any]:
+    return {"anyOf": [schema, {"type": "null"}]}
+
+
+def _object(required: tuple[str, ...] = (), **properties: Any) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(required)}
+
+
+# -- sampling --------------------------------------------------------------------------------------
+
+Temperature = Annotated[float, _limits("temperature")]
+TopP = Annotated[float, _states(exclusiveMinimum=0, maximum=NUMBER_LIMITS["top_p"][1])]
+TopK = Annotated[int, _limits("top_k")]
+MinP = Annotated[float, _limits("min_p")]
+PresencePenalty = Annotated[float, _limits("presence_penalty")]
+FrequencyPenalty = Annotated[float, _limits("frequency_penalty")]
+RepetitionPenalty = Annotated[float, _limits("repetition_penalty")]
+NumTokens = Annotated[int, _states(minimum=1, maximum=INTEGER_LIMITS["max_tokens"][1])]
+CompletionTokens = Annotated[int, _limits("max_tokens")]
+MinTokens = Annotated[int, _limits("min_tokens")]
+TopLogprobs = Annotated[int, _limits("logprobs")]
+PromptScores = Annotated[int, _limits("prompt_logprobs")]
+TokenId = Annotated[int, _states(minimum=0, format=TOKEN_ID)]
+Bias = Annotated[float, _states(minimum=LOGIT_BIAS_LIMITS[0], maximum=LOGIT_BIAS_LIMITS[1])]
+LogitBias = Annotated[dict[str, Bias], _states(propertyNames={"pattern": "^[0-9]{1,9}$"})]
+StopText = Annotated[str, _states(minLength=1, maxLength=MAX_STOP_CHARS)]
+StopTexts = Annotated[list[StopText], _states(maxItems=MAX_STOP_TEXTS)]
+Count = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
+BestOf = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
+
+# -- messages and tools ----------------------------------------------------------------------------
+
+_TEXT: dict[str, Any] = {"type": "string"}
+_PART = {
+    "anyOf": [
+        _TEXT,
+        _object(("text",), type={"enum": list(TEXT_PARTS)}, text=_TEXT),
+        _object(("type",), type={"const": "refusal"}),
+    ]
+}
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]}
+_CALL = _object(function=_nullable(**_object(name=_TEXT)))
+_CALLS = _nullable(type="array", items=_CALL)
+Message = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        extra_json_schema=_object(
+            ("role",), role={"enum": list(ROLES)}, content=_CONTENT, tool_calls=_CALLS
+        )
+    ),
+]
+Messages = Annotated[list[Message], _states(minItems=1, maxItems=MAX_MESSAGES)]
+
+_FUNCTION = _object(
+    ("name",),
+    name={"type": "string", "minLength": 1, "pattern": r"\S"},
+    description=_nullable(type="string"),
+    parameters=_nullable(type="object"),
+    strict=_nullable(type="boolean"),
+)
+Tool = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        extra_json_schema=_object(
+            ("type", "function"), type={"const": "function"}, function=_FUNCTION
+        )
+    ),
+]
+Tools = Annotated[list[Tool], _states(maxItems=MAX_TOOLS)]
+
+# -- reasoning and structure -----------------------------------------------------------------------
+
+_BUDGET = {"enum": [*BUDGETS, None]}
+_SWITCH = _nullable(type="boolean")
+Effort = Annotated[str, _states(enum=list(EFFORTS))]
+Budget = Annotated[int, _states(enum=list(BUDGETS))]
+Thinking = Annotated[
+    dict[str, Any],
+    _states(
+        properties={
+            **dict.fromkeys(THINKING_KEYS, True),
+            "type": {"enum": list(THINKING_TYPES)}, "budget_tokens": _BUDGET,
+        },
+        required=["type"], additionalProperties=False,
+    ),
+]  # fmt: skip
+Reasoning = Annotated[
+    dict[str, Any],
+    _states(
+        properties={
+            **dict.fromkeys(REASONING_KEYS, True),
+            "effort": {"enum": [*EFFORTS, None]}, "max_tokens": _BUDGET,
+            "enabled": _SWITCH, "exclude": _SWITCH,
+        },
+        additionalProperties=False,
+    ),
+]  # fmt: skip
+
+_SCHEMA = {"type": ["object", "boolean"]}
+_NAMED = _object(("schema",), name=_TEXT, schema=_SCHEMA, strict=_SWITCH)
+ResponseFormat = Annotated[
+    dict[str, Any],
+    _states(
+        anyOf=[
+            _object(("type",), type={"const": "text"}),
+            _object(("type",), type={"const": "json_object"}, schema=_nullable(**_SCHEMA)),
+            _object(("type", "json_schema"), type={"const": "json_schema"}, json_schema=_NAMED),
+            _object(("type", "schema"), type={"const": "json_schema"}, schema=_SCHEMA),
+        ]
+    ),
+]
