@@ -272,8 +272,12 @@ class Request:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """(computed tokens, all tokens) of the prompt; readable on any thread."""
-        return min(self.num_computed_tokens, self.prompt_tokens), self.prompt_tokens
+        """(computed tokens, all tokens) of the prompt; readable on any thread.
+
+        All count as computed from the first generated token on, also after a preemption.
+        """
+        done = self.prompt_tokens if self.times.first_token else self.num_computed_tokens
+        return min(done, self.prompt_tokens), self.prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:

@@ -15,9 +15,9 @@ from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KE
 __all__ = [
     "MAX_CHOICES", "ROLES", "TOKEN_ID",
     "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
-    "Messages", "MinP", "MinTokens", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning", "RepetitionPenalty",
-    "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking", "TokenId", "Tools",
-    "TopK", "TopLogprobs", "TopP",
+    "Messages", "MinP", "MinTokens", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
+    "TokenId", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
