@@ -40,7 +40,7 @@ from osmium.server.responses import RESPONSE_ROUTES
 from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
-from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
+from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, allowed_methods, unknown_route
 from osmium.server.tokens import TOKEN_ROUTES
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
@@ -135,8 +135,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return _error_response(request, unknown_route(request), 404, error.headers)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = allowed_methods(request)
         text = f"{request.method} {shown(request.url.path)} is not allowed; use {allowed}."
+        return _error_response(request, RequestError(text), 405, {"Allow": allowed})
     return _error_response(request, RequestError(text), error.status_code, error.headers)
 
 

@@ -38,7 +38,7 @@ class Operation:
 
 
 class ApiRoute(Route):
-    """A Starlette route with its Operation.  Its methods follow from the body: GET, or POST."""
+    """A Starlette route with its Operation.  Its method follows from the body: GET, or POST."""
 
     def __init__(
         self,
@@ -46,8 +46,9 @@ class ApiRoute(Route):
         endpoint: Callable[[Request], Awaitable[Response]],
         operation: Operation | None = None,
         *,
+        method: str | None = None,
         include_in_schema: bool = True,
     ) -> None:
         self.operation = operation or Operation()
-        methods = ["GET" if self.operation.body is None else "POST"]
-        super().__init__(path, endpoint, methods=methods, include_in_schema=include_in_schema)
+        method = method or ("GET" if self.operation.body is None else "POST")
+        super().__init__(path, endpoint, methods=[method], include_in_schema=include_in_schema)
