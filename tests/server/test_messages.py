@@ -536,6 +536,7 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
         ({"thinking": {"type": "auto"}}, "thinking.type"),
         ({"thinking": True}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled", "budget_tokens": True}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "adaptive", "budget_tokens": []}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "adaptive", "display": "all"}}, "thinking.display"),
         ({"output_config": {"effort": "banana"}}, "output_config.effort"),
