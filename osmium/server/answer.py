@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish
 from osmium.errors import RequestError
+from osmium.server.field_types import ONE_STRUCTURE, TOP_LOGPROBS
 from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
 from osmium.server.response_types import (
     ChatChunk,
@@ -59,12 +60,22 @@ ANSWER_ROUTES = [
     ApiRoute(
         "/v1/chat/completions",
         chat_completions,
-        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+        Operation(
+            ChatRequest,
+            rules=(ONE_STRUCTURE, TOP_LOGPROBS),
+            response=ChatResponse,
+            events=ChatChunk,
+        ),
     ),
     ApiRoute(
         "/v1/completions",
         completions,
-        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+        Operation(
+            CompletionRequest,
+            rules=(ONE_STRUCTURE,),
+            response=CompletionResponse,
+            events=CompletionChunk,
+        ),
     ),
 ]
 

@@ -9,15 +9,16 @@ from typing import Annotated, Any
 import msgspec
 
 from osmium.engine.request import INTEGER_LIMITS, LOGIT_BIAS_LIMITS, NUMBER_LIMITS
-from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
+from osmium.server.limits import MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
+from osmium.server.structured import OUTPUT_OPTIONS
 from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
 
 __all__ = [
-    "MAX_CHOICES", "ROLES", "TOKEN_ID",
-    "BestOf", "Budget", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP",
-    "MinTokens", "NumTokens", "PresencePenalty", "Reasoning", "RepetitionPenalty",
-    "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking", "TokenId", "Tools",
-    "TopK", "TopLogprobs", "TopP",
+    "MAX_CHOICES", "ONE_STRUCTURE", "ROLES", "TOKEN_ID", "TOP_LOGPROBS", "BestOf", "Budget",
+    "Choices", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
+    "NumTokens", "PresencePenalty", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText",
+    "StopTexts", "Structured", "Temperature", "Thinking", "TokenId", "Tools", "TopK", "TopLogprobs",
+    "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -69,7 +70,8 @@ LogitBias = Annotated[dict[str, Bias], _states(propertyNames={"pattern": "^[0-9]
 StopText = Annotated[str, _states(minLength=1, maxLength=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], _states(maxItems=MAX_STOP_TEXTS)]
 Count = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
-BestOf = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
+BestOf = Annotated[int, _states(enum=[1])]
+"""Also n, which changes nothing either."""
 
 # -- messages and tools ----------------------------------------------------------------------------
 
@@ -82,7 +84,7 @@ _PART = {
     ]
 }
 _CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]}
-_CALL = _object(function=_nullable(**_object(name=_TEXT)))
+_CALL = _object(function=_nullable(type="object"))
 _CALLS = _nullable(type="array", items=_CALL)
 Message = Annotated[
     dict[str, Any],
@@ -92,7 +94,8 @@ Message = Annotated[
         )
     ),
 ]
-Messages = Annotated[list[Message], _states(minItems=1, maxItems=MAX_MESSAGES)]
+Messages = Annotated[list[Message], _states(minItems=1)]
+"""At most MAX_MESSAGES, but the context is full before that."""
 
 _FUNCTION = _object(
     ("name",),
@@ -139,7 +142,7 @@ Reasoning = Annotated[
     ),
 ]  # fmt: skip
 
-_SCHEMA = {"type": ["object", "boolean"]}
+_SCHEMA = {"type": "object"}
 _NAMED = _object(("schema",), name=_TEXT, schema=_SCHEMA, strict=_SWITCH)
 ResponseFormat = Annotated[
     dict[str, Any],
@@ -152,3 +155,45 @@ ResponseFormat = Annotated[
         ]
     ),
 ]
+
+Choices = Annotated[list[str], _states(minItems=1)]
+Structured = Annotated[
+    dict[str, Any],
+    _states(
+        properties={
+            "json": _nullable(anyOf=[_SCHEMA, _TEXT]), "regex": _nullable(**_TEXT),
+            "choice": _nullable(type="array", items=_TEXT, minItems=1),
+            "grammar": _nullable(**_TEXT), "json_object": _SWITCH,
+            **{key: {"enum": [False, None]} for key in OUTPUT_OPTIONS},
+        },
+        additionalProperties=False,
+    ),
+]  # fmt: skip
+
+STRUCTURED_FIELDS = (
+    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
+    "guided_grammar", "json_schema", "grammar", "regex", "ebnf",
+)  # fmt: skip
+
+ONE_STRUCTURE: dict[str, Any] = {
+    "description": "At most one field restricts the response.",
+    "anyOf": [
+        {
+            "properties": {
+                name: {"type": "null"}
+                for name in (*STRUCTURED_FIELDS, *(() if field is None else ("ignore_eos",)))
+                if name != field
+            }
+        }
+        for field in (None, *STRUCTURED_FIELDS)
+    ],
+}
+"""The rule of fields that exclude each other; a null field is absent."""
+
+TOP_LOGPROBS: dict[str, Any] = {
+    "description": "top_logprobs needs logprobs.",
+    "anyOf": [
+        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
+        {"properties": {"top_logprobs": {"enum": [0, None]}}},
+    ],
+}

@@ -146,11 +146,23 @@ def _success(operation: Operation) -> Json:
     schema = {} if operation.response is None else _ref(operation.response)
     content: Json = {_JSON: {"schema": schema}}
     if operation.events is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string"},
-            "x-itemSchema": _ref(operation.events),
-        }
+        error = _ref(operation.error or ErrorResponseBody)
+        content["text/event-stream"] = {"schema": _event([_ref(operation.events), error])}
     return content
+
+
+def _event(values: list[Json]) -> Json:
+    """One event of a stream: JSON of one of these schemas, or the end."""
+    json_text = {
+        "type": "string", "contentMediaType": _JSON, "contentSchema": {"anyOf": values},
+    }  # fmt: skip
+    texts: list[Json] = [{"const": "[DONE]"}, json_text]
+    return {
+        "description": "One event",
+        "anyOf": [
+            {"type": "object", "properties": {"data": text}, "required": ["data"]} for text in texts
+        ],
+    }
 
 
 def _header(text: str) -> Json:
@@ -180,7 +192,21 @@ def _components(routes: Iterable[ApiRoute]) -> Json:
         for field, text in _field_texts(described.get(name)).items():
             if field in schema.get("properties", {}):
                 schema["properties"][field]["description"] = text
+    for route in routes:
+        if route.operation.body is not None:
+            _add_rules(schemas[route.operation.body.__name__], route.operation)
     return schemas
+
+
+def _add_rules(schema: Json, operation: Operation) -> None:
+    """Add an operation's rules to the schema of its body."""
+    if operation.fields is not None:
+        properties = schema["properties"]
+        schema["properties"] = {
+            name: properties[name] for name in properties if name in operation.fields
+        }
+    if operation.rules:
+        schema["allOf"] = list(operation.rules)
 
 
 def _classes(kind: Any) -> Iterator[type]:

@@ -1,6 +1,6 @@
 """A route of the API, with what /openapi.json states of it beside its path and docstring."""
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,10 @@ class Operation:
 
     body: type[msgspec.Struct] | None = None
     """The decoded type of a request's JSON; None without a body."""
+    fields: Collection[str] | None = None
+    """The fields of `body` that have an effect; None for all of them."""
+    rules: Sequence[Mapping[str, Any]] = ()
+    """JSON Schemas that a body satisfies beside its type: which fields exclude each other."""
     response: Any = None
     """The type of a successful response's JSON; None for any JSON."""
     text: str | None = None
@@ -38,7 +42,7 @@ class Operation:
 
 
 class ApiRoute(Route):
-    """A Starlette route with its Operation.  Its methods follow from the body: GET, or POST."""
+    """A Starlette route with its Operation; by default it has POST with a body, else GET."""
 
     def __init__(
         self,
@@ -46,8 +50,9 @@ class ApiRoute(Route):
         endpoint: Callable[[Request], Awaitable[Response]],
         operation: Operation | None = None,
         *,
+        methods: Sequence[str] = (),
         include_in_schema: bool = True,
     ) -> None:
         self.operation = operation or Operation()
-        methods = ["GET" if self.operation.body is None else "POST"]
+        methods = methods or ["GET" if self.operation.body is None else "POST"]
         super().__init__(path, endpoint, methods=methods, include_in_schema=include_in_schema)

@@ -9,35 +9,10 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from osmium.engine.request import SamplingParams
+from osmium.engine.request import MAX_INT, SamplingParams
 from osmium.errors import RequestError
-from osmium.server.field_types import (
-    MAX_CHOICES,
-    ROLES,
-    BestOf,
-    Budget,
-    Count,
-    Effort,
-    FrequencyPenalty,
-    LogitBias,
-    Messages,
-    MinP,
-    MinTokens,
-    NumTokens,
-    PresencePenalty,
-    Reasoning,
-    RepetitionPenalty,
-    ResponseFormat,
-    StopText,
-    StopTexts,
-    Temperature,
-    Thinking,
-    TokenId,
-    Tools,
-    TopK,
-    TopLogprobs,
-    TopP,
-)
+from osmium.server import field_types as types
+from osmium.server.field_types import MAX_CHOICES, ROLES
 from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
@@ -62,35 +37,35 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     """Fields of both kinds of request."""
 
     model: str | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-    min_p: MinP | None = None
-    presence_penalty: PresencePenalty | None = None
-    frequency_penalty: FrequencyPenalty | None = None
-    repetition_penalty: RepetitionPenalty | None = None
-    repeat_penalty: RepetitionPenalty | None = None
+    temperature: types.Temperature | None = None
+    top_p: types.TopP | None = None
+    top_k: types.TopK | None = None
+    min_p: types.MinP | None = None
+    presence_penalty: types.PresencePenalty | None = None
+    frequency_penalty: types.FrequencyPenalty | None = None
+    repetition_penalty: types.RepetitionPenalty | None = None
+    repeat_penalty: types.RepetitionPenalty | None = None
     """llama-server's name of repetition_penalty."""
     seed: int | None = None
-    stop: StopText | StopTexts | None = None
-    stop_token_ids: list[TokenId] | None = None
-    max_tokens: NumTokens | None = None
-    min_tokens: MinTokens | None = None
-    logit_bias: LogitBias | None = None
+    stop: types.StopText | types.StopTexts | None = None
+    stop_token_ids: list[types.TokenId] | None = None
+    max_tokens: types.NumTokens | None = None
+    min_tokens: types.MinTokens | None = None
+    logit_bias: types.LogitBias | None = None
     ignore_eos: bool | None = None
-    n: Count | None = None
+    n: types.Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
     user: str | None = None
-    response_format: ResponseFormat | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
+    response_format: types.ResponseFormat | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: types.Choices | None = None
     guided_grammar: str | None = None
-    structured_outputs: dict[str, Any] | None = None
-    json_schema: str | dict[str, Any] | bool | None = None
+    structured_outputs: types.Structured | None = None
+    json_schema: str | dict[str, Any] | None = None
     """llama-server's name of guided_json; SGLang's, too."""
     grammar: str | None = None
     """llama-server's name of guided_grammar."""
@@ -102,37 +77,37 @@ class BaseRequest(msgspec.Struct, kw_only=True):
 class ChatRequest(BaseRequest, kw_only=True):
     """POST /v1/chat/completions"""
 
-    messages: Messages
-    max_completion_tokens: NumTokens | None = None
+    messages: types.Messages
+    max_completion_tokens: types.NumTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: TopLogprobs | None = None
-    tools: Tools | None = None
+    top_logprobs: types.TopLogprobs | None = None
+    tools: types.Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: Effort | None = None
-    thinking: Thinking | bool | None = None
+    reasoning_effort: types.Effort | None = None
+    thinking: types.Thinking | bool | None = None
     """{"type": "enabled" | "adaptive" | "disabled"} of Anthropic, DeepSeek and others."""
-    reasoning: Reasoning | None = None
+    reasoning: types.Reasoning | None = None
     """{"effort", "enabled", "exclude"} of OpenRouter and of OpenAI's responses."""
-    thinking_token_budget: Budget | None = None
-    reasoning_budget_tokens: Budget | None = None
-    thinking_budget: Budget | None = None
+    thinking_token_budget: types.Budget | None = None
+    reasoning_budget_tokens: types.Budget | None = None
+    thinking_budget: types.Budget | None = None
     include_reasoning: bool | None = None
 
 
 class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
-    prompt: str | list[str | TokenId | list[TokenId]]
+    prompt: str | list[str | types.TokenId | list[types.TokenId]]
     """A text, token ids, or a list with one text or one list of token ids."""
-    logprobs: TopLogprobs | None = None
+    logprobs: types.TopLogprobs | None = None
     echo: bool | None = None
     suffix: str | None = None
-    best_of: BestOf | None = None
+    best_of: types.BestOf | None = None
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -184,13 +159,26 @@ def decode(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
 def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+        return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind)
     except msgspec.DecodeError:
         repaired = replace_surrogates(body)
         if repaired == body:
             raise
         return msgspec.json.decode(repaired, type=kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """A value with integers for its numbers such as 1.0, which JSON does not tell from 1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_INT:
+        return int(value)
+    if isinstance(value, list):
+        return [_with_integers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    return value
 
 
 def _check(request: BaseRequest) -> None:
@@ -243,7 +231,12 @@ def _check_arguments(messages: list[dict[str, Any]]) -> None:
     left = MAX_VALUES
     for i, message in enumerate(messages):
         calls = message.get("tool_calls")
-        for j, call in enumerate(calls if isinstance(calls, list) else ()):
+        if not isinstance(calls, list | None):
+            name = f"messages[{i}].tool_calls"
+            raise RequestError(
+                f"{name} is {shown(calls)}; it must be a list.", param=name, code="invalid_type"
+            )
+        for j, call in enumerate(calls or ()):
             function = call.get("function", call) if isinstance(call, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
             name = f"messages[{i}].tool_calls[{j}].function.arguments"

@@ -17,7 +17,7 @@ from osmium.server.limits import shown
 from osmium.text.grammar import GrammarCompiler, GrammarKind
 from osmium.text.grammar_mask import GrammarMask
 
-__all__ = ["StructuredFields", "constraint", "mask_factory"]
+__all__ = ["OUTPUT_OPTIONS", "StructuredFields", "constraint", "mask_factory"]
 
 ANY_OBJECT = {"type": "object"}
 """The schema of json_object."""
@@ -59,7 +59,7 @@ _OUTPUTS: dict[str, GrammarKind] = {
 }  # fmt: skip
 """Keys of structured_outputs with a value to compile."""
 
-_OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
+OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
                    "disable_additional_properties", "whitespace_pattern")  # fmt: skip
 """Options of structured_outputs in vLLM; only values that change nothing are accepted."""
 
@@ -165,7 +165,7 @@ def _structured_outputs(value: Any) -> Iterator[Constraint]:
                 )
             if item:
                 yield Constraint("json", ANY_OBJECT, param)
-        elif key not in _OUTPUT_OPTIONS or item:
+        elif key not in OUTPUT_OPTIONS or item:
             raise RequestError(
                 f"{param} is {shown(item)}, which is not supported: use one of "
                 f"{', '.join(_OUTPUTS)}, json_object.",
