@@ -9,6 +9,7 @@ OsmiumError
 │  ├─ KernelError       contract broken, at load or at launch
 │  └─ CudaError         .call .name .code; .context_lost
 ├─ RequestError         the client's fault                  HTTP 4xx with param and code
+│  └─ ContextError      a prompt that does not fit          .tokens .context
 └─ EngineStopped        the engine cannot serve any more    HTTP 503
 
 A message is one or two sentences: the thing, the value found, the rule, the remedy.
@@ -17,6 +18,7 @@ A message is one or two sentences: the thing, the value found, the rule, the rem
 __all__ = [
     "CheckpointError",
     "ConfigError",
+    "ContextError",
     "CudaError",
     "DeviceError",
     "EngineStopped",
@@ -82,6 +84,14 @@ class RequestError(OsmiumError):
     ) -> None:
         super().__init__(message)
         self.param, self.code, self.status = param, code, status
+
+
+class ContextError(RequestError):
+    """A prompt of `tokens` tokens or more, which does not fit `context` tokens."""
+
+    def __init__(self, message: str, *, tokens: int, context: int) -> None:
+        super().__init__(message, param="messages", code="context_length_exceeded")
+        self.tokens, self.context = tokens, context
 
 
 class EngineStopped(OsmiumError):

@@ -120,8 +120,8 @@ class Engine:
             raise context_error(self.context, f"{len(ids)} tokens")
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
-        special_ids = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stop_ids = [token for token in special_ids if token is not None]
+        special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
+        stop_ids = {token: s for token, s in special_ids.items() if token is not None}
         stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         eos, vocab = self.config.eos_token_ids, self.config.vocab_size
         mask = end_mask(params, token_mask, eos, stop_ids, vocab)
@@ -480,7 +480,7 @@ class Engine:
             reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
-            request.emit(Finish(reason, text, *counts, error))
+            request.emit(Finish(reason, text, *counts, error, request.stop_matcher.found))
         except Exception as problem:  # of `on_event`; only the log can report it
             delivery_error(problem)
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from osmium.errors import OsmiumError, OutOfMemory, RequestError
+from osmium.errors import ContextError, OsmiumError, OutOfMemory, RequestError
 from osmium.hf import shown
 
 __all__ = [
@@ -201,6 +201,8 @@ class Finish:
     completion_tokens: int = 0
     """Generated tokens, an end-of-sequence token included."""
     error: OsmiumError | None = None
+    stop: str | None = None
+    """The stop text that ended the response."""
 
 
 Event = Token | Finish
@@ -316,11 +318,11 @@ def delivery_error(error: Exception) -> OsmiumError:
 
 def context_error(context: int, count: str) -> RequestError:
     """The error of a prompt that does not fit the context; `count` is as "70 tokens"."""
-    return RequestError(
+    return ContextError(
         f"This model's maximum context length is {context} tokens. However, your prompt has "
         f"{count}. Shorten it, or start with a larger --context.",
-        param="messages",
-        code="context_length_exceeded",
+        tokens=int(count.split()[0]),
+        context=context,
     )
 
 

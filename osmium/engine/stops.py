@@ -3,7 +3,7 @@
 Text that may be the beginning of a stop text is held back.  A stop text itself is never delivered.
 """
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
 from osmium.engine.request import Decoder
 
@@ -18,13 +18,13 @@ class StopMatcher:
         decoder: Decoder | None,
         stop: tuple[str, ...],
         after: str = "",
-        token_ids: Collection[int] = (),
+        token_ids: Mapping[int, str] | None = None,
         min_tokens: int = 0,
     ) -> None:
         """Stop texts count after the text `after` and the newlines that follow it.
 
-        `token_ids` are stop texts that are special tokens, which have no text.  Nothing counts
-        before token `min_tokens`.
+        `token_ids` has the stop texts that are special tokens, by id; those have no text.  Nothing
+        counts before token `min_tokens`.
         """
         self.decoder = decoder
         self.stop = stop
@@ -32,17 +32,22 @@ class StopMatcher:
         """Characters of the response so far, before stop texts end it."""
         self.matched = False
         """Whether a stop text was found; no text follows it."""
+        self.found: str | None = None
+        """The stop text that was found, also one that is a special token."""
         self._tokens_until_stops = min_tokens
         self._after = after
-        self._token_ids = frozenset(token_ids)
+        self._token_ids = dict(token_ids or {})
         self._tail = ""
         """The end of the text so far, while it may be the beginning of `after`."""
         self._skips_newlines = False
         self._held = ""
 
     def stops_at(self, token: int) -> bool:
-        """Whether the token is a stop text that counts by now."""
-        return token in self._token_ids and not self._after and self._tokens_until_stops <= 0
+        """Whether the token is a stop text that counts by now; `found` is its text."""
+        if token not in self._token_ids or self._after or self._tokens_until_stops > 0:
+            return False
+        self.found = self._token_ids[token]
+        return True
 
     def push(self, token: int) -> str:
         """Add a token; returns the text that is final by now, without the text held back."""
@@ -67,10 +72,11 @@ class StopMatcher:
         if self._tokens_until_stops > 0 and not self.matched:
             return before + more
         text = self._held + more
-        matches = [at for at in (text.find(stop) for stop in self.stop) if at >= 0]
+        matches = [(at, len(stop), stop) for stop in self.stop if (at := text.find(stop)) >= 0]
         if self.matched or matches:
-            self.matched, self._held = True, ""
-            return before + text[: min(matches, default=0)]
+            at, _, found = min(matches, default=(0, 0, self.found))  # the first
+            self.matched, self._held, self.found = True, "", found
+            return before + text[:at]
         keep = max((_overlap(text, stop) for stop in self.stop), default=0)
         self._held = text[len(text) - keep :]
         return before + text[: len(text) - keep]
@@ -85,6 +91,7 @@ class StopMatcher:
                 return more, ""
             end = at + len(self._after) - len(self._tail)
             self.matched = self._after in self.stop and self._tokens_until_stops <= 0
+            self.found = self._after if self.matched else None
             self._after, self._skips_newlines = "", True
         else:
             end = 0

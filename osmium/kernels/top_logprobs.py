@@ -29,7 +29,11 @@ __all__ = ["MAX_LOGPROBS", "TOP_LOGPROBS"]
 MAX_LOGPROBS = 20
 """Most alternatives per token."""
 
+PER_STEP = 8
+"""List entries that `rank_in` compares at once."""
+
 assert SLICE == 2048, "the lists in shared memory hold a slice"
+assert SLICE % PER_STEP == 0, "a padded list fits"
 
 
 @device_function
@@ -39,14 +43,30 @@ def is_before(value: Any, token: Any, other_value: Any, other_token: Any) -> Any
 
 
 @device_function
+def pad_list(values: Any, tokens: Any, count: Any) -> None:
+    """Write entries that come before no token behind a list, up to a multiple of PER_STEP.
+
+    Called by all threads; the caller adds the barrier.
+    """
+    e = count + cuda.threadIdx.x
+    if e < (count + PER_STEP - 1) // PER_STEP * PER_STEP:
+        values[e] = float32(NEGATIVE_INFINITY)
+        tokens[e] = int32(INT32_MAX)
+
+
+@device_function
 def rank_in(values: Any, tokens: Any, count: Any, value: Any, token: Any, most: Any) -> Any:
-    """How many of `count` listed tokens come before `token`; counting stops at `most`."""
+    """How many tokens of a padded list come before `token`; at least `most` if so many do.
+
+    The loads of PER_STEP entries are in flight at once.
+    """
     rank = int32(0)
     e = int32(0)
     while e < count and rank < most:
-        if is_before(values[e], tokens[e], value, token):
-            rank += int32(1)
-        e += int32(1)
+        for u in range(PER_STEP):
+            if is_before(values[e + u], tokens[e + u], value, token):
+                rank += int32(1)
+        e += int32(PER_STEP)
     return rank
 
 
@@ -118,6 +138,7 @@ def top_logprobs(
             list_logits[s] = raw_max[row_slices + s]
             list_tokens[s] = raw_tokens[row_slices + s]
             s += num_threads
+        pad_list(list_logits, list_tokens, filled)
         if thread == 0:
             shared_int[0] = int32(0)
             shared_int[1] = int32(0)
@@ -162,6 +183,8 @@ def top_logprobs(
                     list_tokens[entry] = i
         cuda.syncthreads()  # the list is complete
         listed = shared_int[1]
+        pad_list(list_logits, list_tokens, listed)
+        cuda.syncthreads()  # the list is padded
         at = (row * MAX_LOGPROBS + slice_rank) * MAX_LOGPROBS
         e = thread
         while e < most:
@@ -210,24 +233,32 @@ def top_logprobs(
         logprobs[out] = float32((float64(logits[base + sampled]) - float64(best)) - log_sum)
         logprob_tokens[out] = sampled
     if most > 0:
-        candidates = participants * most
+        # A candidate comes behind the largest logits of the slices before its own, and behind the
+        # candidates of its slice before it: these two counts are below `most` for half of them.
+        if thread == 0:
+            shared_int[1] = int32(0)
+        cuda.syncthreads()  # the list is empty
         e = thread
-        while e < candidates:
-            at = (row * MAX_LOGPROBS + e // most) * MAX_LOGPROBS + e % most
-            list_tokens[e] = top_tokens[at]
-            list_logits[e] = float32(NEGATIVE_INFINITY)
-            if list_tokens[e] >= 0:
-                list_logits[e] = top_logits[at]
-            else:
-                list_tokens[e] = int32(INT32_MAX)  # behind every token
+        while e < participants * most:
+            of_slice, place = e // most, e % most
+            if of_slice + place < most:
+                at = (row * MAX_LOGPROBS + of_slice) * MAX_LOGPROBS + place
+                candidate = top_tokens[at]
+                if candidate >= 0:
+                    entry = cuda.atomic.add(shared_int, 1, int32(1))
+                    list_tokens[entry] = candidate
+                    list_logits[entry] = top_logits[at]
             e += num_threads
         cuda.syncthreads()  # the candidates are listed
+        candidates = shared_int[1]
+        pad_list(list_logits, list_tokens, candidates)
+        cuda.syncthreads()  # the list is padded
         e = thread
         while e < candidates:
             rank = rank_in(
                 list_logits, list_tokens, candidates, list_logits[e], list_tokens[e], most
             )
-            if rank < most and list_tokens[e] != int32(INT32_MAX):
+            if rank < most:
                 difference = float64(list_logits[e]) - float64(best)
                 logprobs[out + 1 + rank] = float32(difference - log_sum)
                 logprob_tokens[out + 1 + rank] = list_tokens[e]

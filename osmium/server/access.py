@@ -15,8 +15,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from osmium.errors import ConfigError, RequestError
+from osmium.server.anthropic_errors import error_form
 from osmium.server.body import ErrorResponse
-from osmium.server.openai import error_body
 
 __all__ = [
     "AccessMiddleware",
@@ -68,7 +68,7 @@ class AccessMiddleware:
         headers = Headers(scope=scope)
         error = self._wrong_host(headers) or self._wrong_origin(headers)
         if error is not None:
-            await self._refuse(error, error.status, None)(scope, receive, send)
+            await self._refuse(scope, error, error.status, {})(scope, receive, send)
             return
         origin = headers.get("origin")
         if origin is not None:
@@ -78,17 +78,21 @@ class AccessMiddleware:
             send = self._with_cors(origin, send)
         if self._keys and scope["path"] != PUBLIC_PATH and not self._has_key(headers):
             error = RequestError(
-                "The API key is missing or wrong; send the header `Authorization: Bearer KEY`.",
+                "The API key is missing or wrong; send the header `Authorization: Bearer KEY`, or "
+                "`x-api-key: KEY`.",
                 code="invalid_api_key",
             )
-            response = self._refuse(error, 401, {"WWW-Authenticate": "Bearer"})
+            response = self._refuse(scope, error, 401, {"WWW-Authenticate": "Bearer"})
             await response(scope, receive, send)
             return
         await self.app(scope, receive, send)
 
     @staticmethod
-    def _refuse(error: RequestError, status: int, headers: dict[str, str] | None) -> Response:
-        return ErrorResponse(error_body(error), status, headers, DRAIN_S)
+    def _refuse(
+        scope: Scope, error: RequestError, status: int, headers: dict[str, str]
+    ) -> Response:
+        body, form_headers = error_form(scope, error, status)
+        return ErrorResponse(body, status, {**headers, **form_headers}, DRAIN_S)
 
     # -- host and origin ---------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish
 from osmium.errors import RequestError
 from osmium.server.field_types import ONE_STRUCTURE, TOP_LOGPROBS
+from osmium.server.fields import IgnoredFields
 from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
 from osmium.server.response_types import (
     ChatChunk,
@@ -97,11 +98,16 @@ async def work_on_body(request: Request, work: Callable[[Engine, str, bytearray]
     return await shutdown.unless_begun(result())
 
 
-async def answer(request: Request, prepare: Prepare) -> Response:
-    """Prepare a request's body, run it, and respond.  Raises: RequestError, EngineStopped."""
+async def answer(
+    request: Request, prepare: Prepare, ignored: IgnoredFields | None = None
+) -> Response:
+    """Prepare a request's body, run it, and respond.  Raises: RequestError, EngineStopped.
+
+    `ignored` reports fields without effect; None for those of OpenAI's API.
+    """
     prepared = await work_on_body(request, prepare)
     engine: Engine = request.app.state.loader.ready()
-    headers = request.app.state.ignored.headers(prepared.ignored)
+    headers = (ignored or request.app.state.ignored).headers(prepared.ignored)
     return await _Answer(request, engine, prepared).respond(headers)
 
 
@@ -179,12 +185,16 @@ class _Answer:
         return self.writer.push(index, one, self.handles)
 
     def _comment(self) -> ServerSentEvent:
-        """The comment of a stream without events, with the prefill's progress until its end."""
+        """The comment of a stream without events, with the prefill's progress until its end.
+
+        It comes with the API's ping event, if there is one.
+        """
         text = "keep-alive"
         if not self.has_token:
             done, total = self.handles[0].prompt_progress
             text = f"prefill {done}/{total}"
-        return ServerSentEvent(comment=text, sep="\n")
+        ping = self.prepared.ping or {}
+        return ServerSentEvent(ping.get("data"), event=ping.get("event"), comment=text, sep="\n")
 
     # -- streams -----------------------------------------------------------------------------------
 

@@ -28,12 +28,16 @@ from osmium.server.access import (
     parse_origins,
 )
 from osmium.server.answer import ANSWER_ROUTES
+from osmium.server.anthropic import ANTHROPIC_ROUTES
+from osmium.server.anthropic_errors import error_form
 from osmium.server.body import BodyReader, ErrorResponse
 from osmium.server.connections import HttpConfig
 from osmium.server.fields import IgnoredFields
 from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
-from osmium.server.openai import error_body, error_status
+from osmium.server.openai import error_status
+from osmium.server.responses import RESPONSE_ROUTES
+from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
 from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
@@ -84,6 +88,8 @@ def create_app(
         routes=[
             *STATUS_ROUTES,
             *ANSWER_ROUTES,
+            *RESPONSE_ROUTES,
+            *ANTHROPIC_ROUTES,
             *TOKEN_ROUTES,
             *UNSUPPORTED_ROUTES,
         ],
@@ -96,6 +102,7 @@ def create_app(
     )  # fmt: skip
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
+    app.state.responses = ResponseStore()
     app.state.has_keys = bool(keys)
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]
     kinds = [route.operation.body for route in routes if route.operation.body is not None]
@@ -111,7 +118,7 @@ def _listed(values: str | Sequence[str] | None) -> list[str]:
 
 
 async def on_error(request: Request, error: Exception) -> Response:
-    """Osmium's errors as OpenAI's error object."""
+    """Osmium's errors as the error object of the client's API."""
     assert isinstance(error, OsmiumError), "registered for OsmiumError"
     status = error_status(error)
     headers = {"Retry-After": "5"} if status in (429, 503) else None
@@ -121,7 +128,7 @@ async def on_error(request: Request, error: Exception) -> Response:
 
 
 async def on_http_error(request: Request, error: Exception) -> Response:
-    """Unknown routes and methods as OpenAI's error object."""
+    """Unknown routes and methods as the error object of the client's API."""
     assert isinstance(error, HTTPException), "registered for HTTPException"
     text = f"{request.method} {shown(request.url.path)}: {error.detail}."
     if error.status_code == 404:
@@ -136,7 +143,8 @@ def _error_response(
     request: Request, error: OsmiumError, status: int, headers: Mapping[str, str] | None
 ) -> Response:
     drain_s = 0.2 if status == 408 or request.app.state.shutdown.begun else DRAIN_S
-    return ErrorResponse(error_body(error), status, headers, drain_s)
+    body, form_headers = error_form(request.scope, error, status)
+    return ErrorResponse(body, status, {**(headers or {}), **form_headers}, drain_s)
 
 
 async def on_disconnect(request: Request, error: Exception) -> Response:
@@ -147,7 +155,9 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 async def on_internal_error(request: Request, error: Exception) -> Response:
     """Any other exception: a bug.  Logs the traceback and answers 500."""
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return JSONResponse(error_body(OsmiumError(f"Internal error: {type(error).__name__}.")), 500)
+    problem = OsmiumError(f"Internal error: {type(error).__name__}.")
+    body, headers = error_form(request.scope, problem)
+    return JSONResponse(body, 500, headers)
 
 
 # -- start -----------------------------------------------------------------------------------------

@@ -28,6 +28,8 @@ class ChatPrompt:
     """Whether the response starts with reasoning."""
     tools: Sequence[Any] | None
     """The tools that the prompt offers."""
+    num_tokens: int = 0
+    """The prompt's tokens, once it is tokenized."""
 
 
 def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:

@@ -23,6 +23,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 from uvicorn.server import ServerState
 
 from osmium.errors import EngineStopped, RequestError
+from osmium.server.anthropic_errors import error_form
 from osmium.server.limits import Limits
 from osmium.server.openai import error_body
 
@@ -198,7 +199,8 @@ async def _too_many_connections(scope: Scope, receive: Receive, send: Send) -> N
     """The app of a connection over the limit."""
     error = EngineStopped("The server has too many connections (--max-connections); try again.")
     headers = {"Connection": "close", "Retry-After": "5"}
-    await JSONResponse(error_body(error), 503, headers)(scope, receive, send)
+    body, form_headers = error_form(scope, error)
+    await JSONResponse(body, 503, {**headers, **form_headers})(scope, receive, send)
 
 
 # -- file descriptors ------------------------------------------------------------------------------

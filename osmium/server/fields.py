@@ -100,6 +100,7 @@ HINTS: dict[str, tuple[Any, ...] | None] = {
     "prompt_cache_key": None,
     "prompt_cache_retention": None,
     "prompt_cache_options": None,
+    "client_metadata": None,
     "prediction": None,
     "cache_prompt": None,
     "guided_decoding_backend": None,
@@ -108,8 +109,10 @@ HINTS: dict[str, tuple[Any, ...] | None] = {
 }
 """Fields that change no answer: the values that ask for nothing, None for all of them."""
 
-OPTIONS = ("stream_options.include_usage", "stream_options.include_obfuscation")
+NESTED = {"stream_options": ("include_usage", "include_obfuscation")}
 """Known fields of objects."""
+
+OPTIONS = [f"{name}.{key}" for name, keys in NESTED.items() for key in keys]
 
 ALIASES = {
     "num_predict": "max_tokens", "n_predict": "max_tokens", "max_new_tokens": "max_tokens",
@@ -122,18 +125,25 @@ ALIASES = {
 """Other programs' names."""
 
 
-def unknown_fields(body: bytes | bytearray, known: Collection[str]) -> tuple[str, ...]:
+def unknown_fields(
+    body: bytes | bytearray,
+    known: Collection[str],
+    *,
+    refused: Mapping[str, tuple[tuple[Any, ...], str]] = REFUSED,
+    nested: Mapping[str, Collection[str]] = NESTED,
+) -> tuple[str, ...]:
     """The names of a body's fields that have no effect; `known` ones have been decoded.
 
-    A field that is null is absent.  Raises: RequestError for refused ones.
+    `nested` are the known fields of fields that are objects.  A field that is null is absent.
+    Raises: RequestError for refused ones.
     """
     given = _items(body)
     ignored = []
     for name, raw in given.items():
         if name in known or bytes(raw) == b"null":
             continue
-        if name in REFUSED:
-            harmless, fix = REFUSED[name]
+        if name in refused:
+            harmless, fix = refused[name]
             _refuse_unless(name, _value(raw), harmless, fix)
         elif name in CHAT_ONLY:
             _refuse_unless(name, _value(raw), CHAT_ONLY[name], _CHAT_ONLY)
@@ -143,11 +153,9 @@ def unknown_fields(body: bytes | bytearray, known: Collection[str]) -> tuple[str
                 ignored.append(name)
         else:
             ignored.append(name)
-    if "stream_options" in given and "stream_options" in known:
-        options = _items(given["stream_options"])
-        ignored += [
-            name for option in options if (name := f"stream_options.{option}") not in OPTIONS
-        ]
+    for name, options in nested.items():
+        if name in given and name in known:
+            ignored += [f"{name}.{key}" for key in _items(given[name]) if key not in options]
     return tuple(ignored)
 
 
@@ -191,8 +199,11 @@ def _refuse_unless(name: str, value: Any, harmless: tuple[Any, ...], fix: str) -
 class IgnoredFields:
     """Reports ignored fields: in a header, and each name once in the log."""
 
-    def __init__(self, known: Iterable[str]) -> None:
-        self._known = sorted({*known, *REFUSED, *HINTS, *CHAT_ONLY, *OPTIONS})
+    def __init__(self, known: Iterable[str], aliases: Mapping[str, str] | None = None) -> None:
+        """`aliases` are other APIs' names of the known fields; None for those of OpenAI's API."""
+        shared = {*REFUSED, *HINTS, *CHAT_ONLY, *OPTIONS} if aliases is None else ()
+        self._known = sorted({*known, *shared})
+        self._aliases = ALIASES if aliases is None else aliases
         self._logged: set[str] = set()
 
     def headers(self, names: tuple[str, ...]) -> dict[str, str]:
@@ -219,7 +230,7 @@ class IgnoredFields:
         name = name[:MAX_NAME_CHARS]
         if name in self._known:
             return None
-        alias = ALIASES.get(name)
+        alias = self._aliases.get(name)
         if alias:
             return alias
         plain = name.strip().lower().replace("-", "_")

@@ -7,6 +7,7 @@ from typing import Any
 
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import EngineStopped, OsmiumError, RequestError
+from osmium.server.logprobs import AnswerTokens, chat_logprob, token_entry
 from osmium.text.response_parser import (
     ContentDelta,
     Delta,
@@ -90,14 +91,9 @@ class ResponseBuilder:
         self.finish: Finish | None = None
         self._texts = {"reasoning": "", "content": ""}
         self._calls: list[dict[str, Any]] = []
-        self._pending: list[Token] = []
-        """Tokens with log-probabilities whose text is not final yet."""
+        self._answer_tokens = AnswerTokens(thinking)
         self._tokens: list[Token] = []
         """The answer's tokens with log-probabilities."""
-        self._length = 0
-        """Characters of reasoning and answer that are final, tags included."""
-        self._answer_start = None if thinking else 0
-        """Characters before the answer; None while there is no answer."""
         kind = "chat.completion" if chat else "text_completion"
         self.head = head or {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -118,16 +114,14 @@ class ResponseBuilder:
 
     def push(self, event: Token | Finish) -> list[dict[str, Any]]:
         """The chunks of an event; none if it has no text."""
-        self._length += len(event.text)
         if isinstance(event, Finish):
             self.finish = event
         fields = [self._field(delta) for delta in self._deltas(event)]
-        if self._answer_start is None:
-            answer = sum(len(field.get("content", "")) for field in fields)
-            if answer:
-                unparsed = self.parser.unparsed if self.parser else 0
-                self._answer_start = self._length - unparsed - answer
-        logprobs = self._logprobs(self._final_tokens(event))
+        answer = sum(len(field.get("content", "")) for field in fields)
+        unparsed = self.parser.unparsed if self.parser else 0
+        tokens = self._answer_tokens.add(event, answer, unparsed)
+        self._tokens += tokens
+        logprobs = self._logprobs(tokens)
         if logprobs is not None and not any("content" in field for field in fields):
             fields.append({"content": ""})
         chunks = []
@@ -178,27 +172,6 @@ class ResponseBuilder:
         reason = _reason(finish)
         return "tool_calls" if self._calls and reason == "stop" else reason
 
-    def _final_tokens(self, event: Token | Finish) -> list[Token]:
-        """The answer's tokens with log-probabilities whose text is final with this event.
-
-        No token of the reasoning is among them, and none of a stop text.
-        """
-        if isinstance(event, Token) and event.logprob is not None:
-            self._pending.append(event)
-        if not self._pending:
-            return []
-        answer_start = self._answer_start
-        if answer_start is None:  # tokens of final text without an answer are reasoning
-            self._pending = [token for token in self._pending if token.end > self._length]
-            return []
-        is_stop_text = self._pending[-1].end > self._length
-        ends = isinstance(event, Finish) and not is_stop_text
-        final = [token for token in self._pending if ends or token.start < self._length]
-        self._pending = self._pending[len(final) :]
-        final = [t for t in final if t.start >= answer_start or t.end > answer_start]
-        self._tokens += final
-        return final
-
     def _chunk(
         self, delta: Any, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
@@ -238,34 +211,22 @@ class ResponseBuilder:
         if not tokens:
             return None
         if self.chat:
-            return {"content": [self._logprob(token) for token in tokens]}
+            return {"content": [chat_logprob(token, self.tokenizer) for token in tokens]}
         return self._completion_logprobs(tokens)
-
-    def _logprob(self, token: Token) -> dict[str, Any]:
-        """A token's log-probability in the form of chat completions."""
-        assert token.logprob is not None, "called for tokens with a logprob"
-        top = [self._token_entry(other, logprob) for other, logprob in token.top]
-        return {**self._token_entry(token.id, token.logprob), "top_logprobs": top}
-
-    def _token_entry(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self.tokenizer.token_bytes(token) if self.tokenizer else b""
-        return {
-            "token": raw.decode("utf-8", errors="replace"),
-            "logprob": logprob,
-            "bytes": list(raw),
-        }
 
     def _completion_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
         """Log-probabilities in the form of completions."""
         return {
-            "tokens": [self._token_entry(t.id, 0)["token"] for t in tokens],
+            "tokens": [self._token_text(t.id) for t in tokens],
             "token_logprobs": [t.logprob for t in tokens],
             "top_logprobs": [
-                {self._token_entry(other, 0)["token"]: logprob for other, logprob in t.top}
-                for t in tokens
+                {self._token_text(other): logprob for other, logprob in t.top} for t in tokens
             ],
             "text_offset": [t.start for t in tokens],
         }
+
+    def _token_text(self, token: int) -> str:
+        return str(token_entry(token, 0, self.tokenizer)["token"])
 
 
 def _reason(finish: Finish) -> str:

@@ -13,7 +13,7 @@ from osmium.errors import RequestError
 from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.choices import Choices
 from osmium.server.fields import unknown_fields
-from osmium.server.response_writer import ResponseWriter
+from osmium.server.response_writer import ResponseWriter, StreamEvent
 from osmium.server.schema import (
     BaseRequest,
     ChatRequest,
@@ -46,6 +46,8 @@ class Prepared:
     """Names of fields that have no effect."""
     shows_progress: bool = False
     """Whether a stream has events of the prefill's progress."""
+    ping: StreamEvent | None = None
+    """An event that is sent with each comment of a stream."""
 
 
 Prepare = Callable[[Engine, str, bytearray], Prepared]
@@ -79,6 +81,7 @@ def prepare_messages(
     params = sampling_params(body, engine.defaults)
     prompt = render_chat(engine, body)
     ids = _encode(engine, prompt.text)
+    prompt.num_tokens = len(ids)
     if prompt.thinking:
         params = replace(params, stop_after=END_OF_REASONING)
     return _prepared(engine, body, ids, params, writer(prompt), ignored)

@@ -10,6 +10,8 @@ from starlette.routing import Route
 import osmium
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
+from osmium.server.anthropic_errors import is_anthropic
+from osmium.server.anthropic_writer import anthropic_model
 from osmium.server.limits import shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.metrics import CONTENT_TYPE, exposition
@@ -88,15 +90,23 @@ def served_name(request: Request, engine: Engine) -> str:
 
 
 def _served_model(request: Request) -> dict[str, Any]:
-    """The model's entry.  Raises: EngineStopped."""
+    """The model's entry; Anthropic's clients get their fields, too.  Raises: EngineStopped."""
     loader: BackgroundLoader = request.app.state.loader
     engine = loader.ready()
-    return model_body(served_name(request, engine), engine.context, loader.created)
+    name, context = served_name(request, engine), engine.context
+    entry = model_body(name, context, loader.created)
+    if is_anthropic(request.scope):
+        entry |= anthropic_model(name, context, loader.created)
+    return entry
 
 
 async def models(request: Request) -> Response:
     """The list of models: one entry."""
-    return JSONResponse({"object": "list", "data": [_served_model(request)]})
+    entry = _served_model(request)
+    body: dict[str, Any] = {"object": "list", "data": [entry]}
+    if is_anthropic(request.scope):
+        body |= {"has_more": False, "first_id": entry["id"], "last_id": entry["id"]}
+    return JSONResponse(body)
 
 
 async def model(request: Request) -> Response:
@@ -154,6 +164,8 @@ def unknown_route(request: Request) -> RequestError:
     near = [name for name in (f"/v1{tail}", tail) if name in paths]
     near = near or difflib.get_close_matches(path, paths, 1, 0.75)
     hint = f" Did you mean {near[0]}? A client's base URL ends in /v1, once." if near else ""
+    if near and near[0].startswith("/v1/messages"):
+        hint = f" Did you mean {near[0]}? The base URL of Anthropic's clients has no /v1."
     names = ", ".join(f"{method} {path.replace(':path', '')}" for method, path in listed)
     return RequestError(
         f"{request.method} {shown(request.url.path)} does not exist.{hint} Routes: {names}.",

@@ -15,12 +15,16 @@ from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import any_to_lark
 
 from osmium.errors import RequestError
-from osmium.text.grammar_mask import GrammarMask, TextTokens, ThinkingEnd
+from osmium.text.call_mask import CallMask
+from osmium.text.grammar_ending import EndHints, TextTokens
+from osmium.text.grammar_mask import NO_HINTS, GrammarMask
 from osmium.text.json_schema import ascii_classes, checked_schema
+from osmium.text.lark import JSON_OPTIONS
 from osmium.text.reasoning import END_OF_REASONING
+from osmium.text.thinking_end import Thinking, ThinkingEnd
 from osmium.text.tokenizer import Tokenizer
 
-__all__ = ["Grammar", "GrammarCompiler", "GrammarKind"]
+__all__ = ["Grammar", "GrammarCompiler", "GrammarKind", "short_reason"]
 
 GrammarKind = Literal["json", "regex", "choice", "grammar"]
 """A JSON Schema, a regular expression, a list of texts, or a Lark or GBNF grammar."""
@@ -40,15 +44,6 @@ MAX_COMPILING = 2
 CACHED_GRAMMARS = 32
 """Compiled grammars that are kept for later requests."""
 
-_JSON_OPTIONS: Any = {
-    "item_separator": ",",
-    "key_separator": ":",
-    # Bounded, as small models may otherwise generate spaces without end.
-    "whitespace_pattern": r"(\x20|\r?\n[\x20\t]{0,32})?",
-    "coerce_one_of": False,
-    "lenient": False,
-}
-
 _LIMITS = LLParserLimits(
     max_lexer_states=50_000,  # about 1.5 KB each
     max_grammar_size=200_000,
@@ -63,20 +58,53 @@ class Grammar:
     matcher: LLMatcher
     """In its first state; each response has a copy."""
 
-    def mask(self, max_tokens: int, thinking: bool = False, or_call: bool = False) -> GrammarMask:
+    hints: EndHints = NO_HINTS
+    is_of_calls: bool = False
+    """Whether the text consists of calls of tools."""
+
+    def mask(
+        self,
+        max_tokens: int,
+        thinking: bool = False,
+        or_call: bool = False,
+        calls: "Grammar | None" = None,
+    ) -> GrammarMask:
         """The token mask of one response of at most `max_tokens` tokens.
 
         With `thinking` the grammar applies to the text after </think>.  With `or_call` the response
-        may be tool calls instead, if their tag is a token.
+        may be tool calls instead, if their tag is a token: each call follows `calls`, if given.
         """
         compiler = self.compiler
+        call = compiler.call if or_call else None
         return GrammarMask(
             self.matcher.deep_copy(),
             compiler.text,
             max_tokens,
-            compiler.thinking_end if thinking else None,
-            compiler.call if or_call else None,
+            self._thinking(thinking, compiler.thinking_end.eos),
+            hints=self.hints,
+            call=call,
+            calls=calls.call_mask(max_tokens, False) if calls and call is not None else None,
         )
+
+    def call_mask(self, max_tokens: int, thinking: bool = False) -> CallMask | None:
+        """The token mask of any text in which each call of a tool follows this grammar, of one.
+
+        None if the tag of calls is no token.
+        """
+        compiler = self.compiler
+        if compiler.call is None:
+            return None
+        return CallMask(
+            self.mask, compiler.call, compiler.text.tokens, max_tokens, self._thinking(thinking)
+        )
+
+    def _thinking(self, thinking: bool, forbidden: Sequence[int] = ()) -> Thinking | None:
+        """In a thinking that a grammar of calls follows, no call begins."""
+        compiler = self.compiler
+        if not thinking:
+            return None
+        calls = (compiler.call,) if self.is_of_calls and compiler.call is not None else ()
+        return Thinking(compiler.thinking_end, (*forbidden, *calls))
 
 
 class _Vocabulary:
@@ -116,7 +144,7 @@ class GrammarCompiler:
         )
         self.call = tokenizer.control_tokens.id_of("<tool_call>")
         """The token that begins a tool call, if there is one."""
-        self._cache: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._cache: OrderedDict[tuple[str, ...], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Semaphore(MAX_COMPILING)
 
@@ -126,24 +154,32 @@ class GrammarCompiler:
         Raises: RequestError for one that is invalid, too large, too slow, or matches no text.
         """
         text = _source(kind, value, param)
-        key = (kind, text)
+        return Grammar(
+            self, self.cached((kind, text), lambda: self._compiled(kind, text, param), param)
+        )
+
+    def cached(self, key: tuple[str, ...], job: Callable[[], LLMatcher], param: str) -> LLMatcher:
+        """The result of an earlier `job` with the same key, or its own within the limits.
+
+        Raises: RequestError.
+        """
         with self._lock:
             matcher = self._cache.get(key)
             if matcher is not None:
                 self._cache.move_to_end(key)
-                return Grammar(self, matcher)
-        matcher = self._within_limits(lambda: self._compiled(kind, text, param), param)
+                return matcher
+        matcher = self._within_limits(job, param)
         with self._lock:
             self._cache[key] = matcher
             while len(self._cache) > CACHED_GRAMMARS:
                 self._cache.popitem(last=False)
-        return Grammar(self, matcher)
+        return matcher
 
     def _compiled(self, kind: GrammarKind, text: str, param: str) -> LLMatcher:
         """Raises: RequestError."""
         try:
             if kind == "json":
-                grammar = LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS)
+                grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
             elif kind == "regex":
                 grammar = LLMatcher.grammar_from_regex(ascii_classes(text))
             elif kind == "choice":
@@ -152,15 +188,22 @@ class GrammarCompiler:
                 grammar = LLMatcher.grammar_from_lark(any_to_lark(text))
         except Exception as error:  # the package's conversion raises plain Exception
             raise _invalid(kind, param, str(error)) from None
+        matcher, reason = self.matcher(grammar)
+        if reason:
+            raise _invalid(kind, param, reason)
+        return matcher
+
+    def matcher(self, grammar: str) -> tuple[LLMatcher, str]:
+        """A grammar's matcher, and the reason why it cannot be used, if there is one."""
         matcher = LLMatcher(self._inner, grammar, log_level=0, limits=_LIMITS)
         if matcher.is_error():
-            raise _invalid(kind, param, matcher.get_error())
+            return matcher, matcher.get_error() or "it is empty"
         for _ in range(2):  # the second mask shows whether the limits suffice
             first = matcher.deep_copy()
             allowed = first.compute_bitmask()
             if first.is_error() or not any(allowed):
-                raise _invalid(kind, param, first.get_error() or "it matches no text")
-        return matcher
+                return matcher, first.get_error() or "it matches no text"
+        return matcher, ""
 
     def _within_limits(self, job: Callable[[], LLMatcher], param: str) -> LLMatcher:
         """The result of `job` on a thread of its own.  Raises: RequestError after the timeout."""
@@ -246,12 +289,16 @@ _NAMES = {"json": "JSON Schema", "regex": "regular expression", "choice": "list 
 
 
 def _invalid(kind: GrammarKind, param: str, reason: str) -> RequestError:
-    summary, _, state = reason.partition("<state>")
-    if state:  # a limit, or a grammar without a text
-        summary = "it matches no text" if "NoExtension" in summary else "it is too complex"
-    reason = " ".join(summary.split())[:500].rstrip(".")
     return RequestError(
-        f"{param} cannot be used as a {_NAMES[kind]}: {reason or 'it is empty'}.",
+        f"{param} cannot be used as a {_NAMES[kind]}: {short_reason(reason) or 'it is empty'}.",
         param=param,
         code="invalid_schema" if kind == "json" else "invalid_grammar",
     )
+
+
+def short_reason(reason: str) -> str:
+    """The package's reason on one line, without the state of its parser."""
+    summary, _, state = reason.partition("<state>")
+    if state:  # a limit, or a grammar without a text
+        summary = "it matches no text" if "NoExtension" in summary else "it is too complex"
+    return " ".join(summary.split())[:500].rstrip(".")

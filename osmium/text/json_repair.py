@@ -7,7 +7,7 @@ concatenates to valid JSON in every case, and to the same value for text that is
 import json
 import re
 
-__all__ = ["JsonRepair", "is_number"]
+__all__ = ["JsonRepair", "is_number", "shortened_number"]
 
 MAX_DEPTH = 100
 """Lists and objects inside each other; a deeper value becomes null."""
@@ -19,7 +19,9 @@ MAX_SPACE = 64
 """White space after a quote within which the next character is looked for."""
 
 _SPACE = " \t\r\n"
+_NO_DIGIT = re.compile(r"[^0-9]")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
+_DECIMALS = re.compile(r"-?(?:0|[1-9][0-9]*)\.[0-9]+")
 _WORDS = {
     "true": "true", "false": "false", "null": "null", "none": "null", "undefined": "null",
     "nan": "null", "infinity": "null", "-infinity": "null",
@@ -32,6 +34,13 @@ _NO_SPACE = re.compile(r"[^ \t\r\n]")
 def is_number(text: str) -> bool:
     """Whether `text` is a number as JSON writes it."""
     return len(text) <= MAX_TOKEN and _NUMBER.fullmatch(text) is not None
+
+
+def shortened_number(text: str) -> str:
+    """`text`; of a number with more than MAX_TOKEN characters, without its last decimals."""
+    start = text[:MAX_TOKEN]
+    is_long = len(text) > MAX_TOKEN and _DECIMALS.fullmatch(start) and _NUMBER.fullmatch(text)
+    return start if is_long and "e" not in text.lower() else text
 
 
 class JsonRepair:
@@ -55,6 +64,8 @@ class JsonRepair:
         self._quote = ""
         self._muted: int | None = None
         """Depth of the list or object that is too deep, and is left out."""
+        self._skips_decimals = False
+        """Whether more decimals of a number follow than a number has."""
         self._out: list[str] = []
 
     def parse(self, text: str, at: int, final: bool) -> tuple[str, int]:
@@ -82,6 +93,11 @@ class JsonRepair:
             self.done = True
         return self._taken()
 
+    @property
+    def in_string(self) -> bool:
+        """Whether a string is open."""
+        return self._state == "string"
+
     def _taken(self) -> str:
         out, self._out = "".join(self._out), []
         return out
@@ -96,6 +112,11 @@ class JsonRepair:
 
     def _outside(self, text: str, at: int, final: bool) -> int | None:
         """One step; the new position, or None if more text is needed."""
+        if self._skips_decimals:
+            found = _NO_DIGIT.search(text, at)
+            if found is None:
+                return len(text) if at < len(text) else None
+            self._skips_decimals, at = False, found.start()
         found = _NO_SPACE.search(text, at)
         if found is None:
             return None
@@ -179,6 +200,9 @@ class JsonRepair:
         if self._state == "key":
             self._end_key(word)
             return stop
+        self._skips_decimals = (
+            end is None and len(word) == MAX_TOKEN and bool(_DECIMALS.fullmatch(word))
+        )
         known = _WORDS.get(word.lower())
         if known is None and is_number(word):
             known = word
@@ -317,6 +341,8 @@ class JsonRepair:
             if len(text) >= after + MAX_SPACE:
                 return False
             return True if final else None
+        if "\n" not in text[after : found.start()]:
+            return False  # a string has no line ends, so it mentions both tags
         return _stop_at(text, found.start(), ("<tool_call>",), final)
 
 

@@ -4,12 +4,13 @@ A schema that `checked_schema` returns is enforced as a whole: each keyword of i
 values is one that grammars support.  JSON Schema 2020-12, and the older names of its keywords.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from osmium.errors import RequestError
+from osmium.text.tool_schema import TYPE_ALIASES, TYPES
 
-__all__ = ["ascii_classes", "checked_schema"]
+__all__ = ["RESTRICTING", "ascii_classes", "checked_schema", "mapped_schema", "relaxed_schema"]
 
 _ONE = ("additionalProperties", "items", "additionalItems")
 """Keywords whose value is one schema; `items` may also be a list."""
@@ -39,12 +40,27 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 }
 """Values of these keywords that restrict nothing."""
 
-_STANDARD_FORMATS = frozenset({
-    "date-time", "date", "time", "duration", "email", "idn-email", "hostname", "idn-hostname",
-    "ipv4", "ipv6", "uri", "uri-reference", "iri", "iri-reference", "uuid", "uri-template",
-    "json-pointer", "relative-json-pointer", "regex",
+_FORMATS = frozenset({
+    "date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uri", "uuid",
 })  # fmt: skip
+"""Formats that grammars enforce."""
+
+_STANDARD_FORMATS = _FORMATS | {
+    "idn-email", "idn-hostname", "uri-reference", "iri", "iri-reference", "uri-template",
+    "json-pointer", "relative-json-pointer", "regex",
+}  # fmt: skip
 """Formats that JSON Schema defines.  Others, such as "password", are annotations."""
+
+_NUMBERS = frozenset({
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength",
+    "maxLength", "minItems", "maxItems", "minProperties", "maxProperties",
+})  # fmt: skip
+"""Keywords whose value is a number."""
+
+RESTRICTING = frozenset(
+    {"type", "enum", "const", "required", "pattern", "format", "$ref", "items"}
+).union(_NUMBERS, _ONE, _MANY, _NAMED, _UNSUPPORTED) - {"$defs", "definitions"}
+"""Keywords that restrict values."""
 
 _DROPPED = ("x-guidance",)
 """Options of the grammar package, which a client may not set."""
@@ -89,13 +105,85 @@ def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
         out[key] = value
     for key, name, child in _children(out):
         checked = _checked(child, param, f"{path}/{key}" + ("" if name is None else f"/{name}"))
-        if name is None:
-            out[key] = checked
-        elif isinstance(out[key], list):
-            out[key] = [*out[key][:name], checked, *out[key][name + 1 :]]
-        else:
-            out[key] = {**out[key], name: checked}
+        _replace(out, key, name, checked)
     return out
+
+
+def mapped_schema(
+    schema: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> dict[str, Any]:
+    """A copy in which the schema and all its subschemas have become what `change` returns."""
+    out = change(dict(schema))
+    for key, name, child in _children(out):
+        _replace(out, key, name, mapped_schema(child, change))
+    return out
+
+
+def relaxed_schema(schema: Any) -> dict[str, Any]:
+    """The schema without what is malformed or cannot be enforced; any value for no schema."""
+    return mapped_schema(schema, _relaxed) if isinstance(schema, Mapping) else {}
+
+
+def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
+    out = {}
+    for key, value in schema.items():
+        if key == "type":
+            value = _types(value)
+        elif key in _NAMED:
+            value = _named(value) if isinstance(value, dict) else None
+        elif key in _MANY:
+            value = [one for one in value if _is_schema(one)] if isinstance(value, list) else None
+        elif key in _ONE:
+            kinds = (dict, bool, list) if key == "items" else (dict, bool)
+            value = value if isinstance(value, kinds) else None
+        elif key in _NUMBERS:
+            value = (
+                value if isinstance(value, int | float) and not isinstance(value, bool) else None
+            )
+        elif key in ("enum", "required"):
+            value = value if isinstance(value, list) else None
+        elif key in ("pattern", "$ref"):
+            value = value if isinstance(value, str) else None
+        elif key == "format":
+            value = value if isinstance(value, str) and value in _FORMATS else None
+        if key == "const":
+            out[key] = value
+        elif key in RESTRICTING or key in ("$defs", "definitions"):
+            if key in _UNSUPPORTED or value is None or value == []:
+                continue
+            out[key] = value
+    if "pattern" in out:
+        out["pattern"] = ascii_classes(out["pattern"])
+    if "oneOf" in out and "anyOf" not in out:
+        out["anyOf"] = out.pop("oneOf")
+    return out
+
+
+def _types(value: Any) -> Any:
+    """The types of JSON that a `type` names; None without any."""
+    given = value if isinstance(value, list) else [value]
+    plain = [one.strip().lower() for one in given if isinstance(one, str)]
+    known = [*dict.fromkeys(TYPE_ALIASES.get(one, one) for one in plain)]
+    known = [one for one in known if one in TYPES]
+    return known if len(known) > 1 else next(iter(known), None)
+
+
+def _named(value: dict[str, Any]) -> dict[str, Any]:
+    return {name: one if _is_schema(one) else {} for name, one in value.items()}
+
+
+def _is_schema(value: Any) -> bool:
+    return isinstance(value, dict | bool)
+
+
+def _replace(schema: dict[str, Any], key: str, name: Any, child: dict[str, Any]) -> None:
+    """Replace a subschema in a copy of what has it."""
+    if name is None:
+        schema[key] = child
+    elif isinstance(schema[key], list):
+        schema[key] = [*schema[key][:name], child, *schema[key][name + 1 :]]
+    else:
+        schema[key] = {**schema[key], name: child}
 
 
 def _children(schema: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:

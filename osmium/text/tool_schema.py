@@ -4,19 +4,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["STRING", "UNTYPED", "Tool", "ValueType", "offered_tools"]
+__all__ = [
+    "STRING", "TYPES", "TYPE_ALIASES", "UNTYPED", "Tool", "ValueType", "alternatives",
+    "offered_tools", "target",
+]  # fmt: skip
 
 MAX_PARTS = 64
 """Schemas of one value, by anyOf, oneOf, allOf and $ref, that are followed."""
 
-_ALIASES = {
+TYPE_ALIASES = {
     "str": "string", "text": "string", "varchar": "string", "char": "string", "date": "string",
     "int": "integer", "long": "integer", "short": "integer", "uint": "integer",
     "float": "number", "double": "number", "decimal": "number",
     "bool": "boolean", "dict": "object", "map": "object", "list": "array", "tuple": "array",
     "none": "null",
 }  # fmt: skip
-_TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
+TYPES = frozenset({"string", "integer", "number", "boolean", "array", "object", "null"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +48,11 @@ class Tool:
     types: Mapping[str, ValueType] = field(default_factory=dict)
     """By parameter; empty if the schema names none."""
 
+    other: ValueType = UNTYPED
+    """Of a parameter that the schema does not name."""
+
     def value_type(self, parameter: str) -> ValueType:
-        return self.types.get(parameter, UNTYPED)
+        return self.types.get(parameter, self.other)
 
 
 def offered_tools(tools: Sequence[Any] | None) -> dict[str, Tool]:
@@ -61,14 +67,15 @@ def offered_tools(tools: Sequence[Any] | None) -> dict[str, Tool]:
         name = function.get("name") if isinstance(function, Mapping) else None
         if isinstance(function, Mapping) and isinstance(name, str) and name:
             schema = function.get("parameters", function.get("input_schema"))
-            found[name] = Tool(name, _parameters(schema))
+            others = schema.get("additionalProperties") if isinstance(schema, Mapping) else None
+            found[name] = Tool(name, _parameters(schema), _value_type(others, schema))
     return found
 
 
 def _parameters(schema: Any) -> dict[str, ValueType]:
     """The types of an object schema's properties."""
     found: dict[str, ValueType] = {}
-    for part in _alternatives(schema, schema):
+    for part in alternatives(schema, schema):
         properties = part.get("properties")
         if isinstance(properties, Mapping):
             found |= {str(key): _value_type(one, schema) for key, one in properties.items()}
@@ -78,12 +85,12 @@ def _parameters(schema: Any) -> dict[str, ValueType]:
 def _value_type(schema: Any, root: Any) -> ValueType:
     names: set[str] = set()
     strings: set[str] = set()
-    for part in _alternatives(schema, root):
+    for part in alternatives(schema, root):
         given = part.get("type")
         for name in given if isinstance(given, list) else [given]:
             if isinstance(name, str):
                 lower = name.strip().lower()
-                names |= {_ALIASES.get(lower, lower)} & _TYPES
+                names |= {TYPE_ALIASES.get(lower, lower)} & TYPES
         values = part.get("enum")
         values = list(values) if isinstance(values, list) else []
         values += [part["const"]] if "const" in part else []
@@ -95,7 +102,7 @@ def _value_type(schema: Any, root: Any) -> ValueType:
     return ValueType(frozenset(names), frozenset(strings))
 
 
-def _alternatives(schema: Any, root: Any) -> Iterator[Mapping[str, Any]]:
+def alternatives(schema: Any, root: Any) -> Iterator[Mapping[str, Any]]:
     """A schema and those that it combines or refers to, each once, in order."""
     waiting, seen = [schema], set[int]()
     while waiting and len(seen) < MAX_PARTS:
@@ -108,10 +115,10 @@ def _alternatives(schema: Any, root: Any) -> Iterator[Mapping[str, Any]]:
             several = one.get(key)
             waiting += several[:MAX_PARTS] if isinstance(several, list) else []
         if isinstance(one.get("$ref"), str):
-            waiting.append(_target(one["$ref"], root))
+            waiting.append(target(one["$ref"], root))
 
 
-def _target(reference: str, root: Any) -> Any:
+def target(reference: str, root: Any) -> Any:
     """What `#/$defs/NAME` refers to, or None."""
     if not reference.startswith("#/"):
         return None

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from osmium.text.json_repair import JsonRepair, is_number
+from osmium.text.json_repair import JsonRepair, is_number, shortened_number
 from osmium.text.tool_schema import ValueType
 
 __all__ = ["ValueWriter", "json_value"]
@@ -29,6 +29,12 @@ class ValueWriter:
         self._json = JsonRepair()
         self._rest = ""
         """Text that the JSON parser has not consumed."""
+
+    @property
+    def in_string(self) -> bool:
+        """Whether a string of a list or object is open for certain."""
+        quoted = self._rest.startswith(('"', "'"))
+        return self._state == "json" and self._json.in_string and not quoted
 
     def push(self, text: str) -> str:
         """Add `text`; returns JSON that no later text can change."""
@@ -120,6 +126,7 @@ def _number(text: str, integer: bool, lenient: bool) -> str | None:
             text = "0" + text
         if text.endswith("."):
             text += "0"
+    text = shortened_number(text)
     if not is_number(text):
         return None
     if integer and not text.lstrip("-").isdigit():

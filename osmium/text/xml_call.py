@@ -274,6 +274,12 @@ class XmlCall:
             return None
         if follower == "end":
             return end
+        if (
+            self._writer is not None
+            and self._writer.in_string
+            and not (strong or "\n" in text[end:after])
+        ):
+            return -1  # JSON's strings have no line ends, so it mentions the tags
         known: bool | None = False
         if follower == PARAMETER:
             known = self._is_known(text, after, final)

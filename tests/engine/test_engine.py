@@ -96,7 +96,7 @@ def test_max_tokens_is_exact(harness_of: Make, count: int) -> None:
 def test_a_full_context_ends_a_response(harness_of: Make, prompt: int) -> None:
     response = harness_of(context=64).submit([7] * prompt, LONG)
     finish = response.wait()
-    assert finish.reason is FinishReason.LENGTH
+    assert (finish.reason, finish.stop) == (FinishReason.LENGTH, None)
     assert len(response.ids) == 64 - prompt
 
 
@@ -107,6 +107,7 @@ def test_a_stop_string_across_tokens_ends_a_response_before_it(harness_of: Make)
     )
     finish = response.wait()
     assert (response.text, finish.reason) == ("count 1 2 ", FinishReason.STOP)
+    assert finish.stop == "3 END"
     assert finish.completion_tokens == generated.index(" more")
 
 
@@ -168,6 +169,7 @@ def test_text_held_back_before_a_stop_token_is_part_of_the_response(harness_of: 
     response = harness_of(always(*b"abc", SPECIAL)).submit([1], params)
     finish = response.wait()
     assert (response.text, finish.reason) == ("abc", FinishReason.STOP)
+    assert finish.stop == "<special>"
 
 
 def test_a_stop_string_in_the_reasoning_does_not_count(harness_of: Make) -> None:

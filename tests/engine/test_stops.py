@@ -95,6 +95,7 @@ def test_random_texts_and_splits_equal_a_reimplementation(rng: np.random.Generat
             assert stops.matched == bool(found)
             if found:
                 assert returned == so_far[: min(found)]
+                assert stops.found in stop and so_far[min(found) :].startswith(stops.found)
                 break
             num_held = max(
                 n
@@ -104,7 +105,7 @@ def test_random_texts_and_splits_equal_a_reimplementation(rng: np.random.Generat
             assert returned == so_far[: len(so_far) - num_held], (text, stop, borders)
         else:
             returned += stops.flush()
-            assert returned == text
+            assert returned == text and stops.found is None
 
 
 def test_a_character_of_several_bytes_is_never_split() -> None:
@@ -169,13 +170,14 @@ def test_a_stop_string_in_the_last_bytes_counts_only_after_the_reasoning() -> No
 
 
 def test_a_stop_token_counts_only_after_the_reasoning() -> None:
-    stops = StopMatcher(Pieces(["a", "</x>", "b"]), ("<special>",), "</x>", [7])
+    stops = StopMatcher(Pieces(["a", "</x>", "b"]), ("<special>",), "</x>", {7: "<special>"})
     assert [stops.stops_at(7), stops.stops_at(8)] == [False, False]
     stops.push(0)
     assert not stops.stops_at(7)
     stops.push(1)
     assert [stops.stops_at(7), stops.stops_at(8)] == [True, False]
-    assert StopMatcher(None, ("<special>",), "", [7]).stops_at(7)
+    assert stops.found == "<special>"
+    assert StopMatcher(None, ("<special>",), "", {7: "<special>"}).stops_at(7)
 
 
 def test_the_length_counts_text_before_a_stop_string_ends_it() -> None:
@@ -197,13 +199,14 @@ def test_stop_texts_count_from_min_tokens_on(min_tokens: int) -> None:
 
 
 def test_a_special_stop_token_counts_from_min_tokens_on() -> None:
-    stops = StopMatcher(Pieces(["a", "b"]), ("<s>",), token_ids=[7], min_tokens=1)
+    stops = StopMatcher(Pieces(["a", "b"]), ("<s>",), token_ids={7: "<s>"}, min_tokens=1)
     assert not stops.stops_at(7)
     stops.push(0)
     assert stops.stops_at(7)
 
 
 def test_the_end_of_reasoning_as_a_stop_text_counts_from_min_tokens_on() -> None:
-    for min_tokens, wanted in ((0, "a</t>"), (5, "a</t>b")):
+    for min_tokens, wanted, found in ((0, "a</t>", "</t>"), (5, "a</t>b", None)):
         stops = StopMatcher(Pieces(["a", "</t>", "b"]), ("</t>",), "</t>", min_tokens=min_tokens)
         assert "".join(matched_output(stops, 3)) == wanted
+        assert stops.found == found

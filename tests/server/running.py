@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from osmium.engine.engine import Engine
 from osmium.server.app import create_app
 from osmium.server.connections import HttpConfig
 from osmium.server.limits import Limits
@@ -31,11 +32,13 @@ class RunningServer:
 
 
 @contextmanager
-def run_limited(engine: ScriptedEngine, limits: Limits) -> Iterator[RunningServer]:
-    """Serve on a free port with these limits."""
+def run_limited(
+    engine: ScriptedEngine | Engine, limits: Limits, **options: Any
+) -> Iterator[RunningServer]:
+    """Serve on a free port with these limits; `options` are create_app's."""
     host, shutdown, ready = host_of(engine), Shutdown(), threading.Event()
     host.on_done = ready.set
-    app = create_app(host, limits=limits, shutdown=shutdown)
+    app = create_app(host, limits=limits, shutdown=shutdown, **options)
     config = HttpConfig(
         app, limits, log_level="warning", access_log=False, lifespan="on", backlog=64,
         timeout_graceful_shutdown=1,

@@ -24,6 +24,7 @@ from osmium.engine.request import (
     SamplingParams,
     Token,
     TokenMask,
+    context_error,
 )
 from osmium.engine.stops import StopMatcher
 from osmium.errors import EngineStopped, OsmiumError, RequestError
@@ -125,12 +126,7 @@ class ScriptedEngine:
         if self.stopped is not None:
             raise self.stopped
         if len(prompt) >= self.context:
-            raise RequestError(
-                f"This model's maximum context length is {self.context} tokens. However, your "
-                f"prompt has {len(prompt)} tokens.",
-                param="messages",
-                code="context_length_exceeded",
-            )
+            raise context_error(self.context, f"{len(prompt)} tokens")
         if not prompt:
             raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
         request = ScriptedRequest(list(prompt), params)
@@ -153,11 +149,9 @@ class ScriptedEngine:
     def _answer(self, request: ScriptedRequest, on_event: Callable[[Event], None]) -> None:
         params = request.params
         decoder = self.tokenizer.decoder() if self.tokenizer else None
-        special = [self.tokenizer.special_id(s) for s in params.stop] if self.tokenizer else []
-        stops = StopMatcher(
-            decoder, params.stop, params.stop_after, [i for i in special if i is not None],
-            params.min_tokens,
-        )  # fmt: skip
+        special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
+        stop_ids = {token: s for token, s in special_ids.items() if token is not None}
+        stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         reason, generated, error = FinishReason.STOP, 0, None
         while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
@@ -187,7 +181,7 @@ class ScriptedEngine:
         else:
             generated += 1  # the end token
         text = "" if error else stops.flush()
-        request.finish = Finish(reason, text, len(request.ids), generated, error)
+        request.finish = Finish(reason, text, len(request.ids), generated, error, stops.found)
         on_event(request.finish)
         request.done.set()
 
@@ -199,7 +193,7 @@ class ScriptedEngine:
         return Token(token, text, -0.5, top, start, end)
 
 
-def host_of(engine: ScriptedEngine) -> BackgroundLoader:
+def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:
     """A background loader whose model loads at once."""
 
     def load(progress: Progress) -> Engine:

@@ -231,6 +231,14 @@ def test_bench_server_measures_a_running_server() -> None:
     assert done.returncode == 2 and "Start osmium-serve" in done.stderr
 
 
+def test_bench_sampling_compares_every_kind_of_request() -> None:
+    demo = str(ROOT / "osmium" / "demo" / "demo.osmium")
+    done = tool("bench_sampling", demo, "--tokens", "4", "--rounds", "1", "--depth", "8")
+    assert done.returncode == 0, done.stderr
+    ratios = json.loads(done.stdout.splitlines()[-1])["sequences"]["1"]
+    assert {"greedy", "logprobs 20", "mask", "all"} <= set(ratios)
+
+
 def test_make_demo_packs_a_checkpoint(tmp_path: Path) -> None:
     done = tool("make_demo.py", write(tmp_path / "model"), "--out", tmp_path / "made.osmium")
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
+from osmium.text.call_schema import CallableTool
+from osmium.text.lark import LarkRules
 from osmium.text.tool_schema import Tool
 
 __all__ = [
@@ -109,6 +111,18 @@ class ToolFormat(Protocol):
 
     first: str
     """The first characters of openings."""
+
+    tags: tuple[str, str]
+    """What begins and what ends a call."""
+
+    value_ends: tuple[str, ...]
+    """Texts that end values which may be any text."""
+
+    def call_rule(self, tool: CallableTool, rules: LarkRules) -> str:
+        """The grammar of one call, both tags included; `opening` finds it and reads it back.
+
+        Raises: RequestError for a tool that cannot be called in this format.
+        """
 
 
 @cache

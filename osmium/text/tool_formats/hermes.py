@@ -7,8 +7,11 @@
 
 import json
 from collections.abc import Callable
+from typing import Any
 
+from osmium.text.call_schema import CallableTool, Parameter
 from osmium.text.json_repair import JsonRepair
+from osmium.text.lark import LarkRules, literal, regex
 from osmium.text.tags import skip_space, tag_at
 from osmium.text.tool_formats import (
     CallArguments,
@@ -33,6 +36,8 @@ class Hermes:
 
     name = "hermes"
     first = "<"
+    tags = (_CALL, _CALL_END)
+    value_ends: tuple[str, ...] = ()
 
     def matches(self, template: str) -> bool:
         # Templates have the quotes escaped or not.
@@ -51,8 +56,35 @@ class Hermes:
                 return json_opening(text, at, final, place)
         return tag is None
 
+    def call_rule(self, tool: CallableTool, rules: LarkRules) -> str:
+        """See ToolFormat."""
+        begin = f'\n{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "arguments": '
+        body = [rules.tag(_CALL), literal(begin)]
+        if tool.is_free:
+            return " ".join([*body, rules.terminal(regex("(?s:.*)")), rules.tag(_CALL_END)])
+        return " ".join([*body, _arguments(tool, rules), literal("}\n"), rules.tag(_CALL_END)])
+
 
 FORMAT = Hermes()
+
+
+def _arguments(tool: CallableTool, rules: LarkRules) -> str:
+    """The rule of a tool's arguments, an object.  Raises: RequestError."""
+    definitions: dict[str, Any] = {}
+
+    def schema(one: Parameter) -> dict[str, Any]:
+        rules.check(one.schema)
+        definitions.update(one.schema.get("$defs", {}))
+        return {key: value for key, value in one.schema.items() if key != "$defs"}
+
+    found = dict(tool.each(schema))
+    return rules.json({
+        "type": "object",
+        "properties": {one.name: found[one] for one in tool.parameters},
+        "required": [one.name for one in tool.parameters if one.required],
+        "additionalProperties": found.get(tool.additional, False),
+        "$defs": definitions,
+    })  # fmt: skip
 
 
 def json_opening(text: str, at: int, final: bool, place: Place) -> Opening | bool:

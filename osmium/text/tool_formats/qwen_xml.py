@@ -11,11 +11,14 @@
 Strings are raw, other values JSON, one newline on each side of a value is not part of it.
 """
 
+from osmium.text.call_schema import CallableTool
+from osmium.text.lark import LarkRules
 from osmium.text.tool_formats import Opening, Place
 from osmium.text.tool_formats.hermes import json_opening
 from osmium.text.tool_schema import Tool
 from osmium.text.xml_call import XmlCall
-from osmium.text.xml_tags import body_start, function_header, skip_openers
+from osmium.text.xml_grammar import VALUE_END, call_rule
+from osmium.text.xml_tags import CALL, CALL_END, body_start, function_header, skip_openers
 
 __all__ = ["FORMAT", "QwenXml"]
 
@@ -25,6 +28,8 @@ class QwenXml:
 
     name = "qwen_xml"
     first = "<"
+    tags = (CALL, CALL_END)
+    value_ends: tuple[str, ...] = (VALUE_END,)
 
     def matches(self, template: str) -> bool:
         return "<function=" in template
@@ -51,6 +56,10 @@ class QwenXml:
         if follows is not True:
             return follows is None
         return Opening(end, XmlCall(place.tools.get(name, Tool(name)), place))
+
+    def call_rule(self, tool: CallableTool, rules: LarkRules) -> str:
+        """See ToolFormat."""
+        return call_rule(tool, rules)
 
 
 FORMAT = QwenXml()

@@ -1,0 +1,118 @@
+"""A model whose responses come from a script, in the real engine with the bundled tokenizer.
+
+The engine, its scheduler and sampler, the tokenizer, the chat template and the parser are those of
+the product.  The model alone is replaced: the logits of the next token favour the script's text.
+A token mask still forbids what does not fit, so structured output is structured.
+"""
+
+from bisect import bisect_right
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.engine.engine import Engine
+from osmium.engine.kv_cache_manager import KVCacheManager
+from osmium.engine.runner import ModelRunner
+from osmium.experts.runner import ExpertCounters
+from osmium.models.state import ModelState
+from osmium.ops import StepInputs
+from osmium.ops.reference import ReferenceOps
+from osmium.text.files import read_text_files
+from osmium.text.tokenizer import Tokenizer
+from osmium.weights import DEMO
+from osmium.weights.packed import open_packed
+
+__all__ = ["Script", "ScriptedModel", "scripted_engine"]
+
+Script = Callable[[str], str]
+"""From a rendered prompt to the text of the response, reasoning and calls of tools included."""
+
+FAVOURED = 100.0
+"""Logit of the script's next token; all others have 0."""
+
+NAME = "scripted"
+
+PAGE_SIZE, MAX_STEP_TOKENS = 256, 8192
+
+
+class ScriptedModel:
+    """Keeps the ids of each sequence by its state slot, and looks up the script's next token."""
+
+    def __init__(self, script: Script, tokenizer: Tokenizer, config: Any, num_slots: int) -> None:
+        """The last slot is the null slot."""
+        self.config, self.rows = config, MAX_STEP_TOKENS
+        self.script, self.tokenizer = script, tokenizer
+        self._ids: list[list[int]] = [[] for _ in range(num_slots)]
+        self._prompt_tokens = [0] * num_slots
+        """By slot: tokens of the prompt, 0 until the prompt has been read."""
+        self._response: list[list[int]] = [[] for _ in range(num_slots)]
+        self._parts: list[tuple[int, int]] = []
+        """(slot, context length) of each sequence of the last step."""
+        self._starts: list[int] = []
+
+    def forward(self, step: StepInputs, state: ModelState) -> None:
+        starts = step.query_start_loc.tolist()
+        self._starts, self._parts = starts, []
+        for s in range(step.sequences):
+            slot, past = int(step.state_slots[s]), int(step.context_lens[s])
+            self._parts.append((slot, past))
+            if slot == len(self._ids) - 1:
+                continue
+            if past == 0:
+                self._prompt_tokens[slot] = 0
+            ids = self._ids[slot]
+            assert past <= len(ids), "a sequence continues in its slot"
+            ids[past:] = step.ids[starts[s] : starts[s + 1]].tolist()
+
+    def head(self, out: npt.NDArray[np.float32], rows: npt.NDArray[np.int32] | None = None) -> None:
+        """out f32 [T, vocab]: the logits after each of these rows of the last step."""
+        out[:] = 0
+        for i, row in enumerate(range(len(out)) if rows is None else rows.tolist()):
+            s = bisect_right(self._starts, row) - 1
+            slot, past = self._parts[s]
+            if slot < len(self._ids) - 1:
+                out[i, self._next_token(slot, past + row - self._starts[s] + 1)] = FAVOURED
+
+    def _next_token(self, slot: int, length: int) -> int:
+        """The token after the first `length` ids of a sequence."""
+        if not self._prompt_tokens[slot]:
+            prompt = self.tokenizer.decode(self._ids[slot][:length], specials=True)
+            self._prompt_tokens[slot] = length
+            self._response[slot] = self.tokenizer.encode(self.script(prompt), specials=False)
+        response, at = self._response[slot], length - self._prompt_tokens[slot]
+        return response[at] if at < len(response) else int(self.config.eos_token_ids[0])
+
+
+class _NoExperts:
+    """An expert runner without experts."""
+
+    recorder = None
+    cache = SimpleNamespace(layout=SimpleNamespace(nbytes=0))
+
+    def counters(self) -> ExpertCounters:
+        return ExpertCounters(0, 0, 0, 0)
+
+
+def scripted_engine(script: Script, *, context: int = 131072, max_num_seqs: int = 8) -> Engine:
+    """An engine over a ScriptedModel.  Responses start with reasoning, as the template says."""
+    files = open_packed(DEMO)
+    text = read_text_files(files)
+    assert text.tokenizer is not None, "the bundled model has a tokenizer"
+    ends = tuple(sorted({*files.config.eos_token_ids, *text.end_ids}))
+    config = replace(files.config, eos_token_ids=ends)
+    table = -(-context // PAGE_SIZE)
+    pages = table * max_num_seqs
+    model = ScriptedModel(script, text.tokenizer, config, max_num_seqs + 1)
+    state = ModelState(PAGE_SIZE, pages + 1, max_num_seqs + 1, ())
+    runner = ModelRunner(
+        ReferenceOps(cache_bytes=0), cast(Any, model), cast(Any, _NoExperts()), state,
+        max_num_seqs, table,
+    )  # fmt: skip
+    return Engine(
+        runner, KVCacheManager(pages, PAGE_SIZE, max_num_seqs), name=NAME, context=context,
+        tokenizer=text.tokenizer, template=text.template, defaults=text.defaults,
+    )  # fmt: skip
