@@ -12,7 +12,6 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
@@ -28,17 +27,24 @@ from osmium.server.anthropic_schema import (
 )
 from osmium.server.anthropic_tools import chat_tools
 from osmium.server.anthropic_writer import PING, MessageWriter
+from osmium.server.api_types import (
+    AnthropicErrorBody,
+    MessageEvent,
+    MessageResponse,
+    MessageTokens,
+)
 from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.fields import IgnoredFields
 from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
+from osmium.server.route import ApiRoute, Operation
 from osmium.server.schema import ChatRequest, check_request, decode
 
 __all__ = ["ANTHROPIC_ROUTES"]
 
 
 async def messages(request: Request) -> Response:
-    """POST /v1/messages"""
+    """The model's message, as JSON or as a stream."""
     name = request_id(request.scope)
     response = await answer(request, partial(prepare_message, request_id=name), _IGNORED)
     response.headers["request-id"] = name
@@ -46,7 +52,7 @@ async def messages(request: Request) -> Response:
 
 
 async def count_tokens(request: Request) -> Response:
-    """POST /v1/messages/count_tokens"""
+    """The number of tokens of a message's prompt."""
     count, ignored = await work_on_body(request, count_prompt)
     headers = {"request-id": request_id(request.scope), **_IGNORED.headers(ignored)}
     return JSONResponse({"input_tokens": count}, headers=headers)
@@ -201,6 +207,19 @@ def _output(body: MessagesFields) -> tuple[str | None, str, dict[str, Any] | Non
 _IGNORED = IgnoredFields(MessagesRequest.__struct_fields__, ALIASES)
 
 ANTHROPIC_ROUTES = [
-    Route("/v1/messages", messages, methods=["POST"]),
-    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    ApiRoute(
+        "/v1/messages",
+        messages,
+        Operation(
+            MessagesRequest,
+            response=MessageResponse,
+            events=MessageEvent,
+            error=AnthropicErrorBody,
+        ),
+    ),
+    ApiRoute(
+        "/v1/messages/count_tokens",
+        count_tokens,
+        Operation(CountTokensRequest, response=MessageTokens, error=AnthropicErrorBody),
+    ),
 ]

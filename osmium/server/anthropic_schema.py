@@ -4,6 +4,7 @@ from typing import Any
 
 import msgspec
 
+from osmium.server import field_types as types
 from osmium.server.fields import unknown_fields
 
 __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest", "ignored_fields"]
@@ -21,11 +22,11 @@ class MessagesFields(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
     """The name of output_config.format in an earlier version."""
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    max_tokens: types.NumTokens | None = None
+    temperature: types.Temperature | None = None
+    top_p: types.TopP | None = None
+    top_k: types.TopK | None = None
+    stop_sequences: types.StopTexts | None = None
     stream: bool | None = None
     cache_control: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
@@ -44,7 +45,7 @@ class MessagesFields(msgspec.Struct, kw_only=True):
 class MessagesRequest(MessagesFields, kw_only=True):
     """POST /v1/messages"""
 
-    max_tokens: int
+    max_tokens: types.NumTokens
 
 
 class CountTokensRequest(MessagesFields, kw_only=True):

@@ -92,17 +92,23 @@ def _path_item(route: ApiRoute) -> Json:
 
 def _operation(route: ApiRoute, method: str, has_keys: bool) -> Json:
     """The operation of one method."""
-    operation, is_head = route.operation, method == "HEAD"
+    operation = route.operation
+    is_head, several = method == "HEAD", len((route.methods or set()) - {"HEAD"}) > 1
     summary, _, text = inspect.cleandoc(route.endpoint.__doc__ or "").partition("\n\n")
     needs_key = has_keys and not operation.is_public
     made: Json = {
-        "operationId": f"head_{route.name}" if is_head else route.name,
+        "operationId": f"{method.lower()}_{route.name}" if is_head or several else route.name,
         "summary": " ".join(summary.split()),
     }
     if text:
         made["description"] = text
     if needs_key:
         made["security"] = [{"bearer": []}, {"key": []}]
+    if operation.query:
+        made["parameters"] = [
+            {"name": name, "in": "query", "schema": schema}
+            for name, schema in operation.query.items()
+        ]
     if operation.body is not None:
         content = {_JSON: {"schema": _ref(operation.body)}}
         made["requestBody"] = {"required": True, "content": content}
@@ -123,11 +129,9 @@ def _responses(route: ApiRoute, needs_key: bool, is_head: bool) -> Json:
             "x-osmium-did-you-mean": _header("Known fields that these names may stand for"),
         }
     for status in sorted(statuses):
-        error = operation.error or ErrorResponseBody
-        content: Json = {_JSON: {"schema": _ref(error)}}
-        if status == 503 and operation.unready is not None:
-            either = [_ref(operation.unready), _ref(error)]
-            content = {_JSON: {"schema": {"anyOf": either}}}
+        kinds = [operation.error, operation.unready if status == 503 else None, ErrorResponseBody]
+        refs = [_ref(kind) for kind in kinds if kind is not None]
+        content = {_JSON: {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}
         found[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
         if status in (429, 503):
             found[str(status)]["headers"] = {"Retry-After": _header("Seconds to wait")}

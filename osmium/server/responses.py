@@ -12,11 +12,17 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
 from osmium.server.answer import answer, work_on_body
+from osmium.server.api_types import (
+    DeletedResponse,
+    InputItemList,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
 from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
@@ -34,11 +40,15 @@ from osmium.server.responses_schema import (
 from osmium.server.responses_store import KeptResponse, ResponseStore
 from osmium.server.responses_tools import OfferedTools, offer_tools
 from osmium.server.responses_writer import ResponsesWriter
+from osmium.server.route import ApiRoute, Operation
 from osmium.server.schema import ChatRequest, check_request, decode
 from osmium.server.thinking import shows_reasoning
 from osmium.text.response_parser import ResponseParser
 
 __all__ = ["RESPONSE_ROUTES"]
+
+ORDERS = ("asc", "desc")
+"""Values of `order` in the query of input_items."""
 
 MAX_PAGE = 100
 """Most items of one page of GET /v1/responses/{id}/input_items."""
@@ -188,7 +198,7 @@ def _kept(request: Request) -> KeptResponse:
 
 
 async def create_response(request: Request) -> Response:
-    """POST /v1/responses"""
+    """The model's response to items, as JSON or as a stream."""
     try:
         return await answer(request, partial(prepare_response, _store(request)))
     except RequestError as error:
@@ -198,13 +208,13 @@ async def create_response(request: Request) -> Response:
 
 
 async def input_tokens(request: Request) -> Response:
-    """POST /v1/responses/input_tokens: the tokens of a prompt, without a response."""
+    """The number of tokens of a prompt, without a response."""
     body, ignored = await work_on_body(request, partial(count_input_tokens, _store(request)))
     return JSONResponse(body, headers=request.app.state.ignored.headers(ignored))
 
 
 async def kept_response(request: Request) -> Response:
-    """GET and DELETE /v1/responses/{id}: a response that is kept."""
+    """Return a response that is kept, or keep it no longer."""
     if request.method == "DELETE":
         return await delete_response(request)
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
@@ -224,7 +234,7 @@ async def delete_response(request: Request) -> Response:
 
 
 async def cancel_response(request: Request) -> Response:
-    """POST /v1/responses/{id}/cancel: refused, as the responses that are kept have ended."""
+    """Always refused, as the responses that are kept have ended."""
     status = _kept(request).body["status"]
     raise RequestError(
         f"The response {shown(request.path_params['id'])} has ended with status {status}. A "
@@ -235,11 +245,11 @@ async def cancel_response(request: Request) -> Response:
 
 
 async def list_input_items(request: Request) -> Response:
-    """GET /v1/responses/{id}/input_items: the items of a response's prompt, in pages."""
+    """The items of a response's prompt, in pages."""
     items = list(_kept(request).inputs)
     query = request.query_params
     order, limit = query.get("order", "desc"), query.get("limit", "20")
-    if order not in ("asc", "desc"):
+    if order not in ORDERS:
         raise _invalid("order", order, "'asc' or 'desc'")
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MAX_PAGE):
         raise _invalid("limit", limit, f"an integer from 1 to {MAX_PAGE}")
@@ -279,11 +289,40 @@ def _invalid(name: str, value: str, rule: str) -> RequestError:
     )
 
 
+_PAGE = {
+    "order": {"enum": list(ORDERS)},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "after": {"type": "string"},
+}
+"""Query parameters of input_items."""
+
 RESPONSE_ROUTES = [
-    Route("/v1/responses", create_response, methods=["POST"]),
-    Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
-    Route("/v1/responses/compact", compact, methods=["POST"]),
-    Route("/v1/responses/{id}", kept_response, methods=["GET", "DELETE"]),
-    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
-    Route("/v1/responses/{id}/input_items", list_input_items, methods=["GET"]),
+    ApiRoute(
+        "/v1/responses",
+        create_response,
+        Operation(ResponsesRequest, response=ResponseObject, events=ResponseEvent, statuses=(404,)),
+    ),
+    ApiRoute(
+        "/v1/responses/input_tokens",
+        input_tokens,
+        Operation(ResponsesRequest, response=InputTokens, statuses=(404,)),
+    ),
+    ApiRoute("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
+    ApiRoute(
+        "/v1/responses/{id}",
+        kept_response,
+        Operation(response=ResponseObject | DeletedResponse, query={"stream": {"type": "boolean"}}),
+        methods=["GET", "DELETE"],
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/cancel",
+        cancel_response,
+        Operation(response=ResponseObject),
+        methods=["POST"],
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/input_items",
+        list_input_items,
+        Operation(response=InputItemList, query=_PAGE),
+    ),
 ]

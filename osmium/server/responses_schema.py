@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from osmium.errors import RequestError
+from osmium.server import field_types as types
 from osmium.server.fields import REFUSED, unknown_fields
 from osmium.server.limits import shown
 from osmium.server.responses_tools import OfferedTools
@@ -32,7 +33,7 @@ class TextOptions(msgspec.Struct):
 class ReasoningOptions(msgspec.Struct):
     """`reasoning`: whether the model thinks, how much, and what the response has of it."""
 
-    effort: str | None = None
+    effort: types.Effort | None = None
     summary: str | None = None
     generate_summary: str | None = None
     """The former name of `summary`."""
@@ -40,10 +41,10 @@ class ReasoningOptions(msgspec.Struct):
     mode: str | None = None
     enabled: bool | None = None
     exclude: bool | None = None
-    max_tokens: int | None = None
+    max_tokens: types.Budget | None = None
 
 
-class StreamOptions(msgspec.Struct):
+class ResponsesStreamOptions(msgspec.Struct):
     """Options of a stream."""
 
     include_obfuscation: bool | None = None
@@ -61,17 +62,17 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: ResponsesStreamOptions | None = None
     include: list[str] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None
     """A limit of calls that the server runs itself; there are none."""
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: types.NumTokens | None = None
+    temperature: types.Temperature | None = None
+    top_p: types.TopP | None = None
+    top_logprobs: types.TopLogprobs | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
     truncation: str | None = None
@@ -80,15 +81,15 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    top_k: types.TopK | None = None
+    min_p: types.MinP | None = None
+    presence_penalty: types.PresencePenalty | None = None
+    frequency_penalty: types.FrequencyPenalty | None = None
+    repetition_penalty: types.RepetitionPenalty | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: types.StopText | types.StopTexts | None = None
+    min_tokens: types.MinTokens | None = None
+    logit_bias: types.LogitBias | None = None
     ignore_eos: bool | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -134,7 +135,7 @@ _NOTHING_TO_INCLUDE = (
 _NESTED: dict[str, tuple[str, ...]] = {
     "text": TextOptions.__struct_fields__,
     "reasoning": ReasoningOptions.__struct_fields__,
-    "stream_options": StreamOptions.__struct_fields__,
+    "stream_options": ResponsesStreamOptions.__struct_fields__,
 }
 
 

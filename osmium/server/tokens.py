@@ -133,7 +133,9 @@ TOKEN_ROUTES = [
     ApiRoute(
         "/tokenize",
         tokenize,
-        Operation(TokenizeRequest, TOKENIZE_FIELDS, (ONE_INPUT,), TokenizeResponse),
+        Operation(
+            TokenizeRequest, fields=TOKENIZE_FIELDS, rules=(ONE_INPUT,), response=TokenizeResponse
+        ),
     ),
     ApiRoute("/detokenize", detokenize, Operation(DetokenizeRequest, response=DetokenizeResponse)),
 ]

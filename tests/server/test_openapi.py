@@ -74,9 +74,8 @@ def test_every_route_declares_its_bodies() -> None:
         if route.path != "/openapi.json":
             assert operation.response is not None or operation.text is not None, route.path
         assert (route.endpoint.__doc__ or "").strip(), route.path
-        if operation.body is not None and "stream" in operation.body.__struct_fields__:
-            has_stream = operation.fields is None or "stream" in operation.fields
-            assert (operation.events is not None) is has_stream, route.path
+        if operation.events is not None:
+            assert operation.body is not None and "stream" in operation.body.__struct_fields__
 
 
 def test_unsupported_endpoints_are_not_in_the_document() -> None:

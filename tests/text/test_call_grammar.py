@@ -11,7 +11,6 @@ import pytest
 
 import osmium
 from osmium.engine.engine import Engine
-from osmium.errors import RequestError
 from osmium.text import grammar_ending
 from osmium.text.call_grammar import CallableEntry, compile_calls
 from osmium.text.grammar import Grammar, GrammarCompiler
