@@ -16,7 +16,6 @@ from starlette.responses import JSONResponse, Response
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish
 from osmium.errors import RequestError
-from osmium.server.field_types import ONE_STRUCTURE, TOP_LOGPROBS
 from osmium.server.fields import IgnoredFields
 from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
 from osmium.server.response_types import (
@@ -63,7 +62,6 @@ ANSWER_ROUTES = [
         chat_completions,
         Operation(
             ChatRequest,
-            rules=(ONE_STRUCTURE, TOP_LOGPROBS),
             response=ChatResponse,
             events=ChatChunk,
         ),
@@ -73,7 +71,6 @@ ANSWER_ROUTES = [
         completions,
         Operation(
             CompletionRequest,
-            rules=(ONE_STRUCTURE,),
             response=CompletionResponse,
             events=CompletionChunk,
         ),

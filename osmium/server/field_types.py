@@ -14,7 +14,7 @@ from osmium.server.structured import OUTPUT_OPTIONS
 from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
 
 __all__ = [
-    "MAX_CHOICES", "ONE_STRUCTURE", "ROLES", "TOKEN_ID", "TOP_LOGPROBS", "BestOf", "Budget",
+    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget",
     "Choices", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
     "NumTokens", "PresencePenalty", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText",
     "StopTexts", "Structured", "Temperature", "Thinking", "TokenId", "Tools", "TopK", "TopLogprobs",
@@ -79,7 +79,7 @@ _TEXT: dict[str, Any] = {"type": "string"}
 _PART = {
     "anyOf": [
         _TEXT,
-        _object(("text",), type={"enum": list(TEXT_PARTS)}, text=_TEXT),
+        _object(("text",), type={"enum": [*TEXT_PARTS, None]}, text=_TEXT),
         _object(("type",), type={"const": "refusal"}),
     ]
 }
@@ -169,31 +169,3 @@ Structured = Annotated[
         additionalProperties=False,
     ),
 ]  # fmt: skip
-
-STRUCTURED_FIELDS = (
-    "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice",
-    "guided_grammar", "json_schema", "grammar", "regex", "ebnf",
-)  # fmt: skip
-
-ONE_STRUCTURE: dict[str, Any] = {
-    "description": "At most one field restricts the response.",
-    "anyOf": [
-        {
-            "properties": {
-                name: {"type": "null"}
-                for name in (*STRUCTURED_FIELDS, *(() if field is None else ("ignore_eos",)))
-                if name != field
-            }
-        }
-        for field in (None, *STRUCTURED_FIELDS)
-    ],
-}
-"""The rule of fields that exclude each other; a null field is absent."""
-
-TOP_LOGPROBS: dict[str, Any] = {
-    "description": "top_logprobs needs logprobs.",
-    "anyOf": [
-        {"properties": {"logprobs": {"const": True}}, "required": ["logprobs"]},
-        {"properties": {"top_logprobs": {"enum": [0, None]}}},
-    ],
-}
