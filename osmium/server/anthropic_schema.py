@@ -13,14 +13,14 @@ __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest",
 class MessagesFields(msgspec.Struct, kw_only=True):
     """Fields of a message's request and of one that counts its tokens."""
 
-    messages: list[dict[str, Any]]
+    messages: types.BlockMessages
     model: str | None = None
-    system: str | list[dict[str, Any]] | None = None
+    system: str | list[types.Block] | None = None
     tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
-    output_config: dict[str, Any] | None = None
-    output_format: dict[str, Any] | None = None
+    tool_choice: types.MessageToolChoice | None = None
+    thinking: types.MessageThinking | None = None
+    output_config: types.OutputConfig | None = None
+    output_format: types.OutputFormat | None = None
     """The name of output_config.format in an earlier version."""
     max_tokens: types.NumTokens | None = None
     temperature: types.Temperature | None = None

@@ -14,11 +14,12 @@ from osmium.server.structured import OUTPUT_OPTIONS
 from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
 
 __all__ = [
-    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget",
-    "Choices", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
-    "NumTokens", "PresencePenalty", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText",
-    "StopTexts", "Structured", "Temperature", "Thinking", "TokenId", "Tools", "TopK", "TopLogprobs",
-    "TopP",
+    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Block", "BlockMessages", "Budget", "Choices",
+    "Count", "Effort", "FrequencyPenalty", "LogitBias", "MessageThinking", "MessageToolChoice",
+    "Messages", "MinP", "MinTokens", "NumTokens", "OutputConfig", "OutputFormat",
+    "PresencePenalty", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText",
+    "StopTexts", "Structured", "Summary", "Temperature", "Thinking", "TokenId", "Tools", "TopK",
+    "TopLogprobs", "TopP", "Truncation", "Verbosity",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -169,3 +170,51 @@ Structured = Annotated[
         additionalProperties=False,
     ),
 ]  # fmt: skip
+
+# -- responses -------------------------------------------------------------------------------------
+
+Truncation = Annotated[str, _states(enum=["disabled", "auto"])]
+Verbosity = Annotated[str, _states(enum=["low", "medium", "high"])]
+Summary = Annotated[str, _states(enum=["auto", "concise", "detailed", "none"])]
+
+# -- messages --------------------------------------------------------------------------------------
+
+_BLOCKS = {"type": "array", "items": _object(("type",), type=_TEXT)}
+Block = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=_object(("type",), type=_TEXT))]
+BlockMessage = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        extra_json_schema=_object(
+            ("role", "content"),
+            role={"enum": ["user", "assistant", "system"]},
+            content={"anyOf": [_TEXT, _BLOCKS]},
+        )
+    ),
+]
+BlockMessages = Annotated[list[BlockMessage], _states(minItems=1)]
+MessageThinking = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        extra_json_schema=_object(
+            ("type",),
+            type={"enum": ["enabled", "adaptive", "disabled"]},
+            display={"enum": ["summarized", "omitted", None]},
+        )
+    ),
+]
+MessageToolChoice = Annotated[
+    dict[str, Any],
+    msgspec.Meta(
+        extra_json_schema=_object(
+            ("type",),
+            type={"enum": ["auto", "any", "tool", "none"]},
+            disable_parallel_tool_use=_SWITCH,
+        )
+    ),
+]
+_FORMAT = _object(("type", "schema"), type={"const": "json_schema"}, schema=_SCHEMA)
+OutputFormat = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=_FORMAT)]
+OutputConfig = Annotated[
+    dict[str, Any],
+    msgspec.Meta(extra_json_schema=_object(effort=_nullable(**_TEXT), format=_nullable(**_FORMAT))),
+]

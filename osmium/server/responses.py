@@ -296,16 +296,32 @@ _PAGE = {
 }
 """Query parameters of input_items."""
 
+_INPUT = (
+    {
+        "anyOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+            for name in ("input", "previous_response_id")
+        ]
+    },
+)
+"""The rule of a body: it has an input, or continues a response."""
+
 RESPONSE_ROUTES = [
     ApiRoute(
         "/v1/responses",
         create_response,
-        Operation(ResponsesRequest, response=ResponseObject, events=ResponseEvent, statuses=(404,)),
+        Operation(
+            ResponsesRequest,
+            rules=_INPUT,
+            response=ResponseObject,
+            events=ResponseEvent,
+            statuses=(404,),
+        ),
     ),
     ApiRoute(
         "/v1/responses/input_tokens",
         input_tokens,
-        Operation(ResponsesRequest, response=InputTokens, statuses=(404,)),
+        Operation(ResponsesRequest, rules=_INPUT, response=InputTokens, statuses=(404,)),
     ),
     ApiRoute("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
     ApiRoute(

@@ -27,15 +27,15 @@ class TextOptions(msgspec.Struct):
 
     format: dict[str, Any] | None = None
     """{"type": "text" | "json_object" | "json_schema", "name", "schema", "strict"}"""
-    verbosity: str | None = None
+    verbosity: types.Verbosity | None = None
 
 
 class ReasoningOptions(msgspec.Struct):
     """`reasoning`: whether the model thinks, how much, and what the response has of it."""
 
     effort: types.Effort | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    summary: types.Summary | None = None
+    generate_summary: types.Summary | None = None
     """The former name of `summary`."""
     context: str | None = None
     mode: str | None = None
@@ -75,7 +75,7 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     top_logprobs: types.TopLogprobs | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    truncation: str | None = None
+    truncation: types.Truncation | None = None
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
