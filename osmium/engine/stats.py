@@ -164,7 +164,8 @@ class EngineStats:
         """Count a finished request, and its times."""
         self.finished[reason] += 1
         times = request.times
-        self.e2e_s.add(time.perf_counter() - times.submitted)
+        times.ended = time.perf_counter()
+        self.e2e_s.add(times.ended - times.submitted)
         if times.started:
             self.queue_s.add(times.started - times.submitted)
         if times.started and times.first_token:

@@ -4,7 +4,16 @@ from typing import Any
 
 import msgspec
 
-from osmium.server import field_types as types
+from osmium.server.anthropic_types import (
+    Messages,
+    OutputConfig,
+    OutputFormat,
+    System,
+    Thinking,
+    ToolChoice,
+    Tools,
+)
+from osmium.server.field_types import NumTokens, StopTexts, Temperature, TopK, TopP
 from osmium.server.fields import unknown_fields
 
 __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest", "ignored_fields"]
@@ -13,20 +22,20 @@ __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest",
 class MessagesFields(msgspec.Struct, kw_only=True):
     """Fields of a message's request and of one that counts its tokens."""
 
-    messages: types.BlockMessages
+    messages: Messages
     model: str | None = None
-    system: str | list[types.Block] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: types.MessageToolChoice | None = None
-    thinking: types.MessageThinking | None = None
-    output_config: types.OutputConfig | None = None
-    output_format: types.OutputFormat | None = None
+    system: System | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
     """The name of output_config.format in an earlier version."""
-    max_tokens: types.NumTokens | None = None
-    temperature: types.Temperature | None = None
-    top_p: types.TopP | None = None
-    top_k: types.TopK | None = None
-    stop_sequences: types.StopTexts | None = None
+    max_tokens: NumTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    stop_sequences: StopTexts | None = None
     stream: bool | None = None
     cache_control: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
@@ -45,7 +54,7 @@ class MessagesFields(msgspec.Struct, kw_only=True):
 class MessagesRequest(MessagesFields, kw_only=True):
     """POST /v1/messages"""
 
-    max_tokens: types.NumTokens
+    max_tokens: NumTokens
 
 
 class CountTokensRequest(MessagesFields, kw_only=True):

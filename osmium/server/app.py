@@ -41,7 +41,7 @@ from osmium.server.responses import RESPONSE_ROUTES
 from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
-from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
+from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, allowed_methods, unknown_route
 from osmium.server.tokens import TOKEN_ROUTES
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
@@ -106,7 +106,8 @@ def create_app(
     app.state.responses = ResponseStore()
     app.state.has_keys = bool(keys)
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]
-    kinds = [route.operation.body for route in routes if route.operation.body is not None]
+    operations = [route.operation for route in routes if route.operation.error is None]
+    kinds = [one.body for one in operations if one.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
 
@@ -135,8 +136,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return _error_response(request, unknown_route(request), 404, error.headers)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = allowed_methods(request)
         text = f"{request.method} {shown(request.url.path)} is not allowed; use {allowed}."
+        return _error_response(request, RequestError(text), 405, {"Allow": allowed})
     return _error_response(request, RequestError(text), error.status_code, error.headers)
 
 

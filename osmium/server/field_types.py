@@ -9,17 +9,22 @@ from typing import Annotated, Any
 import msgspec
 
 from osmium.engine.request import INTEGER_LIMITS, LOGIT_BIAS_LIMITS, NUMBER_LIMITS
-from osmium.server.limits import MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
+from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
 from osmium.server.structured import OUTPUT_OPTIONS
-from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
+from osmium.server.thinking import (
+    EFFORTS,
+    MIN_BUDGET,
+    REASONING_KEYS,
+    THINKING_KEYS,
+    THINKING_TYPES,
+)
 
 __all__ = [
-    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Block", "BlockMessages", "Budget", "Choices",
-    "Count", "Effort", "FrequencyPenalty", "LogitBias", "MessageThinking", "MessageToolChoice",
-    "Messages", "MinP", "MinTokens", "NumTokens", "OutputConfig", "OutputFormat",
-    "PresencePenalty", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText",
-    "StopTexts", "Structured", "Summary", "Temperature", "Thinking", "TokenId", "Tools", "TopK",
-    "TopLogprobs", "TopP", "Truncation", "Verbosity",
+    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
+    "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
+    "NumTokens", "PresencePenalty", "PromptScores", "Reasoning", "RepetitionPenalty",
+    "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature", "Thinking", "TokenId",
+    "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -62,17 +67,18 @@ MinP = Annotated[float, _limits("min_p")]
 PresencePenalty = Annotated[float, _limits("presence_penalty")]
 FrequencyPenalty = Annotated[float, _limits("frequency_penalty")]
 RepetitionPenalty = Annotated[float, _limits("repetition_penalty")]
-NumTokens = Annotated[int, _limits("max_tokens")]
+NumTokens = Annotated[int, _states(minimum=1, maximum=INTEGER_LIMITS["max_tokens"][1])]
+CompletionTokens = Annotated[int, _limits("max_tokens")]
 MinTokens = Annotated[int, _limits("min_tokens")]
 TopLogprobs = Annotated[int, _limits("logprobs")]
+PromptScores = Annotated[int, _limits("prompt_logprobs")]
 TokenId = Annotated[int, _states(minimum=0, format=TOKEN_ID)]
 Bias = Annotated[float, _states(minimum=LOGIT_BIAS_LIMITS[0], maximum=LOGIT_BIAS_LIMITS[1])]
 LogitBias = Annotated[dict[str, Bias], _states(propertyNames={"pattern": "^[0-9]{1,9}$"})]
 StopText = Annotated[str, _states(minLength=1, maxLength=MAX_STOP_CHARS)]
 StopTexts = Annotated[list[StopText], _states(maxItems=MAX_STOP_TEXTS)]
 Count = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
-BestOf = Annotated[int, _states(enum=[1])]
-"""Also n, which changes nothing either."""
+BestOf = Annotated[int, _states(minimum=1, maximum=MAX_CHOICES)]
 
 # -- messages and tools ----------------------------------------------------------------------------
 
@@ -95,8 +101,7 @@ Message = Annotated[
         )
     ),
 ]
-Messages = Annotated[list[Message], _states(minItems=1)]
-"""At most MAX_MESSAGES, but the context is full before that."""
+Messages = Annotated[list[Message], _states(minItems=1, maxItems=MAX_MESSAGES)]
 
 _FUNCTION = _object(
     ("name",),
@@ -117,10 +122,10 @@ Tools = Annotated[list[Tool], _states(maxItems=MAX_TOOLS)]
 
 # -- reasoning and structure -----------------------------------------------------------------------
 
-_BUDGET = {"enum": [*BUDGETS, None]}
+_BUDGET = _nullable(type="integer", minimum=MIN_BUDGET)
 _SWITCH = _nullable(type="boolean")
 Effort = Annotated[str, _states(enum=list(EFFORTS))]
-Budget = Annotated[int, _states(enum=list(BUDGETS))]
+Budget = Annotated[int, _states(minimum=MIN_BUDGET)]
 Thinking = Annotated[
     dict[str, Any],
     _states(
@@ -156,7 +161,6 @@ ResponseFormat = Annotated[
         ]
     ),
 ]
-
 Choices = Annotated[list[str], _states(minItems=1)]
 Structured = Annotated[
     dict[str, Any],
@@ -170,51 +174,3 @@ Structured = Annotated[
         additionalProperties=False,
     ),
 ]  # fmt: skip
-
-# -- responses -------------------------------------------------------------------------------------
-
-Truncation = Annotated[str, _states(enum=["disabled", "auto"])]
-Verbosity = Annotated[str, _states(enum=["low", "medium", "high"])]
-Summary = Annotated[str, _states(enum=["auto", "concise", "detailed", "none"])]
-
-# -- messages --------------------------------------------------------------------------------------
-
-_BLOCKS = {"type": "array", "items": _object(("type",), type=_TEXT)}
-Block = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=_object(("type",), type=_TEXT))]
-BlockMessage = Annotated[
-    dict[str, Any],
-    msgspec.Meta(
-        extra_json_schema=_object(
-            ("role", "content"),
-            role={"enum": ["user", "assistant", "system"]},
-            content={"anyOf": [_TEXT, _BLOCKS]},
-        )
-    ),
-]
-BlockMessages = Annotated[list[BlockMessage], _states(minItems=1)]
-MessageThinking = Annotated[
-    dict[str, Any],
-    msgspec.Meta(
-        extra_json_schema=_object(
-            ("type",),
-            type={"enum": ["enabled", "adaptive", "disabled"]},
-            display={"enum": ["summarized", "omitted", None]},
-        )
-    ),
-]
-MessageToolChoice = Annotated[
-    dict[str, Any],
-    msgspec.Meta(
-        extra_json_schema=_object(
-            ("type",),
-            type={"enum": ["auto", "any", "tool", "none"]},
-            disable_parallel_tool_use=_SWITCH,
-        )
-    ),
-]
-_FORMAT = _object(("type", "schema"), type={"const": "json_schema"}, schema=_SCHEMA)
-OutputFormat = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema=_FORMAT)]
-OutputConfig = Annotated[
-    dict[str, Any],
-    msgspec.Meta(extra_json_schema=_object(effort=_nullable(**_TEXT), format=_nullable(**_FORMAT))),
-]

@@ -12,17 +12,11 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
 
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
 from osmium.server.answer import answer, work_on_body
-from osmium.server.api_types import (
-    DeletedResponse,
-    InputItemList,
-    InputTokens,
-    ResponseEvent,
-    ResponseObject,
-)
 from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
@@ -39,9 +33,16 @@ from osmium.server.responses_schema import (
 )
 from osmium.server.responses_store import KeptResponse, ResponseStore
 from osmium.server.responses_tools import OfferedTools, offer_tools
+from osmium.server.responses_types import (
+    DeletedResponse,
+    InputItemList,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
 from osmium.server.responses_writer import ResponsesWriter
 from osmium.server.route import ApiRoute, Operation
-from osmium.server.schema import ChatRequest, check_request, decode
+from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
 from osmium.server.thinking import shows_reasoning
 from osmium.text.response_parser import ResponseParser
 
@@ -78,13 +79,11 @@ def convert(store: ResponseStore, raw: bytearray) -> Converted:
     if body.previous_response_id is not None:
         previous = store.previous(body.previous_response_id)
         context, context_bytes = previous.items, previous.context_bytes
-    elif not body.input and body.input != "":
+    elif body.input == []:
         raise RequestError(
-            f"input is {shown(body.input)}; send a text or a list of items.",
-            param="input",
-            code="missing_required_parameter" if body.input is None else "invalid_value",
+            "input is []; send a text or a list of items.", param="input", code="invalid_value"
         )
-    given = InputItems(body.input if body.input is not None else (), context, store.item)
+    given = InputItems(body.input, context, store.item)
     inputs, context_bytes = (*context, *given.items), context_bytes + _size(given.items)
     try:
         chat = chat_request(body, messages_of(inputs, body.instructions, tools), tools)
@@ -130,6 +129,7 @@ def count_input_tokens(
     """The body of POST /v1/responses/input_tokens, and ignored fields.  Raises: RequestError."""
     made = convert(store, raw)
     try:
+        sampling_params(made.chat, engine.defaults)  # checks them
         prompt = render_chat(engine, made.chat)
     except RequestError as error:
         raise renamed(error, made.tools) from None
@@ -198,7 +198,7 @@ def _kept(request: Request) -> KeptResponse:
 
 
 async def create_response(request: Request) -> Response:
-    """The model's response to items, as JSON or as a stream."""
+    """The model's response to a text or to items, as JSON or as a stream."""
     try:
         return await answer(request, partial(prepare_response, _store(request)))
     except RequestError as error:
@@ -208,15 +208,13 @@ async def create_response(request: Request) -> Response:
 
 
 async def input_tokens(request: Request) -> Response:
-    """The number of tokens of a prompt, without a response."""
+    """The number of tokens of a response's prompt, without the response."""
     body, ignored = await work_on_body(request, partial(count_input_tokens, _store(request)))
     return JSONResponse(body, headers=request.app.state.ignored.headers(ignored))
 
 
-async def kept_response(request: Request) -> Response:
-    """Return a response that is kept, or keep it no longer."""
-    if request.method == "DELETE":
-        return await delete_response(request)
+async def retrieve_response(request: Request) -> Response:
+    """A response that is kept."""
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise RequestError(
             "stream is true, but a response that is kept has ended. Omit it.",
@@ -227,7 +225,7 @@ async def kept_response(request: Request) -> Response:
 
 
 async def delete_response(request: Request) -> Response:
-    """DELETE /v1/responses/{id}: it is kept no longer."""
+    """Delete a response that is kept."""
     response_id = request.path_params["id"]
     _store(request).delete(response_id)
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -274,7 +272,7 @@ async def list_input_items(request: Request) -> Response:
 
 
 async def compact(request: Request) -> Response:
-    """POST /v1/responses/compact: always refused."""
+    """Always refused: conversations are not compacted."""
     raise RequestError(
         "POST /v1/responses/compact is not supported. Have the model summarise the conversation "
         "with POST /v1/responses, and go on with the summary.",
@@ -311,34 +309,26 @@ RESPONSE_ROUTES = [
         "/v1/responses",
         create_response,
         Operation(
-            ResponsesRequest,
-            rules=_INPUT,
-            response=ResponseObject,
-            events=ResponseEvent,
-            statuses=(404,),
+            ResponsesRequest, ResponseObject, events=ResponseEvent, statuses=(404,), rules=_INPUT
         ),
     ),
     ApiRoute(
         "/v1/responses/input_tokens",
         input_tokens,
-        Operation(ResponsesRequest, rules=_INPUT, response=InputTokens, statuses=(404,)),
-    ),
-    ApiRoute("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
-    ApiRoute(
-        "/v1/responses/{id}",
-        kept_response,
-        Operation(response=ResponseObject | DeletedResponse, query={"stream": {"type": "boolean"}}),
-        methods=["GET", "DELETE"],
+        Operation(ResponsesRequest, InputTokens, statuses=(404,), rules=_INPUT),
     ),
     ApiRoute(
-        "/v1/responses/{id}/cancel",
-        cancel_response,
-        Operation(response=ResponseObject),
-        methods=["POST"],
+        "/v1/responses/{id}", retrieve_response,
+        Operation(response=ResponseObject, query={"stream": {"const": False}}),
     ),
     ApiRoute(
-        "/v1/responses/{id}/input_items",
-        list_input_items,
+        "/v1/responses/{id}", delete_response, Operation(response=DeletedResponse), method="DELETE"
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/input_items", list_input_items,
         Operation(response=InputItemList, query=_PAGE),
     ),
-]
+    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"],
+          include_in_schema=False),
+    Route("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
+]  # fmt: skip

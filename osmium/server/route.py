@@ -21,12 +21,6 @@ class Operation:
 
     body: type[msgspec.Struct] | None = None
     """The decoded type of a request's JSON; None without a body."""
-    fields: Collection[str] | None = None
-    """The fields of `body` that have an effect; None for all of them."""
-    rules: Sequence[Mapping[str, Any]] = ()
-    """JSON Schemas that a body satisfies beside its type: which fields exclude each other."""
-    query: Mapping[str, Any] = field(default_factory=dict)
-    """JSON Schemas of the query's parameters, by name; each may be absent."""
     response: Any = None
     """The type of a successful response's JSON; None for any JSON."""
     text: str | None = None
@@ -39,12 +33,18 @@ class Operation:
     """The type of the JSON of most errors; None is OpenAI's error object."""
     statuses: tuple[int, ...] = ()
     """Error statuses beside those of every route, or of every route with a body."""
+    fields: Collection[str] | None = None
+    """The fields of `body` that have an effect; None for all of them."""
+    rules: Sequence[Mapping[str, Any]] = ()
+    """JSON Schemas that a body satisfies beside its type: which fields exclude each other."""
+    query: Mapping[str, Any] = field(default_factory=dict)
+    """JSON Schemas of the query's parameters, by name; each may be absent."""
     is_public: bool = False
     """Whether the route needs no API key."""
 
 
 class ApiRoute(Route):
-    """A Starlette route with its Operation; by default it has POST with a body, else GET."""
+    """A Starlette route with its Operation.  Its method follows from the body: GET, or POST."""
 
     def __init__(
         self,
@@ -52,9 +52,9 @@ class ApiRoute(Route):
         endpoint: Callable[[Request], Awaitable[Response]],
         operation: Operation | None = None,
         *,
-        methods: Sequence[str] = (),
+        method: str | None = None,
         include_in_schema: bool = True,
     ) -> None:
         self.operation = operation or Operation()
-        methods = methods or ["GET" if self.operation.body is None else "POST"]
-        super().__init__(path, endpoint, methods=methods, include_in_schema=include_in_schema)
+        method = method or ("GET" if self.operation.body is None else "POST")
+        super().__init__(path, endpoint, methods=[method], include_in_schema=include_in_schema)

@@ -11,17 +11,46 @@ import msgspec
 
 from osmium.engine.request import MAX_INT, SamplingParams
 from osmium.errors import RequestError
-from osmium.server import field_types as types
-from osmium.server.field_types import MAX_CHOICES, ROLES
-from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
+from osmium.server.field_types import (
+    MAX_CHOICES,
+    ROLES,
+    BestOf,
+    Budget,
+    Choices,
+    CompletionTokens,
+    Count,
+    Effort,
+    FrequencyPenalty,
+    LogitBias,
+    Messages,
+    MinP,
+    MinTokens,
+    NumTokens,
+    PresencePenalty,
+    PromptScores,
+    Reasoning,
+    RepetitionPenalty,
+    ResponseFormat,
+    StopText,
+    StopTexts,
+    Structured,
+    Temperature,
+    Thinking,
+    TokenId,
+    Tools,
+    TopK,
+    TopLogprobs,
+    TopP,
+)
+from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
-from osmium.server.tools import check_tools
+from osmium.server.tools import check_tools, tool_choice
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
-    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "one_prompt",
-    "parse", "sampling_params",
+    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "parse",
+    "prompt_logprobs", "prompts", "sampling_params",
 ]  # fmt: skip
 
 
@@ -37,34 +66,34 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     """Fields of both kinds of request."""
 
     model: str | None = None
-    temperature: types.Temperature | None = None
-    top_p: types.TopP | None = None
-    top_k: types.TopK | None = None
-    min_p: types.MinP | None = None
-    presence_penalty: types.PresencePenalty | None = None
-    frequency_penalty: types.FrequencyPenalty | None = None
-    repetition_penalty: types.RepetitionPenalty | None = None
-    repeat_penalty: types.RepetitionPenalty | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    repeat_penalty: RepetitionPenalty | None = None
     """llama-server's name of repetition_penalty."""
     seed: int | None = None
-    stop: types.StopText | types.StopTexts | None = None
-    stop_token_ids: list[types.TokenId] | None = None
-    max_tokens: types.NumTokens | None = None
-    min_tokens: types.MinTokens | None = None
-    logit_bias: types.LogitBias | None = None
+    stop: StopText | StopTexts | None = None
+    stop_token_ids: list[TokenId] | None = None
+    max_tokens: NumTokens | None = None
+    min_tokens: MinTokens | None = None
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
-    n: types.Count | None = None
+    n: Count | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
     timings_per_token: bool | None = None
     user: str | None = None
-    response_format: types.ResponseFormat | None = None
+    response_format: ResponseFormat | None = None
     guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: types.Choices | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    structured_outputs: types.Structured | None = None
+    structured_outputs: Structured | None = None
     json_schema: str | dict[str, Any] | None = None
     """llama-server's name of guided_json; SGLang's, too."""
     grammar: str | None = None
@@ -72,42 +101,49 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     """SGLang's names of guided_regex and guided_grammar."""
+    prompt_logprobs: PromptScores | bool | None = None
+    """vLLM's: likeliest tokens returned at each position of the prompt; false is null."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
     """POST /v1/chat/completions"""
 
-    messages: types.Messages
-    max_completion_tokens: types.NumTokens | None = None
+    messages: Messages
+    max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
-    top_logprobs: types.TopLogprobs | None = None
-    tools: types.Tools | None = None
+    top_logprobs: TopLogprobs | None = None
+    tools: Tools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     enable_thinking: bool | None = None
-    reasoning_effort: types.Effort | None = None
-    thinking: types.Thinking | bool | None = None
+    reasoning_effort: Effort | None = None
+    thinking: Thinking | bool | None = None
     """{"type": "enabled" | "adaptive" | "disabled"} of Anthropic, DeepSeek and others."""
-    reasoning: types.Reasoning | None = None
+    reasoning: Reasoning | None = None
     """{"effort", "enabled", "exclude"} of OpenRouter and of OpenAI's responses."""
-    thinking_token_budget: types.Budget | None = None
-    reasoning_budget_tokens: types.Budget | None = None
-    thinking_budget: types.Budget | None = None
+    thinking_token_budget: Budget | None = None
+    reasoning_budget_tokens: Budget | None = None
+    thinking_budget: Budget | None = None
     include_reasoning: bool | None = None
 
 
 class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
-    prompt: str | list[str | types.TokenId | list[types.TokenId]]
-    """A text, token ids, or a list with one text or one list of token ids."""
-    logprobs: types.TopLogprobs | None = None
+    prompt: str | list[str | TokenId | list[TokenId]]
+    """A text, token ids, or a list of texts or of lists of token ids."""
+    max_tokens: CompletionTokens | None = None
+    """Most tokens of the response; 0 computes the prompt alone."""
+    logprobs: TopLogprobs | None = None
     echo: bool | None = None
+    """Whether the response begins with the prompt; with logprobs also those of its tokens."""
     suffix: str | None = None
-    best_of: types.BestOf | None = None
+    """The text behind the gap that the response fills."""
+    best_of: BestOf | None = None
+    """Choices that are generated; the `n` likeliest per token are returned."""
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -190,12 +226,25 @@ def _check(request: BaseRequest) -> None:
     constraint(request)
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
         raise _unsupported("n", request.n, f"a request has 1 to {MAX_CHOICES} choices")
+    scores = prompt_logprobs(request)
+    if scores is not None and request.stream:
+        raise _unsupported("prompt_logprobs", scores, "omit stream", " in a stream")
     if isinstance(request, CompletionRequest):
-        for name, value in (("echo", request.echo), ("suffix", request.suffix)):
-            if value:
-                raise _unsupported(name, value, "omit it")
-        if request.best_of not in (None, 1, request.n):
-            raise _unsupported("best_of", request.best_of, "omit it")
+        _check_completion(request)
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    """Raises: RequestError for fields that exclude each other."""
+    if request.echo and request.suffix:
+        raise _unsupported("echo", True, "omit one of them", " beside suffix")
+    if request.best_of is None:
+        return
+    least = request.n or 1
+    if not least <= request.best_of <= MAX_CHOICES:
+        rule = f"an integer from n, which is {least}, to {MAX_CHOICES}"
+        raise _invalid("best_of", request.best_of, rule)
+    if request.best_of > least and request.stream:
+        raise _unsupported("best_of", request.best_of, "omit stream", ", above n, in a stream")
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -203,9 +252,7 @@ def _check_chat(request: ChatRequest) -> None:
     messages = request.messages
     check_count("messages", len(messages or ()), MAX_MESSAGES)
     check_tools(request.tools)
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
+    tool_choice(request.tool_choice, request.tools)
     if messages is None:  # a TokenizeRequest with a prompt
         return
     for i, message in enumerate(messages):
@@ -255,24 +302,43 @@ def _inner_text(text: str) -> str | None:
         return None
 
 
-def one_prompt(request: CompletionRequest) -> str | list[int]:
-    """A completion's prompt, text or token ids.  Raises: RequestError for more than one prompt."""
+def prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """A completion's prompts, each text or token ids.  Raises: RequestError for too many."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return prompt
+        return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
-        return ids
-    if len(prompt) > 1:
-        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one per request")
-    (single,) = prompt
-    assert not isinstance(single, int), "a list of ids was returned above"
-    return single
+        return [ids]
+    others = [item for item in prompt if not isinstance(item, int)]
+    if ids:
+        raise RequestError(
+            f"prompt has {len(ids)} token ids beside {len(others)} texts or lists; it must be a "
+            "text, token ids, or a list of texts or of lists of token ids.",
+            param="prompt",
+            code="invalid_type",
+        )
+    check_count("prompt", len(others), MAX_PROMPTS)
+    return others
 
 
-def _unsupported(name: str, value: object, fix: str) -> RequestError:
+def prompt_logprobs(request: BaseRequest) -> int | None:
+    """Alternatives at each token of the prompt; None without them.  Raises: RequestError."""
+    count = request.prompt_logprobs
+    if count is True:
+        raise _invalid("prompt_logprobs", count, "an integer from 0 to 20")
+    return None if count is False else count
+
+
+def _invalid(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {shown(value)}, which is not supported: {fix}.",
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
+    )
+
+
+def _unsupported(name: str, value: object, fix: str, where: str = "") -> RequestError:
+    return RequestError(
+        f"{name} is {shown(value)}{where}, which is not supported: {fix}.",
         param=name,
         code="unsupported_value",
     )
@@ -321,6 +387,10 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
             )
     elif isinstance(request, CompletionRequest):
         given["logprobs"] = request.logprobs
+    if (scores := prompt_logprobs(request)) is not None:
+        given["prompt_logprobs"] = scores
+    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:
