@@ -152,6 +152,7 @@ class EngineStats:
     def finish(self, request: Request, reason: FinishReason) -> None:
         """Count a finished request."""
         self.finished[reason] += 1
+        request.times.ended = time.perf_counter()
         if request in self._start_samples:
             self._finished_requests.append(request)
 

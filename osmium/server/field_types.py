@@ -20,10 +20,10 @@ from osmium.server.thinking import (
 
 __all__ = [
     "MAX_CHOICES", "ROLES", "TOKEN_ID",
-    "BestOf", "Budget", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP",
-    "MinTokens", "NumTokens", "PresencePenalty", "Reasoning", "RepetitionPenalty",
-    "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking", "TokenId", "Tools",
-    "TopK", "TopLogprobs", "TopP",
+    "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
+    "Messages", "MinP", "MinTokens", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
+    "TokenId", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -66,9 +66,11 @@ MinP = Annotated[float, _limits("min_p")]
 PresencePenalty = Annotated[float, _limits("presence_penalty")]
 FrequencyPenalty = Annotated[float, _limits("frequency_penalty")]
 RepetitionPenalty = Annotated[float, _limits("repetition_penalty")]
-NumTokens = Annotated[int, _limits("max_tokens")]
+NumTokens = Annotated[int, _states(minimum=1, maximum=INTEGER_LIMITS["max_tokens"][1])]
+CompletionTokens = Annotated[int, _limits("max_tokens")]
 MinTokens = Annotated[int, _limits("min_tokens")]
 TopLogprobs = Annotated[int, _limits("logprobs")]
+PromptScores = Annotated[int, _limits("prompt_logprobs")]
 TokenId = Annotated[int, _states(minimum=0, format=TOKEN_ID)]
 Bias = Annotated[float, _states(minimum=LOGIT_BIAS_LIMITS[0], maximum=LOGIT_BIAS_LIMITS[1])]
 LogitBias = Annotated[dict[str, Bias], _states(propertyNames={"pattern": "^[0-9]{1,9}$"})]

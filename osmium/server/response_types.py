@@ -94,6 +94,15 @@ class ChatLogprobs(TypedDict):
     content: list[ContentLogprob]
 
 
+class PromptLogprob(TypedDict):
+    """A token at a position of the prompt; entries are by token id."""
+
+    logprob: float
+    rank: int
+    """1: the likeliest token."""
+    decoded_token: str
+
+
 class CalledFunction(TypedDict):
     """The name and the arguments of a call."""
 
@@ -140,6 +149,8 @@ class ChatResponse(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+    """vLLM's, one entry per token of the prompt; the first is null."""
 
 
 class FunctionDelta(TypedDict):
@@ -206,6 +217,8 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+    """vLLM's, one entry per token of the prompt; the first is null."""
 
 
 class CompletionResponse(TypedDict):

@@ -16,6 +16,7 @@ from osmium.server.field_types import (
     ROLES,
     BestOf,
     Budget,
+    CompletionTokens,
     Count,
     Effort,
     FrequencyPenalty,
@@ -25,6 +26,7 @@ from osmium.server.field_types import (
     MinTokens,
     NumTokens,
     PresencePenalty,
+    PromptScores,
     Reasoning,
     RepetitionPenalty,
     ResponseFormat,
@@ -38,15 +40,15 @@ from osmium.server.field_types import (
     TopLogprobs,
     TopP,
 )
-from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
+from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
 from osmium.server.tools import check_tools, tool_choice
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
-    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "one_prompt",
-    "parse", "sampling_params",
+    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "parse",
+    "prompt_logprobs", "prompts", "sampling_params",
 ]  # fmt: skip
 
 
@@ -97,6 +99,8 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     regex: str | None = None
     ebnf: str | None = None
     """SGLang's names of guided_regex and guided_grammar."""
+    prompt_logprobs: PromptScores | bool | None = None
+    """vLLM's: likeliest tokens returned at each position of the prompt; false is null."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
@@ -128,11 +132,16 @@ class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | TokenId | list[TokenId]]
-    """A text, token ids, or a list with one text or one list of token ids."""
+    """A text, token ids, or a list of texts or of lists of token ids."""
+    max_tokens: CompletionTokens | None = None
+    """Most tokens of the response; 0 computes the prompt alone."""
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
+    """Whether the response begins with the prompt; with logprobs also those of its tokens."""
     suffix: str | None = None
+    """The text behind the gap that the response fills."""
     best_of: BestOf | None = None
+    """Choices that are generated; the `n` likeliest per token are returned."""
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -202,12 +211,25 @@ def _check(request: BaseRequest) -> None:
     constraint(request)
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
         raise _unsupported("n", request.n, f"a request has 1 to {MAX_CHOICES} choices")
+    scores = prompt_logprobs(request)
+    if scores is not None and request.stream:
+        raise _unsupported("prompt_logprobs", scores, "omit stream", " in a stream")
     if isinstance(request, CompletionRequest):
-        for name, value in (("echo", request.echo), ("suffix", request.suffix)):
-            if value:
-                raise _unsupported(name, value, "omit it")
-        if request.best_of not in (None, 1, request.n):
-            raise _unsupported("best_of", request.best_of, "omit it")
+        _check_completion(request)
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    """Raises: RequestError for fields that exclude each other."""
+    if request.echo and request.suffix:
+        raise _unsupported("echo", True, "omit one of them", " beside suffix")
+    if request.best_of is None:
+        return
+    least = request.n or 1
+    if not least <= request.best_of <= MAX_CHOICES:
+        rule = f"an integer from n, which is {least}, to {MAX_CHOICES}"
+        raise _invalid("best_of", request.best_of, rule)
+    if request.best_of > least and request.stream:
+        raise _unsupported("best_of", request.best_of, "omit stream", ", above n, in a stream")
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -260,24 +282,43 @@ def _inner_text(text: str) -> str | None:
         return None
 
 
-def one_prompt(request: CompletionRequest) -> str | list[int]:
-    """A completion's prompt, text or token ids.  Raises: RequestError for more than one prompt."""
+def prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """A completion's prompts, each text or token ids.  Raises: RequestError for too many."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return prompt
+        return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
-        return ids
-    if len(prompt) > 1:
-        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one per request")
-    (single,) = prompt
-    assert not isinstance(single, int), "a list of ids was returned above"
-    return single
+        return [ids]
+    others = [item for item in prompt if not isinstance(item, int)]
+    if ids:
+        raise RequestError(
+            f"prompt has {len(ids)} token ids beside {len(others)} texts or lists; it must be a "
+            "text, token ids, or a list of texts or of lists of token ids.",
+            param="prompt",
+            code="invalid_type",
+        )
+    check_count("prompt", len(others), MAX_PROMPTS)
+    return others
 
 
-def _unsupported(name: str, value: object, fix: str) -> RequestError:
+def prompt_logprobs(request: BaseRequest) -> int | None:
+    """Alternatives at each token of the prompt; None without them.  Raises: RequestError."""
+    count = request.prompt_logprobs
+    if count is True:
+        raise _invalid("prompt_logprobs", count, "an integer from 0 to 20")
+    return None if count is False else count
+
+
+def _invalid(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {shown(value)}, which is not supported: {fix}.",
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
+    )
+
+
+def _unsupported(name: str, value: object, fix: str, where: str = "") -> RequestError:
+    return RequestError(
+        f"{name} is {shown(value)}{where}, which is not supported: {fix}.",
         param=name,
         code="unsupported_value",
     )
@@ -326,6 +367,10 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
             )
     elif isinstance(request, CompletionRequest):
         given["logprobs"] = request.logprobs
+    if (scores := prompt_logprobs(request)) is not None:
+        given["prompt_logprobs"] = scores
+    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:
