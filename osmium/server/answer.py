@@ -62,12 +62,20 @@ ANSWER_ROUTES = [
     ApiRoute(
         "/v1/chat/completions",
         chat_completions,
-        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+        Operation(
+            ChatRequest,
+            response=ChatResponse,
+            events=ChatChunk,
+        ),
     ),
     ApiRoute(
         "/v1/completions",
         completions,
-        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+        Operation(
+            CompletionRequest,
+            response=CompletionResponse,
+            events=CompletionChunk,
+        ),
     ),
 ]
 

@@ -8,6 +8,7 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -175,8 +176,9 @@ def serve(
     allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    tls: ssl.SSLContext | None = None,
 ) -> None:
-    """Serve until Ctrl-C.  The port is bound before the model is loaded.
+    """Serve until Ctrl-C, with `tls` by HTTPS.  The port is bound before the model is loaded.
 
     Raises: ConfigError if the port is in use, and the error that stopped the loading or the engine.
     """
@@ -191,7 +193,7 @@ def serve(
     if warning is not None:
         log.warning(warning)
     config = HttpConfig(
-        app, limits, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        app, limits, tls, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
         lifespan="on", backlog=ACCEPTS,
     )  # fmt: skip
     server = Server(config, shutdown)
@@ -206,10 +208,11 @@ def serve(
             loader.engine.on_stopped = stop
             if loader.engine.stopped is not None:
                 stop()
+            scheme = "http" if tls is None else "https"
             url_host = f"[{address}]" if ":" in address else address
             print(
                 f"{served_model_name or loader.engine.name} is served on "
-                f"http://{url_host}:{listening.getsockname()[1]}/v1",
+                f"{scheme}://{url_host}:{listening.getsockname()[1]}/v1",
                 file=sys.stderr,
                 flush=True,
             )

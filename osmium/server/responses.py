@@ -48,6 +48,9 @@ from osmium.text.response_parser import ResponseParser
 
 __all__ = ["RESPONSE_ROUTES"]
 
+ORDERS = ("asc", "desc")
+"""Values of `order` in the query of input_items."""
+
 MAX_PAGE = 100
 """Most items of one page of GET /v1/responses/{id}/input_items."""
 
@@ -244,7 +247,7 @@ async def list_input_items(request: Request) -> Response:
     items = list(_kept(request).inputs)
     query = request.query_params
     order, limit = query.get("order", "desc"), query.get("limit", "20")
-    if order not in ("asc", "desc"):
+    if order not in ORDERS:
         raise _invalid("order", order, "'asc' or 'desc'")
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MAX_PAGE):
         raise _invalid("limit", limit, f"an integer from 1 to {MAX_PAGE}")
@@ -284,22 +287,47 @@ def _invalid(name: str, value: str, rule: str) -> RequestError:
     )
 
 
+_PAGE = {
+    "order": {"enum": list(ORDERS)},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "after": {"type": "string"},
+}
+"""Query parameters of input_items."""
+
+_INPUT = (
+    {
+        "anyOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+            for name in ("input", "previous_response_id")
+        ]
+    },
+)
+"""The rule of a body: it has an input, or continues a response."""
+
 RESPONSE_ROUTES = [
     ApiRoute(
         "/v1/responses",
         create_response,
-        Operation(ResponsesRequest, ResponseObject, events=ResponseEvent, statuses=(404,)),
+        Operation(
+            ResponsesRequest, ResponseObject, events=ResponseEvent, statuses=(404,), rules=_INPUT
+        ),
     ),
     ApiRoute(
         "/v1/responses/input_tokens",
         input_tokens,
-        Operation(ResponsesRequest, InputTokens, statuses=(404,)),
+        Operation(ResponsesRequest, InputTokens, statuses=(404,), rules=_INPUT),
     ),
-    ApiRoute("/v1/responses/{id}", retrieve_response, Operation(response=ResponseObject)),
-    ApiRoute("/v1/responses/{id}", delete_response, Operation(response=DeletedResponse),
-             method="DELETE"),
-    ApiRoute("/v1/responses/{id}/input_items", list_input_items,
-             Operation(response=InputItemList)),
+    ApiRoute(
+        "/v1/responses/{id}", retrieve_response,
+        Operation(response=ResponseObject, query={"stream": {"const": False}}),
+    ),
+    ApiRoute(
+        "/v1/responses/{id}", delete_response, Operation(response=DeletedResponse), method="DELETE"
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/input_items", list_input_items,
+        Operation(response=InputItemList, query=_PAGE),
+    ),
     Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"],
           include_in_schema=False),
     Route("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),

@@ -59,7 +59,8 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     loader: BackgroundLoader = request.app.state.loader
-    return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
+    name = request.app.state.served_model_name
+    return Response(exposition(loader.engine, name), media_type=CONTENT_TYPE)
 
 
 async def props(request: Request) -> Response:

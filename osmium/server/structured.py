@@ -11,7 +11,7 @@ from osmium.errors import RequestError
 from osmium.server.limits import shown
 from osmium.text.grammar import GrammarKind
 
-__all__ = ["Constraint", "StructuredFields", "constraint"]
+__all__ = ["OUTPUT_OPTIONS", "Constraint", "StructuredFields", "constraint"]
 
 ANY_OBJECT = {"type": "object"}
 """The schema of json_object."""
@@ -53,7 +53,7 @@ _OUTPUTS: dict[str, GrammarKind] = {
 }  # fmt: skip
 """Keys of structured_outputs with a value to compile."""
 
-_OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
+OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
                    "disable_additional_properties", "whitespace_pattern")  # fmt: skip
 """Options of structured_outputs in vLLM; only values that change nothing are accepted."""
 
@@ -159,7 +159,7 @@ def _structured_outputs(value: Any) -> Iterator[Constraint]:
                 )
             if item:
                 yield Constraint("json", ANY_OBJECT, param)
-        elif key not in _OUTPUT_OPTIONS or item:
+        elif key not in OUTPUT_OPTIONS or item is not False:
             raise RequestError(
                 f"{param} is {shown(item)}, which is not supported: use one of "
                 f"{', '.join(_OUTPUTS)}, json_object.",
