@@ -22,8 +22,8 @@ __all__ = [
     "MAX_CHOICES", "ROLES", "TOKEN_ID",
     "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
     "Messages", "MinP", "MinTokens", "NamedTools", "NumTokens", "PresencePenalty",
-    "PromptScores", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
-    "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
+    "PromptScores", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts",
+    "Temperature", "Thinking", "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
