@@ -39,6 +39,7 @@ from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
 from osmium.server.route import ApiRoute, Operation
 from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
+from osmium.server.thinking import MIN_BUDGET
 
 __all__ = ["ANTHROPIC_ROUTES"]
 
@@ -179,7 +180,9 @@ def _thinking(value: dict[str, Any] | None) -> tuple[dict[str, Any], bool]:
         raise invalid("thinking.type", kind, "'enabled', 'adaptive' or 'disabled'")
     if display not in (None, "summarized", "omitted"):
         raise invalid("thinking.display", display, "'summarized' or 'omitted'")
-    budget = value.get("budget_tokens") if kind != "disabled" else None
+    budget = value.get("budget_tokens")
+    if budget is not None and (type(budget) is not int or budget < MIN_BUDGET):
+        raise invalid("thinking.budget_tokens", budget, "a number of tokens")
     thinking = {"type": kind} if budget is None else {"type": kind, "budget_tokens": budget}
     return thinking, display == "omitted"
 

@@ -44,8 +44,7 @@ def chat_messages(
             found.append(_assistant_message(content, f"{path}.content", names))
         else:
             raise invalid(f"{path}.role", role, "'user', 'assistant' or 'system'")
-    if not found:
-        raise invalid("messages", messages, "a list with at least one message that has a text")
+    found = found or [{"role": "user", "content": ""}]
     if found[-1].get("tool_calls"):
         raise RequestError(
             f"messages[{len(messages) - 1}] is the last message and has tool_use blocks; a call "

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NotRequired, TypedDict
 import msgspec
 
 from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS
+from osmium.server.thinking import MIN_BUDGET
 
 __all__ = [
     "AnthropicError", "AnthropicErrorBody", "ContentBlock", "MessageEvent", "MessageResponse",
@@ -118,6 +119,7 @@ Thinking = Annotated[
         **_object(
             ("type",),
             type={"enum": ["enabled", "adaptive", "disabled"]},
+            budget_tokens={"type": ["integer", "null"], "minimum": MIN_BUDGET},
             display={"enum": ["summarized", "omitted", None]},
         )
     ),

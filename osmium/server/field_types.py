@@ -20,11 +20,19 @@ from osmium.server.thinking import (
 )
 
 __all__ = [
+<<<<<<< HEAD
     "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
     "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
     "NumTokens", "PresencePenalty", "PromptScores", "Reasoning", "RepetitionPenalty",
     "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature", "Thinking", "TokenId",
     "Tools", "TopK", "TopLogprobs", "TopP",
+=======
+    "MAX_CHOICES", "ROLES", "TOKEN_ID",
+    "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
+    "Messages", "MinP", "MinTokens", "NamedTools", "NumTokens", "PresencePenalty",
+    "PromptScores", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
+    "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
+>>>>>>> toolchoice
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -119,6 +127,32 @@ Tool = Annotated[
     ),
 ]
 Tools = Annotated[list[Tool], _states(maxItems=MAX_TOOLS)]
+
+_NAME_ONLY = _object(("name",), name=_TEXT)
+_NAMED_TOOL = {
+    "anyOf": [
+        _object(("type", "function"), type={"const": "function"}, function=_NAME_ONLY),
+        _object(("type", "name"), type={"const": "function"}, name=_TEXT),
+    ]
+}
+_ALLOWED = {
+    "mode": {"enum": ["auto", "required"]},
+    "tools": {"type": "array", "items": _NAMED_TOOL, "minItems": 1},
+}
+_ALLOWED_TYPE = {"const": "allowed_tools"}
+_ALLOWED_TOOLS = {
+    "anyOf": [
+        _object(
+            ("type", "allowed_tools"),
+            type=_ALLOWED_TYPE,
+            allowed_tools=_object(("mode", "tools"), **_ALLOWED),
+        ),
+        _object(("type", "mode", "tools"), type=_ALLOWED_TYPE, **_ALLOWED),
+    ]
+}
+ToolMode = Annotated[str, _states(enum=["auto", "none", "required"])]
+NamedTools = Annotated[dict[str, Any], _states(anyOf=[_NAMED_TOOL, _ALLOWED_TOOLS])]
+"""Values of tool_choice: a mode, or an object that names tools."""
 
 # -- reasoning and structure -----------------------------------------------------------------------
 

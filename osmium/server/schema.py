@@ -25,6 +25,7 @@ from osmium.server.field_types import (
     Messages,
     MinP,
     MinTokens,
+    NamedTools,
     NumTokens,
     PresencePenalty,
     PromptScores,
@@ -37,6 +38,7 @@ from osmium.server.field_types import (
     Temperature,
     Thinking,
     TokenId,
+    ToolMode,
     Tools,
     TopK,
     TopLogprobs,
@@ -113,7 +115,7 @@ class ChatRequest(BaseRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolMode | NamedTools | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None

@@ -27,12 +27,21 @@ PDL_TARGETS = ("sm_90", "sm_100", "sm_120")
 READ_TEXTS = """
 import json, sys
 from pathlib import Path
-from typing import NamedTuple
 from osmium.kernels.ptx import pdl_text
 root = Path(sys.argv[1])
 paths = [*(root / "ptx").glob("*.ptx"), *(root / "osmium/kernels/compiled").glob("*.ptx")]
-print(json.dumps({path.stem: [path.read_text(), pdl_text(path.read_text())] for path in paths}))
+texts = {path.stem: path.read_text() for path in paths}
+try:
+    from osmium.kernels.ptx_family import find_source, kernel_files
+except ImportError:
+    pass
+else:
+    folder = root / "ptx"
+    texts = {path.stem: path.read_text() for path in paths if path.parent != folder}
+    texts |= {name: find_source((folder,), name).text for name in kernel_files(folder)}
+print(json.dumps({name: [text, pdl_text(text)] for name, text in texts.items()}))
 """
+"""Prints the texts of a checkout's kernels, by its own code; older commits have no families."""
 
 
 @dataclass(frozen=True)

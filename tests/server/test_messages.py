@@ -372,6 +372,10 @@ def test_the_system_prompt_has_no_billing_header(system: Any, wanted: str | None
     assert prompt_of(turns) == f"{head}user:Hello\nassistant:"
 
 
+def test_a_conversation_without_any_text_has_an_empty_user_turn() -> None:
+    assert prompt_of([{"role": "system", "content": [text(BILLING)]}]) == "user:\nassistant:"
+
+
 def test_a_system_message_between_the_turns_is_part_of_the_prompt() -> None:
     turns = [{"role": "system", "content": "B"}, *HELLO, {"role": "system", "content": [text("C")]}]
     assert prompt_of(turns, system="A") == "system:A\n\nB\nuser:Hello\nuser:C\nassistant:"
@@ -462,7 +466,6 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
     [
         ({"messages": []}, "messages"),
         ({"messages": "-"}, "messages"),
-        ({"messages": [{"role": "system", "content": ""}]}, "messages"),
         ({"messages": "Hello"}, "messages"),
         ({"messages": [5]}, "messages[0]"),
         ({"messages": [{"role": "user"}]}, "messages[0].content"),
@@ -533,6 +536,7 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
         ({"thinking": {"type": "auto"}}, "thinking.type"),
         ({"thinking": True}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled", "budget_tokens": True}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "adaptive", "budget_tokens": []}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "adaptive", "display": "all"}}, "thinking.display"),
         ({"output_config": {"effort": "banana"}}, "output_config.effort"),

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
@@ -117,3 +118,69 @@ def test_a_prompt_that_does_not_fit_has_both_numbers(client: TestClient) -> None
         > int(found[2])
         == client.get("/v1/models").json()["data"][0]["max_model_len"]
     )
+
+
+CITY = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+    },
+    "required": ["city", "unit"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "bash_20250124", "name": "bash"},
+    {"name": "weather", "input_schema": CITY},
+    {"name": "now", "input_schema": {"type": "object", "properties": {}, "maxProperties": 0}},
+]
+
+
+@pytest.mark.parametrize(
+    ("choice", "names"),
+    [
+        ({"type": "any"}, {"weather", "now"}),
+        ({"type": "any", "disable_parallel_tool_use": True}, {"weather", "now"}),
+        ({"type": "tool", "name": "weather"}, {"weather"}),
+        ({"type": "tool", "name": "now"}, {"now"}),
+    ],
+)
+@pytest.mark.parametrize("thinking", [{"type": "disabled"}, {"type": "adaptive"}])
+def test_a_required_call_is_one_of_the_tools_and_fits_its_schema(
+    client: TestClient, choice: dict[str, Any], names: set[str], thinking: dict[str, Any]
+) -> None:
+    fields = {"tools": TOOLS, "tool_choice": choice, "thinking": thinking, "max_tokens": 200}
+    body = {"messages": FRANCE, "temperature": 0, **fields}
+    answer = client.post(MESSAGES, json=body)
+    assert answer.headers["x-osmium-ignored"] == "tools.bash_20250124"
+    whole = answer.json()
+    streamed = message_of(events_of(client.post(MESSAGES, json={**body, "stream": True})))
+    for message in (whole, streamed):
+        calls = [block for block in message["content"] if block["type"] == "tool_use"]
+        assert message["stop_reason"] in ("tool_use", "max_tokens") and calls
+        assert not [block for block in message["content"] if block["type"] == "text"]
+        for call in calls:
+            assert call["name"] in names
+            jsonschema.validate(call["input"], CITY if call["name"] == "weather" else {})
+        if choice.get("disable_parallel_tool_use"):
+            assert len(calls) == 1
+
+
+def test_a_tool_whose_schema_cannot_be_enforced_is_named_by_its_place(client: TestClient) -> None:
+    schema = {"type": "object", "properties": {"a": {"not": {}}}}
+    tools = [TOOLS[0], {"name": "a", "input_schema": schema, "strict": True}]
+    body = {"messages": FRANCE, "max_tokens": 9, "tools": tools}
+    answer = client.post(MESSAGES, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"].startswith("tools[1].input_schema")
+
+
+@pytest.mark.parametrize("budget", [1, 3])
+def test_a_thinking_budget_limits_the_thinking(client: TestClient, budget: int) -> None:
+    free, short = (
+        ask(client, thinking={"type": "enabled", "budget_tokens": tokens})["content"]
+        for tokens in (1000, budget)
+    )
+    assert [block["type"] for block in free] == ["thinking", "text"]
+    assert len(short[0]["thinking"]) < len(free[0]["thinking"])
+    assert short[-1]["type"] == "text" and short[-1]["text"]

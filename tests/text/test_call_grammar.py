@@ -149,13 +149,17 @@ def random_tool(rng: np.random.Generator, name: str) -> Entry:
     return tool(name, schema, **({"strict": True} if rng.random() < 0.5 else {}))
 
 
-@FORMATS
-def test_calls_of_random_tools_satisfy_their_schemas(
-    engine: Engine, compiler: GrammarCompiler, rng: np.random.Generator, form: ToolFormat
-) -> None:
+def check_random_tools(
+    engine: Engine,
+    compiler: GrammarCompiler,
+    rng: np.random.Generator,
+    form: ToolFormat,
+    cases: int,
+) -> int:
+    """Check sampled calls of random tools; returns how many an end token ended."""
     ended = 0
     ends = ["\n</parameter>\n", '"', "}", "]"]
-    for _ in range(120):
+    for _ in range(cases):
         tools = [random_tool(rng, name) for name in ("find", "get_x", "find_all")]
         schemas = {one["function"]["name"]: one["function"]["parameters"] for one in tools}
         several = bool(rng.random() < 0.3)
@@ -171,6 +175,15 @@ def test_calls_of_random_tools_satisfy_their_schemas(
             for one, given in zip(arguments.values(), plain.values(), strict=True):
                 assert one == given or (form is QWEN_XML and one == json.loads(given)), text
             jsonschema.Draft202012Validator(schemas[name]).validate(arguments)
+    return ended
+
+
+@FORMATS
+def test_calls_of_random_tools_satisfy_their_schemas(
+    engine: Engine, compiler: GrammarCompiler, rng: np.random.Generator, form: ToolFormat
+) -> None:
+    """tests/long has 1,000 of each format."""
+    ended = check_random_tools(engine, compiler, rng, form, 120)
     assert 5 < ended < 115, "some are cut, and some are not"
 
 
