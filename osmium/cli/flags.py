@@ -272,6 +272,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         metavar="N",
         help="most open connections; further ones get 503 (512)",
     )
+    add(
+        "--log-requests",
+        action="count",
+        default=0,
+        help="a line per request on stderr: method, path, status, tokens, time; twice: bodies, too",
+    )
     add("--served-model-name", metavar="NAME", help="model id in responses (the model's name)")
     add("--benchmark", action="store_true", help="run `osmium bench` after loading, then serve")
     add("--benchmark-only", action="store_true", help="run `osmium bench` after loading, then exit")

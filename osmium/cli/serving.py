@@ -67,6 +67,7 @@ def serve_model(args: argparse.Namespace) -> None:
                 max_body_bytes=args.max_body_mb << 20, max_connections=args.max_connections
             ),
             tls=tls,
+            log_requests=args.log_requests,
         )
     except KeyboardInterrupt:
         if loader.engine is None:

@@ -11,7 +11,7 @@ import socket
 import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -37,6 +37,7 @@ from osmium.server.fields import IgnoredFields
 from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.openai import error_status
+from osmium.server.request_log import RequestLog, hide_values
 from osmium.server.responses import RESPONSE_ROUTES
 from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
@@ -64,10 +65,12 @@ def create_app(
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     shutdown: Shutdown | None = None,
+    log_requests: int = 0,
 ) -> Starlette:
     """The app.  With an `api_key`, or several, all routes but /health need one of them.
 
-    `cors_origin` and `allowed_host` are allowed besides local ones.  Raises: ConfigError.
+    `cors_origin` and `allowed_host` are allowed besides local ones.  With `log_requests` 1 each
+    request is a line on stderr, with 2 its body another one.  Raises: ConfigError.
     """
     shutdown, bodies = shutdown or Shutdown(), BodyReader(limits)
 
@@ -85,6 +88,8 @@ def create_app(
         cors_origins=parse_origins(_listed(cors_origin)),
         api_keys=keys,
     )
+    request_log = [Middleware(RequestLog, level=log_requests, write=_print)] if log_requests else []
+    hide_values(log_requests < 2)
     app = Starlette(
         routes=[
             *STATUS_ROUTES,
@@ -94,7 +99,7 @@ def create_app(
             *TOKEN_ROUTES,
             *UNSUPPORTED_ROUTES,
         ],
-        middleware=[access],
+        middleware=[*request_log, access],
         exception_handlers={
             OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect,
             Exception: on_internal_error,
@@ -110,6 +115,12 @@ def create_app(
     kinds = [one.body for one in operations if one.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
+
+
+def _print(line: str) -> None:
+    """A line on stderr, which may be closed."""
+    with suppress(OSError, ValueError):
+        print(f"osmium: {line}", file=sys.stderr, flush=True)
 
 
 def _listed(values: str | Sequence[str] | None) -> list[str]:
@@ -157,7 +168,8 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_internal_error(request: Request, error: Exception) -> Response:
     """Any other exception: a bug.  Logs the traceback and answers 500."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    endpoint = getattr(request.scope.get("endpoint"), "__name__", "the route")
+    log.error("%s of %s failed", request.method, endpoint, exc_info=error)
     problem = OsmiumError(f"Internal error: {type(error).__name__}.")
     body, headers = error_form(request.scope, problem)
     return JSONResponse(body, 500, headers)
@@ -177,6 +189,7 @@ def serve(
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     tls: ssl.SSLContext | None = None,
+    log_requests: int = 0,
 ) -> None:
     """Serve until Ctrl-C, with `tls` by HTTPS.  The port is bound before the model is loaded.
 
@@ -187,6 +200,7 @@ def serve(
     app = create_app(
         loader, api_key=api_key, cors_origin=cors_origin, allowed_host=hosts,
         served_model_name=served_model_name, limits=limits, shutdown=shutdown,
+        log_requests=log_requests,
     )  # fmt: skip
     listening = _listen(address, port)
     warning = open_to(listening.getsockname()[0], hosts, _listed(cors_origin), bool(api_key))
