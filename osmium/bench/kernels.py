@@ -229,7 +229,7 @@ class OpCases:
         inputs = f32((len(sets) * self.tokens, config.channels, 4))
         ab, small = self._matrices("ab")[0], f32((config.value_heads,))
         conv, norm = f32((config.channels, 4)), f32((config.value_dim,))
-        workspace = DeltaNetWorkspace(w.qkv, w.ab, w.decay, w.beta, w.delta_out)
+        workspace = DeltaNetWorkspace(w.qkv, w.ab, w.decay, w.beta, w.delta_out, w.chunk_scratch)
         pages, matrices = np.zeros((self.tokens, 1)), self._matrices("delta_out")
         calls: Calls = []
         for i in sets:

@@ -213,8 +213,9 @@ class Ops(MemoryOps, Protocol):
         """
 
     def delta_rule_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
-    ) -> None:
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs,
+        scratch: Array | None = None,
+    ) -> None:  # fmt: skip
         """The function of delta_rule_recurrent, in chunks of tokens, for prefill.
 
         With G the running sum of the decay inside a chunk and D[i, j] = exp(G_i - G_j) for i >= j:
@@ -222,7 +223,12 @@ class Ops(MemoryOps, Protocol):
             A U = beta v;  A W = beta exp(G) k
             N = U - W S;  out = (q exp(G)) S + lower part of (q k^T * D) N
             S = S exp(G_last) + (k exp(G_last - G))^T N
-        Arguments as for delta_rule_recurrent.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
+        With `scratch` the GPU cuts chunks at multiples of 64 positions.  A sequence that is cut
+        there into several steps gets the same bits as in one.  `scratch` has
+        tiling.delta_chunk_words u32.  Without it the GPU uses the kernel for any head size.
+
+        Other arguments as for delta_rule_recurrent; the values in qkv may be overwritten.
+        Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
 
     def gated_rms_norm(

@@ -11,9 +11,10 @@ from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
-    "fits_shared", "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts",
-    "supports_matvec", "tile_expert_down", "tile_matrix",
+    "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
+    "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words", "fits_shared",
+    "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts", "supports_matvec",
+    "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -54,6 +55,10 @@ SPLIT_KV_SHARED_BYTES = 96 << 10
 
 MIN_KV_SPLITS = 4
 """Fewest blocks per context, even on a small GPU."""
+
+DELTA_CHUNK_MAX_SEQS = 8
+"""Most sequences per launch of the chunked delta rule, which bounds its scratch.  More sequences
+take turns."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +133,18 @@ def tile_expert_down(
     two_rings = 2 * WEIGHT_STAGE_BYTES
     has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
+
+
+def delta_chunk_units(rows: int) -> int:
+    """Units of 16 tokens in the scratch of the chunked delta rule, for steps of `rows` tokens."""
+    return rows // 16 + 2 * DELTA_CHUNK_MAX_SEQS
+
+
+def delta_chunk_words(rows: int, key_heads: int, value_heads: int, dk: int, dv: int) -> int:
+    """32-bit words of that scratch; 0 where the kernels do not take the head sizes."""
+    if dk != 128 or dv != 128:
+        return 0
+    return delta_chunk_units(rows) * (value_heads * 4097 + key_heads * 2048)
 
 
 def is_decode(step: StepInputs) -> bool:

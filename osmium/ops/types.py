@@ -158,6 +158,8 @@ class DeltaNetWorkspace:
     """f32 [T, V]."""
     delta_out: MatmulInput
     """[T, V * dv], the rule's output, normed and gated."""
+    chunk_scratch: Array | None = None
+    """Scratch of delta_rule_chunk: u32, tiling.delta_chunk_words of them."""
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from osmium.ops import (
 )
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout, group_of
@@ -430,6 +430,13 @@ def delta_gates(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"decay": "f32", "beta": "f32"})
 
 
+def _chunk_scratch(size: Size) -> Arrays:
+    """Scratch of the chunked delta rule, where it takes the head sizes: NaN in every format."""
+    heads = size.key_heads, size.value_heads, size.key_dim, size.value_dim
+    words = delta_chunk_words(sum(size.lengths), *heads)
+    return {"scratch": np.full(words, 0xFFFFFFFF, np.uint32)} if words else {}
+
+
 def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
         arrays = step_arrays(rng, size)
@@ -442,11 +449,15 @@ def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
             "decay": decay.astype(np.float32),
             "beta": rng.random((tokens, heads), np.float32),
             "state": _f32(rng, len(size.lengths), heads, size.key_dim, size.value_dim),
+            **_chunk_scratch(size),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            rule = getattr(ops, name)
-            rule(a["out"], a["qkv"], a["decay"], a["beta"], a["state"], _step(size, a))
+            arguments = (a["out"], a["qkv"], a["decay"], a["beta"], a["state"], _step(size, a))
+            if name == "delta_rule_chunk":
+                ops.delta_rule_chunk(*arguments, a.get("scratch"))
+            else:
+                ops.delta_rule_recurrent(*arguments)
 
         return Case(arrays, call, {"out": "f32", "state": "f32"})
 
@@ -493,6 +504,7 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             "ab": _nan(tokens, 2 * heads),
             "decay": _nan(tokens, heads),
             "beta": _nan(tokens, heads),
+            **_chunk_scratch(size),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
@@ -500,7 +512,9 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
             weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], matrix, 1e-6)
             normed_out, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
-            workspace = DeltaNetWorkspace(a["qkv"], a["ab"], a["decay"], a["beta"], normed_out)
+            workspace = DeltaNetWorkspace(
+                a["qkv"], a["ab"], a["decay"], a["beta"], normed_out, a.get("scratch")
+            )
             ops.delta_net(
                 a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], workspace,
                 _step(size, a), chunks,
