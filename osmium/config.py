@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from osmium.errors import CheckpointError, ConfigError
-from osmium.hf import MAX_POSITIONS, Section, read_rope, shown
+from osmium.errors import CheckpointError, ConfigError, shown
+from osmium.hf import MAX_POSITIONS, Section, read_rope
 
 __all__ = [
     "EngineConfig", "ModelConfig", "Progress", "parse_count", "parse_size", "user_cache",

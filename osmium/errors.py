@@ -15,6 +15,8 @@ OsmiumError
 A message is one or two sentences: the thing, the value found, the rule, the remedy.
 """
 
+import reprlib
+
 __all__ = [
     "CheckpointError",
     "ConfigError",
@@ -28,7 +30,23 @@ __all__ = [
     "OutOfMemory",
     "RequestError",
     "is_panic",
+    "shown",
 ]
+
+
+SHOWN_CHARS = 200
+"""Characters of a value in an error."""
+
+
+class _Repr(reprlib.Repr):
+    """repr() whose length is limited; Python refuses to write integers of many digits."""
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"an integer of {x.bit_length()} bits"
+
+
+_SHORT = _Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class OsmiumError(Exception):
@@ -101,3 +119,9 @@ class EngineStopped(OsmiumError):
 def is_panic(error: BaseException) -> bool:
     """Whether a package in Rust panicked; PyO3 raises that as a BaseException, without a class."""
     return type(error).__name__ == "PanicException"
+
+
+def shown(value: object) -> str:
+    """A value for a message, shortened: it may come from any file or client."""
+    text = _SHORT.repr(value)
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."

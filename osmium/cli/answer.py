@@ -5,6 +5,7 @@ import queue
 import signal
 import sys
 import termios
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -14,7 +15,16 @@ from osmium.cli.render import Display
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, SamplingParams, Token
 from osmium.errors import CheckpointError, ConfigError
-from osmium.text.reasoning import DisplayedResponse, starts_in_reasoning
+from osmium.text.reasoning import starts_in_reasoning
+from osmium.text.response_parser import (
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ResponseParser,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from osmium.text.tokenizer import Tokenizer
 
 __all__ = ["Interrupt", "Rendered", "Response", "render", "respond", "tokenizer_of"]
@@ -114,7 +124,8 @@ def respond(
     """
     events: queue.SimpleQueue[Event] = queue.SimpleQueue()
     request = engine.submit(prompt.ids, params, events.put)
-    splitter = DisplayedResponse(prompt.thinking)
+    tool_format = engine.template.tool_format if engine.template is not None else None
+    parser = ResponseParser(tool_format, None, prompt.thinking, any_tool=True)
     reasonings: list[str] = []
     answers: list[str] = []
     tokens = 0
@@ -124,7 +135,7 @@ def respond(
         while True:
             if tokens == 0:
                 progress("prompt", *request.prompt_progress)
-            elif splitter.thinking and not display.shows_thinking:
+            elif parser.in_reasoning and not display.shows_thinking:
                 progress("thinking", tokens, 0)
             try:
                 event = events.get(timeout=POLL_S)
@@ -136,10 +147,12 @@ def respond(
             if isinstance(event, Finish) and event.error is not None:
                 raise event.error
             tokens += isinstance(event, Token)
-            reasoning, answer = ("", event.text) if prompt.raw else splitter.push(event.text)
-            if isinstance(event, Finish) and not prompt.raw:
-                rest = splitter.flush()
-                reasoning, answer = reasoning + rest[0], answer + rest[1]
+            reasoning, answer = "", event.text
+            if not prompt.raw:
+                deltas = parser.push(event.text)
+                if isinstance(event, Finish):
+                    deltas += parser.finish()
+                reasoning, answer = _texts(deltas)
             if answer or (reasoning and display.shows_thinking):
                 indicator.close()  # the text replaces the progress bar
             reasonings.append(reasoning)
@@ -154,3 +167,19 @@ def respond(
         indicator.close()
         engine.cancel(request)
         display.end()
+
+
+def _texts(deltas: Sequence[Delta]) -> tuple[str, str]:
+    """Reasoning and answer; a call is a block of code in the answer, as nothing runs it."""
+    reasoning = answer = ""
+    for delta in deltas:
+        match delta:
+            case ReasoningDelta(text):
+                reasoning += text
+            case ContentDelta(text) | ToolCallArguments(_, text):
+                answer += text
+            case ToolCallStart(_, _, name):
+                answer += f"\n```\n{name}("
+            case ToolCallEnd():
+                answer += ")\n```\n"
+    return reasoning, answer

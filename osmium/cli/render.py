@@ -137,7 +137,9 @@ class MarkdownStream:
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._parser = MarkdownIt().enable("strikethrough").enable("table")
+        # As HTML, rich would leave out the tags: those of vector<int>, or of a tool call.
+        options = {"html": False}
+        self._parser = MarkdownIt("commonmark", options).enable("strikethrough").enable("table")
         self._text = ""
         """The unfinished block, and the text after it."""
         self._printed = 0
@@ -196,7 +198,9 @@ class MarkdownStream:
 
     def _lines(self, text: str) -> list[list[Segment]]:
         """The rendered lines, after a blank line if a block is finished."""
-        lines = self._console.render_lines(Markdown(text), pad=False, new_lines=False)
+        markdown = Markdown("")
+        markdown.markup, markdown.parsed = text, self._parser.parse(text)
+        lines = self._console.render_lines(markdown, pad=False, new_lines=False)
         while lines and not _is_visible(lines[-1]):
             lines.pop()
         while lines and not _is_visible(lines[0]):

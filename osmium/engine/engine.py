@@ -26,16 +26,16 @@ from osmium.engine.request import (
     TokenMask,
     check_ids,
     check_params,
-    context_error,
+    check_prompt,
     delivery_error,
     step_error,
 )
 from osmium.engine.runner import DecodeSession, ModelRunner
-from osmium.engine.sampler import Sampled, sample, sampling_error
+from osmium.engine.sampler import Sampled, sample_or_error, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
 from osmium.engine.stops import StopMatcher
-from osmium.engine.teacher_forcing import teacher_forced_logits
+from osmium.engine.teacher_forcing import score_prompts, teacher_forced_logits
 from osmium.errors import CudaError, EngineStopped, OsmiumError, RequestError
 from osmium.experts.routing import RoutingRecorder
 
@@ -115,9 +115,7 @@ class Engine:
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(token) for token in prompt]
-        check_ids(ids, self.config.vocab_size)
-        if len(ids) >= self.context:
-            raise context_error(self.context, f"{len(ids)} tokens")
+        check_prompt(ids, params, self.config.vocab_size, self.context)
         check_params(params, self.config.vocab_size)
         decoder: Decoder | None = self.tokenizer.decoder() if self.tokenizer else None
         special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
@@ -315,7 +313,7 @@ class Engine:
                 self._on_thread()
             while not self._closing:
                 self._run_commands()
-                self._drop_cancelled()
+                self._end_requests()
                 batch = self._scheduler.schedule()
                 if batch is not None:
                     self._step(batch)
@@ -353,10 +351,13 @@ class Engine:
             self.on_idle()
         return self._commands.get()
 
-    def _drop_cancelled(self) -> None:
+    def _end_requests(self) -> None:
+        """End requests that are cancelled, and those with max_tokens 0 whose prompt is computed."""
         for request in self._scheduler.all_requests():
             if request.cancelled.is_set():
                 self._finish(request, FinishReason.CANCELLED)
+            elif request.is_complete:
+                self._finish(request, FinishReason.LENGTH)
 
     def _step(self, batch: Batch) -> None:
         self.stats.begin(batch)
@@ -369,17 +370,18 @@ class Engine:
                 self._decode_on_device(batch)
                 return
             self._runner.forward(batch)
+            score_prompts(self._runner, batch)
             rows, ready, row = [], [], 0
             for request, count in batch.scheduled:
                 row += count
-                if request.num_pending_tokens == count:
+                if request.num_pending_tokens == count and request.tokens_left > 0:
                     rows.append(row - 1)
                     ready.append(request)
             sampled: list[Sampled | OsmiumError] = []
             for chunk in self._runner.logits(np.array(rows, np.int32)):
                 start = len(sampled)
                 for logits, request in zip(chunk, ready[start:], strict=False):
-                    sampled.append(_sample(logits, request))
+                    sampled.append(sample_or_error(logits, request))
         except Exception as error:  # a failed step ends its own requests and no others
             if isinstance(error, CudaError) and error.context_lost:
                 raise
@@ -451,7 +453,9 @@ class Engine:
         stops = request.stop_matcher
         is_eos = token in self.config.eos_token_ids and not request.params.ignore_eos
         if is_eos or token in request.stop_token_ids or stops.stops_at(token):
-            self._finish(request, FinishReason.STOP)
+            at = stops.length
+            end = None if logprob is None else Token(token, "", logprob, top, at, at)
+            self._finish(request, FinishReason.STOP, end=end)
             return
         start, text = stops.length, stops.push(token)
         request.emit(Token(token, text, logprob, top, start, stops.length))
@@ -461,7 +465,11 @@ class Engine:
             self._finish(request, FinishReason.LENGTH)
 
     def _finish(
-        self, request: Request, reason: FinishReason, error: OsmiumError | None = None
+        self,
+        request: Request,
+        reason: FinishReason,
+        error: OsmiumError | None = None,
+        end: Token | None = None,
     ) -> None:
         self._scheduler.remove(request)
         if request.done:
@@ -480,14 +488,7 @@ class Engine:
             reason = FinishReason.STOP  # the decoder's last held-back text completed a stop text
         counts = request.prompt_tokens, request.completion_tokens
         try:
-            request.emit(Finish(reason, text, *counts, error, request.stop_matcher.found))
+            stop = request.stop_matcher.found
+            request.emit(Finish(reason, text, *counts, error, stop, end))
         except Exception as problem:  # of `on_event`; only the log can report it
             delivery_error(problem)
-
-
-def _sample(logits: npt.NDArray[np.float32], request: Request) -> Sampled | OsmiumError:
-    """`sample`, or the error that ends this request alone."""
-    try:
-        return sample(logits, request)
-    except Exception as error:
-        return step_error(error)

@@ -15,14 +15,14 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from osmium.errors import ContextError, OsmiumError, OutOfMemory, RequestError
-from osmium.hf import shown
+from osmium.engine.prompt_logprobs import PromptLogprobs
+from osmium.errors import ContextError, OsmiumError, OutOfMemory, RequestError, shown
 
 __all__ = [
     "INTEGER_LIMITS", "LOGIT_BIAS_LIMITS", "NUMBER_LIMITS",
     "Decoder", "Event", "Finish", "FinishReason", "Request", "RequestTimes", "SamplingParams",
-    "Token", "TokenMask", "check_ids", "check_params", "context_error", "delivery_error",
-    "step_error",
+    "Token", "TokenMask", "check_ids", "check_params", "check_prompt", "context_error",
+    "delivery_error", "step_error",
 ]  # fmt: skip
 
 
@@ -46,8 +46,8 @@ NUMBER_LIMITS: dict[str, tuple[float, float]] = {
 """(least, most) of each parameter that is a number; a top_p of 0 is refused, too."""
 
 INTEGER_LIMITS: dict[str, tuple[int, int]] = {
-    "top_k": (-1, MAX_INT), "max_tokens": (1, MAX_INT), "min_tokens": (0, MAX_INT),
-    "logprobs": (0, 20),
+    "top_k": (-1, MAX_INT), "max_tokens": (0, MAX_INT), "min_tokens": (0, MAX_INT),
+    "logprobs": (0, 20), "prompt_logprobs": (0, 20),
 }  # fmt: skip
 """(least, most) of each parameter that is an integer."""
 
@@ -100,13 +100,16 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     """Token ids that end the response and are not part of it."""
     max_tokens: int | None = None
-    """Most tokens of the response; None continues to the end of the context."""
+    """Most tokens of the response; None continues to the end of the context, 0 computes the prompt
+    alone."""
     min_tokens: int = 0
     """Tokens before which nothing but `max_tokens` and the context ends the response."""
     ignore_eos: bool = False
     """Continue past the model's end-of-sequence tokens."""
     logprobs: int | None = None
     """Alternatives returned with each token; None returns no log-probabilities."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt, in Request.prompt_logprobs."""
 
     def __post_init__(self) -> None:
         """Raises: RequestError naming the field, its value and the rule."""
@@ -203,6 +206,8 @@ class Finish:
     error: OsmiumError | None = None
     stop: str | None = None
     """The stop text that ended the response."""
+    end: Token | None = None
+    """The token that ended the response, without text, if it has a log-probability."""
 
 
 Event = Token | Finish
@@ -219,6 +224,8 @@ class RequestTimes:
     """Its first generated token."""
     last_token: float = 0.0
     """Its newest generated token."""
+    ended: float = 0.0
+    """Its end."""
 
 
 class Request:
@@ -252,6 +259,9 @@ class Request:
         self.tokens = list(prompt)
         """Prompt and generated tokens."""
         self.prompt_tokens = len(prompt)
+        count = params.prompt_logprobs
+        self.prompt_logprobs = None if count is None else PromptLogprobs(prompt, count)
+        """Those of the prompt's tokens, if they are asked for."""
         self.num_computed_tokens = 0
         """Tokens whose keys, values and recurrent states are in the model's state."""
         self.state_slot = -1
@@ -262,8 +272,12 @@ class Request:
 
     @property
     def prompt_progress(self) -> tuple[int, int]:
-        """(computed tokens, all tokens) of the prompt; readable on any thread."""
-        return min(self.num_computed_tokens, self.prompt_tokens), self.prompt_tokens
+        """(computed tokens, all tokens) of the prompt; readable on any thread.
+
+        All count as computed from the first generated token on, also after a preemption.
+        """
+        done = self.prompt_tokens if self.times.first_token else self.num_computed_tokens
+        return min(done, self.prompt_tokens), self.prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
@@ -277,6 +291,11 @@ class Request:
         if self.params.max_tokens is None:
             return context_left
         return min(context_left, self.params.max_tokens - self.completion_tokens)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no token may follow and the prompt is computed, but for the last one's logits."""
+        return self.num_pending_tokens <= 1 and self.tokens_left <= 0
 
     @property
     def needs_controls(self) -> bool:
@@ -312,7 +331,8 @@ def delivery_error(error: Exception) -> OsmiumError:
     """Log a failed delivery; returns the error for the request."""
     if isinstance(error, OsmiumError):
         return error  # of the token mask
-    LOG.warning("Could not deliver the response: %r", error)
+    # The message may quote the response, which the log must not have.
+    LOG.warning("Could not deliver a response: %s", type(error).__name__)
     return OsmiumError(f"Could not deliver the response: {error!r}")
 
 
@@ -337,6 +357,13 @@ def check_ids(ids: list[int], vocab: int) -> None:
             param="prompt",
             code="invalid_token",
         )
+
+
+def check_prompt(ids: list[int], params: SamplingParams, vocab: int, context: int) -> None:
+    """Check a prompt; with max_tokens 0 it may fill the context.  Raises: RequestError."""
+    check_ids(ids, vocab)
+    if len(ids) + (params.max_tokens != 0) > context:
+        raise context_error(context, f"{len(ids)} tokens")
 
 
 def check_params(params: SamplingParams, vocab: int) -> None:

@@ -20,7 +20,10 @@ from osmium.ops.sampling import (
     sample_from_logits,
 )
 
-__all__ = ["Sampled", "log_softmax", "sample", "sampling_error", "token_penalties", "uniform"]
+__all__ = [
+    "Sampled", "log_softmax", "sample", "sample_or_error", "sampling_error", "token_penalties",
+    "uniform",
+]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
 
@@ -48,6 +51,14 @@ def sample(logits: F32, request: Request) -> Sampled:
     logprobs = log_softmax(logits)
     top = largest_tokens(logits, params.logprobs)
     return token, float(logprobs[token]), tuple((int(i), float(logprobs[i])) for i in top)
+
+
+def sample_or_error(logits: F32, request: Request) -> Sampled | OsmiumError:
+    """`sample`, or the error that ends this request alone."""
+    try:
+        return sample(logits, request)
+    except Exception as error:
+        return step_error(error)
 
 
 def token_penalties(request: Request) -> F32:

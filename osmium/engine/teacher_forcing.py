@@ -1,4 +1,4 @@
-"""Teacher forcing: the logits of given sequences, without sampling."""
+"""Teacher forcing: the logits of given sequences, and the log-probabilities of prompts."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from osmium.engine.request import Event, Request, SamplingParams
 from osmium.engine.runner import ModelRunner
 from osmium.engine.scheduler import Batch, Scheduler
 
-__all__ = ["teacher_forced_logits"]
+__all__ = ["score_prompts", "teacher_forced_logits"]
 
 LogitChunks = Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]
 """((position, sequence), f32 [n, vocab]): logits of n positions from `position` on."""
@@ -47,6 +47,20 @@ def teacher_forced_logits(
         finally:
             for _, request in group:
                 kv_cache.free(request)
+
+
+def score_prompts(runner: ModelRunner, batch: Batch) -> None:
+    """Add the log-probabilities of the prompts' tokens that the last step, `batch`, computed."""
+    row = 0
+    for request, count in batch.scheduled:
+        found, position = request.prompt_logprobs, request.num_computed_tokens
+        if found is not None:
+            skipped = max(0, found.num_scored - 1 - position)
+            rows = min(count, request.prompt_tokens - 1 - position)
+            for logits in runner.logits(np.arange(row + skipped, row + rows, dtype=np.int32)):
+                found.add(position + skipped, logits)
+                skipped += len(logits)
+        row += count
 
 
 def _step_logits(

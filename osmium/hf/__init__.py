@@ -3,7 +3,7 @@
 Values only: ModelConfig in osmium/config.py gives them their names.
 """
 
-from osmium.hf.reading import MAX_POSITIONS, Section, shown
+from osmium.hf.reading import MAX_POSITIONS, Section
 from osmium.hf.rope import Rope, read_rope
 
-__all__ = ["MAX_POSITIONS", "Rope", "Section", "read_rope", "shown"]
+__all__ = ["MAX_POSITIONS", "Rope", "Section", "read_rope"]

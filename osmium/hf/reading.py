@@ -4,13 +4,12 @@ A config.json can come from anywhere, so each value is checked before it is used
 number that is not finite or a size beyond any model is an error that names key, value and rule.
 """
 
-import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from osmium.errors import CheckpointError
+from osmium.errors import CheckpointError, shown
 
-__all__ = ["MAX_POSITIONS", "MAX_SIZE", "REQUIRED", "Section", "shown"]
+__all__ = ["MAX_POSITIONS", "MAX_SIZE", "REQUIRED", "Section"]
 
 MAX_SIZE = 1 << 17
 """Largest size of an axis, but for the vocabulary."""
@@ -20,14 +19,6 @@ MAX_POSITIONS = 1 << 24
 
 REQUIRED: Any = object()
 """As a default: the key must be there."""
-
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxlong, _SHORT.maxstring, _SHORT.maxother = 3, 40, 60, 60
-
-
-def shown(value: object) -> str:
-    """A value for an error: its repr, at most some hundred characters."""
-    return _SHORT.repr(value)
 
 
 class Section:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from osmium.errors import CheckpointError
-from osmium.hf.reading import MAX_POSITIONS, Section, shown
+from osmium.errors import CheckpointError, shown
+from osmium.hf.reading import MAX_POSITIONS, Section
 
 __all__ = ["Rope", "read_rope"]
 

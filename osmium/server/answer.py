@@ -14,10 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from osmium.engine.engine import Engine
-from osmium.engine.request import Event, Finish
-from osmium.errors import RequestError
+from osmium.engine.request import Event, Finish, FinishReason
+from osmium.errors import OsmiumError, RequestError
+from osmium.server.completion import prepare_completion
 from osmium.server.fields import IgnoredFields
-from osmium.server.prepare import Prepare, Prepared, prepare_chat, prepare_completion
+from osmium.server.limits import MAX_RUNNING_CHOICES
+from osmium.server.prepare import Prepare, Prepared, prepare_chat
+from osmium.server.request_log import TOKENS
 from osmium.server.response_types import (
     ChatChunk,
     ChatResponse,
@@ -60,12 +63,20 @@ ANSWER_ROUTES = [
     ApiRoute(
         "/v1/chat/completions",
         chat_completions,
-        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+        Operation(
+            ChatRequest,
+            response=ChatResponse,
+            events=ChatChunk,
+        ),
     ),
     ApiRoute(
         "/v1/completions",
         completions,
-        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+        Operation(
+            CompletionRequest,
+            response=CompletionResponse,
+            events=CompletionChunk,
+        ),
     ),
 ]
 
@@ -111,23 +122,32 @@ class _Answer:
         self.events: Events = asyncio.Queue()
         self.submitted = time.perf_counter()
         self.has_token = False
+        self.generated: dict[int, int] = {}
+        """Tokens so far, by choice."""
+        request.scope[TOKENS] = self._tokens
         self.shutdown.watch(self.events)
-        loop = asyncio.get_running_loop()
+        self._loop = asyncio.get_running_loop()
         self.handles: list[Any] = []
         """The submitted requests, each a Handle."""
         try:
-            for index, params in enumerate(prepared.params):
-                on_event = self._receiver(loop, index)
-                mask = prepared.token_mask() if prepared.token_mask is not None else None
-                handle = engine.submit(prepared.ids, params, on_event, token_mask=mask)
-                self.handles.append(handle)
+            for _ in range(MAX_RUNNING_CHOICES):
+                self._submit_next()
         except BaseException:
             self.cancel()
             raise
 
-    def _receiver(self, loop: asyncio.AbstractEventLoop, index: int) -> Callable[[Event], None]:
+    def _submit_next(self) -> None:
+        """Submit the next choice, if one is left.  Raises: RequestError, EngineStopped."""
+        index = len(self.handles)
+        if index < len(self.prepared.runs):
+            run = self.prepared.runs[index]
+            mask = None if run.token_mask is None else run.token_mask()
+            on_event = self._receiver(index)
+            self.handles.append(self.engine.submit(run.ids, run.params, on_event, token_mask=mask))
+
+    def _receiver(self, index: int) -> Callable[[Event], None]:
         """The engine's callback for a choice."""
-        put = self.events.put_nowait
+        loop, put = self._loop, self.events.put_nowait
 
         def on_event(event: Event) -> None:  # on the engine's thread
             try:
@@ -165,13 +185,36 @@ class _Answer:
             self.cancel()
         if self.writer.error is not None:
             raise self.writer.error
-        return JSONResponse(self.writer.body(self.handles), headers=headers)
+
+        def body() -> Response:
+            return JSONResponse(self.writer.body(self.handles), headers=headers)
+
+        if self.handles[0].prompt_logprobs is None:
+            return body()
+        return await asyncio.to_thread(body)  # it may be megabytes
 
     def _push(self, event: tuple[int, Event] | Finish) -> list[StreamEvent]:
         """Pass an event on; the shutdown's has no index."""
         index, one = (0, event) if isinstance(event, Finish) else event
         self.has_token = True
-        return self.writer.push(index, one, self.handles)
+        if isinstance(one, Finish):
+            self.generated[index] = one.completion_tokens or self.generated.get(index, 0)
+        else:
+            self.generated[index] = self.generated.get(index, 0) + 1
+        events = self.writer.push(index, one, self.handles)
+        if not isinstance(one, Finish) or one.error is not None:
+            return events
+        try:
+            self._submit_next()
+        except OsmiumError as error:
+            failed = Finish(FinishReason.ERROR, error=error)
+            events += self.writer.push(len(self.handles), failed, self.handles)
+        return events
+
+    def _tokens(self) -> tuple[int, int]:
+        """Tokens of the prompts, each counted once, and of all choices so far; for the log."""
+        prompts = {id(run.ids): len(run.ids) for run in self.prepared.runs}
+        return sum(prompts.values()), sum(self.generated.values())
 
     def _comment(self) -> ServerSentEvent:
         """The comment of a stream without events, with the prefill's progress until its end.

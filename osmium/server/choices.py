@@ -5,6 +5,7 @@ from typing import Any
 
 from osmium.engine.request import Event, Finish, Token
 from osmium.errors import OsmiumError
+from osmium.server.logprobs import prompt_logprobs
 from osmium.server.openai import ResponseBuilder, error_body
 from osmium.server.response_writer import DONE, Handle, StreamEvent, stream_event
 from osmium.text.tokenizer import Tokenizer
@@ -13,7 +14,8 @@ __all__ = ["Choices", "timings"]
 
 
 class Choices:
-    """The ResponseWriter of chats and completions: `count` choices, which end independently."""
+    """The ResponseWriter of chats and completions: choices of one prompt or several, which end
+    independently."""
 
     def __init__(
         self,
@@ -22,20 +24,26 @@ class Choices:
         *,
         chat: bool,
         count: int = 1,
+        num_prompts: int = 1,
+        num_prompt_logprobs: int | None = None,
         stream_usage: bool = False,
         timings_per_token: bool = False,
         **options: Any,
     ) -> None:
-        """A stream ends with `stream_usage`, and each of its chunks has `timings_per_token`.
+        """Each prompt has `count` choices.  A stream ends with `stream_usage`, and each of its
+        chunks has `timings_per_token`.
 
+        A whole response has `num_prompt_logprobs` likeliest tokens at each position of its prompt.
         `options` are those of each ResponseBuilder."""
-        self.chat = chat
+        self.chat, self.count = chat, count
+        self.tokenizer = tokenizer
+        self._num_prompt_logprobs = num_prompt_logprobs
         self._stream_usage, self._timings_per_token = stream_usage, timings_per_token
         self._tokens = 0
         """Generated tokens so far."""
         head = None
         self.builders: list[ResponseBuilder] = []
-        for index in range(count):
+        for index in range(count * num_prompts):
             builder = ResponseBuilder(name, tokenizer, chat=chat, index=index, head=head, **options)
             head = builder.head
             self.builders.append(builder)
@@ -46,6 +54,10 @@ class Choices:
 
     def push(self, index: int, event: Event, handles: Sequence[Handle]) -> list[StreamEvent]:
         """See ResponseWriter."""
+        return [stream_event(chunk) for chunk in self._chunks(index, event, handles)]
+
+    def _chunks(self, index: int, event: Event, handles: Sequence[Handle]) -> list[dict[str, Any]]:
+        """The chunks of an event of a choice."""
         chunks = self.builders[index].push(event)
         self._tokens += isinstance(event, Token)
         if isinstance(event, Finish):
@@ -54,10 +66,10 @@ class Choices:
             self.finished = ended or self.error is not None
         if self._timings_per_token:
             for chunk in chunks:
-                chunk["timings"] = timings(handles, self._tokens)
+                chunk["timings"] = timings(handles, self._tokens, self.count)
         if self.finished and self.error is None and not self._stream_usage:
-            chunks[-1]["timings"] = timings(handles, self.usage()["completion_tokens"])
-        return [stream_event(chunk) for chunk in chunks]
+            chunks[-1]["timings"] = self._timings(handles)
+        return chunks
 
     def first(self) -> list[StreamEvent]:
         """See ResponseWriter: the role of each choice of a chat."""
@@ -79,7 +91,7 @@ class Choices:
             return [DONE]
         usage = self.usage()
         chunk = {**self.builders[0].chunk_head(), "choices": [], "usage": usage}
-        chunk["timings"] = timings(handles, usage["completion_tokens"])
+        chunk["timings"] = self._timings(handles)
         return [stream_event(chunk), DONE]
 
     def failed(self, error: OsmiumError, shutdown: bool) -> list[StreamEvent]:
@@ -88,19 +100,33 @@ class Choices:
 
     def body(self, handles: Sequence[Handle]) -> dict[str, Any]:
         """See ResponseWriter."""
-        choices, usage = [builder.choice() for builder in self.builders], self.usage()
-        return {
+        whole = {
             **self.builders[0].head,
-            "choices": choices,
-            "usage": usage,
-            "timings": timings(handles, usage["completion_tokens"]),
+            "choices": [builder.choice() for builder in self.builders],
+            "usage": self.usage(),
+            "timings": self._timings(handles),
         }
+        found = self._prompt_logprobs(handles[0])
+        return whole if found is None else {**whole, "prompt_logprobs": found}
+
+    def _prompt_logprobs(self, handle: Handle) -> list[dict[str, Any] | None] | None:
+        """vLLM's prompt_logprobs of a submitted request; None if they are not asked for."""
+        count, found = self._num_prompt_logprobs, handle.prompt_logprobs
+        return (
+            None
+            if count is None or found is None
+            else prompt_logprobs(found, count, self.tokenizer)
+        )
+
+    def _timings(self, handles: Sequence[Handle]) -> dict[str, Any]:
+        """Timings after the end."""
+        return timings(handles, self.usage()["completion_tokens"], self.count)
 
     def usage(self) -> dict[str, Any]:
-        """Prompt tokens, counted once, and the generated tokens of all choices."""
+        """Tokens of each prompt, counted once, and the generated tokens of all choices."""
         finishes = [builder.finish for builder in self.builders]
         assert all(finishes), "the response has not finished"
-        prompt = max(finish.prompt_tokens for finish in finishes if finish)
+        prompt = sum(finish.prompt_tokens for finish in finishes[:: self.count] if finish)
         completion = sum(finish.completion_tokens for finish in finishes if finish)
         return {
             "prompt_tokens": prompt,
@@ -110,16 +136,20 @@ class Choices:
         }
 
 
-def timings(handles: Sequence[Handle], completion_tokens: int) -> dict[str, Any]:
+def timings(
+    handles: Sequence[Handle], completion_tokens: int, count: int | None = None
+) -> dict[str, Any]:
     """llama-server's `timings`: tokens, milliseconds and rates of the prefill and of decoding.
 
-    Several choices count as one: from the first start to the last token.
+    All choices count as one, from the first start to the last token.  Each prompt has `count`
+    choices; None: there is one prompt.
     """
     times = [handle.times for handle in handles]
     started = min((t.started for t in times if t.started), default=0.0)
-    first = min((t.first_token for t in times if t.first_token), default=started)
+    firsts = [t.first_token or t.ended for t in times if t.first_token or t.ended]
+    first = min(firsts, default=started)
     last = max((t.last_token for t in times if t.last_token), default=first)
-    prompt_tokens = handles[0].prompt_progress[1]
+    prompt_tokens = sum(handle.prompt_progress[1] for handle in handles[:: count or len(handles)])
     return {
         "cache_n": 0,
         **_rates("prompt", prompt_tokens, max(first - (started or first), 0.0)),

@@ -52,7 +52,6 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "skip_special_tokens": ((True,), "special tokens are never returned"),
     "spaces_between_special_tokens": ((True, False), "special tokens are never returned"),
     "truncate_prompt_tokens": ((), "shorten the prompt"),
-    "prompt_logprobs": ((False,), "use `osmium perplexity`"),
     "logits_processors": (([],), "omit it"),
     "stop_regex": ((), "use stop"),
     "typical_p": ((1,), _SAMPLING),

@@ -2,18 +2,27 @@
 
 from dataclasses import dataclass
 
-from osmium.errors import RequestError
+from osmium.errors import RequestError, shown
 
-__all__ = ["DEFAULT_LIMITS", "Limits", "check_count", "check_stop", "shown"]
+__all__ = ["DEFAULT_LIMITS", "Limits", "check_count", "check_scores", "check_stop", "shown"]
 
 MAX_MESSAGES = 8192
 MAX_TOOLS = 1024
+MAX_PROMPTS = 128
+"""Prompts of one completion."""
+
+MAX_PROMPT_IDS = 1 << 20
+"""Token ids in the body of a completion, all prompts together."""
+
+MAX_PROMPT_LOGPROBS = 1 << 19
+"""Log-probabilities of prompts' tokens in a response."""
+
+MAX_RUNNING_CHOICES = 8
+"""Choices of one request in the engine at a time, so that other requests come between them."""
+
 MAX_STOP_TEXTS = 64
 MAX_STOP_CHARS = 1024
 """Characters of one stop text; each token is compared with every stop text."""
-
-SHOWN_CHARS = 200
-"""Characters of a client's value in an error."""
 
 
 @dataclass(frozen=True)
@@ -44,18 +53,26 @@ class Limits:
 DEFAULT_LIMITS = Limits()
 
 
-def shown(value: object) -> str:
-    """A client's value for an error, shortened."""
-    text = repr(value)
-    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 3] + "..."
-
-
 def check_count(name: str, count: int, limit: int) -> None:
     """Raises: RequestError for more than `limit` items of a field."""
     if count > limit:
         raise RequestError(
             f"{name} has {count} items; at most {limit} are accepted. Send fewer.",
             param=name,
+            code="too_many_items",
+        )
+
+
+def check_scores(tokens: int, count: int) -> None:
+    """Raises: RequestError for log-probabilities of too many tokens of prompts.
+
+    `count` is the alternatives at each token.
+    """
+    if tokens * (count + 1) > MAX_PROMPT_LOGPROBS:
+        raise RequestError(
+            f"The prompts of all choices have {tokens} tokens, with {count + 1} log-probabilities "
+            f"each; a response has at most {MAX_PROMPT_LOGPROBS}. Send less per request.",
+            param="prompt",
             code="too_many_items",
         )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import EngineStopped, OsmiumError, RequestError
-from osmium.server.logprobs import AnswerTokens, chat_logprob, token_entry
+from osmium.server.logprobs import AnswerTokens, chat_logprob, completion_logprobs
 from osmium.text.response_parser import (
     ContentDelta,
     Delta,
@@ -85,6 +85,10 @@ class ResponseBuilder:
         offers; calls of them in `tool_format` become tool_calls, without `parallel_calls` one
         of them.  Choices of a response share `head`, which the first one makes."""
         self.chat, self.index = chat, index
+        self.text_start = 0
+        """Added to the offsets of a completion's tokens."""
+        self.shows_end = False
+        """Whether log-probabilities include the token that ended the response."""
         self._parallel_calls, self._shows_reasoning = parallel_calls, shows_reasoning
         self.parser = ResponseParser(tool_format, tools, thinking) if chat else None
         self.tokenizer = tokenizer
@@ -106,11 +110,11 @@ class ResponseBuilder:
 
     def first(self) -> dict[str, Any]:
         """The choice's first chunk of a chat stream, sent before the prefill."""
-        return self._chunk({"role": "assistant", "content": ""})
+        return self.chunk({"role": "assistant", "content": ""})
 
     def progress(self) -> dict[str, Any]:
         """A chunk without text, for the progress of the prefill."""
-        return self._chunk({} if self.chat else "")
+        return self.chunk({} if self.chat else "")
 
     def push(self, event: Token | Finish) -> list[dict[str, Any]]:
         """The chunks of an event; none if it has no text."""
@@ -120,6 +124,8 @@ class ResponseBuilder:
         answer = sum(len(field.get("content", "")) for field in fields)
         unparsed = self.parser.unparsed if self.parser else 0
         tokens = self._answer_tokens.add(event, answer, unparsed)
+        if isinstance(event, Finish) and event.end is not None and self.shows_end:
+            tokens = [*tokens, event.end]
         self._tokens += tokens
         logprobs = self._logprobs(tokens)
         if logprobs is not None and not any("content" in field for field in fields):
@@ -128,10 +134,10 @@ class ResponseBuilder:
         for field in filter(None, fields):
             is_answer = logprobs is not None and "content" in field
             delta = field if self.chat else field["content"]
-            chunks.append(self._chunk(delta, logprobs=logprobs if is_answer else None))
+            chunks.append(self.chunk(delta, logprobs=logprobs if is_answer else None))
             logprobs = None if is_answer else logprobs
         if isinstance(event, Finish) and event.error is None:
-            chunks.append(self._chunk({} if self.chat else "", finish=self._reason(event)))
+            chunks.append(self.chunk({} if self.chat else "", finish=self._reason(event)))
         return chunks
 
     def _deltas(self, event: Token | Finish) -> list[Delta]:
@@ -172,9 +178,10 @@ class ResponseBuilder:
         reason = _reason(finish)
         return "tool_calls" if self._calls and reason == "stop" else reason
 
-    def _chunk(
+    def chunk(
         self, delta: Any, finish: str | None = None, logprobs: dict[str, Any] | None = None
     ) -> dict[str, Any]:
+        """A chunk of this choice."""
         text = {"delta": delta} if self.chat else {"text": delta}
         choice = {"index": self.index, **text, "logprobs": logprobs, "finish_reason": finish}
         return {**self.chunk_head(), "choices": [choice]}
@@ -212,21 +219,7 @@ class ResponseBuilder:
             return None
         if self.chat:
             return {"content": [chat_logprob(token, self.tokenizer) for token in tokens]}
-        return self._completion_logprobs(tokens)
-
-    def _completion_logprobs(self, tokens: list[Token]) -> dict[str, Any]:
-        """Log-probabilities in the form of completions."""
-        return {
-            "tokens": [self._token_text(t.id) for t in tokens],
-            "token_logprobs": [t.logprob for t in tokens],
-            "top_logprobs": [
-                {self._token_text(other): logprob for other, logprob in t.top} for t in tokens
-            ],
-            "text_offset": [t.start for t in tokens],
-        }
-
-    def _token_text(self, token: int) -> str:
-        return str(token_entry(token, 0, self.tokenizer)["token"])
+        return completion_logprobs(tokens, self.tokenizer, self.text_start)
 
 
 def _reason(finish: Finish) -> str:

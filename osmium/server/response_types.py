@@ -94,6 +94,15 @@ class ChatLogprobs(TypedDict):
     content: list[ContentLogprob]
 
 
+class PromptLogprob(TypedDict):
+    """A token at a position of the prompt; entries are by token id."""
+
+    logprob: float
+    rank: int
+    """1: the likeliest token."""
+    decoded_token: str
+
+
 class CalledFunction(TypedDict):
     """The name and the arguments of a call."""
 
@@ -140,6 +149,8 @@ class ChatResponse(TypedDict):
     choices: list[ChatChoice]
     usage: Usage
     timings: Timings
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+    """vLLM's, one entry per token of the prompt; the first is null."""
 
 
 class FunctionDelta(TypedDict):
@@ -206,6 +217,8 @@ class CompletionChoice(TypedDict):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_logprobs: NotRequired[list[dict[str, PromptLogprob] | None]]
+    """vLLM's, one entry per token of the prompt; the first is null."""
 
 
 class CompletionResponse(TypedDict):
@@ -271,6 +284,13 @@ class ModelEntry(TypedDict):
     """Most tokens of prompt and response."""
     context_length: int
     """The same as max_model_len."""
+    type: NotRequired[Literal["model"]]
+    """This and the next fields are for requests with the header anthropic-version."""
+    display_name: NotRequired[str]
+    created_at: NotRequired[str]
+    lifecycle: NotRequired[str]
+    max_input_tokens: NotRequired[int]
+    max_tokens: NotRequired[int]
 
 
 class ModelList(TypedDict):
@@ -278,6 +298,9 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[ModelEntry]
+    has_more: NotRequired[bool]
+    first_id: NotRequired[str]
+    last_id: NotRequired[str]
 
 
 class Root(TypedDict):

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from osmium.engine.prompt_logprobs import PromptLogprobs
 from osmium.engine.request import Event, RequestTimes
 from osmium.errors import OsmiumError
 
@@ -23,6 +24,7 @@ class Handle(Protocol):
     """What the server reads of a submitted request."""
 
     times: RequestTimes
+    prompt_logprobs: PromptLogprobs | None
 
     @property
     def prompt_progress(self) -> tuple[int, int]: ...
@@ -31,7 +33,8 @@ class Handle(Protocol):
 class ResponseWriter(Protocol):
     """The response to one request, of one choice or several.
 
-    `handles` are the submitted requests, one for each choice.
+    `handles` are the submitted requests, one for each choice; the last ones may be missing until
+    others have ended.
     """
 
     error: OsmiumError | None

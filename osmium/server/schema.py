@@ -9,13 +9,15 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from osmium.engine.request import SamplingParams
+from osmium.engine.request import MAX_INT, SamplingParams
 from osmium.errors import RequestError
 from osmium.server.field_types import (
     MAX_CHOICES,
     ROLES,
     BestOf,
     Budget,
+    Choices,
+    CompletionTokens,
     Count,
     Effort,
     FrequencyPenalty,
@@ -23,30 +25,34 @@ from osmium.server.field_types import (
     Messages,
     MinP,
     MinTokens,
+    NamedTools,
     NumTokens,
     PresencePenalty,
+    PromptScores,
     Reasoning,
     RepetitionPenalty,
     ResponseFormat,
     StopText,
     StopTexts,
+    Structured,
     Temperature,
     Thinking,
     TokenId,
+    ToolMode,
     Tools,
     TopK,
     TopLogprobs,
     TopP,
 )
-from osmium.server.limits import MAX_MESSAGES, check_count, check_stop, shown
+from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
-from osmium.server.tools import check_tools
+from osmium.server.tools import check_tools, tool_choice
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
-    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "one_prompt",
-    "parse", "sampling_params",
+    "MAX_CHOICES", "ChatRequest", "CompletionRequest", "check_request", "decode", "parse",
+    "prompt_logprobs", "prompts", "sampling_params",
 ]  # fmt: skip
 
 
@@ -85,18 +91,20 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     timings_per_token: bool | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    structured_outputs: dict[str, Any] | None = None
-    json_schema: str | dict[str, Any] | bool | None = None
+    structured_outputs: Structured | None = None
+    json_schema: str | dict[str, Any] | None = None
     """llama-server's name of guided_json; SGLang's, too."""
     grammar: str | None = None
     """llama-server's name of guided_grammar."""
     regex: str | None = None
     ebnf: str | None = None
     """SGLang's names of guided_regex and guided_grammar."""
+    prompt_logprobs: PromptScores | bool | None = None
+    """vLLM's: likeliest tokens returned at each position of the prompt; false is null."""
 
 
 class ChatRequest(BaseRequest, kw_only=True):
@@ -107,7 +115,7 @@ class ChatRequest(BaseRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolMode | NamedTools | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -128,11 +136,16 @@ class CompletionRequest(BaseRequest, kw_only=True):
     """POST /v1/completions"""
 
     prompt: str | list[str | TokenId | list[TokenId]]
-    """A text, token ids, or a list with one text or one list of token ids."""
+    """A text, token ids, or a list of texts or of lists of token ids."""
+    max_tokens: CompletionTokens | None = None
+    """Most tokens of the response; 0 computes the prompt alone."""
     logprobs: TopLogprobs | None = None
     echo: bool | None = None
+    """Whether the response begins with the prompt; with logprobs also those of its tokens."""
     suffix: str | None = None
+    """The text behind the gap that the response fills."""
     best_of: BestOf | None = None
+    """Choices that are generated; the `n` likeliest per token are returned."""
 
 
 Body = TypeVar("Body", bound=msgspec.Struct)
@@ -184,13 +197,26 @@ def decode(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
 def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+        return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind)
     except msgspec.DecodeError:
         repaired = replace_surrogates(body)
         if repaired == body:
             raise
         return msgspec.json.decode(repaired, type=kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """A value with integers for its numbers such as 1.0, which JSON does not tell from 1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_INT:
+        return int(value)
+    if isinstance(value, list):
+        return [_with_integers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    return value
 
 
 def _check(request: BaseRequest) -> None:
@@ -202,12 +228,25 @@ def _check(request: BaseRequest) -> None:
     constraint(request)
     if request.n is not None and not 1 <= request.n <= MAX_CHOICES:
         raise _unsupported("n", request.n, f"a request has 1 to {MAX_CHOICES} choices")
+    scores = prompt_logprobs(request)
+    if scores is not None and request.stream:
+        raise _unsupported("prompt_logprobs", scores, "omit stream", " in a stream")
     if isinstance(request, CompletionRequest):
-        for name, value in (("echo", request.echo), ("suffix", request.suffix)):
-            if value:
-                raise _unsupported(name, value, "omit it")
-        if request.best_of not in (None, 1, request.n):
-            raise _unsupported("best_of", request.best_of, "omit it")
+        _check_completion(request)
+
+
+def _check_completion(request: CompletionRequest) -> None:
+    """Raises: RequestError for fields that exclude each other."""
+    if request.echo and request.suffix:
+        raise _unsupported("echo", True, "omit one of them", " beside suffix")
+    if request.best_of is None:
+        return
+    least = request.n or 1
+    if not least <= request.best_of <= MAX_CHOICES:
+        rule = f"an integer from n, which is {least}, to {MAX_CHOICES}"
+        raise _invalid("best_of", request.best_of, rule)
+    if request.best_of > least and request.stream:
+        raise _unsupported("best_of", request.best_of, "omit stream", ", above n, in a stream")
 
 
 def _check_chat(request: ChatRequest) -> None:
@@ -215,9 +254,7 @@ def _check_chat(request: ChatRequest) -> None:
     messages = request.messages
     check_count("messages", len(messages or ()), MAX_MESSAGES)
     check_tools(request.tools)
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
+    tool_choice(request.tool_choice, request.tools)
     if messages is None:  # a TokenizeRequest with a prompt
         return
     for i, message in enumerate(messages):
@@ -243,7 +280,12 @@ def _check_arguments(messages: list[dict[str, Any]]) -> None:
     left = MAX_VALUES
     for i, message in enumerate(messages):
         calls = message.get("tool_calls")
-        for j, call in enumerate(calls if isinstance(calls, list) else ()):
+        if not isinstance(calls, list | None):
+            name = f"messages[{i}].tool_calls"
+            raise RequestError(
+                f"{name} is {shown(calls)}; it must be a list.", param=name, code="invalid_type"
+            )
+        for j, call in enumerate(calls or ()):
             function = call.get("function", call) if isinstance(call, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
             name = f"messages[{i}].tool_calls[{j}].function.arguments"
@@ -262,24 +304,43 @@ def _inner_text(text: str) -> str | None:
         return None
 
 
-def one_prompt(request: CompletionRequest) -> str | list[int]:
-    """A completion's prompt, text or token ids.  Raises: RequestError for more than one prompt."""
+def prompts(request: CompletionRequest) -> list[str | list[int]]:
+    """A completion's prompts, each text or token ids.  Raises: RequestError for too many."""
     prompt = request.prompt
     if isinstance(prompt, str):
-        return prompt
+        return [prompt]
     ids = [item for item in prompt if isinstance(item, int)]
     if len(ids) == len(prompt):
-        return ids
-    if len(prompt) > 1:
-        raise _unsupported("prompt", f"{len(prompt)} prompts", "send one per request")
-    (single,) = prompt
-    assert not isinstance(single, int), "a list of ids was returned above"
-    return single
+        return [ids]
+    others = [item for item in prompt if not isinstance(item, int)]
+    if ids:
+        raise RequestError(
+            f"prompt has {len(ids)} token ids beside {len(others)} texts or lists; it must be a "
+            "text, token ids, or a list of texts or of lists of token ids.",
+            param="prompt",
+            code="invalid_type",
+        )
+    check_count("prompt", len(others), MAX_PROMPTS)
+    return others
 
 
-def _unsupported(name: str, value: object, fix: str) -> RequestError:
+def prompt_logprobs(request: BaseRequest) -> int | None:
+    """Alternatives at each token of the prompt; None without them.  Raises: RequestError."""
+    count = request.prompt_logprobs
+    if count is True:
+        raise _invalid("prompt_logprobs", count, "an integer from 0 to 20")
+    return None if count is False else count
+
+
+def _invalid(name: str, value: object, rule: str) -> RequestError:
     return RequestError(
-        f"{name} is {shown(value)}, which is not supported: {fix}.",
+        f"{name} is {shown(value)}; it must be {rule}.", param=name, code="invalid_value"
+    )
+
+
+def _unsupported(name: str, value: object, fix: str, where: str = "") -> RequestError:
+    return RequestError(
+        f"{name} is {shown(value)}{where}, which is not supported: {fix}.",
         param=name,
         code="unsupported_value",
     )
@@ -328,6 +389,10 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
             )
     elif isinstance(request, CompletionRequest):
         given["logprobs"] = request.logprobs
+    if (scores := prompt_logprobs(request)) is not None:
+        given["prompt_logprobs"] = scores
+    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:

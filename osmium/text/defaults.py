@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from osmium.errors import shown
+
 __all__ = ["sampling_defaults"]
 
 _RANGES = {
@@ -26,7 +28,7 @@ def sampling_defaults(generation: Mapping[str, Any] | None) -> tuple[dict[str, A
     if do_sample is False:
         return {"temperature": 0.0}, []
     if do_sample is not None and do_sample is not True:
-        notes.append(f"do_sample {_shown(do_sample)} is ignored (it must be true or false)")
+        notes.append(f"do_sample {shown(do_sample)} is ignored (it must be true or false)")
     for name, (low, high) in _RANGES.items():
         given = generation.get(name)
         if given is None:
@@ -39,10 +41,10 @@ def sampling_defaults(generation: Mapping[str, Any] | None) -> tuple[dict[str, A
                 f"an integer of at least {low}" if isinstance(low, int) else f"{low:g} to {high:g}"
             )
             rule = "above 0, at most 1" if name == "top_p" else rule
-            notes.append(f"{name} {_shown(given)} is ignored (it must be {rule})")
+            notes.append(f"{name} {shown(given)} is ignored (it must be {rule})")
             continue
         if isinstance(given, str) or type(given) is not type(value):
-            notes.append(f"{name} {_shown(given)} is read as {value}")
+            notes.append(f"{name} {shown(given)} is read as {value}")
         defaults[name] = value
     return defaults, notes
 
@@ -59,11 +61,3 @@ def _number(given: Any) -> int | float | None:
     if isinstance(given, int):
         return given if given.bit_length() <= 64 else None
     return given if math.isfinite(given) else None
-
-
-def _shown(value: Any) -> str:
-    """A value for a message."""
-    if isinstance(value, int) and value.bit_length() > 128:
-        return f"of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."

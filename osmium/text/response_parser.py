@@ -103,12 +103,14 @@ class ResponseParser:
         tools: Sequence[Any] | None,
         starts_in_reasoning: bool,
         *,
+        any_tool: bool = False,
         new_id: Callable[[], str] = _new_id,
     ) -> None:
         """`tools` are the request's, as OpenAI or Anthropic write them; without any, or without a
-        format, the tags of calls are text.  `new_id` makes the ids of calls."""
+        format, the tags of calls are text.  With `any_tool`, calls count without offered tools.
+        `new_id` makes the ids of calls."""
         self._tools = offered_tools(tools)
-        self._format = tool_format if self._tools else None
+        self._format = tool_format if self._tools or any_tool else None
         self._new_id = new_id
         first = set("<" + (self._format.first if self._format else ""))
         self._first = re.compile("[" + re.escape("".join(sorted(first))) + "]")

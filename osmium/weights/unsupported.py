@@ -10,8 +10,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any, NoReturn
 
-from osmium.errors import CheckpointError, ConfigError
-from osmium.hf import shown
+from osmium.errors import CheckpointError, ConfigError, shown
 from osmium.weights.choosing import is_weight_file
 from osmium.weights.shards import read_json
 

@@ -16,8 +16,10 @@ from osmium.cli.render import Display
 from osmium.engine.engine import Engine
 from osmium.engine.request import FinishReason, SamplingParams
 from osmium.errors import RequestError
+from tests.server.scripted import ScriptedEngine
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40)
+GREEDY_LONG = SamplingParams(temperature=0)
 QUESTION = "What is the capital of France?"
 
 
@@ -248,6 +250,33 @@ def test_a_raw_response_is_the_models_unchanged_text(demo: Engine) -> None:
     response = respond(demo, Rendered(ids, thinking=False, raw=True), GREEDY, display)
     plain = "".join(token.text for token in demo.generate(ids, GREEDY))
     assert response.answer == display.answers == plain and not display.thoughts
+
+
+CALL = "<tool_call>\n<function={}>\n<parameter=city>\nRome\n</parameter>\n</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize(
+    ("text", "thinking", "thoughts", "answers"),
+    [
+        ("hm\n</think>\n\nParis.", True, "hm", "Paris."),
+        ("<think>\nhm\n</think>\n\nParis.", False, "hm", "Paris."),
+        ("Look:\n" + CALL.format("weather"), False, "",
+         'Look:\n```\nweather({"city": "Rome"})\n```\n'),
+        (CALL.format("weather") + "\n" + CALL.format("time"), False, "",
+         '\n```\nweather({"city": "Rome"})\n```\n\n```\ntime({"city": "Rome"})\n```\n'),
+        ("a `<tool_call>` tag, or <tool_call> here", False, "",
+         "a `<tool_call>` tag, or <tool_call> here"),
+    ],
+)  # fmt: skip
+def test_reasoning_answer_and_tool_calls_are_displayed_apart(
+    text: str, thinking: bool, thoughts: str, answers: str
+) -> None:
+    """No tool is offered and nothing runs a call, so it is shown as code."""
+    engine: Any = ScriptedEngine(text, template="{{ '<function=example>' }}")
+    display = RecordingDisplay()
+    response = respond(engine, Rendered([1], thinking), GREEDY_LONG, display)
+    assert (response.reasoning, response.answer) == (thoughts, answers)
+    assert (display.thoughts, display.answers) == (thoughts, answers)
 
 
 def test_prompt_progress_reports_done_and_total_tokens(

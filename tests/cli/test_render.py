@@ -146,6 +146,19 @@ def test_a_models_control_characters_do_not_reach_the_terminal(markdown: bool) -
     assert "\x1b]" not in out.getvalue() and "\x9b" not in out.getvalue()
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["a vector<int> and <b>bold</b>", "<tool_call>\n<function=f>\n</tool_call>", "<!-- x -->"],
+)
+def test_tags_in_an_answer_are_text(text: str) -> None:
+    made, file = console()
+    stream = MarkdownStream(made)
+    stream.push(text)
+    stream.end()
+    shown = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", file.getvalue())
+    assert all(word in shown for word in text.split())
+
+
 def test_a_pipe_gets_the_unformatted_answer_without_reasoning() -> None:
     out = io.StringIO()
     display = PlainDisplay(out)

@@ -311,6 +311,12 @@ def test_requests_from_many_threads_are_all_answered(
 # -- cancelling ------------------------------------------------------------------------------------
 
 
+def test_a_prompt_stays_computed_after_the_first_token(harness_of: Make) -> None:
+    response = harness_of().submit([1] * 20)
+    response.wait()
+    assert response.request.prompt_progress == (20, 20), "its pages are free by now"
+
+
 def test_a_request_cancelled_in_prefill_computes_no_further_chunk(
     harness_of: Make,
 ) -> None:

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+import numpy.typing as npt
 from starlette.testclient import TestClient
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
+from osmium.engine.prompt_logprobs import PromptLogprobs
 from osmium.engine.request import (
     Event,
     Finish,
@@ -53,6 +56,8 @@ PATIENCE_S = 20.0
 
 TOKENIZER = byte_level()
 
+END = TOKENIZER.encode("<|im_end|>")[0]
+
 TEMPLATE = """\
 {%- for tool in tools or [] %}{{ tool | tojson }}{% endfor %}
 {%- for message in messages %}
@@ -72,6 +77,8 @@ class ScriptedRequest:
         self.done = threading.Event()
         self.times = RequestTimes()
         self.prompt_progress = (0, len(ids))
+        count = params.prompt_logprobs if params else None
+        self.prompt_logprobs = None if count is None else PromptLogprobs(ids, count)
 
     @property
     def prompt(self) -> str:
@@ -101,7 +108,7 @@ class ScriptedEngine:
         self.token_ids, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
         self.fails_after = fails_after
         self.tokenizer = tokenizer
-        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
+        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size, eos_token_ids=())
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
         self.name, self.max_num_seqs = "scripted", 4
@@ -115,6 +122,8 @@ class ScriptedEngine:
         """While a test has cleared this, requests stay in prefill."""
         self.prefill.set()
         self.closed = False
+        self.logprob = -0.5
+        """Log-probability of each generated token."""
 
     def submit(
         self,
@@ -125,7 +134,7 @@ class ScriptedEngine:
     ) -> ScriptedRequest:
         if self.stopped is not None:
             raise self.stopped
-        if len(prompt) >= self.context:
+        if len(prompt) + (params.max_tokens != 0) > self.context:
             raise context_error(self.context, f"{len(prompt)} tokens")
         if not prompt:
             raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
@@ -152,11 +161,15 @@ class ScriptedEngine:
         special_ids = {self.tokenizer.special_id(s): s for s in params.stop if self.tokenizer}
         stop_ids = {token: s for token, s in special_ids.items() if token is not None}
         stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
-        reason, generated, error = FinishReason.STOP, 0, None
+        reason, generated, error, end = FinishReason.STOP, 0, None, None
         while not self.prefill.is_set() and not request.cancelled.is_set():
             time.sleep(0.002)
         request.prompt_progress = (len(request.ids), len(request.ids))
-        for token in self.token_ids:
+        if request.prompt_logprobs is not None:
+            request.prompt_logprobs.add(0, np.stack([self.logits_after(i) for i in request.ids]))
+        if params.max_tokens == 0:
+            reason = FinishReason.LENGTH
+        for token in self.token_ids[: params.max_tokens]:
             if request.cancelled.wait(self.pace_s) if self.pace_s else request.cancelled.is_set():
                 reason = FinishReason.CANCELLED
                 break
@@ -179,18 +192,28 @@ class ScriptedEngine:
                 reason = FinishReason.LENGTH
                 break
         else:
-            generated += 1  # the end token
+            if reason is FinishReason.STOP:
+                generated += 1
+                end = self._token(END, "", params, stops.length, stops.length)
         text = "" if error else stops.flush()
-        request.finish = Finish(reason, text, len(request.ids), generated, error, stops.found)
+        end = None if params.logprobs is None else end
+        counts = len(request.ids), generated
+        request.finish = Finish(reason, text, *counts, error, stops.found, end)
         on_event(request.finish)
         request.done.set()
 
     @staticmethod
-    def _token(token: int, text: str, params: SamplingParams, start: int, end: int) -> Token:
+    def logits_after(token: int) -> npt.NDArray[np.float32]:
+        """Logits of the prompt's tokens: the next id is the likeliest, then the ones behind it."""
+        distance = (np.arange(TOKENIZER.vocab_size) - token - 1) % TOKENIZER.vocab_size
+        return (-0.1 * distance).astype(np.float32)
+
+    def _token(self, token: int, text: str, params: SamplingParams, start: int, end: int) -> Token:
         if params.logprobs is None:
             return Token(token, text, start=start, end=end)
-        top = tuple((one, -0.5 - i) for i, one in enumerate([token, 0][: params.logprobs]))
-        return Token(token, text, -0.5, top, start, end)
+        found = enumerate([token, 0][: params.logprobs])
+        top = tuple((one, self.logprob - i) for i, one in found)
+        return Token(token, text, self.logprob, top, start, end)
 
 
 def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:

@@ -110,6 +110,36 @@ def test_logprobs_list_the_tokens_of_the_text(client: TestClient) -> None:
         assert len(top) == 3
 
 
+def test_scored_prompts_have_the_log_probabilities_that_generating_them_gave(
+    client: TestClient,
+) -> None:
+    """Two prompts of different lengths, generated greedily and then scored in one request."""
+    starts = ["The capital of", "Once upon a time, there was a"]
+    made = client.post(
+        "/v1/completions", json={"prompt": starts, "temperature": 0, "max_tokens": 6, "logprobs": 1}
+    ).json()["choices"]
+    texts = [start + one["text"] for start, one in zip(starts, made, strict=True)]
+    ids = [client.post("/tokenize", json={"prompt": text}).json()["tokens"] for text in texts]
+    scoring = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1, "prompt_logprobs": 0}
+    scored = client.post("/v1/completions", json=scoring).json()
+    for text, one, generated in zip(texts, scored["choices"], made, strict=True):
+        assert one["text"] == text
+        found, tokens = one["logprobs"], generated["logprobs"]["tokens"]
+        assert found["tokens"][-len(tokens) :] == tokens
+        assert found["token_logprobs"][-len(tokens) :] == pytest.approx(
+            generated["logprobs"]["token_logprobs"], abs=1e-3
+        )
+        ranks = [next(iter(entry.values()))["rank"] for entry in one["prompt_logprobs"][1:]]
+        assert ranks[-len(tokens) :] == [1] * len(tokens), "each was the likeliest"
+        assert max(ranks) > 1
+    assert scored["usage"]["prompt_tokens"] == sum(map(len, ids))
+
+
+def test_the_demo_has_no_tokens_to_fill_in_the_middle(client: TestClient) -> None:
+    answer = client.post("/v1/completions", json={"prompt": "a", "suffix": "b"})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "suffix"
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

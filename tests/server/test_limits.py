@@ -231,13 +231,13 @@ def test_the_place_of_a_disconnected_client_is_free_again() -> None:
 @pytest.fixture
 def blocked(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While the event is not set, preparing blocks."""
-    go, prepared = threading.Event(), prepare._encode
+    go, prepared = threading.Event(), prepare.encode_prompt
 
-    def wait(engine: Any, prompt: str) -> list[int]:
+    def wait(engine: Any, prompt: str, params: Any) -> list[int]:
         assert go.wait(PATIENCE_S)
-        return prepared(engine, prompt)
+        return prepared(engine, prompt, params)
 
-    monkeypatch.setattr(prepare, "_encode", wait)
+    monkeypatch.setattr(prepare, "encode_prompt", wait)
     yield go
     go.set()
 
@@ -256,15 +256,15 @@ def in_threads(client: TestClient, count: int, **fields: Any) -> list[threading.
 def test_health_responds_and_a_small_body_is_served_while_a_large_one_is_tokenized(
     monkeypatch: pytest.MonkeyPatch, blocked: threading.Event
 ) -> None:
-    encode, engine = prepare._encode, ScriptedEngine(context=100_000)
+    encode, engine = prepare.encode_prompt, ScriptedEngine(context=100_000)
     small_encode = blocked, encode
 
-    def only_large(engine: Any, prompt: str) -> list[int]:
+    def only_large(engine: Any, prompt: str, params: Any) -> list[int]:
         if len(prompt) > 1000:
-            return small_encode[1](engine, prompt)
+            return small_encode[1](engine, prompt, params)
         return list(engine.tokenizer.encode(prompt))
 
-    monkeypatch.setattr(prepare, "_encode", only_large)
+    monkeypatch.setattr(prepare, "encode_prompt", only_large)
     with client_of(engine, limits=Limits(large_body_bytes=1000)) as client:
         large = [{"role": "user", "content": "x" * 5000}]
         threads = in_threads(client, 3, messages=large)

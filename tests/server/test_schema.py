@@ -10,8 +10,8 @@ from osmium.errors import RequestError
 from osmium.server.schema import (
     ChatRequest,
     CompletionRequest,
-    one_prompt,
     parse,
+    prompts,
     sampling_params,
 )
 from osmium.server.thinking import thinking_options
@@ -55,6 +55,7 @@ BOTH: dict[str, list[Any]] = {
     "user": [7, []],
     "response_format": ["text", 7],
     "guided_json": [7, []],
+    "prompt_logprobs": [1.5, "1", [], {}],
     "guided_regex": [7, []],
     "guided_choice": ["a", [7], {}],
     "guided_grammar": [7, []],
@@ -194,10 +195,11 @@ def test_unknown_fields_and_nulls_are_ignored() -> None:
         ({"n": 0}, "n"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}},
+         "tool_choice.function.name"),
         ({"messages": []}, "messages"),
     ],
-)
+)  # fmt: skip
 def test_unsupported_chat_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)
@@ -206,8 +208,11 @@ def test_unsupported_chat_fields_are_refused(fields: dict[str, Any], param: str)
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({"echo": True}, "echo"), ({"suffix": "x"}, "suffix"), ({"best_of": 2}, "best_of"),
-     ({"best_of": 3, "n": 2}, "best_of"), ({"n": 9}, "n"), ({"n": -1}, "n")],
+    [({"echo": True, "suffix": "x"}, "echo"), ({"best_of": 9}, "best_of"),
+     ({"best_of": 0}, "best_of"), ({"best_of": -1}, "best_of"), ({"best_of": 1, "n": 2}, "best_of"),
+     ({"best_of": 2, "stream": True}, "best_of"), ({"n": 9}, "n"), ({"n": -1}, "n"),
+     ({"prompt_logprobs": True}, "prompt_logprobs"),
+     ({"prompt_logprobs": 0, "stream": True}, "prompt_logprobs")],
 )  # fmt: skip
 def test_unsupported_completion_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
@@ -299,17 +304,30 @@ def test_logprobs_of_completions_are_an_integer() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "wanted"),
-    [("a", "a"), (["a"], "a"), ([1, 2], [1, 2]), ([[1, 2]], [1, 2]), ([], []), ("", "")],
-)
-def test_a_prompt_is_text_or_token_ids(prompt: Any, wanted: Any) -> None:
-    assert one_prompt(completion(prompt=prompt)) == wanted
+    [
+        ("a", ["a"]), (["a"], ["a"]), ([1, 2], [[1, 2]]), ([[1, 2]], [[1, 2]]), ([], [[]]),
+        ("", [""]), (["a", "b"], ["a", "b"]), ([[1], [2]], [[1], [2]]), ([[1], "a"], [[1], "a"]),
+        (["", []], ["", []]),
+    ],
+)  # fmt: skip
+def test_prompts_are_texts_or_token_ids(prompt: Any, wanted: Any) -> None:
+    assert prompts(completion(prompt=prompt)) == wanted
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [[1], [2]], [1, "a"], [[1], "a"]])
-def test_more_than_one_prompt_is_refused(prompt: Any) -> None:
+@pytest.mark.parametrize(
+    ("prompt", "code"),
+    [([1, "a"], "invalid_type"), ([1, [2]], "invalid_type"), (["a"] * 129, "too_many_items"),
+     ([[1]] * 129, "too_many_items")],
+)  # fmt: skip
+def test_mixed_or_too_many_prompts_are_refused(prompt: Any, code: str) -> None:
     with pytest.raises(RequestError) as caught:
-        one_prompt(completion(prompt=prompt))
-    assert caught.value.param == "prompt"
+        prompts(completion(prompt=prompt))
+    assert (caught.value.param, caught.value.code) == ("prompt", code)
+
+
+@pytest.mark.parametrize("fields", [{}, {"echo": True}, {"logprobs": 1}, {"prompt_logprobs": 0}])
+def test_a_completion_may_compute_its_prompt_alone(fields: dict[str, Any]) -> None:
+    assert sampling_params(completion(max_tokens=0, **fields), {}).max_tokens == 0
 
 
 def test_llama_servers_name_of_the_repetition_penalty_counts_without_the_other() -> None:
