@@ -141,5 +141,6 @@ def scripted_engine(script: Script, *, context: int = 131072, max_num_seqs: int 
     )  # fmt: skip
     return Engine(
         runner, KVCacheManager(pages, PAGE_SIZE, max_num_seqs), name=NAME, context=context,
-        tokenizer=text.tokenizer, template=text.template, defaults={"max_tokens": MAX_TOKENS, **text.defaults},
+        tokenizer=text.tokenizer, template=text.template,
+        defaults={"max_tokens": MAX_TOKENS, **text.defaults},
     )  # fmt: skip
