@@ -20,19 +20,11 @@ from osmium.server.thinking import (
 )
 
 __all__ = [
-<<<<<<< HEAD
     "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
     "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
-    "NumTokens", "PresencePenalty", "PromptScores", "Reasoning", "RepetitionPenalty",
-    "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature", "Thinking", "TokenId",
-    "Tools", "TopK", "TopLogprobs", "TopP",
-=======
-    "MAX_CHOICES", "ROLES", "TOKEN_ID",
-    "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
-    "Messages", "MinP", "MinTokens", "NamedTools", "NumTokens", "PresencePenalty",
-    "PromptScores", "Reasoning", "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
-    "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
->>>>>>> toolchoice
+    "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature",
+    "Thinking", "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
