@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from osmium.kernels.ptx_family import Source, expand, variants
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -38,7 +40,7 @@ def sentences(path: Path, text: str) -> Iterator[Sentence]:
     if path.suffix == ".py" or ("python" in first_line and first_line.startswith("#!")):
         blocks = python_prose(text)
     elif path.suffix == ".ptx":
-        blocks = ptx_prose(text)
+        blocks = ptx_prose_of_kernels(path.name, text)
     elif path.suffix == ".md":
         blocks = iter([(1, markdown_prose(text))])
     else:
@@ -80,6 +82,16 @@ def python_prose(text: str) -> Iterator[tuple[int, str]]:
         last = token.start[0]
     if block:
         yield start, "\n".join(block)
+
+
+def ptx_prose_of_kernels(where: str, text: str) -> Iterator[tuple[int, str]]:
+    """The prose of each kernel that a file defines, by the file's lines; equal blocks once."""
+    expanded = [expand(text, where, entry) for entry in variants(text, where)]
+    found: dict[tuple[int, str], None] = {}
+    for source in expanded or [Source(text, where)]:
+        for number, block in ptx_prose(source.text):
+            found[source.origins[number - 1] if source.origins else number, block] = None
+    yield from found
 
 
 def ptx_prose(text: str) -> Iterator[tuple[int, str]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.ptx.kernels import NAMES, kernel_text
 from tests.test_floors import FLOOR
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -304,8 +305,7 @@ def test_the_page_of_kernels_has_every_kernel_once() -> None:
     rows = re.findall(r"^\| (`.+?) \|", (ROOT / "docs" / "kernels.md").read_text(), re.M)
     listed = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
     compiled = ROOT / "osmium" / "kernels" / "compiled"
-    files = [*(ROOT / "ptx").glob("*.ptx"), *compiled.glob("*.ptx")]
-    assert sorted(listed) == sorted(path.stem for path in files)
+    assert sorted(listed) == sorted([*NAMES, *(path.stem for path in compiled.glob("*.ptx"))])
 
 
 def test_the_example_of_a_contract_is_a_kernels() -> None:
@@ -316,7 +316,7 @@ def test_the_example_of_a_contract_is_a_kernels() -> None:
     page = (ROOT / "docs" / "add-a-kernel.md").read_text()
     (example,) = re.findall(r"^```\n(//.*?)^```$", page, re.M | re.S)
     (entry,) = re.findall(r"^//: entry +(\w+)$", example, re.M)
-    text = (ROOT / "ptx" / f"{entry}.ptx").read_text()
+    text = kernel_text(entry)
     assert contract(example) == contract(text)
     keys = {line.split()[1] for line in text.splitlines() if line.startswith("//:")}
     assert {line.split()[1] for line in example.splitlines() if line.startswith("//:")} == keys

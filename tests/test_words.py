@@ -67,6 +67,12 @@ def test_places_about_people_still_exist() -> None:
         ("a.py", "# one\n# two.\n\n# three\n", [2, 1]),
         ("a.py", '"""One.\n\n    term    what it means is a table\n"""\n', [1]),
         ("a.ptx", "// One two.\n//     a = b + c\n//: grid    blocks\nret; // three\n", [2, 1]),
+        (
+            "a.ptx",
+            "//: as   a  K=1\n//: as   b  K=2\n// -- if K == 1\n// one two\n// -- else\n// {K}.\n"
+            "// -- end\n// three\n",
+            [3, 1, 1],
+        ),
         ("a.md", "# No\n\n- One [two](three.md)\n- `a b`\n\n| a | b |\n", [2, 1]),
         ("a", "#!/usr/bin/env python3\n\n# one two three\n", [2, 3]),
     ],

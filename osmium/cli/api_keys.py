@@ -1,4 +1,4 @@
-"""The server's API keys: from a file, a flag or the environment, and out of the view of `ps`."""
+"""The server's secrets: from a file, a flag or the environment, and out of the view of `ps`."""
 
 import ctypes
 import os
@@ -8,7 +8,7 @@ from pathlib import Path
 from osmium.errors import ConfigError
 from osmium.server.access import parse_keys
 
-__all__ = ["api_keys"]
+__all__ = ["api_keys", "key_password"]
 
 VARIABLE = "OSMIUM_API_KEY"
 
@@ -32,14 +32,36 @@ def api_keys(key: str | None, file: str | None) -> list[str]:
     return parse_keys([from_environment]) if from_environment else []
 
 
-def _lines(file: str) -> list[str]:
-    """The lines of a key file that are not empty.  Raises: ConfigError."""
+def key_password(password: str | None, file: str | None) -> str | None:
+    """The password of the TLS key: the first line of `file`, else `password`.
+
+    Overwrites the flag where `ps` reads it.  Raises: ConfigError as `api_keys` does.
+    """
+    if password:
+        _overwrite(password.encode(errors="surrogateescape"))
+    if file is None:
+        return password
+    flag = "--ssl-keyfile-password"
+    if password is not None:
+        raise ConfigError(f"{flag} and {flag}-file are both given; keep {flag}-file.")
+    lines = _read_lines(f"{flag}-file", file)
+    if not lines or not lines[0]:
+        raise ConfigError(f"{flag}-file {file} has no password in its first line; write it there.")
+    return lines[0]
+
+
+def _read_lines(flag: str, file: str) -> list[str]:
+    """The lines of a file.  Raises: ConfigError."""
     try:
-        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+        return Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"--api-key-file {file} cannot be read: {reason}.") from None
-    keys = [line for line in lines if line.strip()]
+        raise ConfigError(f"{flag} {file} cannot be read: {reason}.") from None
+
+
+def _lines(file: str) -> list[str]:
+    """The lines of a key file that are not empty.  Raises: ConfigError."""
+    keys = [line for line in _read_lines("--api-key-file", file) if line.strip()]
     if not keys:
         raise ConfigError(f"--api-key-file {file} has no key; write one key per line.")
     return keys

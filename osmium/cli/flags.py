@@ -198,6 +198,27 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return flags
 
 
+def _tls_flags(add: Any) -> None:
+    """Add the flags of HTTPS, with the names that uvicorn has."""
+    add("--ssl-certfile", metavar="FILE", help="serve HTTPS with this PEM certificate (HTTP)")
+    add("--ssl-keyfile", metavar="FILE", help="its key (in the file of the certificate)")
+    add(
+        "--ssl-keyfile-password-file",
+        metavar="FILE",
+        help="file with the password of an encrypted key (none)",
+    )
+    add(
+        "--ssl-keyfile-password",
+        metavar="TEXT",
+        help="the password itself; other users may see it in `ps` at start (none)",
+    )
+    add(
+        "--ssl-ca-certs",
+        metavar="FILE",
+        help="require certificates of clients that one of these CA certificates signed (none)",
+    )
+
+
 def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     """Add the flags of `osmium serve`; returns the group."""
     flags = parser.add_argument_group("server")
@@ -220,6 +241,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         metavar="KEY",
         help="require this key; other users may see it in `ps` at start ($OSMIUM_API_KEY; none)",
     )
+    _tls_flags(add)
     add(
         "--allowed-host",
         action="append",
@@ -249,6 +271,12 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         default=512,
         metavar="N",
         help="most open connections; further ones get 503 (512)",
+    )
+    add(
+        "--log-requests",
+        action="count",
+        default=0,
+        help="a line per request on stderr: method, path, status, tokens, time; twice: bodies, too",
     )
     add("--served-model-name", metavar="NAME", help="model id in responses (the model's name)")
     add("--benchmark", action="store_true", help="run `osmium bench` after loading, then serve")

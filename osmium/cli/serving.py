@@ -6,7 +6,7 @@ import json
 import sys
 from typing import Any
 
-from osmium.cli.api_keys import api_keys
+from osmium.cli.api_keys import api_keys, key_password
 from osmium.cli.benchmark import DEFAULTS, bench, measure_and_show
 from osmium.cli.commands import print_resumable
 from osmium.cli.flags import BENCH_DEFAULTS, engine_options
@@ -19,6 +19,7 @@ from osmium.loader import Loader
 from osmium.server.app import BackgroundLoader
 from osmium.server.app import serve as serve_http
 from osmium.server.limits import Limits
+from osmium.server.tls import tls_context
 
 __all__ = ["serve_model"]
 
@@ -32,6 +33,8 @@ def serve_model(args: argparse.Namespace) -> None:
         bench(args)
         return
     keys = api_keys(args.api_key, args.api_key_file)
+    password = key_password(args.ssl_keyfile_password, args.ssl_keyfile_password_file)
+    tls = tls_context(args.ssl_certfile, args.ssl_keyfile, password, args.ssl_ca_certs)
     model, options = engine_options(args)
     EngineConfig(**options)  # raises for an invalid flag before the port opens
     model = named_model(model, args.cache_dir)
@@ -63,6 +66,8 @@ def serve_model(args: argparse.Namespace) -> None:
             limits=Limits(
                 max_body_bytes=args.max_body_mb << 20, max_connections=args.max_connections
             ),
+            tls=tls,
+            log_requests=args.log_requests,
         )
     except KeyboardInterrupt:
         if loader.engine is None:

@@ -23,6 +23,11 @@ class KVCacheManager:
         return len(self._free_pages)
 
     @property
+    def usage(self) -> float:
+        """Allocated pages / all pages, 0 to 1."""
+        return 1 - len(self._free_pages) / self.num_pages if self.num_pages else 0.0
+
+    @property
     def free_slots(self) -> int:
         return len(self._free_slots)
 

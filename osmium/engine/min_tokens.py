@@ -80,10 +80,15 @@ def end_mask(
 
 def has_spent_mask(request: Request) -> bool:
     """Whether the request has a mask that it no longer needs; a session with masks is slower."""
-    return isinstance(request.token_mask, EndMask) and request.token_mask.spent
+    return _is_spent(request.token_mask)
 
 
 def drop_spent_mask(request: Request) -> None:
-    """Remove an EndMask that is spent; no step that reads it may be in flight."""
-    if isinstance(request.token_mask, EndMask) and request.token_mask.spent:
-        request.token_mask = request.token_mask.inner
+    """Remove masks that are spent; no step that reads them may be in flight."""
+    while _is_spent(request.token_mask):
+        request.token_mask = getattr(request.token_mask, "inner")  # noqa: B009
+
+
+def _is_spent(mask: TokenMask | None) -> bool:
+    """Whether a mask over another one, its `inner`, forbids nothing any more."""
+    return getattr(mask, "spent", False) is True

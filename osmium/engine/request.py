@@ -331,7 +331,8 @@ def delivery_error(error: Exception) -> OsmiumError:
     """Log a failed delivery; returns the error for the request."""
     if isinstance(error, OsmiumError):
         return error  # of the token mask
-    LOG.warning("Could not deliver the response: %r", error)
+    # The message may quote the response, which the log must not have.
+    LOG.warning("Could not deliver a response: %s", type(error).__name__)
     return OsmiumError(f"Could not deliver the response: {error!r}")
 
 

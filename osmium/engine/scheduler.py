@@ -32,6 +32,8 @@ class Scheduler:
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
         """In order of arrival."""
+        self.preemptions = 0
+        """How often a running request was preempted."""
         self._decoded_last = True
 
     def add(self, request: Request) -> None:
@@ -98,6 +100,7 @@ class Scheduler:
 
     def preempt(self, request: Request) -> None:
         """Free a running request's pages and slot; it becomes the first waiting request."""
+        self.preemptions += 1
         self.running.remove(request)
         self.kv_cache.free(request)
         self.waiting.appendleft(request)

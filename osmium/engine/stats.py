@@ -26,6 +26,10 @@ ITL_EDGES_S = (
     .1, .2, .5, 1.0,
 )  # fmt: skip
 TTFT_EDGES_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+REQUEST_EDGES_S = (
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0,
+)  # fmt: skip
+"""Of whole requests and their parts."""
 
 
 class Histogram:
@@ -99,6 +103,11 @@ class EngineStats:
         self.tokens = {"prompt": 0, "completion": 0}
         self.finished = dict.fromkeys(FinishReason, 0)
         self.itl_s, self.ttft_s = Histogram(ITL_EDGES_S), Histogram(TTFT_EDGES_S)
+        self.e2e_s, self.queue_s = Histogram(REQUEST_EDGES_S), Histogram(REQUEST_EDGES_S)
+        self.prefill_s, self.decode_s = Histogram(REQUEST_EDGES_S), Histogram(REQUEST_EDGES_S)
+        """Of finished requests: from submission to end, and the parts that were reached."""
+        self.prefill_tokens_s = 0.0
+        """Prompt tokens per second of the newest prefill that ended."""
         self.experts = ExpertCounters(0, 0, 0, 0)
         """The expert counters at their last read."""
         self.fetch_gb_s = 0.0
@@ -146,13 +155,22 @@ class EngineStats:
         else:
             times.first_token = now
             self.ttft_s.add(now - times.submitted)
+            if not request.skip_prefill and now > times.started:
+                self.prefill_tokens_s = request.prompt_tokens / (now - times.started)
             self._first_tokens.append(request)
         times.last_token = now
 
     def finish(self, request: Request, reason: FinishReason) -> None:
-        """Count a finished request."""
+        """Count a finished request, and its times."""
         self.finished[reason] += 1
-        request.times.ended = time.perf_counter()
+        times = request.times
+        times.ended = time.perf_counter()
+        self.e2e_s.add(times.ended - times.submitted)
+        if times.started:
+            self.queue_s.add(times.started - times.submitted)
+        if times.started and times.first_token:
+            self.prefill_s.add(times.first_token - times.started)
+            self.decode_s.add(times.last_token - times.first_token)
         if request in self._start_samples:
             self._finished_requests.append(request)
 

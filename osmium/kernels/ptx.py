@@ -2,9 +2,10 @@
 
 The `//:` lines at the top of a file in ptx/ are the kernel's contract.  They are parsed here,
 checked against the `.entry` of the text, and used to check and pack the arguments of a launch.
+A file may define several kernels (ptx_family.py); then the contract is that of the expanded text.
 How to write a kernel: docs/add-a-kernel.md.
 
-    entry    name of the entry and of the file
+    entry    name of the entry, and of the file unless that defines several kernels
     grid     comma-separated axes: expressions of parameters and launcher sizes.  Launcher sizes are
              names that are not parameters; a caller passes them first, in order of appearance
     block    threads, equal to .maxntid
@@ -19,12 +20,11 @@ Text after two spaces is a comment.  Expressions are integer arithmetic: + - * /
 min, max and ceil(a / b).
 """
 
-import ast
 import operator
 import os
 import re
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -34,11 +34,11 @@ import numpy as np
 
 from osmium.distribution import REINSTALL
 from osmium.errors import KernelError
+from osmium.kernels.expression import Expression, split_at_commas
 from osmium.kernels.pdl import pdl_text
+from osmium.kernels.ptx_family import find_source
 
-__all__ = [
-    "Contract", "Expression", "Kernel", "Parameter", "kernel", "parse", "pdl_text",
-]  # fmt: skip
+__all__ = ["Contract", "Kernel", "Parameter", "kernel", "parse", "pdl_text"]
 
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(dtype)
@@ -64,61 +64,6 @@ class Stream(Protocol):
     """Runs launches: cuda.Stream, or the tests' PTX interpreter."""
 
     def launch(self, kernel: "Kernel", grid: tuple[int, ...], values: tuple[Any, ...]) -> None: ...
-
-
-class Expression:
-    """Integer arithmetic on named sizes.  Raises: KernelError for anything else."""
-
-    def __init__(self, text: str, where: str) -> None:
-        self.text = text.strip()
-        try:
-            tree = ast.parse(self.text, mode="eval")
-            self.names = tuple(_names(tree))
-            self._code = compile(ast.fix_missing_locations(_Integers().visit(tree)), where, "eval")
-        except (SyntaxError, ValueError) as error:
-            raise KernelError(f"{where}: {self.text!r} is not an expression: {error}") from None
-
-    def __call__(self, sizes: dict[str, Any]) -> int:
-        return int(eval(self._code, {"__builtins__": {}, "min": min, "max": max}, sizes))
-
-
-class _Integers(ast.NodeTransformer):
-    """ceil(a / b) becomes -(-a // b); every other division becomes a floor division."""
-
-    ALLOWED = (
-        ast.Expression, ast.BinOp, ast.UnaryOp, ast.USub, ast.Compare, ast.Name, ast.Load,
-        ast.Constant, ast.Call, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod,
-        ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE,
-    )  # fmt: skip
-
-    def visit(self, node: ast.AST) -> Any:
-        if not isinstance(node, self.ALLOWED):
-            raise ValueError(f"{type(node).__name__} is not arithmetic")
-        return super().visit(node)
-
-    def visit_Call(self, node: ast.Call) -> Any:
-        name = node.func.id if isinstance(node.func, ast.Name) else "?"
-        if name in ("min", "max"):
-            return self.generic_visit(node)
-        (argument,) = node.args if len(node.args) == 1 else (None,)
-        if name != "ceil" or not isinstance(argument, ast.BinOp):
-            raise ValueError(f"{name}() is not known")
-        top, bottom = self.visit(argument.left), self.visit(argument.right)
-        floor = ast.BinOp(ast.UnaryOp(ast.USub(), top), ast.FloorDiv(), bottom)
-        return ast.UnaryOp(ast.USub(), floor)
-
-    def visit_BinOp(self, node: ast.BinOp) -> Any:
-        self.generic_visit(node)
-        if isinstance(node.op, ast.Div):
-            node.op = ast.FloorDiv()
-        return node
-
-
-def _names(tree: ast.AST) -> list[str]:
-    """Names in order of appearance, each once."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
-    found.sort(key=lambda node: (node.lineno, node.col_offset))
-    return [n for n in dict.fromkeys(node.id for node in found) if n not in ("ceil", "min", "max")]
 
 
 @dataclass(frozen=True)
@@ -161,7 +106,7 @@ class Contract:
     traffic_bytes: Expression | None = None
     determinism: str = "fixed"
     where: str = field(default="", compare=False)
-    """File name, for errors."""
+    """File name, for errors; of a family also the entry."""
 
     @cached_property
     def sizes(self) -> tuple[str, ...]:
@@ -195,9 +140,13 @@ class Contract:
 # -- reading ---------------------------------------------------------------------------------------
 
 
-def parse(text: str, where: str) -> Contract:
-    """Parse a module's contract and check it against its entry.  Raises: KernelError."""
-    lines = _lines(text, where)
+def parse(text: str, where: str, origins: Sequence[int] = ()) -> Contract:
+    """Parse a module's contract and check it against its entry.  Raises: KernelError.
+
+    where    file name, for errors
+    origins  of an expanded text: the line of the file for each line
+    """
+    lines = _lines(text, where, origins)
     for key in ("entry", "grid", "block", "param"):
         if key not in lines:
             raise KernelError(f"{where}: the contract has no {key!r} line.")
@@ -217,7 +166,9 @@ def parse(text: str, where: str) -> Contract:
     contract = Contract(
         entry=word("entry", ""),
         text=text,
-        grid=tuple(Expression(axis, lines["grid"][0][0]) for axis in _split(word("grid", ""))),
+        grid=tuple(
+            Expression(axis, lines["grid"][0][0]) for axis in split_at_commas(word("grid", ""))
+        ),
         block=number("block", ""),
         params=tuple(_parameter(line, at) for at, line in lines["param"]),
         shared=number("shared", "0"),
@@ -227,21 +178,22 @@ def parse(text: str, where: str) -> Contract:
         targets=tuple(word("target", "").split()),
         traffic_bytes=formula("traffic"),
         determinism=word("determinism", "fixed"),
-        where=where,
+        where=f"{where} ({word('entry', '')})" if origins else where,
     )
     _check_names(contract)
     _check_entry(contract)
     return contract
 
 
-def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
+def _lines(text: str, where: str, origins: Sequence[int]) -> dict[str, list[tuple[str, str]]]:
     """The contract's lines by key: ("file:line", rest of the line)."""
     known = set(KEYS.split())
     lines: dict[str, list[tuple[str, str]]] = {}
     for number, line in enumerate(text.splitlines(), 1):
         if not line.startswith("//:"):
             continue
-        at, found = f"{where}:{number}", re.match(r"//:\s+(\w+)\s+(\S.*)$", line)
+        at = f"{where}:{origins[number - 1] if origins else number}"
+        found = re.match(r"//:\s+(\w+)\s+(\S.*)$", line)
         if not found:
             raise KernelError(f"{at}: {line!r} is not a contract line; write '//: key   value'.")
         key = found[1]
@@ -251,18 +203,6 @@ def _lines(text: str, where: str) -> dict[str, list[tuple[str, str]]]:
             raise KernelError(f"{at}: the contract has {key!r} a second time.")
         lines.setdefault(key, []).append((at, found[2].rstrip()))
     return lines
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas outside of brackets."""
-    parts, depth = [""], 0
-    for letter in text:
-        depth += (letter in "([") - (letter in ")]")
-        if letter == "," and not depth:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return parts
 
 
 def _parameter(line: str, where: str) -> Parameter:
@@ -276,7 +216,7 @@ def _parameter(line: str, where: str) -> Parameter:
         if kind != "u64" or array[2] not in DTYPES:
             raise KernelError(f"{where}: param {name} is {kind} {array[2]}; arrays are u64 of "
                               f"{', '.join(DTYPES)}.")  # fmt: skip
-        shape = tuple(part.strip() for part in _split(array[3]))
+        shape = tuple(part.strip() for part in split_at_commas(array[3]))
         return Parameter(name, kind, array[1], array[2], shape, int(align[1]) if align else 0)
     rule = None
     for part in re.split(r"\s{2,}", tail):
@@ -356,10 +296,7 @@ class Kernel:
         """Function from the passed values to the grid."""
         contract = self.contract
         names = [*contract.sizes, *(p.name for p in contract.params)]
-        axes = [
-            f"_index({ast.unparse(_Integers().visit(ast.parse(axis.text, mode='eval').body))})"
-            for axis in contract.grid
-        ]
+        axes = [f"_index({axis.source})" for axis in contract.grid]
         grid: Callable[..., tuple[int, ...]] = eval(
             f"lambda {', '.join(names)}: ({', '.join(axes)},)", {"_index": operator.index}
         )
@@ -459,16 +396,18 @@ def check(contract: Contract, values: tuple[Any, ...]) -> None:
 
 
 def kernel(name: str) -> Kernel:
-    """The kernel in ptx/`name`.ptx; reads the file at first use."""
+    """The kernel `name` of ptx/`name`.ptx, or of the family that defines it; read at first use."""
 
     def load() -> Contract:
-        for folder in _FOLDERS:
-            path = folder / f"{name}.ptx"
-            if path.is_file():
-                contract = parse(path.read_text(encoding="utf-8"), path.name)
-                if contract.entry == name:
-                    return contract
-                raise KernelError(f"{path.name}: its entry is {contract.entry}; it must be {name}.")
-        raise KernelError(f"No {name}.ptx in {' or '.join(map(str, _FOLDERS))}. {REINSTALL}")
+        source = find_source(_FOLDERS, name)
+        if source is None:
+            raise KernelError(
+                f"No kernel {name} in {' or '.join(map(str, _FOLDERS))}: neither {name}.ptx nor "
+                f"another file defines it. {REINSTALL}"
+            )
+        contract = parse(source.text, source.where, source.origins)
+        if contract.entry != name:
+            raise KernelError(f"{source.where}: its entry is {contract.entry}; it must be {name}.")
+        return contract
 
     return Kernel(name, load)

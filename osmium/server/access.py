@@ -141,7 +141,7 @@ class AccessMiddleware:
         """What a browser asks for before it sends a request with these headers."""
         asked = headers.get("access-control-request-headers", "authorization, content-type")
         allowed = {
-            "Access-Control-Allow-Methods": "GET, HEAD, POST, OPTIONS",
+            "Access-Control-Allow-Methods": "GET, HEAD, POST, DELETE, OPTIONS",
             "Access-Control-Allow-Headers": asked,
             "Access-Control-Max-Age": "600",
             **self._cors(origin),

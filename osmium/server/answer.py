@@ -20,6 +20,7 @@ from osmium.server.completion import prepare_completion
 from osmium.server.fields import IgnoredFields
 from osmium.server.limits import MAX_RUNNING_CHOICES
 from osmium.server.prepare import Prepare, Prepared, prepare_chat
+from osmium.server.request_log import TOKENS
 from osmium.server.response_types import (
     ChatChunk,
     ChatResponse,
@@ -62,12 +63,20 @@ ANSWER_ROUTES = [
     ApiRoute(
         "/v1/chat/completions",
         chat_completions,
-        Operation(ChatRequest, ChatResponse, events=ChatChunk),
+        Operation(
+            ChatRequest,
+            response=ChatResponse,
+            events=ChatChunk,
+        ),
     ),
     ApiRoute(
         "/v1/completions",
         completions,
-        Operation(CompletionRequest, CompletionResponse, events=CompletionChunk),
+        Operation(
+            CompletionRequest,
+            response=CompletionResponse,
+            events=CompletionChunk,
+        ),
     ),
 ]
 
@@ -113,6 +122,9 @@ class _Answer:
         self.events: Events = asyncio.Queue()
         self.submitted = time.perf_counter()
         self.has_token = False
+        self.generated: dict[int, int] = {}
+        """Tokens so far, by choice."""
+        request.scope[TOKENS] = self._tokens
         self.shutdown.watch(self.events)
         self._loop = asyncio.get_running_loop()
         self.handles: list[Any] = []
@@ -185,6 +197,10 @@ class _Answer:
         """Pass an event on; the shutdown's has no index."""
         index, one = (0, event) if isinstance(event, Finish) else event
         self.has_token = True
+        if isinstance(one, Finish):
+            self.generated[index] = one.completion_tokens or self.generated.get(index, 0)
+        else:
+            self.generated[index] = self.generated.get(index, 0) + 1
         events = self.writer.push(index, one, self.handles)
         if not isinstance(one, Finish) or one.error is not None:
             return events
@@ -194,6 +210,11 @@ class _Answer:
             failed = Finish(FinishReason.ERROR, error=error)
             events += self.writer.push(len(self.handles), failed, self.handles)
         return events
+
+    def _tokens(self) -> tuple[int, int]:
+        """Tokens of the prompts, each counted once, and of all choices so far; for the log."""
+        prompts = {id(run.ids): len(run.ids) for run in self.prepared.runs}
+        return sum(prompts.values()), sum(self.generated.values())
 
     def _comment(self) -> ServerSentEvent:
         """The comment of a stream without events, with the prefill's progress until its end.

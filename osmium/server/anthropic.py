@@ -12,7 +12,6 @@ from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
 
 from osmium.engine.engine import Engine
 from osmium.errors import RequestError
@@ -27,29 +26,46 @@ from osmium.server.anthropic_schema import (
     ignored_fields,
 )
 from osmium.server.anthropic_tools import chat_tools
+from osmium.server.anthropic_types import (
+    AnthropicErrorBody,
+    MessageEvent,
+    MessageResponse,
+    TokenCount,
+)
 from osmium.server.anthropic_writer import PING, MessageWriter
 from osmium.server.chat_prompt import ChatPrompt, render_chat
 from osmium.server.fields import IgnoredFields
 from osmium.server.limits import shown
 from osmium.server.prepare import Prepared, prepare_messages
-from osmium.server.schema import ChatRequest, check_request, decode
+from osmium.server.route import ApiRoute, Operation
+from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
+from osmium.server.thinking import MIN_BUDGET
 
 __all__ = ["ANTHROPIC_ROUTES"]
 
 
 async def messages(request: Request) -> Response:
-    """POST /v1/messages"""
+    """The model's message in Anthropic's form, as JSON or as a stream."""
     name = request_id(request.scope)
-    response = await answer(request, partial(prepare_message, request_id=name), _IGNORED)
+    response = await answer(request, partial(prepare_message, request_id=name), _reporter(request))
     response.headers["request-id"] = name
     return response
 
 
 async def count_tokens(request: Request) -> Response:
-    """POST /v1/messages/count_tokens"""
+    """The number of tokens of the prompt that /v1/messages would run."""
     count, ignored = await work_on_body(request, count_prompt)
-    headers = {"request-id": request_id(request.scope), **_IGNORED.headers(ignored)}
+    headers = {"request-id": request_id(request.scope), **_reporter(request).headers(ignored)}
     return JSONResponse({"input_tokens": count}, headers=headers)
+
+
+def _reporter(request: Request) -> IgnoredFields:
+    """What reports the ignored fields of this API, which has other names than OpenAI's."""
+    state = request.app.state
+    if not hasattr(state, "anthropic_ignored"):
+        state.anthropic_ignored = IgnoredFields(MessagesRequest.__struct_fields__, ALIASES)
+    found: IgnoredFields = state.anthropic_ignored
+    return found
 
 
 def prepare_message(engine: Engine, name: str, raw: bytearray, *, request_id: str) -> Prepared:
@@ -81,6 +97,7 @@ def count_prompt(engine: Engine, name: str, raw: bytearray) -> tuple[int, tuple[
     converted = convert(raw, decode(raw, CountTokensRequest))
     try:
         check_request(converted.chat)
+        sampling_params(converted.chat, engine.defaults)
         text = render_chat(engine, converted.chat).text
     except RequestError as error:
         raise converted.in_clients_names(error) from None
@@ -113,7 +130,7 @@ class Converted:
         name = re.sub(r"^reasoning_effort$", "output_config.effort", name)
         name = re.sub(r"^continue_final_message$", "messages", name)
         name = re.sub(r"^tool_choice\.function", "tool_choice", name)
-        name = re.sub(r"^tools\[(\d+)\]\.function", self._tool_path, name)
+        name = re.sub(r"^tools\[(\d+)\](\.function)?", self._tool_path, name)
         name = re.sub(r"^(tools\[\d+\])\.parameters", r"\1.input_schema", name)
         if name != param:
             error.args = (str(error).replace(param, name, 1),)
@@ -163,7 +180,9 @@ def _thinking(value: dict[str, Any] | None) -> tuple[dict[str, Any], bool]:
         raise invalid("thinking.type", kind, "'enabled', 'adaptive' or 'disabled'")
     if display not in (None, "summarized", "omitted"):
         raise invalid("thinking.display", display, "'summarized' or 'omitted'")
-    budget = value.get("budget_tokens") if kind == "enabled" else None
+    budget = value.get("budget_tokens")
+    if budget is not None and (type(budget) is not int or budget < MIN_BUDGET):
+        raise invalid("thinking.budget_tokens", budget, "a number of tokens")
     thinking = {"type": kind} if budget is None else {"type": kind, "budget_tokens": budget}
     return thinking, display == "omitted"
 
@@ -198,9 +217,15 @@ def _output(body: MessagesFields) -> tuple[str | None, str, dict[str, Any] | Non
     return effort, path, {"type": "json_schema", "json_schema": inner}
 
 
-_IGNORED = IgnoredFields(MessagesRequest.__struct_fields__, ALIASES)
-
 ANTHROPIC_ROUTES = [
-    Route("/v1/messages", messages, methods=["POST"]),
-    Route("/v1/messages/count_tokens", count_tokens, methods=["POST"]),
+    ApiRoute(
+        "/v1/messages",
+        messages,
+        Operation(MessagesRequest, MessageResponse, events=MessageEvent, error=AnthropicErrorBody),
+    ),
+    ApiRoute(
+        "/v1/messages/count_tokens",
+        count_tokens,
+        Operation(CountTokensRequest, TokenCount, error=AnthropicErrorBody),
+    ),
 ]

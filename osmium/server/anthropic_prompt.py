@@ -36,13 +36,15 @@ def chat_messages(
     for i, message in enumerate(messages):
         role, content, path = message.get("role"), message.get("content"), f"messages[{i}]"
         if role == "system":
-            found.append({"role": "system", "content": _system_text(content, f"{path}.content")})
+            text = _system_text(content, f"{path}.content")
+            found += [{"role": "system", "content": text}] if text else []
         elif role == "user":
             found += _user_messages(content, f"{path}.content", names)
         elif role == "assistant":
             found.append(_assistant_message(content, f"{path}.content", names))
         else:
             raise invalid(f"{path}.role", role, "'user', 'assistant' or 'system'")
+    found = found or [{"role": "user", "content": ""}]
     if found[-1].get("tool_calls"):
         raise RequestError(
             f"messages[{len(messages) - 1}] is the last message and has tool_use blocks; a call "
@@ -114,7 +116,10 @@ def _assistant_message(content: object, path: str, names: dict[str, str]) -> Mes
                 thinking = block.get("thinking")
                 if not isinstance(thinking, str):
                     raise invalid(f"{where}.thinking", thinking, "a text")
-                reasoning.append(thinking or signed_thinking(block.get("signature")))
+                signature = block.get("signature")
+                if not isinstance(signature, str | None):
+                    raise invalid(f"{where}.signature", signature, "a text")
+                reasoning.append(thinking or signed_thinking(signature))
             case "redacted_thinking":
                 pass  # encrypted by another server
             case "tool_use":

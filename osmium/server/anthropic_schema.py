@@ -4,6 +4,16 @@ from typing import Any
 
 import msgspec
 
+from osmium.server.anthropic_types import (
+    Messages,
+    OutputConfig,
+    OutputFormat,
+    System,
+    Thinking,
+    ToolChoice,
+    Tools,
+)
+from osmium.server.field_types import NumTokens, StopTexts, Temperature, TopK, TopP
 from osmium.server.fields import unknown_fields
 
 __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest", "ignored_fields"]
@@ -12,20 +22,20 @@ __all__ = ["ALIASES", "CountTokensRequest", "MessagesFields", "MessagesRequest",
 class MessagesFields(msgspec.Struct, kw_only=True):
     """Fields of a message's request and of one that counts its tokens."""
 
-    messages: list[dict[str, Any]]
+    messages: Messages
     model: str | None = None
-    system: str | list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
-    tool_choice: dict[str, Any] | None = None
-    thinking: dict[str, Any] | None = None
-    output_config: dict[str, Any] | None = None
-    output_format: dict[str, Any] | None = None
+    system: System | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
     """The name of output_config.format in an earlier version."""
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    max_tokens: NumTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    stop_sequences: StopTexts | None = None
     stream: bool | None = None
     cache_control: dict[str, Any] | None = None
     metadata: dict[str, Any] | None = None
@@ -44,7 +54,7 @@ class MessagesFields(msgspec.Struct, kw_only=True):
 class MessagesRequest(MessagesFields, kw_only=True):
     """POST /v1/messages"""
 
-    max_tokens: int
+    max_tokens: NumTokens
 
 
 class CountTokensRequest(MessagesFields, kw_only=True):

@@ -17,9 +17,9 @@ def signature(thinking: str = "") -> str:
     return _PREFIX + base64.b64encode(thinking.encode(errors="replace")).decode()
 
 
-def signed_thinking(value: object) -> str:
+def signed_thinking(value: str | None) -> str:
     """The text that a signature has; empty without one, and for other servers' signatures."""
-    if not isinstance(value, str) or not value.startswith(_PREFIX):
+    if value is None or not value.startswith(_PREFIX):
         return ""
     try:
         return base64.b64decode(value.removeprefix(_PREFIX), validate=True).decode()

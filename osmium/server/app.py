@@ -8,9 +8,10 @@ import errno
 import logging
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -36,11 +37,12 @@ from osmium.server.fields import IgnoredFields
 from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.openai import error_status
+from osmium.server.request_log import RequestLog, hide_values
 from osmium.server.responses import RESPONSE_ROUTES
 from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
 from osmium.server.shutdown import Server, Shutdown, exit_now
-from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, unknown_route
+from osmium.server.status import STATUS_ROUTES, UNSUPPORTED_ROUTES, allowed_methods, unknown_route
 from osmium.server.tokens import TOKEN_ROUTES
 
 __all__ = ["BackgroundLoader", "create_app", "serve"]
@@ -63,10 +65,12 @@ def create_app(
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
     shutdown: Shutdown | None = None,
+    log_requests: int = 0,
 ) -> Starlette:
     """The app.  With an `api_key`, or several, all routes but /health need one of them.
 
-    `cors_origin` and `allowed_host` are allowed besides local ones.  Raises: ConfigError.
+    `cors_origin` and `allowed_host` are allowed besides local ones.  With `log_requests` 1 each
+    request is a line on stderr, with 2 its body another one.  Raises: ConfigError.
     """
     shutdown, bodies = shutdown or Shutdown(), BodyReader(limits)
 
@@ -84,6 +88,8 @@ def create_app(
         cors_origins=parse_origins(_listed(cors_origin)),
         api_keys=keys,
     )
+    request_log = [Middleware(RequestLog, level=log_requests, write=_print)] if log_requests else []
+    hide_values(log_requests < 2)
     app = Starlette(
         routes=[
             *STATUS_ROUTES,
@@ -93,7 +99,7 @@ def create_app(
             *TOKEN_ROUTES,
             *UNSUPPORTED_ROUTES,
         ],
-        middleware=[access],
+        middleware=[*request_log, access],
         exception_handlers={
             OsmiumError: on_error, HTTPException: on_http_error, ClientDisconnect: on_disconnect,
             Exception: on_internal_error,
@@ -105,9 +111,16 @@ def create_app(
     app.state.responses = ResponseStore()
     app.state.has_keys = bool(keys)
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]
-    kinds = [route.operation.body for route in routes if route.operation.body is not None]
+    operations = [route.operation for route in routes if route.operation.error is None]
+    kinds = [one.body for one in operations if one.body is not None]
     app.state.ignored = IgnoredFields(name for kind in kinds for name in kind.__struct_fields__)
     return app
+
+
+def _print(line: str) -> None:
+    """A line on stderr, which may be closed."""
+    with suppress(OSError, ValueError):
+        print(f"osmium: {line}", file=sys.stderr, flush=True)
 
 
 def _listed(values: str | Sequence[str] | None) -> list[str]:
@@ -134,8 +147,9 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if error.status_code == 404:
         return _error_response(request, unknown_route(request), 404, error.headers)
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
+        allowed = allowed_methods(request)
         text = f"{request.method} {shown(request.url.path)} is not allowed; use {allowed}."
+        return _error_response(request, RequestError(text), 405, {"Allow": allowed})
     return _error_response(request, RequestError(text), error.status_code, error.headers)
 
 
@@ -154,7 +168,8 @@ async def on_disconnect(request: Request, error: Exception) -> Response:
 
 async def on_internal_error(request: Request, error: Exception) -> Response:
     """Any other exception: a bug.  Logs the traceback and answers 500."""
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    endpoint = getattr(request.scope.get("endpoint"), "__name__", "the route")
+    log.error("%s of %s failed", request.method, endpoint, exc_info=error)
     problem = OsmiumError(f"Internal error: {type(error).__name__}.")
     body, headers = error_form(request.scope, problem)
     return JSONResponse(body, 500, headers)
@@ -173,8 +188,10 @@ def serve(
     allowed_host: str | Sequence[str] = (),
     served_model_name: str | None = None,
     limits: Limits = DEFAULT_LIMITS,
+    tls: ssl.SSLContext | None = None,
+    log_requests: int = 0,
 ) -> None:
-    """Serve until Ctrl-C.  The port is bound before the model is loaded.
+    """Serve until Ctrl-C, with `tls` by HTTPS.  The port is bound before the model is loaded.
 
     Raises: ConfigError if the port is in use, and the error that stopped the loading or the engine.
     """
@@ -183,13 +200,14 @@ def serve(
     app = create_app(
         loader, api_key=api_key, cors_origin=cors_origin, allowed_host=hosts,
         served_model_name=served_model_name, limits=limits, shutdown=shutdown,
+        log_requests=log_requests,
     )  # fmt: skip
     listening = _listen(address, port)
     warning = open_to(listening.getsockname()[0], hosts, _listed(cors_origin), bool(api_key))
     if warning is not None:
         log.warning(warning)
     config = HttpConfig(
-        app, limits, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
+        app, limits, tls, log_level="warning", access_log=False, timeout_graceful_shutdown=1,
         lifespan="on", backlog=ACCEPTS,
     )  # fmt: skip
     server = Server(config, shutdown)
@@ -204,10 +222,11 @@ def serve(
             loader.engine.on_stopped = stop
             if loader.engine.stopped is not None:
                 stop()
+            scheme = "http" if tls is None else "https"
             url_host = f"[{address}]" if ":" in address else address
             print(
                 f"{served_model_name or loader.engine.name} is served on "
-                f"http://{url_host}:{listening.getsockname()[1]}/v1",
+                f"{scheme}://{url_host}:{listening.getsockname()[1]}/v1",
                 file=sys.stderr,
                 flush=True,
             )

@@ -10,9 +10,10 @@ import logging
 import os
 import resource
 import socket
+import ssl
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, cast
 
 import h11
@@ -26,6 +27,7 @@ from osmium.errors import EngineStopped, RequestError
 from osmium.server.anthropic_errors import error_form
 from osmium.server.limits import Limits
 from osmium.server.openai import error_body
+from osmium.server.tls import Handshake, close_late
 
 __all__ = ["AcceptErrors", "HttpConfig", "HttpProtocol", "OncePerSecond"]
 
@@ -47,12 +49,40 @@ OUT_OF_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 class HttpConfig(uvicorn.Config):
     """uvicorn's configuration, with our limits."""
 
-    def __init__(self, app: Any, limits: Limits, **options: Any) -> None:
+    def __init__(
+        self, app: Any, limits: Limits, tls: ssl.SSLContext | None = None, **options: Any
+    ) -> None:
+        """With `tls` connections begin with a handshake."""
         super().__init__(app, http=HttpProtocol, ws="none", **options)
+        self.tls = tls
+        self.handshakes: set[Handshake] = set()
+        """Those that run."""
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         room = max(8, files - RESERVED_FILES) if files > 0 else limits.max_connections
         self.limits = limits
         self.max_connections = min(limits.max_connections, room)
+
+    def load(self) -> None:
+        super().load()
+        if self.tls is not None:
+            self.http_protocol_class = self._handshake  # type: ignore[assignment]
+
+    def _handshake(self, *, server_state: ServerState, **options: Any) -> Handshake:
+        """The protocol of a new connection with TLS."""
+        assert self.tls is not None, "called by uvicorn with TLS"
+
+        def has_room() -> bool:
+            others = len(server_state.connections) + len(self.handshakes)
+            return (
+                others < self.max_connections
+                or bool(close_late(self.handshakes, REFUSED_S, most=1))
+                or bool(_close_idle(server_state.connections, most=1))
+            )
+
+        def make() -> HttpProtocol:
+            return HttpProtocol(server_state=server_state, **options)
+
+        return Handshake(self.tls, self.limits.head_timeout_s, self.handshakes, has_room, make)
 
 
 class HttpProtocol(H11Protocol):
@@ -212,8 +242,13 @@ class AcceptErrors:
     asyncio would leave them waiting, and log a traceback for each attempt to accept one.
     """
 
-    def __init__(self, listening: Iterable[socket.socket], state: ServerState) -> None:
-        self._listening, self._state = list(listening), state
+    def __init__(
+        self,
+        listening: Iterable[socket.socket],
+        state: ServerState,
+        handshakes: Collection[Handshake] = (),
+    ) -> None:
+        self._listening, self._state, self._handshakes = list(listening), state, handshakes
         self._spare: int | None = os.open(os.devnull, os.O_RDONLY)
         """Closed for a moment, so that a connection can be accepted and closed."""
         self._logged = 0.0
@@ -235,6 +270,7 @@ class AcceptErrors:
         """Close idle connections, and those that wait to be accepted."""
         now = time.monotonic()
         self._closed += _close_idle(self._state.connections)
+        self._closed += close_late(self._handshakes, REFUSED_S)
         self.close()
         try:
             for listening in self._listening:

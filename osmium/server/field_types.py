@@ -10,14 +10,21 @@ import msgspec
 
 from osmium.engine.request import INTEGER_LIMITS, LOGIT_BIAS_LIMITS, NUMBER_LIMITS
 from osmium.server.limits import MAX_MESSAGES, MAX_STOP_CHARS, MAX_STOP_TEXTS, MAX_TOOLS
-from osmium.server.thinking import BUDGETS, EFFORTS, REASONING_KEYS, THINKING_KEYS, THINKING_TYPES
+from osmium.server.structured import OUTPUT_OPTIONS
+from osmium.server.thinking import (
+    EFFORTS,
+    MIN_BUDGET,
+    REASONING_KEYS,
+    THINKING_KEYS,
+    THINKING_TYPES,
+)
 
 __all__ = [
-    "MAX_CHOICES", "ROLES", "TOKEN_ID",
-    "BestOf", "Budget", "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias",
-    "Messages", "MinP", "MinTokens", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
-    "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Temperature", "Thinking",
-    "TokenId", "Tools", "TopK", "TopLogprobs", "TopP",
+    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
+    "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
+    "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature",
+    "Thinking", "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
 
 MAX_CHOICES = 8
@@ -79,12 +86,12 @@ _TEXT: dict[str, Any] = {"type": "string"}
 _PART = {
     "anyOf": [
         _TEXT,
-        _object(("text",), type={"enum": list(TEXT_PARTS)}, text=_TEXT),
+        _object(("text",), type={"enum": [*TEXT_PARTS, None]}, text=_TEXT),
         _object(("type",), type={"const": "refusal"}),
     ]
 }
 _CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]}
-_CALL = _object(function=_nullable(**_object(name=_TEXT)))
+_CALL = _object(function=_nullable(type="object"))
 _CALLS = _nullable(type="array", items=_CALL)
 Message = Annotated[
     dict[str, Any],
@@ -113,12 +120,38 @@ Tool = Annotated[
 ]
 Tools = Annotated[list[Tool], _states(maxItems=MAX_TOOLS)]
 
+_NAME_ONLY = _object(("name",), name=_TEXT)
+_NAMED_TOOL = {
+    "anyOf": [
+        _object(("type", "function"), type={"const": "function"}, function=_NAME_ONLY),
+        _object(("type", "name"), type={"const": "function"}, name=_TEXT),
+    ]
+}
+_ALLOWED = {
+    "mode": {"enum": ["auto", "required"]},
+    "tools": {"type": "array", "items": _NAMED_TOOL, "minItems": 1},
+}
+_ALLOWED_TYPE = {"const": "allowed_tools"}
+_ALLOWED_TOOLS = {
+    "anyOf": [
+        _object(
+            ("type", "allowed_tools"),
+            type=_ALLOWED_TYPE,
+            allowed_tools=_object(("mode", "tools"), **_ALLOWED),
+        ),
+        _object(("type", "mode", "tools"), type=_ALLOWED_TYPE, **_ALLOWED),
+    ]
+}
+ToolMode = Annotated[str, _states(enum=["auto", "none", "required"])]
+NamedTools = Annotated[dict[str, Any], _states(anyOf=[_NAMED_TOOL, _ALLOWED_TOOLS])]
+"""Values of tool_choice: a mode, or an object that names tools."""
+
 # -- reasoning and structure -----------------------------------------------------------------------
 
-_BUDGET = {"enum": [*BUDGETS, None]}
+_BUDGET = _nullable(type="integer", minimum=MIN_BUDGET)
 _SWITCH = _nullable(type="boolean")
 Effort = Annotated[str, _states(enum=list(EFFORTS))]
-Budget = Annotated[int, _states(enum=list(BUDGETS))]
+Budget = Annotated[int, _states(minimum=MIN_BUDGET)]
 Thinking = Annotated[
     dict[str, Any],
     _states(
@@ -141,7 +174,7 @@ Reasoning = Annotated[
     ),
 ]  # fmt: skip
 
-_SCHEMA = {"type": ["object", "boolean"]}
+_SCHEMA = {"type": "object"}
 _NAMED = _object(("schema",), name=_TEXT, schema=_SCHEMA, strict=_SWITCH)
 ResponseFormat = Annotated[
     dict[str, Any],
@@ -154,3 +187,16 @@ ResponseFormat = Annotated[
         ]
     ),
 ]
+Choices = Annotated[list[str], _states(minItems=1)]
+Structured = Annotated[
+    dict[str, Any],
+    _states(
+        properties={
+            "json": _nullable(anyOf=[_SCHEMA, _TEXT]), "regex": _nullable(**_TEXT),
+            "choice": _nullable(type="array", items=_TEXT, minItems=1),
+            "grammar": _nullable(**_TEXT), "json_object": _SWITCH,
+            **{key: {"enum": [False, None]} for key in OUTPUT_OPTIONS},
+        },
+        additionalProperties=False,
+    ),
+]  # fmt: skip

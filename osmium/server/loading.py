@@ -7,6 +7,7 @@ from collections.abc import Callable
 from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.errors import EngineStopped
+from osmium.server.compilers import warm_up
 
 __all__ = ["BackgroundLoader"]
 
@@ -40,6 +41,8 @@ class BackgroundLoader:
             self.failure = error
         if self.on_done is not None:
             self.on_done()
+        if self.engine is not None:
+            warm_up(self.engine)  # requests are served meanwhile
 
     def _report(self, stage: str, done: int, total: int) -> None:
         self.progress = (stage, done, total)

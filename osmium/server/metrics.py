@@ -1,7 +1,8 @@
 """GET /metrics: the engine's counters in the Prometheus text format.
 
 A scrape only formats the engine's counters.  After the first scrape the engine reads the expert
-counters once a second.  Names and units follow Prometheus: seconds, bytes, _total for counters.
+counters once a second.  Metrics that vLLM has, too, have its names and units after `osmium_`.
+docs/metrics.md lists all of them.
 """
 
 from collections.abc import Iterator
@@ -18,29 +19,40 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.registry import Collector
 
+import osmium
 from osmium.engine.engine import Engine
+from osmium.engine.request import FinishReason
 from osmium.engine.stats import EngineStats, Histogram
 
 __all__ = ["CONTENT_TYPE", "POLL_INTERVAL_S", "exposition"]
 
 CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
 
+FINISHED_REASONS = {
+    FinishReason.STOP: "stop", FinishReason.LENGTH: "length",
+    FinishReason.CANCELLED: "abort", FinishReason.ERROR: "error",
+}  # fmt: skip
+"""vLLM's names of finish reasons."""
+
 POLL_INTERVAL_S = 1.0
 """Seconds between reads of the expert counters after the first scrape."""
 
 
-def exposition(engine: Engine | None) -> bytes:
-    """The metrics' text; without an engine, osmium_ready 0 and the process's memory."""
+def exposition(engine: Engine | None, name: str | None = None) -> bytes:
+    """The metrics' text; without an engine, osmium_ready 0 and the process's memory.
+
+    `name` is the served model's.
+    """
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_EngineCollector(engine))
+    registry.register(_EngineCollector(engine, name))
     return generate_latest(registry)
 
 
 class _EngineCollector(Collector):
     """An engine's counters as families of metrics."""
 
-    def __init__(self, engine: Engine | None) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine | None, name: str | None) -> None:
+        self._engine, self._name = engine, name
 
     def collect(self) -> Iterator[Metric]:
         engine = self._engine
@@ -51,8 +63,16 @@ class _EngineCollector(Collector):
                 "process_resident_memory_bytes", "Resident memory of the server process.",
                 psutil.Process().memory_info().rss,
             )  # fmt: skip
+        info = GaugeMetricFamily(
+            "osmium_info", "Always 1; the labels are the version and the served model.",
+            labels=["version", "model_name"],
+        )  # fmt: skip
         if engine is None:
+            info.add_metric([osmium.__version__, ""], 1)
+            yield info
             return
+        info.add_metric([osmium.__version__, self._name or engine.name], 1)
+        yield info
         meter = engine.stats
         if meter.poll_interval_s is None or meter.poll_interval_s > POLL_INTERVAL_S:
             meter.poll_interval_s = POLL_INTERVAL_S
@@ -62,35 +82,37 @@ class _EngineCollector(Collector):
 
 
 def _requests(meter: EngineStats) -> Iterator[Metric]:
-    yield GaugeMetricFamily(
-        "osmium_requests_running", "Requests in prefill or decode.",
-        len(meter.scheduler.running),
-    )  # fmt: skip
-    yield GaugeMetricFamily(
-        "osmium_requests_waiting", "Requests in the queue.", len(meter.scheduler.waiting)
-    )
+    scheduler = meter.scheduler
+    for name, text, value in (
+        ("num_requests_running", "Requests in prefill or decode.", len(scheduler.running)),
+        ("num_requests_waiting", "Requests in the queue.", len(scheduler.waiting)),
+        ("kv_cache_usage_perc", "Allocated KV pages / all, 0 to 1.", scheduler.kv_cache.usage),
+        ("prefill_tokens_per_second", "Rate of the newest prefill.", meter.prefill_tokens_s),
+    ):
+        yield GaugeMetricFamily(f"osmium_{name}", text, value)
     finished = CounterMetricFamily(
-        "osmium_requests_finished", "Finished requests by finish reason.", labels=["reason"]
+        "osmium_request_success", "Finished requests by finish reason.", labels=["finished_reason"]
     )
     for reason, count in meter.finished.items():
-        finished.add_metric([str(reason)], count)
+        finished.add_metric([FINISHED_REASONS[reason]], count)
     yield finished
-    yield CounterMetricFamily(
-        "osmium_prompt_tokens", "Prompt tokens computed.", meter.tokens["prompt"]
-    )
-    yield CounterMetricFamily(
-        "osmium_generated_tokens", "Generated tokens.", meter.tokens["completion"]
-    )
-    yield _histogram(
-        "osmium_inter_token_latency_seconds",
-        "Time between two tokens of a response, seconds.",
-        meter.itl_s,
-    )
-    yield _histogram(
-        "osmium_time_to_first_token_seconds",
-        "Time from a request to its first token, seconds.",
-        meter.ttft_s,
-    )
+    for name, text, count in (
+        ("prompt_tokens", "Prompt tokens computed.", meter.tokens["prompt"]),
+        ("generation_tokens", "Generated tokens.", meter.tokens["completion"]),
+        ("num_preemptions", "Times that a request lost its KV pages.", scheduler.preemptions),
+        ("prefix_cache_queries", "Prompt tokens looked up in a prefix cache; there is none.", 0),
+        ("prefix_cache_hits", "Prompt tokens found in a prefix cache; there is none.", 0),
+    ):
+        yield CounterMetricFamily(f"osmium_{name}", text, count)
+    for name, text, values in (
+        ("inter_token_latency", "Time between two tokens of a response.", meter.itl_s),
+        ("time_to_first_token", "Time from a request to its first token.", meter.ttft_s),
+        ("e2e_request_latency", "Time from a request to its end.", meter.e2e_s),
+        ("request_queue_time", "Time from a request to its first step.", meter.queue_s),
+        ("request_prefill_time", "Time from the first step to the first token.", meter.prefill_s),
+        ("request_decode_time", "Time from the first token to the last.", meter.decode_s),
+    ):
+        yield _histogram(f"osmium_{name}_seconds", text, values)
 
 
 def _experts(meter: EngineStats) -> Iterator[Metric]:

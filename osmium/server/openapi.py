@@ -92,17 +92,23 @@ def _path_item(route: ApiRoute) -> Json:
 
 def _operation(route: ApiRoute, method: str, has_keys: bool) -> Json:
     """The operation of one method."""
-    operation, is_head = route.operation, method == "HEAD"
+    operation = route.operation
+    is_head, several = method == "HEAD", len((route.methods or set()) - {"HEAD"}) > 1
     summary, _, text = inspect.cleandoc(route.endpoint.__doc__ or "").partition("\n\n")
     needs_key = has_keys and not operation.is_public
     made: Json = {
-        "operationId": f"head_{route.name}" if is_head else route.name,
+        "operationId": f"{method.lower()}_{route.name}" if is_head or several else route.name,
         "summary": " ".join(summary.split()),
     }
     if text:
         made["description"] = text
     if needs_key:
         made["security"] = [{"bearer": []}, {"key": []}]
+    if operation.query:
+        made["parameters"] = [
+            {"name": name, "in": "query", "schema": schema}
+            for name, schema in operation.query.items()
+        ]
     if operation.body is not None:
         content = {_JSON: {"schema": _ref(operation.body)}}
         made["requestBody"] = {"required": True, "content": content}
@@ -123,11 +129,9 @@ def _responses(route: ApiRoute, needs_key: bool, is_head: bool) -> Json:
             "x-osmium-did-you-mean": _header("Known fields that these names may stand for"),
         }
     for status in sorted(statuses):
-        error = operation.error or ErrorResponseBody
-        content: Json = {_JSON: {"schema": _ref(error)}}
-        if status == 503 and operation.unready is not None:
-            either = [_ref(operation.unready), _ref(error)]
-            content = {_JSON: {"schema": {"anyOf": either}}}
+        kinds = [operation.error, operation.unready if status == 503 else None, ErrorResponseBody]
+        refs = [_ref(kind) for kind in kinds if kind is not None]
+        content = {_JSON: {"schema": refs[0] if len(refs) == 1 else {"anyOf": refs}}}
         found[str(status)] = {"description": HTTPStatus(status).phrase, "content": content}
         if status in (429, 503):
             found[str(status)]["headers"] = {"Retry-After": _header("Seconds to wait")}
@@ -146,11 +150,23 @@ def _success(operation: Operation) -> Json:
     schema = {} if operation.response is None else _ref(operation.response)
     content: Json = {_JSON: {"schema": schema}}
     if operation.events is not None:
-        content["text/event-stream"] = {
-            "schema": {"type": "string"},
-            "x-itemSchema": _ref(operation.events),
-        }
+        error = _ref(operation.error or ErrorResponseBody)
+        content["text/event-stream"] = {"schema": _event([_ref(operation.events), error])}
     return content
+
+
+def _event(values: list[Json]) -> Json:
+    """One event of a stream: JSON of one of these schemas, or the end."""
+    json_text = {
+        "type": "string", "contentMediaType": _JSON, "contentSchema": {"anyOf": values},
+    }  # fmt: skip
+    texts: list[Json] = [{"const": "[DONE]"}, json_text]
+    return {
+        "description": "One event",
+        "anyOf": [
+            {"type": "object", "properties": {"data": text}, "required": ["data"]} for text in texts
+        ],
+    }
 
 
 def _header(text: str) -> Json:
@@ -180,7 +196,21 @@ def _components(routes: Iterable[ApiRoute]) -> Json:
         for field, text in _field_texts(described.get(name)).items():
             if field in schema.get("properties", {}):
                 schema["properties"][field]["description"] = text
+    for route in routes:
+        if route.operation.body is not None:
+            _add_rules(schemas[route.operation.body.__name__], route.operation)
     return schemas
+
+
+def _add_rules(schema: Json, operation: Operation) -> None:
+    """Add an operation's rules to the schema of its body."""
+    if operation.fields is not None:
+        properties = schema["properties"]
+        schema["properties"] = {
+            name: properties[name] for name in properties if name in operation.fields
+        }
+    if operation.rules:
+        schema["allOf"] = list(operation.rules)
 
 
 def _classes(kind: Any) -> Iterator[type]:

@@ -21,8 +21,8 @@ from osmium.server.schema import (
     prompt_logprobs,
     sampling_params,
 )
-from osmium.server.structured import constraint, mask_factory
 from osmium.server.thinking import shows_reasoning
+from osmium.server.token_masks import token_masks
 from osmium.text.reasoning import END_OF_REASONING
 
 __all__ = [
@@ -122,22 +122,13 @@ def prepare_runs(
     each = [params if seed is None else replace(params, seed=seed + i) for i in range(count)]
     runs = []
     for ids in prompts:
-        mask = _mask(engine, body, params, len(ids))
+        mask = None
+        if params.max_tokens != 0:
+            mask = token_masks(engine, body, params, len(ids), bool(params.stop_after))
         runs += [Run(ids, one, mask) for one in each]
     return Prepared(
         bool(body.stream), runs, writer, ignored, shows_progress=bool(body.return_progress)
     )
-
-
-def _mask(
-    engine: Engine, body: BaseRequest, params: SamplingParams, prompt_tokens: int
-) -> Callable[[], TokenMask] | None:
-    """What makes the token masks of a prompt's choices.  Raises: RequestError."""
-    tools = isinstance(body, ChatRequest) and bool(body.tools) and body.tool_choice != "none"
-    make = mask_factory(
-        engine, constraint(body), params, prompt_tokens, bool(params.stop_after), tools
-    )
-    return None if params.max_tokens == 0 else make
 
 
 def encode_prompt(engine: Engine, prompt: str, params: SamplingParams) -> list[int]:

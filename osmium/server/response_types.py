@@ -284,6 +284,13 @@ class ModelEntry(TypedDict):
     """Most tokens of prompt and response."""
     context_length: int
     """The same as max_model_len."""
+    type: NotRequired[Literal["model"]]
+    """This and the next fields are for requests with the header anthropic-version."""
+    display_name: NotRequired[str]
+    created_at: NotRequired[str]
+    lifecycle: NotRequired[str]
+    max_input_tokens: NotRequired[int]
+    max_tokens: NotRequired[int]
 
 
 class ModelList(TypedDict):
@@ -291,6 +298,9 @@ class ModelList(TypedDict):
 
     object: Literal["list"]
     data: list[ModelEntry]
+    has_more: NotRequired[bool]
+    first_id: NotRequired[str]
+    last_id: NotRequired[str]
 
 
 class Root(TypedDict):

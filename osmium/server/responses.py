@@ -33,12 +33,23 @@ from osmium.server.responses_schema import (
 )
 from osmium.server.responses_store import KeptResponse, ResponseStore
 from osmium.server.responses_tools import OfferedTools, offer_tools
+from osmium.server.responses_types import (
+    DeletedResponse,
+    InputItemList,
+    InputTokens,
+    ResponseEvent,
+    ResponseObject,
+)
 from osmium.server.responses_writer import ResponsesWriter
-from osmium.server.schema import ChatRequest, check_request, decode
+from osmium.server.route import ApiRoute, Operation
+from osmium.server.schema import ChatRequest, check_request, decode, sampling_params
 from osmium.server.thinking import shows_reasoning
 from osmium.text.response_parser import ResponseParser
 
 __all__ = ["RESPONSE_ROUTES"]
+
+ORDERS = ("asc", "desc")
+"""Values of `order` in the query of input_items."""
 
 MAX_PAGE = 100
 """Most items of one page of GET /v1/responses/{id}/input_items."""
@@ -68,13 +79,11 @@ def convert(store: ResponseStore, raw: bytearray) -> Converted:
     if body.previous_response_id is not None:
         previous = store.previous(body.previous_response_id)
         context, context_bytes = previous.items, previous.context_bytes
-    elif not body.input and body.input != "":
+    elif body.input == []:
         raise RequestError(
-            f"input is {shown(body.input)}; send a text or a list of items.",
-            param="input",
-            code="missing_required_parameter" if body.input is None else "invalid_value",
+            "input is []; send a text or a list of items.", param="input", code="invalid_value"
         )
-    given = InputItems(body.input if body.input is not None else (), context, store.item)
+    given = InputItems(body.input, context, store.item)
     inputs, context_bytes = (*context, *given.items), context_bytes + _size(given.items)
     try:
         chat = chat_request(body, messages_of(inputs, body.instructions, tools), tools)
@@ -120,6 +129,7 @@ def count_input_tokens(
     """The body of POST /v1/responses/input_tokens, and ignored fields.  Raises: RequestError."""
     made = convert(store, raw)
     try:
+        sampling_params(made.chat, engine.defaults)  # checks them
         prompt = render_chat(engine, made.chat)
     except RequestError as error:
         raise renamed(error, made.tools) from None
@@ -188,7 +198,7 @@ def _kept(request: Request) -> KeptResponse:
 
 
 async def create_response(request: Request) -> Response:
-    """POST /v1/responses"""
+    """The model's response to a text or to items, as JSON or as a stream."""
     try:
         return await answer(request, partial(prepare_response, _store(request)))
     except RequestError as error:
@@ -198,15 +208,13 @@ async def create_response(request: Request) -> Response:
 
 
 async def input_tokens(request: Request) -> Response:
-    """POST /v1/responses/input_tokens: the tokens of a prompt, without a response."""
+    """The number of tokens of a response's prompt, without the response."""
     body, ignored = await work_on_body(request, partial(count_input_tokens, _store(request)))
     return JSONResponse(body, headers=request.app.state.ignored.headers(ignored))
 
 
-async def kept_response(request: Request) -> Response:
-    """GET and DELETE /v1/responses/{id}: a response that is kept."""
-    if request.method == "DELETE":
-        return await delete_response(request)
+async def retrieve_response(request: Request) -> Response:
+    """A response that is kept."""
     if request.query_params.get("stream", "false").lower() not in ("false", "0"):
         raise RequestError(
             "stream is true, but a response that is kept has ended. Omit it.",
@@ -217,14 +225,14 @@ async def kept_response(request: Request) -> Response:
 
 
 async def delete_response(request: Request) -> Response:
-    """DELETE /v1/responses/{id}: it is kept no longer."""
+    """Delete a response that is kept."""
     response_id = request.path_params["id"]
     _store(request).delete(response_id)
     return JSONResponse({"id": response_id, "object": "response", "deleted": True})
 
 
 async def cancel_response(request: Request) -> Response:
-    """POST /v1/responses/{id}/cancel: refused, as the responses that are kept have ended."""
+    """Always refused, as the responses that are kept have ended."""
     status = _kept(request).body["status"]
     raise RequestError(
         f"The response {shown(request.path_params['id'])} has ended with status {status}. A "
@@ -235,11 +243,11 @@ async def cancel_response(request: Request) -> Response:
 
 
 async def list_input_items(request: Request) -> Response:
-    """GET /v1/responses/{id}/input_items: the items of a response's prompt, in pages."""
+    """The items of a response's prompt, in pages."""
     items = list(_kept(request).inputs)
     query = request.query_params
     order, limit = query.get("order", "desc"), query.get("limit", "20")
-    if order not in ("asc", "desc"):
+    if order not in ORDERS:
         raise _invalid("order", order, "'asc' or 'desc'")
     if not (limit.isascii() and limit.isdigit() and 1 <= int(limit[:4]) <= MAX_PAGE):
         raise _invalid("limit", limit, f"an integer from 1 to {MAX_PAGE}")
@@ -264,7 +272,7 @@ async def list_input_items(request: Request) -> Response:
 
 
 async def compact(request: Request) -> Response:
-    """POST /v1/responses/compact: always refused."""
+    """Always refused: conversations are not compacted."""
     raise RequestError(
         "POST /v1/responses/compact is not supported. Have the model summarise the conversation "
         "with POST /v1/responses, and go on with the summary.",
@@ -279,11 +287,48 @@ def _invalid(name: str, value: str, rule: str) -> RequestError:
     )
 
 
+_PAGE = {
+    "order": {"enum": list(ORDERS)},
+    "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
+    "after": {"type": "string"},
+}
+"""Query parameters of input_items."""
+
+_INPUT = (
+    {
+        "anyOf": [
+            {"required": [name], "properties": {name: {"not": {"type": "null"}}}}
+            for name in ("input", "previous_response_id")
+        ]
+    },
+)
+"""The rule of a body: it has an input, or continues a response."""
+
 RESPONSE_ROUTES = [
-    Route("/v1/responses", create_response, methods=["POST"]),
-    Route("/v1/responses/input_tokens", input_tokens, methods=["POST"]),
-    Route("/v1/responses/compact", compact, methods=["POST"]),
-    Route("/v1/responses/{id}", kept_response, methods=["GET", "DELETE"]),
-    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"]),
-    Route("/v1/responses/{id}/input_items", list_input_items, methods=["GET"]),
-]
+    ApiRoute(
+        "/v1/responses",
+        create_response,
+        Operation(
+            ResponsesRequest, ResponseObject, events=ResponseEvent, statuses=(404,), rules=_INPUT
+        ),
+    ),
+    ApiRoute(
+        "/v1/responses/input_tokens",
+        input_tokens,
+        Operation(ResponsesRequest, InputTokens, statuses=(404,), rules=_INPUT),
+    ),
+    ApiRoute(
+        "/v1/responses/{id}", retrieve_response,
+        Operation(response=ResponseObject, query={"stream": {"const": False}}),
+    ),
+    ApiRoute(
+        "/v1/responses/{id}", delete_response, Operation(response=DeletedResponse), method="DELETE"
+    ),
+    ApiRoute(
+        "/v1/responses/{id}/input_items", list_input_items,
+        Operation(response=InputItemList, query=_PAGE),
+    ),
+    Route("/v1/responses/{id}/cancel", cancel_response, methods=["POST"],
+          include_in_schema=False),
+    Route("/v1/responses/compact", compact, methods=["POST"], include_in_schema=False),
+]  # fmt: skip

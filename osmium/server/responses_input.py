@@ -12,6 +12,7 @@ from typing import Any
 from osmium.errors import RequestError
 from osmium.server.limits import MAX_MESSAGES, check_count, shown
 from osmium.server.responses_tools import OfferedTools, custom_arguments
+from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = ["InputItems", "Item", "encrypted_reasoning", "messages_of", "new_id"]
 
@@ -129,7 +130,8 @@ class InputItems:
                 f"{path}.call_id is {shown(call_id)}, but no call before it has this id. Send the "
                 "call's item too, or name its response in previous_response_id.",
                 param=f"{path}.call_id",
-                code="invalid_value",
+                code="call_not_found",
+                status=404,
             )
         output = item.get("output")
         if isinstance(output, list):
@@ -183,6 +185,8 @@ def _call(item: Mapping[str, Any], path: str, kind: str) -> Item:
         arguments = json.dumps(arguments, ensure_ascii=False)
     else:
         arguments = _text(item, name, path, empty=True)
+    if kind == "function_call":
+        check_json_shape(arguments.encode(errors="replace"), MAX_VALUES, name=f"{path}.arguments")
     namespace = item.get("namespace")
     if not isinstance(namespace, str | None):
         raise _invalid(f"{path}.namespace", namespace, "a text.")
@@ -223,7 +227,7 @@ def _parts(content: Any, path: str, assistant: bool = False) -> list[dict[str, A
 
 def _text(item: Mapping[str, Any], name: str, path: str, empty: bool = False) -> str:
     value = item.get(name)
-    if not isinstance(value, str) or not (value or empty):
+    if not isinstance(value, str) or not (empty or value.strip()):
         raise _invalid(f"{path}.{name}", value, "a text." if empty else "a text that is not empty.")
     return value
 

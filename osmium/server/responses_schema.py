@@ -5,15 +5,33 @@ Errors of the chat are renamed, so that they name the client's fields.
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 
 from osmium.errors import RequestError
+from osmium.server.field_types import (
+    Budget,
+    Effort,
+    FrequencyPenalty,
+    LogitBias,
+    MinP,
+    MinTokens,
+    NumTokens,
+    PresencePenalty,
+    RepetitionPenalty,
+    StopText,
+    StopTexts,
+    Temperature,
+    TopK,
+    TopLogprobs,
+    TopP,
+)
 from osmium.server.fields import REFUSED, unknown_fields
 from osmium.server.limits import shown
 from osmium.server.responses_tools import OfferedTools
-from osmium.server.schema import ChatRequest
+from osmium.server.responses_types import Items, ResponseTools
+from osmium.server.schema import ChatRequest, StreamOptions
 
 __all__ = [
     "ReasoningOptions", "ResponsesRequest", "TextOptions", "chat_request", "ignored_fields",
@@ -21,74 +39,74 @@ __all__ = [
 ]  # fmt: skip
 
 
+VERBOSITIES = ("low", "medium", "high")
+SUMMARIES = ("auto", "concise", "detailed")
+TRUNCATIONS = ("disabled", "auto")
+
+Verbosity = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(VERBOSITIES)})]
+Summary = Annotated[str, msgspec.Meta(extra_json_schema={"enum": [*SUMMARIES, "none"]})]
+Truncation = Annotated[str, msgspec.Meta(extra_json_schema={"enum": list(TRUNCATIONS)})]
+
+
 class TextOptions(msgspec.Struct):
     """`text`: the form of the answer."""
 
     format: dict[str, Any] | None = None
     """{"type": "text" | "json_object" | "json_schema", "name", "schema", "strict"}"""
-    verbosity: str | None = None
+    verbosity: Verbosity | None = None
 
 
 class ReasoningOptions(msgspec.Struct):
     """`reasoning`: whether the model thinks, how much, and what the response has of it."""
 
-    effort: str | None = None
-    summary: str | None = None
-    generate_summary: str | None = None
+    effort: Effort | None = None
+    summary: Summary | None = None
+    generate_summary: Summary | None = None
     """The former name of `summary`."""
     context: str | None = None
     mode: str | None = None
     enabled: bool | None = None
     exclude: bool | None = None
-    max_tokens: int | None = None
-
-
-class StreamOptions(msgspec.Struct):
-    """Options of a stream."""
-
-    include_obfuscation: bool | None = None
-    """No event has padding, whatever the value."""
-    include_usage: bool | None = None
-    """The last event has the usage, whatever the value."""
+    max_tokens: Budget | None = None
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
     """POST /v1/responses"""
 
     model: str | None = None
-    input: str | list[dict[str, Any]] | None = None
+    input: str | Items
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     include: list[str] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: ResponseTools | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_tool_calls: int | None = None
     """A limit of calls that the server runs itself; there are none."""
-    max_output_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_logprobs: int | None = None
+    max_output_tokens: NumTokens | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_logprobs: TopLogprobs | None = None
     text: TextOptions | None = None
     reasoning: ReasoningOptions | None = None
-    truncation: str | None = None
+    truncation: Truncation | None = None
     service_tier: str | None = None
     metadata: dict[str, str] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
+    presence_penalty: PresencePenalty | None = None
+    frequency_penalty: FrequencyPenalty | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    min_tokens: int | None = None
-    logit_bias: dict[str, float] | None = None
+    stop: StopText | StopTexts | None = None
+    min_tokens: MinTokens | None = None
+    logit_bias: LogitBias | None = None
     ignore_eos: bool | None = None
     enable_thinking: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -143,9 +161,9 @@ def ignored_fields(raw: bytearray, body: ResponsesRequest) -> list[str]:
     known = ResponsesRequest.__struct_fields__
     ignored = list(unknown_fields(raw, known, refused=RESPONSES_REFUSED, nested=_NESTED))
     text, reasoning = body.text or TextOptions(), body.reasoning or ReasoningOptions()
-    _check_one_of("truncation", body.truncation, ("disabled", "auto"))
-    _check_one_of("text.verbosity", text.verbosity, ("low", "medium", "high"))
-    _check_one_of("reasoning.summary", summary_of(reasoning), ("auto", "concise", "detailed"))
+    _check_one_of("truncation", body.truncation, TRUNCATIONS)
+    _check_one_of("text.verbosity", text.verbosity, VERBOSITIES)
+    _check_one_of("reasoning.summary", summary_of(reasoning), SUMMARIES)
     for name, value, harmless in (
         ("truncation", body.truncation, ("disabled",)),
         ("service_tier", body.service_tier, ("auto", "default")),

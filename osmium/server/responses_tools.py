@@ -94,6 +94,8 @@ class OfferedTools:
         if not isinstance(name, str):
             raise _invalid(f"{path}.name", name, "the name of a tool")
         namespace = tool.get("namespace")
+        if not isinstance(namespace, str | None):
+            raise _invalid(f"{path}.namespace", namespace, "a text")
         return {"type": "function", "function": {"name": self.prompt_name(name, namespace)}}
 
     def _is_left_out(self, tool: Any) -> bool:
@@ -177,7 +179,10 @@ def _custom(function: Mapping[str, Any], form: Any, path: str) -> dict[str, Any]
     """
     if not isinstance(form, Mapping | None):
         raise _invalid(f"{path}.format", form, "an object with a type")
-    texts = [str(function.get("description") or "")]
+    description = function.get("description") or ""
+    if not isinstance(description, str):
+        raise _invalid(f"{path}.description", description, "a text")
+    texts = [description]
     if form and form.get("type") == "grammar":
         texts.append(
             f"The text matches this grammar ({form.get('syntax')}):\n{form.get('definition')}"

@@ -9,13 +9,14 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from osmium.engine.request import SamplingParams
+from osmium.engine.request import MAX_INT, SamplingParams
 from osmium.errors import RequestError
 from osmium.server.field_types import (
     MAX_CHOICES,
     ROLES,
     BestOf,
     Budget,
+    Choices,
     CompletionTokens,
     Count,
     Effort,
@@ -24,6 +25,7 @@ from osmium.server.field_types import (
     Messages,
     MinP,
     MinTokens,
+    NamedTools,
     NumTokens,
     PresencePenalty,
     PromptScores,
@@ -32,9 +34,11 @@ from osmium.server.field_types import (
     ResponseFormat,
     StopText,
     StopTexts,
+    Structured,
     Temperature,
     Thinking,
     TokenId,
+    ToolMode,
     Tools,
     TopK,
     TopLogprobs,
@@ -43,7 +47,7 @@ from osmium.server.field_types import (
 from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
-from osmium.server.tools import check_tools
+from osmium.server.tools import check_tools, tool_choice
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = [
@@ -87,12 +91,12 @@ class BaseRequest(msgspec.Struct, kw_only=True):
     timings_per_token: bool | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
-    guided_json: str | dict[str, Any] | bool | None = None
+    guided_json: str | dict[str, Any] | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Choices | None = None
     guided_grammar: str | None = None
-    structured_outputs: dict[str, Any] | None = None
-    json_schema: str | dict[str, Any] | bool | None = None
+    structured_outputs: Structured | None = None
+    json_schema: str | dict[str, Any] | None = None
     """llama-server's name of guided_json; SGLang's, too."""
     grammar: str | None = None
     """llama-server's name of guided_grammar."""
@@ -111,7 +115,7 @@ class ChatRequest(BaseRequest, kw_only=True):
     logprobs: bool | None = None
     top_logprobs: TopLogprobs | None = None
     tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolMode | NamedTools | None = None
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
@@ -193,13 +197,26 @@ def decode(body: bytes | bytearray, kind: type[Body], max_ids: int = 0) -> Body:
 def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.ValidationError:
-        raise
+    except msgspec.ValidationError as error:
+        if "got `float`" not in str(error):
+            raise
+        return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind)
     except msgspec.DecodeError:
         repaired = replace_surrogates(body)
         if repaired == body:
             raise
         return msgspec.json.decode(repaired, type=kind)
+
+
+def _with_integers(value: Any) -> Any:
+    """A value with integers for its numbers such as 1.0, which JSON does not tell from 1."""
+    if isinstance(value, float) and value.is_integer() and abs(value) < MAX_INT:
+        return int(value)
+    if isinstance(value, list):
+        return [_with_integers(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _with_integers(item) for key, item in value.items()}
+    return value
 
 
 def _check(request: BaseRequest) -> None:
@@ -237,9 +254,7 @@ def _check_chat(request: ChatRequest) -> None:
     messages = request.messages
     check_count("messages", len(messages or ()), MAX_MESSAGES)
     check_tools(request.tools)
-    choice = request.tool_choice
-    if choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", choice, "use 'auto' or 'none'")
+    tool_choice(request.tool_choice, request.tools)
     if messages is None:  # a TokenizeRequest with a prompt
         return
     for i, message in enumerate(messages):
@@ -265,7 +280,12 @@ def _check_arguments(messages: list[dict[str, Any]]) -> None:
     left = MAX_VALUES
     for i, message in enumerate(messages):
         calls = message.get("tool_calls")
-        for j, call in enumerate(calls if isinstance(calls, list) else ()):
+        if not isinstance(calls, list | None):
+            name = f"messages[{i}].tool_calls"
+            raise RequestError(
+                f"{name} is {shown(calls)}; it must be a list.", param=name, code="invalid_type"
+            )
+        for j, call in enumerate(calls or ()):
             function = call.get("function", call) if isinstance(call, dict) else None
             text = function.get("arguments") if isinstance(function, dict) else None
             name = f"messages[{i}].tool_calls[{j}].function.arguments"

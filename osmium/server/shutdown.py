@@ -23,6 +23,7 @@ from sse_starlette.sse import AppStatus
 from osmium.engine.request import Event, Finish, FinishReason
 from osmium.errors import EngineStopped
 from osmium.server.connections import AcceptErrors, HttpConfig, HttpProtocol, OncePerSecond
+from osmium.server.tls import close_late
 
 __all__ = ["Events", "Server", "Shutdown", "exit_now"]
 
@@ -111,7 +112,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, config: HttpConfig, shutdown: Shutdown) -> None:
         super().__init__(config)
-        self._shutdown = shutdown
+        self._shutdown, self._handshakes = shutdown, config.handshakes
         self._accept_errors: AcceptErrors | None = None
         # sse-starlette would cancel streams before they send their error.
         AppStatus.enable_automatic_graceful_drain = False
@@ -126,7 +127,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._accept_errors = AcceptErrors(sockets or [], self.server_state)
+        self._accept_errors = AcceptErrors(sockets or [], self.server_state, self._handshakes)
         asyncio.get_running_loop().set_exception_handler(self._accept_errors)
         for listening in sockets or []:
             listening.listen(BACKLOG)  # uvicorn's backlog is also the accepts of one loop turn
@@ -134,6 +135,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         for server in self.servers:
             server.close()  # no further connection
+        close_late(self._handshakes, 0)
         self._shutdown.begin()
         end = time.monotonic() + RESPOND_S
         while self.server_state.tasks and time.monotonic() < end:

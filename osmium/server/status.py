@@ -28,7 +28,7 @@ from osmium.server.response_types import (
 )
 from osmium.server.route import ApiRoute, Operation
 
-__all__ = ["STATUS_ROUTES", "UNSUPPORTED_ROUTES", "served_name", "unknown_route"]
+__all__ = ["STATUS_ROUTES", "UNSUPPORTED_ROUTES", "allowed_methods", "served_name", "unknown_route"]
 
 
 async def root(request: Request) -> Response:
@@ -59,7 +59,8 @@ async def health(request: Request) -> Response:
 async def metrics(request: Request) -> Response:
     """Metrics in the Prometheus text format."""
     loader: BackgroundLoader = request.app.state.loader
-    return Response(exposition(loader.engine), media_type=CONTENT_TYPE)
+    name = request.app.state.served_model_name
+    return Response(exposition(loader.engine, name), media_type=CONTENT_TYPE)
 
 
 async def props(request: Request) -> Response:
@@ -146,6 +147,14 @@ _ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")
 UNSUPPORTED_ROUTES = [
     Route(path, unsupported, methods=_ANY_METHOD, include_in_schema=False) for path in _UNSUPPORTED
 ]
+
+
+def allowed_methods(request: Request) -> str:
+    """The methods of a path, which may have several routes, for the header `Allow`."""
+    routes = [route for route in request.app.routes if isinstance(route, Route)]
+    found = [route for route in routes if route.path_regex.match(request.url.path)]
+    methods = {m for route in found if route.path == found[0].path for m in route.methods or ()}
+    return ", ".join(sorted(methods))
 
 
 def unknown_route(request: Request) -> RequestError:

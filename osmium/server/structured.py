@@ -3,21 +3,15 @@
 A request has at most one of them.  OpenAI's names, vLLM's and llama-server's are accepted.
 """
 
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
-from osmium.engine.engine import Engine
-from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
 from osmium.server.limits import shown
-from osmium.text.grammar import GrammarCompiler, GrammarKind
-from osmium.text.grammar_mask import GrammarMask
+from osmium.text.grammar import GrammarKind
 
-__all__ = ["StructuredFields", "constraint", "mask_factory"]
+__all__ = ["OUTPUT_OPTIONS", "Constraint", "StructuredFields", "constraint"]
 
 ANY_OBJECT = {"type": "object"}
 """The schema of json_object."""
@@ -59,7 +53,7 @@ _OUTPUTS: dict[str, GrammarKind] = {
 }  # fmt: skip
 """Keys of structured_outputs with a value to compile."""
 
-_OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
+OUTPUT_OPTIONS = ("disable_fallback", "disable_any_whitespace",
                    "disable_additional_properties", "whitespace_pattern")  # fmt: skip
 """Options of structured_outputs in vLLM; only values that change nothing are accepted."""
 
@@ -165,7 +159,7 @@ def _structured_outputs(value: Any) -> Iterator[Constraint]:
                 )
             if item:
                 yield Constraint("json", ANY_OBJECT, param)
-        elif key not in _OUTPUT_OPTIONS or item:
+        elif key not in OUTPUT_OPTIONS or item is not False:
             raise RequestError(
                 f"{param} is {shown(item)}, which is not supported: use one of "
                 f"{', '.join(_OUTPUTS)}, json_object.",
@@ -176,47 +170,3 @@ def _structured_outputs(value: Any) -> Iterator[Constraint]:
 
 def _type(value: object) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
-
-
-_COMPILERS: "WeakKeyDictionary[Engine, GrammarCompiler]" = WeakKeyDictionary()
-_LOCK = threading.Lock()
-
-
-def mask_factory(
-    engine: Engine,
-    found: Constraint | None,
-    params: SamplingParams,
-    prompt_tokens: int,
-    thinking: bool = False,
-    tools: bool = False,
-) -> Callable[[], GrammarMask] | None:
-    """Compile a constraint; returns a function that makes the token mask of one response.
-
-    With `thinking` the response starts with it.  With `tools` it may be calls of tools instead.
-    Raises: RequestError.
-    """
-    if found is None:
-        return None
-    grammar = _compiler(engine, found.param).compile(found.kind, found.value, found.param)
-    left = engine.context - prompt_tokens
-    if params.max_tokens is not None:
-        left = min(left, params.max_tokens)
-    return partial(grammar.mask, left, thinking, tools)
-
-
-def _compiler(engine: Engine, param: str) -> GrammarCompiler:
-    """The engine's compiler.  Raises: RequestError for a model without a tokenizer or an end."""
-    if engine.tokenizer is None or not engine.config.eos_token_ids:
-        lacking = "tokenizer" if engine.tokenizer is None else "end token"
-        raise RequestError(
-            f"{engine.name} has no {lacking}, which {param} needs. Omit it.",
-            param=param,
-            code="unsupported_value",
-        )
-    with _LOCK:
-        compiler = _COMPILERS.get(engine)
-        if compiler is None:
-            config = engine.config
-            compiler = GrammarCompiler(engine.tokenizer, config.vocab_size, config.eos_token_ids)
-            _COMPILERS[engine] = compiler
-    return compiler

@@ -7,15 +7,15 @@ from osmium.errors import RequestError
 from osmium.server.limits import shown
 
 __all__ = [
-    "BUDGETS", "EFFORTS", "REASONING_KEYS", "THINKING_KEYS", "THINKING_TYPES",
-    "ThinkingFields", "efforts_to_try", "shows_reasoning", "thinking_options",
+    "EFFORTS", "MIN_BUDGET", "REASONING_KEYS", "THINKING_KEYS", "THINKING_TYPES",
+    "ThinkingFields", "efforts_to_try", "shows_reasoning", "thinking_budget", "thinking_options",
 ]  # fmt: skip
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 """Values of reasoning_effort, least first."""
 
-BUDGETS = (-1, 0)
-"""Values of a budget of reasoning tokens: no limit, no reasoning."""
+MIN_BUDGET = -1
+"""The least budget of reasoning tokens, which sets no limit; 0 is no reasoning."""
 
 THINKING_KEYS = ("type", "budget_tokens", "display", "clear_thinking", "keep")
 THINKING_TYPES = ("enabled", "adaptive", "auto", "disabled")
@@ -82,6 +82,21 @@ def efforts_to_try(effort: Any) -> list[str]:
     return sorted(others, key=lambda other: (abs(EFFORTS.index(other) - at), other))
 
 
+def thinking_budget(fields: ThinkingFields) -> int | None:
+    """Most tokens of the reasoning: the least budget of the request; None for no limit.
+
+    Raises: RequestError.
+    """
+    budgets = [_budget(fields, name) for name in _BUDGETS]
+    if isinstance(fields.thinking, Mapping) and fields.thinking.get("type") != "disabled":
+        budgets.append(
+            _checked_budget("thinking.budget_tokens", fields.thinking.get("budget_tokens"))
+        )
+    if fields.reasoning is not None:
+        budgets.append(_checked_budget("reasoning.max_tokens", fields.reasoning.get("max_tokens")))
+    return min((budget for budget in budgets if budget is not None), default=None)
+
+
 def _switch(fields: ThinkingFields) -> bool | None:
     """enable_thinking by the first field that sets it."""
     budgets = [_budget(fields, name) for name in _BUDGETS]
@@ -98,17 +113,13 @@ def _budget(fields: ThinkingFields, name: str) -> int | None:
 
 
 def _checked_budget(name: str, value: Any) -> int | None:
-    """0 for no reasoning; None and -1 set no limit.  Raises: RequestError for other budgets."""
+    """The most tokens of the reasoning; None without a limit.  Raises: RequestError."""
     if value is None:
         return None
-    if value not in BUDGETS or isinstance(value, bool):
-        raise RequestError(
-            f"{name} is {shown(value)}; a budget is not supported, only 0 (no reasoning) and -1 "
-            "(no limit). Omit it, and limit the response with max_tokens.",
-            param=name,
-            code="unsupported_value",
-        )
-    return 0 if value == 0 else None
+    if not isinstance(value, int) or isinstance(value, bool) or value < MIN_BUDGET:
+        rule = "a number of tokens, 0 for no reasoning, or -1 for no limit"
+        raise _invalid(name, value, rule)
+    return None if value == MIN_BUDGET else value
 
 
 def _thinking(value: Mapping[str, Any] | bool | None) -> bool | None:

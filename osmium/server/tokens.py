@@ -118,7 +118,24 @@ def _respond(request: Request, result: Result) -> Response:
     return JSONResponse(body, headers=request.app.state.ignored.headers(ignored))
 
 
+ONE_INPUT = {
+    "anyOf": [
+        {
+            "properties": {name: {"not": {"type": "null"}}, other: {"type": "null"}},
+            "required": [name],
+        }
+        for name, other in (("prompt", "messages"), ("messages", "prompt"))
+    ]
+}
+"""Either a prompt or messages."""
+
 TOKEN_ROUTES = [
-    ApiRoute("/tokenize", tokenize, Operation(TokenizeRequest, TokenizeResponse)),
-    ApiRoute("/detokenize", detokenize, Operation(DetokenizeRequest, DetokenizeResponse)),
+    ApiRoute(
+        "/tokenize",
+        tokenize,
+        Operation(
+            TokenizeRequest, fields=TOKENIZE_FIELDS, rules=(ONE_INPUT,), response=TokenizeResponse
+        ),
+    ),
+    ApiRoute("/detokenize", detokenize, Operation(DetokenizeRequest, response=DetokenizeResponse)),
 ]

@@ -12,7 +12,6 @@ from osmium.text.call_schema import callable_tool
 from osmium.text.grammar import Grammar, GrammarCompiler, short_reason
 from osmium.text.grammar_ending import EndHints
 from osmium.text.lark import LarkRules
-from osmium.text.tokenizer import Tokenizer
 from osmium.text.tool_formats import ToolFormat
 
 __all__ = ["CallableEntry", "compile_calls"]
@@ -32,7 +31,6 @@ class CallableEntry:
 
 def compile_calls(
     compiler: GrammarCompiler,
-    tokenizer: Tokenizer,
     tool_format: ToolFormat,
     tools: Sequence[CallableEntry],
     param: str,
@@ -43,7 +41,7 @@ def compile_calls(
 
     Raises: RequestError for a strict tool that cannot be enforced, with its path, else for `param`.
     """
-    ids = {tag: _text_token(tokenizer, tag) for tag in tool_format.tags}
+    ids = {tag: compiler.tag_token(tag) for tag in tool_format.tags}
 
     def job() -> LLMatcher:
         reason = ""
@@ -64,17 +62,12 @@ def compile_calls(
 
     entries = [[one.entry, one.path, one.is_free] for one in tools]
     key = ("calls", tool_format.name, json.dumps(entries), str(several))
-    end = ids[tool_format.tags[1]]
+    opening, end = (ids[tag] for tag in tool_format.tags)
     ends = tuple(text.encode() for text in tool_format.value_ends)
     hints = EndHints(ends, () if end is None else (end,))
-    return Grammar(compiler, compiler.cached(key, job, param), hints, is_of_calls=True)
+    return Grammar(compiler, compiler.cached(key, job, param), hints, opening)
 
 
 def _lark(source: str) -> str:
     grammar: str = LLMatcher.grammar_from_lark(source)
     return grammar
-
-
-def _text_token(tokenizer: Tokenizer, tag: str) -> int | None:
-    """The token of a tag; None without one, and for one that decoding leaves out."""
-    return None if tokenizer.special_id(tag) is not None else tokenizer.control_tokens.id_of(tag)

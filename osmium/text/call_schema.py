@@ -95,10 +95,9 @@ def callable_tool(entry: Mapping[str, Any], path: str, is_free: bool = False) ->
     """
     function = entry["function"]
     name, strict = function["name"], function.get("strict") is True
-    reader = offered_tools([entry])[name]
+    reader, path = offered_tools([entry])[name], f"{path}.function"
     if is_free:
         return CallableTool(name, path, is_free=True, reader=reader)
-    path = f"{path}.function"
     given = function.get("parameters") or {}
     where = f"{path}.parameters"
     root = checked_schema(given, where) if strict else relaxed_schema(given)

@@ -51,6 +51,13 @@ MAX_BITS = 1 << 12
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
+PRESERVE_THINKING = "preserve_thinking"
+"""The variable with which Qwen3.6's template keeps the reasoning of all turns.
+
+Without it, an earlier turn loses its reasoning once the user writes again.  Then its tokens are not
+those that the model has computed."""
+
+
 class _Generation(Extension):
     """{% generation %} marks the assistant's text for training; its body is rendered as it is."""
 
@@ -123,6 +130,10 @@ class ChatTemplate:
         """The template's text."""
         self.tool_format = find_format(tool_source, source)
         """How the model writes calls of tools; None if the template does not tell it."""
+        self._tool_defaults = (
+            {PRESERVE_THINKING: True} if PRESERVE_THINKING in (tool_source or source) else {}
+        )
+        """Defaults for requests with tools: the template keeps the reasoning of earlier turns."""
         try:
             self._template = _compiled(env, source)
             self._tool_template = self._template
@@ -173,6 +184,7 @@ class ChatTemplate:
             text = template.render(
                 {
                     **self._tokens,
+                    **(self._tool_defaults if tools else {}),
                     **self._defaults,
                     **variables,
                     "messages": normalise(messages),

@@ -59,23 +59,22 @@ class Grammar:
     """In its first state; each response has a copy."""
 
     hints: EndHints = NO_HINTS
-    is_of_calls: bool = False
-    """Whether the text consists of calls of tools."""
+    opening: int | None = None
+    """The token that begins a call, if the text consists of calls of tools."""
 
     def mask(
         self,
         max_tokens: int,
         thinking: bool = False,
-        or_call: bool = False,
+        call: int | None = None,
         calls: "Grammar | None" = None,
     ) -> GrammarMask:
         """The token mask of one response of at most `max_tokens` tokens.
 
-        With `thinking` the grammar applies to the text after </think>.  With `or_call` the response
-        may be tool calls instead, if their tag is a token: each call follows `calls`, if given.
+        With `thinking` the grammar applies to the text after </think>.  With `call`, a token, the
+        response may be tool calls instead, each in the grammar `calls` if that is given.
         """
         compiler = self.compiler
-        call = compiler.call if or_call else None
         return GrammarMask(
             self.matcher.deep_copy(),
             compiler.text,
@@ -83,28 +82,22 @@ class Grammar:
             self._thinking(thinking, compiler.thinking_end.eos),
             hints=self.hints,
             call=call,
-            calls=calls.call_mask(max_tokens, False) if calls and call is not None else None,
+            calls=None if calls is None else calls.call_mask(max_tokens),
         )
 
-    def call_mask(self, max_tokens: int, thinking: bool = False) -> CallMask | None:
-        """The token mask of any text in which each call of a tool follows this grammar, of one.
-
-        None if the tag of calls is no token.
-        """
-        compiler = self.compiler
-        if compiler.call is None:
-            return None
+    def call_mask(self, max_tokens: int, thinking: bool = False) -> CallMask:
+        """The token mask of any text in which each call of a tool follows this grammar, of one."""
+        assert self.opening is not None, "a grammar of calls whose tag is a token"
         return CallMask(
-            self.mask, compiler.call, compiler.text.tokens, max_tokens, self._thinking(thinking)
+            self.mask, self.opening, self.compiler.text.tokens, max_tokens, self._thinking(thinking)
         )
 
     def _thinking(self, thinking: bool, forbidden: Sequence[int] = ()) -> Thinking | None:
-        """In a thinking that a grammar of calls follows, no call begins."""
-        compiler = self.compiler
+        """In a thinking that calls follow, no call begins: the parser may take it as text."""
         if not thinking:
             return None
-        calls = (compiler.call,) if self.is_of_calls and compiler.call is not None else ()
-        return Thinking(compiler.thinking_end, (*forbidden, *calls))
+        opening = () if self.opening is None else (self.opening,)
+        return Thinking(self.compiler.thinking_end, (*forbidden, *opening))
 
 
 class _Vocabulary:
@@ -134,6 +127,7 @@ class GrammarCompiler:
 
     def __init__(self, tokenizer: Tokenizer, vocab: int, eos: Sequence[int]) -> None:
         """`vocab` is the number of logits, `eos` the end tokens, at least one."""
+        self.tokenizer = tokenizer
         words = _Vocabulary(tokenizer, vocab, eos)
         self._inner = LLTokenizer(cast(Any, words), n_vocab=vocab, eos_token=list(eos))
         special = frozenset(words.special_token_ids)
@@ -142,8 +136,6 @@ class GrammarCompiler:
         self.thinking_end = ThinkingEnd(
             tokens, tokenizer.id_of(END_OF_REASONING), END_OF_REASONING.encode(), eos
         )
-        self.call = tokenizer.control_tokens.id_of("<tool_call>")
-        """The token that begins a tool call, if there is one."""
         self._cache: OrderedDict[tuple[str, ...], LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
         self._compiling = threading.Semaphore(MAX_COMPILING)
@@ -157,6 +149,11 @@ class GrammarCompiler:
         return Grammar(
             self, self.cached((kind, text), lambda: self._compiled(kind, text, param), param)
         )
+
+    def tag_token(self, tag: str) -> int | None:
+        """The token of a tag; None without one, and for one that decoding leaves out."""
+        hidden = self.tokenizer.special_id(tag) is not None
+        return None if hidden else self.tokenizer.control_tokens.id_of(tag)
 
     def cached(self, key: tuple[str, ...], job: Callable[[], LLMatcher], param: str) -> LLMatcher:
         """The result of an earlier `job` with the same key, or its own within the limits.

@@ -121,7 +121,8 @@ def _anchors(part: str) -> bool:
 def looks_like_other(kind: ValueType, containers: bool) -> str:
     """The texts that ValueWriter does not read as strings, as a regular expression.
 
-    `containers`: lists and objects among them; empty for none.
+    Also texts whose first line is one of them: the lexer takes the longest token, and would not
+    part such a line from what ends the value.  `containers`: lists and objects among them.
     """
     names, found = kind.names, []
     if "null" in names:
@@ -132,7 +133,9 @@ def looks_like_other(kind: ValueType, containers: bool) -> str:
         found.append(_NUMBER)
     if containers and (not names or names & {"array", "object"}):
         found.append(r"[\[{]" + ANY)
-    return regex(f"{_SPACE}({'|'.join(found)}){_SPACE}") if found else ""
+    if not found:
+        return ""
+    return regex(rf"{_SPACE}({'|'.join(found)})({_SPACE}|[ \t\r]*\n{ANY})")
 
 
 def one_of(texts: list[str]) -> str:

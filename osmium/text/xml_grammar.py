@@ -63,9 +63,9 @@ def _check_name(tool: CallableTool) -> None:
     text = f"{FUNCTION}{tool.name}>\n"
     if function_header(text, 0, True) != (tool.name, len(text) - 1):
         raise RequestError(
-            f"{tool.path}.function.name is {tool.name[:80]!r}, which cannot be written in the "
+            f"{tool.path}.name is {tool.name[:80]!r}, which cannot be written in the "
             "model's format of calls. Use letters, digits, underscores and dashes.",
-            param=f"{tool.path}.function.name",
+            param=f"{tool.path}.name",
             code="invalid_value",
         )
 
@@ -93,8 +93,8 @@ def _value(one: Parameter, rules: LarkRules) -> str:
         options.append(rules.terminal(f"({' & '.join(content)}) {end}"))
     if parts.others:
         schema = parts.others[0] if len(parts.others) == 1 else {"anyOf": parts.others}
-        definitions = {key: one.schema[key] for key in ("$defs",) if key in one.schema}
-        options.append(f"{rules.json({**schema, **definitions})} {end}")
+        definitions = one.schema.get("$defs", {})
+        options.append(f"{rules.json({**schema, '$defs': definitions})} {end}")
     if not options:
         raise Unenforceable("no value of it can be written in the model's format of calls")
     return rules.rule(" | ".join(options))
@@ -153,5 +153,5 @@ def _split(schema: Any, root: Mapping[str, Any], parts: _Parts, depth: int) -> N
     rest_keys = keys - STRING_KEYS - {"type"}
     others = sorted(names - {"string"}) if names else ["array", "object"] if rest_keys else []
     if others:
-        rest = {key: schema[key] for key in schema if key in rest_keys}
-        parts.others.append({**rest, "type": others if len(others) > 1 else others[0]})
+        kept = {key: schema[key] for key in schema if key in rest_keys}
+        parts.others.append({**kept, "type": others if len(others) > 1 else others[0]})

@@ -29,6 +29,9 @@ PAGE = Path(__file__).resolve().parents[2] / "docs" / "agents.md"
 PAGE_URL = "http://127.0.0.1:8012"
 """The server's address on the page."""
 
+TAGS = re.compile(r"</?(think|tool_call|function|parameter)\b")
+"""Tags of the model's format, which no client may get."""
+
 INSTALL_S, RUN_S = 600, 120
 
 MIN_NODE = 20
@@ -147,26 +150,21 @@ def run_client(client: Client, folder: Path, url: str) -> Result:
         environment = {"HOME": str(home), "PATH": path, "TERM": "dumb", "LANG": "C.UTF-8"}
         before, command = _write_settings(settings_of(client.name), home, url)
 
-        def run(prompt: str) -> str:
+        def run(prompt: str) -> tuple[str, bool]:
             script = f'set -e\n{before}\n{command}"$PROMPT"\n'
             return _run(script, work, {**environment, "PROMPT": prompt})
 
-        output = run(QUESTION)
-        result.add("text", ANSWER in output and _is_clean(output), output)
+        output, clean = run(QUESTION)
+        result.add("text", clean and ANSWER in output, output)
         word = f"osmium-{secrets.token_hex(6)}"
         source, target = work / "source.txt", work / "target.txt"
         source.write_text(f"{word}\n")
-        output = run(task(str(source), str(target)))
+        output, clean = run(task(str(source), str(target)))
         written = target.read_text() if target.exists() else ""
-        passed = word in output and written.strip() == word and _is_clean(output)
+        passed = clean and word in output and written.strip() == word
         result.add("tools", passed, f"{output}\n{target.name} has {written!r}")
     result.seconds = round(time.monotonic() - start, 1)
     return result
-
-
-def _is_clean(output: str) -> bool:
-    """Whether no tag of the model's format is in the output."""
-    return not re.search("</?(think|tool_call|function|parameter)\\b", output)
 
 
 @contextmanager
@@ -197,8 +195,11 @@ def _stop_daemons(home: Path) -> None:
             process.kill()
 
 
-def _run(script: str, work: Path, environment: dict[str, str]) -> str:
-    """The output of a shell script; after RUN_S its processes are killed."""
+def _run(script: str, work: Path, environment: dict[str, str]) -> tuple[str, bool]:
+    """The output of a shell script, and whether it is clean: exit status 0, no tag of the model.
+
+    After RUN_S the script's processes are killed.
+    """
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(
             ["bash", "-c", script], cwd=work, env=environment, stdin=subprocess.DEVNULL,
@@ -215,4 +216,5 @@ def _run(script: str, work: Path, environment: dict[str, str]) -> str:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         log.seek(0)
-        return log.read().decode(errors="replace") + note
+        output = log.read().decode(errors="replace")
+    return output + note, not note and not TAGS.search(output)

@@ -75,7 +75,9 @@ class Server:
     def wait_until_idle(self) -> None:
         """Wait until no request runs or waits; fails after a timeout."""
         end = time.monotonic() + ANSWER_S
-        while self.metric("osmium_requests_running") or self.metric("osmium_requests_waiting"):
+        while self.metric("osmium_num_requests_running") or self.metric(
+            "osmium_num_requests_waiting"
+        ):
             assert time.monotonic() < end, "requests of disconnected clients still run"
             time.sleep(0.1)
 

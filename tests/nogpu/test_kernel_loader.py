@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from osmium.errors import KernelError
-from osmium.kernels.ptx import Expression, Kernel, check, kernel, parse
+from osmium.kernels.expression import Expression
+from osmium.kernels.ptx import Kernel, check, kernel, parse
 from tests.ptx.interpreter import InterpretedRuntime
 from tests.ptx.kernels import NAMES
 
@@ -201,7 +202,8 @@ def test_only_integer_arithmetic_is_accepted_in_expressions() -> None:
     assert Expression("ceil(a / 8) + min(a, 3) * max(b, 2) % 4 // 2", "x")({"a": 17, "b": 1}) == 4
     assert Expression("a / 4", "x")({"a": 7}) == 1
     assert Expression("1 <= a <= b", "x")({"a": 3, "b": 2}) == 0
-    for bad in ("__import__('os')", "[1][0]", "a if b else c", "lambda: 1", "a ** 2", "ceil(a)"):
+    for bad in ("__import__('os')", "[1][0]", "a if b else c", "lambda: 1", "a ** 2", "ceil(a)",
+                "ceil(a + 8)", "1.5", "a + 'x'", "True"):  # fmt: skip
         with pytest.raises(KernelError):
             Expression(bad, "x")
 

@@ -12,7 +12,7 @@ import pytest
 from osmium.distribution import NAME
 from osmium.kernels.numba_kernels import KERNELS
 from osmium.ops.gpu import check_kernels
-from tests.ptx.kernels import NAMES
+from tests.ptx.kernels import KERNEL_FILES, NAMES
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -32,7 +32,7 @@ def test_a_wheel_contains_the_text_of_every_kernel(tmp_path: Path) -> None:
     assert path.name.startswith("osmium_serve-") and path.name.endswith("-py3-none-any.whl")
     with zipfile.ZipFile(path) as wheel:
         names = set(wheel.namelist())
-        assert {f"osmium/ptx/{name}.ptx" for name in NAMES} <= names
+        assert {f"osmium/ptx/{path.name}" for path in KERNEL_FILES.values()} <= names
         assert {f"osmium/kernels/compiled/{name}.ptx" for name in KERNELS} <= names
         assert "osmium/demo/demo.osmium" in names
         scripts = next(wheel.read(name) for name in names if name.endswith("entry_points.txt"))
@@ -44,7 +44,7 @@ def test_a_wheel_contains_the_text_of_every_kernel(tmp_path: Path) -> None:
 def test_an_sdist_contains_the_sources_of_a_wheel(tmp_path: Path) -> None:
     with tarfile.open(built("sdist", tmp_path)) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    kernels = {f"ptx/{name}.ptx" for name in NAMES}
+    kernels = {f"ptx/{path.name}" for path in KERNEL_FILES.values()}
     kernels |= {f"osmium/kernels/compiled/{name}.ptx" for name in KERNELS}
     more = {"osmium/demo/demo.osmium", "osmium/demo/NOTICE.md", "tools/serve", "tests/conftest.py"}
     assert kernels | more <= names

@@ -27,12 +27,21 @@ PDL_TARGETS = ("sm_90", "sm_100", "sm_120")
 READ_TEXTS = """
 import json, sys
 from pathlib import Path
-from typing import NamedTuple
 from osmium.kernels.ptx import pdl_text
 root = Path(sys.argv[1])
 paths = [*(root / "ptx").glob("*.ptx"), *(root / "osmium/kernels/compiled").glob("*.ptx")]
-print(json.dumps({path.stem: [path.read_text(), pdl_text(path.read_text())] for path in paths}))
+texts = {path.stem: path.read_text() for path in paths}
+try:
+    from osmium.kernels.ptx_family import find_source, kernel_files
+except ImportError:
+    pass
+else:
+    folder = root / "ptx"
+    texts = {path.stem: path.read_text() for path in paths if path.parent != folder}
+    texts |= {name: find_source((folder,), name).text for name in kernel_files(folder)}
+print(json.dumps({name: [text, pdl_text(text)] for name, text in texts.items()}))
 """
+"""Prints the texts of a checkout's kernels, by its own code; older commits have no families."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +114,8 @@ def variants(text: str, pdl_text: str) -> list[tuple[str, str, str]]:
     return plain + [(f"{t} PDL", t, pdl_text) for t in targets if t in PDL_TARGETS]
 
 
-def all_code(root: Path) -> dict[str, dict[str, MachineCode]]:
-    """Machine code of every kernel below `root`, a checkout: by kernel, then by target."""
+def read_texts(root: Path) -> dict[str, tuple[str, str]]:
+    """The text of every kernel of a checkout and its text with PDL, by the checkout's own code."""
     done = subprocess.run(
         [sys.executable, "-c", READ_TEXTS, str(root)],
         cwd=root,
@@ -117,9 +126,14 @@ def all_code(root: Path) -> dict[str, dict[str, MachineCode]]:
     if done.returncode:
         reason = done.stderr.strip().splitlines()[-1]
         raise ValueError(f"The kernels of this commit cannot be read: {reason}")
+    return {name: (text, with_pdl) for name, (text, with_pdl) in json.loads(done.stdout).items()}
+
+
+def all_code(root: Path) -> dict[str, dict[str, MachineCode]]:
+    """Machine code of every kernel below `root`, a checkout: by kernel, then by target."""
     work = [
         (name, key, target, text)
-        for name, texts in sorted(json.loads(done.stdout).items())
+        for name, texts in sorted(read_texts(root).items())
         for key, target, text in variants(*texts)
     ]
     with ThreadPoolExecutor(2) as pool:

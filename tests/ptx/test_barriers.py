@@ -11,7 +11,7 @@ from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
 from tests.ptx.interpreter import InterpretedRuntime, PtxFault, parse_program
-from tests.ptx.kernels import FOLDER, NAMES
+from tests.ptx.kernels import NAMES, kernel_text
 
 Make = Callable[[np.random.Generator], Case]
 
@@ -19,7 +19,7 @@ ALL_BARRIERS = [
     (name, i, found[1] is not None)
     for name in NAMES
     for i, found in enumerate(
-        re.finditer(r"^(fetch_arrived:\n)?\s*bar\.sync", (FOLDER / f"{name}.ptx").read_text(), re.M)
+        re.finditer(r"^(fetch_arrived:\n)?\s*bar\.sync", kernel_text(name), re.M)
     )
 ]
 
@@ -82,7 +82,7 @@ def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> No
 
 @pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
 def test_split_kv_without_its_wait_for_other_blocks_fails(name: str) -> None:
-    text = (FOLDER / f"{name}.ptx").read_text()
+    text = kernel_text(name)
     without_wait, replacements = re.subn(r"setp.ge.u32 +%more_partials, %num_arrived, %num_active;",
                           "setp.eq.u32 %more_partials, %lane, %lane;", text)  # fmt: skip
     makes = cases_of(name)[:4]
@@ -93,7 +93,7 @@ def test_split_kv_without_its_wait_for_other_blocks_fails(name: str) -> None:
 
 
 def test_a_router_without_its_wait_for_all_scores_fails() -> None:
-    text = (FOLDER / "router_topk_f32.ptx").read_text()
+    text = kernel_text("router_topk_f32")
     without_wait, replacements = re.subn(r"@%more bra +poll_keys;", "", text)
     makes = cases_of("router_topk_f32")[:3]
     assert replacements == 1 and all(

@@ -1,11 +1,22 @@
 """The comparison of machine code: blind to names and comments, not to instructions."""
 
 import re
+import shutil
+from pathlib import Path
 
 import pytest
 
+from osmium.kernels.numba_kernels import KERNELS
 from osmium.kernels.ptx import kernel
-from tests.ptx.machine_code import MachineCode, compare, machine_code, variants
+from tests.ptx.kernels import NAMES, kernel_text
+from tests.ptx.machine_code import (
+    ROOT,
+    MachineCode,
+    compare,
+    machine_code,
+    read_texts,
+    variants,
+)
 from tests.ptx.test_contracts import find_ptxas
 
 needs_ptxas = pytest.mark.skipif(find_ptxas() is None, reason="ptxas is not installed")
@@ -50,6 +61,25 @@ def test_a_kernel_is_assembled_for_each_target_and_with_pdl_from_sm_90_on() -> N
     assert variants(text, "pdl") == [
         ("sm_89", "sm_89", text), ("sm_90", "sm_90", text), ("sm_90 PDL", "sm_90", "pdl"),
     ]  # fmt: skip
+
+
+def test_the_texts_of_a_checkout_are_those_of_every_kernel_expanded() -> None:
+    texts = read_texts(ROOT)
+    assert texts.keys() == {*NAMES, *KERNELS}
+    for name in NAMES:
+        contract = kernel(name).contract
+        assert texts[name] == (contract.text, contract.pdl_text)
+
+
+def test_the_texts_of_a_checkout_without_families_are_its_files(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "osmium", tmp_path / "osmium", ignore=shutil.ignore_patterns("demo"))
+    (tmp_path / "osmium" / "kernels" / "ptx_family.py").unlink()
+    source = tmp_path / "osmium" / "kernels" / "ptx.py"
+    lines = source.read_text().splitlines(keepends=True)
+    source.write_text("".join(line for line in lines if "ptx_family import" not in line))
+    (tmp_path / "ptx").mkdir()
+    (tmp_path / "ptx" / "add_f32.ptx").write_text(kernel_text("add_f32"))
+    assert read_texts(tmp_path).keys() == {"add_f32", *KERNELS}
 
 
 def test_equal_code_under_another_name_is_a_renamed_kernel() -> None:

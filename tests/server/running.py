@@ -3,6 +3,7 @@
 import json
 import re
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -33,14 +34,17 @@ class RunningServer:
 
 @contextmanager
 def run_limited(
-    engine: ScriptedEngine | Engine, limits: Limits, **options: Any
+    engine: ScriptedEngine | Engine,
+    limits: Limits,
+    tls: ssl.SSLContext | None = None,
+    **options: Any,
 ) -> Iterator[RunningServer]:
     """Serve on a free port with these limits; `options` are create_app's."""
     host, shutdown, ready = host_of(engine), Shutdown(), threading.Event()
     host.on_done = ready.set
     app = create_app(host, limits=limits, shutdown=shutdown, **options)
     config = HttpConfig(
-        app, limits, log_level="warning", access_log=False, lifespan="on", backlog=64,
+        app, limits, tls, log_level="warning", access_log=False, lifespan="on", backlog=64,
         timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = Server(config, shutdown)
@@ -103,6 +107,6 @@ def address_of(child: subprocess.Popen[str]) -> str:
     """The address that the server prints."""
     assert child.stderr is not None
     line = child.stderr.readline()
-    found = re.search(r"scripted is served on (http://127\.0\.0\.1:\d+)/v1", line)
+    found = re.search(r"scripted is served on (https?://127\.0\.0\.1:\d+)/v1", line)
     assert found, line + child.stderr.read()
     return found[1]

@@ -109,7 +109,7 @@ class ScriptedEngine:
         self.token_ids, self.context, self.pace_s = TOKENIZER.encode(says), context, pace_s
         self.fails_after = fails_after
         self.tokenizer = tokenizer
-        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size)
+        self.config = SimpleNamespace(vocab_size=TOKENIZER.vocab_size, eos_token_ids=())
         self.template = None if template is None else ChatTemplate(template)
         self.defaults = defaults or {}
         self.name, self.max_num_seqs = "scripted", 4

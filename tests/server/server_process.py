@@ -1,18 +1,22 @@
 """A server in a separate process, for tests that send Ctrl-C.
 
-`python -m tests.server.server_process serves|slow|fails|stuck|few_files PORT`
+`python -m tests.server.server_process serves|serves_tls|slow|fails|stuck|few_files PORT`
 """
 
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Any, cast
 
 from osmium.config import Progress
 from osmium.engine.engine import Engine
 from osmium.errors import CheckpointError, OsmiumError
 from osmium.server.app import BackgroundLoader, serve
+from osmium.server.tls import tls_context
 from tests.server.scripted import ScriptedEngine
+
+CERTIFICATES = Path(__file__).resolve().parent / "certificates"
 
 
 def load(progress: Progress) -> Engine:
@@ -52,7 +56,10 @@ if __name__ == "__main__":
     if sys.argv[1] == "few_files":
         resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
     try:
-        serve(BackgroundLoader(load), port=int(sys.argv[2]))
+        tls = None
+        if sys.argv[1] == "serves_tls":
+            tls = tls_context(str(CERTIFICATES / "server.pem"), str(CERTIFICATES / "server.key"))
+        serve(BackgroundLoader(load), port=int(sys.argv[2]), tls=tls)
     except OsmiumError as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         sys.exit(2)

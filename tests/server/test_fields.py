@@ -19,7 +19,13 @@ from osmium.server.fields import (
 )
 from osmium.server.limits import MAX_TOOLS
 from osmium.server.schema import ChatRequest, CompletionRequest, parse
-from osmium.server.thinking import EFFORTS, efforts_to_try, shows_reasoning, thinking_options
+from osmium.server.thinking import (
+    EFFORTS,
+    efforts_to_try,
+    shows_reasoning,
+    thinking_budget,
+    thinking_options,
+)
 from tests.server.scripted import ScriptedEngine, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -82,18 +88,18 @@ def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
         ({"audio": {"voice": "x"}}, "audio"),
         ({"thinking": {"type": "maybe"}}, "thinking.type"),
         ({"thinking": {}}, "thinking.type"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled", "budgetTokens": 100}}, "thinking.budgetTokens"),
         ({"reasoning": {"effort": "banana"}}, "reasoning.effort"),
         ({"reasoning": {"effort": 7}}, "reasoning.effort"),
-        ({"reasoning": {"max_tokens": 100}}, "reasoning.max_tokens"),
+        ({"reasoning": {"max_tokens": 1.5}}, "reasoning.max_tokens"),
         ({"reasoning": {"enabled": "yes"}}, "reasoning.enabled"),
         ({"reasoning": {"exclude": 1}}, "reasoning.exclude"),
         ({"reasoning": {"efort": "low"}}, "reasoning.efort"),
         ({"reasoning_effort": "banana"}, "reasoning_effort"),
         ({"reasoning_effort": ""}, "reasoning_effort"),
-        ({"thinking_token_budget": 100}, "thinking_token_budget"),
-        ({"reasoning_budget_tokens": 1}, "reasoning_budget_tokens"),
+        ({"thinking_token_budget": True}, "thinking_token_budget"),
+        ({"reasoning_budget_tokens": 2.5}, "reasoning_budget_tokens"),
         ({"thinking_budget": -2}, "thinking_budget"),
         ({"n": 9}, "n"),
         ({"min_tokens": 6, "max_tokens": 5}, "min_tokens"),
@@ -193,6 +199,23 @@ def test_fields_of_reasoning_become_variables_of_the_template(
 ) -> None:
     raw = json.dumps({"messages": HELLO, **fields}).encode()
     assert thinking_options(parse(raw, ChatRequest)) == wanted
+
+
+@pytest.mark.parametrize(
+    ("fields", "budget"),
+    [
+        ({}, None), ({"thinking_token_budget": -1}, None), ({"thinking_token_budget": 0}, 0),
+        ({"thinking_budget": 5, "reasoning_budget_tokens": 7}, 5),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 1024),
+        ({"thinking": {"type": "disabled", "budget_tokens": 3}}, None),
+        ({"thinking": True, "reasoning": {"max_tokens": 9}}, 9),
+    ],
+)  # fmt: skip
+def test_the_least_budget_of_the_reasoning_counts(
+    fields: dict[str, Any], budget: int | None
+) -> None:
+    raw = json.dumps({"messages": HELLO, "max_tokens": 4, **fields}).encode()
+    assert thinking_budget(parse(raw, ChatRequest)) == budget
 
 
 @pytest.mark.parametrize(

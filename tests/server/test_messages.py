@@ -4,10 +4,13 @@ import json
 import threading
 from typing import Any
 
+import jsonschema
 import pytest
 
 from osmium.errors import EngineStopped, OsmiumError, RequestError
+from osmium.server.anthropic import convert
 from osmium.server.anthropic_prompt import chat_messages
+from osmium.server.anthropic_schema import MessagesRequest
 from osmium.server.anthropic_signature import signature, signed_thinking
 from osmium.server.anthropic_tools import chat_tools
 from osmium.server.anthropic_writer import MessageWriter, _arguments
@@ -277,7 +280,7 @@ def test_omitted_thinking_returns_with_the_signature(stream: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "value", [None, 5, "", "abc", "osmium:é", "osmium:x", "osmium:/w==", "osmium:"]
+    "value", [None, "", "abc", "osmium:é", "osmium:x", "osmium:/w==", "osmium:"]
 )
 def test_a_foreign_signature_has_no_text(value: Any) -> None:
     assert signed_thinking(value) == ""
@@ -366,8 +369,11 @@ def test_the_system_prompt_has_no_billing_header(system: Any, wanted: str | None
     head = "" if wanted is None else f"system:{wanted}\n"
     assert prompt_of(system=system) == f"{head}user:Hello\nassistant:"
     turns = [{"role": "system", "content": system or ""}, *HELLO]
-    if wanted is not None:
-        assert prompt_of(turns) == f"{head}user:Hello\nassistant:"
+    assert prompt_of(turns) == f"{head}user:Hello\nassistant:"
+
+
+def test_a_conversation_without_any_text_has_an_empty_user_turn() -> None:
+    assert prompt_of([{"role": "system", "content": [text(BILLING)]}]) == "user:\nassistant:"
 
 
 def test_a_system_message_between_the_turns_is_part_of_the_prompt() -> None:
@@ -487,6 +493,8 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
         ({"messages": assistant(result("t"))}, "messages[1].content[0]"),
         ({"messages": assistant(IMAGE)}, "messages[1].content[0]"),
         ({"messages": assistant({"type": "thinking"})}, "messages[1].content[0].thinking"),
+        ({"messages": assistant({"type": "thinking", "thinking": "", "signature": 5})},
+         "messages[1].content[0].signature"),
         ({"messages": assistant({**USE, "id": 5})}, "messages[1].content[0].id"),
         ({"messages": assistant({**USE, "name": ""})}, "messages[1].content[0].name"),
         ({"messages": assistant({**USE, "input": "{}"})}, "messages[1].content[0].input"),
@@ -528,6 +536,8 @@ PDF = {"type": "document", "source": {"type": "base64", "media_type": "applicati
         ({"thinking": {"type": "auto"}}, "thinking.type"),
         ({"thinking": True}, "thinking"),
         ({"thinking": {"type": "enabled", "budget_tokens": "9"}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "disabled", "budget_tokens": True}}, "thinking.budget_tokens"),
+        ({"thinking": {"type": "adaptive", "budget_tokens": []}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "adaptive", "display": "all"}}, "thinking.display"),
         ({"output_config": {"effort": "banana"}}, "output_config.effort"),
         ({"output_config": {"effort": 5}}, "output_config.effort"),
@@ -560,12 +570,44 @@ def test_an_error_of_a_tool_names_its_place_beside_dropped_tools() -> None:
     assert caught.value.param == "tools[3].name"
 
 
+@pytest.mark.parametrize(
+    ("param", "wanted"),
+    [
+        ("tools[1].function.parameters.a", "tools[3].input_schema.a"),
+        ("tools[1]", "tools[3]"),
+        ("tools[1].function.name", "tools[3].name"),
+        ("tools", "tools"),
+        ("tool_choice.function.name", "tool_choice.name"),
+        ("tool_choice", "tool_choice"),
+        ("stop", "stop_sequences"),
+        ("stop[2]", "stop_sequences[2]"),
+        ("reasoning_effort", "output_config.effort"),
+        ("response_format.json_schema.schema", "output_config.format.schema"),
+        ("thinking.budget_tokens", "thinking.budget_tokens"),
+        ("messages", "messages"),
+        (None, None),
+    ],
+)
+def test_errors_of_the_chat_have_the_bodys_names(param: str | None, wanted: str | None) -> None:
+    dropped: dict[str, Any] = {"type": "bash_20250124", "name": "bash"}
+    tools = [dropped, WEATHER, dropped, {**WEATHER, "name": "b"}]
+    converted = convert(
+        bytearray(b"{}"), MessagesRequest(messages=HELLO, max_tokens=1, tools=tools)
+    )
+    error = converted.in_clients_names(RequestError(f"{param} is 5.", param=param))
+    assert (error.param, str(error)) == (wanted, f"{wanted} is 5.")
+
+
 def test_count_tokens_checks_the_same_fields() -> None:
     with client_of() as client:
         message = error_of(post(client, COUNT, messages=user(IMAGE)), 400, "invalid_request_error")
         assert "messages[0].content[0]" in message
-        response = post(client, COUNT, max_tokens="-", thinking={"type": "x"})
-        error_of(response, 400, "invalid_request_error")
+        for fields in (
+            {"thinking": {"type": "x"}}, {"stop_sequences": [""]}, {"temperature": -1},
+            {"max_tokens": 0}, {"output_config": {"effort": "banana"}},
+        ):  # fmt: skip
+            response = post(client, COUNT, **fields)
+            error_of(response, 400, "invalid_request_error")
 
 
 def test_a_prompt_longer_than_the_context_is_counted() -> None:
@@ -575,7 +617,7 @@ def test_a_prompt_longer_than_the_context_is_counted() -> None:
 
 
 def test_fields_without_effect_are_reported() -> None:
-    harmless = {
+    harmless: dict[str, Any] = {
         "model": "claude", "metadata": {"user_id": "a"}, "betas": ["x"], "service_tier": "auto",
         "cache_control": {"type": "ephemeral"}, "mcp_servers": [], "speed": "standard",
         "context_management": {"edits": []}, "container": None, "stream": False,
@@ -746,3 +788,46 @@ def test_the_start_of_claude_code_is_answered() -> None:
         assert client.head("/").status_code == 200
         response = client.post(f"{MESSAGES}?beta=true", json={"messages": HELLO, "max_tokens": 1})
     assert response.json()["stop_reason"] == "max_tokens"
+
+
+# -- the OpenAPI document --------------------------------------------------------------------------
+
+
+def test_requests_and_responses_are_those_of_the_openapi_document() -> None:
+    said = f"I see</think>{TWO_CALLS}"
+    body = {
+        "messages": [
+            {"role": "system", "content": [text("a")]}, *HELLO,
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "a", "signature": "b"},
+                {"type": "redacted_thinking", "data": "a"}, text("a", **CACHE), USE]},
+            *user(result("t1", content=[text("a")], is_error=True), text("b"), result("t2")),
+        ],
+        "max_tokens": 1000, "tools": [{**WEATHER, "type": "custom"}, {"type": "bash_20250124"}],
+        "system": [text(BILLING), text("a", **CACHE)], "stop_sequences": ["zz"], "temperature": 1,
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": False}, **THINKING,
+        "output_config": {"effort": "high"},
+    }  # fmt: skip
+    with client_of(engine_of(said)) as client:
+        document = client.get("/openapi.json").json()
+
+        def check(name: str, value: Any) -> None:
+            schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+            jsonschema.validate(value, schema)
+
+        check("MessagesRequest", body)
+        response = client.post(MESSAGES, json=body)
+        assert [block["type"] for block in response.json()["content"]][2:] == ["tool_use"] * 2
+        check("MessageResponse", response.json())
+        for event in events_of(client.post(MESSAGES, json={**body, "stream": True})):
+            check("MessageEvent", event)
+        check("TokenCount", client.post(COUNT, json=body).json())
+        check("AnthropicErrorBody", post(client, max_tokens=0).json())
+        wrong: list[dict[str, Any]] = [
+            {"messages": user(IMAGE)}, {"system": [IMAGE]}, {"tools": [{"name": "a"}]},
+            {"thinking": {"type": "x"}}, {"max_tokens": 0}, {"stop_sequences": [""]},
+            {"messages": []}, {"output_config": {"format": {"type": "x"}}},
+        ]  # fmt: skip
+        for fields in wrong:
+            with pytest.raises(jsonschema.ValidationError):
+                check("MessagesRequest", {**body, **fields})

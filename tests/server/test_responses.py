@@ -418,11 +418,16 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,AAAA"}
          "input[1].output[0]"),
         ([{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
           {"type": "function_call_output", "call_id": "1"}], "input[1].output"),
+        ([{"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}",
+           "namespace": []}], "input[0].namespace"),
+        ([{"type": []}], "input[0].type"),
         ([{"type": "reasoning", "summary": 3}], "input[0].summary"),
         ([{"type": "item_reference", "id": "msg_x"}], "input[0].id"),
         ([{"id": "msg_x"}], "input[0].id"),
         ([], "input"),
         (None, "input"),
+        ([{"type": "custom_tool_call", "call_id": "1", "name": " ", "input": ""}],
+         "input[0].name"),
         (["text"], "input[0]"),
         (3, "input"),
         ([{"role": "user", "content": "x"}] * 8193, "input"),
@@ -436,6 +441,13 @@ def test_a_prompt_that_is_too_long_is_refused_as_in_a_chat() -> None:
     error = refusal("word " * 4000)
     assert error["code"] == "context_length_exceeded" and error["param"] == "input"
     assert "maximum context length is 4000 tokens" in error["message"]
+
+
+def test_arguments_that_are_nested_too_deep_are_refused_by_their_path() -> None:
+    item = {"type": "function_call", "call_id": "1", "name": "f", "arguments": "[" * 500}
+    error = refusal([item])
+    assert error["code"] == "json_too_deep"
+    assert error["message"].startswith("input[0].arguments has 500 lists")
 
 
 def test_an_error_of_the_template_names_the_input() -> None:
@@ -525,6 +537,7 @@ def test_a_custom_tool_gets_a_text(stream: bool) -> None:
         ([{"type": "namespace", "name": "a", "tools": [3]}], "tools[0].tools[0]"),
         ([{"type": "custom", "name": "a", "format": "x"}], "tools[0].format"),
         ([{"type": "custom"}], "tools[0].name"),
+        ([{"type": "custom", "name": "a", "description": {"b": 1}}], "tools[0].description"),
         (["x"], "tools[0]"),
         ([{"type": "web_search"}] * 1025, "tools"),
         ([{"type": "namespace", "name": "a",
@@ -554,6 +567,7 @@ def test_tool_choice_none_offers_no_tools() -> None:
     [
         ({"type": "web_search_preview"}, "tool_choice.type"),
         ({"type": "function"}, "tool_choice.name"),
+        ({"type": "function", "name": "weather", "namespace": []}, "tool_choice.namespace"),
         ({"type": "allowed_tools", "mode": "auto"}, "tool_choice.tools"),
         ({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function"}]},
          "tool_choice.tools[0].name"),
@@ -679,7 +693,7 @@ def test_a_response_is_kept_until_it_is_deleted() -> None:
             assert answer.status_code == 404
             assert answer.json()["error"]["code"] == "response_not_found"
         missing = post(client, previous_response_id=body["id"])
-    assert missing.status_code == 400
+    assert missing.status_code == 404
     assert missing.json()["error"]["code"] == "previous_response_not_found"
 
 
@@ -755,7 +769,8 @@ def test_input_tokens_are_those_of_the_response() -> None:
     with client_of(engine_of()) as client:
         usage = made(client, **fields)["usage"]
         answer = client.post(f"{PATH}/input_tokens", json={"input": "Hello", **fields})
-        assert client.post(f"{PATH}/input_tokens", json={"input": "refuse"}).status_code == 400
+        for wrong in ({"input": "refuse"}, {"input": "x", "temperature": -1}):
+            assert client.post(f"{PATH}/input_tokens", json=wrong).status_code == 400
     counted = checked(InputTokenCountResponse, answer.json())
     assert counted["input_tokens"] == usage["input_tokens"]
 
@@ -764,7 +779,8 @@ def test_other_methods_and_compact_are_refused() -> None:
     with client_of(engine_of()) as client:
         assert client.get(PATH).status_code == 405
         put = client.put(f"{PATH}/resp_1")
-        assert put.status_code == 405 and "DELETE" in put.headers["allow"]
+        assert put.status_code == 405 and put.headers["allow"] == "DELETE, GET, HEAD"
+        assert "use DELETE, GET, HEAD." in put.json()["error"]["message"]
         compact = client.post(f"{PATH}/compact", json={})
     assert compact.status_code == 404
     assert compact.json()["error"]["code"] == "unsupported_endpoint"

@@ -195,10 +195,11 @@ def test_unknown_fields_and_nulls_are_ignored() -> None:
         ({"n": 0}, "n"),
         ({"response_format": {"type": "xml"}}, "response_format.type"),
         ({"tool_choice": "required"}, "tool_choice"),
-        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}},
+         "tool_choice.function.name"),
         ({"messages": []}, "messages"),
     ],
-)
+)  # fmt: skip
 def test_unsupported_chat_fields_are_refused(fields: dict[str, Any], param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**fields)

@@ -6,10 +6,12 @@ from typing import Any
 import pytest
 
 import osmium
-from osmium.errors import EngineStopped
+from osmium.errors import CheckpointError, EngineStopped
+from osmium.server.app import create_app
 from osmium.server.limits import Limits
+from osmium.server.route import ApiRoute
 from tests.server.running import connect, read_all, run_limited
-from tests.server.scripted import ScriptedEngine, client_of
+from tests.server.scripted import TEMPLATE, ScriptedEngine, client_of, host_of
 
 
 def error_of(answer: Any, status: int) -> dict[str, Any]:
@@ -124,3 +126,39 @@ def test_a_stopped_engine_is_a_503_before_the_body_arrives(path: str) -> None:
         connection.close()
         status, body, _ = read_all(connect(server.port, "GET /v1/models", connection="close"))
         assert (status, body["error"]["type"]) == (503, "server_error")
+
+
+def test_props_have_llama_servers_names() -> None:
+    defaults = {"temperature": 0.6, "top_k": 20}
+    engine = ScriptedEngine(context=300, defaults=defaults)
+    with client_of(engine, served_model_name="mine") as client:
+        props = client.get("/props").json()
+    assert props["default_generation_settings"] == {"n_ctx": 300, "params": defaults}
+    assert props["n_ctx"] == 300 and props["total_slots"] == engine.max_num_seqs
+    assert props["model_alias"] == "mine" and props["chat_template"] == TEMPLATE
+    assert props["modalities"] == {"vision": False, "audio": False}
+    assert osmium.__version__ in props["build_info"]
+    with client_of(ScriptedEngine(template=None)) as client:
+        assert client.get("/props").json()["chat_template"] is None
+    with client_of(CheckpointError("none")) as client:
+        assert client.get("/props").status_code == 503
+
+
+def test_head_of_every_get_route_has_the_headers_and_no_body() -> None:
+    engine = osmium.load("synthetic:tiny", device="cpu", context=64)
+    with run_limited(engine, Limits()) as server:
+        paths = [
+            route.path.replace("{id:path}", "any/model")
+            for route in create_app(host_of(ScriptedEngine())).routes
+            if isinstance(route, ApiRoute) and "GET" in (route.methods or ())
+        ]
+        paths = [path for path in paths if "{" not in path]
+        assert {"/", "/health", "/metrics", "/openapi.json", "/v1/models/any/model"} <= set(paths)
+        for path in paths:
+            with connect(server.port, f"HEAD {path}", connection="close") as connection:
+                raw = b""
+                while part := connection.recv(65536):
+                    raw += part
+            head, _, body = raw.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200 OK") and not body, path
+            assert b"content-length: 0" not in head, path

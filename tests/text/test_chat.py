@@ -378,3 +378,28 @@ def test_no_messages_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         normalise([])
     assert caught.value.param == "messages"
+
+
+PRESERVING = "{{ 'kept' if preserve_thinking else 'dropped' }}"
+
+
+@pytest.mark.parametrize(
+    ("defaults", "tools", "variables", "wanted"),
+    [
+        ({}, [{"type": "function"}], {}, "kept"),
+        ({}, None, {}, "dropped"),
+        ({}, [{"type": "function"}], {"preserve_thinking": False}, "dropped"),
+        ({}, None, {"preserve_thinking": True}, "kept"),
+        ({"preserve_thinking": False}, [{"type": "function"}], {}, "dropped"),
+    ],
+)
+def test_a_template_keeps_earlier_reasoning_when_there_are_tools(
+    defaults: dict[str, Any], tools: Any, variables: dict[str, Any], wanted: str
+) -> None:
+    template = ChatTemplate(PRESERVING, defaults=defaults)
+    assert template.render([{"role": "user", "content": "x"}], tools, **variables) == wanted
+
+
+def test_a_template_without_the_variable_gets_none() -> None:
+    template = ChatTemplate("{{ preserve_thinking is defined }}{{ 'x' }}".replace("preserve", "x"))
+    assert template.render([{"role": "user", "content": "x"}], [{"type": "f"}]) == "Falsex"

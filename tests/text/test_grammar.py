@@ -306,11 +306,11 @@ def test_a_response_may_be_a_tool_call_instead_of_the_text(
     grammar = compiler.compile("choice", ["yes"], "rule")
     mask = grammar.mask(9)
     assert not allowed(call)
-    mask = grammar.mask(100, or_call=True)
+    mask = grammar.mask(100, call=call)
     assert allowed(call)
     mask.push(engine.tokenizer.encode("y")[0])
     assert not allowed(call), "only instead of the text"
-    mask = grammar.mask(100, or_call=True)
+    mask = grammar.mask(100, call=call)
     mask.push(call)
     for token in engine.tokenizer.encode("anything"):
         assert allowed(token)

@@ -476,6 +476,19 @@ def test_a_string_holds_anything(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "</tool_call>", "</tool_call> <tool_call>", "</tool_call><tool_call>{",
+        "</tool_call>\n<tool_call>",
+    ],
+)  # fmt: skip
+def test_a_json_string_holds_the_tags_of_calls(text: str) -> None:
+    call = json.dumps({"name": "write", "arguments": {"content": text}})
+    found = both(f"<tool_call>\n{call}\n</tool_call>", form=HERMES)
+    assert (found.calls, found.complete) == ([("write", {"content": text})], [True])
+
+
+@pytest.mark.parametrize(
     ("key", "text", "wanted"),
     [
         ("size", "5", 5), ("size", " 5 ", 5), ("size", "5.0", 5), ("size", "1e3", 1000),
@@ -490,6 +503,13 @@ def test_a_string_holds_anything(text: str) -> None:
         ("edits", "[]", []), ("edits", "['a', True, None]", ["a", True, None]),
         ("edits", "[1, 2,]", [1, 2]), ("edits", "a, b", "a, b"), ("edits", '"[1]"', [1]),
         ("edits", '[{"a": "x </parameter> y"}]', [{"a": "x </parameter> y"}]),
+        ("edits", '["</parameter></function></tool_call>"]',
+         ["</parameter></function></tool_call>"]),
+        ("edits", '["\\"</parameter> <parameter=size>", 1]', ['"</parameter> <parameter=size>', 1]),
+        ("edits", '[\n "</parameter></function></tool_call><tool_call>"]',
+         ["</parameter></function></tool_call><tool_call>"]),
+        ("edits", f"[0.{'3' * 400}, 2]", [float(f"0.{'3' * 298}"), 2]),
+        ("ratio", f"0.{'3' * 400}", float(f"0.{'3' * 298}")),
         ("edits", "[1, 2", [1, 2]), ("edits", "[{'a': 'it's'}]", [{"a": "it's"}]),
         ("options", '{"a": {"b": [1]}}', {"a": {"b": [1]}}), ("options", "{}", {}),
         ("options", "{a: 1}", {"a": 1}), ("options", '{"a": "\n"}', {"a": "\n"}),

@@ -15,6 +15,7 @@ import pytest
 from osmium.cuda.driver import cuda_version
 from osmium.experts.routing import read_trace
 from osmium.server.limits import DEFAULT_LIMITS
+from tests.ptx.kernels import KERNEL_FILES, NAMES, kernel_text
 from tests.server.running import run_limited
 from tests.server.scripted import ScriptedEngine
 from tests.weights.files import write
@@ -243,6 +244,19 @@ def test_make_demo_packs_a_checkpoint(tmp_path: Path) -> None:
     done = tool("make_demo.py", write(tmp_path / "model"), "--out", tmp_path / "made.osmium")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "made.osmium").stat().st_size > 1000
+
+
+def test_ptx_prints_the_text_of_a_kernel_and_lists_kernels() -> None:
+    done = tool("ptx", "add_f32")
+    assert done.returncode == 0 and done.stdout == kernel_text("add_f32")
+    done = tool("ptx", "add_f32", "--lines")
+    assert done.stdout.splitlines()[1].split()[:2] == ["2", "2"]
+    done = tool("ptx", "--list")
+    assert [line.split() for line in done.stdout.splitlines()] == [
+        [name, f"ptx/{KERNEL_FILES[name].name}"] for name in NAMES
+    ]
+    done = tool("ptx", "nothing")
+    assert done.returncode == 2 and "nothing; tools/ptx --list" in done.stderr
 
 
 def test_ptxas_report_prints_a_kernel() -> None:

@@ -82,7 +82,7 @@ def _arguments(tool: CallableTool, rules: LarkRules) -> str:
         "type": "object",
         "properties": {one.name: found[one] for one in tool.parameters},
         "required": [one.name for one in tool.parameters if one.required],
-        "additionalProperties": found.get(tool.additional, False),
+        "additionalProperties": found[tool.additional] if tool.additional else False,
         "$defs": definitions,
     })  # fmt: skip
 
