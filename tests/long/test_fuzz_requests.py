@@ -4,7 +4,7 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -71,7 +71,9 @@ def check(server: Server, method: str, path: str, body: bytes | None, **headers:
     return status
 
 
-def test_mutated_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_mutated_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
     seen: dict[int, int] = {}
     for _ in case_numbers(CASES):
@@ -88,16 +90,22 @@ def test_mutated_bodies_succeed_or_are_refused(small_server: Server, seed: int) 
             json.dumps(rng.choice((mutated, varied))(rng, base)).encode(),
         )
         seen[status] = seen.get(status, 0) + 1
+    record_property("cases", sum(seen.values()))
     assert seen[200] > 20 and seen[400] > 20, seen
     small_server.wait_until_idle()
     small_server.assert_healthy()
 
 
-def test_damaged_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_damaged_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
+    done = 0
     for _ in case_numbers(CASES // 2):
         path, body = rng.choice(BODIES)
+        done += 1
         check(small_server, "POST", path, damaged(rng, json.dumps(body).encode()))
+    record_property("cases", done)
     small_server.wait_until_idle()
     small_server.assert_healthy()
 
