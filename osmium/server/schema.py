@@ -200,12 +200,12 @@ def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         if "got `float`" not in str(error):
             raise
-        return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind)
+        plain = replace_surrogates(body)
     except msgspec.DecodeError:
-        repaired = replace_surrogates(body)
-        if repaired == body:
+        plain = replace_surrogates(body)
+        if plain == body:
             raise
-        return msgspec.json.decode(repaired, type=kind)
+    return msgspec.convert(_with_integers(msgspec.json.decode(plain)), kind)
 
 
 def _with_integers(value: Any) -> Any:

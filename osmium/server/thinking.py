@@ -116,6 +116,8 @@ def _checked_budget(name: str, value: Any) -> int | None:
     """The most tokens of the reasoning; None without a limit.  Raises: RequestError."""
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < MIN_BUDGET:
         rule = "a number of tokens, 0 for no reasoning, or -1 for no limit"
         raise _invalid(name, value, rule)
