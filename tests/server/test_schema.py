@@ -7,6 +7,7 @@ import pytest
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
+from osmium.server.messages import UNSUPPORTED
 from osmium.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -128,12 +129,29 @@ def test_wrong_types_are_tested_for_every_field() -> None:
         ("messages", [{"role": "robot", "content": ""}], "messages[0].role"),
         ("messages", [MESSAGES[0], {"content": ""}], "messages[1].role"),
         ("messages", [{"role": ["user"], "content": ""}], "messages[0].role"),
+        ("messages", [{"role": "user", "reasoning": {"a": 1}}], "messages[0].reasoning"),
+        ("messages", [{"role": "user", "thinking": []}], "messages[0].thinking"),
+        ("messages", [{"role": "user", "refusal": 5}], "messages[0].refusal"),
+        ("messages", [{"role": "user", "images": ["aGk="]}], "messages[0].images"),
+        ("messages", [{"role": "assistant", "audio": {"id": "a"}}], "messages[0].audio"),
+        (
+            "messages",
+            [MESSAGES[0], {"role": "assistant", "function_call": {"name": "f"}}],
+            "messages[1].function_call",
+        ),
+        ("messages", [{"role": "assistant", "content": "a", "prefix": True}], "messages[0].prefix"),
     ],
 )
 def test_an_error_path_leads_to_the_wrong_value(name: str, value: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**{name: value})
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_a_key_of_a_message_that_asks_for_nothing_is_accepted(key: str, value: Any) -> None:
+    chat(messages=[{"role": "assistant", "content": "Hello", key: value}])
 
 
 @pytest.mark.parametrize(
