@@ -20,9 +20,9 @@ from osmium.server.thinking import (
 )
 
 __all__ = [
-    "MAX_CHOICES", "REASONING", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
-    "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
-    "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "MAX_CHOICES", "REASONING", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices",
+    "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP",
+    "MinTokens", "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
     "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature",
     "Thinking", "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip

@@ -55,7 +55,7 @@ Result = tuple[dict[str, Any], tuple[str, ...]]
 def tokenize_body(engine: Engine, name: str, raw: bytearray) -> Result:
     """The token ids of a prompt or of messages.  Raises: RequestError."""
     body = decode(raw, TokenizeRequest)
-    ignored = unknown_fields(raw, TOKENIZE_FIELDS)
+    ignored = unknown_fields(raw, TOKENIZE_FIELDS, chat_only={})
     tokenizer = _tokenizer(engine)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(
