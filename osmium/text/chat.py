@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
@@ -142,6 +143,8 @@ class ChatTemplate:
             self._tool_template = self._template
             if tool_source is not None:
                 self._tool_template = _compiled(env, tool_source)
+            self.variables = _variables(env, source) | _variables(env, tool_source or "")
+            """Names of the variables that the template may read."""
         except (*_TEMPLATE_ERRORS, SyntaxError, MemoryError) as error:
             raise CheckpointError(
                 f"The chat template cannot be read: {str(error)[:500] or type(error).__name__}."
@@ -222,6 +225,10 @@ def _compiled(env: _Sandbox, source: str) -> jinja2.Template:
         if depth > MAX_DEPTH:
             raise ValueError(f"it is nested deeper than {MAX_DEPTH} levels")
     return env.from_string(tree)
+
+
+def _variables(env: _Sandbox, source: str) -> frozenset[str]:
+    return frozenset(jinja2.meta.find_undeclared_variables(env.parse(source)))
 
 
 def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
