@@ -360,6 +360,9 @@ def test_references_and_additional_properties_are_followed(
          "tools[0].function.parameters.properties.a"),
         (of(a={"enum": ["</parameter>"]}), "tools[0].function.parameters.properties.a"),
         (of(["a>b"], **{"a>b": {}}), "tools[0].function.parameters.properties.a>b"),
+        (of([""], **{"": {}}), "tools[0].function.parameters.properties."),
+        (of(a={"$ref": "#/none"}), "tools[0].function.parameters.properties.a"),
+        ({"$ref": "#/none"}, "tools[0].function.parameters"),
         ({"anyOf": [of(), of()]}, "tools[0].function.parameters"),
         ({"type": "array"}, "tools[0].function.parameters"),
         ({"type": "object", "properties": []}, "tools[0].function.parameters"),
@@ -377,7 +380,8 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused_by_name(
     with pytest.raises(RequestError) as raised:
         compiled(engine, compiler, QWEN_XML, [tool("f", parameters, strict=True)])
     assert raised.value.param == param and raised.value.status == 400
-    compiled(engine, compiler, HERMES, [tool("f", parameters if param[-1] != "b" else of())])
+    for form in (QWEN_XML, HERMES):
+        compiled(engine, compiler, form, [tool("f", parameters)])
 
 
 def test_a_name_that_the_format_cannot_write_is_refused(
