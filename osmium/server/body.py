@@ -5,6 +5,7 @@ them is worked on at a time, beside the small ones.
 """
 
 import asyncio
+import codecs
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -135,6 +136,8 @@ class BodyReader:
                 if len(body) > limits.max_body_bytes:
                     raise self._too_large(len(body))
             request.scope[_BODY_READ] = True
+            if body.startswith(codecs.BOM_UTF8):  # as Windows' programs write files
+                del body[: len(codecs.BOM_UTF8)]
             yield body, self._large if has_place else self._small
         finally:
             if has_place:

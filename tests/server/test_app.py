@@ -552,6 +552,14 @@ def test_an_invalid_request_is_a_400_that_names_the_field(
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
+def test_a_byte_order_mark_before_a_body_is_skipped(path: str) -> None:
+    body = {"prompt": "Hello"} if "chat" not in path else {"messages": HELLO}
+    with client_of() as client:
+        answer = client.post(path, content=json.dumps({**body, "x": 1}).encode("utf-8-sig"))
+    assert answer.status_code == 200 and answer.headers["x-osmium-ignored"] == "x"
+
+
 def test_a_prompt_over_the_context_is_refused_in_openais_words() -> None:
     with client_of(ScriptedEngine(context=20)) as client:
         chat = error_of(ask(client), 400)
