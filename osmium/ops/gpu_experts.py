@@ -357,7 +357,8 @@ class GpuExperts(GpuRows):
         self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
     ) -> None:
         tokens, shared_size = inner.f32.shape
-        if w.format != "int8" or w.in_features % 64 or shared_size % 4 or not self.fits_norm(a):
+        fits = w.format == "int8" and w.in_features % 64 == 0 and shared_size % 4 == 0
+        if self.uses_gemm(a, w) or not fits or not self.fits_norm(a):
             self.linear(gate_up, a, w)
             self.silu_and_mul(inner.f32, gate_up)
             self.prepare_input(inner)

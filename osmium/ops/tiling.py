@@ -7,13 +7,13 @@ import numpy as np
 
 from osmium.errors import ConfigError
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
+from osmium.ops.types import DIGIT_GROUP, LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
-    "fits_shared", "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts",
-    "supports_matvec", "tile_expert_down", "tile_matrix",
+    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
+    "supports_fused_experts", "supports_gemm", "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -42,6 +42,9 @@ DOWN_REDUCTION_BYTES = 4608
 
 MAX_SCALE_BYTES = 16 << 10
 """Most bytes of shared memory for a block's INT4 scales."""
+
+GEMM_STAGE_BYTES = {4: 24832, 8: 33024}
+"""Bytes of one stage of gemm_digits.ptx, by bits of a weight."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """Dtype of keys and values, by the suffix of the kernels' names."""
@@ -139,6 +142,25 @@ def supports_matvec(w: LinearWeight) -> bool:
     """Whether the matvec kernel of the format takes this matrix."""
     whole_tiles = w.format != "int4" or w.out_features % 8 == 0
     return whole_tiles and w.in_features % MATVEC_K_MULTIPLE[w.format] == 0 and w.group in (0, 128)
+
+
+def supports_gemm(w: LinearWeight) -> bool:
+    """Whether the kernels for many tokens take this matrix."""
+    group = w.group in (0, DIGIT_GROUP)
+    return (
+        w.format != "bf16"
+        and group
+        and w.in_features % DIGIT_GROUP == 0
+        and w.out_features % 2 == 0
+    )
+
+
+def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
+    """Stages in shared memory of a block of gemm_digits.ptx: three if two blocks then fit."""
+    stage_bytes = GEMM_STAGE_BYTES[bits]
+    scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
+    fits = 2 * (3 * stage_bytes + scale_bytes) <= runtime.max_shared_per_block
+    return 3 if fits else 2
 
 
 def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:

@@ -34,7 +34,7 @@ from osmium.ops import (
 )
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
+from osmium.ops.tiling import MATVEC_MAX_TOKENS, SPLIT_KV_MAX_SEQS, supports_gemm
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout, group_of
@@ -107,6 +107,13 @@ def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
 
 def _nan(*shape: int) -> npt.NDArray[np.float32]:
     return np.full(shape, np.nan, np.float32)
+
+
+def matrix_tolerance(form: str, tokens: int, columns: int, group: int = 0, rows: int = 2) -> str:
+    """Row of tests/tolerance.py for a matrix [rows, columns] that reads f32 as two bf16, or for
+    many tokens as two digits."""
+    weight = LinearWeight(form, rows, columns, None, None, group)  # type: ignore[arg-type]
+    return "digits" if tokens > MATVEC_MAX_TOKENS and supports_gemm(weight) else "rows"
 
 
 def rows_of(ops: Ops, x: Any) -> MatmulInput:
