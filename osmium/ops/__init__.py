@@ -15,6 +15,7 @@ whole; `[T, >= n]` may have more columns than are read.
 from typing import Literal, Protocol, runtime_checkable
 
 from osmium.ops.controls import SamplingControls
+from osmium.ops.grouped import ExpertGroups, GroupedOps
 from osmium.ops.memory import MemoryOps
 from osmium.ops.types import (
     Array,
@@ -39,15 +40,16 @@ from osmium.quant.random_fill import BitPattern
 
 __all__ = [
     "Array", "AttentionWeights", "AttentionWorkspace", "DecayConfig", "DecodeState",
-    "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill", "HostExperts", "LinearWeight",
-    "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SamplingControls", "SharedExpert",
-    "SlotAssignment", "StepInputs",
+    "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "ExpertGroups", "Fill", "HostExperts",
+    "LinearWeight", "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SamplingControls",
+    "SharedExpert", "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 
 @runtime_checkable
-class Ops(MemoryOps, Protocol):
-    """The operations of a backend; `MemoryOps` has those on memory."""
+class Ops(MemoryOps, GroupedOps, Protocol):
+    """The operations of a backend.  `MemoryOps` has those on memory, `GroupedOps` those on experts
+    of many tokens."""
 
     # -- rows ------------------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from osmium.ops.formulas import (
     slots_of,
     write_kv,
 )
+from osmium.ops.reference_grouped import ReferenceGroupedOps
 from osmium.ops.reference_quant import ReferenceQuantOps
 from osmium.ops.types import (
     FETCH_BLOCKS,
@@ -56,7 +57,7 @@ from osmium.quant.floats import f32_from_bf16
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps(ReferenceQuantOps):
+class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, cache_bytes: int = 4 << 30) -> None:
