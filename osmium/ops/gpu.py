@@ -10,7 +10,7 @@ from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.kernels.top_logprobs import TOP_LOGPROBS
-from osmium.ops import gpu_experts, gpu_rows
+from osmium.ops import gpu_experts, gpu_grouped, gpu_rows
 from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
@@ -56,7 +56,7 @@ def check_kernels() -> int:
     Raises: KernelError if a text is missing, broken or stale.
     """
     kernels: dict[str, Kernel] = {}
-    for module in (vars(gpu_rows), vars(gpu_experts), globals()):
+    for module in (vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), globals()):
         for value in module.values():
             for item in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(item, Kernel):

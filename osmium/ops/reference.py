@@ -28,7 +28,9 @@ from osmium.ops.formulas import (
     silu,
     slots_of,
     write_kv,
-)
+)  # fmt: skip
+from osmium.ops.grouped import GroupedExperts
+from osmium.ops.reference_grouped import ReferenceGroupedOps
 from osmium.ops.reference_quant import ReferenceQuantOps
 from osmium.ops.types import (
     FETCH_BLOCKS,
@@ -56,7 +58,7 @@ from osmium.quant.floats import f32_from_bf16
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps(ReferenceQuantOps):
+class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, cache_bytes: int = 4 << 30) -> None:
@@ -405,6 +407,7 @@ class ReferenceOps(ReferenceQuantOps):
         subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
         gate_up: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         top_k, inner_size = ids.shape[1], cache.layout.inner
         slots = slots_of(ids, plan)
@@ -435,6 +438,7 @@ class ReferenceOps(ReferenceQuantOps):
         y: Array,
         h: MatmulInput,
         norm: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         if subset == "hits":
             return

@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 
 from osmium.errors import ConfigError
+from osmium.kernels.group_by_expert import MAX_EXPERTS
 from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.types import DIGIT_GROUP, LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
@@ -13,7 +14,8 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = [
     "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
     "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
-    "supports_fused_experts", "supports_gemm", "supports_matvec", "tile_expert_down", "tile_matrix",
+    "supports_fused_experts", "supports_gemm", "supports_grouped_experts", "supports_matvec",
+    "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -153,6 +155,13 @@ def supports_gemm(w: LinearWeight) -> bool:
         and w.in_features % DIGIT_GROUP == 0
         and w.out_features % 2 == 0
     )
+
+
+def supports_grouped_experts(layout: ExpertLayout, num_experts: int) -> bool:
+    """Whether the expert kernels for many tokens take this layout."""
+    groups = layout.bits == 8 or layout.up_group == layout.down_group == DIGIT_GROUP
+    whole = layout.hidden % DIGIT_GROUP == 0 and layout.inner % DIGIT_GROUP == 0
+    return layout.bits != 16 and groups and whole and num_experts <= MAX_EXPERTS
 
 
 def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:

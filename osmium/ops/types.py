@@ -108,8 +108,7 @@ class MatmulInput:
     eps: float = 0.0
     """Epsilon of the norm: it divides by sqrt(mean(x^2) + eps)."""
     digits: Array | None = None
-    """i8 [T, K / 128, 2, 128], scratch of matrices of many rows: two digits of each value.  Their
-    format is that of ptx/split_digits.ptx."""
+    """i8 [T, K / 128, 2, 128], scratch: two digits of each value, as in ptx/split_digits.ptx."""
     units: Array | None = None
     """f32 [T, K / 128], the unit of each group of 128 values."""
 

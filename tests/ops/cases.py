@@ -34,6 +34,7 @@ from osmium.ops import (
 )
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
+from osmium.ops.grouped import ExpertGroups
 from osmium.ops.tiling import MATVEC_MAX_TOKENS, SPLIT_KV_MAX_SEQS, supports_gemm
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
@@ -825,6 +826,79 @@ def add_sigmoid_gated(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"out": "f32"})
 
 
+def routed_ids(
+    rng: np.random.Generator, size: Size, used: Literal["all", "some", "one"] = "all"
+) -> npt.NDArray[np.uint16]:
+    """Expert ids [T, A] of random experts: of all, of every third, or of one alone.
+
+    A token's experts are distinct, if that many are used."""
+    experts = {
+        "all": np.arange(size.experts),
+        "some": np.arange(size.experts)[1::3],
+        "one": rng.integers(0, size.experts, 1),
+    }[used]
+    shape = (sum(size.lengths), size.top_k)
+    if len(experts) < size.top_k:
+        return rng.choice(experts, shape).astype(np.uint16)
+    order = np.argsort(rng.random((shape[0], len(experts))), axis=1)
+    return experts[order[:, : size.top_k]].astype(np.uint16)
+
+
+def group_by_expert(
+    rng: np.random.Generator,
+    size: Size,
+    used: Literal["all", "some", "one"] = "all",
+    has_slots: bool = True,
+) -> Case:
+    """A third of the experts are not resident, unless expert e is in slot e."""
+    ids = routed_ids(rng, size, used)
+    shapes = ExpertGroups.shapes(len(ids) + 5, size.top_k, size.experts)
+    arrays: Arrays = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
+    slots = rng.permutation(size.experts).astype(np.int32)
+    arrays |= {"ids": ids, "slots": np.where(slots % 3 == 2, np.int32(-1), slots)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        groups = ExpertGroups(*(a[name] for name in shapes))
+        ops.group_by_expert(groups, a["ids"], size.experts, a["slots"] if has_slots else None)
+
+    return Case(arrays, call, dict.fromkeys(("order", "position", "tiles", "num_tiles"), "exact"))
+
+
+def gather_add(
+    rng: np.random.Generator,
+    size: Size,
+    used: Literal["all", "some", "one"] = "all",
+    parts: int = 1,
+    has_shared: bool = True,
+) -> Case:
+    """Sums in one call, or in `parts` calls of which each has the rows of consecutive positions."""
+    ids = routed_ids(rng, size, used)
+    position = np.empty(ids.size + 3, np.int32)
+    position[np.argsort(ids.reshape(-1), kind="stable")] = np.arange(ids.size)
+    position[ids.size :] = 0
+    cuts = [ids.size * i // parts for i in range(parts + 1)]
+    arrays: Arrays = {
+        "out": _f32(rng, len(ids), size.hidden),
+        "weights": rng.random(ids.shape, np.float32),
+        "position": position,
+        "shared_out": _f32(rng, len(ids), size.hidden),
+        "router_logits": _f32(rng, len(ids), size.experts + 1) * 3,
+    }
+    y = _f32(rng, ids.size, size.hidden)
+    arrays |= {f"y{i}": y[cuts[i] : cuts[i + 1]] for i in range(parts)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        for i in range(parts):
+            shared = (a["shared_out"], a["router_logits"], size.experts)
+            has_gate = has_shared and i == parts - 1
+            ops.gather_add(
+                a["out"], a[f"y{i}"], a["weights"], a["position"], cuts[i],
+                *(shared if has_gate else ()),
+            )  # fmt: skip
+
+    return Case(arrays, call, {"out": "f32"})
+
+
 # -- decode state ----------------------------------------------------------------------------------
 
 RING, NULL_SLOT = 3, 77
@@ -1012,6 +1086,8 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "experts int4": _experts(4),
     "silu_and_mul": silu_and_mul,
     "add_sigmoid_gated": add_sigmoid_gated,
+    "group_by_expert": group_by_expert,
+    "gather_add": gather_add,
     "sample": sample,
     "sample_controlled": sample_controlled,
     "advance_step": advance_step,

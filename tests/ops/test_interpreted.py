@@ -12,7 +12,7 @@ from osmium.kernels import ptx
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_weights
+from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
 from tests.ptx.interpreter import InterpretedRuntime
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
@@ -20,6 +20,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_linear.CASES,
     **cases_attention.CASES,
     **cases_weights.CASES,
+    **cases_grouped.CASES,
 }
 
 

@@ -253,6 +253,9 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
         {"role": "tool", "content": [{"type": "refusal", "refusal": "no"}]},
     ]}),
+    ("ResponsesRequest", {"input": "a", "tools": [
+        {"type": "namespace", "name": "n", "tools": [{"type": "web_search"}]}, {"type": "mcp"},
+    ]}),
     ("CompletionRequest", {"prompt": [1, 2.0]}),
     ("CompletionRequest", {"prompt": "a", "logprobs": 20}),
     ("TokenizeRequest", {"prompt": "a", "messages": None}),
