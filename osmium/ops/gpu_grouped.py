@@ -55,9 +55,7 @@ class GpuGrouped(GpuRows):
     ) -> None:
         """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
         layout, groups = cache.layout, grouped.groups
-        is_resident = cache.capacity == cache.num_experts
-        table = None if is_resident else cache.expert_to_slot[layer]
-        self.group_by_expert(groups, ids, cache.num_experts, table)
+        self.group_by_expert(groups, ids, cache.num_experts, cache.expert_to_slot[layer])
         self.split_digits(h)
         MOE_GEMM_UP[layout.bits](
             self.stream, self._max_tiles(ids, cache), inner.f32, h.digits, h.units,

@@ -52,7 +52,7 @@ from osmium.ops.types import (
     SharedExpert,
     SlotAssignment,
     StepInputs,
-)
+)  # fmt: skip
 from osmium.quant.floats import f32_from_bf16
 
 __all__ = ["ReferenceOps"]
@@ -480,13 +480,6 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         cached = self._experts.pop(data.ctypes.data, None)
         if cached is not None:
             self._cache_bytes_left += cached[1].nbytes + cached[2].nbytes
-
-    def silu_and_mul(self, out: Array, x: Array) -> None:
-        size = out.shape[1]
-        np.multiply(silu(x[:, :size]), x[:, size:], out=out)
-
-    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
-        out += sigmoid(gate[:, column : column + 1]) * x
 
     # -- sampling ----------------------------------------------------------------------------------
 

@@ -1,8 +1,8 @@
-"""Operations of ReferenceOps on routed pairs in order of their experts."""
+"""Operations of ReferenceOps on routed pairs in order of their experts, and on gated outputs."""
 
 import numpy as np
 
-from osmium.ops.formulas import sigmoid
+from osmium.ops.formulas import sigmoid, silu
 from osmium.ops.grouped import TILE_ROWS, ExpertGroups, GroupedExperts
 from osmium.ops.types import Array
 from osmium.quant.expert_layout import ExpertLayout
@@ -60,3 +60,10 @@ class ReferenceGroupedOps:
         if shared_out is not None:
             assert router_logits is not None, "the shared expert's gate is among these logits"
             out += sigmoid(router_logits[:, gate_column : gate_column + 1]) * shared_out
+
+    def silu_and_mul(self, out: Array, x: Array) -> None:
+        size = out.shape[1]
+        np.multiply(silu(x[:, :size]), x[:, size:], out=out)
+
+    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
+        out += sigmoid(gate[:, column : column + 1]) * x

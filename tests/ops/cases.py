@@ -35,7 +35,12 @@ from osmium.ops import (
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
 from osmium.ops.grouped import ExpertGroups
-from osmium.ops.tiling import MATVEC_MAX_TOKENS, SPLIT_KV_MAX_SEQS, supports_gemm
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    SPLIT_KV_MAX_SEQS,
+    supports_gemm,
+    supports_grouped_experts,
+)
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout, group_of
@@ -115,6 +120,14 @@ def matrix_tolerance(form: str, tokens: int, columns: int, group: int = 0, rows:
     many tokens as two digits."""
     weight = LinearWeight(form, rows, columns, None, None, group)  # type: ignore[arg-type]
     return "digits" if tokens > MATVEC_MAX_TOKENS and supports_gemm(weight) else "rows"
+
+
+def expert_tolerance(layout: ExpertLayout, tokens: int, num_experts: int, form: str) -> str:
+    """Row of tests/tolerance.py for the experts of a layer and a shared one of size 64 or 128."""
+    if tokens <= MATVEC_MAX_TOKENS:
+        return "f32"
+    has_digits = form == "int8" and layout.hidden % 128 == 0
+    return "expert digits" if has_digits or supports_grouped_experts(layout, num_experts) else "f32"
 
 
 def rows_of(ops: Ops, x: Any) -> MatmulInput:
@@ -790,18 +803,21 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
+    grouped = ops.empty_grouped(tokens, top_k, cache.num_experts, cache.layout)
     inputs = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()
         with ops.on_side_stream():
-            ops.expert_up(*inputs, h, a["routed_ids"], plan, cache, 0, part, shared, a["both"])
+            ops.expert_up(
+                *inputs, h, a["routed_ids"], plan, cache, 0, part, shared, a["both"], grouped
+            )
         ops.join_side_stream()
     next_rows = new_rows(ops, tokens, hidden, 1e-6)
     for part in parts:
         ops.expert_down(
             a["out"], *inputs, a["routed_ids"], a["weights"], plan, cache, 0, part, shared,
-            a["scores"], a["shared_out"], a["y"], next_rows, a["norm"],
+            a["scores"], a["shared_out"], a["y"], next_rows, a["norm"], grouped,
         )  # fmt: skip
     read_rows(ops, a["next"], next_rows)
 

@@ -28,6 +28,7 @@ from tests.ops.cases import (
     TINY,
     Arrays,
     Case,
+    expert_tolerance,
     experts_call,
     matrix_tolerance,
     new_rows,
@@ -181,7 +182,8 @@ def experts(
             )
             experts_call(ops, a, form, assignment, cache, parts, 3, norm=True)
 
-        return Case(arrays, call, {"out": "f32", "next": "f32"})
+        kind = expert_tolerance(layout, tokens, count, form)
+        return Case(arrays, call, {"out": kind, "next": kind})
 
     return make
 
@@ -408,6 +410,10 @@ CASES: dict[str, Make] = {
     "int4_experts of more segments than lanes": experts(4, 1, 17, 128, 256, "all"),
     "int4_experts of half a ring": experts(4, 1, 17, 128, 384, "all", shared=1088),
     "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
+    "int4_moe_gemm 9 tokens": experts(4, 9, 2, 128, 256, "all"),
+    "int4_moe_gemm 70 tokens of one expert": experts(4, 70, 1, 256, 128),
+    "int8_moe_gemm 11 tokens": experts(8, 11, 3, 128, 128),
+    "int8_moe_gemm 65 tokens of one expert": experts(8, 65, 1, 128, 128, form="bf16"),
     "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
     "gated_up int8 5x56x640": gated("int8", 5, 56, 640),
     "gated_up int8 3x152x128": gated("int8", 3, 152, 128),
