@@ -253,7 +253,8 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
             matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
-        return Case(arrays, call, {"out": "f32"})
+        has_digits = matrix_tolerance(form, tokens, columns, group, rows) == "digits"
+        return Case(arrays, call, {"out": "digits" if has_digits else "f32"})
 
     return make
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from tests.ops.cases import TINY, Case, gather_add, group_by_expert
+from tests.ptx.cases_linear import experts, fused
 
 __all__ = ["CASES", "LARGE"]
 
@@ -56,6 +57,10 @@ LARGE: dict[str, Make] = {
     "group_by_expert of 20,001 tokens, one expert": group(20_001, 8, 256, "one"),
     "group_by_expert of 20,001 tokens, 512 experts": group(20_001, 10, 512),
     "group_by_expert of 32,768 tokens, 1,024 experts": group(32_768, 16, 1024),
+    "int4_gemm of 700 tokens": fused("int4", 700, 2050, 2048),
+    "int8_gemm of 700 tokens": fused("int8", 700, 2050, 3072),
+    "int4_moe_gemm of 200 tokens": experts(4, 200, 4, 1024, 512, shared=512),
+    "int8_moe_gemm of 200 tokens": experts(8, 200, 4, 1024, 512, shared=512),
     "gather_add of 2,000 tokens": gather(2_000, 8, 3072),
     "gather_add of 2,000 tokens in parts": gather(2_000, 8, 2048, parts=3),
 }
