@@ -175,7 +175,7 @@ Reasoning = Annotated[
 ]  # fmt: skip
 
 _SCHEMA = {"type": "object"}
-_NAMED = _object(("schema",), name=_TEXT, schema=_SCHEMA, strict=_SWITCH)
+_NAMED = _object(("schema",), name=_nullable(**_TEXT), schema=_SCHEMA, strict=_SWITCH)
 ResponseFormat = Annotated[
     dict[str, Any],
     _states(

@@ -31,6 +31,7 @@ MAX_LOGGED = 256
 _STRUCTURED = "use response_format or structured_outputs"
 _SAMPLING = "use temperature, top_p, top_k or min_p"
 _ONLY_TEXT = "only text is supported"
+_WHOLE = "send the whole conversation"
 _CHAT_ONLY = "use /v1/chat/completions"
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -77,7 +78,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mm_processor_kwargs": (({},), _ONLY_TEXT),
     "media_io_kwargs": (({},), _ONLY_TEXT),
     "input": ((), "use messages or prompt"),
-    "previous_response_id": ((), "send the whole conversation"),
+    "previous_response_id": ((), _WHOLE),
+    "thread": ((), _WHOLE),
+    "compaction": ((), "shorten the conversation"),
 }
 """Fields that would change the answer: the values that ask for nothing, and what to do instead."""
 

@@ -57,7 +57,10 @@ _FUNCTION = _object(
 )  # fmt: skip
 _CUSTOM = _object(("type", "name"), type={"const": "custom"}, name=_NAME,
                   description=_nullable(**_TEXT), format=_nullable(type="object"))  # fmt: skip
-_OF_NAMESPACE = {"type": "array", "items": {"anyOf": [_FUNCTION, _CUSTOM]}, "maxItems": MAX_TOOLS}
+_OTHER_IN_IT = _object(("type",), type={"type": "string", "not": {"enum": ["function", "custom"]}})
+_OF_NAMESPACE = {
+    "type": "array", "maxItems": MAX_TOOLS, "items": {"anyOf": [_FUNCTION, _CUSTOM, _OTHER_IN_IT]},
+}  # fmt: skip
 _NAMESPACE = _object(("type", "name", "tools"), type={"const": "namespace"}, name=_NAME,
                      description=_nullable(**_TEXT), tools=_OF_NAMESPACE)  # fmt: skip
 _OTHER = _object(
