@@ -106,8 +106,8 @@ class GpuOps(GpuExperts):
         tokens_per_block = prefill_attention_tokens(q, kv, step)
         if tokens_per_block:
             GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
-                self.stream, tokens, out, q, *_arrays(kv), step.positions, step.query_start_loc,
-                step.page_table, step.sequences, heads, kv.k.shape[2], tokens_per_block,
+                self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
+                step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
                 step.page_size, step.page_table.shape[1], scale,
             )  # fmt: skip
             return
