@@ -16,10 +16,12 @@ from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.tiling import (
     KV_DTYPES,
+    PREFILL_HEAD_DIMS,
     SPLIT_KV_MAX_SEQS,
     is_decode,
     kv_format,
     num_kv_splits,
+    prefill_attention_tokens,
     supports_matvec,
 )
 from osmium.ops.types import (
@@ -39,6 +41,11 @@ __all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
 GQA_ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
+GQA_PREFILL = {
+    f"{name}_{dim}": kernel(f"gqa_prefill_{name}_{dim}")
+    for name in KV_DTYPES
+    for dim in PREFILL_HEAD_DIMS
+}
 GQA_DECODE_SPLIT_KV = {name: kernel(f"gqa_decode_split_kv_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CAUSAL_CONV1D = kernel("causal_conv1d_silu_f32")
@@ -96,6 +103,14 @@ class GpuOps(GpuExperts):
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
+        tokens_per_block = prefill_attention_tokens(q, kv, step)
+        if tokens_per_block:
+            GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
+                self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
+                step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
+                step.page_size, step.page_table.shape[1], scale,
+            )  # fmt: skip
+            return
         GQA_ATTENTION[kv_format(kv)](
             self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence_ids,
             step.page_table, heads, kv.k.shape[2], dim, step.page_size, step.page_table.shape[1],

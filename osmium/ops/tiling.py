@@ -8,14 +8,14 @@ import numpy as np
 from osmium.errors import ConfigError
 from osmium.kernels.group_by_expert import MAX_EXPERTS
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.types import DIGIT_GROUP, LinearWeight, PagedKV, SharedExpert, StepInputs
+from osmium.ops.types import DIGIT_GROUP, Array, LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "SPLIT_KV_MAX_SEQS", "Tiling",
-    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
-    "supports_fused_experts", "supports_gemm", "supports_grouped_experts", "supports_matvec",
-    "tile_expert_down", "tile_matrix",
+    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "PREFILL_HEAD_DIMS",
+    "SPLIT_KV_MAX_SEQS", "Tiling", "fits_shared", "gemm_stages", "is_decode", "kv_format",
+    "num_kv_splits", "prefill_attention_tokens", "supports_fused_experts", "supports_gemm",
+    "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -56,6 +56,15 @@ SPLIT_KV_MAX_SEQS = 8
 
 SPLIT_KV_SHARED_BYTES = 96 << 10
 """Most bytes of shared memory of a split-KV block."""
+
+PREFILL_HEAD_DIMS = (128, 256)
+"""Head sizes of the prefill attention kernels."""
+
+PREFILL_ROWS = {"bf16": 32, "fp8": 64}
+"""Matrix rows of a block of prefill attention: query heads of a KV head times tokens."""
+
+PREFILL_MIN_TOKENS = 9
+"""Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
 
 MIN_KV_SPLITS = 4
 """Fewest blocks per context, even on a small GPU."""
@@ -206,3 +215,14 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     else:
         capacity = runtime.sm_count - copy_blocks
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
+
+
+def prefill_attention_tokens(q: Array, kv: PagedKV, step: StepInputs) -> int:
+    """Tokens per block of the prefill attention kernel; 0 where attention takes one token a block.
+
+    q is f32 [T, H, d].  A block has all query heads of a KV head.
+    """
+    tokens, heads, dim = q.shape
+    if is_decode(step) or tokens < PREFILL_MIN_TOKENS or dim not in PREFILL_HEAD_DIMS:
+        return 0
+    return int(PREFILL_ROWS[kv_format(kv)] * kv.k.shape[2] // heads)

@@ -61,6 +61,8 @@ def test_a_kernel_with_pdl_waits_before_reading_earlier_results(
         "rms_norm",
         "router",
         "attention",
+        "prefill attention bf16 128, 1 row beside 12",
+        "prefill attention fp8 256, 1 row beside 12",
         "split kv 96, across tiles",
         "split kv fp8 256, short rows",
         "delta_rule_chunk",
