@@ -14,10 +14,14 @@ from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
+
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, FinishReason, check_prompt
 from osmium.engine.stops import StopMatcher
 from osmium.errors import RequestError
+from osmium.ops.controls import mask_words
+from osmium.ops.sampling import allowed_tokens
 from osmium.server.anthropic import count_prompt, prepare_message
 from osmium.server.completion import prepare_completion
 from osmium.server.openai import error_body
@@ -33,6 +37,7 @@ from tests.long.mutations import (
     COMPLETION,
     MESSAGE,
     RESPONSE,
+    SCHEMA,
     TOKENIZE,
     damaged,
     mutated,
@@ -55,8 +60,8 @@ from tests.text.templates import SOURCES, TOKENS
 from tests.text.test_detokenizer import byte_fallback
 
 CASES = {
-    "chats": 150_000, "completions": 120_000, "responses_bodies": 80_000, "messages": 80_000,
-    "tokens": 30_000, "damaged": 150_000, "responses": 200_000, "calls": 10_000,
+    "schemas": 6_000, "chats": 150_000, "completions": 120_000, "responses_bodies": 80_000,
+    "messages": 80_000, "tokens": 30_000, "damaged": 150_000, "responses": 200_000, "calls": 10_000,
     "templates": 50_000, "ids": 120_000, "stops": 80_000,
 }  # fmt: skip
 """Cases of each kind; more than 10^6 in all."""
@@ -124,6 +129,43 @@ def body_case(names: tuple[str, ...], damage: bool, rng: random.Random) -> str:
         except RequestError:  # as the engine does
             return "refused"
         answer(made, rng)
+    return "accepted"
+
+
+def schema_case(rng: random.Random) -> str:
+    """A schema with wrong values, of a tool or of the response: refused, or masks can be made."""
+    schema = mutated(rng, SCHEMA)
+    body: dict[str, Any] = {"messages": CHAT["messages"], "max_tokens": rng.randint(1, 40)}
+    form = rng.choice(("schema", "guided", "tool", "tool", "tools"))
+    if form == "schema":
+        body["response_format"] = {"type": "json_schema", "json_schema": {"schema": schema}}
+    elif form == "guided":
+        body["guided_json"] = schema
+    else:
+        function = {"name": "f", "parameters": schema, "strict": rng.random() < 0.5}
+        body["tools"] = [{"type": "function", "function": function}]
+        if form == "tools":
+            body["tools"].append({"type": "function", "function": {"name": "g"}})
+        named = {"type": "function", "function": {"name": "f"}}
+        body["tool_choice"] = rng.choice(("required", "auto", named))
+    try:
+        made = prepare_chat(engine(), "served", bytearray(json.dumps(body).encode()))
+        masks = [run.token_mask() for run in made.runs if run.token_mask is not None]
+    except RequestError as error:
+        assert 400 <= error.status < 500
+        json.dumps(error_body(error), allow_nan=False)
+        return "refused"
+    words = np.zeros(mask_words(TOKENIZER.vocab_size), np.int32)
+    for mask in masks:
+        for _ in range(rng.randrange(8)):
+            mask.fill(words)
+            allowed = np.flatnonzero(allowed_tokens(words, TOKENIZER.vocab_size))
+            assert len(allowed), "some token is always allowed"
+            token = int(allowed[rng.randrange(len(allowed))])
+            if token == END:
+                break
+            mask.push(token)
+        mask.completion()
     return "accepted"
 
 
@@ -229,6 +271,7 @@ def stop_case(rng: random.Random) -> str:
 
 
 KINDS: dict[str, Callable[[random.Random], str]] = {
+    "schemas": schema_case,
     "chats": partial(body_case, ("chats",), False),
     "completions": partial(body_case, ("completions",), False),
     "responses_bodies": partial(body_case, ("responses_bodies",), False),

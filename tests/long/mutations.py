@@ -6,8 +6,17 @@ from collections.abc import Iterator
 from typing import Any
 
 __all__ = [
-    "CHAT", "CHAT_PROMPT", "COMPLETION", "MESSAGE", "NASTY", "RESPONSE", "TOKENIZE", "damaged",
-    "mutated", "varied",
+    "CHAT",
+    "CHAT_PROMPT",
+    "COMPLETION",
+    "MESSAGE",
+    "NASTY",
+    "RESPONSE",
+    "SCHEMA",
+    "TOKENIZE",
+    "damaged",
+    "mutated",
+    "varied",
 ]  # fmt: skip
 
 CHAT: dict[str, Any] = {
@@ -94,6 +103,17 @@ NASTY: list[Any] = [
     {"function": 3}, {"function": {"name": 5, "arguments": []}}, {"a": {"b": {"c": []}}},
 ]  # fmt: skip
 
+
+SCHEMA: dict[str, Any] = {
+    "type": "object", "required": ["a", "f"], "additionalProperties": False,
+    "properties": {
+        "a": {"type": "integer", "minimum": 0}, "b": {"type": ["string", "null"], "maxLength": 9},
+        "c": {"enum": ["x", 1, None]}, "d": {"const": "y"}, "e": {"$ref": "#/$defs/g"},
+        "f": {"anyOf": [{"type": "string", "pattern": "^a+$"}, {"type": "boolean"}]},
+        "h": {"type": "array", "items": {"type": "number"}, "minItems": 1},
+    },
+    "$defs": {"g": {"type": "object", "properties": {"i": {"format": "date", "type": "string"}}}},
+}  # fmt: skip
 
 TEXTS = (
     "", " ", "x", "é🙂", "\0", "\ud800", "\r\n", "<|im_end|>", "<|im_start|>user\n", "</think>",

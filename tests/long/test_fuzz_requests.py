@@ -4,12 +4,22 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from typing import Any
 
 import pytest
 
-from tests.long.mutations import CHAT, COMPLETION, damaged, mutated
+from tests.long.mutations import (
+    CHAT,
+    CHAT_PROMPT,
+    COMPLETION,
+    MESSAGE,
+    RESPONSE,
+    damaged,
+    mutated,
+    varied,
+)
 from tests.long.server import ANSWER_S, Server, run_server
 
 CASES, LEAST, MOST_S = 3000, 500, 90.0
@@ -21,6 +31,11 @@ Half as many requests have damaged bytes, and some are not HTTP.
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/demo",
     "/health", "/metrics", "/", "/v1/nothing", "/v1/models/%00", "/v1/models/" + "x" * 3000,
+)  # fmt: skip
+
+BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION), ("/v1/responses", RESPONSE),
+    ("/v1/messages", MESSAGE), ("/v1/messages/count_tokens", MESSAGE), ("/tokenize", CHAT_PROMPT),
 )  # fmt: skip
 
 METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "NONSENSE")
@@ -56,28 +71,41 @@ def check(server: Server, method: str, path: str, body: bytes | None, **headers:
     return status
 
 
-def test_mutated_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_mutated_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
     seen: dict[int, int] = {}
     for _ in case_numbers(CASES):
-        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        path, body = rng.choice(BODIES)
         base = dict(body)
         if rng.random() < 0.3:
             base["stream"] = True
         if path == PATHS[1] and rng.random() < 0.3:
             base["prompt"] = base["prompt_ids"]
-        status = check(small_server, "POST", path, json.dumps(mutated(rng, base)).encode())
+        status = check(
+            small_server,
+            "POST",
+            path,
+            json.dumps(rng.choice((mutated, varied))(rng, base)).encode(),
+        )
         seen[status] = seen.get(status, 0) + 1
+    record_property("cases", sum(seen.values()))
     assert seen[200] > 20 and seen[400] > 20, seen
     small_server.wait_until_idle()
     small_server.assert_healthy()
 
 
-def test_damaged_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_damaged_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
+    done = 0
     for _ in case_numbers(CASES // 2):
-        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        path, body = rng.choice(BODIES)
+        done += 1
         check(small_server, "POST", path, damaged(rng, json.dumps(body).encode()))
+    record_property("cases", done)
     small_server.wait_until_idle()
     small_server.assert_healthy()
 

@@ -362,8 +362,13 @@ def test_references_and_additional_properties_are_followed(
         (of(["a>b"], **{"a>b": {}}), "tools[0].function.parameters.properties.a>b"),
         ({"anyOf": [of(), of()]}, "tools[0].function.parameters"),
         ({"type": "array"}, "tools[0].function.parameters"),
-        ({"type": "object", "properties": []}, "tools[0].function.parameters.properties"),
-        ({"type": "object", "required": "a"}, "tools[0].function.parameters.required"),
+        ({"type": "object", "properties": []}, "tools[0].function.parameters"),
+        ({"type": "object", "required": "a"}, "tools[0].function.parameters"),
+        (of(a={"type": 5}), "tools[0].function.parameters"),
+        (of(a={"type": [["string"]]}), "tools[0].function.parameters"),
+        (of(a={"type": [{}]}), "tools[0].function.parameters"),
+        (of(a={"anyOf": True}), "tools[0].function.parameters"),
+        (of(a={"enum": 0.5}), "tools[0].function.parameters"),
     ],
 )  # fmt: skip
 def test_a_strict_schema_that_cannot_be_enforced_is_refused_by_name(
