@@ -64,7 +64,9 @@ def _lines(file: str) -> list[str]:
     lines = [line.strip() for line in _read_lines("--api-key-file", file)]
     keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"--api-key-file {file} has no key; write one key per line; # begins a comment.")
+        raise ConfigError(
+            f"--api-key-file {file} has no key; write one key per line; # begins a comment."
+        )
     return keys
 
 
