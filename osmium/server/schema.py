@@ -391,8 +391,9 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
         given["logprobs"] = request.logprobs
     if (scores := prompt_logprobs(request)) is not None:
         given["prompt_logprobs"] = scores
-    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
-        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
+    most = given.get("max_tokens", 1)
+    if most < 1 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), most, "an integer of at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:
