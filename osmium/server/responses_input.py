@@ -123,7 +123,6 @@ class InputItems:
                 "call's item too, or name its response in previous_response_id.",
                 param=f"{path}.call_id",
                 code="call_not_found",
-                status=404,
             )
         output = item.get("output")
         if isinstance(output, list):
