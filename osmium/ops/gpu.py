@@ -163,10 +163,10 @@ class GpuOps(GpuExperts):
     # -- gated delta net ---------------------------------------------------------------------------
 
     def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
-        channels, stride = out.shape[1], u.shape[1]
+        (tokens, channels), stride = out.shape, u.shape[1]
         CAUSAL_CONV1D(
-            self.stream, step.sequences, out, u, w, state,
-            step.query_start_loc, step.context_lens, step.state_slots, channels, stride,
+            self.stream, out, u, w, state, step.sequence_ids, step.query_start_loc,
+            step.context_lens, step.state_slots, tokens, channels, stride,
         )  # fmt: skip
 
     def delta_gates(

@@ -114,6 +114,22 @@ def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
     return case
 
 
+def conv(heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
+    """Sequences that begin anywhere in a block's 16 rows; without context their states are NaN."""
+
+    def make(rng: np.random.Generator) -> Case:
+        size = replace(
+            TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
+            lengths=lengths, past=past,
+        )  # fmt: skip
+        case = cases.causal_conv1d(rng, size)
+        a = case.arrays
+        a["state"][a["slots"][a["past"] == 0]] = np.nan
+        return case
+
+    return make
+
+
 def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
     """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
 
@@ -212,6 +228,14 @@ CASES: dict[str, Make] = {
     "split kv 128, again and again": split_kv(128, 4, 2, 32, 8, (31, 63), turns=3),
     "split kv fp8 256, again and again": split_kv(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
     "split kv 32, of nine by themselves": split_kv(32, 2, 1, 4, 9, tuple(range(9))),
+    "causal_conv1d, one row": conv((1, 2), (32, 32), (1,), (0,)),
+    "causal_conv1d, a block's rows": conv((1, 1), (32, 64), (16, 17), (7, 0)),
+    "causal_conv1d, the first rows in the next block": conv(
+        (2, 4), (64, 96), (14, 18, 15, 2, 1), (0, 5, 2, 0, 6)
+    ),
+    "causal_conv1d, short contexts": conv(
+        (1, 2), (32, 32), (1, 2, 3, 1, 2, 3, 40, 1), (1, 1, 1, 2, 2, 3, 2, 4)
+    ),
     "delta_rule_recurrent 32x32": delta(
         "delta_rule_recurrent", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)
     ),
