@@ -158,6 +158,11 @@ class HttpProtocol(H11Protocol):
             self._write_timer.cancel()
             self._write_timer = None
 
+    def _should_upgrade(self) -> bool:
+        """Never: a request to upgrade is served as HTTP/1.1, without uvicorn's warnings, as
+        clients try WebSockets and HTTP/2 first."""
+        return False
+
     # -- refusals ----------------------------------------------------------------------------------
 
     def send_400_response(self, msg: str) -> None:

@@ -31,7 +31,7 @@ Json = dict[str, Any]
 ALL_ROUTES = (400, 403, 408, 431, 500, 503)
 """Error statuses of every route: bad HTTP, a host that is not allowed, slow headers, overload."""
 
-WITH_BODY = (413, 429)
+WITH_BODY = (413, 415, 429)
 
 REF = "#/components/schemas/{name}"
 

@@ -348,7 +348,7 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
         given["prompt_logprobs"] = scores
     most = given.get("max_tokens", 1)
     if most < 1 and not isinstance(request, CompletionRequest):
-        raise _invalid(names.get("max_tokens", "max_tokens"), most, "at least 1")
+        raise _invalid(names.get("max_tokens", "max_tokens"), most, "an integer of at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:

@@ -523,6 +523,7 @@ def test_a_malformed_body_is_a_400(path: str, body: bytes) -> None:
         ({"temperature": 10**400}, "temperature", "invalid_type"),
         ({"logit_bias": {str(10**400): 1}}, "logit_bias", "invalid_value"),
         ({"n": 9}, "n", "unsupported_value"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "invalid_value"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "template_error"),
         (
             {
@@ -552,12 +553,20 @@ def test_an_invalid_request_is_a_400_that_names_the_field(
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize"])
-def test_a_byte_order_mark_before_a_body_is_skipped(path: str) -> None:
-    body = {"prompt": "Hello"} if "chat" not in path else {"messages": HELLO}
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_tokens": -1}, "max_tokens is -1; it must be an integer of at least 1."),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be an integer of at least 1."),
+        ({"stop": ["a", ""]}, "stop is ['a', '']; it must be a list of texts"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids is [-1]; it must be a list of token ids"),
+    ],
+)
+def test_a_refused_value_is_shown_with_a_rule_that_holds(
+    fields: dict[str, Any], words: str
+) -> None:
     with client_of() as client:
-        answer = client.post(path, content=json.dumps({**body, "x": 1}).encode("utf-8-sig"))
-    assert answer.status_code == 200 and answer.headers["x-osmium-ignored"] == "x"
+        assert error_of(ask(client, **fields), 400)["message"].startswith(words)
 
 
 def test_a_prompt_over_the_context_is_refused_in_openais_words() -> None:

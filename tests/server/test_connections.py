@@ -265,3 +265,19 @@ def test_the_event_loop_is_asyncios_own_even_where_uvloop_is_installed() -> None
     loop = factory()
     assert isinstance(loop, asyncio.SelectorEventLoop)
     loop.close()
+
+
+# -- upgrades --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_a_request_to_upgrade_is_served_without_it_and_without_a_warning(
+    protocol: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with run_limited(ScriptedEngine(), Limits()) as running:
+        for _ in range(2):
+            connection = connect(
+                running.port, HEALTH, Connection="Upgrade, close", Upgrade=protocol
+            )
+            assert read_all(connection)[0] == 200
+    assert "upgrade" not in capfd.readouterr().err.lower()
