@@ -332,20 +332,6 @@ def test_the_models_defaults_hold_for_absent_fields() -> None:
     assert request == SamplingParams(temperature=0.0, top_k=0)
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [({"stop": ""}, "stop is ''; a stop text has"),
-     ({"stop": ["a", ""]}, r"stop is \['a', ''\]; a stop text has"),
-     ({"max_tokens": -1}, "max_tokens is -1; it must be at least 1"),
-     ({"max_completion_tokens": 0}, "max_completion_tokens is 0; it must be at least 1")],
-)  # fmt: skip
-def test_an_error_states_the_clients_value_and_the_rule_of_chats(
-    fields: dict[str, Any], words: str
-) -> None:
-    with pytest.raises(RequestError, match=words):
-        sampling_params(chat(**fields), {})
-
-
 def test_one_stop_string_may_be_given_without_a_list() -> None:
     assert sampling_params(chat(stop="END"), {}).stop == ("END",)
 
