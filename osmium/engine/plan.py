@@ -235,9 +235,7 @@ def make_plan(
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, hardware.gpu)
-        + expert_runner_bytes(
-            rows, experts, experts, config.top_k, config.moe_intermediate_size, hardware.gpu
-        )
+        + expert_runner_bytes(rows, experts, experts, config.top_k, layout, hardware.gpu)
         + prefetch_state_bytes(layers, experts, config.top_k)
         + runner_bytes(config.vocab_size, rows, sequences, -(-context // options.page_size)),
     }

@@ -78,12 +78,18 @@ def check_scores(tokens: int, count: int) -> None:
 
 
 def check_stop(stop: str | list[str] | None) -> None:
-    """Raises: RequestError for too many stop texts, or one that is too long."""
+    """Raises: RequestError for too many stop texts, or one that is empty or too long."""
     texts = [stop] if isinstance(stop, str) else stop or []
     check_count("stop", len(texts), MAX_STOP_TEXTS)
     for i, text in enumerate(texts):
+        name = "stop" if isinstance(stop, str) else f"stop[{i}]"
+        if not text:
+            raise RequestError(
+                f"stop is {shown(stop)}; a stop text has at least one character. Omit empty ones.",
+                param="stop",
+                code="invalid_value",
+            )
         if len(text) > MAX_STOP_CHARS:
-            name = "stop" if isinstance(stop, str) else f"stop[{i}]"
             raise RequestError(
                 f"{name} has {len(text)} characters; a stop text has at most {MAX_STOP_CHARS}. "
                 "Shorten it.",

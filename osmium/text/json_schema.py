@@ -109,6 +109,8 @@ def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
             value = ascii_classes(value)
         elif key == "patternProperties" and isinstance(value, dict):
             value = {ascii_classes(name): child for name, child in value.items()}
+        elif key in _NUMBERS:
+            value = _integer(value)
         out[key] = value
     for key, name, child in _children(out):
         checked = _checked(child, param, f"{path}/{key}" + ("" if name is None else f"/{name}"))
@@ -162,9 +164,8 @@ def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
             kinds = (dict, bool, list) if key == "items" else (dict, bool)
             value = value if isinstance(value, kinds) else None
         elif key in _NUMBERS:
-            value = (
-                value if isinstance(value, int | float) and not isinstance(value, bool) else None
-            )
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            value = _integer(value) if is_number else None
         elif key in ("enum", "required"):
             value = value if isinstance(value, list) else None
         elif key in ("pattern", "$ref"):
@@ -182,6 +183,11 @@ def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
     if "oneOf" in out and "anyOf" not in out:
         out["anyOf"] = out.pop("oneOf")
     return out
+
+
+def _integer(value: Any) -> Any:
+    """A number such as 3.0 as an integer, which JSON does not tell from it; others as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _types(value: Any) -> Any:

@@ -239,6 +239,7 @@ def test_a_keyword_with_a_value_of_another_kind_is_refused_by_name(
         {"$schema": "http://example.com/mine", "type": "null", "title": "T", "default": 1},
         {"$schema": "http://json-schema.org/draft-07/schema#", "type": "null"},
         {"definitions": {"a": {"type": "null"}}, "$ref": "#/definitions/a"},
+        {"type": "array", "items": {"type": "null"}, "minItems": 2.0, "maxItems": 2.0},
         True,
         '{"type": "null"}',
     ],
