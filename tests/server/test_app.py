@@ -13,9 +13,12 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import answer as server
+from osmium.server.anthropic_writer import MessageWriter
 from osmium.server.app import BackgroundLoader, create_app
+from osmium.server.choices import Choices
 from osmium.server.limits import Limits
 from osmium.server.openai import ResponseBuilder
+from osmium.server.responses_writer import ResponsesWriter
 from tests.server.scripted import BASE_URL, PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -608,3 +611,34 @@ def test_an_unexpected_error_is_a_500_without_details(
         error = error_of(ask(client), 500)
     assert "secret" not in error["message"]
     assert "a secret" in caplog.text, "the log has the details"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "writer"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, Choices),
+        ("/v1/completions", {"prompt": "Hello"}, Choices),
+        ("/v1/responses", {"input": "Hello"}, ResponsesWriter),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 9}, MessageWriter),
+    ],
+)
+def test_an_unexpected_error_in_a_stream_is_its_last_event(
+    path: str,
+    fields: dict[str, Any],
+    writer: type,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a " + "secret")
+
+    monkeypatch.setattr(writer, "push", fail)
+    engine = ScriptedEngine("the end " * 50, pace_s=0.01, context=1000)
+    with client_of(engine) as client:
+        answer = client.post(path, json={**fields, "stream": True})
+        assert engine.requests[0].cancelled.wait(PATIENCE_S)
+    last = json.loads(answer.text.rstrip().rpartition("data: ")[2])
+    assert answer.status_code == 200
+    assert "Internal error: ZeroDivisionError." in json.dumps(last)
+    assert "a secret" not in answer.text + caplog.text
+    assert "ZeroDivisionError" in caplog.text
