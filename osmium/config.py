@@ -252,8 +252,8 @@ class EngineConfig:
     write_combined: bool | None = None
     """Write-combined memory for host experts: True uses it, False forbids it, None chooses by
     measured copy rates.  tools/dma_bandwidth.py measures all kinds."""
-    prefill_chunk: int = 512
-    """Most tokens of a prefill step."""
+    prefill_chunk: int | None = None
+    """Most tokens of a prefill step.  None is 2048 where VRAM then holds every expert, else 512."""
     page_size: int = 64
     """Tokens per KV page."""
     max_num_seqs: int | None = None
@@ -284,8 +284,9 @@ class EngineConfig:
                     f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
                     + hint * (size <= 4096)
                 )
-        least = {"prefill_chunk": 1, "page_size": 1}
+        least = {"page_size": 1}
         optional = {
+            "prefill_chunk": 1,
             "kv_cache_mb": 1,
             "context": 2,
             "vram": 1,

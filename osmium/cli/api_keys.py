@@ -60,10 +60,13 @@ def _read_lines(flag: str, file: str) -> list[str]:
 
 
 def _lines(file: str) -> list[str]:
-    """The lines of a key file that are not empty.  Raises: ConfigError."""
-    keys = [line for line in _read_lines("--api-key-file", file) if line.strip()]
+    """The keys of a file: lines that are neither empty nor comments.  Raises: ConfigError."""
+    lines = [line.strip() for line in _read_lines("--api-key-file", file)]
+    keys = [line for line in lines if line and not line.startswith("#")]
     if not keys:
-        raise ConfigError(f"--api-key-file {file} has no key; write one key per line.")
+        raise ConfigError(
+            f"--api-key-file {file} has no key; write one key per line; # begins a comment."
+        )
     return keys
 
 

@@ -6,7 +6,8 @@ options that fit.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ from osmium.models.workspace import workspace_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
-    "kv_capacity_tokens", "make_plan",
+    "CUDA_CONTEXT_BYTES", "PREFILL_CHUNK", "RESIDENT_PREFILL_CHUNK", "DoesNotFit", "HardwareInfo",
+    "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan",
 ]  # fmt: skip
 
 GIB = 1 << 30
+
+PREFILL_CHUNK = 512
+"""Most tokens of a prefill step by default."""
+
+RESIDENT_PREFILL_CHUNK = 2048
+"""The same where VRAM holds every expert: larger tiles of each expert's tokens."""
 
 CUDA_CONTEXT_BYTES = 600 << 20
 """VRAM of a CUDA context with this engine's kernels loaded (estimate)."""
@@ -214,6 +221,8 @@ def make_plan(
 
     Raises: ConfigError for invalid options, DoesNotFit where memory does not suffice.
     """
+    if options.prefill_chunk is None:
+        return _plan_with_default_chunk(config, layout, weights, options, hardware)
     context = options.context or _default_context(config, options, hardware.gpu)
     if context > config.max_context:
         raise ConfigError(
@@ -235,9 +244,7 @@ def make_plan(
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes(config, rows, hardware.gpu)
-        + expert_runner_bytes(
-            rows, experts, experts, config.top_k, config.moe_intermediate_size, hardware.gpu
-        )
+        + expert_runner_bytes(rows, experts, experts, config.top_k, layout, hardware.gpu)
         + prefetch_state_bytes(layers, experts, config.top_k)
         + runner_bytes(config.vocab_size, rows, sequences, -(-context // options.page_size)),
     }
@@ -302,6 +309,25 @@ def make_plan(
         "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch,
     )  # fmt: skip
+
+
+def _plan_with_default_chunk(
+    config: ModelConfig,
+    layout: ExpertLayout,
+    weights: Sequence[tuple[str, int]],
+    options: EngineConfig,
+    hardware: HardwareInfo,
+) -> MemoryPlan:
+    """The plan with RESIDENT_PREFILL_CHUNK if all experts are then resident, else PREFILL_CHUNK."""
+    if hardware.gpu:
+        with suppress(ConfigError):
+            resident = replace(options, prefill_chunk=RESIDENT_PREFILL_CHUNK)
+            plan = make_plan(config, layout, weights, resident, hardware)
+            if plan.resident:
+                return plan
+    return make_plan(
+        config, layout, weights, replace(options, prefill_chunk=PREFILL_CHUNK), hardware
+    )
 
 
 def _default_context(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:

@@ -136,14 +136,16 @@ class SamplingParams:
         if not isinstance(self.stop, tuple | list) or not all(
             isinstance(text, str) and text for text in self.stop
         ):
-            raise _invalid_value("stop", self.stop, "a tuple of texts, none of them empty")
+            raise _invalid_value("stop", _listed(self.stop), "a list of texts, none of them empty")
         if not isinstance(self.stop_after, str):
             raise _invalid_value("stop_after", self.stop_after, "a text")
         if not isinstance(self.stop_token_ids, tuple | list) or not all(
             isinstance(token, int) and not isinstance(token, bool) and token >= 0
             for token in self.stop_token_ids
         ):
-            raise _invalid_value("stop_token_ids", self.stop_token_ids, "a tuple of token ids")
+            raise _invalid_value(
+                "stop_token_ids", _listed(self.stop_token_ids), "a list of token ids"
+            )
         if not isinstance(self.logit_bias, Mapping):
             raise _invalid_value("logit_bias", self.logit_bias, "a mapping")
         for token, bias in self.logit_bias.items():
@@ -158,6 +160,11 @@ class SamplingParams:
     def has_penalties(self) -> bool:
         """Whether a penalty changes logits."""
         return bool(self.repetition_penalty != 1 or self.presence_penalty or self.frequency_penalty)
+
+
+def _listed(value: object) -> object:
+    """A tuple as a list, which is what clients send."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _invalid_value(name: str, value: object, rule: str) -> RequestError:

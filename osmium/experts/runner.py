@@ -15,6 +15,7 @@ from osmium.experts.routing import RoutingRecorder
 from osmium.ops import (
     Array,
     ExpertCache,
+    GroupedExperts,
     HostExperts,
     MatmulInput,
     Ops,
@@ -22,7 +23,9 @@ from osmium.ops import (
     SharedExpert,
     SlotAssignment,
 )
-from osmium.ops.types import FETCH_SEGMENT_BYTES, rows_bytes
+from osmium.ops.tiling import rows_bytes
+from osmium.ops.types import FETCH_SEGMENT_BYTES
+from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["ExpertCounters", "ExpertRunner", "expert_runner_bytes"]
 
@@ -80,6 +83,8 @@ class ExpertRunner:
         self._prefetch_state = self._router_prefetch = None if resident else prefetch_state
         most = min(cache.num_experts, self.max_rows * top_k)
         self.inner = ops.empty_input(self.max_rows * top_k, cache.layout.inner)
+        self.grouped = ops.empty_grouped(self.max_rows, top_k, cache.num_experts, cache.layout)
+        """Arrays of the kernels for many tokens, or None."""
         self.assignment = SlotAssignment(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
@@ -182,9 +187,9 @@ class ExpertRunner:
                 x[rows], inner, shared_inner[rows], block_ids, weights[rows], assignment, cache,
                 layer,
             )  # fmt: skip
-            shared_up = (shared, shared_gate_up[rows])
+            shared_up = (shared, shared_gate_up[rows], self.grouped)
             shared_down = (
-                shared, router_logits[rows], shared_out[rows], y[rows], h[rows], norm,
+                shared, router_logits[rows], shared_out[rows], y[rows], h[rows], norm, self.grouped,
             )  # fmt: skip
             if assignment is None:
                 ops.expert_up(*up, "all", *shared_up)
@@ -219,12 +224,15 @@ class ExpertRunner:
 
 
 def expert_runner_bytes(
-    rows: int, capacity: int, experts: int, top_k: int, inner: int, gpu: bool
+    rows: int, capacity: int, experts: int, top_k: int, layout: ExpertLayout, gpu: bool
 ) -> int:
-    """Bytes of the runner's own arrays on a backend; `inner` is I."""
+    """Most bytes of the runner's own arrays on a backend."""
     block = _rows_per_block(rows, capacity, experts, top_k)
-    return rows_bytes(block * top_k, inner, False, gpu) + 4 * (
-        block * top_k + 1 + 2 + 4 * min(experts, block * top_k)
+    grouped = GroupedExperts.nbytes(block, top_k, experts, layout.hidden) if gpu else 0
+    return (
+        grouped
+        + rows_bytes(block * top_k, layout.inner, False, gpu)
+        + 4 * (block * top_k + 1 + 2 + 4 * min(experts, block * top_k))
     )
 
 

@@ -33,7 +33,9 @@ PACKAGES = (
 LATEST_PTX = (8, 7)
 """The newest PTX version that a 12.8 driver loads."""
 
-MODULES = ("adjust_logits", "assign_slots", "logit_histogram", "sample", "top_logprobs")
+MODULES = (
+    "adjust_logits", "assign_slots", "group_by_expert", "logit_histogram", "sample", "top_logprobs",
+)  # fmt: skip
 
 
 def versions() -> str:

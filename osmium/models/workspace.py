@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.ops import Array, MatmulInput, Ops
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words
-from osmium.ops.types import ROUTER_BARRIER_SHAPE, rows_bytes
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, rows_bytes
+from osmium.ops.types import ROUTER_BARRIER_SHAPE
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 

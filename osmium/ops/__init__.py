@@ -15,6 +15,7 @@ whole; `[T, >= n]` may have more columns than are read.
 from typing import Literal, Protocol, runtime_checkable
 
 from osmium.ops.controls import SamplingControls
+from osmium.ops.grouped import ExpertGroups, GroupedExperts, GroupedOps
 from osmium.ops.memory import MemoryOps
 from osmium.ops.types import (
     Array,
@@ -39,15 +40,17 @@ from osmium.quant.random_fill import BitPattern
 
 __all__ = [
     "Array", "AttentionWeights", "AttentionWorkspace", "DecayConfig", "DecodeState",
-    "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill", "HostExperts", "LinearWeight",
-    "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SamplingControls", "SharedExpert",
-    "SlotAssignment", "StepInputs",
+    "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "ExpertGroups", "Fill", "GroupedExperts",
+    "HostExperts",
+    "LinearWeight", "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SamplingControls",
+    "SharedExpert", "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 
 @runtime_checkable
-class Ops(MemoryOps, Protocol):
-    """The operations of a backend; `MemoryOps` has those on memory."""
+class Ops(MemoryOps, GroupedOps, Protocol):
+    """The operations of a backend.  `MemoryOps` has those on memory, `GroupedOps` those on experts
+    of many tokens."""
 
     # -- rows ------------------------------------------------------------------------------------
 
@@ -338,6 +341,7 @@ class Ops(MemoryOps, Protocol):
         subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
         gate_up: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         """inner[t, a] = silu(gate_e h[t]) * (up_e h[t]), e = ids[t, a], from the experts' slots;
         shared_inner = gate_up_silu(h, shared.up).
@@ -345,8 +349,10 @@ class Ops(MemoryOps, Protocol):
         Without a plan expert e is in slot e.  "hits" computes the shared expert and any of the
         pairs whose expert was resident before the plan; "rest" computes the other pairs.
 
+        With `grouped`, rows of inner may be in another order, which `expert_down` expects.
+
         inner [T * A, I]    shared_inner [T, Is]    h [T, D]    ids u16 [T, A]
-        gate_up f32 [T, 2Is], scratch
+        gate_up f32 [T, 2Is], scratch    grouped: from `empty_grouped`
         """
 
     def expert_down(
@@ -366,6 +372,7 @@ class Ops(MemoryOps, Protocol):
         y: Array,
         h: MatmulInput,
         norm: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         """x[t] += sum over a of weights[t, a] * down_e inner[t, a], in a fixed order, plus
         sigmoid(router_logits[t, gate_column]) * (shared.down shared_inner[t]);

@@ -12,18 +12,20 @@ from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.kernels.top_logprobs import TOP_LOGPROBS
-from osmium.ops import gpu_experts, gpu_rows
+from osmium.ops import gpu_experts, gpu_grouped, gpu_rows
 from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.tiling import (
     DELTA_CHUNK_MAX_SEQS,
     KV_DTYPES,
+    PREFILL_HEAD_DIMS,
     SPLIT_KV_MAX_SEQS,
     delta_chunk_units,
     is_decode,
     kv_format,
     num_kv_splits,
+    prefill_attention_tokens,
     supports_matvec,
 )
 from osmium.ops.types import (
@@ -43,6 +45,11 @@ __all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
 GQA_ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
+GQA_PREFILL = {
+    f"{name}_{dim}": kernel(f"gqa_prefill_{name}_{dim}")
+    for name in KV_DTYPES
+    for dim in PREFILL_HEAD_DIMS
+}
 GQA_DECODE_SPLIT_KV = {name: kernel(f"gqa_decode_split_kv_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
 CAUSAL_CONV1D = kernel("causal_conv1d_silu_f32")
@@ -62,7 +69,7 @@ def check_kernels() -> int:
     Raises: KernelError if a text is missing, broken or stale.
     """
     kernels: dict[str, Kernel] = {}
-    for module in (vars(gpu_rows), vars(gpu_experts), globals()):
+    for module in (vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), globals()):
         for value in module.values():
             for item in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(item, Kernel):
@@ -102,6 +109,14 @@ class GpuOps(GpuExperts):
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
+        tokens_per_block = prefill_attention_tokens(q, kv, step)
+        if tokens_per_block:
+            GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
+                self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
+                step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
+                step.page_size, step.page_table.shape[1], scale,
+            )  # fmt: skip
+            return
         GQA_ATTENTION[kv_format(kv)](
             self.stream, tokens, out, q, *_arrays(kv), step.positions, step.sequence_ids,
             step.page_table, heads, kv.k.shape[2], dim, step.page_size, step.page_table.shape[1],

@@ -4,7 +4,8 @@ from typing import Literal
 
 from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import kernel
-from osmium.ops.gpu_rows import GpuRows
+from osmium.ops.gpu_grouped import GpuGrouped
+from osmium.ops.grouped import GroupedExperts
 from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     MAX_EXPERT_TILES,
@@ -57,7 +58,7 @@ EXPERT_SUBSETS = ("all", "hits", "rest")
 """A subset's index is the kernels' `subset` parameter."""
 
 
-class GpuExperts(GpuRows):
+class GpuExperts(GpuGrouped):
     """See ops.Ops for every method's formula, shapes and source."""
 
     # -- experts -----------------------------------------------------------------------------------
@@ -241,11 +242,15 @@ class GpuExperts(GpuRows):
         subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
         gate_up: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         layout, (tokens, top_k) = cache.layout, ids.shape
         if not supports_fused_experts(layout, tokens):
             if subset != "hits":
-                self._generic_up(inner, h, ids, cache, layer)
+                if grouped is not None and tokens > MATVEC_MAX_TOKENS:
+                    self.grouped_up(grouped, inner, h, ids, cache, layer)
+                else:
+                    self._generic_up(inner, h, ids, cache, layer)
             if subset != "rest":
                 self.gate_up_silu(shared_inner, h, shared.up, gate_up)
             return
@@ -306,15 +311,23 @@ class GpuExperts(GpuRows):
         y: Array,
         h: MatmulInput,
         norm: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         layout, (tokens, top_k) = cache.layout, ids.shape
         if not supports_fused_experts(layout, tokens):
             if subset == "hits":
                 return
-            self._generic_down(y, inner, ids, weights, cache, layer)
             self.linear(shared_out, shared_inner, shared.down)
-            self.add_sigmoid_gated(y, shared_out, router_logits, shared.gate_column)
-            self.add(x, y)
+            if grouped is not None and tokens > MATVEC_MAX_TOKENS:
+                self.grouped_down(grouped, inner, ids, cache, layer)
+                self.gather_add(
+                    x, grouped.pair_out[: tokens * top_k], weights, grouped.groups.position, 0,
+                    shared_out, router_logits, shared.gate_column,
+                )  # fmt: skip
+            else:
+                self._generic_down(y, inner, ids, weights, cache, layer)
+                self.add_sigmoid_gated(y, shared_out, router_logits, shared.gate_column)
+                self.add(x, y)
             self.rms_norm(h, x, norm)
             return
         is_fused = fits_shared(shared)
@@ -357,7 +370,8 @@ class GpuExperts(GpuRows):
         self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
     ) -> None:
         tokens, shared_size = inner.f32.shape
-        if w.format != "int8" or w.in_features % 64 or shared_size % 4 or not self.fits_norm(a):
+        fits = w.format == "int8" and w.in_features % 64 == 0 and shared_size % 4 == 0
+        if self.uses_gemm(a, w) or not fits or not self.fits_norm(a):
             self.linear(gate_up, a, w)
             self.silu_and_mul(inner.f32, gate_up)
             self.prepare_input(inner)

@@ -13,8 +13,16 @@ import numpy.typing as npt
 
 from osmium.kernels.ptx import kernel
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.tiling import MAX_NORM_K, Tiling, supports_matvec, tile_matrix
-from osmium.ops.types import Array, Fill, LinearWeight, MatmulInput
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    MAX_NORM_K,
+    Tiling,
+    gemm_stages,
+    supports_gemm,
+    supports_matvec,
+    tile_matrix,
+)
+from osmium.ops.types import DIGIT_GROUP, Array, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
 
@@ -29,6 +37,9 @@ ADD = kernel("add_f32")
 NORM_SPLIT_HI_LO = kernel("norm_split_hi_lo_f32")
 MERGE_HI_LO = kernel("merge_hi_lo_f32")
 LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
+SPLIT_DIGITS = kernel("split_digits_f32")
+SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
+GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
 
@@ -67,11 +78,14 @@ class GpuRows:
         self.runtime.release(array)
 
     def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
+        has_digits, groups = width % DIGIT_GROUP == 0, width // DIGIT_GROUP
         return MatmulInput(
             self.empty((tokens, width), np.float32),
             self.empty((tokens, width // 2, 4), np.uint16),
             None if eps is None else self.empty((tokens, width // 8), np.float32),
             eps or 0.0,
+            self.empty((tokens, groups, 2, DIGIT_GROUP), np.int8) if has_digits else None,
+            self.empty((tokens, groups), np.float32) if has_digits else None,
         )
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
@@ -136,7 +150,9 @@ class GpuRows:
     # -- matrices --------------------------------------------------------------------------------
 
     def linear(self, out: Array, a: MatmulInput, w: LinearWeight) -> None:
-        if supports_matvec(w) and self.fits_norm(a):
+        if self.uses_gemm(a, w):
+            self.gemm(out, a, w, 0)
+        elif supports_matvec(w) and self.fits_norm(a):
             self.matvec(out, a, w, None, None)
         else:
             self.generic_linear(out, self.merge_hi_lo(a), w, 0)
@@ -144,11 +160,42 @@ class GpuRows:
     def linear_add_rms_norm(
         self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
     ) -> None:
-        if supports_matvec(w) and w.out_features % 8 == 0 and self.fits_norm(a):
+        if self.uses_gemm(a, w):
+            self.gemm(x, a, w, 1)
+            self.rms_norm(h, x, norm)
+        elif supports_matvec(w) and w.out_features % 8 == 0 and self.fits_norm(a):
             self.matvec(x, a, w, h, norm)
         else:
             self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
+
+    @staticmethod
+    def uses_gemm(a: MatmulInput, w: LinearWeight) -> bool:
+        """Whether a matrix is multiplied by the kernels for many tokens."""
+        return a.f32.shape[0] > MATVEC_MAX_TOKENS and a.digits is not None and supports_gemm(w)
+
+    def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
+        """out = a @ W.T, or out += with `accumulate` 1, for many tokens.
+
+        The kernel's error is that of the digits: 16 bits of the largest of 128 inputs.
+        """
+        tokens = a.f32.shape[0]
+        self.split_digits(a)
+        stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
+        GEMM[w.format](
+            self.stream, out, a.digits, a.units, w.data, w.scale, tokens, w.out_features,
+            w.in_features, stages, accumulate,
+        )  # fmt: skip
+
+    def split_digits(self, a: MatmulInput, of_f32: bool = False) -> None:
+        """a.digits and a.units of hi + lo, divided by the root mean square if normed; or of f32."""
+        tokens, width = a.f32.shape
+        if of_f32:
+            SPLIT_DIGITS(self.stream, tokens, a.digits, a.units, a.f32, width)
+            return
+        SPLIT_DIGITS_HI_LO(
+            self.stream, tokens, a.digits, a.units, a.hi_lo, a.square_sums or 0, width, a.eps
+        )
 
     def generic_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
         """out = x @ W.T, or out += with `add` 1, for any shape.

@@ -28,7 +28,9 @@ from osmium.ops.formulas import (
     silu,
     slots_of,
     write_kv,
-)
+)  # fmt: skip
+from osmium.ops.grouped import GroupedExperts
+from osmium.ops.reference_grouped import ReferenceGroupedOps
 from osmium.ops.reference_quant import ReferenceQuantOps
 from osmium.ops.types import (
     FETCH_BLOCKS,
@@ -50,13 +52,13 @@ from osmium.ops.types import (
     SharedExpert,
     SlotAssignment,
     StepInputs,
-)
+)  # fmt: skip
 from osmium.quant.floats import f32_from_bf16
 
 __all__ = ["ReferenceOps"]
 
 
-class ReferenceOps(ReferenceQuantOps):
+class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
     """See ops.Ops for every method's formula, shapes and source."""
 
     def __init__(self, cache_bytes: int = 4 << 30) -> None:
@@ -406,6 +408,7 @@ class ReferenceOps(ReferenceQuantOps):
         subset: Literal["all", "hits", "rest"],
         shared: SharedExpert,
         gate_up: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         top_k, inner_size = ids.shape[1], cache.layout.inner
         slots = slots_of(ids, plan)
@@ -436,6 +439,7 @@ class ReferenceOps(ReferenceQuantOps):
         y: Array,
         h: MatmulInput,
         norm: Array,
+        grouped: GroupedExperts | None = None,
     ) -> None:
         if subset == "hits":
             return
@@ -477,13 +481,6 @@ class ReferenceOps(ReferenceQuantOps):
         cached = self._experts.pop(data.ctypes.data, None)
         if cached is not None:
             self._cache_bytes_left += cached[1].nbytes + cached[2].nbytes
-
-    def silu_and_mul(self, out: Array, x: Array) -> None:
-        size = out.shape[1]
-        np.multiply(silu(x[:, :size]), x[:, size:], out=out)
-
-    def add_sigmoid_gated(self, out: Array, x: Array, gate: Array, column: int) -> None:
-        out += sigmoid(gate[:, column : column + 1]) * x
 
     # -- sampling ----------------------------------------------------------------------------------
 

@@ -6,15 +6,17 @@ from typing import Any, cast
 import numpy as np
 
 from osmium.errors import ConfigError
+from osmium.kernels.group_by_expert import MAX_EXPERTS
 from osmium.ops.runtime import DeviceRuntime
-from osmium.ops.types import LinearWeight, PagedKV, SharedExpert, StepInputs
+from osmium.ops.types import DIGIT_GROUP, Array, LinearWeight, PagedKV, SharedExpert, StepInputs
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
-    "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words", "fits_shared",
-    "is_decode", "kv_format", "num_kv_splits", "supports_fused_experts", "supports_matvec",
-    "tile_expert_down", "tile_matrix",
+    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words",
+    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
+    "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
+    "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -44,6 +46,9 @@ DOWN_REDUCTION_BYTES = 4608
 MAX_SCALE_BYTES = 16 << 10
 """Most bytes of shared memory for a block's INT4 scales."""
 
+GEMM_STAGE_BYTES = {4: 24832, 8: 33024}
+"""Bytes of one stage of gemm_digits.ptx, by bits of a weight."""
+
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """Dtype of keys and values, by the suffix of the kernels' names."""
 
@@ -52,6 +57,15 @@ SPLIT_KV_MAX_SEQS = 8
 
 SPLIT_KV_SHARED_BYTES = 96 << 10
 """Most bytes of shared memory of a split-KV block."""
+
+PREFILL_HEAD_DIMS = (128, 256)
+"""Head sizes of the prefill attention kernels."""
+
+PREFILL_ROWS = {"bf16": 32, "fp8": 64}
+"""Matrix rows of a block of prefill attention: query heads of a KV head times tokens."""
+
+PREFILL_MIN_TOKENS = 9
+"""Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
 
 MIN_KV_SPLITS = 4
 """Fewest blocks per context, even on a small GPU."""
@@ -135,6 +149,13 @@ def tile_expert_down(
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
 
 
+def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
+    """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
+    halves = 4 * width + (width // 2 if normed else 0)
+    digits = 2 * width + 4 * (width // DIGIT_GROUP) if width % DIGIT_GROUP == 0 else 0
+    return tokens * (4 * width + (halves + digits if gpu else 0))
+
+
 def delta_chunk_units(rows: int) -> int:
     """Units of 16 tokens in the scratch of the chunked delta rule, for steps of `rows` tokens."""
     return rows // 16 + 2 * DELTA_CHUNK_MAX_SEQS
@@ -156,6 +177,32 @@ def supports_matvec(w: LinearWeight) -> bool:
     """Whether the matvec kernel of the format takes this matrix."""
     whole_tiles = w.format != "int4" or w.out_features % 8 == 0
     return whole_tiles and w.in_features % MATVEC_K_MULTIPLE[w.format] == 0 and w.group in (0, 128)
+
+
+def supports_gemm(w: LinearWeight) -> bool:
+    """Whether the kernels for many tokens take this matrix."""
+    group = w.group in (0, DIGIT_GROUP)
+    return (
+        w.format != "bf16"
+        and group
+        and w.in_features % DIGIT_GROUP == 0
+        and w.out_features % 2 == 0
+    )
+
+
+def supports_grouped_experts(layout: ExpertLayout, num_experts: int) -> bool:
+    """Whether the expert kernels for many tokens take this layout."""
+    groups = layout.bits == 8 or layout.up_group == layout.down_group == DIGIT_GROUP
+    whole = layout.hidden % DIGIT_GROUP == 0 and layout.inner % DIGIT_GROUP == 0
+    return layout.bits != 16 and groups and whole and num_experts <= MAX_EXPERTS
+
+
+def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
+    """Stages in shared memory of a block of gemm_digits.ptx: three if two blocks then fit."""
+    stage_bytes = GEMM_STAGE_BYTES[bits]
+    scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
+    fits = 2 * (3 * stage_bytes + scale_bytes) <= runtime.max_shared_per_block
+    return 3 if fits else 2
 
 
 def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:
@@ -192,3 +239,14 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     else:
         capacity = runtime.sm_count - copy_blocks
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
+
+
+def prefill_attention_tokens(q: Array, kv: PagedKV, step: StepInputs) -> int:
+    """Tokens per block of the prefill attention kernel; 0 where attention takes one token a block.
+
+    q is f32 [T, H, d].  A block has all query heads of a KV head.
+    """
+    tokens, heads, dim = q.shape
+    if is_decode(step) or tokens < PREFILL_MIN_TOKENS or dim not in PREFILL_HEAD_DIMS:
+        return 0
+    return int(PREFILL_ROWS[kv_format(kv)] * kv.k.shape[2] // heads)

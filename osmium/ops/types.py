@@ -29,7 +29,7 @@ __all__ = [
     "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
     "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
     "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
-    "SlotAssignment", "StepInputs", "rows_bytes",
+    "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 Array = Any
@@ -107,22 +107,20 @@ class MatmulInput:
     None: the input is not normed."""
     eps: float = 0.0
     """Epsilon of the norm: it divides by sqrt(mean(x^2) + eps)."""
+    digits: Array | None = None
+    """i8 [T, K / 128, 2, 128], scratch: two digits of each value, as in ptx/split_digits.ptx."""
+    units: Array | None = None
+    """f32 [T, K / 128], the unit of each group of 128 values."""
 
     def __getitem__(self, part: slice) -> "MatmulInput":
         """A view of some rows."""
-        hi_lo, square_sums = self.hi_lo, self.square_sums
-        return MatmulInput(
-            self.f32[part],
-            None if hi_lo is None else hi_lo[part],
-            None if square_sums is None else square_sums[part],
-            self.eps,
-        )
+        parts = (self.hi_lo, self.square_sums, self.digits, self.units)
+        hi_lo, square_sums, digits, units = (None if a is None else a[part] for a in parts)
+        return MatmulInput(self.f32[part], hi_lo, square_sums, self.eps, digits, units)
 
 
-def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
-    """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
-    halves = 4 * width + (width // 2 if normed else 0)
-    return tokens * (4 * width + (halves if gpu else 0))
+DIGIT_GROUP = 128
+"""Inputs that share a unit of their digits, and an INT4 scale."""
 
 
 @dataclass(frozen=True)

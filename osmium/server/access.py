@@ -33,6 +33,9 @@ PUBLIC_PATH = "/health"
 DRAIN_S = 0.5
 """Seconds in which the body of a refused request is received and dropped."""
 
+EXPOSED = "x-osmium-ignored, x-osmium-did-you-mean, request-id, retry-after"
+"""Headers of responses that web pages may read."""
+
 _LABELS = r"[a-z0-9_-]+(?:\.[a-z0-9_-]+)*\.?"
 _HOST = re.compile(rf"(?P<host>{_LABELS}|\[[0-9a-f:.]+(?:%[a-z0-9_.%-]+)?\])(?::[0-9]*)?")
 _ORIGIN = re.compile(rf"(?P<scheme>[a-z][a-z0-9+.-]*)://(?P<authority>{_HOST.pattern})/?")
@@ -156,9 +159,11 @@ class AccessMiddleware:
         return {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
 
     def _with_cors(self, origin: str, send: Send) -> Send:
+        headers = {**self._cors(origin), "Access-Control-Expose-Headers": EXPOSED}
+
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message).update(self._cors(origin))
+                MutableHeaders(scope=message).update(headers)
             await send(message)
 
         return with_headers

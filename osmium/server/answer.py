@@ -4,6 +4,7 @@ A disconnect cancels the request's choices; an error in a stream is its last eve
 """
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, TypeVar, cast
@@ -34,6 +35,8 @@ from osmium.server.shutdown import Events, Shutdown
 from osmium.server.status import served_name
 
 __all__ = ["ANSWER_ROUTES", "answer", "work_on_body"]
+
+log = logging.getLogger("osmium.server")
 
 T = TypeVar("T")
 
@@ -231,7 +234,10 @@ class _Answer:
     # -- streams -----------------------------------------------------------------------------------
 
     async def _stream(self) -> AsyncIterator[StreamEvent]:
-        """Yield the response as server-sent events.  Its end, for any reason, cancels it."""
+        """Yield the response as server-sent events.  Its end, for any reason, cancels it.
+
+        An exception that is a bug is logged, and the stream ends with an error event.
+        """
         writer = self.writer
         try:
             for one in writer.first():
@@ -249,6 +255,11 @@ class _Answer:
             else:
                 end = writer.failed(writer.error, self.shutdown.begun)
             for one in end:
+                yield one
+        except Exception as error:
+            log.error("A stream of %s failed", type(writer).__name__, exc_info=error)
+            problem = OsmiumError(f"Internal error: {type(error).__name__}.")
+            for one in writer.failed(problem, False):
                 yield one
         finally:
             self.cancel()

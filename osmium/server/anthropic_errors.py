@@ -9,7 +9,7 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import Scope
 
-from osmium.errors import ContextError, OsmiumError
+from osmium.errors import ContextError, OsmiumError, RequestError
 from osmium.server.openai import error_body, error_status
 
 __all__ = ["anthropic_error", "error_form", "is_anthropic", "request_id"]
@@ -21,6 +21,9 @@ _TYPES = {
     529: "overloaded_error",
 }  # fmt: skip
 """Names of errors by HTTP status; others are invalid_request_error or api_error."""
+
+_NO_THREADS = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+"""Details of an error with which the anthropic package sends the whole conversation again."""
 
 _OPENAI = ("/v1/chat/", "/v1/completions", "/v1/responses")
 """Paths of OpenAI's API, whatever the headers."""
@@ -65,8 +68,7 @@ def anthropic_error(
         # clients read both numbers; a prompt needs room for one generated token
         most = min(error.context, error.tokens - 1)
         text = f"prompt is too long: {error.tokens} tokens > {most} maximum"
-    return {
-        "type": "error",
-        "error": {"type": kind, "message": text},
-        "request_id": request_id,
-    }
+    found: dict[str, Any] = {"type": kind, "message": text}
+    if isinstance(error, RequestError) and error.param == "thread":
+        found["details"] = _NO_THREADS
+    return {"type": "error", "error": found, "request_id": request_id}

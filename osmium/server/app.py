@@ -109,7 +109,7 @@ def create_app(
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
     app.state.responses = ResponseStore()
-    app.state.has_keys = bool(keys)
+    app.state.has_keys, app.state.openapi = bool(keys), None
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]
     operations = [route.operation for route in routes if route.operation.error is None]
     kinds = [one.body for one in operations if one.body is not None]

@@ -5,6 +5,7 @@ them is worked on at a time, beside the small ones.
 """
 
 import asyncio
+import codecs
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
 from osmium.errors import RequestError
-from osmium.server.limits import Limits
+from osmium.server.limits import Limits, shown
 
 __all__ = ["BodyReader", "ErrorResponse", "Workers"]
 
@@ -103,9 +104,11 @@ class BodyReader:
     async def read(self, request: Request) -> AsyncIterator[tuple[bytearray, Workers]]:
         """A request's body, and the threads on which to work on it inside the `with`.
 
-        Raises: RequestError for a body that is too large, too slow, or waits too long for a place.
+        A byte order mark is left out.  Raises: RequestError for a body that is empty, compressed,
+        too large, too slow, or waits too long for a place.
         """
         limits, loop = self.limits, asyncio.get_running_loop()
+        _check_encoding(request)
         declared = _content_length(request)
         if declared > limits.max_body_bytes:
             raise self._too_large(declared)
@@ -135,6 +138,10 @@ class BodyReader:
                 if len(body) > limits.max_body_bytes:
                     raise self._too_large(len(body))
             request.scope[_BODY_READ] = True
+            if body.startswith(codecs.BOM_UTF8):
+                del body[: len(codecs.BOM_UTF8)]
+            if not body.strip():
+                raise RequestError("The body is empty; send a JSON object.", code="invalid_json")
             yield body, self._large if has_place else self._small
         finally:
             if has_place:
@@ -195,6 +202,18 @@ class ErrorResponse(JSONResponse):
 
 _BODY_READ = "osmium.body_read"
 """Key of a scope whose body has been read."""
+
+
+def _check_encoding(request: Request) -> None:
+    """Raises: RequestError for a compressed body."""
+    for value in request.headers.getlist("content-encoding"):
+        if any(one.strip().lower() not in ("", "identity") for one in value.split(",")):
+            raise RequestError(
+                f"The header Content-Encoding is {shown(value)}; only uncompressed bodies are "
+                "read. Send the JSON without compression.",
+                code="unsupported_encoding",
+                status=415,
+            )
 
 
 def _content_length(request: Request) -> int:

@@ -11,12 +11,15 @@ from osmium.server.schema import ChatRequest
 from osmium.server.thinking import efforts_to_try, thinking_options
 from osmium.text.reasoning import starts_in_reasoning
 
-__all__ = ["ChatPrompt", "render_chat"]
+__all__ = ["ChatPrompt", "render_chat", "unused_variables"]
 
 _END_MARK = "\ufdd0\ufdd1\ufdd0"
 """Noncharacters that mark the end of the message to continue; a template renders them as text."""
 
 _SWITCHES = ("add_generation_prompt", "continue_final_message")
+
+_HONOURED = (*_SWITCHES, "thinking_budget")
+"""Keys of chat_template_kwargs that have an effect with any template."""
 
 
 @dataclass
@@ -55,6 +58,17 @@ def render_chat(engine: Engine, body: ChatRequest) -> ChatPrompt:
         raise _cannot_continue("the chat template leaves out its text")
     text = text[:at]
     return ChatPrompt(text, in_reasoning or starts_in_reasoning(text), tools)
+
+
+def unused_variables(engine: Engine, body: ChatRequest) -> tuple[str, ...]:
+    """The paths of chat_template_kwargs that the template does not read; null is absent."""
+    read = {*engine.template.variables, *_HONOURED} if engine.template is not None else set()
+    given = (body.chat_template_kwargs or {}).items()
+    return tuple(
+        f"chat_template_kwargs.{name}"
+        for name, value in given
+        if value is not None and name not in read
+    )
 
 
 def _render(

@@ -53,7 +53,9 @@ class HttpConfig(uvicorn.Config):
         self, app: Any, limits: Limits, tls: ssl.SSLContext | None = None, **options: Any
     ) -> None:
         """With `tls` connections begin with a handshake."""
-        super().__init__(app, http=HttpProtocol, ws="none", **options)
+        # uvloop, which uvicorn would take where it is installed, starts TLS in another way and
+        # does not report a lack of descriptors.
+        super().__init__(app, http=HttpProtocol, ws="none", loop="asyncio", **options)
         self.tls = tls
         self.handshakes: set[Handshake] = set()
         """Those that run."""
@@ -155,6 +157,11 @@ class HttpProtocol(H11Protocol):
         if self._write_timer is not None:
             self._write_timer.cancel()
             self._write_timer = None
+
+    def _should_upgrade(self) -> bool:
+        """Never: a request to upgrade is served as HTTP/1.1, without uvicorn's warnings, as
+        clients try WebSockets and HTTP/2 first."""
+        return False
 
     # -- refusals ----------------------------------------------------------------------------------
 

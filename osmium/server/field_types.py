@@ -20,9 +20,9 @@ from osmium.server.thinking import (
 )
 
 __all__ = [
-    "MAX_CHOICES", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices", "CompletionTokens",
-    "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP", "MinTokens",
-    "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
+    "MAX_CHOICES", "REASONING", "ROLES", "TOKEN_ID", "BestOf", "Budget", "Choices",
+    "CompletionTokens", "Count", "Effort", "FrequencyPenalty", "LogitBias", "Messages", "MinP",
+    "MinTokens", "NamedTools", "NumTokens", "PresencePenalty", "PromptScores", "Reasoning",
     "RepetitionPenalty", "ResponseFormat", "StopText", "StopTexts", "Structured", "Temperature",
     "Thinking", "TokenId", "ToolMode", "Tools", "TopK", "TopLogprobs", "TopP",
 ]  # fmt: skip
@@ -32,6 +32,9 @@ MAX_CHOICES = 8
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """Roles of messages."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of a message's reasoning."""
 
 TOKEN_ID = "token-id"
 """The format of token ids; openapi.py adds the largest one of the served model."""
@@ -87,7 +90,7 @@ _PART = {
     "anyOf": [
         _TEXT,
         _object(("text",), type={"enum": [*TEXT_PARTS, None]}, text=_TEXT),
-        _object(("type",), type={"const": "refusal"}),
+        _object(("type",), type={"const": "refusal"}, refusal=_nullable(**_TEXT)),
     ]
 }
 _CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}, {"type": "null"}]}
@@ -97,7 +100,11 @@ Message = Annotated[
     dict[str, Any],
     msgspec.Meta(
         extra_json_schema=_object(
-            ("role",), role={"enum": list(ROLES)}, content=_CONTENT, tool_calls=_CALLS
+            ("role",),
+            role={"enum": list(ROLES)},
+            content=_CONTENT,
+            tool_calls=_CALLS,
+            **{key: _nullable(**_TEXT) for key in (*REASONING, "refusal")},
         )
     ),
 ]
@@ -175,7 +182,7 @@ Reasoning = Annotated[
 ]  # fmt: skip
 
 _SCHEMA = {"type": "object"}
-_NAMED = _object(("schema",), name=_TEXT, schema=_SCHEMA, strict=_SWITCH)
+_NAMED = _object(("schema",), name=_nullable(**_TEXT), schema=_SCHEMA, strict=_SWITCH)
 ResponseFormat = Annotated[
     dict[str, Any],
     _states(

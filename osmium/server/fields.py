@@ -31,6 +31,7 @@ MAX_LOGGED = 256
 _STRUCTURED = "use response_format or structured_outputs"
 _SAMPLING = "use temperature, top_p, top_k or min_p"
 _ONLY_TEXT = "only text is supported"
+_WHOLE = "send the whole conversation"
 _CHAT_ONLY = "use /v1/chat/completions"
 
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -76,8 +77,19 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "kv_transfer_params": ((), "omit it"),
     "mm_processor_kwargs": (({},), _ONLY_TEXT),
     "media_io_kwargs": (({},), _ONLY_TEXT),
+    "images": (([],), _ONLY_TEXT),
+    "image_data": (([],), _ONLY_TEXT),
+    "video_data": (([],), _ONLY_TEXT),
+    "audio_data": (([],), _ONLY_TEXT),
+    "multi_modal_data": (({},), _ONLY_TEXT),
+    "prompt_embeds": ((), "use prompt"),
+    "input_embeds": ((), "use prompt"),
+    "return_hidden_states": ((False,), "omit it"),
+    "custom_logit_processor": ((), "use logit_bias"),
     "input": ((), "use messages or prompt"),
-    "previous_response_id": ((), "send the whole conversation"),
+    "previous_response_id": ((), _WHOLE),
+    "thread": ((), _WHOLE),
+    "compaction": ((), "shorten the conversation"),
 }
 """Fields that would change the answer: the values that ask for nothing, and what to do instead."""
 
@@ -85,7 +97,8 @@ CHAT_ONLY: dict[str, tuple[Any, ...]] = {
     "tools": ([],), "tool_choice": ("none", "auto"),
     "chat_template_kwargs": ({},), "enable_thinking": (), "thinking": (),
     "reasoning": ({},), "reasoning_effort": (), "thinking_token_budget": (),
-    "reasoning_budget_tokens": (), "continue_final_message": (False,), "top_logprobs": (0,),
+    "reasoning_budget_tokens": (), "thinking_budget": (), "continue_final_message": (False,),
+    "top_logprobs": (0,), "max_completion_tokens": (),
 }  # fmt: skip
 """Fields of a chat, refused in a completion."""
 
@@ -129,11 +142,13 @@ def unknown_fields(
     known: Collection[str],
     *,
     refused: Mapping[str, tuple[tuple[Any, ...], str]] = REFUSED,
+    chat_only: Mapping[str, tuple[Any, ...]] = CHAT_ONLY,
     nested: Mapping[str, Collection[str]] = NESTED,
 ) -> tuple[str, ...]:
     """The names of a body's fields that have no effect; `known` ones have been decoded.
 
-    `nested` are the known fields of fields that are objects.  A field that is null is absent.
+    `chat_only` are refused where they are not known.  `nested` are the known fields of fields that
+    are objects.  A field that is null is absent.
     Raises: RequestError for refused ones.
     """
     given = _items(body)
@@ -144,8 +159,8 @@ def unknown_fields(
         if name in refused:
             harmless, fix = refused[name]
             _refuse_unless(name, _value(raw), harmless, fix)
-        elif name in CHAT_ONLY:
-            _refuse_unless(name, _value(raw), CHAT_ONLY[name], _CHAT_ONLY)
+        elif name in chat_only:
+            _refuse_unless(name, _value(raw), chat_only[name], _CHAT_ONLY)
         elif name in HINTS:
             values = HINTS[name]
             if values is not None and not _is_any(_value(raw), values):

@@ -84,63 +84,109 @@ class _EngineCollector(Collector):
 def _requests(meter: EngineStats) -> Iterator[Metric]:
     scheduler = meter.scheduler
     for name, text, value in (
-        ("num_requests_running", "Requests in prefill or decode.", len(scheduler.running)),
-        ("num_requests_waiting", "Requests in the queue.", len(scheduler.waiting)),
-        ("kv_cache_usage_perc", "Allocated KV pages / all, 0 to 1.", scheduler.kv_cache.usage),
-        ("prefill_tokens_per_second", "Rate of the newest prefill.", meter.prefill_tokens_s),
+        ("osmium_num_requests_running", "Requests in prefill or decode.", len(scheduler.running)),
+        ("osmium_num_requests_waiting", "Requests in the queue.", len(scheduler.waiting)),
+        (
+            "osmium_kv_cache_usage_perc",
+            "Allocated KV pages / all, 0 to 1.",
+            scheduler.kv_cache.usage,
+        ),
+        ("osmium_prefill_tokens_per_second", "Rate of the newest prefill.", meter.prefill_tokens_s),
     ):
-        yield GaugeMetricFamily(f"osmium_{name}", text, value)
+        yield GaugeMetricFamily(name, text, value)
     finished = CounterMetricFamily(
-        "osmium_request_success", "Finished requests by finish reason.", labels=["finished_reason"]
+        "osmium_request_success_total",
+        "Finished requests by finish reason.",
+        labels=["finished_reason"],
     )
     for reason, count in meter.finished.items():
         finished.add_metric([FINISHED_REASONS[reason]], count)
     yield finished
     for name, text, count in (
-        ("prompt_tokens", "Prompt tokens computed.", meter.tokens["prompt"]),
-        ("generation_tokens", "Generated tokens.", meter.tokens["completion"]),
-        ("num_preemptions", "Times that a request lost its KV pages.", scheduler.preemptions),
-        ("prefix_cache_queries", "Prompt tokens looked up in a prefix cache; there is none.", 0),
-        ("prefix_cache_hits", "Prompt tokens found in a prefix cache; there is none.", 0),
+        ("osmium_prompt_tokens_total", "Prompt tokens computed.", meter.tokens["prompt"]),
+        ("osmium_generation_tokens_total", "Generated tokens.", meter.tokens["completion"]),
+        (
+            "osmium_num_preemptions_total",
+            "Times that a request lost its KV pages.",
+            scheduler.preemptions,
+        ),
+        (
+            "osmium_prefix_cache_queries_total",
+            "Prompt tokens looked up in a prefix cache; there is none.",
+            0,
+        ),
+        (
+            "osmium_prefix_cache_hits_total",
+            "Prompt tokens found in a prefix cache; there is none.",
+            0,
+        ),
     ):
-        yield CounterMetricFamily(f"osmium_{name}", text, count)
+        yield CounterMetricFamily(name, text, count)
     for name, text, values in (
-        ("inter_token_latency", "Time between two tokens of a response.", meter.itl_s),
-        ("time_to_first_token", "Time from a request to its first token.", meter.ttft_s),
-        ("e2e_request_latency", "Time from a request to its end.", meter.e2e_s),
-        ("request_queue_time", "Time from a request to its first step.", meter.queue_s),
-        ("request_prefill_time", "Time from the first step to the first token.", meter.prefill_s),
-        ("request_decode_time", "Time from the first token to the last.", meter.decode_s),
+        (
+            "osmium_inter_token_latency_seconds",
+            "Time between two tokens of a response.",
+            meter.itl_s,
+        ),
+        (
+            "osmium_time_to_first_token_seconds",
+            "Time from a request to its first token.",
+            meter.ttft_s,
+        ),
+        ("osmium_e2e_request_latency_seconds", "Time from a request to its end.", meter.e2e_s),
+        (
+            "osmium_request_queue_time_seconds",
+            "Time from a request to its first step.",
+            meter.queue_s,
+        ),
+        (
+            "osmium_request_prefill_time_seconds",
+            "Time from the first step to the first token.",
+            meter.prefill_s,
+        ),
+        (
+            "osmium_request_decode_time_seconds",
+            "Time from the first token to the last.",
+            meter.decode_s,
+        ),
     ):
-        yield _histogram(f"osmium_{name}_seconds", text, values)
+        yield _histogram(name, text, values)
 
 
 def _experts(meter: EngineStats) -> Iterator[Metric]:
     experts, nbytes = meter.experts, meter.expert_bytes
     link = meter.fetch_gb_s if meter.scheduler.running else 0.0
     for name, text, count in (
-        ("routed", "Routed (token, expert) pairs.", experts.routed),
-        ("hit", "Routed pairs whose expert was in a VRAM slot.", experts.hit),
-        ("missed", "Routed pairs whose expert was not in a VRAM slot.", experts.missed),
-        ("copies", "Experts copied from host memory to VRAM.", experts.experts_copied),
+        ("osmium_experts_routed_total", "Routed (token, expert) pairs.", experts.routed),
+        ("osmium_experts_hit_total", "Routed pairs whose expert was in a VRAM slot.", experts.hit),
         (
-            "fetched_bytes",
+            "osmium_experts_missed_total",
+            "Routed pairs whose expert was not in a VRAM slot.",
+            experts.missed,
+        ),
+        (
+            "osmium_experts_copies_total",
+            "Experts copied from host memory to VRAM.",
+            experts.experts_copied,
+        ),
+        (
+            "osmium_experts_fetched_bytes_total",
             "Bytes of experts copied from host memory to VRAM.",
             experts.experts_copied * nbytes,
         ),
-        ("prefetched", "Experts chosen for prefetch.", experts.prefetched),
+        ("osmium_experts_prefetched_total", "Experts chosen for prefetch.", experts.prefetched),
         (
-            "prefetch_hits",
+            "osmium_experts_prefetch_hits_total",
             "Prefetched experts that the next layer then used.",
             experts.prefetch_hits,
         ),
         (
-            "prefetch_bytes",
+            "osmium_experts_prefetch_bytes_total",
             "Bytes of prefetch hits copied before their layer ran.",
             experts.prefetch_bytes,
         ),
     ):
-        yield CounterMetricFamily(f"osmium_experts_{name}", text, count)
+        yield CounterMetricFamily(name, text, count)
     yield GaugeMetricFamily(
         "osmium_expert_hit_rate", "Fraction of routed pairs that hit, 0 to 1.",
         experts.hit / experts.routed if experts.routed else 1.0,
@@ -163,10 +209,10 @@ def _memory(engine: Engine) -> Iterator[Metric]:
     plan = engine.plan
     if plan is None:
         return
-    for name, parts in (("vram", plan.vram), ("ram", plan.ram)):
-        family = GaugeMetricFamily(
-            f"osmium_planned_{name}_bytes", "Planned memory by purpose.", labels=["part"]
-        )
+    for name, parts in (
+        ("osmium_planned_vram_bytes", plan.vram), ("osmium_planned_ram_bytes", plan.ram),
+    ):  # fmt: skip
+        family = GaugeMetricFamily(name, "Planned memory by purpose.", labels=["part"])
         for part, nbytes in parts.items():
             family.add_metric([part], nbytes)
         yield family

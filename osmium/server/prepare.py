@@ -9,7 +9,7 @@ from typing import Any
 
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams, TokenMask, context_error
-from osmium.server.chat_prompt import ChatPrompt, render_chat
+from osmium.server.chat_prompt import ChatPrompt, render_chat, unused_variables
 from osmium.server.choices import Choices
 from osmium.server.fields import unknown_fields
 from osmium.server.limits import check_scores
@@ -69,7 +69,7 @@ ChatWriter = Callable[[ChatPrompt], ResponseWriter]
 def prepare_chat(engine: Engine, name: str, raw: bytearray) -> Prepared:
     """Prepare a body of /v1/chat/completions.  Raises: RequestError."""
     body = parse(raw, ChatRequest)
-    ignored = unknown_fields(raw, ChatRequest.__struct_fields__)
+    ignored = unknown_fields(raw, ChatRequest.__struct_fields__) + unused_variables(engine, body)
 
     def writer(prompt: ChatPrompt) -> Choices:
         return Choices(

@@ -79,11 +79,14 @@ def convert(store: ResponseStore, raw: bytearray) -> Converted:
     if body.previous_response_id is not None:
         previous = store.previous(body.previous_response_id)
         context, context_bytes = previous.items, previous.context_bytes
-    elif body.input == []:
+    elif not isinstance(body.input, str) and not body.input:
+        found = "missing" if body.input is None else "[]"
         raise RequestError(
-            "input is []; send a text or a list of items.", param="input", code="invalid_value"
+            f"input is {found}; send a text or a list of items, or previous_response_id.",
+            param="input",
+            code="missing_required_parameter" if body.input is None else "invalid_value",
         )
-    given = InputItems(body.input, context, store.item)
+    given = InputItems(() if body.input is None else body.input, context, store.item)
     inputs, context_bytes = (*context, *given.items), context_bytes + _size(given.items)
     try:
         chat = chat_request(body, messages_of(inputs, body.instructions, tools), tools)

@@ -12,6 +12,7 @@ from typing import Any
 from osmium.errors import RequestError
 from osmium.server.limits import MAX_MESSAGES, check_count, shown
 from osmium.server.responses_tools import OfferedTools, custom_arguments
+from osmium.server.responses_types import LEFT_OUT, ROLES, TEXT_PARTS
 from osmium.text.json_shape import MAX_VALUES, check_json_shape
 
 __all__ = ["InputItems", "Item", "encrypted_reasoning", "messages_of", "new_id"]
@@ -21,15 +22,6 @@ Item = dict[str, Any]
 _ENCRYPTED = "osmium-reasoning-1:"
 """Begins the encrypted_content that Osmium makes; the text follows in base64."""
 
-_LEFT_OUT = (
-    "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
-    "mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response",
-    "tool_search_call", "tool_search_output",
-)  # fmt: skip
-"""Items of tools that other servers run; they are left out and reported."""
-
-_ROLES = ("system", "developer", "user", "assistant")
-_TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
 _MEDIA_PARTS = ("input_image", "input_file", "input_audio", "image_url", "computer_screenshot")
 
 
@@ -100,7 +92,7 @@ class InputItems:
                 return self._reasoning(item, path)
             case "item_reference":
                 return self._reference(item, path)
-        if kind in _LEFT_OUT:
+        if kind in LEFT_OUT:
             self.ignored.append(f"input.{kind}")
             return None
         known = ("message", "reasoning", "function_call", "function_call_output",
@@ -113,9 +105,9 @@ class InputItems:
 
     def _message(self, item: Mapping[str, Any], path: str) -> Item:
         role = item.get("role")
-        if role not in _ROLES:
+        if role not in ROLES:
             hint = " Send a tool's result as function_call_output." if role == "tool" else ""
-            raise _invalid(f"{path}.role", role, f"one of {', '.join(_ROLES)}.{hint}")
+            raise _invalid(f"{path}.role", role, f"one of {', '.join(ROLES)}.{hint}")
         content = _parts(item.get("content"), f"{path}.content", assistant=role == "assistant")
         status = item.get("status")
         return {
@@ -131,7 +123,6 @@ class InputItems:
                 "call's item too, or name its response in previous_response_id.",
                 param=f"{path}.call_id",
                 code="call_not_found",
-                status=404,
             )
         output = item.get("output")
         if isinstance(output, list):
@@ -217,7 +208,7 @@ def _parts(content: Any, path: str, assistant: bool = False) -> list[dict[str, A
         if kind == "refusal" and isinstance(refusal := part.get("refusal"), str):
             parts.append({"type": "refusal", "refusal": refusal} if assistant
                          else {"type": "input_text", "text": refusal})  # fmt: skip
-        elif kind in _TEXT_PARTS and isinstance(text, str):
+        elif kind in TEXT_PARTS and isinstance(text, str):
             parts.append({"type": "output_text", "text": text, "annotations": []} if assistant
                          else {"type": "input_text", "text": text})  # fmt: skip
         else:

@@ -74,7 +74,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     """POST /v1/responses"""
 
     model: str | None = None
-    input: str | Items
+    input: str | Items | None = None
+    """May be absent where previous_response_id is not."""
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = None

@@ -63,7 +63,7 @@ class ResponseStore:
                 self._drop(next(iter(self._kept)))
 
     def previous(self, response_id: str) -> KeptResponse:
-        """The response that a request continues.  Raises: RequestError with status 404."""
+        """The response that a request continues.  Raises: RequestError, with status 400."""
         kept = self._find(response_id)
         if kept is None:
             raise RequestError(
@@ -72,7 +72,6 @@ class ResponseStore:
                 "and none after a restart. Send the whole conversation in input.",
                 param="previous_response_id",
                 code="previous_response_not_found",
-                status=404,
             )
         return kept
 

@@ -127,6 +127,9 @@ def offer_tools(tools: Sequence[Mapping[str, Any]] | None) -> OfferedTools:
     for path, tool, namespace, prefix in found:
         function, origin = _function(tool), None
         name, custom = function.get("name"), tool.get("type") == "custom"
+        own = function.get("description", "")
+        if not isinstance(own, str):
+            raise _invalid(f"{path}.description", own, "a text")
         if isinstance(name, str):
             origin = ToolOrigin(name, namespace, custom)
             if namespace is not None and names[name] > 1:
@@ -134,7 +137,6 @@ def offer_tools(tools: Sequence[Mapping[str, Any]] | None) -> OfferedTools:
         if custom:
             function = _custom(function, tool.get("format"), path)
         if prefix:
-            own = function.get("description")
             function["description"] = f"{prefix}\n\n{own}" if own else prefix
         offered.add(function, path, origin)
     offered.ignored = list(dict.fromkeys(offered.ignored))
@@ -149,7 +151,9 @@ def _namespace(tool: Mapping[str, Any], path: str, ignored: list[str]) -> list[_
     if not isinstance(inner, list):
         raise _invalid(f"{path}.tools", inner, "a list of tools")
     description = tool.get("description")
-    prefix = f"{name}: {description}" if isinstance(description, str) and description else ""
+    if not isinstance(description, str | None):
+        raise _invalid(f"{path}.description", description, "a text")
+    prefix = f"{name}: {description}" if description else ""
     found: list[_Found] = []
     for j, one in enumerate(inner):
         kind = one.get("type") if isinstance(one, Mapping) else None
@@ -179,10 +183,7 @@ def _custom(function: Mapping[str, Any], form: Any, path: str) -> dict[str, Any]
     """
     if not isinstance(form, Mapping | None):
         raise _invalid(f"{path}.format", form, "an object with a type")
-    description = function.get("description") or ""
-    if not isinstance(description, str):
-        raise _invalid(f"{path}.description", description, "a text")
-    texts = [description]
+    texts = [function.get("description", "")]
     if form and form.get("type") == "grammar":
         texts.append(
             f"The text matches this grammar ({form.get('syntax')}):\n{form.get('definition')}"

@@ -9,8 +9,22 @@ import msgspec
 
 from osmium.server.limits import MAX_MESSAGES, MAX_TOOLS
 
-__all__ = ["DeletedResponse", "InputItemList", "InputTokens", "Items", "ResponseEvent",
-           "ResponseObject", "ResponseTools"]  # fmt: skip
+__all__ = [
+    "LEFT_OUT", "ROLES", "TEXT_PARTS",
+    "DeletedResponse", "InputItemList", "InputTokens", "Items", "ResponseEvent", "ResponseObject",
+    "ResponseTools",
+]  # fmt: skip
+
+LEFT_OUT = (
+    "web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call",
+    "mcp_list_tools", "mcp_call", "mcp_approval_request", "mcp_approval_response",
+    "tool_search_call", "tool_search_output",
+)  # fmt: skip
+"""Items of tools that other servers run; they are left out and reported."""
+
+ROLES = ("system", "developer", "user", "assistant")
+TEXT_PARTS = ("input_text", "output_text", "text", "summary_text", "reasoning_text")
+"""Types of parts with a text; each is accepted in every place."""
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _NAME: dict[str, Any] = {"type": "string", "minLength": 1, "pattern": r"\S"}
@@ -24,27 +38,29 @@ def _nullable(**schema: Any) -> dict[str, Any]:
     return {"anyOf": [schema, {"type": "null"}]}
 
 
-def _parts(*kinds: str) -> dict[str, Any]:
-    """A text, or parts with a text."""
-    part = _object(("type", "text"), type={"enum": list(kinds)}, text=_TEXT)
-    return {"anyOf": [_TEXT, {"type": "array", "items": part}]}
-
-
-_CONTENT = _parts("input_text", "output_text", "text")
+_PART = {
+    "anyOf": [
+        _object(("type", "text"), type={"enum": list(TEXT_PARTS)}, text=_TEXT),
+        _object(("type", "refusal"), type={"const": "refusal"}, refusal=_TEXT),
+    ]
+}
+_CONTENT = {"anyOf": [_TEXT, {"type": "array", "items": _PART}]}
 _ITEMS = [
     _object(
         ("role", "content"), type={"enum": ["message", None]}, content=_CONTENT,
-        role={"enum": ["system", "developer", "user", "assistant"]},
+        role={"enum": list(ROLES)},
     ),
-    _object(("type",), type={"const": "reasoning"}, content=_nullable(**_parts("reasoning_text")),
-            summary=_nullable(**_parts("summary_text")), encrypted_content=_nullable(**_TEXT)),
+    _object(("type",), type={"const": "reasoning"}, content=_nullable(**_CONTENT),
+            summary=_nullable(**_CONTENT)),
     _object(("type", "call_id", "name", "arguments"), type={"const": "function_call"},
-            call_id=_NAME, name=_NAME, arguments=_TEXT, namespace=_nullable(**_TEXT)),
+            call_id=_NAME, name=_NAME, arguments={"type": ["string", "object"]},
+            namespace=_nullable(**_TEXT)),
     _object(("type", "call_id", "name", "input"), type={"const": "custom_tool_call"},
             call_id=_NAME, name=_NAME, input=_TEXT, namespace=_nullable(**_TEXT)),
     _object(("type", "call_id", "output"), call_id=_NAME, output=_CONTENT,
             type={"enum": ["function_call_output", "custom_tool_call_output"]}),
     _object(("type", "id"), type={"const": "item_reference"}, id=_NAME),
+    _object(("type",), type={"enum": list(LEFT_OUT)}),
 ]  # fmt: skip
 InputItem = Annotated[dict[str, Any], msgspec.Meta(extra_json_schema={"anyOf": _ITEMS})]
 Items = Annotated[
@@ -57,7 +73,10 @@ _FUNCTION = _object(
 )  # fmt: skip
 _CUSTOM = _object(("type", "name"), type={"const": "custom"}, name=_NAME,
                   description=_nullable(**_TEXT), format=_nullable(type="object"))  # fmt: skip
-_OF_NAMESPACE = {"type": "array", "items": {"anyOf": [_FUNCTION, _CUSTOM]}, "maxItems": MAX_TOOLS}
+_OTHER_IN_IT = _object(("type",), type={"type": "string", "not": {"enum": ["function", "custom"]}})
+_OF_NAMESPACE = {
+    "type": "array", "maxItems": MAX_TOOLS, "items": {"anyOf": [_FUNCTION, _CUSTOM, _OTHER_IN_IT]},
+}  # fmt: skip
 _NAMESPACE = _object(("type", "name", "tools"), type={"const": "namespace"}, name=_NAME,
                      description=_nullable(**_TEXT), tools=_OF_NAMESPACE)  # fmt: skip
 _OTHER = _object(

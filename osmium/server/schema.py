@@ -13,7 +13,6 @@ from osmium.engine.request import MAX_INT, SamplingParams
 from osmium.errors import RequestError
 from osmium.server.field_types import (
     MAX_CHOICES,
-    ROLES,
     BestOf,
     Budget,
     Choices,
@@ -44,7 +43,8 @@ from osmium.server.field_types import (
     TopLogprobs,
     TopP,
 )
-from osmium.server.limits import MAX_MESSAGES, MAX_PROMPTS, check_count, check_stop, shown
+from osmium.server.limits import MAX_PROMPTS, check_count, check_stop, shown
+from osmium.server.messages import check_messages
 from osmium.server.structured import constraint
 from osmium.server.surrogates import replace_surrogates
 from osmium.server.tools import check_tools, tool_choice
@@ -200,12 +200,12 @@ def _decode(body: bytes | bytearray, kind: type[Body]) -> Body:
     except msgspec.ValidationError as error:
         if "got `float`" not in str(error):
             raise
-        return msgspec.convert(_with_integers(msgspec.json.decode(body)), kind)
+        plain = replace_surrogates(body)
     except msgspec.DecodeError:
-        repaired = replace_surrogates(body)
-        if repaired == body:
+        plain = replace_surrogates(body)
+        if plain == body:
             raise
-        return msgspec.json.decode(repaired, type=kind)
+    return msgspec.convert(_with_integers(msgspec.json.decode(plain)), kind)
 
 
 def _with_integers(value: Any) -> Any:
@@ -252,56 +252,11 @@ def _check_completion(request: CompletionRequest) -> None:
 def _check_chat(request: ChatRequest) -> None:
     """Raises: RequestError for messages, tools or a tool choice of a wrong form."""
     messages = request.messages
-    check_count("messages", len(messages or ()), MAX_MESSAGES)
     check_tools(request.tools)
     tool_choice(request.tool_choice, request.tools)
     if messages is None:  # a TokenizeRequest with a prompt
         return
-    for i, message in enumerate(messages):
-        if message.get("role") not in ROLES:
-            raise RequestError(
-                f"messages[{i}].role is {shown(message.get('role'))}; it must be one of "
-                f"{', '.join(ROLES)}.",
-                param=f"messages[{i}].role",
-                code="invalid_value",
-            )
-    _check_arguments(messages)
-    if not messages:
-        raise RequestError(
-            "messages is empty; send at least one.", param="messages", code="invalid_value"
-        )
-
-
-def _check_arguments(messages: list[dict[str, Any]]) -> None:
-    """Check the shape of JSON in texts: the chat template gets the arguments of calls decoded.
-
-    Raises: RequestError.
-    """
-    left = MAX_VALUES
-    for i, message in enumerate(messages):
-        calls = message.get("tool_calls")
-        if not isinstance(calls, list | None):
-            name = f"messages[{i}].tool_calls"
-            raise RequestError(
-                f"{name} is {shown(calls)}; it must be a list.", param=name, code="invalid_type"
-            )
-        for j, call in enumerate(calls or ()):
-            function = call.get("function", call) if isinstance(call, dict) else None
-            text = function.get("arguments") if isinstance(function, dict) else None
-            name = f"messages[{i}].tool_calls[{j}].function.arguments"
-            while isinstance(text, str):
-                left -= check_json_shape(text.encode(errors="replace"), left, name=name)
-                text = _inner_text(text)
-
-
-def _inner_text(text: str) -> str | None:
-    """The text that the JSON of a text stands for; None for other JSON."""
-    if not text.lstrip().startswith('"'):
-        return None
-    try:
-        return msgspec.json.decode(text, type=str)
-    except (msgspec.DecodeError, UnicodeEncodeError):
-        return None
+    check_messages(messages)
 
 
 def prompts(request: CompletionRequest) -> list[str | list[int]]:
@@ -391,8 +346,9 @@ def sampling_params(request: BaseRequest, defaults: dict[str, Any]) -> SamplingP
         given["logprobs"] = request.logprobs
     if (scores := prompt_logprobs(request)) is not None:
         given["prompt_logprobs"] = scores
-    if given.get("max_tokens") == 0 and not isinstance(request, CompletionRequest):
-        raise _invalid(names.get("max_tokens", "max_tokens"), 0, "at least 1")
+    most = given.get("max_tokens", 1)
+    if most < 1 and not isinstance(request, CompletionRequest):
+        raise _invalid(names.get("max_tokens", "max_tokens"), most, "an integer of at least 1")
     if request.ignore_eos:
         given["ignore_eos"] = True
     if request.logit_bias:

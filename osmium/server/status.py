@@ -115,10 +115,11 @@ async def model(request: Request) -> Response:
 
 
 async def unsupported(request: Request) -> Response:
-    """Always 404: an endpoint of OpenAI's API that a text model does not have."""
+    """Always 404: an endpoint of an API that a text model, or this server, does not have."""
+    instead = "/v1/messages" if is_anthropic(request.scope) else "/v1/chat/completions"
     raise RequestError(
-        f"{request.method} {shown(request.url.path)} is not supported: the served model takes and "
-        "returns text alone. Use POST /v1/chat/completions.",
+        f"{request.method} {shown(request.url.path)} is not supported: the server has one model, "
+        f"which takes and returns text alone. Use POST {instead}.",
         code="unsupported_endpoint",
         status=404,
     )
@@ -140,6 +141,7 @@ _UNSUPPORTED = (
     "/v1/embeddings", "/v1/images/{rest:path}", "/v1/audio/{rest:path}", "/v1/moderations",
     "/v1/rerank", "/v1/score", "/v1/videos", "/v1/realtime", "/v1/files", "/v1/batches",
     "/v1/assistants", "/v1/threads", "/v1/fine_tuning/{rest:path}", "/embeddings", "/embedding",
+    "/v1/messages/batches", "/v1/messages/batches/{rest:path}",
 )  # fmt: skip
 
 _ANY_METHOD = ("GET", "POST", "PUT", "PATCH", "DELETE")

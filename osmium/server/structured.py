@@ -118,13 +118,13 @@ def _response_format(value: dict[str, Any]) -> Iterator[Constraint]:
                 param=f"{param}.schema",
                 code="invalid_schema",
             )
-        strict = inner.get("strict")
-        if not isinstance(strict, bool | None):
-            raise RequestError(
-                f"{param}.strict is {shown(strict)}; it must be true or false.",
-                param=f"{param}.strict",
-                code="invalid_type",
-            )
+        for key, kind, rule in (("name", str, "a text"), ("strict", bool, "true or false")):
+            if not isinstance(inner.get(key), kind | None):
+                raise RequestError(
+                    f"{param}.{key} is {shown(inner[key])}; it must be {rule}.",
+                    param=f"{param}.{key}",
+                    code="invalid_type",
+                )
         yield Constraint("json", schema, f"{param}.schema")
     else:
         raise RequestError(

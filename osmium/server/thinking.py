@@ -87,7 +87,7 @@ def thinking_budget(fields: ThinkingFields) -> int | None:
 
     Raises: RequestError.
     """
-    budgets = [_budget(fields, name) for name in _BUDGETS]
+    budgets = _budgets(fields)
     if isinstance(fields.thinking, Mapping) and fields.thinking.get("type") != "disabled":
         budgets.append(
             _checked_budget("thinking.budget_tokens", fields.thinking.get("budget_tokens"))
@@ -99,23 +99,28 @@ def thinking_budget(fields: ThinkingFields) -> int | None:
 
 def _switch(fields: ThinkingFields) -> bool | None:
     """enable_thinking by the first field that sets it."""
-    budgets = [_budget(fields, name) for name in _BUDGETS]
     given = [fields.enable_thinking, _thinking(fields.thinking), _reasoning(fields.reasoning)]
-    given += [False for budget in budgets if budget == 0]
+    given += [False for budget in _budgets(fields) if budget == 0]
     return next((value for value in given if value is not None), None)
 
 
 _BUDGETS = ("thinking_token_budget", "reasoning_budget_tokens", "thinking_budget")
+_BUDGET_VARIABLE = "chat_template_kwargs.thinking_budget"
 
 
-def _budget(fields: ThinkingFields, name: str) -> int | None:
-    return _checked_budget(name, getattr(fields, name))
+def _budgets(fields: ThinkingFields) -> list[int | None]:
+    """The budgets of the fields, and of the template's variable.  Raises: RequestError."""
+    given = {name: getattr(fields, name) for name in _BUDGETS}
+    given[_BUDGET_VARIABLE] = (fields.chat_template_kwargs or {}).get("thinking_budget")
+    return [_checked_budget(name, value) for name, value in given.items()]
 
 
 def _checked_budget(name: str, value: Any) -> int | None:
     """The most tokens of the reasoning; None without a limit.  Raises: RequestError."""
     if value is None:
         return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or value < MIN_BUDGET:
         rule = "a number of tokens, 0 for no reasoning, or -1 for no limit"
         raise _invalid(name, value, rule)

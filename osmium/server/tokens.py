@@ -11,7 +11,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import check_ids
 from osmium.errors import RequestError
 from osmium.server.answer import work_on_body
-from osmium.server.chat_prompt import render_chat
+from osmium.server.chat_prompt import render_chat, unused_variables
 from osmium.server.field_types import Messages, TokenId
 from osmium.server.fields import unknown_fields
 from osmium.server.response_types import DetokenizeResponse, TokenizeResponse
@@ -55,7 +55,7 @@ Result = tuple[dict[str, Any], tuple[str, ...]]
 def tokenize_body(engine: Engine, name: str, raw: bytearray) -> Result:
     """The token ids of a prompt or of messages.  Raises: RequestError."""
     body = decode(raw, TokenizeRequest)
-    ignored = unknown_fields(raw, TOKENIZE_FIELDS)
+    ignored = unknown_fields(raw, TOKENIZE_FIELDS, chat_only={}) + unused_variables(engine, body)
     tokenizer = _tokenizer(engine)
     if (body.prompt is None) == (body.messages is None):
         raise RequestError(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from osmium.errors import RequestError
+from osmium.errors import RequestError, shown
 from osmium.text.json_schema import RESTRICTING, checked_schema, mapped_schema, relaxed_schema
 from osmium.text.lark import Unenforceable
 from osmium.text.tool_schema import Tool, ValueType, alternatives, offered_tools, target
@@ -132,7 +132,14 @@ def _strict(root: dict[str, Any], path: str) -> Shape:
         if not isinstance(schema.get("$ref"), str):
             break
         found = target(schema["$ref"], root)
-        schema = found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            raise RequestError(
+                f"{path} has a $ref to {shown(schema['$ref'])}, where it has no schema. Correct "
+                "it, or omit `strict`.",
+                param=path,
+                code="invalid_schema",
+            )
+        schema = found
     known = {"type", "properties", "required", "additionalProperties"}
     for key, value in schema.items():
         if key in RESTRICTING - known or (key == "type" and value != "object"):
@@ -218,11 +225,17 @@ def _limited(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolved(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The schema that one which is only a $ref, or an allOf of one schema, stands for."""
+    """The schema that one which is only a $ref, or an allOf of one schema, stands for.
+
+    Raises: Unenforceable for a $ref to nothing.
+    """
     for _ in range(MAX_REFERENCES):
         keys = RESTRICTING & schema.keys()
         if keys == {"$ref"}:
-            schema = target(str(schema["$ref"]), root)
+            reference = str(schema["$ref"])
+            schema = target(reference, root)
+            if schema is None:
+                raise Unenforceable(f"it has no schema at {reference.removeprefix(_ROOT)[:80]!r}")
         elif keys == {"allOf"} and isinstance(schema["allOf"], list) and len(schema["allOf"]) == 1:
             schema = schema["allOf"][0]
         else:

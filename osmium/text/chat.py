@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import jinja2
+import jinja2.meta
 import jinja2.nodes
 from jinja2.ext import Extension
 from jinja2.parser import Parser
 
-from osmium.errors import CheckpointError, RequestError
+from osmium.errors import CheckpointError, RequestError, shown
 from osmium.text.added_tokens import content_of
 from osmium.text.marked import MarkedText, TrackingEnvironment, concat, markup
 from osmium.text.template_files import template_sources
@@ -33,6 +34,9 @@ _ROLES = ("system", "user", "assistant", "tool")
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning; the first that it has counts."""
+
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+"""Types of parts that have a text."""
 
 _MAX_ENCODED = 4
 """How often a call's arguments may be encoded as JSON."""
@@ -139,6 +143,8 @@ class ChatTemplate:
             self._tool_template = self._template
             if tool_source is not None:
                 self._tool_template = _compiled(env, tool_source)
+            self.variables = _variables(env, source) | _variables(env, tool_source or "")
+            """Names of the variables that the template may read."""
         except (*_TEMPLATE_ERRORS, SyntaxError, MemoryError) as error:
             raise CheckpointError(
                 f"The chat template cannot be read: {str(error)[:500] or type(error).__name__}."
@@ -221,14 +227,18 @@ def _compiled(env: _Sandbox, source: str) -> jinja2.Template:
     return env.from_string(tree)
 
 
+def _variables(env: _Sandbox, source: str) -> frozenset[str]:
+    return frozenset(jinja2.meta.find_undeclared_variables(env.parse(source)))
+
+
 def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Messages as templates expect them.
 
     Leading system and developer messages are merged into one; later ones get the role "user".
-    Contents in parts become text.  A tool call's arguments become an object.  Reasoning has the
-    name `reasoning_content`; without it, the tags of a think block that begins an assistant's
-    content are markup.  So is a role, of which templates make tokens.  Raises: RequestError that
-    names the message.
+    Contents in parts become text; a refusal stands for a content that is empty.  A tool call's
+    arguments become an object.  Reasoning has the name `reasoning_content`; without it, the tags of
+    a think block that begins an assistant's content are markup.  So is a role, of which templates
+    make tokens.  Raises: RequestError that names the message.
     """
     if not messages:
         raise RequestError("messages is empty; send at least one.", param="messages",
@@ -237,7 +247,10 @@ def normalise(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for i, given in enumerate(messages):
         message = {key: value for key, value in given.items() if value is not None}
         role = str(message.get("role", ""))
-        message["content"] = _text(message.get("content", ""), f"messages[{i}].content")
+        content = message.get("content", "")
+        if content in ("", []):
+            content = message.get("refusal", "")
+        message["content"] = _text(content, f"messages[{i}].content")
         if role == "developer":
             role = "system"
         if role == "system":
@@ -270,10 +283,13 @@ def _text(content: Any, param: str) -> str:
         part_param = f"{param}[{j}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else part
-        if kind in (None, "text", "input_text", "output_text") and isinstance(text, str):
+        if kind == "refusal":
+            kind, text = "text", part.get("refusal") or ""
+        if kind in _TEXT_PARTS and isinstance(text, str):
             pieces.append(text)
-        elif kind == "refusal":
-            pieces.append(str(part.get("refusal", "")))
+        elif kind in _TEXT_PARTS and isinstance(part, Mapping):
+            raise RequestError(f"{part_param}.text is {shown(text)}; it must be a text.",
+                               param=part_param, code="invalid_type")  # fmt: skip
         else:
             raise RequestError(
                 f"{part_param} has type {kind!r}; this model supports only text.",

@@ -29,6 +29,10 @@ _WORDS = {
 _WORD_END = re.compile(r"""[,:\[\]{}"'\s<]""")
 _SPECIAL = {quote: re.compile(rf"[{quote}\\\x00-\x1f\"<]") for quote in "\"'"}
 _NO_SPACE = re.compile(r"[^ \t\r\n]")
+_HIGH = re.compile("[dD][89abAB][0-9a-fA-F]{2}")
+_LOW_EXAMPLE = r"\udc00"
+_LOW = re.compile(r"\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+"""The halves of a surrogate pair, as JSON escapes them."""
 
 
 def is_number(text: str) -> bool:
@@ -282,10 +286,7 @@ class JsonRepair:
         if char == "u":
             digits = text[at + 2 : at + 6]
             if all(c in "0123456789abcdefABCDEF" for c in digits):
-                if len(digits) < 4:
-                    return len(text) if final else None
-                self._emit(text[at : at + 6])
-                return at + 6
+                return self._code(text, at, digits, final)
         elif char in '"\\/bfnrt':
             self._emit(text[at : at + 2])
             return at + 2
@@ -294,6 +295,21 @@ class JsonRepair:
             return at + 2
         self._emit("\\\\")
         return at + 1
+
+    def _code(self, text: str, at: int, digits: str, final: bool) -> int | None:
+        """At \\uXXXX; half a surrogate pair, which is not Unicode, becomes U+FFFD."""
+        if len(digits) < 4:
+            return len(text) if final else None
+        after = at + 6
+        if _HIGH.fullmatch(digits):
+            rest = text[after : after + 6]
+            if _LOW.fullmatch(rest):
+                after += 6
+            elif not final and _LOW.fullmatch(rest + _LOW_EXAMPLE[len(rest) :]):
+                return None
+        whole = after > at + 6 or digits[0] not in "dD" or digits[1] in "01234567"
+        self._emit(text[at:after] if whole else r"\ufffd")
+        return after
 
     def _end_quote(self, text: str, at: int, final: bool) -> int | None:
         """Whether a quote ends the string: a comma, colon or bracket follows."""

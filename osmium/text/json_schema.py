@@ -7,7 +7,7 @@ values is one that grammars support.  JSON Schema 2020-12, and the older names o
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from osmium.errors import RequestError
+from osmium.errors import RequestError, shown
 from osmium.text.tool_schema import TYPE_ALIASES, TYPES
 
 __all__ = ["RESTRICTING", "ascii_classes", "checked_schema", "mapped_schema", "relaxed_schema"]
@@ -85,6 +85,13 @@ def checked_schema(schema: Any, param: str) -> dict[str, Any]:
 def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
     out = {}
     for key, value in schema.items():
+        rule = _rule(key, value)
+        if rule is not None:
+            raise RequestError(
+                f"{param} has {key!r} of {shown(value)} at {path or 'the top'}; it must be {rule}.",
+                param=param,
+                code="invalid_schema",
+            )
         if key in _DROPPED or value in _WITHOUT_EFFECT.get(key, ()):
             continue
         if key in _UNSUPPORTED:
@@ -102,11 +109,31 @@ def _checked(schema: dict[str, Any], param: str, path: str) -> dict[str, Any]:
             value = ascii_classes(value)
         elif key == "patternProperties" and isinstance(value, dict):
             value = {ascii_classes(name): child for name, child in value.items()}
+        elif key in _NUMBERS:
+            value = _integer(value)
         out[key] = value
     for key, name, child in _children(out):
         checked = _checked(child, param, f"{path}/{key}" + ("" if name is None else f"/{name}"))
         _replace(out, key, name, checked)
     return out
+
+
+def _rule(key: str, value: Any) -> str | None:
+    """What the value of a keyword must be; None if it is that."""
+    if key == "type":
+        names = value if isinstance(value, list) else [value]
+        fits, rule = all(isinstance(one, str) for one in names), "a type or a list of types"
+    elif key in (*_MANY, "enum", "required"):
+        fits, rule = isinstance(value, list), "a list"
+    elif key in ("properties", "patternProperties"):
+        fits, rule = isinstance(value, dict), "an object"
+    elif key in ("pattern", "$ref"):
+        fits, rule = isinstance(value, str), "a text"
+    elif key in _NUMBERS:
+        fits, rule = isinstance(value, int | float) and not isinstance(value, bool), "a number"
+    else:
+        return None
+    return None if fits else rule
 
 
 def mapped_schema(
@@ -137,9 +164,8 @@ def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
             kinds = (dict, bool, list) if key == "items" else (dict, bool)
             value = value if isinstance(value, kinds) else None
         elif key in _NUMBERS:
-            value = (
-                value if isinstance(value, int | float) and not isinstance(value, bool) else None
-            )
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            value = _integer(value) if is_number else None
         elif key in ("enum", "required"):
             value = value if isinstance(value, list) else None
         elif key in ("pattern", "$ref"):
@@ -157,6 +183,11 @@ def _relaxed(schema: dict[str, Any]) -> dict[str, Any]:
     if "oneOf" in out and "anyOf" not in out:
         out["anyOf"] = out.pop("oneOf")
     return out
+
+
+def _integer(value: Any) -> Any:
+    """A number such as 3.0 as an integer, which JSON does not tell from it; others as they are."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _types(value: Any) -> Any:

@@ -143,7 +143,7 @@ def _structure(text: str, lenient: bool) -> str | None:
     """
     if lenient and text.startswith('"'):
         inner = _loads(text)
-        text = inner.strip() if isinstance(inner, str) else text
+        text = _unicode(inner.strip()) if isinstance(inner, str) else text
     if text[:1] not in ("{", "["):
         return None
     if not lenient and _loads(text) is None:
@@ -159,6 +159,11 @@ def _loads(text: str) -> Any:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return None
+
+
+def _unicode(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair, which is not Unicode."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _refuse(name: str) -> Any:

@@ -54,7 +54,7 @@ def call_rule(tool: CallableTool, rules: LarkRules) -> str:
         elif _is_readable(one.name, tool):
             text = literal(f"{PARAMETER}={one.name}>\n") + f" {value}"
             body.append(text if one.required else f"({text})?")
-        elif one.required:
+        elif one.required and one.strict:
             raise one.refused("its name cannot be written in the model's format of calls")
     return " ".join([*body, literal(FUNCTION_END + "\n"), rules.tag(CALL_END)])
 
@@ -72,7 +72,7 @@ def _check_name(tool: CallableTool) -> None:
 
 def _is_readable(name: str, tool: CallableTool) -> bool:
     text = f"{PARAMETER}={name}>\n"
-    return parameter_header(text, 0, True, tool.reader) == (name, len(text) - 1)
+    return name != "" and parameter_header(text, 0, True, tool.reader) == (name, len(text) - 1)
 
 
 def _value(one: Parameter, rules: LarkRules) -> str:

@@ -24,6 +24,9 @@ _JSON = re.compile(r"As JSON: (\{[^{}]*\})")
 
 _TASK = re.compile(r"Read the file (\S+), then write the word in it to the file (\S+),")
 
+_RESULT = re.compile(r"<tool_response>|<\|im_start\|>user\nObservation:")
+"""Where a tool's result begins: in the template's form, and as smolagents writes it in a text."""
+
 _READERS = (
     "read_file", "read", "read_files", "view", "view_file", "open_file",
 )  # fmt: skip
@@ -60,7 +63,7 @@ def _answer(prompt: str) -> str:
         wanted = _JSON.findall(prompt)
         return _filled(tools, wanted[-1]) if wanted else f"Six times seven is {ANSWER}."
     source, target = found[-1].groups()
-    results = prompt[found[-1].end() :].split("<tool_response>")[1:]
+    results = _RESULT.split(prompt[found[-1].end() :])[1:]
     if not tools:
         return "A word in a file"
     if not results:

@@ -2,7 +2,8 @@
 
 The engine, its scheduler and sampler, the tokenizer, the chat template and the parser are those of
 the product.  The model alone is replaced: the logits of the next token favour the script's text.
-A token mask still forbids what does not fit, so structured output is structured.
+A token mask still forbids what does not fit, so structured output is structured.  Where the mask
+forbids the text before a call of a tool, the script continues with the call.
 """
 
 from bisect import bisect_right
@@ -31,8 +32,13 @@ __all__ = ["Script", "ScriptedModel", "scripted_engine"]
 Script = Callable[[str], str]
 """From a rendered prompt to the text of the response, reasoning and calls of tools included."""
 
-FAVOURED = 100.0
-"""Logit of the script's next token; all others have 0."""
+FAVOURED, SECOND = 100.0, 50.0
+"""Logits of the script's next token, and of the first token of a later call; others have 0."""
+
+CALL = "<tool_call>"
+
+MAX_TOKENS = 4096
+"""Default limit of a response, for a mask that never permits the script's text."""
 
 NAME = "scripted"
 
@@ -50,6 +56,10 @@ class ScriptedModel:
         self._prompt_tokens = [0] * num_slots
         """By slot: tokens of the prompt, 0 until the prompt has been read."""
         self._response: list[list[int]] = [[] for _ in range(num_slots)]
+        self._call_at = [0] * num_slots
+        """By slot: the index in the response of a call's first token; 0 without a call."""
+        self._cursor = [0] * num_slots
+        """By slot: the index in the response of the next token."""
         self._parts: list[tuple[int, int]] = []
         """(slot, context length) of each sequence of the last step."""
         self._starts: list[int] = []
@@ -75,16 +85,33 @@ class ScriptedModel:
             s = bisect_right(self._starts, row) - 1
             slot, past = self._parts[s]
             if slot < len(self._ids) - 1:
-                out[i, self._next_token(slot, past + row - self._starts[s] + 1)] = FAVOURED
+                self._favour(out[i], slot, past + row - self._starts[s] + 1)
 
-    def _next_token(self, slot: int, length: int) -> int:
-        """The token after the first `length` ids of a sequence."""
+    def _favour(self, logits: npt.NDArray[np.float32], slot: int, length: int) -> None:
+        """Write the logits after the first `length` ids of a sequence."""
         if not self._prompt_tokens[slot]:
-            prompt = self.tokenizer.decode(self._ids[slot][:length], specials=True)
-            self._prompt_tokens[slot] = length
-            self._response[slot] = self.tokenizer.encode(self.script(prompt), specials=False)
-        response, at = self._response[slot], length - self._prompt_tokens[slot]
-        return response[at] if at < len(response) else int(self.config.eos_token_ids[0])
+            self._start(slot, length)
+        response, call_at = self._response[slot], self._call_at[slot]
+        if length > self._prompt_tokens[slot]:
+            token, cursor = self._ids[slot][length - 1], self._cursor[slot]
+            if cursor < len(response) and token == response[cursor]:
+                self._cursor[slot] = cursor + 1
+            elif cursor < call_at and token == response[call_at]:
+                self._cursor[slot] = call_at + 1
+        cursor = self._cursor[slot]
+        if cursor < call_at:
+            logits[response[call_at]] = SECOND
+        following = response[cursor] if cursor < len(response) else self.config.eos_token_ids[0]
+        logits[following] = FAVOURED
+
+    def _start(self, slot: int, length: int) -> None:
+        """Look up the response to a prompt."""
+        text = self.script(self.tokenizer.decode(self._ids[slot][:length], specials=True))
+        before, call, after = text.partition(CALL)
+        response = self.tokenizer.encode(before, specials=False)
+        self._call_at[slot] = len(response) if call else 0
+        response += self.tokenizer.encode(call + after, specials=False)
+        self._prompt_tokens[slot], self._response[slot], self._cursor[slot] = length, response, 0
 
 
 class _NoExperts:
@@ -114,5 +141,6 @@ def scripted_engine(script: Script, *, context: int = 131072, max_num_seqs: int 
     )  # fmt: skip
     return Engine(
         runner, KVCacheManager(pages, PAGE_SIZE, max_num_seqs), name=NAME, context=context,
-        tokenizer=text.tokenizer, template=text.template, defaults=text.defaults,
+        tokenizer=text.tokenizer, template=text.template,
+        defaults={"max_tokens": MAX_TOKENS, **text.defaults},
     )  # fmt: skip

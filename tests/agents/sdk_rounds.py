@@ -2,7 +2,7 @@
 
 usage: python sdk_rounds.py GROUP URL FOLDER
 
-The last line of stdout is JSON: by step, "" or the error.  This file imports nothing of Osmium.
+Writes FOLDER/steps.json: by step, "" or the error.  This file imports nothing of Osmium.
 """
 
 import asyncio
@@ -92,7 +92,7 @@ def check_word(text: str | None) -> None:
 
 
 def check_city(value: Any) -> None:
-    assert value == PARIS, value
+    assert value.model_dump() == PARIS.model_dump(), value
 
 
 def user(text: str) -> list[Any]:
@@ -203,6 +203,28 @@ def anthropic_tools() -> None:
                     "content": TOOLS[call.name](**call.input)} for call in calls]  # fmt: skip
         messages.append({"role": "user", "content": results})
     raise AssertionError("the rounds do not end")
+
+
+def anthropic_runner() -> None:
+    """The package's own loop, which asks for a conversation that the server keeps."""
+    import anthropic
+
+    final = (
+        anthropic_client()
+        .beta.messages.tool_runner(
+            model=MODEL, max_tokens=500, messages=user(task()),
+            tools=[anthropic.beta_tool(function) for function in TOOLS.values()],
+        )
+        .until_done()
+    )  # fmt: skip
+    check_word("".join(block.text for block in final.content if block.type == "text"))
+
+
+def anthropic_structured() -> None:
+    done = anthropic_client().messages.parse(
+        model=MODEL, max_tokens=500, messages=user(DESCRIBE), output_format=City
+    )
+    check_city(done.parsed_output)
 
 
 # -- litellm ---------------------------------------------------------------------------------------
@@ -442,7 +464,10 @@ GROUPS: dict[str, dict[str, Any]] = {
         "text": openai_responses_text, "tools": openai_responses_tools,
         "structured": openai_responses_structured,
     },
-    "anthropic": {"text": anthropic_text, "tools": anthropic_tools},
+    "anthropic": {
+        "text": anthropic_text, "tools": anthropic_tools, "structured": anthropic_structured,
+    },
+    "anthropic tool runner": {"tools": anthropic_runner},
     "litellm": {"text": litellm_text, "tools": litellm_tools, "structured": litellm_structured},
     "langchain-openai": {
         "text": langchain_text, "tools": langchain_tools, "structured": langchain_structured,
@@ -475,7 +500,7 @@ def main() -> None:
             found[step] = ""
         except Exception:
             found[step] = traceback.format_exc()
-    print(json.dumps(found))
+    (Path(FOLDER) / "steps.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

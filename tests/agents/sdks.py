@@ -34,6 +34,7 @@ SDKS = {
     "openai": "openai",
     "openai responses": "openai",
     "anthropic": "anthropic",
+    "anthropic tool runner": "anthropic",
     "litellm": "litellm",
     "langchain-openai": "langchain-openai",
     "instructor": "instructor",
@@ -90,11 +91,11 @@ def run_sdk(name: str, python: Path, url: str) -> Result:
         except subprocess.TimeoutExpired:
             result.add("text", False, f"no end in {RUN_S} s")
         else:
-            last = done.stdout.splitlines()[-1:]
-            if done.returncode or not last:
-                result.add("text", False, done.stderr)
+            steps = Path(folder) / "steps.json"
+            if not steps.exists():
+                result.add("text", False, done.stdout + done.stderr)
             else:
-                for step, problem in json.loads(last[0]).items():
+                for step, problem in json.loads(steps.read_text()).items():
                     result.add(step, not problem, problem)
     result.seconds = round(time.monotonic() - start, 1)
     return result

@@ -20,7 +20,7 @@ def test_a_key_comes_from_the_file_the_flag_or_the_environment(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "keys"
-    file.write_text("\ufeffone\r\n\n  two  \n")
+    file.write_text("\ufeffone\r\n\n  two  \n# three\n  #four\n")
     assert api_keys(None, None) == []
     assert api_keys("flag", None) == ["flag"]
     assert api_keys(None, str(file)) == ["one", "two"]
@@ -35,7 +35,7 @@ def test_a_key_comes_from_the_file_the_flag_or_the_environment(
 
 
 @pytest.mark.parametrize(
-    "content", [None, b"", b"\n \n", b"\xff\xfe", b"s3\x00cret", b"s3cret\x01"]
+    "content", [None, b"", b"\n \n", b"# s3cret\n", b"\xff\xfe", b"s3\x00cret", b"s3cret\x01"]
 )
 def test_a_file_without_a_usable_key_is_refused(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "keys"

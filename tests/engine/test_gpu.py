@@ -13,6 +13,7 @@ import osmium
 from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
+from osmium.engine.sampler import log_softmax
 from osmium.errors import NoDevice
 from osmium.experts.cache import resident, verify
 from osmium.experts.usage import snapshot_usage
@@ -123,6 +124,32 @@ def test_sampling_on_the_device_equals_sampling_on_the_host(
             engine.run_on_engine_thread(lambda: setattr(runner, "max_decode_rows", rows))
             assert [token.id for token in device] == [token.id for token in host]
             compare_log_probabilities(device, host)
+    finally:
+        engine.close()
+
+
+def test_prompts_are_scored_beside_other_requests_as_teacher_forcing_scores_them(
+    rng: np.random.Generator,
+) -> None:
+    engine = demo(max_num_seqs=4, prefill_chunk=32)
+    try:
+        scored = prompts(engine, rng, 6)
+        beside = [engine.generate(ids, GREEDY) for ids in prompts(engine, rng, 3)]
+        done: queue.SimpleQueue[Token | Finish] = queue.SimpleQueue()
+        params = SamplingParams(max_tokens=0, prompt_logprobs=2)
+        requests = [engine.submit(ids, params, done.put) for ids in scored]
+        for _ in requests:
+            event = done.get(timeout=60)
+            assert isinstance(event, Finish) and event.error is None
+        assert all(len([*tokens]) == 24 for tokens in beside)
+        for ids, request in zip(scored, requests, strict=True):
+            wanted = log_softmax(engine.logits(ids))
+            assert request.prompt_logprobs is not None
+            entries = list(request.prompt_logprobs.entries())[1:]
+            for row, token, entry in zip(wanted, ids[1:], entries, strict=False):
+                assert entry is not None
+                assert entry[1] == pytest.approx(row[token], abs=1e-3)
+                assert entry[3][0][1] == pytest.approx(row.max(), abs=1e-3)
     finally:
         engine.close()
 

@@ -13,6 +13,8 @@ import pytest
 from osmium.config import EngineConfig, ModelConfig
 from osmium.engine.plan import (
     CUDA_CONTEXT_BYTES,
+    PREFILL_CHUNK,
+    RESIDENT_PREFILL_CHUNK,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
@@ -131,6 +133,15 @@ def test_the_default_context_is_the_models_up_to_32768() -> None:
 def test_the_default_number_of_sequences_is_at_most_the_chunk() -> None:
     assert [plan(prefill_chunk=n).max_num_seqs for n in (1, 3, 512)] == [1, 3, 4]
     assert plan(prefill_chunk=8, max_num_seqs=8).max_num_seqs == 8
+
+
+def test_the_default_chunk_is_larger_where_all_experts_are_resident() -> None:
+    wide = replace(CARD, vram_free=90 * GIB, vram_total=96 * GIB)
+    assert plan(wide).resident and plan(wide).prefill_chunk == RESIDENT_PREFILL_CHUNK
+    assert not plan().resident and plan().prefill_chunk == PREFILL_CHUNK
+    assert plan(LAPTOP).prefill_chunk == PREFILL_CHUNK
+    assert plan(wide, prefill_chunk=64).prefill_chunk == 64
+    assert plan(wide, context=1000).prefill_chunk == 1000
 
 
 def test_without_an_expert_cache_every_layer_has_top_k_slots() -> None:

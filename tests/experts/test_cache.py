@@ -22,6 +22,7 @@ from osmium.experts.prefetch import make_prefetch_state, prefetch_state_bytes
 from osmium.experts.runner import ExpertRunner, expert_runner_bytes
 from osmium.ops import ExpertCache, HostExperts, LinearWeight, SharedExpert
 from osmium.ops.formulas import expert_matrices
+from osmium.ops.grouped import GroupedExperts
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.expert_layout import ExpertLayout
 from tests.tolerance import close, distance
@@ -257,9 +258,11 @@ def test_the_bytes_planned_are_the_bytes_allocated(rng: np.random.Generator) -> 
         assert cache_bytes(LAYOUT, LAYERS, EXPERTS, capacity) == sum(x.nbytes for x in arrays)
         inner = store.inner.f32.nbytes
         num_slots = inner + sum(x.nbytes for x in vars(store.assignment).values())
-        sizes = (8, capacity, EXPERTS, TOP_K, LAYOUT.inner)
+        sizes = (8, capacity, EXPERTS, TOP_K, LAYOUT)
         assert expert_runner_bytes(*sizes, gpu=False) == num_slots
-        assert expert_runner_bytes(*sizes, gpu=True) == num_slots + inner  # again, as hi and lo
+        # again, as hi and lo; and the arrays of experts of many tokens
+        grouped = GroupedExperts.nbytes(store.max_rows, TOP_K, EXPERTS, LAYOUT.hidden)
+        assert expert_runner_bytes(*sizes, gpu=True) == num_slots + inner + grouped
     prefetch = make_prefetch_state(OPS, LAYERS, EXPERTS, TOP_K)
     assert prefetch_state_bytes(LAYERS, EXPERTS, TOP_K) == sum(
         x.nbytes for x in vars(prefetch).values()

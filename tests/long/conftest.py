@@ -56,7 +56,7 @@ class Report:
     def _group(self, nodeid: str) -> dict[str, Any]:
         name = Path(nodeid.partition("::")[0]).stem.removeprefix("test_").replace("_", " ")
         empty: dict[str, Any] = {
-            "group": name, "passed": 0, "failed": 0, "not_run": 0, "seconds": 0.0,
+            "group": name, "passed": 0, "failed": 0, "not_run": 0, "cases": 0, "seconds": 0.0,
             "why_not": [], "failures": [],
         }  # fmt: skip
         return self.groups.setdefault(name, empty)
@@ -74,6 +74,10 @@ class Report:
             group["failures"].append(report.nodeid.partition("::")[2])
         elif report.when == "call":
             group["passed"] += 1
+        if report.when == "call":
+            group["cases"] += sum(
+                int(str(n)) for name, n in report.user_properties if name == "cases"
+            )
 
     def pytest_collectreport(self, report: pytest.CollectReport) -> None:
         if report.failed:
@@ -87,20 +91,23 @@ class Report:
             return
         for row in rows:
             row["seconds"] = round(row["seconds"], 1)
-        found = {**machine(), "seconds": round(time.monotonic() - self.start, 1), "groups": rows}
+        cases = sum(row["cases"] for row in rows)
+        seconds = round(time.monotonic() - self.start, 1)
+        found = {**machine(), "seconds": seconds, "cases": cases, "groups": rows}
         self.path.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
         terminalreporter.section("long ring")
         for line in table(rows):
             terminalreporter.write_line(line)
-        terminalreporter.write_line(f"written to {self.path}")
+        terminalreporter.write_line(f"{cases:,} random cases; written to {self.path}")
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows as text lines."""
-    lines = [f"{'group':18}{'passed':>7}{'failed':>7}{'not run':>8}{'seconds':>9}"]
+    lines = [f"{'group':18}{'passed':>7}{'failed':>7}{'not run':>8}{'cases':>10}{'seconds':>9}"]
     for row in rows:
         line = f"{row['group']:18}{row['passed']:7}{row['failed']:7}{row['not_run']:8}"
-        lines.append(f"{line}{row['seconds']:9.1f}")
+        cases = f"{row['cases']:,}" if row["cases"] else ""
+        lines.append(f"{line}{cases:>10}{row['seconds']:9.1f}")
         lines += [f"  not run: {reason}" for reason in row["why_not"]]
         lines += [f"  FAILED: {name}" for name in row["failures"]]
     return lines

@@ -4,12 +4,22 @@ import json
 import random
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any
 
 import pytest
 
+from tests.long.mutations import (
+    CHAT,
+    CHAT_PROMPT,
+    COMPLETION,
+    MESSAGE,
+    RESPONSE,
+    damaged,
+    mutated,
+    varied,
+)
 from tests.long.server import ANSWER_S, Server, run_server
 
 CASES, LEAST, MOST_S = 3000, 500, 90.0
@@ -18,45 +28,14 @@ CASES, LEAST, MOST_S = 3000, 500, 90.0
 Half as many requests have damaged bytes, and some are not HTTP.
 """
 
-CHAT: dict[str, Any] = {
-    "model": "demo", "temperature": 0.7, "top_p": 0.9, "top_k": 20, "min_p": 0.05, "seed": 3,
-    "messages": [
-        {"role": "system", "content": "Be short."},
-        {"role": "user", "content": [{"type": "text", "text": "Hello"}]},
-        {"role": "assistant", "content": "Hi", "reasoning_content": "greet", "tool_calls": [
-            {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{\"a\": 1}"}}
-        ]},
-        {"role": "tool", "tool_call_id": "1", "content": "4"},
-        {"role": "user", "content": "And?"},
-    ],
-    "tools": [{"type": "function", "function": {
-        "name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}}],
-    "tool_choice": "auto", "stream": False, "stream_options": {"include_usage": True},
-    "stop": ["\n\n", "END"], "max_tokens": 4, "max_completion_tokens": 3, "n": 1,
-    "presence_penalty": 0.1, "frequency_penalty": 0.1, "repetition_penalty": 1.1,
-    "logit_bias": {"5": 1.5}, "logprobs": True, "top_logprobs": 2, "user": "u",
-    "response_format": {"type": "text"}, "chat_template_kwargs": {"enable_thinking": False},
-    "enable_thinking": False, "reasoning_effort": "none", "ignore_eos": False,
-}  # fmt: skip
-
-COMPLETION: dict[str, Any] = {
-    "model": "demo", "prompt": "The capital of", "max_tokens": 3, "temperature": 0, "logprobs": 2,
-    "echo": False, "suffix": None, "best_of": 1, "stop": "x", "stream": False, "seed": 1,
-    "logit_bias": {"7": -3}, "n": 1, "prompt_ids": [1, 2, 3],
-}  # fmt: skip
-
-NASTY: list[Any] = [
-    None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63) - 1, 10**400, 1e308, -1e-308, 0.5,
-    float("nan"), float("inf"), "", " ", "\0", "\ud800", "é🙂", "a" * 5000, "{{ 7 * 7 }}",
-    "{% for i in range(10**9) %}x{% endfor %}", "<|im_end|>", "</think>", "user", "image_url",
-    [], [[]], {}, {"": None}, [None], [1, "a", {}], {"type": "text"}, {"role": "user"},
-    {"type": "image_url", "image_url": {"url": "x"}}, [[1, 2], [3]], [-1], [10**9], ["a", "b"],
-    {"function": 3}, {"function": {"name": 5, "arguments": []}}, {"a": {"b": {"c": []}}},
-]  # fmt: skip
-
 PATHS = (
     "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", "/v1/models/demo",
     "/health", "/metrics", "/", "/v1/nothing", "/v1/models/%00", "/v1/models/" + "x" * 3000,
+)  # fmt: skip
+
+BODIES: tuple[tuple[str, dict[str, Any]], ...] = (
+    (PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION), ("/v1/responses", RESPONSE),
+    ("/v1/messages", MESSAGE), ("/v1/messages/count_tokens", MESSAGE), ("/tokenize", CHAT_PROMPT),
 )  # fmt: skip
 
 METHODS = ("POST", "GET", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH", "TRACE", "NONSENSE")
@@ -79,59 +58,6 @@ def case_numbers(max_cases: int) -> Iterator[int]:
         yield case
 
 
-def paths_of(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value inside `value`."""
-    items = value.items() if isinstance(value, dict) else enumerate(value)
-    for key, one in items:
-        yield (*path, key)
-        if isinstance(one, dict | list):
-            yield from paths_of(one, (*path, key))
-
-
-def mutated(rng: random.Random, body: dict[str, Any]) -> Any:
-    """A body with a few wrong values."""
-    made: Any = json.loads(json.dumps(body))
-    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
-        if not isinstance(made, dict) or not made:
-            return made
-        path = rng.choice(list(paths_of(made)))
-        parent = made
-        for key in path[:-1]:
-            parent = parent[key]
-        value = json.loads(json.dumps(rng.choice(NASTY)))
-        match rng.randrange(6):
-            case 0:
-                del parent[path[-1]]
-            case 1 if isinstance(parent, dict):
-                parent[rng.choice(("type", "content", "role", "x", "", "function"))] = value
-            case 2 if isinstance(parent, list):
-                parent.extend([parent[path[-1]]] * rng.choice((1, 50)))
-            case 3:
-                parent[path[-1]] = [value] if rng.random() < 0.5 else {"text": value}
-            case _:
-                parent[path[-1]] = value
-    if rng.random() < 0.01:
-        return rng.choice(NASTY)
-    return made
-
-
-def damaged(rng: random.Random, raw: bytes) -> bytes:
-    """Bytes changed, removed or doubled."""
-    made = bytearray(raw)
-    for _ in range(rng.choice((1, 1, 2, 5))):
-        at = rng.randrange(len(made) + 1)
-        match rng.randrange(5):
-            case 0:
-                del made[at:]
-            case 1:
-                made[at:at] = rng.choice((b"\0", b"\xff\xfe", b"[" * 5000, b'"', b"\\u", b"{}"))
-            case 2:
-                made[at : at + rng.randrange(1, 9)] = b""
-            case _ if at < len(made):
-                made[at] ^= 1 << rng.randrange(8)
-    return bytes(made)
-
-
 def check(server: Server, method: str, path: str, body: bytes | None, **headers: str) -> int:
     """Send one request; it must not get a 5xx, and a refusal must be OpenAI's error object."""
     request_text = f"{method} {path} {body!r:.2000} {headers}"
@@ -145,28 +71,41 @@ def check(server: Server, method: str, path: str, body: bytes | None, **headers:
     return status
 
 
-def test_mutated_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_mutated_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
     seen: dict[int, int] = {}
     for _ in case_numbers(CASES):
-        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        path, body = rng.choice(BODIES)
         base = dict(body)
         if rng.random() < 0.3:
             base["stream"] = True
         if path == PATHS[1] and rng.random() < 0.3:
             base["prompt"] = base["prompt_ids"]
-        status = check(small_server, "POST", path, json.dumps(mutated(rng, base)).encode())
+        status = check(
+            small_server,
+            "POST",
+            path,
+            json.dumps(rng.choice((mutated, varied))(rng, base)).encode(),
+        )
         seen[status] = seen.get(status, 0) + 1
+    record_property("cases", sum(seen.values()))
     assert seen[200] > 20 and seen[400] > 20, seen
     small_server.wait_until_idle()
     small_server.assert_healthy()
 
 
-def test_damaged_bodies_succeed_or_are_refused(small_server: Server, seed: int) -> None:
+def test_damaged_bodies_succeed_or_are_refused(
+    small_server: Server, seed: int, record_property: Callable[[str, object], None]
+) -> None:
     rng = random.Random(seed)
+    done = 0
     for _ in case_numbers(CASES // 2):
-        path, body = rng.choice(((PATHS[0], CHAT), (PATHS[1], COMPLETION)))
+        path, body = rng.choice(BODIES)
+        done += 1
         check(small_server, "POST", path, damaged(rng, json.dumps(body).encode()))
+    record_property("cases", done)
     small_server.wait_until_idle()
     small_server.assert_healthy()
 

@@ -15,6 +15,10 @@ from typing import Any
 
 import pytest
 
+from osmium.config import Progress
+from osmium.engine.engine import Engine
+from osmium.server.app import BackgroundLoader, create_app
+from osmium.server.route import ApiRoute
 from tests.long.server import Server, run_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,18 +56,15 @@ def command() -> list[str]:
     return [str(program), "--config-file", str(ROOT / "tests" / "long" / "schemathesis.toml")]
 
 
-@pytest.fixture(scope="module", params=[None, "a-key"], ids=["open", "with a key"])
-def server(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Server, str | None]]:
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
     """The bundled model with a small context, so that no request runs long."""
-    flags = ["--context", "256"]
-    if request.param is not None:
-        file = tmp_path_factory.mktemp("key") / "keys"
-        file.write_text(request.param)
-        flags += ["--api-key-file", str(file)]
-    with run_server(*flags) as running:
-        yield running, request.param
+    with run_server("--context", "256") as running:
+        yield running
+
+
+def fail(progress: Progress) -> Engine:
+    raise AssertionError("no model is loaded for the names of routes")
 
 
 def refused(report: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -78,31 +79,58 @@ def refused(report: Path) -> Iterator[tuple[str, int, dict[str, Any]]]:
                 yield recorder["label"], response["status_code"], json.loads(raw or b"{}")
 
 
-def test_no_check_of_schemathesis_fails(
-    command: list[str], server: tuple[Server, str | None], seed: int, tmp_path: Path
-) -> None:
-    running, key = server
-    report, url = tmp_path / "report.ndjson", f"http://127.0.0.1:{running.port}/openapi.json"
-    headers = ["--header", f"Authorization: Bearer {key}"] if key else []
-    examples = str(EXAMPLES if key is None else 5)
+def run(command: list[str], server: Server, seed: int, folder: Path, *options: str) -> Path:
+    """Run schemathesis, which must find nothing; returns its report."""
+    report = folder / "report.ndjson"
     done = subprocess.run(
         [
-            *command, "run", "--checks", "all", "--max-examples", examples,
-            "--seed", str(seed), "--request-timeout", "60", "--max-response-time", "60",
+            *command, "run", "--checks", "all", "--max-examples", str(EXAMPLES), "--seed",
+            str(seed), "--request-timeout", "60", "--max-response-time", "60",
             "--continue-on-failure", "--no-color", "--report", "ndjson", "--report-ndjson-path",
-            str(report), "--generation-database", "none", *headers, url,
+            str(report), "--generation-database", "none", *options,
+            f"http://127.0.0.1:{server.port}/openapi.json",
         ],
-        cwd=tmp_path, capture_output=True, text=True, timeout=850,
+        cwd=folder, capture_output=True, text=True, timeout=850,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
-    found = list(refused(report))
-    for label, status, body in found:
+    return report
+
+
+WITH_BODY = [
+    route.path
+    for route in create_app(BackgroundLoader(fail)).routes
+    if isinstance(route, ApiRoute) and route.operation.body is not None
+]
+
+
+@pytest.mark.parametrize("path", WITH_BODY)
+def test_no_check_fails_on_requests_with_a_body(
+    command: list[str], server: Server, seed: int, tmp_path: Path, path: str
+) -> None:
+    report = run(command, server, seed, tmp_path, "--include-path", path)
+    for label, status, body in refused(report):
         error = body["error"]
         assert status in (400, 404), (label, body)
         if body.get("type") == "error":  # Anthropic's form
             assert error["type"] in ("invalid_request_error", "not_found_error"), (label, body)
         else:
             assert error["code"] in REASONS and error["param"], (label, body)
-    if key is None:
-        running.wait_until_idle()
-        running.assert_healthy()
+    server.wait_until_idle()
+    server.assert_healthy()
+
+
+def test_no_check_fails_on_other_requests(
+    command: list[str], server: Server, seed: int, tmp_path: Path
+) -> None:
+    others = [option for path in WITH_BODY for option in ("--exclude-path", path)]
+    run(command, server, seed, tmp_path, *others)
+    server.assert_healthy()
+
+
+def test_no_check_fails_with_an_api_key(command: list[str], seed: int, tmp_path: Path) -> None:
+    key, file = "a-key", tmp_path / "keys"
+    file.write_text(key)
+    options = ["--header", f"Authorization: Bearer {key}"]
+    options += [option for path in WITH_BODY[:-1] for option in ("--exclude-path", path)]
+    with run_server("--context", "256", "--api-key-file", str(file)) as server:
+        run(command, server, seed, tmp_path, *options)

@@ -1,7 +1,7 @@
 """1,000 random schemas and prompts on the demo model: no text is invalid."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import SimpleQueue
 
 import jsonschema
@@ -44,7 +44,7 @@ def submit(
 
 
 def test_no_response_to_a_strict_schema_is_invalid(
-    engine: Engine, rng: np.random.Generator
+    engine: Engine, rng: np.random.Generator, record_property: Callable[[str, object], None]
 ) -> None:
     compiler = GrammarCompiler(
         engine.tokenizer, engine.config.vocab_size, engine.config.eos_token_ids
@@ -61,4 +61,5 @@ def test_no_response_to_a_strict_schema_is_invalid(
             reasons.append(event.reason)
             jsonschema.Draft202012Validator(schema).validate(json.loads(text + event.text))
     assert len(reasons) == CASES
+    record_property("cases", CASES)
     assert {*reasons} == {FinishReason.STOP, FinishReason.LENGTH}

@@ -34,7 +34,14 @@ from osmium.ops import (
 )
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words
+from osmium.ops.grouped import ExpertGroups
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    SPLIT_KV_MAX_SEQS,
+    delta_chunk_words,
+    supports_gemm,
+    supports_grouped_experts,
+)
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 from osmium.quant import int4, int8
 from osmium.quant.expert_layout import ExpertLayout, group_of
@@ -107,6 +114,21 @@ def _f32(rng: np.random.Generator, *shape: int) -> npt.NDArray[np.float32]:
 
 def _nan(*shape: int) -> npt.NDArray[np.float32]:
     return np.full(shape, np.nan, np.float32)
+
+
+def matrix_tolerance(form: str, tokens: int, columns: int, group: int = 0, rows: int = 2) -> str:
+    """Row of tests/tolerance.py for a matrix [rows, columns] that reads f32 as two bf16, or for
+    many tokens as two digits."""
+    weight = LinearWeight(form, rows, columns, None, None, group)  # type: ignore[arg-type]
+    return "digits" if tokens > MATVEC_MAX_TOKENS and supports_gemm(weight) else "rows"
+
+
+def expert_tolerance(layout: ExpertLayout, tokens: int, num_experts: int, form: str) -> str:
+    """Row of tests/tolerance.py for the experts of a layer and a shared one of size 64 or 128."""
+    if tokens <= MATVEC_MAX_TOKENS:
+        return "f32"
+    has_digits = form == "int8" and layout.hidden % 128 == 0
+    return "expert digits" if has_digits or supports_grouped_experts(layout, num_experts) else "f32"
 
 
 def rows_of(ops: Ops, x: Any) -> MatmulInput:
@@ -232,7 +254,8 @@ def _linear(form: str) -> Callable[[np.random.Generator, Size], Case]:
             matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
-        return Case(arrays, call, {"out": "f32"})
+        has_digits = matrix_tolerance(form, tokens, columns, group, rows) == "digits"
+        return Case(arrays, call, {"out": "digits" if has_digits else "f32"})
 
     return make
 
@@ -796,18 +819,21 @@ def experts_call(
         column,
     )
     h = normed_rows(ops, a["x"], a["norm"]) if norm else rows_of(ops, a["x"])
+    grouped = ops.empty_grouped(tokens, top_k, cache.num_experts, cache.layout)
     inputs = (new_rows(ops, tokens * top_k, cache.layout.inner), new_rows(ops, tokens, inner))
     for part in parts:
         if part == parts[-1]:
             fetch()
         with ops.on_side_stream():
-            ops.expert_up(*inputs, h, a["routed_ids"], plan, cache, 0, part, shared, a["both"])
+            ops.expert_up(
+                *inputs, h, a["routed_ids"], plan, cache, 0, part, shared, a["both"], grouped
+            )
         ops.join_side_stream()
     next_rows = new_rows(ops, tokens, hidden, 1e-6)
     for part in parts:
         ops.expert_down(
             a["out"], *inputs, a["routed_ids"], a["weights"], plan, cache, 0, part, shared,
-            a["scores"], a["shared_out"], a["y"], next_rows, a["norm"],
+            a["scores"], a["shared_out"], a["y"], next_rows, a["norm"], grouped,
         )  # fmt: skip
     read_rows(ops, a["next"], next_rows)
 
@@ -828,6 +854,79 @@ def add_sigmoid_gated(rng: np.random.Generator, size: Size) -> Case:
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.add_sigmoid_gated(a["out"], a["x"], a["gate"], size.experts)
+
+    return Case(arrays, call, {"out": "f32"})
+
+
+def routed_ids(
+    rng: np.random.Generator, size: Size, used: Literal["all", "some", "one"] = "all"
+) -> npt.NDArray[np.uint16]:
+    """Expert ids [T, A] of random experts: of all, of every third, or of one alone.
+
+    A token's experts are distinct, if that many are used."""
+    experts = {
+        "all": np.arange(size.experts),
+        "some": np.arange(size.experts)[1::3],
+        "one": rng.integers(0, size.experts, 1),
+    }[used]
+    shape = (sum(size.lengths), size.top_k)
+    if len(experts) < size.top_k:
+        return rng.choice(experts, shape).astype(np.uint16)
+    order = np.argsort(rng.random((shape[0], len(experts))), axis=1)
+    return experts[order[:, : size.top_k]].astype(np.uint16)
+
+
+def group_by_expert(
+    rng: np.random.Generator,
+    size: Size,
+    used: Literal["all", "some", "one"] = "all",
+    has_slots: bool = True,
+) -> Case:
+    """A third of the experts are not resident, unless expert e is in slot e."""
+    ids = routed_ids(rng, size, used)
+    shapes = ExpertGroups.shapes(len(ids) + 5, size.top_k, size.experts)
+    arrays: Arrays = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
+    slots = rng.permutation(size.experts).astype(np.int32)
+    arrays |= {"ids": ids, "slots": np.where(slots % 3 == 2, np.int32(-1), slots)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        groups = ExpertGroups(*(a[name] for name in shapes))
+        ops.group_by_expert(groups, a["ids"], size.experts, a["slots"] if has_slots else None)
+
+    return Case(arrays, call, dict.fromkeys(("order", "position", "tiles", "num_tiles"), "exact"))
+
+
+def gather_add(
+    rng: np.random.Generator,
+    size: Size,
+    used: Literal["all", "some", "one"] = "all",
+    parts: int = 1,
+    has_shared: bool = True,
+) -> Case:
+    """Sums in one call, or in `parts` calls of which each has the rows of consecutive positions."""
+    ids = routed_ids(rng, size, used)
+    position = np.empty(ids.size + 3, np.int32)
+    position[np.argsort(ids.reshape(-1), kind="stable")] = np.arange(ids.size)
+    position[ids.size :] = 0
+    cuts = [ids.size * i // parts for i in range(parts + 1)]
+    arrays: Arrays = {
+        "out": _f32(rng, len(ids), size.hidden),
+        "weights": rng.random(ids.shape, np.float32),
+        "position": position,
+        "shared_out": _f32(rng, len(ids), size.hidden),
+        "router_logits": _f32(rng, len(ids), size.experts + 1) * 3,
+    }
+    y = _f32(rng, ids.size, size.hidden)
+    arrays |= {f"y{i}": y[cuts[i] : cuts[i + 1]] for i in range(parts)}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        for i in range(parts):
+            shared = (a["shared_out"], a["router_logits"], size.experts)
+            has_gate = has_shared and i == parts - 1
+            ops.gather_add(
+                a["out"], a[f"y{i}"], a["weights"], a["position"], cuts[i],
+                *(shared if has_gate else ()),
+            )  # fmt: skip
 
     return Case(arrays, call, {"out": "f32"})
 
@@ -1019,6 +1118,8 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "experts int4": _experts(4),
     "silu_and_mul": silu_and_mul,
     "add_sigmoid_gated": add_sigmoid_gated,
+    "group_by_expert": group_by_expert,
+    "gather_add": gather_add,
     "sample": sample,
     "sample_controlled": sample_controlled,
     "advance_step": advance_step,

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import Ops, controls, types
+from osmium.kernels.group_by_expert import MAX_BLOCKS
+from osmium.ops import Ops, controls, grouped, types
 from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
 from osmium.ops.types import LinearWeight, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
@@ -32,7 +33,7 @@ DTYPES: dict[str, Any] = {
 
 CONSTANTS = {
     "FETCH_BLOCKS": types.FETCH_BLOCKS, "FETCH_WARPS": types.FETCH_WARPS,
-    "SPLIT_KV_MAX_SEQS": SPLIT_KV_MAX_SEQS,
+    "MAX_BLOCKS": MAX_BLOCKS, "SPLIT_KV_MAX_SEQS": SPLIT_KV_MAX_SEQS,
 }  # fmt: skip
 
 SHARED = {
@@ -269,7 +270,11 @@ class Compared:
             for argument, given in bound.items():
                 if argument in documented and given is not None:
                     comparison.any(given, f"{name}.{argument}", documented[argument], own)
-                elif type(given).__module__ in (types.__name__, controls.__name__):
+                elif type(given).__module__ in (
+                    types.__name__,
+                    controls.__name__,
+                    grouped.__name__,
+                ):
                     comparison.fields(given, type(given).__name__)
             comparison.finish()
             self.compared |= comparison.compared

@@ -15,7 +15,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_weights
+from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
 
 pytestmark = pytest.mark.gpu
 
@@ -33,6 +33,8 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_attention.CASES,
     **cases_weights.CASES,
     **cases_weights.LARGE,
+    **cases_grouped.CASES,
+    **cases_grouped.LARGE,
     **cases_attention.LONG,
 }
 

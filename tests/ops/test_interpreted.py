@@ -12,7 +12,7 @@ from osmium.kernels import ptx
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_linear, cases_weights
+from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
 from tests.ptx.interpreter import InterpretedRuntime
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
@@ -20,6 +20,7 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **cases_linear.CASES,
     **cases_attention.CASES,
     **cases_weights.CASES,
+    **cases_grouped.CASES,
 }
 
 
@@ -60,6 +61,8 @@ def test_a_kernel_with_pdl_waits_before_reading_earlier_results(
         "rms_norm",
         "router",
         "attention",
+        "prefill attention bf16 128, 1 row beside 12",
+        "prefill attention fp8 256, 1 row beside 12",
         "split kv 96, across tiles",
         "split kv fp8 256, short rows",
         "delta_rule_chunk",

@@ -14,6 +14,7 @@ from osmium.models.workspace import Workspace, make_workspace
 from osmium.ops import Ops
 from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu import GpuOps
+from osmium.ops.grouped import ExpertGroups, GroupedOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import (
     AttentionWeights,
@@ -47,7 +48,8 @@ from tests.ptx.interpreter import InterpretedRuntime
 
 KINDS: list[type] = [
     AttentionWeights, AttentionWorkspace, DecodeState, DeltaNetWorkspace, DeltaWeights, ExpertCache,
-    HostExperts, PagedKV, PrefetchState, SamplingControls, SharedExpert, SlotAssignment, StepInputs,
+    ExpertGroups, HostExperts, PagedKV, PrefetchState, SamplingControls, SharedExpert,
+    SlotAssignment, StepInputs,
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -120,7 +122,7 @@ def test_operations_get_the_arrays_that_their_docstrings_state(rng: np.random.Ge
     model.step({0: prompt(MODELS[0])[:2]})
     model.step({0: [5]})
     assert set(documented(KINDS)) <= ops.compared
-    for method in vars(Ops):
+    for method in (*vars(Ops), *vars(GroupedOps)):
         if not method.startswith("_"):
             assert {f"{method}.{name}" for name in arguments_of(method)} <= ops.compared
 

@@ -6,9 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osmium.ops import PagedKV, StepInputs
 from osmium.ops.gpu import GQA_DECODE_SPLIT_KV, GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits
+from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits, prefill_attention_tokens
 from osmium.ops.types import FETCH_BLOCKS
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import split_kv
@@ -94,3 +95,26 @@ def test_attention_leaves_sms_free_until_the_prefetch_stream_is_joined() -> None
     ops.join_side_stream(prefetch=True)
     assert right()
     assert splits == [9, 5, 5, 9]
+
+
+@pytest.mark.parametrize(
+    ("kept", "heads", "groups", "dim", "lengths", "expected"),
+    [
+        ("fp8", 32, 2, 256, (512,), 4),
+        ("fp8", 16, 2, 256, (512,), 8),
+        ("bf16", 32, 2, 256, (512,), 2),
+        ("fp8", 32, 4, 128, (9,), 8),
+        ("fp8", 32, 2, 256, (8,), 0),
+        ("fp8", 32, 2, 256, (1,) * 16, 0),
+        ("fp8", 32, 2, 64, (512,), 0),
+        ("bf16", 66, 2, 128, (512,), 0),
+    ],
+)
+def test_prefill_attention_takes_steps_of_many_tokens_and_whole_groups_of_heads(
+    kept: str, heads: int, groups: int, dim: int, lengths: tuple[int, ...], expected: int
+) -> None:
+    unused: Any = None
+    q = np.empty((sum(lengths), heads, dim), np.float32)
+    pages = np.empty((1, 1, groups, dim), np.uint8 if kept == "fp8" else np.uint16)
+    step = StepInputs(sum(lengths), len(lengths), 64, *[unused] * 7)
+    assert prefill_attention_tokens(q, PagedKV(pages, pages), step) == expected

@@ -66,6 +66,18 @@ def attention(
     return make
 
 
+def prefill(
+    kept: str, dim: int, heads: int, kv: int, page: int, lengths: Counts, past: Counts
+) -> Make:
+    """A step with more than eight rows: with e4m3 keys, q and the weights are rounded to f16."""
+
+    def make(rng: np.random.Generator) -> Case:
+        case = attention(dim, heads, kv, page, lengths, past, kept)(rng)
+        return replace(case, writes={"out": "f16 attention" if kept == "fp8" else "f32"})
+
+    return make
+
+
 def split_kv(
     dim: int, heads: int, kv: int, page: int, room: int, past: Counts, kept: str = "bf16",
     rotary: int | None = None, turns: int = 1,
@@ -174,6 +186,15 @@ def norm(hidden: int) -> Make:
     return lambda rng: cases.rms_norm(rng, replace(TINY, hidden=hidden, lengths=(2,), past=(0,)))
 
 
+PREFILL: dict[str, tuple[int, int, int, Counts, Counts]] = {
+    "31 rows": (4, 2, 8, (31,), (0,)),
+    "33 rows after 5": (2, 1, 64, (33,), (5,)),
+    "65 rows after 100": (8, 1, 7, (65,), (100,)),
+    "1 row beside 12": (6, 2, 16, (1, 12), (70, 3)),
+    "rows on both sides of a tile": (3, 1, 1, (10, 2), (59, 31)),
+}
+"""Heads, KV heads, page size, rows and past of prefill attention, for each format and head size."""
+
 CASES: dict[str, Make] = {
     "rope_append 32, all turn": rope(32, 32, 4, 2, (3, 1), (0, 6)),
     "rope_append 64, 2 turn": rope(64, 2, 1, 1, (1, 5), (7, 0)),
@@ -191,6 +212,12 @@ CASES: dict[str, Make] = {
     "attention fp8 64, within one tile": attention(64, 4, 1, 5, (3, 2), (0, 27), "fp8"),
     "attention fp8 160, a second tile a warp": attention(160, 1, 1, 16, (2, 1), (255, 12), "fp8"),
     "attention fp8 256, grouped": attention(256, 4, 2, 8, (1, 1), (34, 8), "fp8"),
+    **{
+        f"prefill attention {kept} {dim}, {name}": prefill(kept, dim, *shape)
+        for kept in ("bf16", "fp8")
+        for dim in (128, 256)
+        for name, shape in PREFILL.items()
+    },
     "split kv 32, one token": split_kv(32, 2, 2, 4, 2, (0, 1)),
     "split kv 96, across tiles": split_kv(96, 16, 1, 5, 8, (31, 32, 63)),
     "split kv 128, two kinds of rows": split_kv(128, 36, 2, 16, 3, (70,)),
@@ -264,6 +291,13 @@ LONG: dict[str, Make] = {
             "delta_rule_chunk", (2, 8), (128, 128), (3000, 1, 700), (100, 64, 0), learned
         )
         for learned in (False, True)
+    },
+    **{
+        f"prefill attention {kept} {dim}, {heads} heads": prefill(
+            kept, dim, heads, kv, 64, (300, 1, 77, 9), (1000, 5000, 0, 20_000)
+        )
+        for kept in ("bf16", "fp8")
+        for dim, heads, kv in ((256, 32, 2), (256, 16, 2), (128, 64, 4), (128, 32, 4))
     },
     "split kv 256, long": split_kv(256, 32, 2, 64, 128, (50_000,), rotary=64),
     "split kv fp8 256, long": split_kv(256, 32, 2, 64, 128, (100_000,), "fp8"),

@@ -28,7 +28,9 @@ from tests.ops.cases import (
     TINY,
     Arrays,
     Case,
+    expert_tolerance,
     experts_call,
+    matrix_tolerance,
     new_rows,
     normed_rows,
     packed_experts,
@@ -67,7 +69,7 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
             matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], rows_of(ops, a["x"]), matrix)
 
-        return Case(arrays, call, {"out": "rows"})
+        return Case(arrays, call, {"out": matrix_tolerance(form, tokens, columns, group, rows)})
 
     return make
 
@@ -100,8 +102,9 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
                 ops.linear_add_rms_norm(a["more"], rows_of(ops, a["x"]), matrix, h, a["following"])
                 read_rows(ops, a["next"], h)
 
-        more = {"more": "rows", "next": "rows"} if rows % 8 == 0 else {}
-        return Case(arrays, call, {"out": "rows", **more})
+        kind = matrix_tolerance(form, tokens, columns, group, rows)
+        more = {"more": kind, "next": kind} if rows % 8 == 0 else {}
+        return Case(arrays, call, {"out": kind, **more})
 
     return make
 
@@ -179,7 +182,8 @@ def experts(
             )
             experts_call(ops, a, form, assignment, cache, parts, 3, norm=True)
 
-        return Case(arrays, call, {"out": "f32", "next": "f32"})
+        kind = expert_tolerance(layout, tokens, count, form)
+        return Case(arrays, call, {"out": kind, "next": kind})
 
     return make
 
@@ -382,6 +386,12 @@ CASES: dict[str, Make] = {
     "int4_matvec 3x32x4096": fused("int4", 3, 32, 4096, 1e-6),
     "int4_matvec 2x16x8320": fused("int4", 2, 16, 8320),
     "int4_matvec 9x80x128": fused("int4", 9, 80, 128),
+    "int4_gemm 9x130x128": fused("int4", 9, 130, 128, 1e-6),
+    "int4_gemm 65x144x640": fused("int4", 65, 144, 640, 1e4),
+    "int4_gemm 31x16x3200": fused("int4", 31, 16, 3200),
+    "int8_gemm 9x130x128": fused("int8", 9, 130, 128, 1e4),
+    "int8_gemm 65x144x640": fused("int8", 65, 144, 640),
+    "int8_gemm 33x6x384": linear("int8", 33, 6, 384),
     "bf16_expert 3 tokens": experts(16, 3, 2, 24, 16),
     "bf16_expert many inputs up": experts(16, 1, 3, 264, 24),
     "bf16_expert many inputs down": experts(16, 1, 3, 24, 272),
@@ -400,6 +410,10 @@ CASES: dict[str, Make] = {
     "int4_experts of more segments than lanes": experts(4, 1, 17, 128, 256, "all"),
     "int4_experts of half a ring": experts(4, 1, 17, 128, 384, "all", shared=1088),
     "int4_experts nine tokens": experts(4, 9, 2, 128, 128),
+    "int4_moe_gemm 9 tokens": experts(4, 9, 2, 128, 256, "all"),
+    "int4_moe_gemm 70 tokens of one expert": experts(4, 70, 1, 256, 128),
+    "int8_moe_gemm 11 tokens": experts(8, 11, 3, 128, 128),
+    "int8_moe_gemm 65 tokens of one expert": experts(8, 65, 1, 128, 128, form="bf16"),
     "gated_up int8 1x8x64": gated("int8", 1, 8, 64),
     "gated_up int8 5x56x640": gated("int8", 5, 56, 640),
     "gated_up int8 3x152x128": gated("int8", 3, 152, 128),

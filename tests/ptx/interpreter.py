@@ -1675,10 +1675,18 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
     floats = (dtype.kind == "f", TYPES[source].kind == "f")
     if modes == ["rni"] and floats == (True, True):
         return lambda w, m: w.write(args[0], np.rint(value(w, m)), m)
+    if modes == ["rni"] and to == "s32" and source == "f32":
+        return lambda w, m: w.write(args[0], _nearest(value(w, m)), m)
     wanted = ["rn"] if floats == (True, False) or to == "f16" else []
     if modes != wanted or floats == (False, True):
         raise KeyError(".".join(parts))
     return lambda w, m: w.write(args[0], value(w, m).astype(dtype), m)
+
+
+def _nearest(x: Values) -> Values:
+    """f32 to s32, ties to even; out of range the nearest integer, and 0 for NaN."""
+    exact = np.clip(np.rint(np.nan_to_num(x.astype(np.float64))), -(2**31), 2**31 - 1)
+    return exact.astype(np.int32)
 
 
 def _compare(program: Program, parts: list[str], args: list[str]) -> Run:

@@ -19,6 +19,7 @@ from osmium.ops import (
     StepInputs,
     sampling,
 )
+from osmium.ops.grouped import ExpertGroups
 from osmium.ops.reference import ReferenceOps
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -60,6 +61,17 @@ def _assign_slots(values: tuple[Any, ...]) -> None:
     ReferenceOps().assign_slots(
         SlotAssignment(*arrays[:7]), cache, layer, ids, prefetch if with_prefetch else None
     )
+
+
+def _group_by_expert(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_group_by_expert.py compares the kernel with the reference."""
+    order, position, tiles, num_tiles, counts, ids = (value.numpy() for value in values[:6])
+    for value in values[:4]:
+        value.touch()
+    experts, has_slots = values[8], values[10]
+    groups = ExpertGroups(order, position, tiles, num_tiles, counts)
+    slots = values[6].numpy() if has_slots else None
+    ReferenceOps().group_by_expert(groups, ids, experts, slots)
 
 
 def _sample_token(values: tuple[Any, ...]) -> None:
@@ -177,6 +189,8 @@ def _top_logprobs(values: tuple[Any, ...]) -> None:
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
     "adjust_logits": _adjust_logits,
     "assign_slots": _assign_slots,
+    "expert_histogram": lambda values: None,
+    "group_by_expert": _group_by_expert,
     "slice_max": lambda values: None,
     "logit_histogram": lambda values: None,
     "sample_token": _sample_token,

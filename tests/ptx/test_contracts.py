@@ -11,6 +11,7 @@ import pytest
 
 from osmium.kernels.adjust_logits import ADJUST_LOGITS
 from osmium.kernels.assign_slots import ASSIGN_SLOTS
+from osmium.kernels.group_by_expert import EXPERT_HISTOGRAM, GROUP_BY_EXPERT
 from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Contract, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
@@ -119,7 +120,7 @@ def _declared(code: str) -> str:
 def test_a_compiled_numba_kernel_assembles_for_every_target(tmp_path: Path) -> None:
     kernels = (
         ADJUST_LOGITS, ASSIGN_SLOTS, ADVANCE_STEP, SAMPLE_TOKEN, SLICE_MAX, LOGIT_HISTOGRAM,
-        TOP_LOGPROBS,
+        TOP_LOGPROBS, EXPERT_HISTOGRAM, GROUP_BY_EXPERT,
     )  # fmt: skip
     for made in kernels:
         path = tmp_path / f"{made.name}.ptx"

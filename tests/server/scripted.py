@@ -38,6 +38,7 @@ from tests.text.byte_level import byte_level
 
 __all__ = [
     "BASE_URL",
+    "END",
     "PATIENCE_S",
     "TEMPLATE",
     "TOKENIZER",
@@ -166,7 +167,7 @@ class ScriptedEngine:
             time.sleep(0.002)
         request.prompt_progress = (len(request.ids), len(request.ids))
         if request.prompt_logprobs is not None:
-            request.prompt_logprobs.add(0, np.stack([self.logits_after(i) for i in request.ids]))
+            request.prompt_logprobs.add(0, self.logits_of(request.ids))
         if params.max_tokens == 0:
             reason = FinishReason.LENGTH
         for token in self.token_ids[: params.max_tokens]:
@@ -185,7 +186,7 @@ class ScriptedEngine:
             if token in params.stop_token_ids or stops.stops_at(token):
                 break
             start, text = stops.length, stops.push(token)
-            on_event(self._token(token, text, params, start, stops.length))
+            on_event(self.token(token, text, params, start, stops.length))
             if stops.matched:
                 break
             if generated in (params.max_tokens, self.context - len(request.ids)):
@@ -194,7 +195,7 @@ class ScriptedEngine:
         else:
             if reason is FinishReason.STOP:
                 generated += 1
-                end = self._token(END, "", params, stops.length, stops.length)
+                end = self.token(END, "", params, stops.length, stops.length)
         text = "" if error else stops.flush()
         end = None if params.logprobs is None else end
         counts = len(request.ids), generated
@@ -208,7 +209,11 @@ class ScriptedEngine:
         distance = (np.arange(TOKENIZER.vocab_size) - token - 1) % TOKENIZER.vocab_size
         return (-0.1 * distance).astype(np.float32)
 
-    def _token(self, token: int, text: str, params: SamplingParams, start: int, end: int) -> Token:
+    @classmethod
+    def logits_of(cls, ids: Sequence[int]) -> npt.NDArray[np.float32]:
+        return np.stack([cls.logits_after(token) for token in ids])
+
+    def token(self, token: int, text: str, params: SamplingParams, start: int, end: int) -> Token:
         if params.logprobs is None:
             return Token(token, text, start=start, end=end)
         found = enumerate([token, 0][: params.logprobs])

@@ -203,6 +203,16 @@ def test_a_preflight_is_answered_without_a_key() -> None:
         assert refused.headers["access-control-allow-origin"] == "https://app.example"
 
 
+def test_web_pages_may_read_the_report_of_ignored_fields() -> None:
+    with client_of() as client:
+        body = {"messages": [{"role": "user", "content": "Hello"}], "strange": 1}
+        headers = {"Origin": "http://localhost:3000"}
+        answer = client.post("/v1/chat/completions", json=body, headers=headers)
+    exposed = answer.headers["access-control-expose-headers"].split(", ")
+    assert {"x-osmium-ignored", "x-osmium-did-you-mean", "request-id"} <= set(exposed)
+    assert answer.headers["x-osmium-ignored"] == "strange"
+
+
 def test_one_foreign_origin_of_several_is_refused() -> None:
     with client_of() as client:
         answer = client.get(

@@ -13,9 +13,12 @@ from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, FinishReason, Token
 from osmium.errors import CheckpointError, EngineStopped
 from osmium.server import answer as server
+from osmium.server.anthropic_writer import MessageWriter
 from osmium.server.app import BackgroundLoader, create_app
+from osmium.server.choices import Choices
 from osmium.server.limits import Limits
 from osmium.server.openai import ResponseBuilder
+from osmium.server.responses_writer import ResponsesWriter
 from tests.server.scripted import BASE_URL, PATIENCE_S, TOKENIZER, ScriptedEngine, chunks, client_of
 
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -523,6 +526,7 @@ def test_a_malformed_body_is_a_400(path: str, body: bytes) -> None:
         ({"temperature": 10**400}, "temperature", "invalid_type"),
         ({"logit_bias": {str(10**400): 1}}, "logit_bias", "invalid_value"),
         ({"n": 9}, "n", "unsupported_value"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "invalid_value"),
         ({"messages": [{"role": "user", "content": "refuse"}]}, "messages", "template_error"),
         (
             {
@@ -550,6 +554,22 @@ def test_an_invalid_request_is_a_400_that_names_the_field(
     with client_of() as client:
         error = error_of(ask(client, stream=stream, **fields), 400)
     assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", param, code)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"max_tokens": -1}, "max_tokens is -1; it must be an integer of at least 1."),
+        ({"max_tokens": 0}, "max_tokens is 0; it must be an integer of at least 1."),
+        ({"stop": ["a", ""]}, "stop is ['a', '']; it must be a list of texts"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids is [-1]; it must be a list of token ids"),
+    ],
+)
+def test_a_refused_value_is_shown_with_a_rule_that_holds(
+    fields: dict[str, Any], words: str
+) -> None:
+    with client_of() as client:
+        assert error_of(ask(client, **fields), 400)["message"].startswith(words)
 
 
 def test_a_prompt_over_the_context_is_refused_in_openais_words() -> None:
@@ -591,3 +611,34 @@ def test_an_unexpected_error_is_a_500_without_details(
         error = error_of(ask(client), 500)
     assert "secret" not in error["message"]
     assert "a secret" in caplog.text, "the log has the details"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "writer"),
+    [
+        ("/v1/chat/completions", {"messages": HELLO}, Choices),
+        ("/v1/completions", {"prompt": "Hello"}, Choices),
+        ("/v1/responses", {"input": "Hello"}, ResponsesWriter),
+        ("/v1/messages", {"messages": HELLO, "max_tokens": 9}, MessageWriter),
+    ],
+)
+def test_an_unexpected_error_in_a_stream_is_its_last_event(
+    path: str,
+    fields: dict[str, Any],
+    writer: type,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a " + "secret")
+
+    monkeypatch.setattr(writer, "push", fail)
+    engine = ScriptedEngine("the end " * 50, pace_s=0.01, context=1000)
+    with client_of(engine) as client:
+        answer = client.post(path, json={**fields, "stream": True})
+        assert engine.requests[0].cancelled.wait(PATIENCE_S)
+    last = json.loads(answer.text.rstrip().rpartition("data: ")[2])
+    assert answer.status_code == 200
+    assert "Internal error: ZeroDivisionError." in json.dumps(last)
+    assert "a secret" not in answer.text + caplog.text
+    assert "ZeroDivisionError" in caplog.text

@@ -107,7 +107,7 @@ def test_at_most_eight_choices_of_a_request_are_in_the_engine(is_stream: bool) -
     submit = engine.submit
 
     def counting(*args: Any, **more: Any) -> ScriptedRequest:
-        running.append(sum(not one.done.is_set() for one in engine.requests))
+        running.append(sum(one.finish is None for one in engine.requests))
         return submit(*args, **more)
 
     engine.submit = counting  # type: ignore[method-assign]

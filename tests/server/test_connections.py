@@ -1,5 +1,6 @@
 """Connections on a real socket: timeouts, the limit, bytes that are not HTTP, descriptors."""
 
+import asyncio
 import errno
 import json
 import signal
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from osmium.server import connections
+from osmium.server.connections import HttpConfig
 from osmium.server.limits import Limits
 from osmium.server.metrics import exposition
 from tests.server.running import address_of, connect, process, read_all, run_limited
@@ -254,3 +256,28 @@ def test_metrics_are_served_without_file_descriptors(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("psutil.Process", fail)
     assert b"osmium_ready 0" in exposition(None)
+
+
+def test_the_event_loop_is_asyncios_own_even_where_uvloop_is_installed() -> None:
+    config = HttpConfig(None, Limits())
+    factory = config.get_loop_factory()
+    assert factory is not None
+    loop = factory()
+    assert isinstance(loop, asyncio.SelectorEventLoop)
+    loop.close()
+
+
+# -- upgrades --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["websocket", "h2c"])
+def test_a_request_to_upgrade_is_served_without_it_and_without_a_warning(
+    protocol: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with run_limited(ScriptedEngine(), Limits()) as running:
+        for _ in range(2):
+            connection = connect(
+                running.port, HEALTH, Connection="Upgrade, close", Upgrade=protocol
+            )
+            assert read_all(connection)[0] == 200
+    assert "upgrade" not in capfd.readouterr().err.lower()

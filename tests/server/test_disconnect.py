@@ -10,6 +10,7 @@ from starlette.applications import Starlette
 
 from osmium.engine.request import FinishReason
 from osmium.server.app import create_app
+from osmium.server.limits import MAX_RUNNING_CHOICES
 from tests.server.scripted import PATIENCE_S, ScriptedEngine, host_of
 
 Message = MutableMapping[str, Any]
@@ -88,6 +89,22 @@ ROUTES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hello"}]}),
     ("/v1/completions", {"prompt": "Hello"}),
 ]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_disconnect_cancels_all_prompts_and_submits_no_further_one(stream: bool) -> None:
+    engine = ScriptedEngine(LONG, context=10**6, pace_s=PACE_S)
+
+    async def act(request: AsgiRequest) -> None:
+        await asyncio.to_thread(engine.wait_for_request)
+        while len(engine.requests) < MAX_RUNNING_CHOICES:
+            await asyncio.sleep(0.001)
+        await request.disconnect()
+
+    body = {"prompt": ["Hello"] * 40, "n": 2, "stream": stream}
+    run_request(engine, "/v1/completions", body, act)
+    reasons = [one.wait().reason for one in engine.requests]
+    assert reasons == [FinishReason.CANCELLED] * MAX_RUNNING_CHOICES
 
 
 @pytest.mark.parametrize(("path", "body"), ROUTES)

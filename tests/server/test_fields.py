@@ -106,6 +106,8 @@ def test_a_field_of_chats_is_refused_in_a_completion(name: str) -> None:
         ({"continue_final_message": True}, "continue_final_message"),
         ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
         ({"chat_template_kwargs": {"tools": None}}, "chat_template_kwargs.tools"),
+        ({"chat_template_kwargs": {"thinking_budget": "9"}},
+         "chat_template_kwargs.thinking_budget"),
         ({"chat_template_kwargs": {"enable_thinking": "false"}},
          "chat_template_kwargs.enable_thinking"),
         ({"chat_template_kwargs": {"add_generation_prompt": 1}},
@@ -209,6 +211,10 @@ def test_fields_of_reasoning_become_variables_of_the_template(
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, 1024),
         ({"thinking": {"type": "disabled", "budget_tokens": 3}}, None),
         ({"thinking": True, "reasoning": {"max_tokens": 9}}, 9),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024.0}}, 1024),
+        ({"reasoning": {"max_tokens": 9.0}}, 9),
+        ({"chat_template_kwargs": {"thinking_budget": 8}, "thinking_budget": 9}, 8),
+        ({"chat_template_kwargs": {"thinking_budget": -1}}, None),
     ],
 )  # fmt: skip
 def test_the_least_budget_of_the_reasoning_counts(
@@ -274,6 +280,17 @@ def test_an_unknown_field_is_reported_in_a_header_and_one_log_line(
     (record,) = [one for one in caplog.records if "Ignoring" in one.message]
     assert "temprature (did you mean temperature?)" in record.message
     assert "foo, " in record.message
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/tokenize"])
+def test_a_variable_that_the_template_does_not_read_is_reported(path: str) -> None:
+    given = {"enable_thinking": False, "thinking_budget": 5, "thinking": True, "a b": None, "x": 1}
+    with client_of() as client:
+        found = client.post(path, json={"messages": HELLO, "chat_template_kwargs": given})
+    assert found.status_code == 200
+    assert found.headers["x-osmium-ignored"] == (
+        "chat_template_kwargs.thinking, chat_template_kwargs.x"
+    )
 
 
 @pytest.mark.parametrize("name", sorted(HINTS))

@@ -563,6 +563,25 @@ def test_a_wrong_value_is_refused_by_its_path(
     assert message.startswith(path) and message[len(path)] in " :.", message
 
 
+@pytest.mark.parametrize(
+    "thread", [{"type": "create"}, {"type": "continue", "previous_message_id": "msg_1"}]
+)
+def test_a_thread_is_refused_so_that_clients_send_the_whole_conversation(
+    thread: dict[str, Any],
+) -> None:
+    """Else a client sends the next messages alone, and the model does not see the others."""
+    with client_of() as client:
+        for path in (MESSAGES, COUNT):
+            response = post(client, path, thread=thread, max_tokens=10)
+            error = response.json()["error"]
+            assert response.status_code == 400 and error["type"] == "invalid_request_error"
+            assert error["message"].startswith("thread is {")
+            assert error["details"]["error_code"] == "thread_unsupported_request"
+        refused = post(client, compaction={"type": "enabled"})
+        assert refused.status_code == 400 and "details" not in refused.json()["error"]
+        assert post(client, thread=None, compaction=None).status_code == 200
+
+
 def test_an_error_of_a_tool_names_its_place_beside_dropped_tools() -> None:
     dropped = {"type": "bash_20250124", "name": "bash"}
     with pytest.raises(RequestError) as caught:

@@ -184,6 +184,8 @@ REFUSED_FIELDS: list[dict[str, Any]] = [
     {"response_format": {}}, {"response_format": {"type": "xml"}},
     {"response_format": {"type": "json_schema"}},
     {"response_format": {"type": "json_schema", "json_schema": {"strict": True}}},
+    {"response_format": {"type": "json_schema", "json_schema": {"name": 5, "schema": {}}}},
+    {"structured_outputs": {"choice": ["a"], "whitespace_pattern": {}}},
     {"structured_outputs": {"xml": "x"}}, {"structured_outputs": {"json_object": 1}},
 ]  # fmt: skip
 
@@ -197,6 +199,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("ChatRequest", {"messages": [{"role": "assistant", "tool_calls": {}}]}),
     ("ChatRequest", {"messages": [{"role": "assistant", "tool_calls": [7]}]}),
     *(("ChatRequest", {"messages": HELLO, **fields}) for fields in REFUSED_FIELDS),
+    *(("ResponsesRequest", {"input": "a", "tools": [tool]}) for tool in (
+        {"type": "namespace", "name": "n", "description": 0, "tools": []},
+        {"type": "namespace", "name": "n", "description": "d", "tools": [
+            {"type": "custom", "name": "c", "description": False}]},
+        {"type": "namespace", "name": "n", "description": "d", "tools": [
+            {"type": "function", "name": "f", "description": {}}]},
+        {"type": "custom", "name": "c", "description": []},
+    )),
+    ("ResponsesRequest", {}),
+    ("ResponsesRequest", {"input": "a", "truncation": "yes"}),
     ("CompletionRequest", {"prompt": 5}),
     ("CompletionRequest", {"prompt": "a", "logprobs": 21}),
     ("TokenizeRequest", {}),
@@ -207,7 +219,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 PATHS = {
     "ChatRequest": "/v1/chat/completions", "CompletionRequest": "/v1/completions",
-    "TokenizeRequest": "/tokenize", "DetokenizeRequest": "/detokenize",
+    "ResponsesRequest": "/v1/responses", "TokenizeRequest": "/tokenize",
+    "DetokenizeRequest": "/detokenize",
 }  # fmt: skip
 
 
@@ -239,6 +252,9 @@ ACCEPTED: list[tuple[str, dict[str, Any]]] = [
         {"role": "developer", "content": [{"type": "text", "text": "a"}, {"text": "b"}, "c"]},
         {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f"}}]},
         {"role": "tool", "content": [{"type": "refusal", "refusal": "no"}]},
+    ]}),
+    ("ResponsesRequest", {"input": "a", "tools": [
+        {"type": "namespace", "name": "n", "tools": [{"type": "web_search"}]}, {"type": "mcp"},
     ]}),
     ("CompletionRequest", {"prompt": [1, 2.0]}),
     ("CompletionRequest", {"prompt": "a", "logprobs": 20}),

@@ -693,8 +693,30 @@ def test_a_response_is_kept_until_it_is_deleted() -> None:
             assert answer.status_code == 404
             assert answer.json()["error"]["code"] == "response_not_found"
         missing = post(client, previous_response_id=body["id"])
-    assert missing.status_code == 404
+    assert missing.status_code == 400
     assert missing.json()["error"]["code"] == "previous_response_not_found"
+
+
+@pytest.mark.parametrize("fields", [{}, {"input": None}, {"input": []}])
+def test_a_response_is_continued_without_input(fields: dict[str, Any]) -> None:
+    engine = engine_of(template=HISTORY_TEMPLATE)
+    with client_of(engine) as client:
+        first = made(client)
+        answer = client.post(PATH, json={"previous_response_id": first["id"], **fields})
+        missing = client.post(PATH, json=fields)
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[-1].prompt == "[user||Hello][assistant||the end]assistant:"
+    assert missing.status_code == 400
+    assert missing.json()["error"]["param"] == "input"
+
+
+def test_the_output_of_an_unknown_call_is_a_bad_request() -> None:
+    output = {"type": "function_call_output", "call_id": "call_1", "output": "Sun"}
+    with client_of(engine_of()) as client:
+        answer = post(client, [output])
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"]) == (400, "call_not_found")
+    assert error["param"] == "input[0].call_id"
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -75,7 +75,7 @@ def test_kept_responses_are_retrieved_listed_and_deleted() -> None:
         client.responses.delete(made.id)
         with pytest.raises(openai.NotFoundError):
             client.responses.retrieve(made.id)
-        with pytest.raises(openai.NotFoundError) as missing:
+        with pytest.raises(openai.BadRequestError) as missing:
             client.responses.create(model="any", input="x", previous_response_id=made.id)
     assert missing.value.code == "previous_response_not_found"
 

@@ -7,6 +7,7 @@ import pytest
 
 from osmium.engine.request import SamplingParams
 from osmium.errors import RequestError
+from osmium.server.messages import UNSUPPORTED
 from osmium.server.schema import (
     ChatRequest,
     CompletionRequest,
@@ -14,7 +15,7 @@ from osmium.server.schema import (
     prompts,
     sampling_params,
 )
-from osmium.server.thinking import thinking_options
+from osmium.server.thinking import thinking_budget, thinking_options
 
 MESSAGES = [{"role": "user", "content": "Hello"}]
 
@@ -128,12 +129,29 @@ def test_wrong_types_are_tested_for_every_field() -> None:
         ("messages", [{"role": "robot", "content": ""}], "messages[0].role"),
         ("messages", [MESSAGES[0], {"content": ""}], "messages[1].role"),
         ("messages", [{"role": ["user"], "content": ""}], "messages[0].role"),
+        ("messages", [{"role": "user", "reasoning": {"a": 1}}], "messages[0].reasoning"),
+        ("messages", [{"role": "user", "thinking": []}], "messages[0].thinking"),
+        ("messages", [{"role": "user", "refusal": 5}], "messages[0].refusal"),
+        ("messages", [{"role": "user", "images": ["aGk="]}], "messages[0].images"),
+        ("messages", [{"role": "assistant", "audio": {"id": "a"}}], "messages[0].audio"),
+        (
+            "messages",
+            [MESSAGES[0], {"role": "assistant", "function_call": {"name": "f"}}],
+            "messages[1].function_call",
+        ),
+        ("messages", [{"role": "assistant", "content": "a", "prefix": True}], "messages[0].prefix"),
     ],
 )
 def test_an_error_path_leads_to_the_wrong_value(name: str, value: Any, param: str) -> None:
     with pytest.raises(RequestError) as caught:
         chat(**{name: value})
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("key", sorted(UNSUPPORTED))
+@pytest.mark.parametrize("value", [None, False, [], {}, ""])
+def test_a_key_of_a_message_that_asks_for_nothing_is_accepted(key: str, value: Any) -> None:
+    chat(messages=[{"role": "assistant", "content": "Hello", key: value}])
 
 
 @pytest.mark.parametrize(
@@ -165,6 +183,39 @@ def test_half_a_surrogate_pair_becomes_a_replacement_character(written: bytes, w
     found = parse(b'{"messages": [{"role": "user", "content": "%s"}]}' % written, ChatRequest)
     assert found.messages[0]["content"] == wanted
     assert parse(b'{"prompt": "%s"}' % written, CompletionRequest).prompt == wanted
+
+
+WHOLE: dict[str, Any] = {
+    **dict.fromkeys([name for name, wrong in BOTH.items() if wrong is INTEGER], 1.0),
+    **dict.fromkeys([name for name, wrong in CHAT.items() if wrong is INTEGER], 1.0),
+    "n": 2.0, "stop_token_ids": [5.0], "prompt_logprobs": 2e0, "logprobs": True,
+    "thinking": {"type": "enabled", "budget_tokens": 1024.0},
+    "reasoning": {"max_tokens": 5e2},
+}  # fmt: skip
+"""Every field that is an integer, as JavaScript's numbers may be written."""
+
+
+@pytest.mark.parametrize("text", ["Hello", "\ud83d"])
+def test_a_whole_number_with_a_decimal_point_is_an_integer(text: str) -> None:
+    messages = [{"role": "user", "content": text}]
+    given = {**WHOLE, "messages": messages}
+    found = chat(**given)
+    integers = json.loads(json.dumps(given), parse_float=lambda digits: int(float(digits)))
+    assert thinking_budget(found) == thinking_budget(chat(**integers))
+    assert type(found.max_tokens) is int and thinking_budget(found) == 1
+    params = sampling_params(found, {})
+    assert (params.max_tokens, params.top_k, params.stop_token_ids) == (1, 1, (5,))
+    assert completion(prompt=[1.0, 2.0], logprobs=2.0, suffix=text).prompt == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["thinking", "reasoning"])
+@pytest.mark.parametrize("budget", [1.5, True, "5", -2.0])
+def test_a_budget_that_is_no_whole_number_is_refused(name: str, budget: Any) -> None:
+    key = {"thinking": "budget_tokens", "reasoning": "max_tokens"}[name]
+    kind = {"type": "enabled"} if name == "thinking" else {}
+    with pytest.raises(RequestError) as caught:
+        thinking_options(chat(**{name: {**kind, key: budget}}))
+    assert caught.value.param == f"{name}.{key}"
 
 
 @pytest.mark.parametrize("body", [b"[]", b"7", b"null", b'"text"'])

@@ -36,6 +36,29 @@ def test_several_choices_whole_and_streamed(client: Any) -> None:
     assert [choice.text for choice in plain.choices] == ["the end"] * 2
 
 
+def test_prompts_are_completed_and_scored_together(client: Any) -> None:
+    prompts = ["in the", "of the end"]
+    found = client.completions.create(
+        model="m", prompt=prompts, echo=True, logprobs=1, max_tokens=0, temperature=0
+    )
+    assert [choice.text for choice in found.choices] == prompts
+    for choice in found.choices:
+        assert "".join(choice.logprobs.tokens) == choice.text
+        assert choice.logprobs.token_logprobs[0] is None
+        assert all(one < 0 for one in choice.logprobs.token_logprobs[1:])
+    texts = dict.fromkeys(range(4), "")
+    with client.completions.create(
+        model="m", prompt=prompts, n=2, echo=True, stream=True
+    ) as stream:
+        for chunk in stream:
+            for choice in chunk.choices:
+                texts[choice.index] += choice.text
+    assert [*texts.values()] == [prompt + "the end" for prompt in prompts for _ in range(2)]
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.completions.create(model="m", prompt=["fine", "x" * 999])
+    assert (refused.value.param, refused.value.code) == ("prompt[1]", "context_length_exceeded")
+
+
 def test_any_model_can_be_retrieved(client: Any) -> None:
     model = client.models.retrieve("gpt-4o")
     assert (model.id, model.max_model_len) == ("scripted", 200)

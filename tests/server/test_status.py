@@ -100,6 +100,15 @@ def test_endpoints_of_other_models_are_named_as_unsupported(path: str) -> None:
             assert path in error["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/messages/batches", "/v1/messages/batches/b_1/results"])
+def test_batches_of_messages_are_refused_in_anthropics_form(path: str) -> None:
+    with client_of() as client:
+        answer = client.post(path, json={"requests": []})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (404, "not_found_error")
+    assert path in error["message"] and "Use POST /v1/messages." in error["message"]
+
+
 def test_the_version_is_the_packages() -> None:
     with client_of() as client:
         assert client.get("/version").json() == {"version": osmium.__version__}

@@ -30,6 +30,13 @@ def test_tokens_have_their_texts_on_request(client: TestClient) -> None:
     assert answer.json()["token_strs"] == ["the", " ", "\ufffd", "\ufffd"]
 
 
+def test_a_whole_body_of_a_chat_may_be_tokenized(client: TestClient) -> None:
+    body = {"messages": HELLO, "max_completion_tokens": 5, "logprobs": True, "top_logprobs": 2}
+    answer = client.post("/tokenize", json=body)
+    assert answer.status_code == 200
+    assert answer.headers["x-osmium-ignored"] == "max_completion_tokens, logprobs, top_logprobs"
+
+
 def test_messages_are_rendered_as_a_chats(client: TestClient) -> None:
     def tokens(**fields: Any) -> list[int]:
         answer = client.post("/tokenize", json={"messages": HELLO, **fields})

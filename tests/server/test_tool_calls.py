@@ -73,6 +73,15 @@ def test_streamed_calls_have_an_id_and_a_name_first_and_fragments_that_add_up() 
     assert "".join(choice["delta"].get("content") or "" for choice in choices) == "I look it up."
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_half_a_surrogate_pair_in_a_call_is_no_server_error(stream: bool) -> None:
+    call = '{"name": "weath\\ud83der", "arguments": "{\\"city\\": \\"\\ude00\\"}"}'
+    with client_of(engine_of(f"<tool_call>\n{call}\n</tool_call>")) as client:
+        answer = ask(client, tools=[WEATHER], stream=stream)
+    assert answer.status_code == 200 and "weath\ufffder" in answer.text
+    assert "tool_calls" in answer.text and "error" not in answer.text
+
+
 @pytest.mark.parametrize("fields", [{}, {"tools": [WEATHER], "tool_choice": "none"}])
 def test_without_offered_tools_a_call_is_text(fields: dict[str, Any]) -> None:
     with client_of(engine_of(CALL)) as client:

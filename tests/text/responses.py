@@ -21,9 +21,11 @@ from osmium.text.tool_formats.qwen_xml import FORMAT as XML
 
 __all__ = [
     "HERMES",
+    "PIECES",
     "TOOLS",
     "XML",
     "Result",
+    "check_response",
     "collect",
     "fuzz",
     "parse",
@@ -169,26 +171,35 @@ def random_response(random_: random.Random) -> str:
     return "".join(random_.choice(PIECES) for _ in range(random_.randint(1, 30)))
 
 
+def check_response(random_: random.Random) -> str:
+    """Parse a random response whole and in pieces: equal results, and valid arguments."""
+    text = random_response(random_)
+    options: dict[str, Any] = {
+        "form": random_.choice((XML, XML, HERMES)),
+        "tools": random_.choice((TOOLS, TOOLS, TOOLS, None)),
+        "reasoning": random_.random() < 0.4,
+    }
+    try:
+        whole = parse(text, **options)
+        for _, arguments in whole.calls:
+            assert isinstance(arguments, dict), "arguments are an object"
+        for pieces in splits(text, random_, 1):
+            assert parse(pieces, **options) == whole, pieces
+        if options["tools"] is None:
+            assert not whole.names
+    except Exception as error:
+        error.add_note(f"{options}: {text!r}")
+        raise
+    return "calls" if whole.names else "text"
+
+
 def fuzz(seed: int, cases: int) -> None:
-    """Parse random responses whole and in pieces: equal results, and valid arguments."""
+    """`check_response` for random responses."""
     for case in range(cases):
-        random_ = random.Random(f"{seed} {case}")
-        text = random_response(random_)
-        options: dict[str, Any] = {
-            "form": random_.choice((XML, XML, HERMES)),
-            "tools": random_.choice((TOOLS, TOOLS, TOOLS, None)),
-            "reasoning": random_.random() < 0.4,
-        }
         try:
-            whole = parse(text, **options)
-            for _, arguments in whole.calls:
-                assert isinstance(arguments, dict), "arguments are an object"
-            for pieces in splits(text, random_, 1):
-                assert parse(pieces, **options) == whole, pieces
-            if options["tools"] is None:
-                assert not whole.names
+            check_response(random.Random(f"{seed} {case}"))
         except Exception as error:
-            error.add_note(f"seed {seed}, case {case}, {options}: {text!r}")
+            error.add_note(f"seed {seed}, case {case}")
             raise
 
 

@@ -360,10 +360,18 @@ def test_references_and_additional_properties_are_followed(
          "tools[0].function.parameters.properties.a"),
         (of(a={"enum": ["</parameter>"]}), "tools[0].function.parameters.properties.a"),
         (of(["a>b"], **{"a>b": {}}), "tools[0].function.parameters.properties.a>b"),
+        (of([""], **{"": {}}), "tools[0].function.parameters.properties."),
+        (of(a={"$ref": "#/none"}), "tools[0].function.parameters.properties.a"),
+        ({"$ref": "#/none"}, "tools[0].function.parameters"),
         ({"anyOf": [of(), of()]}, "tools[0].function.parameters"),
         ({"type": "array"}, "tools[0].function.parameters"),
-        ({"type": "object", "properties": []}, "tools[0].function.parameters.properties"),
-        ({"type": "object", "required": "a"}, "tools[0].function.parameters.required"),
+        ({"type": "object", "properties": []}, "tools[0].function.parameters"),
+        ({"type": "object", "required": "a"}, "tools[0].function.parameters"),
+        (of(a={"type": 5}), "tools[0].function.parameters"),
+        (of(a={"type": [["string"]]}), "tools[0].function.parameters"),
+        (of(a={"type": [{}]}), "tools[0].function.parameters"),
+        (of(a={"anyOf": True}), "tools[0].function.parameters"),
+        (of(a={"enum": 0.5}), "tools[0].function.parameters"),
     ],
 )  # fmt: skip
 def test_a_strict_schema_that_cannot_be_enforced_is_refused_by_name(
@@ -372,7 +380,8 @@ def test_a_strict_schema_that_cannot_be_enforced_is_refused_by_name(
     with pytest.raises(RequestError) as raised:
         compiled(engine, compiler, QWEN_XML, [tool("f", parameters, strict=True)])
     assert raised.value.param == param and raised.value.status == 400
-    compiled(engine, compiler, HERMES, [tool("f", parameters if param[-1] != "b" else of())])
+    for form in (QWEN_XML, HERMES):
+        compiled(engine, compiler, form, [tool("f", parameters)])
 
 
 def test_a_name_that_the_format_cannot_write_is_refused(

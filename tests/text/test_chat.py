@@ -251,6 +251,30 @@ def test_absent_content_is_empty() -> None:
         assert normalise([USER, message])[1] == {"role": "assistant", "content": ""}
 
 
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ({"content": None, "refusal": "No."}, "No."),
+        ({"content": [], "refusal": "No."}, "No."),
+        ({"content": "Yes.", "refusal": "No."}, "Yes."),
+        ({"content": "Yes.", "refusal": None}, "Yes."),
+        ({"content": [{"type": "refusal", "refusal": "No."}]}, "No."),
+        ({"content": [{"type": "refusal", "refusal": None}]}, ""),
+    ],
+)
+def test_a_refusal_is_the_content_of_a_message_without_another(
+    message: dict[str, object], wanted: str
+) -> None:
+    assert normalise([USER, {"role": "assistant", **message}])[1]["content"] == wanted
+
+
+@pytest.mark.parametrize("part", [{"type": "text"}, {"type": "text", "text": None}, {"text": 5}])
+def test_a_part_without_a_text_is_refused_for_its_text(part: object) -> None:
+    with pytest.raises(RequestError, match=r"messages\[0\]\.content\[1\]\.text is ") as caught:
+        normalise([{"role": "user", "content": ["a", part]}])
+    assert caught.value.param == "messages[0].content[1]"
+
+
 def test_reasoning_is_accepted_under_all_its_names() -> None:
     for name in ("reasoning", "reasoning_content", "thinking"):
         found = normalise([USER, {"role": "assistant", "content": "4", name: "2 + 2"}])

@@ -207,6 +207,25 @@ def test_a_keyword_that_cannot_be_enforced_is_refused_by_name(
     assert raised.value.param == "some.schema" and raised.value.status == 400
 
 
+@pytest.mark.parametrize("wrong", [None, 5, True, "x", {"a": 1}])
+@pytest.mark.parametrize(
+    "key", ["type", "enum", "required", "properties", "anyOf", "oneOf", "allOf", "prefixItems",
+            "$ref", "pattern", "minimum", "maxItems", "patternProperties"]
+)  # fmt: skip
+def test_a_keyword_with_a_value_of_another_kind_is_refused_by_name(
+    compiler: GrammarCompiler, key: str, wrong: Any
+) -> None:
+    fits = {
+        "type": "x", "$ref": "x", "pattern": "x", "minimum": 5, "maxItems": 5,
+        "properties": {"a": 1}, "patternProperties": {"a": 1},
+    }  # fmt: skip
+    if wrong == fits.get(key) and wrong is not True:
+        return
+    with pytest.raises(RequestError, match=re.escape(f"{key!r} of {wrong!r} at /items")) as raised:
+        compiler.compile("json", {"type": "array", "items": {key: wrong}}, "some.schema")
+    assert (raised.value.param, raised.value.code) == ("some.schema", "invalid_schema")
+
+
 @pytest.mark.parametrize(
     "schema",
     [
@@ -220,6 +239,7 @@ def test_a_keyword_that_cannot_be_enforced_is_refused_by_name(
         {"$schema": "http://example.com/mine", "type": "null", "title": "T", "default": 1},
         {"$schema": "http://json-schema.org/draft-07/schema#", "type": "null"},
         {"definitions": {"a": {"type": "null"}}, "$ref": "#/definitions/a"},
+        {"type": "array", "items": {"type": "null"}, "minItems": 2.0, "maxItems": 2.0},
         True,
         '{"type": "null"}',
     ],

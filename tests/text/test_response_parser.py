@@ -622,11 +622,23 @@ def test_json_calls_in_any_order_and_damaged_ones(body: str, end: str) -> None:
         ('{"a": "</tool_call> in", "b": 1}', {"a": "</tool_call> in", "b": 1}),
         ('{"a": "<tool_call>"}', {"a": "<tool_call>"}),
         ('{"a": "\\ud83d\\ude00 é"}', {"a": "😀 é"}),
+        ('{"a": "\\ud83d", "b": "\\uDE00!"}', {"a": "\ufffd", "b": "\ufffd!"}),
+        ('{"\\ud83d\\ud83d\\ude00": "\\ud83d\\u0041\\ud7ff"}',
+         {"\ufffd😀": "\ufffdA\ud7ff"}),
+        ('"{\\"a\\": \\"\\ud83d\\"}"', {"a": "\ufffd"}),
+        ('"{\\"a\\": \\"\\\\ud83d\\"}"', {"a": "\ufffd"}),
     ],
 )  # fmt: skip
 def test_json_arguments_become_a_valid_object(arguments: str, wanted: Any) -> None:
     text = f'<tool_call>\n{{"name": "write", "arguments": {arguments}}}\n</tool_call>'
     assert both(text, form=HERMES).calls == [("write", wanted)]
+
+
+def test_half_a_surrogate_pair_in_a_call_becomes_a_replacement_character() -> None:
+    text = '<tool_call>\n{"name": "wri\\ud83dte", "arguments": {}}\n</tool_call>'
+    assert both(text, form=HERMES).calls == [("wri\ufffdte", {})]
+    assert value('["\\ud83d", "\\ud83d\\ude00"]', "edits") == ["\ufffd", "😀"]
+    assert value('"[\\"\\ud83d\\"]"', "edits") == ["\ufffd"]
 
 
 def test_several_json_objects_in_one_block_are_calls() -> None:

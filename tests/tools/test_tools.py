@@ -260,12 +260,14 @@ def test_ptx_prints_the_text_of_a_kernel_and_lists_kernels() -> None:
 
 
 def test_ptxas_report_prints_a_kernel() -> None:
-    done = tool("ptxas_report", "--filter", "add_f32")
+    done = tool("ptxas_report", "--filter", "embed_bf16")
     if done.returncode:
         assert "ptxas is not installed" in done.stderr
         pytest.skip("ptxas is not installed; it is of the dev extra")
     title, row = done.stdout.splitlines()
-    assert title.split()[0] == "kernel" and row.split()[0] == "add_f32" and len(row.split()) == 10
+    assert (
+        title.split()[0] == "kernel" and row.split()[0] == "embed_bf16" and len(row.split()) == 10
+    )
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,6 @@ def test_a_response_whose_model_writes_no_json_is_still_of_the_type(client: Any)
     done = client.chat.completions.create(
         model="any", messages=user(QUESTION), response_format=schema, max_tokens=80, temperature=0
     )
-    assert ANSWER not in done.choices[0].message.content
     City.model_validate_json(done.choices[0].message.content)
 
 

@@ -1,0 +1,128 @@
+"""The operations of GpuOps on routed pairs in order of their experts."""
+
+import numpy as np
+
+from osmium.kernels.group_by_expert import (
+    EXPERT_HISTOGRAM,
+    GROUP_BY_EXPERT,
+    MAX_BLOCKS,
+    MAX_EXPERTS,
+    TILE_ROWS,
+)
+from osmium.kernels.ptx import kernel
+from osmium.ops.gpu_rows import GpuRows
+from osmium.ops.grouped import ExpertGroups, GroupedExperts
+from osmium.ops.tiling import MATVEC_MAX_TOKENS, gemm_stages, supports_grouped_experts
+from osmium.ops.types import Array, ExpertCache, MatmulInput
+from osmium.quant.expert_layout import ExpertLayout
+
+__all__ = ["GpuGrouped", "pairs_per_block"]
+
+GATHER_ADD = kernel("gather_add_f32")
+MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
+MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+
+ROUND_PAIRS = 512
+"""Pairs of a thread block are a multiple of this: a round of the kernel has one per thread."""
+
+
+def pairs_per_block(pairs: int) -> int:
+    """Pairs that a thread block sorts, so that at most MAX_BLOCKS blocks sort all."""
+    return ROUND_PAIRS * -(-pairs // (ROUND_PAIRS * MAX_BLOCKS))
+
+
+class GpuGrouped(GpuRows):
+    """See ops.Ops for every method's formula, shapes and source."""
+
+    def empty_grouped(
+        self, tokens: int, top_k: int, num_experts: int, layout: ExpertLayout
+    ) -> GroupedExperts | None:
+        if tokens <= MATVEC_MAX_TOKENS or not supports_grouped_experts(layout, num_experts):
+            return None
+        shapes = ExpertGroups.shapes(tokens, top_k, num_experts)
+        groups = {name: self.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        pair_out = self.empty((tokens * top_k, layout.hidden), np.float32)
+        return GroupedExperts(ExpertGroups(**groups), pair_out)
+
+    def grouped_up(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        h: MatmulInput,
+        ids: Array,
+        cache: ExpertCache,
+        layer: int,
+    ) -> None:
+        """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
+        layout, groups = cache.layout, grouped.groups
+        self.group_by_expert(groups, ids, cache.num_experts, cache.expert_to_slot[layer])
+        self.split_digits(h)
+        MOE_GEMM_UP[layout.bits](
+            self.stream, self._max_tiles(ids, cache), inner.f32, h.digits, h.units,
+            cache.slots[layer], groups.tiles, groups.num_tiles, groups.order, ids.shape[1],
+            layout.inner, layout.hidden, layout.nbytes, 0, layout.up_scale,
+            gemm_stages(self.runtime, layout.bits, layout.hidden),
+        )  # fmt: skip
+
+    def grouped_down(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        ids: Array,
+        cache: ExpertCache,
+        layer: int,
+    ) -> None:
+        """pair_out = the experts' outputs of inner.f32, by sorted position."""
+        layout, groups = cache.layout, grouped.groups
+        self.split_digits(inner, of_f32=True)
+        MOE_GEMM_DOWN[layout.bits](
+            self.stream, self._max_tiles(ids, cache), grouped.pair_out, inner.digits, inner.units,
+            cache.slots[layer], groups.tiles, groups.num_tiles, layout.hidden, layout.inner,
+            layout.nbytes, layout.down, layout.down_scale,
+            gemm_stages(self.runtime, layout.bits, layout.inner),
+        )  # fmt: skip
+
+    @staticmethod
+    def _max_tiles(ids: Array, cache: ExpertCache) -> int:
+        """Most tiles of a step's pairs: the last tile of each expert may have few rows."""
+        pairs: int = ids.shape[0] * ids.shape[1]
+        return -(-pairs // TILE_ROWS) + min(cache.num_experts, pairs)
+
+    def group_by_expert(
+        self,
+        groups: ExpertGroups,
+        ids: Array,
+        num_experts: int,
+        expert_to_slot: Array | None = None,
+    ) -> None:
+        assert num_experts <= MAX_EXPERTS, f"{num_experts} experts, more than {MAX_EXPERTS}"
+        tokens, top_k = ids.shape
+        pairs = tokens * top_k
+        sizes = pairs, num_experts, pairs_per_block(pairs)
+        EXPERT_HISTOGRAM(self.stream, groups.block_counts, ids, *sizes)
+        GROUP_BY_EXPERT(
+            self.stream, groups.order, groups.position, groups.tiles, groups.num_tiles,
+            groups.block_counts, ids, 0 if expert_to_slot is None else expert_to_slot, *sizes,
+            int(expert_to_slot is not None),
+        )  # fmt: skip
+
+    def gather_add(
+        self,
+        out: Array,
+        y: Array,
+        weights: Array,
+        position: Array,
+        start: int = 0,
+        shared_out: Array | None = None,
+        router_logits: Array | None = None,
+        gate_column: int = 0,
+    ) -> None:
+        (tokens, dim), top_k = out.shape, weights.shape[1]
+        shared: tuple[Array | int, Array | int, int] = (0, 0, 0)
+        if shared_out is not None:
+            assert router_logits is not None, "the shared expert's gate is among these logits"
+            shared = shared_out, router_logits, router_logits.shape[1]
+        GATHER_ADD(
+            self.stream, tokens, out, y, weights, position, *shared[:2], dim, top_k, y.shape[0],
+            start, shared[2], gate_column,
+        )  # fmt: skip

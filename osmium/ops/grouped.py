@@ -1,0 +1,122 @@
+"""GroupedOps: operations on experts of many tokens, and ExpertGroups, their table of routed pairs.
+
+Matrix kernels of many tokens read the rows of one expert together.  Letters, and how to read
+shapes, are in types.py; pair t * A + a is entry a of token t.  P is the number of rows of an array
+whose rows are consecutive sorted positions.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from osmium.kernels.group_by_expert import MAX_BLOCKS, MAX_EXPERTS, TILE_ROWS
+from osmium.ops.types import Array
+from osmium.quant.expert_layout import ExpertLayout
+
+__all__ = ["MAX_EXPERTS", "TILE_ROWS", "ExpertGroups", "GroupedExperts", "GroupedOps"]
+
+
+@dataclass(frozen=True)
+class ExpertGroups:
+    """Routed pairs sorted by expert, and tiles of them.  Written by `Ops.group_by_expert`.
+
+    The arrays have room for the most tokens of a call; fewer use their first entries.
+    """
+
+    order: Array
+    """i32 [>= T * A], pairs by ascending expert; pairs of one expert by ascending pair."""
+    position: Array
+    """i32 [>= T * A], the sorted position of each pair: order[position[p]] == p."""
+    tiles: Array
+    """i32 [max_tiles, 4]: slot, start, rows, expert.
+
+    A tile is 1 to TILE_ROWS consecutive sorted positions of one expert, from `start` on.  Tiles
+    cover all positions in ascending order; all but an expert's last have TILE_ROWS rows.  The slot
+    is -1 if the expert is not resident."""
+    num_tiles: Array
+    """i32 [1], the number of tiles; `tiles` is not written from there on."""
+    block_counts: Array
+    """u16 [MAX_BLOCKS, E], scratch: pairs per expert of a thread block's pairs."""
+
+    @staticmethod
+    def shapes(
+        tokens: int, top_k: int, num_experts: int
+    ) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+        """Shape and dtype of each array, for calls of up to `tokens` tokens."""
+        pairs = tokens * top_k
+        max_tiles = -(-pairs // TILE_ROWS) + num_experts
+        return {
+            "order": ((pairs,), np.int32),
+            "position": ((pairs,), np.int32),
+            "tiles": ((max_tiles, 4), np.int32),
+            "num_tiles": ((1,), np.int32),
+            "block_counts": ((MAX_BLOCKS, num_experts), np.uint16),
+        }
+
+    @staticmethod
+    def nbytes(tokens: int, top_k: int, num_experts: int) -> int:
+        """Bytes of all arrays."""
+        shapes = ExpertGroups.shapes(tokens, top_k, num_experts).values()
+        return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
+
+
+@dataclass(frozen=True)
+class GroupedExperts:
+    """Arrays of the experts of many tokens, for `Ops.expert_up` and `Ops.expert_down`."""
+
+    groups: ExpertGroups
+    pair_out: Array
+    """f32 [T * A, D], the experts' outputs by sorted position."""
+
+    @staticmethod
+    def nbytes(tokens: int, top_k: int, num_experts: int, hidden: int) -> int:
+        """Bytes of all arrays for calls of up to `tokens` tokens."""
+        return ExpertGroups.nbytes(tokens, top_k, num_experts) + 4 * tokens * top_k * hidden
+
+
+class GroupedOps(Protocol):
+    """Operations on routed pairs in order of their experts; part of `Ops`."""
+
+    def empty_grouped(
+        self, tokens: int, top_k: int, num_experts: int, layout: ExpertLayout
+    ) -> GroupedExperts | None:
+        """Arrays for the experts of up to `tokens` tokens; None where no kernel takes them."""
+
+    def group_by_expert(
+        self,
+        groups: ExpertGroups,
+        ids: Array,
+        num_experts: int,
+        expert_to_slot: Array | None = None,
+    ) -> None:
+        """groups.order = the pairs 0 to T * A - 1, stably sorted by ids; position is its inverse;
+        tiles and num_tiles cut the pairs of each expert into tiles of at most TILE_ROWS.
+
+        ids u16 [T, A]    expert_to_slot i32 [E] of a layer, or None where expert e is in slot e
+        E <= MAX_EXPERTS
+        """
+
+    def gather_add(
+        self,
+        out: Array,
+        y: Array,
+        weights: Array,
+        position: Array,
+        start: int = 0,
+        shared_out: Array | None = None,
+        router_logits: Array | None = None,
+        gate_column: int = 0,
+    ) -> None:
+        """out[t] += weights[t, a] * y[r] for each a with 0 <= r < P, one by one, by ascending r;
+            r = position[t * A + a] - start
+        out[t] += sigmoid(router_logits[t, gate_column]) * shared_out[t], if there is `shared_out`.
+
+        The order of sums is that of ascending expert ids.  Calls for consecutive parts of the
+        sorted positions give the same bits as one call for all.
+
+        out f32 [T, D]    y f32 [P, D]: row r of sorted position start + r    weights f32 [T, A]
+        position i32 [>= T * A], of ExpertGroups    shared_out f32 [T, D]
+        router_logits f32 [T, columns]    D % 4 == 0    A <= 32
+        """

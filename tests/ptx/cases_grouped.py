@@ -1,0 +1,67 @@
+"""Ragged cases of the operations on experts of many tokens.
+
+Tokens around tiles and warps; one expert with all pairs, and experts without any; one expert per
+token, and as many as a warp has lanes.  Rows of partial blocks and of partial warps.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from tests.ops.cases import TINY, Case, gather_add, group_by_expert
+from tests.ptx.cases_linear import experts, fused
+
+__all__ = ["CASES", "LARGE"]
+
+Make = Callable[[np.random.Generator], Case]
+
+
+def group(tokens: int, top_k: int, experts: int, *used: Any, **options: Any) -> Make:
+    size = replace(TINY, lengths=(tokens,), top_k=top_k, experts=experts)
+    return lambda rng: group_by_expert(rng, size, *used, **options)
+
+
+def gather(tokens: int, top_k: int, hidden: int, *used: Any, **options: Any) -> Make:
+    size = replace(TINY, lengths=(tokens,), top_k=top_k, experts=top_k + 5, hidden=hidden)
+    return lambda rng: gather_add(rng, size, *used, **options)
+
+
+all_resident = partial(group, has_slots=False)
+
+CASES: dict[str, Make] = {
+    "group_by_expert of a pair": group(1, 1, 1),
+    "group_by_expert of a token": group(1, 8, 9),
+    "group_by_expert of 31 tokens": all_resident(31, 3, 17),
+    "group_by_expert of 33 tokens, one expert": group(33, 2, 5, "one"),
+    "group_by_expert of 65 tokens, one each": group(65, 1, 6),
+    "group_by_expert of 65 tokens, all of one expert": all_resident(65, 1, 40, "one"),
+    "group_by_expert of 200 tokens, empty experts": group(200, 4, 37, "some"),
+    "gather_add of a token": gather(1, 1, 4),
+    "gather_add of 31 tokens, a warp and more": gather(31, 3, 132),
+    "gather_add of 33 tokens, one each": gather(33, 1, 64, has_shared=False),
+    "gather_add of 65 tokens, equal experts": gather(65, 2, 32, "one"),
+    "gather_add of two blocks and more": gather(3, 9, 2056),
+    "gather_add of 32 experts": gather(2, 32, 8),
+    "gather_add of three parts": gather(33, 8, 128, "some", parts=3),
+    "gather_add of a pair in each part": gather(1, 2, 16, parts=2),
+    "gather_add of 200 tokens": gather(200, 4, 36),
+}
+
+LARGE: dict[str, Make] = {
+    "group_by_expert of 512 tokens": group(512, 8, 256),
+    "group_by_expert of 513 tokens, empty experts": all_resident(513, 8, 256, "some"),
+    "group_by_expert of 20,480 tokens": group(20_480, 8, 256),
+    "group_by_expert of 20,001 tokens, one expert": group(20_001, 8, 256, "one"),
+    "group_by_expert of 20,001 tokens, 512 experts": group(20_001, 10, 512),
+    "group_by_expert of 32,768 tokens, 1,024 experts": group(32_768, 16, 1024),
+    "int4_gemm of 700 tokens": fused("int4", 700, 2050, 2048),
+    "int8_gemm of 700 tokens": fused("int8", 700, 2050, 3072),
+    "int4_moe_gemm of 200 tokens": experts(4, 200, 4, 1024, 512, shared=512),
+    "int8_moe_gemm of 200 tokens": experts(8, 200, 4, 1024, 512, shared=512),
+    "gather_add of 2,000 tokens": gather(2_000, 8, 3072),
+    "gather_add of 2,000 tokens in parts": gather(2_000, 8, 2048, parts=3),
+}
+"""Cases for a GPU."""
