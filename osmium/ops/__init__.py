@@ -208,7 +208,8 @@ class Ops(MemoryOps, GroupedOps, Protocol):
             qkv = causal_conv1d(u);  decay, beta = delta_gates(h @ ab.T)
             x += gated_rms_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T
             h = rms_norm(x, norm)
-        z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.
+        z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.  With
+        workspace.chunk_scratch it is delta_rule_chunk unless each sequence has one row.
 
         x f32 [T, D]    h [T, D], at least two launches old    norm f32 [D]
         u f32 [T, C + V * dv]    conv_state f32 [slots, C, 4]

@@ -207,8 +207,10 @@ class GpuOps(GpuExperts):
             self.causal_conv1d(qkv, u, w.conv, conv_state, step)
             self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
             rule = heads, qkv, workspace.decay, workspace.beta, state, step
-            if chunked:
-                self.delta_rule_chunk(*rule, workspace.chunk_scratch)
+            scratch = workspace.chunk_scratch
+            # With scratch the bits of a prompt's rows do not depend on how many a step has.
+            if chunked or (scratch is not None and not is_decode(step)):
+                self.delta_rule_chunk(*rule, scratch)
             else:
                 self.delta_rule_recurrent(*rule)
             self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)

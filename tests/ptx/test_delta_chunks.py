@@ -1,5 +1,6 @@
 """The chunked delta rule's kernels: bits that depend on no cut, and columns of any scale."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ from osmium.ops import StepInputs
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.tiling import delta_chunk_words
+from tests.ops.cases import CASES, TINY, allowed, compare, run
 from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import distance
 
@@ -103,3 +105,23 @@ def test_a_column_may_grow_from_zero_and_be_forgotten(rng: np.random.Generator) 
     for part in (slice(0, 64), slice(64, 128)):
         assert distance(found[0][part], wanted[0][part]) < 1e-5
     assert max(np.abs(found[0][128:]).max(), np.abs(found[1]).max()) < 1e-25
+
+
+def test_prefill_of_two_rows_uses_the_chunked_rule(rng: np.random.Generator) -> None:
+    """So its bits are those of the same rows in a longer step."""
+
+    class Counting(GpuOps):
+        calls = 0
+
+        def delta_rule_chunk(self, *arguments: Any) -> None:
+            self.calls += 1
+            super().delta_rule_chunk(*arguments)
+
+    size = replace(TINY, key_dim=DIM, value_dim=DIM, lengths=(2, 1), past=(63, 0))
+    seed, ops = int(rng.integers(1 << 32)), Counting(InterpretedRuntime())
+    wanted = run(CASES["delta_net"](np.random.default_rng(seed), size), ReferenceOps(cache_bytes=0))
+    case = CASES["delta_net"](np.random.default_rng(seed), size)
+    found = run(case, ops)
+    assert ops.calls == 1
+    for name, kind in case.writes.items():
+        assert compare(found[name], wanted[name], kind) <= allowed(kind), name
