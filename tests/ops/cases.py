@@ -370,7 +370,8 @@ def shared_context(
         read_rows(ops, a["h"], h)
 
     pages = {name: "exact" for name in arrays if name.startswith(("k_", "v_"))}
-    return Case(arrays, call, {"x": "rows", "h": "rows", "parts": "exact", **pages})
+    kind = matrix_tolerance("int4", rows, width, group, hidden)
+    return Case(arrays, call, {"x": kind, "h": kind, "parts": "exact", **pages})
 
 
 def _frequencies(size: Size) -> npt.NDArray[np.float32]:
@@ -543,7 +544,8 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
                 _step(size, a), chunks,
             )  # fmt: skip
 
-        return Case(arrays, call, {"x": "rows", "state": "rows", "inputs": "exact"})
+        kind = matrix_tolerance("int4", tokens, width, group, hidden)
+        return Case(arrays, call, {"x": kind, "state": "rows", "inputs": "exact"})
 
     return make
 
