@@ -1,0 +1,210 @@
+"""Streamed steps on interpreted kernels: the bits of a fully resident cache, and exact counters."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from osmium.experts.cache import DECAY, make_cache, resident, verify
+from osmium.experts.runner import ExpertRunner
+from osmium.experts.streaming import STREAM_MIN_TOKENS, staging_bytes, staging_experts
+from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
+from osmium.ops.gpu import GpuOps
+from osmium.ops.reference import ReferenceOps
+from osmium.quant import int8
+from osmium.quant.expert_layout import ExpertLayout
+from tests.ops.cases import new_rows, normed_rows, packed_experts
+from tests.ptx.interpreter import InterpretedRuntime
+from tests.tolerance import close
+
+LAYERS, EXPERTS, TOP_K, SHARED, ROWS = 2, 6, 2, 64, 40
+LAYOUT = ExpertLayout(4, 128, 128)
+
+F32 = npt.NDArray[np.float32]
+
+
+@dataclass
+class Inputs:
+    """Weights, and the rows of some steps: the same for every run."""
+
+    packed: npt.NDArray[np.uint8]
+    shared: tuple[F32, F32]
+    norm: F32
+    steps: list[list[dict[str, npt.NDArray[Any]]]]
+    """Arrays of each layer of each step."""
+
+    @staticmethod
+    def make(rng: np.random.Generator, counts: tuple[int, ...]) -> "Inputs":
+        hidden = LAYOUT.hidden
+        popularity = rng.random((LAYERS, EXPERTS))
+        popularity[:, 3] = 0  # an expert that no token uses
+        steps: list[list[dict[str, npt.NDArray[Any]]]] = [
+            [
+                {
+                    "ids": np.stack(
+                        [
+                            rng.choice(EXPERTS, TOP_K, replace=False, p=p / p.sum())
+                            for _ in range(tokens)
+                        ]
+                    ).astype(np.uint16),
+                    "weights": rng.random((tokens, TOP_K), np.float32),
+                    "x": rng.standard_normal((tokens, hidden), np.float32),
+                    "gate": rng.standard_normal((tokens, 1), np.float32),
+                }
+                for p in popularity
+            ]
+            for tokens in counts
+        ]
+        up, down = (
+            (rng.standard_normal(shape) * shape[1] ** -0.5).astype(np.float32)
+            for shape in ((2 * SHARED, hidden), (hidden, SHARED))
+        )
+        packed = np.stack([packed_experts(rng, LAYOUT, EXPERTS) for _ in range(LAYERS)])
+        return Inputs(packed, (up, down), rng.standard_normal(hidden, np.float32), steps)
+
+
+@dataclass
+class Run:
+    """The outputs of every step and layer, and the cache before and after each step."""
+
+    runner: ExpertRunner
+    outputs: list[F32] = field(default_factory=list)
+    residents: list[npt.NDArray[np.bool_]] = field(default_factory=list)
+    counters: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def run(ops: Ops, inputs: Inputs, slots: list[int], staged: int) -> Run:
+    """All steps, in a cache that holds experts 0, 2, 4 .. first; uneven slots per layer."""
+    host = ops.empty_mapped(inputs.packed.shape, np.uint8)
+    ops.host_view(host)[...] = inputs.packed
+    host_experts = HostExperts(LAYOUT, host)
+    cache = make_cache(ops, host_experts, sum(slots) // LAYERS, TOP_K, slots)
+    if max(slots) < EXPERTS:
+        for layer, count in enumerate(slots):
+            held = np.arange(count, dtype=np.int32) * 2 % EXPERTS
+            held[-1] = -1  # a free slot
+            table = np.full(EXPERTS, -1, np.int32)
+            for slot, expert in enumerate(held[:-1].tolist()):
+                table[expert] = slot
+                ops.copy(cache.slots[layer][slot : slot + 1], host[layer][expert : expert + 1])
+            ops.copy_h2d(cache.expert_to_slot[layer], table)
+            ops.copy_h2d(cache.slot_to_expert[layer], held)
+    runner = ExpertRunner(ops, host_experts, cache, ROWS, TOP_K, None, staged)
+    runner.stream_min_tokens = 8
+    done, routed = Run(runner), 0
+    up, down = (_int8(ops, w) for w in inputs.shared)
+    shared = SharedExpert(up, down, gate_column=0)
+    norm = ops.to_device(inputs.norm)
+    for step in inputs.steps:
+        tokens = len(step[0]["x"])
+        done.residents.append(resident(ops, cache))
+        with runner.step(tokens):
+            for number, arrays in enumerate(step):
+                ids, weights, x, gate = (
+                    ops.to_device(arrays[name].copy()) for name in ("ids", "weights", "x", "gate")
+                )
+                gate_up, shared_out, y = (
+                    ops.empty((tokens, n), np.float32)
+                    for n in (2 * SHARED, LAYOUT.hidden, LAYOUT.hidden)
+                )
+                h = normed_rows(ops, x, norm)
+                shared_inner = new_rows(ops, tokens, SHARED)
+                runner.forward(
+                    x, h, ids, weights, number, shared, gate, shared_inner, gate_up, shared_out, y,
+                    norm,
+                )  # fmt: skip
+                routed += tokens * TOP_K
+                done.outputs.append(np.array(ops.copy_d2h(x), np.float32))
+        counters = ops.copy_d2h(cache.counters).copy()
+        counters[0] = routed  # the router's
+        ops.copy_h2d(cache.counters, counters)
+        counted = runner.counters()
+        done.counters.append((counted.hit, counted.missed, counted.experts_copied))
+    return done
+
+
+def _int8(ops: Ops, w: F32) -> LinearWeight:
+    (rows, columns), (data, scale) = w.shape, int8.quantize(w)
+    return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
+
+
+def interpreted(rng: np.random.Generator) -> Ops:
+    return GpuOps(InterpretedRuntime(int(rng.integers(1 << 32))))
+
+
+def test_a_streamed_step_has_the_bits_of_a_fully_resident_cache(rng: np.random.Generator) -> None:
+    """Parts of one, two and all missing experts; two steps in a row, then a decode step.
+
+    Takes long: each run interprets the matrix kernels of all experts.
+    """
+    counts = (ROWS, 9, 3)
+    inputs = Inputs.make(rng, counts)
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0)
+    for staged in (1, 2, EXPERTS):
+        steps = inputs.steps if staged == 2 else inputs.steps[:1]
+        done = run(interpreted(rng), replace(inputs, steps=steps), [4, 2], staged)
+        assert len(done.outputs) == LAYERS * len(steps)
+        for number, (got, want) in enumerate(zip(done.outputs, whole.outputs, strict=False)):
+            if number < 2 * LAYERS:
+                np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+            else:
+                assert close(got, want, "f32"), "decode adds hits and misses apart"
+        assert (done.residents[-1] == done.residents[0]).all(), "no slot moves"
+        assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) > 0
+
+        hits = copied = pairs = 0
+        for step, table, counters in zip(steps[:2], done.residents, done.counters, strict=False):
+            for layer, arrays in enumerate(step):
+                hits += int(table[layer][arrays["ids"]].sum())
+                pairs += arrays["ids"].size
+                copied += int((~table[layer]).sum())
+            assert counters == (hits, pairs - hits, copied)
+            assert 0 < hits < pairs
+
+
+def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None:
+    inputs = Inputs.make(rng, (ROWS, 9))
+    done = run(interpreted(rng), inputs, [4, 2], 3)
+    ops, cache = done.runner.ops, done.runner.cache
+    for layer in range(LAYERS):
+        ids = np.concatenate([step[layer]["ids"] for step in inputs.steps])
+        age = np.arange(len(ids))[::-1].repeat(TOP_K)
+        for counts, half_life in (
+            (cache.short_count, DECAY.half_life), (cache.long_count, DECAY.long_half_life),
+        ):  # fmt: skip
+            wanted = np.bincount(ids.reshape(-1), 2.0 ** (-age / half_life), EXPERTS)
+            # counts are stored as of the last use
+            unused_steps = 2 - ops.copy_d2h(cache.last_used)[layer]
+            found = ops.copy_d2h(counts)[layer] * 2.0 ** (-unused_steps / half_life)
+            assert close(found, wanted, "f32")
+        wanted_steps = [
+            max((n for n, step in enumerate(inputs.steps, 1) if (step[layer]["ids"] == e).any()),
+                default=0)
+            for e in range(EXPERTS)
+        ]  # fmt: skip
+        assert ops.copy_d2h(cache.last_used)[layer].tolist() == wanted_steps
+    assert ops.copy_d2h(cache.step).tolist() == [2]
+
+
+def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.Generator) -> None:
+    assert staging_experts(LAYOUT, 256, STREAM_MIN_TOKENS, 32 << 30) == 0
+    assert staging_experts(ExpertLayout(16, 128, 128), 256, 512, 32 << 30) == 0
+    assert staging_experts(ExpertLayout(4, 64, 64), 256, 512, 32 << 30) == 0
+    big = ExpertLayout(4, 3072, 1024)
+    assert staging_experts(big, 256, 512, 32 << 30) == (32 << 30) // 100 // big.nbytes
+    assert staging_experts(big, 256, 512, 1 << 30) == 8
+    assert staging_experts(LAYOUT, 256, 512, 32 << 30) == 256
+    runner = run(interpreted(rng), Inputs.make(rng, (2,)), [4, 2], 2).runner
+    assert not runner.is_streamed(8) and runner.is_streamed(9)
+    runner = run(ReferenceOps(), Inputs.make(rng, (9,)), [4, 2], 2).runner
+    assert not runner.is_streamed(ROWS), "the CPU backend computes token by token"
+
+
+def test_the_planned_bytes_of_streaming_are_the_bytes_allocated(rng: np.random.Generator) -> None:
+    for staged in (1, 4, EXPERTS):
+        streamer = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner.streamer
+        assert streamer is not None
+        nbytes = streamer.staging.nbytes + streamer.part_slots.nbytes
+        assert staging_bytes(LAYOUT, LAYERS, EXPERTS, staged) == nbytes
+    assert staging_bytes(LAYOUT, LAYERS, EXPERTS, 0) == 0
