@@ -282,7 +282,7 @@ def make_plan(
         staged = 0
         if slots < experts:
             # Streaming takes some slots, unless too few for a token would be left.
-            wanted = staging_experts(layout, experts, rows, vram_limit)
+            wanted = staging_experts(layout, experts, rows, vram_limit, experts - slots)
             staging = staging_bytes(layout, layers, experts, wanted)
             with suppress(DoesNotFit):
                 left = vram_limit - sum(vram.values()) - staging

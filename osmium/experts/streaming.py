@@ -26,15 +26,18 @@ STAGING_FRACTION = 0.01
 """Fraction of VRAM for each half of the staging buffer."""
 
 
-def staging_experts(layout: ExpertLayout, num_experts: int, rows: int, vram_bytes: int) -> int:
+def staging_experts(
+    layout: ExpertLayout, num_experts: int, rows: int, vram_bytes: int, missing: int
+) -> int:
     """Experts of each half of the staging buffer, for steps of up to `rows` tokens.
 
-    0 where no step is streamed: steps are too short, or no kernel takes the layout.
+    `missing`: experts of a layer without a slot.  0 where no step is streamed: steps are too short,
+    or no kernel takes the layout.
     """
     if rows <= STREAM_MIN_TOKENS or not supports_grouped_experts(layout, num_experts):
         return 0
     count = int(STAGING_FRACTION * vram_bytes) // layout.nbytes
-    return min(num_experts, max(MIN_STAGING_EXPERTS, count))
+    return min(num_experts, max(MIN_STAGING_EXPERTS, min(count, missing)))
 
 
 def staging_bytes(layout: ExpertLayout, layers: int, num_experts: int, experts: int) -> int:

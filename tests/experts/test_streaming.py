@@ -188,13 +188,16 @@ def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator
 
 
 def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.Generator) -> None:
-    assert staging_experts(LAYOUT, 256, STREAM_MIN_TOKENS, 32 << 30) == 0
-    assert staging_experts(ExpertLayout(16, 128, 128), 256, 512, 32 << 30) == 0
-    assert staging_experts(ExpertLayout(4, 64, 64), 256, 512, 32 << 30) == 0
+    vram = 32 << 30
+    assert staging_experts(LAYOUT, 256, STREAM_MIN_TOKENS, vram, 99) == 0
+    assert staging_experts(ExpertLayout(16, 128, 128), 256, 512, vram, 99) == 0
+    assert staging_experts(ExpertLayout(4, 64, 64), 256, 512, vram, 99) == 0
     big = ExpertLayout(4, 3072, 1024)
-    assert staging_experts(big, 256, 512, 32 << 30) == (32 << 30) // 100 // big.nbytes
-    assert staging_experts(big, 256, 512, 1 << 30) == 8
-    assert staging_experts(LAYOUT, 256, 512, 32 << 30) == 256
+    assert staging_experts(big, 256, 512, vram, 138) == vram // 100 // big.nbytes
+    assert staging_experts(big, 256, 512, 1 << 30, 138) == 8
+    assert staging_experts(LAYOUT, 256, 512, vram, 99) == 99, "no more than are missing"
+    assert staging_experts(LAYOUT, 256, 512, vram, 3) == 8
+    assert staging_experts(LAYOUT, 6, 512, vram, 3) == 6
     runner = run(interpreted(rng), Inputs.make(rng, (2,)), [4, 2], 2).runner
     assert not runner.is_streamed(8) and runner.is_streamed(9)
     runner = run(ReferenceOps(), Inputs.make(rng, (9,)), [4, 2], 2).runner
