@@ -340,7 +340,7 @@ class ExpertCache:
 
     The first three count routed pairs, and routed == hit + missed; the next three count experts.
     The router writes routed; slot assignment hit, prefetched and prefetch_hits; the fetch missed,
-    copied and prefetched_eighths; Ops.count_uses hit, missed and copied.  The last counts eighths of
+    copied and prefetched_eighths; count_uses hit, missed and copied.  The last counts eighths of
     segments, 2 KiB each, that a prefetch hit had copied before its slot was assigned."""
     storage: tuple[Array, Array] | None = None
     """`slots` and `slot_to_expert` of all layers as one array each, in order of layers.
