@@ -1,5 +1,7 @@
 """`osmium bench kernels`: time of each operation of a decoded token, in shapes of real models.
 
+The operations that only prefill uses run on a step of PREFILL_ROWS tokens.
+
 No model is loaded: operations run on random weights, states, KV pages and packed experts, in enough
 sets to fill the largest L2 four times.  The time is the median of seven replays of a graph with one
 call per set.  Method: docs/benchmarks.md.
@@ -46,6 +48,7 @@ from osmium.ops.controls import (
     SamplingControls,
 )
 from osmium.ops.gpu import GpuOps
+from osmium.ops.tiling import delta_chunk_words
 from osmium.weights.synthetic import open_synthetic
 
 __all__ = ["OpCases", "bench_kernels"]
@@ -57,6 +60,9 @@ INPUT_SETS_BYTES = 512 << 20
 
 DEPTH, PAGE = 4096, 64
 """Tokens of context, and of a KV page."""
+
+PREFILL_ROWS = 1024
+"""Tokens of a step of the operations that only prefill uses."""
 
 Calls = list[Callable[[], None]]
 
@@ -229,7 +235,7 @@ class OpCases:
         inputs = f32((len(sets) * self.tokens, config.channels, 4))
         ab, small = self._matrices("ab")[0], f32((config.value_heads,))
         conv, norm = f32((config.channels, 4)), f32((config.value_dim,))
-        workspace = DeltaNetWorkspace(w.qkv, w.ab, w.decay, w.beta, w.delta_out)
+        workspace = DeltaNetWorkspace(w.qkv, w.ab, w.decay, w.beta, w.delta_out, w.chunk_scratch)
         pages, matrices = np.zeros((self.tokens, 1)), self._matrices("delta_out")
         calls: Calls = []
         for i in sets:
@@ -239,6 +245,46 @@ class OpCases:
             step = self._step(i * self.tokens + t, pages)
             calls.append(partial(self.ops.delta_net, *arguments, step, False))
         return calls
+
+    def _prefill_step(self) -> StepInputs:
+        """PREFILL_ROWS tokens of new sequences, divided evenly."""
+        rows, count, i32 = PREFILL_ROWS, self.tokens, self._i32
+        starts = np.arange(count + 1) * (rows // count)
+        starts[-1] = rows
+        ids = np.repeat(np.arange(count), np.diff(starts))
+        zeros = i32(np.zeros(rows))
+        return StepInputs(
+            tokens=rows, sequences=count, page_size=PAGE, ids=zeros,
+            positions=i32(np.arange(rows) - starts[ids]), sequence_ids=i32(ids),
+            query_start_loc=i32(starts), context_lens=zeros[:count],
+            state_slots=i32(np.arange(count)), page_table=zeros.reshape(rows, 1),
+        )  # fmt: skip
+
+    def _prefill_conv(self) -> Calls:
+        config, ops, step = self.config, self.ops, self._prefill_step()
+        f32 = partial(self._noise, dtype=np.float32)
+        width = config.channels + config.value_heads * config.value_dim
+        w, state = f32((config.channels, 4)), f32((self.tokens, config.channels, 4))
+        out = ops.empty((PREFILL_ROWS, config.channels), np.float32)
+        inputs = [f32((PREFILL_ROWS, width)) for _ in self._sets(4 * PREFILL_ROWS * width)]
+        return [partial(ops.causal_conv1d, out, u, w, state, step) for u in inputs]
+
+    def _prefill_delta_rule(self) -> Calls:
+        config, ops, step = self.config, self.ops, self._prefill_step()
+        f32, gates = partial(self._noise, dtype=np.float32), (PREFILL_ROWS, config.value_heads)
+        decay = ops.to_device(-self.rng.random(gates, np.float32))
+        beta = ops.to_device(self.rng.random(gates, np.float32))
+        state = f32((self.tokens, config.value_heads, config.key_dim, config.value_dim))
+        out = ops.empty((*gates, config.value_dim), np.float32)
+        heads = config.key_heads, config.value_heads, config.key_dim, config.value_dim
+        words = delta_chunk_words(PREFILL_ROWS, *heads)
+        scratch = ops.empty((words,), np.uint32) if words else None
+        sets = self._sets(4 * PREFILL_ROWS * config.channels)
+        inputs = [f32((PREFILL_ROWS, config.channels)) for _ in sets]
+        return [
+            partial(ops.delta_rule_chunk, out, qkv, decay, beta, state, step, scratch)
+            for qkv in inputs
+        ]
 
     def _attention(self) -> Calls:
         f32 = partial(self._noise, dtype=np.float32)
@@ -380,6 +426,8 @@ class OpCases:
 
 MAKERS: dict[str, tuple[Any, ...]] = {
     "linear qkvz": ("_linear", "qkvz"), "delta_net": ("_delta_net",),
+    "prefill causal_conv1d": ("_prefill_conv",),
+    "prefill delta_rule_chunk": ("_prefill_delta_rule",),
     "linear qgkv": ("_linear", "qgkv"), "gated_attention": ("_attention",),
     "router": ("_router",), "assign_slots": ("_assign_slots",), "fetch 1": ("_fetch", 1),
     "fetch top-k": ("_fetch", 0), "expert_up": ("_experts", True),

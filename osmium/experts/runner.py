@@ -25,7 +25,8 @@ from osmium.ops import (
     SharedExpert,
     SlotAssignment,
 )
-from osmium.ops.types import FETCH_SEGMENT_BYTES, rows_bytes
+from osmium.ops.tiling import rows_bytes
+from osmium.ops.types import FETCH_SEGMENT_BYTES
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["ExpertCounters", "ExpertRunner", "expert_runner_bytes"]

@@ -51,7 +51,9 @@ class DeltaNet:
         """
         ops, h = self.ops, work.h
         ops.linear(work.qkvz, h, self.qkvz)
-        workspace = DeltaNetWorkspace(work.qkv, work.ab, work.decay, work.beta, work.delta_out)
+        workspace = DeltaNetWorkspace(
+            work.qkv, work.ab, work.decay, work.beta, work.delta_out, work.chunk_scratch
+        )
         # query_start_loc is on the device.  The host only bounds the rows of a sequence:
         # at most tokens - sequences + 1.
         use_chunks = step.tokens - step.sequences > MAX_EXTRA_RECURRENT_ROWS

@@ -8,8 +8,8 @@ import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.ops import Array, MatmulInput, Ops
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS
-from osmium.ops.types import ROUTER_BARRIER_SHAPE, rows_bytes
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, rows_bytes
+from osmium.ops.types import ROUTER_BARRIER_SHAPE
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
 
@@ -65,11 +65,14 @@ class Workspace:
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], 0 between kernels: split-KV blocks that have finished."""
     router_barrier: Array
     """i32 [8, 288], 0 between kernels: logit keys and arrivals of router blocks."""
+    chunk_scratch: Array | None
+    """Scratch of the chunked delta rule on a GPU: u32, tiling.delta_chunk_words of them."""
 
     def first_rows(self, tokens: int) -> "Workspace":
         """The same arrays, cut to the first `tokens` rows."""
         shared = {
-            name: getattr(self, name) for name in ("partial", "split_counters", "router_barrier")
+            name: getattr(self, name)
+            for name in ("partial", "split_counters", "router_barrier", "chunk_scratch")
         }
         rows = {
             f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in shared
@@ -91,12 +94,14 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
         name: ops.empty_input(rows, width, eps)
         for name, (width, eps) in _matmul_inputs(config).items()
     }
+    words = _chunk_scratch_words(config, rows, gpu=inputs["h"].hi_lo is not None)
     return Workspace(
         **arrays,
         **inputs,
         partial=ops.empty(_partial_shape(config), np.float32),
         split_counters=split_counters,
         router_barrier=router_barrier,
+        chunk_scratch=ops.empty((words,), np.uint32) if words else None,
     )
 
 
@@ -109,11 +114,17 @@ def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
         rows_bytes(1, width, eps is not None, gpu) for width, eps in _matmul_inputs(config).values()
     )
     shared = (_partial_shape(config), _split_counters_shape(config), ROUTER_BARRIER_SHAPE)
-    return rows * (arrays + inputs) + 4 * sum(map(math.prod, shared))
+    words = sum(map(math.prod, shared)) + _chunk_scratch_words(config, rows, gpu)
+    return rows * (arrays + inputs) + 4 * words
 
 
 def _partial_shape(config: ModelConfig) -> tuple[int, ...]:
     return (MAX_KV_SPLITS, config.num_heads, config.head_dim + 2)
+
+
+def _chunk_scratch_words(config: ModelConfig, rows: int, gpu: bool) -> int:
+    heads = config.key_heads, config.value_heads
+    return delta_chunk_words(rows, *heads, config.key_dim, config.value_dim) if gpu else 0
 
 
 def _split_counters_shape(config: ModelConfig) -> tuple[int, ...]:

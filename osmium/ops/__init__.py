@@ -208,7 +208,8 @@ class Ops(MemoryOps, GroupedOps, Protocol):
             qkv = causal_conv1d(u);  decay, beta = delta_gates(h @ ab.T)
             x += gated_rms_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T
             h = rms_norm(x, norm)
-        z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.
+        z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.  With
+        workspace.chunk_scratch it is delta_rule_chunk unless each sequence has one row.
 
         x f32 [T, D]    h [T, D], at least two launches old    norm f32 [D]
         u f32 [T, C + V * dv]    conv_state f32 [slots, C, 4]
@@ -216,8 +217,9 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         """
 
     def delta_rule_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
-    ) -> None:
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs,
+        scratch: Array | None = None,
+    ) -> None:  # fmt: skip
         """The function of delta_rule_recurrent, in chunks of tokens, for prefill.
 
         With G the running sum of the decay inside a chunk and D[i, j] = exp(G_i - G_j) for i >= j:
@@ -225,7 +227,12 @@ class Ops(MemoryOps, GroupedOps, Protocol):
             A U = beta v;  A W = beta exp(G) k
             N = U - W S;  out = (q exp(G)) S + lower part of (q k^T * D) N
             S = S exp(G_last) + (k exp(G_last - G))^T N
-        Arguments as for delta_rule_recurrent.  Yang et al. 2024, arXiv:2412.06464, section 3.3.
+        With `scratch` the GPU cuts chunks at multiples of 64 positions.  A sequence that is cut
+        there into several steps gets the same bits as in one.  `scratch` has
+        tiling.delta_chunk_words u32.  Without it the GPU uses the kernel for any head size.
+
+        Other arguments as for delta_rule_recurrent; the values in qkv may be overwritten.
+        Yang et al. 2024, arXiv:2412.06464, section 3.3.
         """
 
     def gated_rms_norm(

@@ -5,6 +5,8 @@ ptx/ and is not repeated here.  Operations do not allocate or wait.  Results rea
 through `copy_d2h`, which counts its bytes, and through the token ring.
 """
 
+import numpy as np
+
 from osmium.kernels.adjust_logits import ADJUST_LOGITS
 from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
@@ -15,9 +17,11 @@ from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.tiling import (
+    DELTA_CHUNK_MAX_SEQS,
     KV_DTYPES,
     PREFILL_HEAD_DIMS,
     SPLIT_KV_MAX_SEQS,
+    delta_chunk_units,
     is_decode,
     kv_format,
     num_kv_splits,
@@ -53,6 +57,8 @@ DELTA_GATES = kernel("delta_gates_f32")
 DELTA_RULE_RECURRENT = kernel("delta_rule_recurrent_f32")
 DELTA_NET_DECODE = kernel("delta_net_decode_f32")
 DELTA_RULE_CHUNK = kernel("delta_rule_chunk_f32")
+DELTA_CHUNK_PREPARE = kernel("delta_chunk_prepare_f32")
+DELTA_CHUNK_SCAN = kernel("delta_chunk_scan_f32")
 GATED_RMS_NORM = kernel("gated_rms_norm_f32")
 
 
@@ -200,8 +206,13 @@ class GpuOps(GpuExperts):
             self.generic_linear(workspace.ab, self.merge_hi_lo(h), w.ab, 0)
             self.causal_conv1d(qkv, u, w.conv, conv_state, step)
             self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
-            rule = self.delta_rule_chunk if chunked else self.delta_rule_recurrent
-            rule(heads, qkv, workspace.decay, workspace.beta, state, step)
+            rule = heads, qkv, workspace.decay, workspace.beta, state, step
+            scratch = workspace.chunk_scratch
+            # With scratch the bits of a prompt's rows do not depend on how many a step has.
+            if chunked or (scratch is not None and not is_decode(step)):
+                self.delta_rule_chunk(*rule, scratch)
+            else:
+                self.delta_rule_recurrent(*rule)
             self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
             self.prepare_input(delta_out)
             self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
@@ -221,9 +232,33 @@ class GpuOps(GpuExperts):
             self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
 
     def delta_rule_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
-    ) -> None:
-        self._delta(DELTA_RULE_CHUNK, out, qkv, decay, beta, state, step)
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs,
+        scratch: Array | None = None,
+    ) -> None:  # fmt: skip
+        if scratch is None:
+            self._delta(DELTA_RULE_CHUNK, out, qkv, decay, beta, state, step)
+            return
+        tokens, value_heads, dv = out.shape
+        key_heads, units = (qkv.shape[1] // dv - value_heads) // 2, delta_chunk_units(tokens)
+        ends = (value_heads * 4096, value_heads * 4096 + key_heads * 2048)
+        fragments = scratch[: units * ends[0]].reshape(units, value_heads, 4096)
+        keys = scratch[units * ends[0] : units * ends[1]].reshape(units, key_heads, 2048)
+        gains = scratch[units * ends[1] : units * (ends[1] + value_heads)]
+        gains = gains.view(np.float32).reshape(units, value_heads)
+        for first in range(0, step.sequences, DELTA_CHUNK_MAX_SEQS):
+            count = min(DELTA_CHUNK_MAX_SEQS, step.sequences - first)
+            starts = step.query_start_loc[first : first + count + 1]
+            past = step.context_lens[first : first + count]
+            # The rows of each sequence are on the device: these are the most chunks that they have.
+            chunks = min(tokens, tokens // 64 + 2 * count)
+            DELTA_CHUNK_PREPARE(
+                self.stream, chunks, fragments, keys, gains, out, qkv, decay, beta, starts, past,
+                count, key_heads, value_heads,
+            )  # fmt: skip
+            DELTA_CHUNK_SCAN(
+                self.stream, count, out, state, fragments, keys, gains, qkv, starts, past,
+                step.state_slots[first : first + count], key_heads, value_heads,
+            )  # fmt: skip
 
     def _delta(
         self, rule: Kernel, out: Array, qkv: Array, decay: Array, beta: Array, state: Array,

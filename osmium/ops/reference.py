@@ -277,8 +277,9 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         self.linear_add_rms_norm(x, workspace.delta_out, w.out, h, norm)
 
     def delta_rule_chunk(
-        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
-    ) -> None:
+        self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs,
+        scratch: Array | None = None,
+    ) -> None:  # fmt: skip
         for s, rows, past in sequences_of(step):
             q, k, v = (x.swapaxes(0, 1) for x in heads_of(qkv[rows], state.shape))  # [V, t, d]
             g, b = decay[rows].T, beta[rows].T  # [V, t]

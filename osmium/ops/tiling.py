@@ -12,9 +12,10 @@ from osmium.ops.types import DIGIT_GROUP, Array, LinearWeight, PagedKV, SharedEx
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES", "PREFILL_HEAD_DIMS",
-    "SPLIT_KV_MAX_SEQS", "Tiling", "fits_shared", "gemm_stages", "is_decode", "kv_format",
-    "num_kv_splits", "prefill_attention_tokens", "supports_fused_experts", "supports_gemm",
+    "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
+    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words",
+    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
+    "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
     "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
 
@@ -68,6 +69,10 @@ PREFILL_MIN_TOKENS = 9
 
 MIN_KV_SPLITS = 4
 """Fewest blocks per context, even on a small GPU."""
+
+DELTA_CHUNK_MAX_SEQS = 8
+"""Most sequences per launch of the chunked delta rule, which bounds its scratch.  More sequences
+take turns."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,25 @@ def tile_expert_down(
     two_rings = 2 * WEIGHT_STAGE_BYTES
     has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
+
+
+def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
+    """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
+    halves = 4 * width + (width // 2 if normed else 0)
+    digits = 2 * width + 4 * (width // DIGIT_GROUP) if width % DIGIT_GROUP == 0 else 0
+    return tokens * (4 * width + (halves + digits if gpu else 0))
+
+
+def delta_chunk_units(rows: int) -> int:
+    """Units of 16 tokens in the scratch of the chunked delta rule, for steps of `rows` tokens."""
+    return rows // 16 + 2 * DELTA_CHUNK_MAX_SEQS
+
+
+def delta_chunk_words(rows: int, key_heads: int, value_heads: int, dk: int, dv: int) -> int:
+    """32-bit words of that scratch; 0 where the kernels do not take the head sizes."""
+    if dk != 128 or dv != 128:
+        return 0
+    return delta_chunk_units(rows) * (value_heads * 4097 + key_heads * 2048)
 
 
 def is_decode(step: StepInputs) -> bool:

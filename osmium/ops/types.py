@@ -29,7 +29,7 @@ __all__ = [
     "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
     "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
     "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
-    "SlotAssignment", "StepInputs", "rows_bytes",
+    "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 Array = Any
@@ -123,13 +123,6 @@ DIGIT_GROUP = 128
 """Inputs that share a unit of their digits, and an INT4 scale."""
 
 
-def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
-    """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
-    halves = 4 * width + (width // 2 if normed else 0)
-    digits = 2 * width + 4 * (width // DIGIT_GROUP) if width % DIGIT_GROUP == 0 else 0
-    return tokens * (4 * width + (halves + digits if gpu else 0))
-
-
 @dataclass(frozen=True)
 class DeltaWeights:
     """A delta net's weights behind its first matrix."""
@@ -163,6 +156,8 @@ class DeltaNetWorkspace:
     """f32 [T, V]."""
     delta_out: MatmulInput
     """[T, V * dv], the rule's output, normed and gated."""
+    chunk_scratch: Array | None = None
+    """Scratch of delta_rule_chunk: u32, tiling.delta_chunk_words of them."""
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from osmium.ops.grouped import ExpertGroups, GroupedExperts
 from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     SPLIT_KV_MAX_SEQS,
+    delta_chunk_words,
     supports_gemm,
     supports_grouped_experts,
 )
@@ -369,7 +370,8 @@ def shared_context(
         read_rows(ops, a["h"], h)
 
     pages = {name: "exact" for name in arrays if name.startswith(("k_", "v_"))}
-    return Case(arrays, call, {"x": "rows", "h": "rows", "parts": "exact", **pages})
+    kind = matrix_tolerance("int4", rows, width, group, hidden)
+    return Case(arrays, call, {"x": kind, "h": kind, "parts": "exact", **pages})
 
 
 def _frequencies(size: Size) -> npt.NDArray[np.float32]:
@@ -452,6 +454,13 @@ def delta_gates(rng: np.random.Generator, size: Size) -> Case:
     return Case(arrays, call, {"decay": "f32", "beta": "f32"})
 
 
+def _chunk_scratch(size: Size) -> Arrays:
+    """Scratch of the chunked delta rule, where it takes the head sizes: NaN in every format."""
+    heads = size.key_heads, size.value_heads, size.key_dim, size.value_dim
+    words = delta_chunk_words(sum(size.lengths), *heads)
+    return {"scratch": np.full(words, 0xFFFFFFFF, np.uint32)} if words else {}
+
+
 def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
     def make(rng: np.random.Generator, size: Size) -> Case:
         arrays = step_arrays(rng, size)
@@ -464,11 +473,15 @@ def _delta(name: str) -> Callable[[np.random.Generator, Size], Case]:
             "decay": decay.astype(np.float32),
             "beta": rng.random((tokens, heads), np.float32),
             "state": _f32(rng, len(size.lengths), heads, size.key_dim, size.value_dim),
+            **_chunk_scratch(size),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            rule = getattr(ops, name)
-            rule(a["out"], a["qkv"], a["decay"], a["beta"], a["state"], _step(size, a))
+            arguments = (a["out"], a["qkv"], a["decay"], a["beta"], a["state"], _step(size, a))
+            if name == "delta_rule_chunk":
+                ops.delta_rule_chunk(*arguments, a.get("scratch"))
+            else:
+                ops.delta_rule_recurrent(*arguments)
 
         return Case(arrays, call, {"out": "f32", "state": "f32"})
 
@@ -515,6 +528,7 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             "ab": _nan(tokens, 2 * heads),
             "decay": _nan(tokens, heads),
             "beta": _nan(tokens, heads),
+            **_chunk_scratch(size),
         }
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
@@ -522,13 +536,16 @@ def _delta_net(chunks: bool) -> Callable[[np.random.Generator, Size], Case]:
             matrix = LinearWeight("int4", hidden, width, a["out"], a["out_scale"], group)
             weights = DeltaWeights(a["conv"], ab, a["a_log"], a["dt_bias"], a["norm"], matrix, 1e-6)
             normed_out, h = new_rows(ops, tokens, width), normed_rows(ops, a["x"], a["scale"])
-            workspace = DeltaNetWorkspace(a["qkv"], a["ab"], a["decay"], a["beta"], normed_out)
+            workspace = DeltaNetWorkspace(
+                a["qkv"], a["ab"], a["decay"], a["beta"], normed_out, a.get("scratch")
+            )
             ops.delta_net(
                 a["x"], h, a["scale"], a["u"], weights, a["inputs"], a["state"], workspace,
                 _step(size, a), chunks,
             )  # fmt: skip
 
-        return Case(arrays, call, {"x": "rows", "state": "rows", "inputs": "exact"})
+        kind = matrix_tolerance("int4", tokens, width, group, hidden)
+        return Case(arrays, call, {"x": kind, "state": "rows", "inputs": "exact"})
 
     return make
 

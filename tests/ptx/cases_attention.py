@@ -130,10 +130,13 @@ def conv(heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
     return make
 
 
-def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
+def delta(
+    name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts, learned: bool = False
+) -> Make:
     """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
 
-    The reference of both kernels is delta_rule_recurrent: chunks add only rounding.
+    The reference of all kernels is delta_rule_recurrent: chunks add only rounding.  With `learned`
+    every gate and beta is near 1, and all keys are near one of three: each token replaces values.
     """
 
     def make(rng: np.random.Generator) -> Case:
@@ -143,7 +146,14 @@ def delta(name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts)
         )  # fmt: skip
         case, kernel = cases.CASES["delta_rule_recurrent"](rng, size), cases.CASES[name](rng, size)
         a = case.arrays
-        a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
+        if learned:
+            keys = a["qkv"][:, heads[0] * dims[0] :][:, : heads[0] * dims[0]]
+            near = keys[rng.integers(0, min(3, len(keys)), len(keys))].copy()
+            keys[...] = near + np.float32(0.01) * keys
+            a["decay"] *= np.float32(1e-3)
+            a["beta"][...] = 1 - np.float32(1e-3) * a["beta"]
+        else:
+            a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
         a["state"][a["slots"][a["past"] == 0]] = np.nan
 
         def call(ops: Ops, placed: dict[str, Any]) -> None:
@@ -247,7 +257,25 @@ CASES: dict[str, Make] = {
     "delta_rule_chunk 32x32": delta("delta_rule_chunk", (1, 2), (32, 32), (17, 1, 15), (0, 4, 2)),
     "delta_rule_chunk 64x96": delta("delta_rule_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
     "delta_rule_chunk 96x64": delta("delta_rule_chunk", (1, 1), (96, 64), (33,), (3,)),
-    "delta_rule_chunk 128x128": delta("delta_rule_chunk", (2, 2), (128, 128), (20,), (0,)),
+    "delta_rule_chunk 96x96": delta("delta_rule_chunk", (2, 2), (96, 96), (20,), (0,)),
+    **{
+        f"delta_rule_chunk 128x128, {name}": delta("delta_rule_chunk", heads, (128, 128), *rows)
+        for name, heads, rows in (
+            ("a token", (1, 1), ((1,), (0,))),
+            ("31", (1, 1), ((31,), (64,))),
+            ("33 of two heads", (1, 2), ((33,), (0,))),
+            ("a chunk, and 65 in three", (1, 1), ((64, 65), (128, 63))),
+            ("130 off the grid", (1, 1), ((130,), (37,))),
+            ("200", (1, 1), ((200,), (0,))),
+            ("two heads of two", (2, 4), ((3, 5), (62, 0))),
+            (
+                "nine sequences",
+                (1, 1),
+                ((1, 2, 3, 1, 17, 1, 2, 1, 33), (0, 63, 62, 5, 7, 64, 1, 0, 0)),
+            ),
+            ("learned, 150", (1, 1), ((150,), (10,), True)),
+        )
+    },
     "delta_net 32x32": delta_net((1, 3), (32, 32), 200, (4, 0, 1)),
     "delta_net 64x96, a row in one turn": delta_net((2, 4), (64, 96), 3072, (0, 7)),
     "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),
@@ -258,6 +286,12 @@ CASES: dict[str, Make] = {
 }
 
 LONG: dict[str, Make] = {
+    **{
+        f"delta_rule_chunk 128x128, long, {learned=}": delta(
+            "delta_rule_chunk", (2, 8), (128, 128), (3000, 1, 700), (100, 64, 0), learned
+        )
+        for learned in (False, True)
+    },
     **{
         f"prefill attention {kept} {dim}, {heads} heads": prefill(
             kept, dim, heads, kv, 64, (300, 1, 77, 9), (1000, 5000, 0, 20_000)

@@ -967,8 +967,8 @@ def _compile(program: Program, line: str) -> Run:
         "ld": _load, "st": _store, "red": _reduce, "shfl": _shuffle, "cvt": _convert,
         "vote": _vote, "setp": _compare, "selp": _select, "lop3": _lop3, "prmt": _permute,
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
-        "griddepcontrol": _dependent, "ldmatrix": _matrices, "fence": _fence, "trap": _trap,
-        "prefetch": _prefetch, "mbarrier": _barrier,
+        "griddepcontrol": _dependent, "ldmatrix": _matrices, "movmatrix": _transpose,
+        "fence": _fence, "trap": _trap, "prefetch": _prefetch, "mbarrier": _barrier,
     }  # fmt: skip
     try:
         if base in special:
@@ -1331,6 +1331,21 @@ def _matrices(program: Program, parts: list[str], args: list[str]) -> Run:
             w.write(name, found.reshape(-1).view(np.uint32), m)
 
     return load
+
+
+def _transpose(program: Program, parts: list[str], args: list[str]) -> Run:
+    """movmatrix: lane (g, q) has word q of row g of a matrix of halves, and gets it transposed."""
+    if parts != ["sync", "aligned", "m8n8", "trans", "b16"]:
+        raise KeyError(".".join(parts))
+    source = _operand(program, args[1], TYPES["u32"])
+
+    def move(w: Warp, m: Mask) -> None:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at a movmatrix")
+        matrix = np.ascontiguousarray(source(w, m)).view(np.uint16).reshape(8, 8)
+        w.write(args[0], np.ascontiguousarray(matrix.T).reshape(-1).view(np.uint32), m)
+
+    return move
 
 
 def _known(space: str, modifiers: list[str]) -> None:

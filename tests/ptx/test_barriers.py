@@ -59,6 +59,8 @@ def cases_of(name: str) -> list[Make]:
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
         "delta_net_decode_f32": ("delta_net ",),
+        "delta_chunk_prepare_f32": ("delta_rule_chunk 128x128",),
+        "delta_chunk_scan_f32": ("delta_rule_chunk 128x128",),
         "delta_rule_chunk_f32": ("delta_rule_chunk", "chunk", "delta"),
     }.get(name)
     assert prefix, f"{name} has a barrier: list the cases that launch it in cases_of"

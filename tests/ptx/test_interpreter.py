@@ -331,6 +331,17 @@ def test_ldmatrix_gives_each_lane_its_fragment_of_four_matrices(
                 assert np.array_equal(found[g, q, 2 * i : 2 * i + 2], wanted)
 
 
+def test_movmatrix_transposes_a_matrix_of_halves(rng: np.random.Generator) -> None:
+    value = rng.integers(0, 1 << 32, 32, np.uint32)
+    body = """
+        ld.global.u32 %a, [%in0];
+        movmatrix.sync.aligned.m8n8.trans.b16 %b, %a;
+        st.global.u32 [%out], %b;
+    """
+    found = run(body, value).view(np.uint16).reshape(8, 8)
+    assert np.array_equal(found, value.view(np.uint16).reshape(8, 8).T)
+
+
 def test_cp_async_reads_the_given_number_of_bytes(rng: np.random.Generator) -> None:
     value = rng.integers(1, 256, (32, 16), np.uint8)
     body = f"""
@@ -773,6 +784,7 @@ def zeroed(body: str, count: int, blocks: int, seed: int) -> Values:
         "red.global.max.u32 [%out], %t",
         "red.shared.add.u32 [%t], %t",
         "ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%a, %b}, [%t]",
+        "movmatrix.sync.aligned.m8n8.b16 %a, %t",
         "shfl.sync.up.b32 %a, %t, 1, 0, 0xffffffff",
         "shfl.sync.bfly.b32 %a, %t, 1, 31, 0xffff",
         "shfl.sync.bfly.b32 %a, %t, 1, 0x1c1f, 0xffffffff",

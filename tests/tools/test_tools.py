@@ -232,6 +232,32 @@ def test_bench_server_measures_a_running_server() -> None:
     assert done.returncode == 2 and "Start osmium-serve" in done.stderr
 
 
+def test_bench_server_compares_the_server_with_its_engine() -> None:
+    few = ["--device", "cpu", "--context", "256", "--tokens", "8", "--rounds", "1"]
+    done = tool("bench_server", "demo", *few, "--streams", "2", "--pace", "60")
+    assert done.returncode == 0, done.stderr
+    assert "2 streams, --pace 60" in done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["model"] == "demo" and found["pace"] == 60
+    rows = found["streams"]["2"]
+    assert set(rows) == {"engine", "plain", "json_object", "json_schema", "penalty"}
+    for kind in ("engine", "plain", "json_schema", "penalty"):
+        row = rows[kind]
+        # Eight tokens have seven periods, of which a late first step may shorten one.
+        assert 0 < row["tokens_per_s"] < 2 * 60 * 1.25, "the pace holds for each kind"
+        assert row["tokens"] == 8 and row["cpu_us"] > 0
+        ratio = row["tokens_per_s"] / rows["engine"]["tokens_per_s"]
+        assert row["of_engine"] == pytest.approx(ratio), "in one round"
+    assert rows["engine"]["of_engine"] == rows["plain"]["of_plain"] == 1
+    assert rows["plain"]["client_tokens_per_s"] > 0
+    assert rows["plain"]["loop_us"] > 2 * rows["engine"]["loop_us"], "only HTTP uses the loop"
+
+
+def test_bench_server_measures_a_model_or_a_server() -> None:
+    done = tool("bench_server", "demo", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 2 and "--url measures a running server" in done.stderr
+
+
 def test_bench_sampling_compares_every_kind_of_request() -> None:
     demo = str(ROOT / "osmium" / "demo" / "demo.osmium")
     done = tool("bench_sampling", demo, "--tokens", "4", "--rounds", "1", "--depth", "8")
