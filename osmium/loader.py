@@ -311,8 +311,9 @@ class Loader:
                 ops, config.num_layers, config.num_experts, config.top_k
             )
         expert_runner = ExpertRunner(
-            ops, *self._experts(plan, usage), plan.prefill_chunk, config.top_k, prefetch_state
-        )
+            ops, *self._experts(plan, usage), plan.prefill_chunk, config.top_k, prefetch_state,
+            plan.staging_experts,
+        )  # fmt: skip
         if trace is not None:
             predicted = None
             if trace.predicted is not None:

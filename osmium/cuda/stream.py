@@ -243,6 +243,12 @@ class CudaRuntime:
         self.side_streams = Stream(device, high_priority=False), Stream(device)
         """[0] low priority, hits; [1] high priority, prefetch."""
         self._fork_event, self._join_event = Event(device), Event(device)
+        self.copy_stream = Stream(device)
+        """Copies from host memory, in parallel with the main stream; ordered by events alone."""
+        self._staged = Event(device), Event(device)
+        """The ends of the copies to each half of a staging buffer."""
+        self._released = Event(device), Event(device)
+        """The ends of the launches that last read each half."""
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
@@ -349,6 +355,21 @@ class CudaRuntime:
         self.stream.wait(self._join_event)
         self.stream._follows_kernel = follows_kernel
 
+    def stage(self, half: int, copies: Sequence[tuple[DeviceArray, DeviceArray]]) -> None:
+        """Copy (out, source) pairs on the copy stream, once the half's last readers have ended."""
+        self.copy_stream.wait(self._released[half])
+        for out, source in copies:
+            self.copy_stream.copy(out, source)
+        self._staged[half].record(self.copy_stream)
+
+    def wait_staged(self, half: int) -> None:
+        """Make later work on the main stream wait for the last copies to this half."""
+        self.stream.wait(self._staged[half])
+
+    def release_staged(self, half: int) -> None:
+        """The next copies to this half wait for the work on the main stream so far."""
+        self._released[half].record(self.stream)
+
     def close(self) -> None:
         """Free the streams, host memory and all VRAM; repeated calls do nothing."""
         if self.device.closed:
@@ -358,7 +379,7 @@ class CudaRuntime:
             self.stream.synchronize()
             for buffer in self._buffers.values():
                 buffer.close()
-            for stream in (self.stream, *self.side_streams):
+            for stream in (self.stream, self.copy_stream, *self.side_streams):
                 stream.close()
         with contextlib.suppress(CudaError):
             self.device.close()

@@ -21,6 +21,7 @@ from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.experts.prefetch import MIN_BULK_COPY_CC, prefetch_state_bytes
 from osmium.experts.runner import expert_runner_bytes
+from osmium.experts.streaming import staging_bytes, staging_experts
 from osmium.models.state import state_bytes
 from osmium.models.workspace import workspace_bytes
 from osmium.quant.expert_layout import ExpertLayout
@@ -99,6 +100,8 @@ class MemoryPlan:
     """Bytes that a decoded token moves, and the rates."""
     prefetch: bool = False
     """Whether experts are copied before their layer's routing."""
+    staging_experts: int = 0
+    """Experts in each half of the staging buffer of long steps; 0: there is none."""
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -169,6 +172,7 @@ class MemoryPlan:
             "num_experts": self.num_experts,
             "expert_slots": self.expert_slots,
             "prefetch": self.prefetch,
+            "staging_experts": self.staging_experts,
             "vram_bytes": self.vram,
             "vram_limit_bytes": self.vram_limit,
             "ram_bytes": self.ram,
@@ -256,7 +260,7 @@ def make_plan(
     if not hardware.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * host_experts)
         ram = {"weights": host_experts + embed + rest, "f32 copies": copies, **fixed}
-        slots, vram, vram_limit = experts, {}, 0
+        slots, vram, vram_limit, staged = experts, {}, 0, 0
         if options.expert_slots is not None:
             slots = _checked_slots(options.expert_slots, config)
             ram["expert slots"] = cache_bytes(layout, layers, experts, slots)
@@ -275,6 +279,16 @@ def make_plan(
         reserve = max(256 << 20, vram_limit // (50 if options.vram is None else 100))
         vram = {"CUDA context": CUDA_CONTEXT_BYTES, "weights": rest, **fixed, "reserve": reserve}
         slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
+        staged = 0
+        if slots < experts:
+            # Streaming takes some slots, unless too few for a token would be left.
+            wanted = staging_experts(layout, experts, rows, vram_limit, experts - slots)
+            staging = staging_bytes(layout, layers, experts, wanted)
+            with suppress(DoesNotFit):
+                left = vram_limit - sum(vram.values()) - staging
+                slots, staged = _slots(config, layout, options, left, vram), wanted
+        if staged:
+            vram["expert staging"] = staging
         vram["expert slots"] = cache_bytes(layout, layers, experts, slots)
         resident = slots == experts
         ram = {"embedding": embed, "loading buffer": experts * layout.nbytes}
@@ -307,7 +321,7 @@ def make_plan(
     )  # fmt: skip
     return MemoryPlan(
         "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, rows,
-        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch,
+        kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch, staged,
     )  # fmt: skip
 
 

@@ -34,7 +34,8 @@ LATEST_PTX = (8, 7)
 """The newest PTX version that a 12.8 driver loads."""
 
 MODULES = (
-    "adjust_logits", "assign_slots", "group_by_expert", "logit_histogram", "sample", "top_logprobs",
+    "adjust_logits", "assign_slots", "count_uses", "group_by_expert", "logit_histogram", "sample",
+    "top_logprobs",
 )  # fmt: skip
 
 

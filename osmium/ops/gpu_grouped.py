@@ -1,7 +1,10 @@
 """The operations of GpuOps on routed pairs in order of their experts."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
+from osmium.kernels.count_uses import COUNT_USES
 from osmium.kernels.group_by_expert import (
     EXPERT_HISTOGRAM,
     GROUP_BY_EXPERT,
@@ -13,12 +16,13 @@ from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.grouped import ExpertGroups, GroupedExperts
 from osmium.ops.tiling import MATVEC_MAX_TOKENS, gemm_stages, supports_grouped_experts
-from osmium.ops.types import Array, ExpertCache, MatmulInput
+from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["GpuGrouped", "pairs_per_block"]
 
 GATHER_ADD = kernel("gather_add_f32")
+SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
 
@@ -29,6 +33,12 @@ ROUND_PAIRS = 512
 def pairs_per_block(pairs: int) -> int:
     """Pairs that a thread block sorts, so that at most MAX_BLOCKS blocks sort all."""
     return ROUND_PAIRS * -(-pairs // (ROUND_PAIRS * MAX_BLOCKS))
+
+
+def max_tiles(ids: Array, expert_slots: Array) -> int:
+    """Most tiles of a step's pairs: the last tile of each expert may have few rows."""
+    pairs: int = ids.shape[0] * ids.shape[1]
+    return -(-pairs // TILE_ROWS) + min(int(expert_slots.shape[0]), pairs)
 
 
 class GpuGrouped(GpuRows):
@@ -54,15 +64,10 @@ class GpuGrouped(GpuRows):
         layer: int,
     ) -> None:
         """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
-        layout, groups = cache.layout, grouped.groups
-        self.group_by_expert(groups, ids, cache.num_experts, cache.expert_to_slot[layer])
+        self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
         self.split_digits(h)
-        MOE_GEMM_UP[layout.bits](
-            self.stream, self._max_tiles(ids, cache), inner.f32, h.digits, h.units,
-            cache.slots[layer], groups.tiles, groups.num_tiles, groups.order, ids.shape[1],
-            layout.inner, layout.hidden, layout.nbytes, 0, layout.up_scale,
-            gemm_stages(self.runtime, layout.bits, layout.hidden),
-        )  # fmt: skip
+        slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
+        self._moe_up(grouped, inner, h, ids, cache.layout, slots, expert_slots)
 
     def grouped_down(
         self,
@@ -73,20 +78,102 @@ class GpuGrouped(GpuRows):
         layer: int,
     ) -> None:
         """pair_out = the experts' outputs of inner.f32, by sorted position."""
-        layout, groups = cache.layout, grouped.groups
         self.split_digits(inner, of_f32=True)
+        slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
+        self._moe_down(grouped, inner, ids, cache.layout, slots, expert_slots)
+
+    def prepare_digits(self, a: MatmulInput) -> None:
+        self.split_digits(a)
+
+    def expert_part(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        h: MatmulInput,
+        ids: Array,
+        layout: ExpertLayout,
+        slots: Array,
+        expert_slots: Array,
+    ) -> None:
+        groups = grouped.groups
+        self._moe_up(grouped, inner, h, ids, layout, slots, expert_slots)
+        SPLIT_DIGITS_OF_TILES(
+            self.stream, max_tiles(ids, expert_slots), inner.digits, inner.units, inner.f32,
+            groups.tiles, groups.num_tiles, expert_slots, layout.inner,
+        )  # fmt: skip
+        self._moe_down(grouped, inner, ids, layout, slots, expert_slots)
+
+    def _moe_up(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        h: MatmulInput,
+        ids: Array,
+        layout: ExpertLayout,
+        slots: Array,
+        expert_slots: Array,
+    ) -> None:
+        """inner.f32 of the experts that have a slot."""
+        groups = grouped.groups
+        MOE_GEMM_UP[layout.bits](
+            self.stream, max_tiles(ids, expert_slots), inner.f32, h.digits, h.units, slots,
+            groups.tiles, groups.num_tiles, expert_slots, groups.order, ids.shape[1], layout.inner,
+            layout.hidden, layout.nbytes, 0, layout.up_scale,
+            gemm_stages(self.runtime, layout.bits, layout.hidden),
+        )  # fmt: skip
+
+    def _moe_down(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        ids: Array,
+        layout: ExpertLayout,
+        slots: Array,
+        expert_slots: Array,
+    ) -> None:
+        """pair_out of the experts that have a slot."""
+        groups = grouped.groups
         MOE_GEMM_DOWN[layout.bits](
-            self.stream, self._max_tiles(ids, cache), grouped.pair_out, inner.digits, inner.units,
-            cache.slots[layer], groups.tiles, groups.num_tiles, layout.hidden, layout.inner,
+            self.stream, max_tiles(ids, expert_slots), grouped.pair_out, inner.digits, inner.units,
+            slots, groups.tiles, groups.num_tiles, expert_slots, layout.hidden, layout.inner,
             layout.nbytes, layout.down, layout.down_scale,
             gemm_stages(self.runtime, layout.bits, layout.inner),
         )  # fmt: skip
 
-    @staticmethod
-    def _max_tiles(ids: Array, cache: ExpertCache) -> int:
-        """Most tiles of a step's pairs: the last tile of each expert may have few rows."""
-        pairs: int = ids.shape[0] * ids.shape[1]
-        return -(-pairs // TILE_ROWS) + min(cache.num_experts, pairs)
+    def count_uses(
+        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
+    ) -> None:
+        (tokens, top_k), decay = ids.shape, cache.decay
+        is_last = layer + 1 == cache.expert_to_slot.shape[0]
+        COUNT_USES(
+            self.stream, cache.short_count[layer], cache.long_count[layer], cache.last_used[layer],
+            cache.step, cache.counters, groups.tiles, groups.num_tiles, groups.order, tokens, top_k,
+            cache.num_experts, copied, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+        )  # fmt: skip
+
+    def stage_experts(
+        self,
+        staging: Array,
+        half: int,
+        host_experts: HostExperts,
+        layer: int,
+        experts: Sequence[int],
+    ) -> None:
+        out, packed = staging[half], host_experts.packed[layer]
+        assert len(experts) <= out.shape[0], f"{len(experts)} experts into {out.shape[0]} slots"
+        copies, start = [], 0
+        for i, expert in enumerate(experts):
+            if i + 1 == len(experts) or experts[i + 1] != expert + 1:
+                first = experts[start]
+                copies.append((out[start : i + 1], packed[first : expert + 1]))
+                start = i + 1
+        self.runtime.stage(half, copies)
+
+    def wait_staged(self, half: int) -> None:
+        self.runtime.wait_staged(half)
+
+    def release_staged(self, half: int) -> None:
+        self.runtime.release_staged(half)
 
     def group_by_expert(
         self,

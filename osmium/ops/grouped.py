@@ -6,13 +6,14 @@ whose rows are consecutive sorted positions.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 
 from osmium.kernels.group_by_expert import MAX_BLOCKS, MAX_EXPERTS, TILE_ROWS
-from osmium.ops.types import Array
+from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["MAX_EXPERTS", "TILE_ROWS", "ExpertGroups", "GroupedExperts", "GroupedOps"]
@@ -120,3 +121,62 @@ class GroupedOps(Protocol):
         position i32 [>= T * A], of ExpertGroups    shared_out f32 [T, D]
         router_logits f32 [T, columns]    D % 4 == 0    A <= 32
         """
+
+    def prepare_digits(self, a: MatmulInput) -> None:
+        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.  No-op on the CPU."""
+
+    def expert_part(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        h: MatmulInput,
+        ids: Array,
+        layout: ExpertLayout,
+        slots: Array,
+        expert_slots: Array,
+    ) -> None:
+        """grouped.pair_out[i] = down_e (silu(gate_e h[t]) * (up_e h[t])) for each sorted position i
+        whose expert e has expert_slots[e] >= 0: expert e is slots[expert_slots[e]].
+
+        `group_by_expert` of the same ids, and `prepare_digits` of h, come first.  Calls whose
+        `expert_slots` together have each expert once give the bits of one call for all.
+
+        inner [T * A, I], scratch    h [T, D]    ids u16 [T, A]
+        slots u8 [S, nbytes]    expert_slots i32 [E]
+        """
+
+    def count_uses(
+        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
+    ) -> None:
+        """Count the step's routed pairs of `layer`, without a slot assignment.
+
+        Counts are those of T steps with a token each.  A use by token t adds
+        2^(-(T - 1 - t) / half_life), and older counts decay by T steps.  `last_used` of the routed
+        experts is the cache's step + 1; the last layer adds one to the step.
+        counters[1] += pairs whose tile has a slot; counters[2] += other pairs; counters[3] +=
+        copied.
+
+        groups: of `group_by_expert` with the layer's expert_to_slot    ids u16 [T, A]
+        """
+
+    def stage_experts(
+        self,
+        staging: Array,
+        half: int,
+        host_experts: HostExperts,
+        layer: int,
+        experts: Sequence[int],
+    ) -> None:
+        """staging[half, i] = host_experts.packed[layer, experts[i]], in parallel with launches.
+
+        The copies begin after all launches before the last `release_staged` of this half.
+        Adjacent ids are one copy.
+
+        staging u8 [2, N, nbytes]    at most N experts    half: 0 or 1
+        """
+
+    def wait_staged(self, half: int) -> None:
+        """Later launches read what the last `stage_experts` of this half has copied."""
+
+    def release_staged(self, half: int) -> None:
+        """The next `stage_experts` of this half waits for all launches so far."""

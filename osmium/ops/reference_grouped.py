@@ -1,10 +1,12 @@
 """Operations of ReferenceOps on routed pairs in order of their experts, and on gated outputs."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from osmium.ops.formulas import sigmoid, silu
+from osmium.ops.formulas import expert_matrices, sigmoid, silu
 from osmium.ops.grouped import TILE_ROWS, ExpertGroups, GroupedExperts
-from osmium.ops.types import Array
+from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = ["ReferenceGroupedOps"]
@@ -60,6 +62,73 @@ class ReferenceGroupedOps:
         if shared_out is not None:
             assert router_logits is not None, "the shared expert's gate is among these logits"
             out += sigmoid(router_logits[:, gate_column : gate_column + 1]) * shared_out
+
+    def prepare_digits(self, a: MatmulInput) -> None:
+        pass
+
+    def expert_part(
+        self,
+        grouped: GroupedExperts,
+        inner: MatmulInput,
+        h: MatmulInput,
+        ids: Array,
+        layout: ExpertLayout,
+        slots: Array,
+        expert_slots: Array,
+    ) -> None:
+        groups, top_k = grouped.groups, ids.shape[1]
+        for _, start, count, expert in groups.tiles[: groups.num_tiles[0]].tolist():
+            slot = expert_slots[expert]
+            if slot < 0:
+                continue
+            up, down = expert_matrices(layout, slots[slot])
+            rows = slice(start, start + count)
+            projected = h.f32[groups.order[rows] // top_k] @ up.T
+            inner.f32[rows] = silu(projected[:, : layout.inner]) * projected[:, layout.inner :]
+            grouped.pair_out[rows] = inner.f32[rows] @ down.T
+
+    def count_uses(
+        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
+    ) -> None:
+        (tokens, top_k), step = ids.shape, int(cache.step[0]) + 1
+        tiles = groups.tiles[: groups.num_tiles[0]]
+        is_hit = tiles[:, 0] >= 0
+        cache.counters[1] += int(tiles[is_hit, 2].sum())
+        cache.counters[2] += int(tiles[~is_hit, 2].sum())
+        cache.counters[3] += copied
+        experts = ids.reshape(-1)
+        token_age = np.arange(ids.size) // top_k - (tokens - 1)  # of each pair, at most 0
+        is_used = np.bincount(experts, minlength=cache.num_experts) > 0
+        last_used = cache.last_used[layer]
+        age = np.where(is_used, last_used - step, 0) - (tokens - 1)
+        for counts, half_life in (
+            (cache.short_count[layer], cache.decay.half_life),
+            (cache.long_count[layer], cache.decay.long_half_life),
+        ):
+            rate = np.float32(1 / half_life)
+            new = np.bincount(
+                experts, np.exp2(token_age.astype(np.float32) * rate), cache.num_experts
+            )
+            counts[...] = counts * np.exp2(age.astype(np.float32) * rate) + new
+        last_used[is_used] = step
+        if layer + 1 == cache.expert_to_slot.shape[0]:
+            cache.step[0] = step
+
+    def stage_experts(
+        self,
+        staging: Array,
+        half: int,
+        host_experts: HostExperts,
+        layer: int,
+        experts: Sequence[int],
+    ) -> None:
+        staging[half, : len(experts)] = host_experts.packed[layer, list(experts)]
+
+    def wait_staged(self, half: int) -> None:
+        pass
+
+    def release_staged(self, half: int) -> None:
+        pass
 
     def silu_and_mul(self, out: Array, x: Array) -> None:
         size = out.shape[1]

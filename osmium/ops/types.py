@@ -329,14 +329,14 @@ class ExpertCache:
     last_used: Array
     """i32 [L, E], the step of the last use."""
     step: Array
-    """i32 [1], forward passes done; the last layer's slot assignment adds one."""
+    """i32 [1], forward passes done; the last layer's slot assignment, or count_uses, adds one."""
     counters: Array
     """i64 [7]: routed, hit, missed, copied, prefetched, prefetch_hits, prefetched_eighths.
 
     The first three count routed pairs, and routed == hit + missed; the next three count experts.
     The router writes routed; slot assignment hit, prefetched and prefetch_hits; the fetch missed,
-    copied and prefetched_eighths.  The last counts eighths of segments, 2 KiB each, that a prefetch
-    hit had copied before its slot was assigned."""
+    copied and prefetched_eighths; count_uses hit, missed and copied.  The last counts eighths of
+    segments, 2 KiB each, that a prefetch hit had copied before its slot was assigned."""
     storage: tuple[Array, Array] | None = None
     """`slots` and `slot_to_expert` of all layers as one array each, in order of layers.
     `experts.cache.resize_layers` cuts them anew."""

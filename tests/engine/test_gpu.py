@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 
-def demo(path: Path = DEMO, **options: Any) -> Engine:
+def demo(path: Path | str = DEMO, **options: Any) -> Engine:
     try:
         return osmium.load(path, device="gpu", **options)
     except NoDevice as error:
@@ -245,6 +245,52 @@ def test_nothing_is_allocated_while_serving(rng: np.random.Generator) -> None:
         assert pool.used == used
     finally:
         engine.close()
+
+
+def test_a_streamed_prompt_has_the_logits_of_resident_experts(rng: np.random.Generator) -> None:
+    """Prompts of several streamed steps; decode graphs captured before are as good afterwards."""
+    name = "synthetic:qwen3.5-35b-a3b:4"
+
+    def measure(**more: Any) -> tuple[list[Any], list[list[int]]]:
+        engine = demo(name, context=2048, prefill_chunk=512, **more)
+        try:
+            runner = engine.runner
+            ops, store, graphs = runner.ops, runner.expert_runner, dict(runner._graphs)
+            assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
+            used = ops.runtime.pool.used
+            assert store.is_streamed(97) == bool(more) and not store.is_streamed(96)
+            logits: list[Any] = []
+            replies: list[list[int]] = []
+            for ids in ids_of_prompts:
+                engine.stream_prompt_logits(
+                    [ids], 512, lambda position, _, chunk: logits.append(chunk[:, :4096].copy())
+                )
+                replies += responses(engine, [ids])
+            assert runner._graphs == graphs and ops.runtime.pool.used == used
+            counts = engine.status()["experts"]
+            assert counts["routed"] == counts["hit"] + counts["missed"]
+            experts = store.host_experts
+            if experts is not None:
+                packed = np.asarray(ops.host_view(experts.packed))
+                checked = engine.run_on_engine_thread(
+                    lambda: verify(ops, store.cache, packed, 100, 0)
+                )
+                assert checked == 100 and counts["experts_copied"] > 0
+            return logits, replies
+        finally:
+            engine.close()
+
+    # no step has fewer than 97 tokens
+    ids_of_prompts = [rng.integers(0, 200_000, n).tolist() for n in (97, 512, 1124)]
+    resident_logits, wanted = measure()
+    logits, found = measure(expert_slots=40)
+    np.testing.assert_array_equal(np.concatenate(logits), np.concatenate(resident_logits))
+    assert len(np.concatenate(logits)) == 97 + 512 + 1124
+    pairs = list(zip(found, wanted, strict=True))
+    assert all(got[0] == want[0] for got, want in pairs), "a prompt's logits give the first token"
+    # Decode adds hits and misses apart, which may change a near-tie.
+    equal = sum(a == b for got, want in pairs for a, b in zip(got, want, strict=True))
+    assert equal > 36, f"{equal} of 72 tokens"
 
 
 @pytest.mark.parametrize("slots", [None, 8])

@@ -30,6 +30,7 @@ from osmium.engine.speed_estimate import (
 )
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
+from osmium.experts.streaming import STREAM_MIN_TOKENS
 from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -91,8 +92,40 @@ def test_a_smaller_budget_changes_only_slots_and_reserve() -> None:
     small, large = plan(vram=20 * GIB), plan(vram=30 * GIB)
     assert small.expert_slots < large.expert_slots
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
-    assert changed == {"expert slots", "reserve"}  # the reserve is a fraction of the budget
+    # the reserve and the staging buffer are fractions of the budget
+    assert changed == {"expert slots", "expert staging", "reserve"}
     assert small.hit_rate < large.hit_rate
+
+
+def test_partly_resident_experts_have_a_staging_buffer() -> None:
+    """Two halves of 1 % of VRAM; where steps are short, slots take its bytes."""
+    result = plan(prefill_chunk=512)
+    halves = 2 * result.staging_experts * LAYOUT.nbytes
+    assert halves <= result.vram["expert staging"] <= halves + (1 << 21)
+    assert 0.019 * result.vram_limit < halves < 0.02 * result.vram_limit
+    short = plan(prefill_chunk=STREAM_MIN_TOKENS)
+    assert short.staging_experts == 0 and "expert staging" not in short.vram
+    assert short.expert_slots > result.expert_slots
+    machine = replace(CARD, vram_free=400 * GIB, vram_total=400 * GIB)
+    whole = plan(machine)
+    assert whole.resident and whole.staging_experts == 0 and "expert staging" not in whole.vram
+
+
+def test_streaming_leaves_slots_for_a_token() -> None:
+    """The staging buffer does not raise the least VRAM that a model needs."""
+    options: dict[str, Any] = {"prefill_chunk": 512, "context": 4096}
+    tight = [plan(vram=size << 20, **options) for size in range(10_500, 11_500, 50)
+             if fits(size << 20, **options)]  # fmt: skip
+    assert tight[0].staging_experts == 0 and tight[-1].staging_experts >= 8
+    assert all(one.expert_slots >= MODEL.top_k for one in tight)
+
+
+def fits(vram: int, **options: Any) -> bool:
+    try:
+        plan(vram=vram, **options)
+    except DoesNotFit:
+        return False
+    return True
 
 
 def test_an_explicit_vram_limit_has_a_smaller_reserve() -> None:

@@ -34,7 +34,7 @@ from osmium.ops import (
 )
 from osmium.ops.controls import MAX_LOGPROBS, PROMPT_BIT, mask_words
 from osmium.ops.formulas import normed, rope
-from osmium.ops.grouped import ExpertGroups
+from osmium.ops.grouped import ExpertGroups, GroupedExperts
 from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     SPLIT_KV_MAX_SEQS,
@@ -902,6 +902,79 @@ def group_by_expert(
     return Case(arrays, call, dict.fromkeys(("order", "position", "tiles", "num_tiles"), "exact"))
 
 
+def expert_part(
+    rng: np.random.Generator, size: Size, bits: int = 4, staged: int = 2, used: Any = "all"
+) -> Case:
+    """Experts in shuffled slots, then the others in parts of `staged` from a staging buffer."""
+    hidden, inner = max(256, size.hidden // 128 * 128), max(128, size.inner // 128 * 128)
+    layout = ExpertLayout(bits, hidden, inner)
+    ids, experts = routed_ids(rng, size, used), packed_experts(rng, layout, size.experts)
+    shuffled = rng.permutation(size.experts)
+    held = shuffled[: -(-size.experts // 2)]
+    missing = np.sort(shuffled[len(held) :])
+    parts = [missing[i : i + staged].tolist() for i in range(0, len(missing), staged)]
+    part_slots = np.full((1 + len(parts), size.experts), -1, np.int32)
+    part_slots[0, held] = np.arange(len(held))
+    for number, part in enumerate(parts, 1):
+        part_slots[number, part] = np.arange(len(part))
+    shapes = ExpertGroups.shapes(len(ids) + 3, size.top_k, size.experts)
+    arrays: Arrays = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays |= {
+        "ids": ids,
+        "x": _f32(rng, len(ids), hidden),
+        "norm": _f32(rng, hidden),
+        "part_slots": part_slots,
+        "resident": experts[held],
+        "host_experts": experts[None],
+        "staging": np.zeros((2, staged, layout.nbytes), np.uint8),
+        "pair_out": np.full((ids.size, hidden), np.nan, np.float32),
+    }
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        grouped = GroupedExperts(ExpertGroups(*(a[name] for name in shapes)), a["pair_out"])
+        h, host_experts = (
+            normed_rows(ops, a["x"], a["norm"]),
+            HostExperts(layout, a["host_experts"]),
+        )
+        ops.group_by_expert(grouped.groups, a["ids"], size.experts, a["part_slots"][0])
+        ops.prepare_digits(h)
+        rows = (grouped, new_rows(ops, ids.size, inner), h, a["ids"], layout)
+        ops.expert_part(*rows, a["resident"], a["part_slots"][0])
+        for number, part in enumerate(parts, 1):
+            half = number % 2
+            ops.stage_experts(a["staging"], half, host_experts, 0, part)
+            ops.wait_staged(half)
+            ops.expert_part(*rows, a["staging"][half], a["part_slots"][number])
+            ops.release_staged(half)
+
+    return Case(arrays, call, {"pair_out": "expert digits", "staging": "exact"})
+
+
+def count_uses(
+    rng: np.random.Generator,
+    size: Size,
+    used: Literal["all", "some", "one"] = "all",
+) -> Case:
+    """Pairs of resident and of missing experts; counts as of several steps."""
+    ids = routed_ids(rng, size, used)
+    layout = ExpertLayout(4, 64, 32)
+    shapes = ExpertGroups.shapes(len(ids), size.top_k, size.experts)
+    arrays: Arrays = {name: np.full(shape, 77, dtype) for name, (shape, dtype) in shapes.items()}
+    arrays |= cache_arrays(rng, size, layout.nbytes) | {"ids": ids}
+
+    def call(ops: Ops, a: dict[str, Any]) -> None:
+        cache, groups = _cache(size, layout, a), ExpertGroups(*(a[name] for name in shapes))
+        ops.group_by_expert(groups, a["ids"], size.experts, a["expert_to_slot"][0])
+        ops.count_uses(groups, cache, 0, a["ids"], 5)
+
+    exact = ("last_used", "step", "counters")
+    return Case(
+        arrays,
+        call,
+        dict.fromkeys(exact, "exact") | dict.fromkeys(("short_count", "long_count"), "f32"),
+    )
+
+
 def gather_add(
     rng: np.random.Generator,
     size: Size,
@@ -1125,6 +1198,8 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "silu_and_mul": silu_and_mul,
     "add_sigmoid_gated": add_sigmoid_gated,
     "group_by_expert": group_by_expert,
+    "expert_part": expert_part,
+    "count_uses": count_uses,
     "gather_add": gather_add,
     "sample": sample,
     "sample_controlled": sample_controlled,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.ops.cases import TINY, Case, gather_add, group_by_expert
+from tests.ops.cases import TINY, Case, count_uses, expert_part, gather_add, group_by_expert
 from tests.ptx.cases_linear import experts, fused
 
 __all__ = ["CASES", "LARGE"]
@@ -29,6 +29,22 @@ def gather(tokens: int, top_k: int, hidden: int, *used: Any, **options: Any) -> 
     return lambda rng: gather_add(rng, size, *used, **options)
 
 
+def parts(
+    bits: int, tokens: int, top_k: int, experts: int, hidden: int, inner: int, staged: int,
+    used: Any = "all",
+) -> Make:  # fmt: skip
+    size = replace(
+        TINY, lengths=(tokens,), top_k=top_k, experts=experts, hidden=hidden, inner=inner
+    )
+    return lambda rng: expert_part(rng, size, bits, staged, used)
+
+
+def uses(tokens: int, top_k: int, experts: int, *used: Any) -> Make:
+    slots = max(2, experts // 2)
+    size = replace(TINY, lengths=(tokens,), top_k=top_k, experts=experts, slots=slots)
+    return lambda rng: count_uses(rng, size, *used)
+
+
 all_resident = partial(group, has_slots=False)
 
 CASES: dict[str, Make] = {
@@ -39,6 +55,13 @@ CASES: dict[str, Make] = {
     "group_by_expert of 65 tokens, one each": group(65, 1, 6),
     "group_by_expert of 65 tokens, all of one expert": all_resident(65, 1, 40, "one"),
     "group_by_expert of 200 tokens, empty experts": group(200, 4, 37, "some"),
+    "expert_part of a token": parts(4, 1, 1, 3, 256, 128, 1),
+    "expert_part of two tiles of an expert": parts(8, 65, 1, 2, 256, 128, 1, "one"),
+    "expert_part of 33 tokens, wide": parts(4, 33, 2, 4, 256, 384, 3),
+    "count_uses of a token": uses(1, 1, 2),
+    "count_uses of 65 tokens": uses(65, 2, 7),
+    "count_uses of 200 tokens, empty experts": uses(200, 4, 37, "some"),
+    "count_uses of 130 tokens of one expert": uses(130, 1, 5, "one"),
     "gather_add of a token": gather(1, 1, 4),
     "gather_add of 31 tokens, a warp and more": gather(31, 3, 132),
     "gather_add of 33 tokens, one each": gather(33, 1, 64, has_shared=False),
@@ -57,6 +80,10 @@ LARGE: dict[str, Make] = {
     "group_by_expert of 20,001 tokens, one expert": group(20_001, 8, 256, "one"),
     "group_by_expert of 20,001 tokens, 512 experts": group(20_001, 10, 512),
     "group_by_expert of 32,768 tokens, 1,024 experts": group(32_768, 16, 1024),
+    "expert_part of 300 tokens": parts(4, 300, 4, 40, 3072, 1024, 7),
+    "expert_part of 300 tokens, int8": parts(8, 300, 4, 40, 1024, 512, 20),
+    "count_uses of 2,048 tokens": uses(2048, 8, 256),
+    "count_uses of 2,000 tokens, 1,000 experts": uses(2000, 10, 1000, "some"),
     "int4_gemm of 700 tokens": fused("int4", 700, 2050, 2048),
     "int8_gemm of 700 tokens": fused("int8", 700, 2050, 3072),
     "int4_moe_gemm of 200 tokens": experts(4, 200, 4, 1024, 512, shared=512),

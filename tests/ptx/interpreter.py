@@ -20,7 +20,7 @@ a shuffle or barrier, warps that exit while others wait, and endless loops.
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -262,6 +262,10 @@ class InterpretedRuntime:
         self.prefetched: list[int] = []
         """Addresses requested by prefetch.global.L2, with repetitions."""
         self.stream = InterpretedStream(self, seed, without, pdl)
+        self._staged: dict[int, Sequence[tuple[InterpretedArray, InterpretedArray]]] = {}
+        """Copies by half of a staging buffer, which run as late as allowed."""
+        self._unreleased: set[int] = set()
+        """Halves that launches may still read."""
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -316,6 +320,19 @@ class InterpretedRuntime:
     def join_side_stream(self, prefetch: bool) -> None:
         if prefetch:
             self.stream.wake(1)
+
+    def stage(self, half: int, copies: Sequence[tuple[InterpretedArray, InterpretedArray]]) -> None:
+        if half in self._unreleased or half in self._staged:
+            raise PtxFault(f"half {half} is staged again before it was released")
+        self._staged[half] = copies
+
+    def wait_staged(self, half: int) -> None:
+        for out, source in self._staged.pop(half):
+            self.copy(out, source)
+        self._unreleased.add(half)
+
+    def release_staged(self, half: int) -> None:
+        self._unreleased.remove(half)
 
 
 def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool) -> None:

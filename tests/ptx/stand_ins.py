@@ -74,6 +74,27 @@ def _group_by_expert(values: tuple[Any, ...]) -> None:
     ReferenceOps().group_by_expert(groups, ids, experts, slots)
 
 
+def _count_uses(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_count_uses.py compares the kernel with the reference."""
+    short_count, long_count, last_used, step, counters, tiles, num_tiles, order = (
+        value.numpy() for value in values[:8]
+    )
+    tokens, top_k, experts, copied, is_last, rate, long_rate = values[8:]
+    pairs = order[: tokens * top_k]
+    ids = np.empty(pairs.size, np.uint16)
+    for _, start, rows, expert in tiles[: num_tiles[0]].tolist():
+        ids[pairs[start : start + rows]] = expert
+    unused: Any = None
+    layers = 1 if is_last else 2
+    cache = ExpertCache(
+        ExpertLayout(16, 8, 8), experts, DecayConfig(1 / rate, 1 / long_rate, 1.0, 0), (),
+        np.empty((layers, experts)), unused, short_count[None], long_count[None], last_used[None],
+        step, counters,
+    )  # fmt: skip
+    groups = ExpertGroups(order, unused, tiles, num_tiles, unused)
+    ReferenceOps().count_uses(groups, cache, 0, ids.reshape(tokens, top_k), copied)
+
+
 def _sample_token(values: tuple[Any, ...]) -> None:
     """tests/nogpu/test_sample.py compares the kernel with the reference."""
     token, logits, _, settings, uniforms, decode_step = (value.numpy() for value in values[:6])
@@ -189,6 +210,7 @@ def _top_logprobs(values: tuple[Any, ...]) -> None:
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
     "adjust_logits": _adjust_logits,
     "assign_slots": _assign_slots,
+    "count_uses": _count_uses,
     "expert_histogram": lambda values: None,
     "group_by_expert": _group_by_expert,
     "slice_max": lambda values: None,
