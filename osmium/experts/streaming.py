@@ -22,7 +22,7 @@ An estimate.  Streaming copies all missing experts of a layer, whether they are 
 MIN_STAGING_EXPERTS = 8
 """Fewest experts of a half of the staging buffer."""
 
-STAGING_FRACTION = 0.01
+STAGING_FRACTION = 0.005
 """Fraction of VRAM for each half of the staging buffer."""
 
 
