@@ -93,6 +93,9 @@ class ExpertRunner:
         """Arrays of the kernels for many tokens, or None."""
         self.stream_min_tokens = STREAM_MIN_TOKENS
         """A step of more tokens is streamed, if there is a `streamer`."""
+        self.prompt_ends = False
+        """Whether the next step has the last token of a prompt: a streamed one then admits the
+        prompt's experts."""
         self.streamer: ExpertStreamer | None = None
         if staging_experts and self.host_experts is not None and self.grouped is not None:
             layers = len(cache.slots)
@@ -162,11 +165,11 @@ class ExpertRunner:
     def step(self, tokens: int) -> Iterator[None]:
         """The body launches all layers of a step.
 
-        A streamed step first waits for earlier launches, to read which experts have slots.
+        A streamed step first waits for earlier launches, to read tables and use counts.
         Otherwise the prefetch kernel runs on a side stream meanwhile.
         """
         if self.streamer is not None and self.is_streamed(tokens):
-            self.streamer.start_step(self.cache)
+            self.streamer.start_step(self.cache, self.prompt_ends)
         prefetch_state = self.prefetch_state(tokens)
         if prefetch_state is None or self.host_experts is None:
             yield
