@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import DECAY, make_cache, resident, verify
-from osmium.experts.runner import ExpertRunner
+from osmium.experts.runner import ExpertRunner, expert_runner_bytes
 from osmium.experts.streaming import STREAM_MIN_TOKENS, staging_bytes, staging_experts
 from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
@@ -282,8 +282,14 @@ def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.G
 
 def test_the_planned_bytes_of_streaming_are_the_bytes_allocated(rng: np.random.Generator) -> None:
     for staged in (1, 4, EXPERTS):
-        streamer = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner.streamer
-        assert streamer is not None
+        runner = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner
+        streamer, grouped = runner.streamer, runner.grouped
+        assert streamer is not None and grouped is not None
+        arrays: list[Any] = [grouped.pair_out, *vars(grouped.groups).values()]
+        arrays += [x for x in vars(runner.inner).values() if hasattr(x, "nbytes")]
+        arrays += vars(runner.assignment).values()
+        most = expert_runner_bytes(ROWS, EXPERTS, EXPERTS, TOP_K, LAYOUT, gpu=True)
+        assert 0.9 * most < sum(array.nbytes for array in arrays) <= most
         nbytes = streamer.staging.nbytes + streamer.part_slots.nbytes
         assert staging_bytes(LAYOUT, LAYERS, EXPERTS, staged) == nbytes
     assert staging_bytes(LAYOUT, LAYERS, EXPERTS, 0) == 0
