@@ -80,10 +80,12 @@ def test_scores_do_not_change_the_response_and_are_there_at_its_first_token(
 
 def test_a_preempted_prompt_is_scored_once(harness_of: Make, rng: np.random.Generator) -> None:
     """Two requests do not fit; one is preempted while it generates, and computed again."""
-    harness = harness_of(pages=16, sequences=2)
+    gate = Gate()
+    harness = harness_of(pages=16, sequences=2, gate=gate)
     prompts = [rng.integers(0, VOCAB, 20).tolist() for _ in range(2)]
     params = replace(GREEDY, max_tokens=30, prompt_logprobs=3)
     responses = [harness.submit(prompt, params) for prompt in prompts]
+    gate.open()  # both are submitted before the first step ends
     for prompt, response in zip(prompts, responses, strict=True):
         assert response.wait().completion_tokens == 30
         check(prompt, response.request.prompt_logprobs)

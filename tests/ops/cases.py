@@ -39,6 +39,7 @@ from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     SPLIT_KV_MAX_SEQS,
     delta_chunk_words,
+    prefill_attention_tokens,
     supports_gemm,
     supports_grouped_experts,
 )
@@ -322,7 +323,10 @@ def attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.attention(a["out"], a["q"], _kv(a), _step(size, a), size.head_dim**-0.5)
 
-    return Case(arrays, call, {"out": "f32"})
+    has_f16 = kv_format == "fp8" and prefill_attention_tokens(
+        arrays["q"], _kv(arrays), _step(size, arrays)
+    )
+    return Case(arrays, call, {"out": "f16 attention" if has_f16 else "f32"})
 
 
 def gated_attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> Case:
