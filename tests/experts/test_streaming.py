@@ -152,6 +152,8 @@ def run(
         ops.copy_h2d(cache.counters, counters)
         counted = runner.counters()
         done.counters.append((counted.hit, counted.missed, counted.experts_copied))
+    ops.synchronize()
+    ops.release(host)
     return done
 
 
@@ -227,16 +229,16 @@ def test_a_prompts_last_step_admits_its_most_used_experts(rng: np.random.Generat
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("staged", [1, 7, 60])
+@pytest.mark.parametrize("staged", [1, 7, 40])
 def test_copies_run_beside_computation_on_a_gpu(
     bits: int, staged: int, rng: np.random.Generator, gpu: GpuOps
 ) -> None:
     """Copies and launches of many layers and steps overlap; bits are equal if all are ordered."""
-    shape = Shape(8, 60, 4, ExpertLayout(bits, 1024, 512), 400)
+    shape = Shape(6, 40, 4, ExpertLayout(bits, 1024, 512), 400)
     inputs = Inputs.make(rng, (400, 129, 257, 10, 400, 1, 3), shape)
     whole = run(gpu, inputs, [shape.experts] * shape.layers, 0)
     for is_empty in (False, True):
-        compare(run(gpu, inputs, [20, 28] * 4, staged, is_empty), whole, inputs, 5)
+        compare(run(gpu, inputs, [12, 20] * 3, staged, is_empty), whole, inputs, 5)
 
 
 def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None:
