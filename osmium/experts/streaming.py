@@ -32,7 +32,7 @@ MAX_REPLACED = 8
 SLOTS_BUFFER = 2
 """Number of the cache's slots among the buffers of Ops.stage_experts; the halves are 0 and 1."""
 
-STAGING_FRACTION = 0.01
+STAGING_FRACTION = 0.005
 """Fraction of VRAM for each half of the staging buffer."""
 
 

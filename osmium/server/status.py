@@ -1,8 +1,10 @@
 """Small endpoints: what is served, whether it runs, and what does not exist."""
 
 import difflib
+import re
 from typing import Any
 
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
@@ -125,6 +127,20 @@ async def unsupported(request: Request) -> Response:
     )
 
 
+class _AnyText(Convertor[str]):
+    """A part of a path with any characters, line ends too."""
+
+    regex = r"[\s\S]+"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("any", _AnyText())
+
 STATUS_ROUTES = [
     ApiRoute("/", root, Operation(response=Root)),
     ApiRoute("/health", health, Operation(response=Health, unready=Loading, is_public=True)),
@@ -132,8 +148,8 @@ STATUS_ROUTES = [
     ApiRoute("/metrics", metrics, Operation(text=CONTENT_TYPE)),
     ApiRoute("/props", props, Operation(response=Props)),
     ApiRoute("/v1/models", models, Operation(response=ModelList)),
+    ApiRoute("/v1/models/{id:any}", model, Operation(response=ModelEntry)),
     ApiRoute("/v1/models/", models, include_in_schema=False),
-    ApiRoute("/v1/models/{id:path}", model, Operation(response=ModelEntry)),
     OPENAPI_ROUTE,
 ]
 
@@ -176,7 +192,7 @@ def unknown_route(request: Request) -> RequestError:
     hint = f" Did you mean {near[0]}? A client's base URL ends in /v1, once." if near else ""
     if near and near[0].startswith("/v1/messages"):
         hint = f" Did you mean {near[0]}? The base URL of Anthropic's clients has no /v1."
-    names = ", ".join(f"{method} {path.replace(':path', '')}" for method, path in listed)
+    names = ", ".join(f"{method} {re.sub(r':[a-z]+(?=})', '', path)}" for method, path in listed)
     return RequestError(
         f"{request.method} {shown(request.url.path)} does not exist.{hint} Routes: {names}.",
         code="unknown_route",

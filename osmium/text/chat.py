@@ -283,12 +283,14 @@ def _text(content: Any, param: str) -> str:
         part_param = f"{param}[{j}]"
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else part
+        name = "text"
         if kind == "refusal":
-            kind, text = "text", part.get("refusal") or ""
+            kind, name = "text", "refusal"
+            text = "" if part.get("refusal") is None else part["refusal"]
         if kind in _TEXT_PARTS and isinstance(text, str):
             pieces.append(text)
         elif kind in _TEXT_PARTS and isinstance(part, Mapping):
-            raise RequestError(f"{part_param}.text is {shown(text)}; it must be a text.",
+            raise RequestError(f"{part_param}.{name} is {shown(text)}; it must be a text.",
                                param=part_param, code="invalid_type")  # fmt: skip
         else:
             raise RequestError(

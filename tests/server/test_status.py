@@ -157,7 +157,7 @@ def test_head_of_every_get_route_has_the_headers_and_no_body() -> None:
     engine = osmium.load("synthetic:tiny", device="cpu", context=64)
     with run_limited(engine, Limits()) as server:
         paths = [
-            route.path.replace("{id:path}", "any/model")
+            route.path.replace("{id:any}", "any/model")
             for route in create_app(host_of(ScriptedEngine())).routes
             if isinstance(route, ApiRoute) and "GET" in (route.methods or ())
         ]
@@ -171,3 +171,11 @@ def test_head_of_every_get_route_has_the_headers_and_no_body() -> None:
             head, _, body = raw.partition(b"\r\n\r\n")
             assert head.startswith(b"HTTP/1.1 200 OK") and not body, path
             assert b"content-length: 0" not in head, path
+
+
+def test_a_model_may_have_any_characters_in_its_name() -> None:
+    with client_of() as client:
+        for name in ("qwen", "a/b", "%0A", "a%0Ab", "%20", "%00", "%F0%9F%98%80"):
+            found = client.get(f"/v1/models/{name}")
+            assert (found.status_code, found.json()["object"]) == (200, "model"), name
+        assert client.get("/v1/models/").json()["object"] == "list"

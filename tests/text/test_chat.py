@@ -398,6 +398,15 @@ def test_calls_of_a_wrong_type_are_refused(calls: object) -> None:
     assert (caught.value.param or "").startswith("messages")
 
 
+@pytest.mark.parametrize("value", [0, False, [], {}, 5, True])
+def test_a_refusal_part_is_a_text(value: Any) -> None:
+    part = {"type": "refusal", "refusal": value}
+    with pytest.raises(RequestError, match=r"messages\[0\]\.content\[0\]\.refusal is"):
+        normalise([{"role": "assistant", "content": [part]}])
+    absent = {"type": "refusal", "refusal": None}
+    assert normalise([{"role": "assistant", "content": [absent]}])[0]["content"] == ""
+
+
 def test_no_messages_are_refused() -> None:
     with pytest.raises(RequestError) as caught:
         normalise([])
