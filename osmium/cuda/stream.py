@@ -245,10 +245,10 @@ class CudaRuntime:
         self._fork_event, self._join_event = Event(device), Event(device)
         self.copy_stream = Stream(device)
         """Copies from host memory, in parallel with the main stream; ordered by events alone."""
-        self._staged = Event(device), Event(device)
-        """The ends of the copies to each half of a staging buffer."""
-        self._released = Event(device), Event(device)
-        """The ends of the launches that last read each half."""
+        self._staged = Event(device), Event(device), Event(device)
+        """The ends of the last copies to each buffer of experts."""
+        self._released = Event(device), Event(device), Event(device)
+        """The ends of the launches that last read each buffer."""
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
@@ -355,20 +355,20 @@ class CudaRuntime:
         self.stream.wait(self._join_event)
         self.stream._follows_kernel = follows_kernel
 
-    def stage(self, half: int, copies: Sequence[tuple[DeviceArray, DeviceArray]]) -> None:
-        """Copy (out, source) pairs on the copy stream, once the half's last readers have ended."""
-        self.copy_stream.wait(self._released[half])
+    def stage(self, buffer: int, copies: Sequence[tuple[DeviceArray, DeviceArray]]) -> None:
+        """Copy (out, source) pairs on the copy stream, after the buffer's last `release_staged`."""
+        self.copy_stream.wait(self._released[buffer])
         for out, source in copies:
             self.copy_stream.copy(out, source)
-        self._staged[half].record(self.copy_stream)
+        self._staged[buffer].record(self.copy_stream)
 
-    def wait_staged(self, half: int) -> None:
-        """Make later work on the main stream wait for the last copies to this half."""
-        self.stream.wait(self._staged[half])
+    def wait_staged(self, buffer: int) -> None:
+        """Make later work on the main stream wait for the last copies to this buffer."""
+        self.stream.wait(self._staged[buffer])
 
-    def release_staged(self, half: int) -> None:
-        """The next copies to this half wait for the work on the main stream so far."""
-        self._released[half].record(self.stream)
+    def release_staged(self, buffer: int) -> None:
+        """The next copies to this buffer wait for the work on the main stream so far."""
+        self._released[buffer].record(self.stream)
 
     def close(self) -> None:
         """Free the streams, host memory and all VRAM; repeated calls do nothing."""

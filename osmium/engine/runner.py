@@ -204,6 +204,9 @@ class ModelRunner:
             self._logits_replay(rows, step)()
             self._valid_logit_rows = rows
         else:
+            self.expert_runner.prompt_ends = any(
+                count == request.num_pending_tokens > 1 for request, count in batch.scheduled
+            )
             self.model.forward(step, self.state)
 
     def _captured(self, key: tuple[str, int], run: Callable[[], None]) -> Callable[[], None]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from osmium.experts.routing import RoutingRecorder
-from osmium.experts.streaming import STREAM_MIN_TOKENS, ExpertStreamer, staging_bytes
+from osmium.experts.streaming import STREAM_MIN_TOKENS, ExpertStreamer
 from osmium.ops import (
     Array,
     ExpertCache,
@@ -93,6 +93,9 @@ class ExpertRunner:
         """Arrays of the kernels for many tokens, or None."""
         self.stream_min_tokens = STREAM_MIN_TOKENS
         """A step of more tokens is streamed, if there is a `streamer`."""
+        self.prompt_ends = False
+        """Whether the next step has the last token of a prompt: a streamed one then admits the
+        prompt's experts."""
         self.streamer: ExpertStreamer | None = None
         if staging_experts and self.host_experts is not None and self.grouped is not None:
             layers = len(cache.slots)
@@ -162,11 +165,11 @@ class ExpertRunner:
     def step(self, tokens: int) -> Iterator[None]:
         """The body launches all layers of a step.
 
-        A streamed step first waits for earlier launches, to read which experts have slots.
+        A streamed step first waits for earlier launches, to read tables and use counts.
         Otherwise the prefetch kernel runs on a side stream meanwhile.
         """
         if self.streamer is not None and self.is_streamed(tokens):
-            self.streamer.start_step(self.cache)
+            self.streamer.start_step(self.cache, self.prompt_ends)
         prefetch_state = self.prefetch_state(tokens)
         if prefetch_state is None or self.host_experts is None:
             yield
@@ -218,9 +221,10 @@ class ExpertRunner:
             ops.rms_norm(h, x, norm)
             return
         assignment = None if self.host_experts is None else self.assignment
-        block = self.layer_rows[layer]
-        for start in range(0, tokens, block):
-            rows = slice(start, min(start + block, tokens))
+        # Blocks of equal size: none has few rows, for which other kernels have other bits.
+        blocks = -(-tokens // self.layer_rows[layer])
+        for index in range(blocks):
+            rows = slice(tokens * index // blocks, tokens * (index + 1) // blocks)
             block_ids = ids[rows]
             inner = self.inner[: block_ids.shape[0] * top_k]
             up = (inner, shared_inner[rows], h[rows], block_ids, assignment, cache, layer)
@@ -265,23 +269,17 @@ class ExpertRunner:
 
 
 def expert_runner_bytes(
-    rows: int,
-    capacity: int,
-    experts: int,
-    top_k: int,
-    layout: ExpertLayout,
-    gpu: bool,
-    layers: int = 0,
-    staging_experts: int = 0,
+    rows: int, capacity: int, experts: int, top_k: int, layout: ExpertLayout, gpu: bool
 ) -> int:
-    """Most bytes of the runner's own arrays on a backend."""
+    """Most bytes of the runner's own arrays on a backend, without those of a streamer.
+
+    With a streamer they are at most those of a fully resident cache.
+    """
     block = _rows_per_block(rows, capacity, experts, top_k)
-    array_rows = rows if staging_experts else block
-    grouped = GroupedExperts.nbytes(array_rows, top_k, experts, layout.hidden) if gpu else 0
+    grouped = GroupedExperts.nbytes(block, top_k, experts, layout.hidden) if gpu else 0
     return (
         grouped
-        + staging_bytes(layout, layers, experts, staging_experts)
-        + rows_bytes(array_rows * top_k, layout.inner, False, gpu)
+        + rows_bytes(block * top_k, layout.inner, False, gpu)
         + 4 * (block * top_k + 1 + 2 + 4 * min(experts, block * top_k))
     )
 

@@ -2,12 +2,16 @@
 
 The first part of a layer's experts is those in its slots.  Each further part is missing experts, by
 ascending id, which the copy engine brings into one half of a staging buffer.  One half is copied
-while the other is computed.  Slots and their tables stay as they are.  See docs/expert-cache.md.
+while the other is computed.  Missing experts for which there is a slot are copied there instead.
+See docs/expert-cache.md.
 """
+
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
+from osmium.experts.usage import snapshot_usage
 from osmium.ops import Array, ExpertCache, GroupedExperts, HostExperts, MatmulInput, Ops
 from osmium.ops.tiling import supports_grouped_experts
 from osmium.quant.expert_layout import ExpertLayout
@@ -21,6 +25,12 @@ An estimate.  Streaming copies all missing experts of a layer, whether they are 
 
 MIN_STAGING_EXPERTS = 8
 """Fewest experts of a half of the staging buffer."""
+
+MAX_REPLACED = 8
+"""Most experts of a layer that a prompt's last step replaces: each is one more copy."""
+
+SLOTS_BUFFER = 2
+"""Number of the cache's slots among the buffers of Ops.stage_experts; the halves are 0 and 1."""
 
 STAGING_FRACTION = 0.005
 """Fraction of VRAM for each half of the staging buffer."""
@@ -48,8 +58,8 @@ def staging_bytes(layout: ExpertLayout, layers: int, num_experts: int, experts: 
 
 
 def _max_parts(num_experts: int, staged: int) -> int:
-    """Most parts of a layer: the resident experts, and no more than all others."""
-    return 1 + -(-num_experts // staged)
+    """Most parts of a layer: experts in slots, those copied to slots, and all others."""
+    return 2 + -(-num_experts // staged)
 
 
 class ExpertStreamer:
@@ -65,27 +75,50 @@ class ExpertStreamer:
         self.part_slots = ops.empty(shape, np.int32)
         """i32 [L, parts, E]: the slot, or place in a half, of each expert of a part; -1: others."""
         self._host_slots = np.empty(shape, np.int32)
-        self._parts: list[list[list[int]]] = [[] for _ in range(layers)]
-        """Missing experts of each layer, by part from 1 on."""
+        self._admitted: list[dict[int, int]] = [{} for _ in range(layers)]
+        """Slots of the missing experts of each layer that are copied to slots: part 1."""
+        self._staged: list[list[list[int]]] = [[] for _ in range(layers)]
+        """Other missing experts of each layer, by part from 2 on."""
         self._half = 0
         """The half for the next part."""
 
-    def start_step(self, cache: ExpertCache) -> None:
-        """Divide the experts of all layers into parts; no slot may change until the step's end.
+    def start_step(self, cache: ExpertCache, replaces: bool) -> None:
+        """Divide the experts of all layers into parts, and admit some to slots.
 
-        Waits for earlier launches: the host reads which experts have slots.
+        Free slots are filled.  With `replaces` up to MAX_REPLACED experts of each layer give their
+        slots to missing experts with higher scores.  Waits for earlier launches: the host reads
+        tables and use counts.
         """
-        expert_to_slot: npt.NDArray[np.generic] = self.ops.copy_d2h(cache.expert_to_slot)
+        scores = snapshot_usage(self.ops, cache).eviction_scores
+        tables = np.array(self.ops.copy_d2h(cache.expert_to_slot), np.int32)
         self._host_slots[...] = -1
-        self._host_slots[:, 0] = expert_to_slot
-        for layer, slots in enumerate(expert_to_slot):
-            missing = np.flatnonzero(slots < 0)
-            count = -(-len(missing) // self.experts)
-            parts = np.array_split(missing, count) if count else []
-            for number, experts in enumerate(parts, 1):
-                self._host_slots[layer, number, experts] = np.arange(len(experts))
-            self._parts[layer] = [experts.tolist() for experts in parts]
+        for layer, table in enumerate(tables):
+            slots, num_slots = self._host_slots[layer], cache.slots[layer].shape[0]
+            admitted = _admitted(table, num_slots, scores[layer], MAX_REPLACED if replaces else 0)
+            slots[0] = table
+            if admitted:
+                places = list(admitted.values())
+                slots[0, np.isin(table, places)] = -1
+                slots[1, list(admitted)] = places
+                self._store_tables(cache, layer, np.maximum(slots[0], slots[1]))
+            (others,) = np.nonzero(np.maximum(slots[0], slots[1]) < 0)
+            count = -(-len(others) // self.experts)
+            parts = np.array_split(others, count) if count else []
+            for number, experts in enumerate(parts, 2):
+                slots[number, experts] = np.arange(len(experts))
+            self._admitted[layer] = admitted
+            self._staged[layer] = [experts.tolist() for experts in parts]
         self.ops.copy_h2d(self.part_slots, self._host_slots)
+
+    def _store_tables(
+        self, cache: ExpertCache, layer: int, expert_to_slot: npt.NDArray[np.int32]
+    ) -> None:
+        """Store the tables of a layer whose slots change."""
+        slot_to_expert = np.full(cache.slots[layer].shape[0], -1, np.int32)
+        (experts,) = np.nonzero(expert_to_slot >= 0)
+        slot_to_expert[expert_to_slot[experts]] = experts
+        self.ops.copy_h2d(cache.expert_to_slot[layer], expert_to_slot)
+        self.ops.copy_h2d(cache.slot_to_expert[layer], slot_to_expert)
 
     def compute(
         self,
@@ -100,16 +133,49 @@ class ExpertStreamer:
 
         h [T, D]    ids u16 [T, A]    inner [T * A, I], scratch
         """
-        ops, slots, parts = self.ops, self.part_slots[layer], self._parts[layer]
-        ops.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
+        ops, slots, layout = self.ops, self.part_slots[layer], cache.layout
+        admitted, parts = self._admitted[layer], self._staged[layer]
+        rows = (grouped, inner, h, ids, layout)
+        ops.group_by_expert(grouped.groups, ids, cache.num_experts, slots[0])
         ops.prepare_digits(h)
-        ops.expert_part(grouped, inner, h, ids, cache.layout, cache.slots[layer], slots[0])
-        for number, experts in enumerate(parts, 1):
+        if admitted:
+            self._stage(cache.slots[layer], SLOTS_BUFFER, layer, list(admitted), admitted.values())
+        ops.expert_part(*rows, cache.slots[layer], slots[0])
+        if admitted:
+            ops.wait_staged(SLOTS_BUFFER)
+            ops.expert_part(*rows, cache.slots[layer], slots[1])
+        for number, experts in enumerate(parts, 2):
             half, self._half = self._half, 1 - self._half
-            ops.stage_experts(self.staging, half, self.host_experts, layer, experts)
+            self._stage(self.staging[half], half, layer, experts, range(len(experts)))
             ops.wait_staged(half)
-            staged = self.staging[half]
-            ops.expert_part(grouped, inner, h, ids, cache.layout, staged, slots[number])
+            ops.expert_part(*rows, self.staging[half], slots[number])
             ops.release_staged(half)
-        copied = sum(map(len, parts))
+        copied = len(admitted) + sum(map(len, parts))
         ops.count_uses(grouped.groups, cache, layer, ids, copied)
+
+    def _stage(
+        self, out: Array, buffer: int, layer: int, experts: Sequence[int], slots: Iterable[int]
+    ) -> None:
+        self.ops.stage_experts(out, buffer, self.host_experts, layer, experts, list(slots))
+
+
+def _admitted(
+    table: npt.NDArray[np.int32], num_slots: int, scores: npt.NDArray[np.float32], replaced: int
+) -> dict[int, int]:
+    """Slots for missing experts of a layer, by expert, ascending.
+
+    The missing experts with the highest scores get the free slots.  The next ones replace up to
+    `replaced` experts, the lowest scores first, as long as theirs are higher.
+    """
+    (held,) = np.nonzero(table >= 0)
+    if len(held) == num_slots and not replaced:
+        return {}
+    (missing,) = np.nonzero(table < 0)
+    missing = missing[np.argsort(-scores[missing], kind="stable")]
+    held = held[np.argsort(scores[held], kind="stable")][:replaced]
+    free = np.setdiff1d(np.arange(num_slots), table)
+    found = dict(zip(missing.tolist(), free.tolist(), strict=False))
+    for expert, evicted in zip(missing[len(free) :].tolist(), held.tolist(), strict=False):
+        if scores[expert] > scores[evicted]:
+            found[expert] = int(table[evicted])
+    return dict(sorted(found.items()))

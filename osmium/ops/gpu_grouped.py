@@ -153,27 +153,30 @@ class GpuGrouped(GpuRows):
 
     def stage_experts(
         self,
-        staging: Array,
-        half: int,
+        out: Array,
+        buffer: int,
         host_experts: HostExperts,
         layer: int,
         experts: Sequence[int],
+        slots: Sequence[int],
     ) -> None:
-        out, packed = staging[half], host_experts.packed[layer]
-        assert len(experts) <= out.shape[0], f"{len(experts)} experts into {out.shape[0]} slots"
-        copies, start = [], 0
-        for i, expert in enumerate(experts):
-            if i + 1 == len(experts) or experts[i + 1] != expert + 1:
-                first = experts[start]
-                copies.append((out[start : i + 1], packed[first : expert + 1]))
-                start = i + 1
-        self.runtime.stage(half, copies)
+        packed, copies, start = host_experts.packed[layer], [], 0
+        for end in range(1, len(experts) + 1):
+            if (
+                end == len(experts)
+                or experts[end] != experts[end - 1] + 1
+                or slots[end] != slots[end - 1] + 1
+            ):
+                slot, expert, count = slots[start], experts[start], end - start
+                copies.append((out[slot : slot + count], packed[expert : expert + count]))
+                start = end
+        self.runtime.stage(buffer, copies)
 
-    def wait_staged(self, half: int) -> None:
-        self.runtime.wait_staged(half)
+    def wait_staged(self, buffer: int) -> None:
+        self.runtime.wait_staged(buffer)
 
-    def release_staged(self, half: int) -> None:
-        self.runtime.release_staged(half)
+    def release_staged(self, buffer: int) -> None:
+        self.runtime.release_staged(buffer)
 
     def group_by_expert(
         self,

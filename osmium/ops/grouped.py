@@ -156,27 +156,28 @@ class GroupedOps(Protocol):
         counters[1] += pairs whose tile has a slot; counters[2] += other pairs; counters[3] +=
         copied.
 
-        groups: of `group_by_expert` with the layer's expert_to_slot    ids u16 [T, A]
+        groups: of `group_by_expert` with the slots of the experts that are hits    ids u16 [T, A]
         """
 
     def stage_experts(
         self,
-        staging: Array,
-        half: int,
+        out: Array,
+        buffer: int,
         host_experts: HostExperts,
         layer: int,
         experts: Sequence[int],
+        slots: Sequence[int],
     ) -> None:
-        """staging[half, i] = host_experts.packed[layer, experts[i]], in parallel with launches.
+        """out[slots[i]] = host_experts.packed[layer, experts[i]], in parallel with launches.
 
-        The copies begin after all launches before the last `release_staged` of this half.
-        Adjacent ids are one copy.
+        The copies begin after all launches before the last `release_staged` of this buffer.
+        Where both ids and slots are adjacent, there is one copy.
 
-        staging u8 [2, N, nbytes]    at most N experts    half: 0 or 1
+        out u8 [S, nbytes]    buffer: 0, 1 or 2
         """
 
-    def wait_staged(self, half: int) -> None:
-        """Later launches read what the last `stage_experts` of this half has copied."""
+    def wait_staged(self, buffer: int) -> None:
+        """Later launches read what the last `stage_experts` of this buffer has copied."""
 
-    def release_staged(self, half: int) -> None:
-        """The next `stage_experts` of this half waits for all launches so far."""
+    def release_staged(self, buffer: int) -> None:
+        """The next `stage_experts` of this buffer waits for all launches so far."""

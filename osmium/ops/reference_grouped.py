@@ -116,18 +116,19 @@ class ReferenceGroupedOps:
 
     def stage_experts(
         self,
-        staging: Array,
-        half: int,
+        out: Array,
+        buffer: int,
         host_experts: HostExperts,
         layer: int,
         experts: Sequence[int],
+        slots: Sequence[int],
     ) -> None:
-        staging[half, : len(experts)] = host_experts.packed[layer, list(experts)]
+        out[list(slots)] = host_experts.packed[layer, list(experts)]
 
-    def wait_staged(self, half: int) -> None:
+    def wait_staged(self, buffer: int) -> None:
         pass
 
-    def release_staged(self, half: int) -> None:
+    def release_staged(self, buffer: int) -> None:
         pass
 
     def silu_and_mul(self, out: Array, x: Array) -> None:

@@ -8,7 +8,7 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import DECAY, make_cache, resident, verify
-from osmium.experts.runner import ExpertRunner
+from osmium.experts.runner import ExpertRunner, expert_runner_bytes
 from osmium.experts.streaming import STREAM_MIN_TOKENS, staging_bytes, staging_experts
 from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
@@ -93,14 +93,25 @@ class Run:
     counters: list[tuple[int, ...]] = field(default_factory=list)
 
 
-def run(ops: Ops, inputs: Inputs, slots: list[int], staged: int) -> Run:
-    """All steps, in a cache that holds experts 0, 2, 4 .. first; uneven slots per layer."""
+def run(
+    ops: Ops,
+    inputs: Inputs,
+    slots: list[int],
+    staged: int,
+    is_empty: bool = False,
+    prompt_end: int = -1,
+) -> Run:
+    """All steps, in a cache with uneven slots per layer.
+
+    It first holds experts 0, 2, 4 .., and has a free slot, or it is empty.  Step `prompt_end` is a
+    prompt's last one.
+    """
     shape, hidden = inputs.shape, inputs.shape.layout.hidden
     host = ops.empty_mapped(inputs.packed.shape, np.uint8)
     ops.host_view(host)[...] = inputs.packed
     host_experts = HostExperts(shape.layout, host)
     cache = make_cache(ops, host_experts, sum(slots) // shape.layers, shape.top_k, slots)
-    if max(slots) < shape.experts:
+    if max(slots) < shape.experts and not is_empty:
         for layer, count in enumerate(slots):
             held = np.arange(count, dtype=np.int32) * 2 % (shape.experts + 1)
             held[-1] = -1  # a free slot
@@ -116,8 +127,9 @@ def run(ops: Ops, inputs: Inputs, slots: list[int], staged: int) -> Run:
     up, down = (_int8(ops, w) for w in inputs.shared)
     shared = SharedExpert(up, down, gate_column=0)
     norm = ops.to_device(inputs.norm)
-    for step in inputs.steps:
+    for index, step in enumerate(inputs.steps):
         tokens = len(step[0]["x"])
+        runner.prompt_ends = index == prompt_end
         done.residents.append(resident(ops, cache))
         gate_up, shared_out, y = (
             ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
@@ -140,6 +152,8 @@ def run(ops: Ops, inputs: Inputs, slots: list[int], staged: int) -> Run:
         ops.copy_h2d(cache.counters, counters)
         counted = runner.counters()
         done.counters.append((counted.hit, counted.missed, counted.experts_copied))
+    ops.synchronize()
+    ops.release(host)
     return done
 
 
@@ -161,8 +175,11 @@ def compare(done: Run, whole: Run, inputs: Inputs, streamed: int) -> None:
             np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
         else:
             assert close(got, want, "f32"), "decode adds hits and misses apart"
-    for table in done.residents[: streamed + 1]:
-        np.testing.assert_array_equal(table, done.residents[0], "no slot moves")
+    for table in done.residents[1 : streamed + 1]:
+        num_slots = [layer.shape[0] for layer in done.runner.cache.slots]
+        assert table.sum(axis=1).tolist() == num_slots, "free slots are filled"
+        assert (table >= done.residents[0]).all(), "no expert is replaced"
+        np.testing.assert_array_equal(table, done.residents[1])
     assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) > 0
 
     hits = copied = pairs = 0
@@ -174,7 +191,7 @@ def compare(done: Run, whole: Run, inputs: Inputs, streamed: int) -> None:
             pairs += arrays["ids"].size
             copied += int((~table[layer]).sum())
         assert counters == (hits, pairs - hits, copied)
-        assert 0 < hits < pairs
+        assert hits < pairs
 
 
 def test_a_streamed_step_has_the_bits_of_a_fully_resident_cache(rng: np.random.Generator) -> None:
@@ -186,21 +203,42 @@ def test_a_streamed_step_has_the_bits_of_a_fully_resident_cache(rng: np.random.G
     whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0)
     for staged in (1, 2, EXPERTS):
         some = inputs if staged == 2 else replace(inputs, steps=inputs.steps[:1])
-        done = run(interpreted(rng), some, [4, 2], staged)
+        done = run(interpreted(rng), some, [4, 2], staged, is_empty=staged == EXPERTS)
         compare(done, whole, some, min(2, len(some.steps)))
+
+
+def test_a_prompts_last_step_admits_its_most_used_experts(rng: np.random.Generator) -> None:
+    inputs = Inputs.make(rng, (ROWS, ROWS, 9))
+    inputs.steps[0][0]["ids"][:] = [5, 3]  # missing, and no others have scores
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0)
+    done = run(interpreted(rng), inputs, [4, 2], 2, prompt_end=1)
+    before, after = done.residents[1:]
+    assert {3, 5} & set(np.flatnonzero(~before[0])) and after[0][[3, 5]].all()
+    assert after.sum(axis=1).tolist() == [4, 2]
+    for got, want in zip(done.outputs, whole.outputs, strict=True):
+        np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
+    copied = [counters[2] for counters in done.counters]
+    replaced = int((before & ~after).sum())
+    assert copied[1] - copied[0] == int((~before).sum()) + replaced
+    assert copied[2] - copied[1] == int((~after).sum())
+    ids = [layer["ids"] for layer in inputs.steps[1]]
+    hits = sum(int(table[i].sum()) for table, i in zip(before & after, ids, strict=True))
+    assert done.counters[1][0] - done.counters[0][0] == hits, "a copied expert is a miss"
+    assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) == 6
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("staged", [1, 7, 60])
+@pytest.mark.parametrize("staged", [1, 7, 40])
 def test_copies_run_beside_computation_on_a_gpu(
     bits: int, staged: int, rng: np.random.Generator, gpu: GpuOps
 ) -> None:
     """Copies and launches of many layers and steps overlap; bits are equal if all are ordered."""
-    shape = Shape(8, 60, 4, ExpertLayout(bits, 1024, 512), 400)
+    shape = Shape(6, 40, 4, ExpertLayout(bits, 1024, 512), 400)
     inputs = Inputs.make(rng, (400, 129, 257, 10, 400, 1, 3), shape)
     whole = run(gpu, inputs, [shape.experts] * shape.layers, 0)
-    compare(run(gpu, inputs, [20, 28] * 4, staged), whole, inputs, 5)
+    for is_empty in (False, True):
+        compare(run(gpu, inputs, [12, 20] * 3, staged, is_empty), whole, inputs, 5)
 
 
 def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None:
@@ -246,8 +284,14 @@ def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.G
 
 def test_the_planned_bytes_of_streaming_are_the_bytes_allocated(rng: np.random.Generator) -> None:
     for staged in (1, 4, EXPERTS):
-        streamer = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner.streamer
-        assert streamer is not None
+        runner = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner
+        streamer, grouped = runner.streamer, runner.grouped
+        assert streamer is not None and grouped is not None
+        arrays: list[Any] = [grouped.pair_out, *vars(grouped.groups).values()]
+        arrays += [x for x in vars(runner.inner).values() if hasattr(x, "nbytes")]
+        arrays += vars(runner.assignment).values()
+        most = expert_runner_bytes(ROWS, EXPERTS, EXPERTS, TOP_K, LAYOUT, gpu=True)
+        assert 0.9 * most < sum(array.nbytes for array in arrays) <= most
         nbytes = streamer.staging.nbytes + streamer.part_slots.nbytes
         assert staging_bytes(LAYOUT, LAYERS, EXPERTS, staged) == nbytes
     assert staging_bytes(LAYOUT, LAYERS, EXPERTS, 0) == 0

@@ -942,7 +942,7 @@ def expert_part(
         ops.expert_part(*rows, a["resident"], a["part_slots"][0])
         for number, part in enumerate(parts, 1):
             half = number % 2
-            ops.stage_experts(a["staging"], half, host_experts, 0, part)
+            ops.stage_experts(a["staging"][half], half, host_experts, 0, part, range(len(part)))
             ops.wait_staged(half)
             ops.expert_part(*rows, a["staging"][half], a["part_slots"][number])
             ops.release_staged(half)

@@ -263,9 +263,9 @@ class InterpretedRuntime:
         """Addresses requested by prefetch.global.L2, with repetitions."""
         self.stream = InterpretedStream(self, seed, without, pdl)
         self._staged: dict[int, Sequence[tuple[InterpretedArray, InterpretedArray]]] = {}
-        """Copies by half of a staging buffer, which run as late as allowed."""
-        self._unreleased: set[int] = set()
-        """Halves that launches may still read."""
+        """Copies by buffer, which run as late as allowed."""
+        self._unreleased: dict[int, list[InterpretedArray]] = {}
+        """Copied arrays by buffer that launches may still read."""
 
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> InterpretedArray:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
@@ -298,6 +298,7 @@ class InterpretedRuntime:
         out.touch()
 
     def copy_d2h(self, source: InterpretedArray) -> Values:
+        self._unreleased.clear()  # all launches have ended
         return source.numpy().copy()
 
     def copy(self, out: InterpretedArray, source: InterpretedArray) -> None:
@@ -321,18 +322,28 @@ class InterpretedRuntime:
         if prefetch:
             self.stream.wake(1)
 
-    def stage(self, half: int, copies: Sequence[tuple[InterpretedArray, InterpretedArray]]) -> None:
-        if half in self._unreleased or half in self._staged:
-            raise PtxFault(f"half {half} is staged again before it was released")
-        self._staged[half] = copies
+    def stage(
+        self, buffer: int, copies: Sequence[tuple[InterpretedArray, InterpretedArray]]
+    ) -> None:
+        if buffer in self._staged:
+            raise PtxFault(f"buffer {buffer} is staged again, and nothing has waited for it")
+        for out, _ in copies:
+            for read in self._unreleased.get(buffer, ()):
+                if (
+                    out.block is read.block
+                    and out.offset < read.offset + read.nbytes
+                    and read.offset < out.offset + out.nbytes
+                ):
+                    raise PtxFault(f"buffer {buffer} is staged before it was released")
+        self._staged[buffer] = copies
 
-    def wait_staged(self, half: int) -> None:
-        for out, source in self._staged.pop(half):
+    def wait_staged(self, buffer: int) -> None:
+        for out, source in self._staged.pop(buffer):
             self.copy(out, source)
-        self._unreleased.add(half)
+            self._unreleased.setdefault(buffer, []).append(out)
 
-    def release_staged(self, half: int) -> None:
-        self._unreleased.remove(half)
+    def release_staged(self, buffer: int) -> None:
+        self._unreleased.pop(buffer, None)
 
 
 def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool) -> None:
