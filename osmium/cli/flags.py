@@ -100,7 +100,7 @@ def add_engine_flags(
         "--prefill-chunk",
         type=integer(1),
         metavar="TOKENS",
-        help="most tokens per prefill step (2048 with all experts in VRAM, else 1024)",
+        help="most tokens per prefill step (2048 with all experts in VRAM, else 512)",
     )
     add("--page-size", type=integer(1), metavar="TOKENS", help="tokens per KV page (64)")
     add(

@@ -27,17 +27,14 @@ from osmium.models.workspace import workspace_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "CUDA_CONTEXT_BYTES", "PREFILL_CHUNK", "RESIDENT_PREFILL_CHUNK", "STREAMED_PREFILL_CHUNK",
-    "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan",
+    "CUDA_CONTEXT_BYTES", "PREFILL_CHUNK", "RESIDENT_PREFILL_CHUNK", "DoesNotFit", "HardwareInfo",
+    "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan",
 ]  # fmt: skip
 
 GIB = 1 << 30
 
 PREFILL_CHUNK = 512
 """Most tokens of a prefill step by default."""
-
-STREAMED_PREFILL_CHUNK = 1024
-"""The same on a GPU with missing experts: each step copies them once, but takes VRAM from slots."""
 
 RESIDENT_PREFILL_CHUNK = 2048
 """The same where VRAM holds every expert: larger tiles of each expert's tokens."""
@@ -335,15 +332,15 @@ def _plan_with_default_chunk(
     options: EngineConfig,
     hardware: HardwareInfo,
 ) -> MemoryPlan:
-    """The plan with the largest default chunk that suits the experts in VRAM.
+    """The plan with RESIDENT_PREFILL_CHUNK if all experts are then resident, else PREFILL_CHUNK.
 
-    A chunk that would leave too few slots, or none for what else has to fit, is not chosen.
+    Longer steps would copy missing experts less often, but their arrays take VRAM from slots.
     """
-    for chunk in (RESIDENT_PREFILL_CHUNK, STREAMED_PREFILL_CHUNK) if hardware.gpu else ():
+    if hardware.gpu:
         with suppress(ConfigError):
-            sized = replace(options, prefill_chunk=chunk)
-            plan = make_plan(config, layout, weights, sized, hardware)
-            if plan.resident or chunk == STREAMED_PREFILL_CHUNK:
+            resident = replace(options, prefill_chunk=RESIDENT_PREFILL_CHUNK)
+            plan = make_plan(config, layout, weights, resident, hardware)
+            if plan.resident:
                 return plan
     return make_plan(
         config, layout, weights, replace(options, prefill_chunk=PREFILL_CHUNK), hardware

@@ -15,7 +15,6 @@ from osmium.engine.plan import (
     CUDA_CONTEXT_BYTES,
     PREFILL_CHUNK,
     RESIDENT_PREFILL_CHUNK,
-    STREAMED_PREFILL_CHUNK,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
@@ -172,7 +171,7 @@ def test_the_default_number_of_sequences_is_at_most_the_chunk() -> None:
 def test_the_default_chunk_is_larger_where_all_experts_are_resident() -> None:
     wide = replace(CARD, vram_free=90 * GIB, vram_total=96 * GIB)
     assert plan(wide).resident and plan(wide).prefill_chunk == RESIDENT_PREFILL_CHUNK
-    assert not plan().resident and plan().prefill_chunk == STREAMED_PREFILL_CHUNK
+    assert not plan().resident and plan().prefill_chunk == PREFILL_CHUNK
     assert plan(LAPTOP).prefill_chunk == PREFILL_CHUNK
     assert plan(wide, prefill_chunk=64).prefill_chunk == 64
     assert plan(wide, context=1000).prefill_chunk == 1000
