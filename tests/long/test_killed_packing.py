@@ -30,9 +30,19 @@ def command(folder: Path, cache: Path) -> list[str]:
             "--model-path", str(folder)]  # fmt: skip
 
 
+def heed_interrupts() -> None:
+    """Let SIGINT interrupt the process: a shell lets its background jobs ignore it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def pack(folder: Path, cache: Path, log: Path) -> "subprocess.Popen[bytes]":
     with open(log, "wb") as file:
-        return subprocess.Popen(command(folder, cache), stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(
+            command(folder, cache),
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            preexec_fn=heed_interrupts,
+        )
 
 
 @pytest.fixture(scope="module")
