@@ -256,7 +256,7 @@ class _Answer:
                 end = writer.failed(writer.error, self.shutdown.begun)
             for one in end:
                 yield one
-        except Exception as error:
+        except Exception as error:  # the headers are sent, so only an event can tell the client
             log.error("A stream of %s failed", type(writer).__name__, exc_info=error)
             problem = OsmiumError(f"Internal error: {type(error).__name__}.")
             for one in writer.failed(problem, False):

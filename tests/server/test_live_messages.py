@@ -8,49 +8,29 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from osmium.errors import EngineStopped
 from osmium.server.limits import Limits
-from tests.agents.script import ANSWER, QUESTION, answer_prompt, task
-from tests.agents.scripted_model import NAME, scripted_engine
+from tests.agents.script import ANSWER, QUESTION, task
+from tests.agents.scripted_model import NAME
+from tests.server.live import CONTEXT, FILE_TOOLS, PARIS, WORD, City, live_client, user
 from tests.server.running import run_limited
 from tests.server.scripted import PATIENCE_S, ScriptedEngine
 
 anthropic: Any = pytest.importorskip("anthropic", reason="anthropic is in the dev extra")
 
-WORD = "osmium-0123456789ab"
-
-CONTEXT = 2048
-
 FILES: list[Any] = [
-    {"name": name, "description": "On a text file.", "input_schema": {
-        "type": "object", "properties": {key: {"type": "string"} for key in keys},
-        "required": keys,
-    }}
-    for name, keys in (("read_file", ["path"]), ("write_file", ["path", "content"]))
-]  # fmt: skip
+    {"name": name, "description": "On a text file.", "input_schema": schema}
+    for name, schema in FILE_TOOLS.items()
+]
 
 THINKING: Any = {"type": "adaptive"}
-
-
-class City(BaseModel):
-    city: str
-    population: int
-
-
-PARIS = 'Describe Paris. As JSON: {"city": "Paris", "population": 2100000}'
-
-
-def user(content: Any) -> list[Any]:
-    return [{"role": "user", "content": content}]
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """A client of a server with the scripted model."""
-    engine = scripted_engine(answer_prompt, context=CONTEXT)
-    with run_limited(engine, Limits()) as server, connected(server.port) as made:
+    with live_client(connected) as made:
         yield made
 
 

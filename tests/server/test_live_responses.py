@@ -9,43 +9,27 @@ from contextlib import closing
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
 
 from osmium.errors import EngineStopped
 from osmium.server.limits import Limits
-from tests.agents.script import ANSWER, QUESTION, answer_prompt, task
-from tests.agents.scripted_model import NAME, scripted_engine
+from tests.agents.script import ANSWER, QUESTION, task
+from tests.agents.scripted_model import NAME
+from tests.server.live import CONTEXT, FILE_TOOLS, PARIS, WORD, City, live_client
 from tests.server.running import run_limited
 from tests.server.scripted import PATIENCE_S, ScriptedEngine
 
 openai: Any = pytest.importorskip("openai", reason="openai is in the dev extra")
 
-WORD = "osmium-0123456789ab"
-
-CONTEXT = 2048
-
 FILES: list[Any] = [
-    {"type": "function", "name": name, "strict": False, "parameters": {
-        "type": "object", "properties": {key: {"type": "string"} for key in keys},
-        "required": keys,
-    }}
-    for name, keys in (("read_file", ["path"]), ("write_file", ["path", "content"]))
-]  # fmt: skip
-
-
-class City(BaseModel):
-    city: str
-    population: int
-
-
-PARIS = 'Describe Paris. As JSON: {"city": "Paris", "population": 2100000}'
+    {"type": "function", "name": name, "strict": False, "parameters": schema}
+    for name, schema in FILE_TOOLS.items()
+]
 
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[Any]:
     """A client of a server with the scripted model."""
-    engine = scripted_engine(answer_prompt, context=CONTEXT)
-    with run_limited(engine, Limits()) as server, connected(server.port) as made:
+    with live_client(connected) as made:
         yield made
 
 
