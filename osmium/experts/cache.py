@@ -16,8 +16,8 @@ from osmium.ops import Array, DecayConfig, ExpertCache, HostExperts, Ops
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "DECAY", "cache_bytes", "make_cache", "reset_cache", "resident", "resident_cache",
-    "resize_layers", "verify",
+    "DECAY", "cache_bytes", "empty_slots", "make_cache", "reset_cache", "resident",
+    "resident_cache", "resize_layers", "verify",
 ]  # fmt: skip
 
 DECAY = DecayConfig(half_life=8.0, long_half_life=512.0, long_weight=1.0, prior_steps=19)
@@ -122,10 +122,15 @@ def _empty_cache(
 
 def reset_cache(ops: Ops, cache: ExpertCache) -> None:
     """Empty every slot and clear the use counts, as in a new cache; the hit counters stay."""
-    for table in (cache.expert_to_slot, *cache.slot_to_expert):
-        ops.memset(table, 0xFF)  # -1
+    empty_slots(ops, cache)
     for array in (cache.short_count, cache.long_count, cache.last_used, cache.step):
         ops.memset(array, 0)
+
+
+def empty_slots(ops: Ops, cache: ExpertCache) -> None:
+    """Empty every slot; use counts and hit counters stay."""
+    for table in (cache.expert_to_slot, *cache.slot_to_expert):
+        ops.memset(table, 0xFF)  # -1
 
 
 def cache_bytes(layout: ExpertLayout, layers: int, num_experts: int, capacity: int) -> int:

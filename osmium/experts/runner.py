@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from osmium.errors import OsmiumError
 from osmium.experts.routing import RoutingRecorder
 from osmium.experts.streaming import STREAM_MIN_TOKENS, ExpertStreamer
 from osmium.ops import (
@@ -169,7 +170,14 @@ class ExpertRunner:
         Otherwise the prefetch kernel runs on a side stream meanwhile.
         """
         if self.streamer is not None and self.is_streamed(tokens):
-            self.streamer.start_step(self.cache, self.prompt_ends)
+            try:
+                self.streamer.start_step(self.cache, self.prompt_ends)
+                yield
+            except BaseException:
+                with contextlib.suppress(OsmiumError):  # the step's own error counts
+                    self.streamer.abandon_step(self.cache)
+                raise
+            return
         prefetch_state = self.prefetch_state(tokens)
         if prefetch_state is None or self.host_experts is None:
             yield

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from osmium.experts.cache import empty_slots
 from osmium.experts.usage import snapshot_usage
 from osmium.ops import Array, ExpertCache, GroupedExperts, HostExperts, MatmulInput, Ops
 from osmium.ops.tiling import supports_grouped_experts
@@ -110,6 +111,10 @@ class ExpertStreamer:
             self._staged[layer] = [experts.tolist() for experts in parts]
         self.ops.copy_h2d(self.part_slots, self._host_slots)
 
+    def abandon_step(self, cache: ExpertCache) -> None:
+        """Empty all slots after a failed step: tables may name experts that were not copied."""
+        empty_slots(self.ops, cache)
+
     def _store_tables(
         self, cache: ExpertCache, layer: int, expert_to_slot: npt.NDArray[np.int32]
     ) -> None:
@@ -140,9 +145,12 @@ class ExpertStreamer:
         ops.prepare_digits(h)
         if admitted:
             self._stage(cache.slots[layer], SLOTS_BUFFER, layer, list(admitted), admitted.values())
-        ops.expert_part(*rows, cache.slots[layer], slots[0])
+        try:
+            ops.expert_part(*rows, cache.slots[layer], slots[0])
+        finally:  # after an error, too, no copy that still runs may meet a slot's next use
+            if admitted:
+                ops.wait_staged(SLOTS_BUFFER)
         if admitted:
-            ops.wait_staged(SLOTS_BUFFER)
             ops.expert_part(*rows, cache.slots[layer], slots[1])
         for number, experts in enumerate(parts, 2):
             half, self._half = self._half, 1 - self._half

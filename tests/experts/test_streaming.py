@@ -9,7 +9,12 @@ import pytest
 
 from osmium.experts.cache import DECAY, make_cache, resident, verify
 from osmium.experts.runner import ExpertRunner, expert_runner_bytes
-from osmium.experts.streaming import STREAM_MIN_TOKENS, staging_bytes, staging_experts
+from osmium.experts.streaming import (
+    STREAM_MIN_TOKENS,
+    ExpertStreamer,
+    staging_bytes,
+    staging_experts,
+)
 from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
@@ -295,3 +300,28 @@ def test_the_planned_bytes_of_streaming_are_the_bytes_allocated(rng: np.random.G
         nbytes = streamer.staging.nbytes + streamer.part_slots.nbytes
         assert staging_bytes(LAYOUT, LAYERS, EXPERTS, staged) == nbytes
     assert staging_bytes(LAYOUT, LAYERS, EXPERTS, 0) == 0
+
+
+def test_a_failed_step_leaves_no_expert_in_a_slot_that_was_not_copied(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layer 1 fails after the tables of all layers have been stored; the slots are empty then."""
+    inputs, ops = Inputs.make(rng, (ROWS,)), interpreted(rng)
+    runners: list[ExpertRunner] = []
+    compute = ExpertStreamer.compute
+
+    def fail_in_layer_1(streamer: ExpertStreamer, *args: Any) -> None:
+        if args[-1] == 1:
+            raise MemoryError("no room")
+        compute(streamer, *args)
+
+    def keep(runner: ExpertRunner, *args: Any) -> None:
+        made(runner, *args)
+        runners.append(runner)
+
+    made = ExpertRunner.__init__
+    monkeypatch.setattr(ExpertRunner, "__init__", keep)
+    monkeypatch.setattr(ExpertStreamer, "compute", fail_in_layer_1)
+    with pytest.raises(MemoryError, match="no room"):
+        run(ops, inputs, [4, 4], 1, is_empty=True)
+    assert not resident(ops, runners[0].cache).any()
