@@ -233,7 +233,7 @@ def test_bench_server_measures_a_running_server() -> None:
 
 
 def test_bench_server_compares_the_server_with_its_engine() -> None:
-    few = ["--device", "cpu", "--context", "256", "--tokens", "8", "--rounds", "1"]
+    few = ["--device", "cpu", "--context", "256", "--tokens", "24", "--rounds", "1"]
     done = tool("bench_server", "demo", *few, "--streams", "2", "--pace", "60")
     assert done.returncode == 0, done.stderr
     assert "2 streams, --pace 60" in done.stdout
@@ -243,9 +243,9 @@ def test_bench_server_compares_the_server_with_its_engine() -> None:
     assert set(rows) == {"engine", "plain", "json_object", "json_schema", "penalty"}
     for kind in ("engine", "plain", "json_schema", "penalty"):
         row = rows[kind]
-        # Eight tokens have seven periods, of which a late first step may shorten one.
+        # 24 tokens have 23 periods, of which late first steps may shorten some.
         assert 0 < row["tokens_per_s"] < 2 * 60 * 1.25, "the pace holds for each kind"
-        assert row["tokens"] == 8 and row["cpu_us"] > 0
+        assert row["tokens"] == 24 and row["cpu_us"] > 0
         ratio = row["tokens_per_s"] / rows["engine"]["tokens_per_s"]
         assert row["of_engine"] == pytest.approx(ratio), "in one round"
     assert rows["engine"]["of_engine"] == rows["plain"]["of_plain"] == 1
