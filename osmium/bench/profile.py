@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from osmium.cuda.stream import Event
+from osmium.engine.decode_session import DecodeSession
 from osmium.engine.engine import Engine
 from osmium.engine.request import Request, SamplingParams
-from osmium.engine.runner import DecodeSession, ModelRunner
+from osmium.engine.runner import ModelRunner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps

@@ -100,7 +100,14 @@ def add_engine_flags(
         "--prefill-chunk",
         type=integer(1),
         metavar="TOKENS",
-        help="most tokens per prefill step (2048 with all experts in VRAM, else 512)",
+        help="most tokens of a prompt per pass over the layers; each missing expert crosses the "
+        "link once per pass (10240; 8192 with all experts in VRAM; less on small GPUs)",
+    )
+    add(
+        "--decode-gap-ms",
+        type=integer(1),
+        metavar="MS",
+        help="longest time between two tokens of a running response while a prompt is read (100)",
     )
     add("--page-size", type=integer(1), metavar="TOKENS", help="tokens per KV page (64)")
     add(
@@ -323,8 +330,8 @@ def add_timing_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
     "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "min_free_ram", "expert_slots",
-    "enable_expert_cache", "prefetch", "write_combined", "prefill_chunk", "page_size",
-    "max_num_seqs", "replay_routing", "cache_dir",
+    "enable_expert_cache", "prefetch", "write_combined", "prefill_chunk", "decode_gap_ms",
+    "page_size", "max_num_seqs", "replay_routing", "cache_dir",
 )  # fmt: skip
 
 

@@ -271,6 +271,8 @@ class Request:
         """Those of the prompt's tokens, if they are asked for."""
         self.num_computed_tokens = 0
         """Tokens whose keys, values and recurrent states are in the model's state."""
+        self.pass_tokens = 0
+        """Tokens that count as computed of the prefill pass that runs, for the progress."""
         self.state_slot = -1
         self.pages: list[int] = []
         self.cancelled = threading.Event()
@@ -283,13 +285,23 @@ class Request:
 
         All count as computed from the first generated token on, also after a preemption.
         """
-        done = self.prompt_tokens if self.times.first_token else self.num_computed_tokens
+        done = self.num_computed_tokens + self.pass_tokens
+        if self.times.first_token:
+            done = self.prompt_tokens
         return min(done, self.prompt_tokens), self.prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether the pending tokens are computed by a prefill pass, not by a decode step."""
+        is_last = self.num_pending_tokens == 1 and not self.skip_prefill
+        return self.num_pending_tokens > 1 or (
+            is_last and self.num_computed_tokens < self.prompt_tokens
+        )
 
     @property
     def tokens_left(self) -> int:

@@ -87,6 +87,10 @@ class GpuOps(GpuExperts):
         check_kernels()
         super().__init__(runtime)
 
+    def is_decode(self, step: StepInputs) -> bool:
+        """Whether the decode kernels take this step: each sequence has one row."""
+        return not self.is_prefill and is_decode(step)
+
     # -- attention -------------------------------------------------------------------------------
 
     def rope_append(
@@ -109,7 +113,7 @@ class GpuOps(GpuExperts):
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
-        tokens_per_block = prefill_attention_tokens(q, kv, step)
+        tokens_per_block = prefill_attention_tokens(q, kv, step, self.is_prefill)
         if tokens_per_block:
             GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
                 self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
@@ -136,7 +140,7 @@ class GpuOps(GpuExperts):
     ) -> None:
         w, attn_out = weights, workspace.attn_out
         (tokens, heads, dim), groups = workspace.q.shape, kv.k.shape[2]
-        if not is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
+        if not self.is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
             heads_out = attn_out.f32.reshape(tokens, heads, dim)
             self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
             self.attention(heads_out, workspace.q, kv, step, w.scale)
@@ -201,7 +205,7 @@ class GpuOps(GpuExperts):
     ) -> None:
         w, qkv, delta_out = weights, workspace.qkv, workspace.delta_out
         _, value_heads, dk, dv = state.shape
-        if not is_decode(step) or w.ab.format != "bf16":
+        if not self.is_decode(step) or w.ab.format != "bf16":
             heads = delta_out.f32.reshape(delta_out.f32.shape[0], value_heads, dv)
             self.generic_linear(workspace.ab, self.merge_hi_lo(h), w.ab, 0)
             self.causal_conv1d(qkv, u, w.conv, conv_state, step)
@@ -209,7 +213,7 @@ class GpuOps(GpuExperts):
             rule = heads, qkv, workspace.decay, workspace.beta, state, step
             scratch = workspace.chunk_scratch
             # With scratch the bits of a prompt's rows do not depend on how many a step has.
-            if chunked or (scratch is not None and not is_decode(step)):
+            if chunked or (scratch is not None and not self.is_decode(step)):
                 self.delta_rule_chunk(*rule, scratch)
             else:
                 self.delta_rule_recurrent(*rule)

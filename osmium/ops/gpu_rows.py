@@ -18,11 +18,12 @@ from osmium.ops.tiling import (
     MAX_NORM_K,
     Tiling,
     gemm_stages,
+    input_shapes,
     supports_gemm,
     supports_matvec,
     tile_matrix,
 )
-from osmium.ops.types import DIGIT_GROUP, Array, Fill, LinearWeight, MatmulInput
+from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
 
@@ -50,6 +51,8 @@ class GpuRows:
         self.runtime = runtime
         self.stream = runtime.stream
         self.d2h_bytes = 0
+        self.is_prefill = False
+        """Whether launches use the kernels for many tokens, whatever the number of rows."""
         self.prefetch_is_active = False
         """Whether the prefetch side stream has launches that are not joined yet."""
 
@@ -77,16 +80,20 @@ class GpuRows:
     def release(self, array: Array) -> None:
         self.runtime.release(array)
 
-    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
-        has_digits, groups = width % DIGIT_GROUP == 0, width // DIGIT_GROUP
-        return MatmulInput(
-            self.empty((tokens, width), np.float32),
-            self.empty((tokens, width // 2, 4), np.uint16),
-            None if eps is None else self.empty((tokens, width // 8), np.float32),
-            eps or 0.0,
-            self.empty((tokens, groups, 2, DIGIT_GROUP), np.int8) if has_digits else None,
-            self.empty((tokens, groups), np.float32) if has_digits else None,
-        )
+    def empty_input(
+        self, tokens: int, width: int, eps: float | None = None, empty: Empty | None = None
+    ) -> MatmulInput:
+        shapes = input_shapes(tokens, width, eps is not None, gpu=True)
+        arrays = {name: (empty or self.empty)(*shape) for name, shape in shapes.items()}
+        return MatmulInput(eps=eps or 0.0, **arrays)
+
+    @contextlib.contextmanager
+    def prefill(self) -> Iterator[None]:
+        self.is_prefill = True
+        try:
+            yield
+        finally:
+            self.is_prefill = False
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
         self.runtime.copy_h2d(out, source)
@@ -169,10 +176,10 @@ class GpuRows:
             self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
 
-    @staticmethod
-    def uses_gemm(a: MatmulInput, w: LinearWeight) -> bool:
+    def uses_gemm(self, a: MatmulInput, w: LinearWeight) -> bool:
         """Whether a matrix is multiplied by the kernels for many tokens."""
-        return a.f32.shape[0] > MATVEC_MAX_TOKENS and a.digits is not None and supports_gemm(w)
+        has_rows = self.is_prefill or a.f32.shape[0] > MATVEC_MAX_TOKENS
+        return has_rows and a.digits is not None and supports_gemm(w)
 
     def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """out = a @ W.T, or out += with `accumulate` 1, for many tokens.

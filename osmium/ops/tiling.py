@@ -1,5 +1,6 @@
 """Which shapes the kernels for few tokens support, and how their blocks divide the work."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -14,7 +15,7 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
     "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words",
-    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
+    "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format", "num_kv_splits",
     "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
     "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
 ]  # fmt: skip
@@ -149,11 +150,27 @@ def tile_expert_down(
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
 
 
+def input_shapes(
+    tokens: int, width: int, normed: bool, gpu: bool
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and dtype of each array of a MatmulInput on a backend."""
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "f32": ((tokens, width), np.float32)
+    }
+    if gpu:
+        shapes["hi_lo"] = (tokens, width // 2, 4), np.uint16
+        if normed:
+            shapes["square_sums"] = (tokens, width // 8), np.float32
+        if width % DIGIT_GROUP == 0:
+            shapes["digits"] = (tokens, width // DIGIT_GROUP, 2, DIGIT_GROUP), np.int8
+            shapes["units"] = (tokens, width // DIGIT_GROUP), np.float32
+    return shapes
+
+
 def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
     """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
-    halves = 4 * width + (width // 2 if normed else 0)
-    digits = 2 * width + 4 * (width // DIGIT_GROUP) if width % DIGIT_GROUP == 0 else 0
-    return tokens * (4 * width + (halves + digits if gpu else 0))
+    shapes = input_shapes(tokens, width, normed, gpu).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
 
 
 def delta_chunk_units(rows: int) -> int:
@@ -241,12 +258,15 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
 
 
-def prefill_attention_tokens(q: Array, kv: PagedKV, step: StepInputs) -> int:
+def prefill_attention_tokens(
+    q: Array, kv: PagedKV, step: StepInputs, is_prefill: bool = False
+) -> int:
     """Tokens per block of the prefill attention kernel; 0 where attention takes one token a block.
 
-    q is f32 [T, H, d].  A block has all query heads of a KV head.
+    q is f32 [T, H, d].  A block has all query heads of a KV head.  `is_prefill`: also of few rows.
     """
     tokens, heads, dim = q.shape
-    if is_decode(step) or tokens < PREFILL_MIN_TOKENS or dim not in PREFILL_HEAD_DIMS:
+    is_short = is_decode(step) or tokens < PREFILL_MIN_TOKENS
+    if dim not in PREFILL_HEAD_DIMS or (is_short and not is_prefill):
         return 0
     return int(PREFILL_ROWS[kv_format(kv)] * kv.k.shape[2] // heads)

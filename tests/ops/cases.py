@@ -965,7 +965,7 @@ def count_uses(
     def call(ops: Ops, a: dict[str, Any]) -> None:
         cache, groups = _cache(size, layout, a), ExpertGroups(*(a[name] for name in shapes))
         ops.group_by_expert(groups, a["ids"], size.experts, a["expert_to_slot"][0])
-        ops.count_uses(groups, cache, 0, a["ids"], 5)
+        ops.count_uses(groups, cache, 0, a["ids"])
 
     exact = ("last_used", "step", "counters")
     return Case(
