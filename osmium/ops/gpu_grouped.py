@@ -15,7 +15,12 @@ from osmium.kernels.group_by_expert import (
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.grouped import ExpertGroups, GroupedExperts
-from osmium.ops.tiling import MATVEC_MAX_TOKENS, gemm_stages, supports_grouped_experts
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    bf16_gemm_stages,
+    gemm_stages,
+    supports_grouped_experts,
+)
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -25,6 +30,8 @@ GATHER_ADD = kernel("gather_add_f32")
 SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+BF16_MOE_GEMM_UP = kernel("bf16_moe_gemm_up_f32")
+BF16_MOE_GEMM_DOWN = kernel("bf16_moe_gemm_down_f32")
 
 ROUND_PAIRS = 512
 """Pairs of a thread block are a multiple of this: a round of the kernel has one per thread."""
@@ -63,9 +70,13 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
+        """inner = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position.
+
+        Stored in inner.f32, of BF16 experts in inner.hi_lo.
+        """
         self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
-        self.split_digits(h)
+        if cache.layout.bits != 16:
+            self.split_digits(h)
         slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
         self._moe_up(grouped, inner, h, ids, cache.layout, slots, expert_slots)
 
@@ -77,13 +88,15 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """pair_out = the experts' outputs of inner.f32, by sorted position."""
-        self.split_digits(inner, of_f32=True)
+        """pair_out = the experts' outputs of inner, by sorted position."""
+        if cache.layout.bits != 16:
+            self.split_digits(inner, of_f32=True)
         slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
         self._moe_down(grouped, inner, ids, cache.layout, slots, expert_slots)
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        self.split_digits(a)
+        if a.digits is not None:
+            self.split_digits(a)
 
     def expert_part(
         self,
@@ -97,10 +110,11 @@ class GpuGrouped(GpuRows):
     ) -> None:
         groups = grouped.groups
         self._moe_up(grouped, inner, h, ids, layout, slots, expert_slots)
-        SPLIT_DIGITS_OF_TILES(
-            self.stream, max_tiles(ids, expert_slots), inner.digits, inner.units, inner.f32,
-            groups.tiles, groups.num_tiles, expert_slots, layout.inner,
-        )  # fmt: skip
+        if layout.bits != 16:
+            SPLIT_DIGITS_OF_TILES(
+                self.stream, max_tiles(ids, expert_slots), inner.digits, inner.units, inner.f32,
+                groups.tiles, groups.num_tiles, expert_slots, layout.inner,
+            )  # fmt: skip
         self._moe_down(grouped, inner, ids, layout, slots, expert_slots)
 
     def _moe_up(
@@ -113,8 +127,16 @@ class GpuGrouped(GpuRows):
         slots: Array,
         expert_slots: Array,
     ) -> None:
-        """inner.f32 of the experts that have a slot."""
+        """inner of the experts that have a slot."""
         groups = grouped.groups
+        if layout.bits == 16:
+            BF16_MOE_GEMM_UP(
+                self.stream, max_tiles(ids, expert_slots), inner.hi_lo, h.hi_lo,
+                h.square_sums or 0, slots, groups.tiles, groups.num_tiles, expert_slots,
+                groups.order, ids.shape[1], layout.inner, layout.hidden, layout.nbytes, 0, 0,
+                bf16_gemm_stages(self.runtime), h.eps,
+            )  # fmt: skip
+            return
         MOE_GEMM_UP[layout.bits](
             self.stream, max_tiles(ids, expert_slots), inner.f32, h.digits, h.units, slots,
             groups.tiles, groups.num_tiles, expert_slots, groups.order, ids.shape[1], layout.inner,
@@ -133,6 +155,13 @@ class GpuGrouped(GpuRows):
     ) -> None:
         """pair_out of the experts that have a slot."""
         groups = grouped.groups
+        if layout.bits == 16:
+            BF16_MOE_GEMM_DOWN(
+                self.stream, max_tiles(ids, expert_slots), grouped.pair_out, inner.hi_lo, slots,
+                groups.tiles, groups.num_tiles, expert_slots, layout.hidden, layout.inner,
+                layout.nbytes, layout.down, 0, bf16_gemm_stages(self.runtime),
+            )  # fmt: skip
+            return
         MOE_GEMM_DOWN[layout.bits](
             self.stream, max_tiles(ids, expert_slots), grouped.pair_out, inner.digits, inner.units,
             slots, groups.tiles, groups.num_tiles, expert_slots, layout.hidden, layout.inner,

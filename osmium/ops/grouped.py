@@ -123,7 +123,10 @@ class GroupedOps(Protocol):
         """
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.  No-op on the CPU."""
+        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.
+
+        No-op on the CPU.  BF16 experts do not need it.
+        """
 
     def expert_part(
         self,
