@@ -273,7 +273,7 @@ def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator
 def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.Generator) -> None:
     vram = 32 << 30
     assert staging_experts(LAYOUT, 256, STREAM_MIN_TOKENS, vram, 99) == 0
-    assert staging_experts(ExpertLayout(16, 128, 128), 256, 512, vram, 99) == 0
+    assert staging_experts(ExpertLayout(16, 136, 128), 256, 512, vram, 99) == 0
     assert staging_experts(ExpertLayout(4, 64, 64), 256, 512, vram, 99) == 0
     big = ExpertLayout(4, 3072, 1024)
     assert staging_experts(big, 256, 512, vram, 138) == vram // 200 // big.nbytes
