@@ -15,7 +15,7 @@ from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import f32_from_bf16
-from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, rows_of, sized
+from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, rows_of, run, sized
 from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
 from tests.tolerance import distance
 
