@@ -19,8 +19,8 @@ from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import eviction_scores
 from osmium.ops import Array, GroupedExperts, MatmulInput, Ops, TileRange
 from osmium.ops.grouped import TILE_ROWS, ExpertGroups
-from osmium.ops.tiling import supports_grouped_experts
-from osmium.ops.types import DIGIT_GROUP, Empty
+from osmium.ops.tiling import input_shapes, supports_grouped_experts
+from osmium.ops.types import Empty
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
@@ -51,14 +51,12 @@ def staging_experts(layout: ExpertLayout, num_experts: int, vram_bytes: int, mis
 def pair_shapes(
     layout: ExpertLayout, pairs: int
 ) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
-    """Shape and dtype of the arrays of `pairs` routed pairs."""
-    groups = layout.inner // DIGIT_GROUP
+    """Shape and dtype of the arrays of `pairs` routed pairs: outputs, and fields of MatmulInput."""
+    shapes = input_shapes(pairs, layout.inner, False, gpu=True)
+    fields = ("hi_lo",) if layout.bits == 16 else ("f32", "digits", "units")
     return {
-        "pair_out": ((pairs, layout.hidden), np.float32),
-        "f32": ((pairs, layout.inner), np.float32),
-        "digits": ((pairs, groups, 2, DIGIT_GROUP), np.int8),
-        "units": ((pairs, groups), np.float32),
-    }
+        "pair_out": ((pairs, layout.hidden), np.float32), **{name: shapes[name] for name in fields},
+    }  # fmt: skip
 
 
 def pair_bytes(layout: ExpertLayout) -> int:
@@ -137,6 +135,8 @@ class PrefillExperts:
         groups = {name: ops.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
         arrays = {name: empty(*shape) for name, shape in pair_shapes(cache.layout, pairs).items()}
         self.grouped = GroupedExperts(ExpertGroups(**groups), arrays.pop("pair_out"))
+        if "f32" not in arrays:  # which no kernel uses then
+            arrays["f32"] = arrays["hi_lo"].reshape(pairs, 2 * cache.layout.inner).view(np.float32)
         self.inner = MatmulInput(**arrays)
         self.staged = 0
         """Experts of each half of the staging slots."""
@@ -226,7 +226,7 @@ class PrefillExperts:
         need `invalidate`.  Missing experts get free slots; with `admits` also those of experts with
         lower scores.
 
-        x f32 [T, D]    h [T, D], its digits    ids u16 [T, A]    weights f32 [T, A]
+        x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]
         """
         if self.runner.host_experts is None and self._is_one_part(ids):
             self._compute_tiles(layer, x, h, ids, weights, None)
@@ -274,7 +274,7 @@ class PrefillExperts:
             self._refresh()
             if self._may_admit(layer, admits):
                 short_count, long_count = ops.host_view(self._counts)
-                last_used = ops.host_view(self._last_used)
+                last_used = np.asarray(ops.host_view(self._last_used), np.int32)
                 scores = eviction_scores(
                     short_count, long_count, last_used, self._step + 1, cache.decay
                 )

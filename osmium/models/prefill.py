@@ -5,12 +5,11 @@ routed experts take all rows at once, so a missing expert crosses the link once.
 stream, the digits of the experts' inputs and the routing are kept for every row.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from osmium.config import ModelConfig
 from osmium.experts.streaming import PrefillExperts, pair_bytes
@@ -19,8 +18,7 @@ from osmium.models.state import ModelState
 from osmium.models.workspace import Workspace, workspace_bytes
 from osmium.ops import Array, MatmulInput, Ops, StepInputs
 from osmium.ops.grouped import TILE_ROWS
-from osmium.ops.tiling import supports_grouped_experts
-from osmium.ops.types import DIGIT_GROUP
+from osmium.ops.tiling import input_shapes, supports_grouped_experts
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
@@ -45,36 +43,36 @@ class PrefillRows:
 
     x: Array
     """f32 [T, D], the residual stream."""
-    digits: Array | None = None
-    """i8 [T, D / 128, 2, 128], of the experts' inputs.  None: as all others where experts take the
-    rows of a piece."""
-    units: Array | None = None
-    """f32 [T, D / 128]."""
+    h: Mapping[str, Array]
+    """Fields of MatmulInput that the experts' kernels read; empty where experts take the rows of a
+    piece."""
     ids: Array | None = None
-    """u16 [T, A], top-k expert ids."""
+    """u16 [T, A], top-k expert ids; None where experts take the rows of a piece."""
     weights: Array | None = None
     """f32 [T, A], top-k weights."""
 
     def __getitem__(self, part: slice) -> "PrefillRows":
         """A view of some rows."""
-        parts = (self.digits, self.units, self.ids, self.weights)
-        return PrefillRows(self.x[part], *(None if a is None else a[part] for a in parts))
+        ids, weights = (None if a is None else a[part] for a in (self.ids, self.weights))
+        h = {name: array[part] for name, array in self.h.items()}
+        return PrefillRows(self.x[part], h, ids, weights)
+
+
+Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
 
 
 def _shapes(
-    config: ModelConfig, tokens: int, grouped: bool
-) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
-    hidden = config.hidden_size
-    shapes: dict[str, tuple[tuple[int, ...], npt.DTypeLike]] = {"x": ((tokens, hidden), np.float32)}
-    if grouped:
-        groups = hidden // DIGIT_GROUP
-        shapes |= {
-            "digits": ((tokens, groups, 2, DIGIT_GROUP), np.int8),
-            "units": ((tokens, groups), np.float32),
-            "ids": ((tokens, config.top_k), np.uint16),
-            "weights": ((tokens, config.top_k), np.float32),
-        }
-    return shapes
+    config: ModelConfig, layout: ExpertLayout, tokens: int, gpu: bool
+) -> tuple[Shapes, Shapes]:
+    """Shape and dtype of the arrays of PrefillRows, and of those in its `h`."""
+    rows: Shapes = {"x": ((tokens, config.hidden_size), np.float32)}
+    if not gpu or not supports_grouped_experts(layout, config.num_experts):
+        return rows, {}
+    rows["ids"] = (tokens, config.top_k), np.uint16
+    rows["weights"] = (tokens, config.top_k), np.float32
+    shapes = input_shapes(tokens, config.hidden_size, True, gpu)
+    names = ("hi_lo", "square_sums") if layout.bits == 16 else ("digits", "units")
+    return rows, {name: shapes[name] for name in names}
 
 
 def short_pass_tokens(pass_tokens: int) -> int:
@@ -87,16 +85,16 @@ def make_prefill_rows(
 ) -> PrefillRows:
     """Rows of a pass of up to `tokens` tokens and a short one beside it.  Raises: OutOfMemory."""
     tokens += short_pass_tokens(tokens)
-    grouped = gpu and supports_grouped_experts(layout, config.num_experts)
-    shapes = _shapes(config, tokens, grouped)
-    return PrefillRows(**{name: ops.empty(*shape) for name, shape in shapes.items()})
+    rows, h = _shapes(config, layout, tokens, gpu)
+    arrays = {name: ops.empty(*shape) for name, shape in rows.items()}
+    return PrefillRows(h={name: ops.empty(*shape) for name, shape in h.items()}, **arrays)
 
 
 def prefill_rows_bytes(config: ModelConfig, layout: ExpertLayout, tokens: int, gpu: bool) -> int:
     """Bytes that make_prefill_rows allocates."""
     tokens += short_pass_tokens(tokens)
-    grouped = gpu and supports_grouped_experts(layout, config.num_experts)
-    return sum(aligned_bytes(*shape) for shape in _shapes(config, tokens, grouped).values())
+    rows, h = _shapes(config, layout, tokens, gpu)
+    return sum(aligned_bytes(*shape) for shape in (*rows.values(), *h.values()))
 
 
 def scratch_bytes(config: ModelConfig, layout: ExpertLayout, rows: int, gpu: bool) -> int:
@@ -117,9 +115,11 @@ def prefill_pairs(layout: ExpertLayout, tokens: int, top_k: int, nbytes: int) ->
 class PrefillPass:
     """Runs prefill passes of a model, one layer after another."""
 
-    def __init__(self, ops: Ops, rows: PrefillRows, experts: PrefillExperts | None) -> None:
-        """`experts` is None where experts take the rows of a piece."""
-        self.ops, self.rows, self.experts = ops, rows, experts
+    def __init__(
+        self, ops: Ops, rows: PrefillRows, experts: PrefillExperts | None, eps: float
+    ) -> None:
+        """`experts` is None where experts take the rows of a piece; `eps` is that of norms."""
+        self.ops, self.rows, self.experts, self.eps = ops, rows, experts, eps
 
     def run(
         self,
@@ -163,7 +163,7 @@ class PrefillPass:
                     if start < total:
                         yield index
                 if experts is not None:
-                    h = MatmulInput(rows.x, digits=rows.digits, units=rows.units)
+                    h = MatmulInput(rows.x, eps=self.eps, **rows.h)
                     compute = experts.compute(index, rows.x, h, rows.ids, rows.weights, admits)
                     for _ in compute:
                         yield index
@@ -192,5 +192,5 @@ def _work(work: Workspace, rows: PrefillRows) -> Workspace:
     """A workspace whose kept arrays are those of the pass."""
     if rows.ids is None or rows.weights is None:
         return replace(work, x=rows.x)
-    h = replace(work.h, digits=rows.digits, units=rows.units)
+    h: Any = replace(work.h, **rows.h)
     return replace(work, x=rows.x, h=h, ids=rows.ids, weights=rows.weights)

@@ -104,7 +104,7 @@ class Qwen3_5MoeModel:
             )
         self.pass_tokens = tokens
         """Most tokens of a prefill pass."""
-        self.prefill_pass = PrefillPass(ops, prefill_rows, experts)
+        self.prefill_pass = PrefillPass(ops, prefill_rows, experts, config.eps)
 
     def forward(self, step: StepInputs, state: ModelState) -> None:
         """Run all layers on a step; `head` computes its logits until the next call.

@@ -207,7 +207,7 @@ class GpuOps(GpuExperts):
         _, value_heads, dk, dv = state.shape
         if not self.is_decode(step) or w.ab.format != "bf16":
             heads = delta_out.f32.reshape(delta_out.f32.shape[0], value_heads, dv)
-            self.generic_linear(workspace.ab, self.merge_hi_lo(h), w.ab, 0)
+            self.linear(workspace.ab, h, w.ab)
             self.causal_conv1d(qkv, u, w.conv, conv_state, step)
             self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
             rule = heads, qkv, workspace.decay, workspace.beta, state, step

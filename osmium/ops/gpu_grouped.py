@@ -15,7 +15,12 @@ from osmium.kernels.group_by_expert import (
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
 from osmium.ops.grouped import ExpertGroups, GroupedExperts, TileRange
-from osmium.ops.tiling import MATVEC_MAX_TOKENS, gemm_stages, supports_grouped_experts
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    bf16_gemm_stages,
+    gemm_stages,
+    supports_grouped_experts,
+)
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -25,6 +30,8 @@ GATHER_ADD = kernel("gather_add_f32")
 SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+BF16_MOE_GEMM_UP = kernel("bf16_moe_gemm_up_f32")
+BF16_MOE_GEMM_DOWN = kernel("bf16_moe_gemm_down_f32")
 
 ROUND_PAIRS = 512
 """Pairs of a thread block are a multiple of this: a round of the kernel has one per thread."""
@@ -74,9 +81,13 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
+        """inner = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position.
+
+        Stored in inner.f32, of BF16 experts in inner.hi_lo.
+        """
         self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
-        self.split_digits(h)
+        if cache.layout.bits != 16:
+            self.split_digits(h)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_up(grouped, inner, h, ids, cache.layout, cache.slots[layer], part)
 
@@ -88,13 +99,15 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """pair_out = the experts' outputs of inner.f32, by sorted position."""
-        self.split_digits(inner, of_f32=True)
+        """pair_out = the experts' outputs of inner, by sorted position."""
+        if cache.layout.bits != 16:
+            self.split_digits(inner, of_f32=True)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_down(grouped, inner, cache.layout, cache.slots[layer], part)
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        self.split_digits(a)
+        if a.digits is not None:
+            self.split_digits(a)
 
     def expert_part(
         self,
@@ -109,11 +122,12 @@ class GpuGrouped(GpuRows):
     ) -> None:
         part = _tiles(grouped.groups, ids, expert_slots, tiles)
         self._moe_up(grouped, inner, h, ids, layout, slots, part)
-        blocks, array, num_tiles, places, start = part
-        SPLIT_DIGITS_OF_TILES(
-            self.stream, blocks, inner.digits, inner.units, inner.f32, array, num_tiles, places,
-            layout.inner, start,
-        )  # fmt: skip
+        if layout.bits != 16:
+            blocks, array, num_tiles, places, start = part
+            SPLIT_DIGITS_OF_TILES(
+                self.stream, blocks, inner.digits, inner.units, inner.f32, array, num_tiles,
+                places, layout.inner, start,
+            )  # fmt: skip
         self._moe_down(grouped, inner, layout, slots, part)
 
     def _moe_up(
@@ -126,8 +140,15 @@ class GpuGrouped(GpuRows):
         slots: Array,
         part: "Tiles",
     ) -> None:
-        """inner.f32 of the experts that have a slot."""
+        """inner of the experts that have a slot."""
         blocks, tiles, num_tiles, expert_slots, start = part
+        if layout.bits == 16:
+            BF16_MOE_GEMM_UP(
+                self.stream, blocks, inner.hi_lo, h.hi_lo, h.square_sums or 0, slots, tiles,
+                num_tiles, expert_slots, grouped.groups.order, ids.shape[1], layout.inner,
+                layout.hidden, layout.nbytes, 0, start, bf16_gemm_stages(self.runtime), h.eps,
+            )  # fmt: skip
+            return
         MOE_GEMM_UP[layout.bits](
             self.stream, blocks, inner.f32, h.digits, h.units, slots, tiles, num_tiles,
             expert_slots, grouped.groups.order, ids.shape[1], layout.inner, layout.hidden,
@@ -145,6 +166,13 @@ class GpuGrouped(GpuRows):
     ) -> None:
         """pair_out of the experts that have a slot."""
         blocks, tiles, num_tiles, expert_slots, start = part
+        if layout.bits == 16:
+            BF16_MOE_GEMM_DOWN(
+                self.stream, blocks, grouped.pair_out, inner.hi_lo, slots, tiles, num_tiles,
+                expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down, start,
+                bf16_gemm_stages(self.runtime),
+            )  # fmt: skip
+            return
         MOE_GEMM_DOWN[layout.bits](
             self.stream, blocks, grouped.pair_out, inner.digits, inner.units, slots, tiles,
             num_tiles, expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down,

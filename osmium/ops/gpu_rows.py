@@ -1,7 +1,8 @@
 """Memory, rows, matrices and quantisation of GpuOps.
 
-Matvec kernels, for few tokens, read hi + lo (types.MatmulInput), which the producer of the rows
-stores.  The generic kernels, for other shapes, read f32, which merge_hi_lo_f32 restores.
+Matvec kernels, for few tokens, and BF16 matrices of many read hi + lo (types.MatmulInput), which
+the producer of the rows stores.  The generic kernels, for other shapes, read f32, which
+merge_hi_lo_f32 restores.
 """
 
 import contextlib
@@ -17,10 +18,12 @@ from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     MAX_NORM_K,
     Tiling,
+    bf16_gemm_stages,
     gemm_stages,
     input_shapes,
     supports_gemm,
     supports_matvec,
+    takes_small_gemm_blocks,
     tile_matrix,
 )
 from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
@@ -41,6 +44,8 @@ LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4"
 SPLIT_DIGITS = kernel("split_digits_f32")
 SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
 GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
+BF16_GEMM = {False: kernel("bf16_gemm_f32"), True: kernel("bf16_gemm_small_f32")}
+"""By whether blocks are small: 32 x 64 instead of 64 x 128."""
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
 
@@ -179,20 +184,28 @@ class GpuRows:
     def uses_gemm(self, a: MatmulInput, w: LinearWeight) -> bool:
         """Whether a matrix is multiplied by the kernels for many tokens."""
         has_rows = self.is_prefill or a.f32.shape[0] > MATVEC_MAX_TOKENS
-        return has_rows and a.digits is not None and supports_gemm(w)
+        has_input = w.format == "bf16" or a.digits is not None
+        return has_rows and has_input and supports_gemm(w)
 
     def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """out = a @ W.T, or out += with `accumulate` 1, for many tokens.
 
-        The kernel's error is that of the digits: 16 bits of the largest of 128 inputs.
+        BF16 weights multiply hi + lo.  For others the error is that of the digits: 16 bits of the
+        largest of 128 inputs.
         """
-        tokens = a.f32.shape[0]
+        tokens, sizes = a.f32.shape[0], (a.f32.shape[0], w.out_features, w.in_features)
+        if w.format == "bf16":
+            is_small = takes_small_gemm_blocks(self.runtime, tokens, w.out_features)
+            BF16_GEMM[is_small](
+                self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes,
+                5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
+            )  # fmt: skip
+            return
         self.split_digits(a)
         stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
         GEMM[w.format](
-            self.stream, out, a.digits, a.units, w.data, w.scale, tokens, w.out_features,
-            w.in_features, stages, accumulate,
-        )  # fmt: skip
+            self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate
+        )
 
     def split_digits(self, a: MatmulInput, of_f32: bool = False) -> None:
         """a.digits and a.units of hi + lo, divided by the root mean square if normed; or of f32."""

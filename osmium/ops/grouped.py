@@ -141,9 +141,11 @@ class GroupedOps(Protocol):
         """
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.  No-op on the CPU.
+        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.
 
-        In `MemoryOps.prefill`, `linear` of `a` with an INT4 or INT8 matrix does so, too."""
+        No-op on the CPU.  In `MemoryOps.prefill`, `linear` of `a` with an INT4 or INT8 matrix does
+        so, too.  BF16 experts do not need it.
+        """
 
     def expert_part(
         self,

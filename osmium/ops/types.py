@@ -28,8 +28,8 @@ __all__ = [
     "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_DISCARD", "PREFETCH_SCORE_BIAS",
     "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
     "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "Empty", "ExpertCache",
-    "Fill", "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
-    "SlotAssignment", "StepInputs",
+    "Fill", "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState",
+    "SharedExpert", "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 Array = Any

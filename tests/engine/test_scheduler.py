@@ -169,7 +169,9 @@ def test_a_short_pass_takes_no_pages_of_others() -> None:
 
 
 def test_passes_are_about_equal_and_end_at_multiples_of_64() -> None:
-    for computed, pending, most in itertools.product((0, 64, 1000), (1, 100, 5000, 20480), (64, 512, 10240)):
+    for computed, pending, most in itertools.product(
+        (0, 64, 1000), (1, 100, 5000, 20480), (64, 512, 10240)
+    ):
         ends, left = [], pending
         while left:
             count = pass_tokens(computed + pending - left, left, most)
@@ -177,7 +179,9 @@ def test_passes_are_about_equal_and_end_at_multiples_of_64() -> None:
             left -= count
             ends.append(computed + pending - left)
         assert all(end % CUT_TOKENS == 0 for end in ends[:-1])
-        assert len(ends) <= -(-pending // most) + (2 if most > 64 and computed % 64 == 0 else pending)
+        assert len(ends) <= -(-pending // most) + (
+            2 if most > 64 and computed % 64 == 0 else pending
+        )
     assert pass_tokens(0, 20480, 10240) == 10240 and pass_tokens(0, 10300, 10240) == 5184
     assert [pass_tokens(0, 9, 8), pass_tokens(3, 70, 64)] == [8, 61]
 

@@ -1,4 +1,4 @@
-"""Experts of prefill passes on interpreted kernels: the bits of a fully resident cache, counters."""
+"""Experts of prefill passes on interpreted kernels: bits of a fully resident cache, counters."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -361,7 +361,7 @@ def test_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None
 
 def test_other_layouts_have_no_staging_slots() -> None:
     vram, big = 32 << 30, ExpertLayout(4, 3072, 1024)
-    assert staging_experts(ExpertLayout(16, 64, 64), 256, vram, 99) == 0
+    assert staging_experts(ExpertLayout(16, 136, 128), 256, vram, 99) == 0
     assert staging_experts(ExpertLayout(4, 64, 64), 256, vram, 99) == 0
     assert staging_experts(LAYOUT, 256, vram, 0) == 0, "nothing is missing"
     assert staging_experts(big, 256, vram, 138) == STAGING_EXPERTS
