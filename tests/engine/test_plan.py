@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.host_memory import available_ram
 from osmium.engine.plan import (
     CUDA_CONTEXT_BYTES,
     PREFILL_CHUNK,
@@ -18,7 +19,6 @@ from osmium.engine.plan import (
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
-    available_ram,
     make_plan,
 )
 from osmium.engine.speed_estimate import (
