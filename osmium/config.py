@@ -253,7 +253,8 @@ class EngineConfig:
     """Write-combined memory for host experts: True uses it, False forbids it, None chooses by
     measured copy rates.  tools/dma_bandwidth.py measures all kinds."""
     prefill_chunk: int | None = None
-    """Most tokens of a prefill step.  None is 2048 where VRAM then holds every expert, else 512."""
+    """Most tokens of a prompt per pass over the layers; each missing expert crosses the link once
+    per pass.  None is 2048 where VRAM then holds every expert, else 512."""
     page_size: int = 64
     """Tokens per KV page."""
     max_num_seqs: int | None = None

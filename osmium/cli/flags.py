@@ -100,7 +100,8 @@ def add_engine_flags(
         "--prefill-chunk",
         type=integer(1),
         metavar="TOKENS",
-        help="most tokens per prefill step (2048 with all experts in VRAM, else 512)",
+        help="most tokens of a prompt per pass over the layers; each missing expert crosses the "
+        "link once per pass (2048 with all experts in VRAM, else 512)",
     )
     add("--page-size", type=integer(1), metavar="TOKENS", help="tokens per KV page (64)")
     add(

@@ -11,6 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.prefill_estimate import (
+    PrefillCost,
+    prefill_cost,
+    reading_lines,
+    reading_values,
+)
 from osmium.engine.runner import runner_bytes
 from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
 from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
@@ -99,6 +105,8 @@ class MemoryPlan:
     """Whether experts are copied before their layer's routing."""
     staging_experts: int = 0
     """Experts in each half of the staging buffer of long steps; 0: there is none."""
+    prefill: PrefillCost | None = None
+    """Operations and bytes of a token of a prompt, and the rates; None: no estimate."""
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -177,6 +185,7 @@ class MemoryPlan:
             "expected_hit_rate": round(self.hit_rate, 3),
             "expected_tokens_per_s": None if speed is None else round(speed, 1),
             "token_cost": asdict(self.token_cost),
+            **reading_values(self),
             "slot_estimates": [asdict(estimate) for estimate in self.slot_estimates()],
         }
 
@@ -199,7 +208,7 @@ class MemoryPlan:
                     f"speed      about {speed:.0f} tok/s (estimate; link {self.link_gb_s:.1f} "
                     f"GB/s, VRAM {self.token_cost.memory_gb_s:.0f} GB/s)"
                 )
-            lines += ["", slot_estimate_table(self.slot_estimates())]
+            lines += [*reading_lines(self), "", slot_estimate_table(self.slot_estimates())]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -319,6 +328,7 @@ def make_plan(
     return MemoryPlan(
         "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch, staged,
+        prefill_cost(config, layout, weights, kv_dtype, hardware),
     )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from osmium.engine.prefill_estimate import reading_text
 from osmium.engine.speed_estimate import ERROR, MEASURED, STANDARD_CONTEXT
 from osmium.planning.report import DISK_GB_S, PlanReport
 from osmium.weights.disk import free_text, gb
@@ -72,6 +73,7 @@ def _fit(report: PlanReport) -> Iterator[str]:
     if plan.vram:
         yield from _entry("experts", _experts(report))
         yield from _entry("limit", _limit(report))
+        yield from _entry("reading", reading_text(plan))
 
 
 def _speed(report: PlanReport) -> str:
