@@ -14,7 +14,6 @@ docs/memory-plan.md.
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,8 +28,8 @@ if TYPE_CHECKING:
     from osmium.engine.plan import HardwareInfo, MemoryPlan
 
 __all__ = [
-    "PrefillCost", "missing_fraction", "prefill_cost", "reading_lines", "reading_text",
-    "reading_values", "touched_fraction",
+    "PrefillCost", "missing_fraction", "prefill_cost", "reading_lines", "reading_speed_text",
+    "reading_values", "reading_vram_text", "touched_fraction",
 ]  # fmt: skip
 
 GIB = 1 << 30
@@ -49,9 +48,6 @@ PROMPT_MS = 4.0
 
 STREAM_EFFICIENCY = 0.96
 """Rate of the copy engine over a pass, as a fraction of its rate for large copies."""
-
-PREFILL_ERROR = 0.05
-"""Stated relative error of an estimate, on the rows that the constants are fitted to."""
 
 TILE_ROWS = 64
 """Rows of an expert that a block of the matrix kernel computes, also where fewer have a token."""
@@ -248,32 +244,38 @@ def _activation_bytes(config: ModelConfig, kind: str) -> int:
 # -- reports ---------------------------------------------------------------------------------------
 
 
-def reading_text(plan: "MemoryPlan") -> str:
-    """The estimated speed, and what reading takes of VRAM; "" on the CPU."""
-    if not plan.vram:
+def reading_speed_text(plan: "MemoryPlan") -> str:
+    """The estimated speed of prompts; "" where there is no estimate."""
+    if plan.prefill is None:
         return ""
-    text = ""
-    if plan.prefill is not None:
-        lengths = [length for length in LENGTHS if length < plan.context] or [plan.context]
-        speeds = [_rounded(length / _seconds(plan, length, 0)) for length in lengths]
-        first, *others = zip(map(_count, lengths), speeds, strict=True)
-        text = f"{first[0]} tokens at about {first[1]:,} tok/s"
-        text += "".join(f", {length} at {speed:,}" for length, speed in others)
-        if plan.context > SHORT:
-            text += f"; {SHORT} tokens in {_seconds(plan, SHORT, 0):.2f} s"
-        text += " (estimate). "
+    lengths = [length for length in LENGTHS if length < plan.context] or [plan.context]
+    speeds = [_rounded(length / _seconds(plan, length, 0)) for length in lengths]
+    first, *others = zip(map(_count, lengths), speeds, strict=True)
+    text = f"{first[0]} tokens at about {first[1]:,} tok/s"
+    text += "".join(f", {length} at {speed:,}" for length, speed in others)
+    if plan.context > SHORT:
+        text += f"; {SHORT} tokens in {_seconds(plan, SHORT, 0):.2f} s"
+    return text + " (estimate)"
+
+
+def reading_vram_text(plan: "MemoryPlan") -> str:
+    """What reading takes of VRAM and of expert slots."""
     nbytes = _reading_bytes(plan)
-    text += f"Its arrays take {nbytes / GIB:.2f} GiB"
+    text = f"reading takes {nbytes / GIB:.2f} GiB"
     if not plan.resident:
         text += f", {nbytes / plan.token_cost.slot_bytes:.1f} slots per layer"
     return text
 
 
 def reading_lines(plan: "MemoryPlan") -> list[str]:
-    """The same as lines of a plan's table; none on the CPU."""
-    return textwrap.wrap(
-        reading_text(plan), 88, initial_indent="reading    ", subsequent_indent=" " * 11
-    )
+    """Both as lines of a plan's table; none on the CPU."""
+    if not plan.vram:
+        return []
+    texts = (reading_speed_text(plan), reading_vram_text(plan))
+    return [
+        f"{label:11}{text}"
+        for label, text in zip(("reading", ""), filter(None, texts), strict=False)
+    ]
 
 
 def reading_values(plan: "MemoryPlan") -> dict[str, Any]:
