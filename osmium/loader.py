@@ -18,8 +18,9 @@ from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import CudaRuntime as Gpu
 from osmium.cuda.stream import spilled_bytes
 from osmium.engine.engine import Engine
+from osmium.engine.host_memory import available_ram
 from osmium.engine.kv_cache_manager import KVCacheManager
-from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
+from osmium.engine.plan import MemoryPlan, kv_capacity_tokens
 from osmium.engine.prefill_plan import block_rows
 from osmium.engine.runner import ModelRunner
 from osmium.engine.slot_rebalancer import SlotRebalancer

@@ -8,12 +8,15 @@ options that fit.
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
-
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.prefill_estimate import (
+    PrefillCost,
+    prefill_cost,
+    reading_lines,
+    reading_values,
+)
 from osmium.engine.prefill_plan import (
     CPU_CHUNK,
     PIECE_ROWS,
@@ -32,8 +35,8 @@ from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "available_ram",
-    "kv_capacity_tokens", "make_plan",
+    "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "kv_capacity_tokens",
+    "make_plan",
 ]  # fmt: skip
 
 GIB = 1 << 30
@@ -103,6 +106,8 @@ class MemoryPlan:
     """Whether experts are copied before their layer's routing."""
     staging_experts: int = 0
     """Experts in each half of the staging slots of prefill passes; 0: there are none."""
+    prefill: PrefillCost | None = None
+    """Operations and bytes of a token of a prompt, and the rates; None: no estimate."""
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -182,6 +187,7 @@ class MemoryPlan:
             "expected_hit_rate": round(self.hit_rate, 3),
             "expected_tokens_per_s": None if speed is None else round(speed, 1),
             "token_cost": asdict(self.token_cost),
+            **reading_values(self),
             "slot_estimates": [asdict(estimate) for estimate in self.slot_estimates()],
         }
 
@@ -205,7 +211,7 @@ class MemoryPlan:
                     f"speed      about {speed:.0f} tok/s (estimate; link {self.link_gb_s:.1f} "
                     f"GB/s, VRAM {self.token_cost.memory_gb_s:.0f} GB/s)"
                 )
-            lines += ["", slot_estimate_table(self.slot_estimates())]
+            lines += [*reading_lines(self), "", slot_estimate_table(self.slot_estimates())]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -344,6 +350,7 @@ def _plan_with_rows(
     return MemoryPlan(
         "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, chunk, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch, staged,
+        prefill_cost(config, layout, weights, kv_dtype, hardware),
     )  # fmt: skip
 
 
@@ -436,59 +443,6 @@ def _ram_limit(options: EngineConfig, hardware: HardwareInfo) -> int:
         return options.ram
     total = hardware.ram_total
     return max(0, hardware.ram_available - min(max(6 * GIB, total // 10), total // 4))
-
-
-def available_ram(
-    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> tuple[int, int]:
-    """(available, total) bytes of host memory, by the system and by cgroup limits."""
-    memory = psutil.virtual_memory()
-    available, total = int(memory.available), int(memory.total)
-    for folder in _memory_cgroups(cgroups, own):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used = _integer(folder / limit_name), _integer(folder / used_name)
-            if limit is not None and used is not None and limit < total:
-                # Cached file pages count as used, but the kernel reclaims them.
-                available = min(available, max(0, limit - used + _cached(folder / "memory.stat")))
-                total = limit
-    return min(available, total), total
-
-
-def _memory_cgroups(cgroups: Path, own: Path) -> list[Path]:
-    """The cgroup folders whose memory limits apply to this process: its own and all parents.
-
-    Inside a container its own path may not exist; the top folder is then the container's.
-    """
-    folders = []
-    for line in _text(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = cgroups / "memory" if controllers else cgroups
-        inside = top / path.lstrip("/")
-        folders += [one for one in (inside, *inside.parents) if one.is_relative_to(top)]
-    return folders or [cgroups, cgroups / "memory"]
-
-
-def _cached(stat: Path) -> int:
-    """Bytes of reclaimable file pages of a cgroup; version 1 has the sum under total_."""
-    values = dict(line.split(maxsplit=1) for line in _text(stat).splitlines())
-    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
-
-
-def _integer(file: Path) -> int | None:
-    text = _text(file).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def _gib(nbytes: int) -> str:

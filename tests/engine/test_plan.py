@@ -11,12 +11,12 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.host_memory import available_ram
 from osmium.engine.plan import (
     CUDA_CONTEXT_BYTES,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
-    available_ram,
     make_plan,
 )
 from osmium.engine.prefill_plan import (
