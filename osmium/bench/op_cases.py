@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from osmium.bench.throughput import arrays, fill_noise
+from osmium.bench.noise import arrays, fill_noise
 from osmium.config import EngineConfig
 from osmium.experts.cache import DECAY
 from osmium.experts.prefetch import make_prefetch_state

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from osmium.bench.noise import arrays, fill_noise
 from osmium.bench.op_cases import INPUT_SETS_BYTES, PAGE, Calls, OpCases
-from osmium.bench.throughput import arrays, fill_noise
 from osmium.models.state import make_state
 from osmium.ops import Array, GroupedExperts, MatmulInput, Ops, StepInputs
 from osmium.ops.grouped import ExpertGroups

@@ -55,8 +55,7 @@ class Scheduler:
         """The next step, or None if no request can run."""
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
-            if request.skip_prefill:
-                request.num_computed_tokens = len(request.tokens) - 1
+            request.num_computed_tokens = request.computed_tokens
             self.running.append(request)
         prefilling = [r for r in self.running if r.num_pending_tokens > 1]
         decoding = [r for r in self.running if r.num_pending_tokens == 1]
