@@ -26,7 +26,7 @@ __all__ = ["bench_kernels", "selected_names"]
 MODELS, BATCHES = ("qwen3.5-122b-a10b", "qwen3.5-35b-a3b"), (1, 4)
 
 HEADER = (
-    f"{'model':18}{'seq':>4}  {'operation':26}{'us':>9}{'MB':>10}{'GB/s':>9}{'fraction':>9}"
+    f"{'model':18}{'seq':>4}  {'operation':30}{'us':>9}{'MB':>10}{'GB/s':>9}{'fraction':>9}"
     f"{'TFLOP/s':>9}{'of s8':>7}"
 )
 
@@ -134,6 +134,6 @@ def row_text(row: dict[str, Any]) -> str:
     tflops = f"{row['tflops']:9.1f}" if "tflops" in row else f"{'':9}"
     share = f"{row['s8_fraction']:7.3f}" if "s8_fraction" in row else f"{'':7}"
     return (
-        f"{row['op']:26}{row['us']:9.2f}{row['bytes'] / 1e6:10.3f}{row['gb_s']:9.1f}"
+        f"{row['op']:30}{row['us']:9.2f}{row['bytes'] / 1e6:10.3f}{row['gb_s']:9.1f}"
         f"{row['rate_fraction']:9.2f}{tflops}{share}  {' '.join(row['kernels'])}"
     )

@@ -1,12 +1,13 @@
 """`osmium bench kernels` without a GPU: inputs fit each operation, and every kernel has a byte
 count."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from osmium.bench import profile
+from osmium.bench import mma_rate, profile
 from osmium.bench.kernels import (
     HEADER,
     MODELS,
@@ -177,6 +178,34 @@ def test_a_prefill_row_has_its_share_of_the_mma_rate(monkeypatch: pytest.MonkeyP
     assert row["tflops"] == round(operations / 1e6, 1)
     assert row["s8_fraction"] == round(2 * operations / 1e9, 3)
     assert len(f"{'':24}{row_text(row)}") == len(HEADER) + len("  int4_gemm_f32")
+
+
+def test_the_mma_rate_counts_the_operations_of_all_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A counter of milliseconds stands in for CUDA events; the sums go to an array of bytes."""
+    for name, count in (("ROUNDS", 2), ("LAUNCHES", 1), ("SAMPLES", 1)):
+        monkeypatch.setattr(mma_rate, name, count)
+    ticks = iter(range(1000))
+    mark = SimpleNamespace(record=lambda _: Tick(next(ticks)))
+    monkeypatch.setattr(mma_rate, "Event", lambda device: mark)
+    runtime: Any = InterpretedRuntime()
+    runtime.device = None
+    ops = GpuOps(runtime)
+    out = ops.empty((2, 5, 256), np.uint8)
+    found = mma_rate.mma_rates(ops, out)
+    warps, blocks = 8, 2  # 2,560 bytes hold the sums of two blocks
+    instructions = blocks * warps * 2 * 16  # in 2 rounds
+    assert found["mma_s8_tops"] == pytest.approx(instructions * 2 * 16 * 8 * 32 / 1e9)
+    assert found["mma_bf16_tflops"] == pytest.approx(found["mma_s8_tops"] / 2)
+    sums = ops.copy_d2h(out).reshape(-1)[:2048].view(np.float32)
+    assert (sums >= 2 * 64 * 16).all(), "the sums of bf16 products of at least 1"
+    assert mma_rate.mma_rates(ReferenceOps()) == {"mma_s8_tops": 0, "mma_bf16_tflops": 0}
+
+
+class Tick(int):
+    """A time in milliseconds that can be closed like an event."""
+
+    def close(self) -> None:
+        pass
 
 
 @pytest.mark.gpu
