@@ -113,14 +113,14 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         on_event: Callable[[Event], None],
-        skip_prefill: bool = False,
+        computed_tokens: int = 0,
         token_mask: TokenMask | None = None,
     ) -> Request:
         """Queue a request; `token_mask` says which tokens may come next.
 
         The engine's thread calls `on_event` with each Token and, at the end, with one Finish.  It
-        must return at once; if it raises, the request is cancelled.  With `skip_prefill` the
-        prompt counts as computed, whatever its pages and slot hold (benchmarks).
+        must return at once; if it raises, the request is cancelled.  The prompt's first
+        `computed_tokens` count as computed, whatever its pages and slot hold (benchmarks).
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(token) for token in prompt]
@@ -133,7 +133,7 @@ class Engine:
         eos, vocab = self.config.eos_token_ids, self.config.vocab_size
         mask = end_mask(params, token_mask, eos, stop_ids, vocab)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, mask)
+        request = Request(ids, params, on_event, stops, seed, self.context, computed_tokens, mask)
         self._send(lambda: self._scheduler.add(request))
         return request
 

@@ -247,7 +247,7 @@ class Request:
         stop_matcher: Any,
         seed: int,
         max_total_tokens: int = 1 << 30,
-        skip_prefill: bool = False,
+        computed_tokens: int = 0,
         token_mask: TokenMask | None = None,
     ) -> None:
         self.params = params
@@ -257,8 +257,9 @@ class Request:
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         """Most tokens of prompt and response together."""
-        self.skip_prefill = skip_prefill
-        """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
+        assert computed_tokens < len(prompt), f"{computed_tokens} computed of {len(prompt)} tokens"
+        self.computed_tokens = computed_tokens
+        """First tokens of the prompt that count as computed, without prefill (benchmarks)."""
         self.token_mask = token_mask
         """Which tokens may come next; None allows all."""
         self.mask_error: Exception | None = None

@@ -123,8 +123,7 @@ class Scheduler:
     def _admit_waiting(self) -> None:
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
-            if request.skip_prefill:
-                request.num_computed_tokens = len(request.tokens) - 1
+            request.num_computed_tokens = request.computed_tokens
             self.running.append(request)
 
     def _admit(self, request: Request) -> bool:

@@ -12,7 +12,7 @@ from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.kernels.top_logprobs import TOP_LOGPROBS
-from osmium.ops import gpu_experts, gpu_grouped, gpu_rows
+from osmium.ops import gpu_experts, gpu_grouped, gpu_rows, mma_rate
 from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
@@ -69,7 +69,9 @@ def check_kernels() -> int:
     Raises: KernelError if a text is missing, broken or stale.
     """
     kernels: dict[str, Kernel] = {}
-    for module in (vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), globals()):
+    for module in (
+        vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), vars(mma_rate), globals(),
+    ):  # fmt: skip
         for value in module.values():
             for item in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(item, Kernel):

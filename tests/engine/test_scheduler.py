@@ -114,6 +114,27 @@ def test_without_requests_there_is_no_step() -> None:
     assert scheduler().schedule() is None
 
 
+def test_the_first_tokens_of_a_prompt_may_count_as_computed() -> None:
+    manager = KVCacheManager(num_pages=4, page_size=4, num_slots=1)
+    scheduler = Scheduler(manager, 4)
+    one = Request([1] * 13, SamplingParams(), lambda event: None, None, 0, computed_tokens=7)
+    scheduler.add(one)
+    counts = []
+    while len(one.tokens) < 15:
+        batch = scheduler.schedule()
+        assert batch is not None
+        ((_, count),) = batch.scheduled
+        counts.append(count)
+        compute(batch)
+    assert counts == [4, 2, 1], "6 tokens of the prompt, then one generated token"
+    scheduler.preempt(one)
+    assert one.num_computed_tokens == 0
+    batch = scheduler.schedule()
+    assert batch is not None and one.num_computed_tokens == 7
+    with pytest.raises(AssertionError, match="13 computed of 13"):
+        Request([1] * 13, SamplingParams(), lambda event: None, None, 0, computed_tokens=13)
+
+
 def test_a_prompt_is_computed_in_chunks_and_its_last_chunk_gives_a_token() -> None:
     sched, one = scheduler(), request(19)
     sched.add(one)
