@@ -299,7 +299,7 @@ class Request:
     @property
     def needs_prefill(self) -> bool:
         """Whether the pending tokens are computed by a prefill pass, not by a decode step."""
-        is_last = self.num_pending_tokens == 1 and not self.skip_prefill
+        is_last = self.num_pending_tokens == 1 and not self.computed_tokens
         return self.num_pending_tokens > 1 or (
             is_last and self.num_computed_tokens < self.prompt_tokens
         )

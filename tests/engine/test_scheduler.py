@@ -116,7 +116,7 @@ def test_without_requests_there_is_no_step() -> None:
 
 def test_the_first_tokens_of_a_prompt_may_count_as_computed() -> None:
     manager = KVCacheManager(num_pages=4, page_size=4, num_slots=1)
-    scheduler = Scheduler(manager, 4)
+    scheduler = Scheduler(manager, 4, 4)
     one = Request([1] * 13, SamplingParams(), lambda event: None, None, 0, computed_tokens=7)
     scheduler.add(one)
     counts = []

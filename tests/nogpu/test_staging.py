@@ -87,4 +87,3 @@ def test_a_half_is_not_overwritten_while_it_is_read() -> None:
         read_until[half] = timeline.copies[-1][3]
         runtime.release_staged(half)
     assert read_until == [10 + 5 * 50, 10 + 6 * 50], "and launches never wait but for the first"
-
