@@ -42,7 +42,12 @@ class MoeBlock:
         """The next layer's router, for prefetch; None in the last layer."""
 
     def forward(
-        self, x: Array, step: StepInputs, work: Workspace, norm: Array, l2_prefetch: Array
+        self,
+        x: Array,
+        step: StepInputs,
+        work: Workspace,
+        norm: Array,
+        l2_prefetch: Array | None = None,
     ) -> None:
         """x += experts(work.h); work.h = norm(x).  x f32 [T, D]    norm f32 [D]
 

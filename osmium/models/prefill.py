@@ -154,7 +154,7 @@ class PrefillPass:
                     with self.ops.prefill():
                         self._mix(layer, layer_state, work, step, embed if index == 0 else None)
                         if experts is None:
-                            layer.moe.forward(work.x, step, work, layer.moe_norm, embed)
+                            layer.moe.forward(work.x, step, work, layer.moe_norm)
                         else:
                             layer.moe.route(step, work)
                             if start == total:  # the shared expert runs while the host reads it
