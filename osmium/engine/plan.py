@@ -272,8 +272,8 @@ def _plan_with_rows(
     sequences = min(4, rows) if options.max_num_seqs is None else options.max_num_seqs
     if sequences > rows:
         raise ConfigError(
-            f"--max-num-seqs is {sequences}; it must be at most {rows}: --prefill-chunk is "
-            f"{chunk}, and a step has at most {PIECE_ROWS} rows."
+            f"--max-num-seqs is {sequences}; it must be at most {rows}, the rows of a step: "
+            f"{PIECE_ROWS}, or fewer with --prefill-chunk {chunk}."
         )
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.num_layers, config.num_experts
@@ -281,7 +281,7 @@ def _plan_with_rows(
         # One more page and slot: the null page and null slot, where rows that have ended write.
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
-        "workspace": workspace_bytes_of(config, layout, rows, hardware.gpu)
+        "workspace": workspace_bytes_of(config, layout, sequences, rows, hardware.gpu)
         + prefetch_state_bytes(layers, experts, config.top_k),
         "prefill": prefill_bytes(
             config, layout, chunk, rows, sequences, -(-context // options.page_size), hardware.gpu

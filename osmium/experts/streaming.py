@@ -27,10 +27,10 @@ __all__ = [
     "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes", "staging_experts",
 ]  # fmt: skip
 
-STAGING_EXPERTS = 16
+STAGING_EXPERTS = 30
 """Experts of each half of the staging slots, and at most STAGING_FRACTION of VRAM."""
 
-STAGING_FRACTION = 0.004
+STAGING_FRACTION = 0.0045
 """Largest fraction of VRAM for each half of the staging slots."""
 
 MIN_STAGING_EXPERTS = 4

@@ -88,7 +88,7 @@ class HistoryModel:
 
     def __init__(self, rule: Rule, pages: int, page: int, slots: int, rows: int) -> None:
         self.config, self.rows, self.rule = CONFIG, rows, rule
-        self.pass_tokens = rows
+        self.pass_tokens = self.piece_rows = rows
         self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
         self.prefill_rows: dict[int, list[tuple[list[int], int]]] = {}
         """rows_seen of the last prefill pass, by its first row."""
