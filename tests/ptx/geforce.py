@@ -6,7 +6,7 @@ one share measured on an H200: every time is an estimate.
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
@@ -37,6 +37,7 @@ from tests.ptx.cases_attention import delta
 from tests.ptx.interpreter import Instruction, InterpretedRuntime, parse_program
 from tests.ptx.kernels import NAMES, kernel_text
 from tests.ptx.sass import Assembled, assemble
+from tests.ptx.shape_runtime import Launch, ShapeRuntime
 
 __all__ = [
     "CARDS", "H200", "MEASURED_PREFILL", "MEASURED_SHARE", "MODELS", "PROMPT", "TARGETS", "Card",
@@ -46,8 +47,6 @@ __all__ = [
 
 Made = Mapping[tuple[str, str], Assembled]
 """By kernel and target."""
-
-Launch = tuple[Kernel, tuple[int, ...], tuple[Any, ...]]
 
 MODELS = {"122B": "synthetic:qwen3.5-122b-a10b", "35B": "synthetic:qwen3.5-35b-a3b"}
 
@@ -137,59 +136,13 @@ CARDS = (
 # -- launches, recorded without a GPU --------------------------------------------------------------
 
 
-class UnwrittenArray(np.ndarray[Any, Any]):
-    """Reserved memory, true as every device array."""
-
-    def __bool__(self) -> bool:
-        return True
-
-
-class ShapeRuntime:
-    """An ops.runtime.DeviceRuntime that records launches.  Memory is reserved, never written."""
-
-    l2 = 48 << 20
-
-    def __init__(self, card: Card) -> None:
-        self.sm_count = card.spec.sm_count
-        self.max_shared_per_block = RESOURCES[card.target].most_shared
-        self.stream = self
-        self.launches: list[Launch] = []
-
-    def launch(self, one: Kernel, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
-        self.launches.append((one, grid, values))
-
-    def empty(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.empty(shape, dtype).view(UnwrittenArray)
-
-    def empty_mapped(self, shape: tuple[int, ...], dtype: Any, fill: Any = None) -> Any:
-        return self.empty(shape, dtype)
-
-    def zeros_mapped(self, shape: tuple[int, ...], dtype: Any) -> Any:
-        return np.zeros(shape, dtype)
-
-    def host_view(self, array: Any) -> Any:
-        return array
-
-    def copy_d2h(self, source: Any) -> Any:
-        return source
-
-    def fork_side_stream(self, prefetch: bool) -> Any:
-        return self
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        """Copies and waits do nothing."""
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda *arguments, **options: None
-
-
 @cache
 def launches(model: str, card: Card, tokens: int, past: int) -> list[Launch]:
     """The launches of a prefill step of four layers, three delta nets and one attention, with all
     experts resident: INT4 experts and mixers, INT8 shared experts, FP8 KV."""
     source = open_synthetic(f"{MODELS[model]}:4", EngineConfig(attention_quant="int4"))
     config = source.config
-    machine = ShapeRuntime(card)
+    machine = ShapeRuntime(card.spec.sm_count, RESOURCES[card.target].most_shared)
     ops = GpuOps(cast(DeviceRuntime, machine))
     slots = ops.empty((4, config.num_experts, source.layout.nbytes), np.uint8)
     experts = ExpertRunner(
