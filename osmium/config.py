@@ -253,7 +253,11 @@ class EngineConfig:
     """Write-combined memory for host experts: True uses it, False forbids it, None chooses by
     measured copy rates.  tools/dma_bandwidth.py measures all kinds."""
     prefill_chunk: int | None = None
-    """Most tokens of a prefill step.  None is 2048 where VRAM then holds every expert, else 512."""
+    """Most tokens of a prompt per pass over the layers; each missing expert crosses the link once
+    per pass.  None is 10240, or 8192 where VRAM holds every expert, less on small GPUs."""
+    decode_gap_ms: int = 100
+    """Longest time between two tokens of a running response while prompts are read,
+    milliseconds."""
     page_size: int = 64
     """Tokens per KV page."""
     max_num_seqs: int | None = None
@@ -284,7 +288,7 @@ class EngineConfig:
                     f"{_flag(name)} is {size} bytes; it must be at least 1 MiB."
                     + hint * (size <= 4096)
                 )
-        least = {"page_size": 1}
+        least = {"page_size": 1, "decode_gap_ms": 1}
         optional = {
             "prefill_chunk": 1,
             "kv_cache_mb": 1,

@@ -18,8 +18,10 @@ from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import CudaRuntime as Gpu
 from osmium.cuda.stream import spilled_bytes
 from osmium.engine.engine import Engine
+from osmium.engine.host_memory import available_ram
 from osmium.engine.kv_cache_manager import KVCacheManager
-from osmium.engine.plan import MemoryPlan, available_ram, kv_capacity_tokens
+from osmium.engine.plan import MemoryPlan, kv_capacity_tokens
+from osmium.engine.prefill_plan import block_rows
 from osmium.engine.runner import ModelRunner
 from osmium.engine.slot_rebalancer import SlotRebalancer
 from osmium.engine.watchdog import Watchdog, default_min_free_ram
@@ -248,6 +250,7 @@ class Loader:
             on_close=on_close,
             plan=plan,
             host_memory="pageable" if gpu is None else gpu.host_kind,
+            decode_gap_s=options.decode_gap_ms / 1e3,
         )
         engines.append(engine)
         if save_usage is not None:
@@ -311,8 +314,9 @@ class Loader:
                 ops, config.num_layers, config.num_experts, config.top_k
             )
         expert_runner = ExpertRunner(
-            ops, *self._experts(plan, usage), plan.prefill_chunk, config.top_k, prefetch_state,
-            plan.staging_experts,
+            ops, *self._experts(plan, usage),
+            block_rows(config, packed.layout, plan.piece_rows, self.gpu is not None), config.top_k,
+            prefetch_state,
         )  # fmt: skip
         if trace is not None:
             predicted = None
@@ -320,8 +324,9 @@ class Loader:
                 predicted = ops.to_device(np.ascontiguousarray(trace.predicted))
             expert_runner.replay(ops.to_device(np.ascontiguousarray(trace.ids)), predicted)
         model = model_class(config.model_type)(
-            ops, config, self._weights, expert_runner, plan.prefill_chunk
-        )
+            ops, config, self._weights, expert_runner, plan.piece_rows, plan.prefill_chunk,
+            plan.link_gb_s,
+        )  # fmt: skip
         # One more page and slot: the null page and null slot, where rows that have ended write.
         pages, slots = plan.num_pages + 1, plan.max_num_seqs + 1
         state = make_state(ops, config, pages, plan.page_size, slots, plan.kv_dtype)
@@ -427,7 +432,14 @@ class Loader:
             slots = slots_per_layer(usage, plan.expert_slots, config.top_k)
         if slots is not None:
             LOG.info("%d to %d expert slots per layer, by recorded usage", min(slots), max(slots))
-        cache = make_cache(ops, self._host_experts, plan.expert_slots, config.top_k, slots)
+        cache = make_cache(
+            ops,
+            self._host_experts,
+            plan.expert_slots,
+            config.top_k,
+            slots,
+            2 * plan.staging_experts,
+        )
         return self._host_experts, cache
 
     def _generate_experts(self, synthetic: Synthetic, allocate: Callable[..., Array]) -> Array:

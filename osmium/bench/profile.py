@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 
 from osmium.cuda.stream import Event
+from osmium.engine.decode_session import DecodeSession
 from osmium.engine.engine import Engine
 from osmium.engine.request import Request, SamplingParams
-from osmium.engine.runner import DecodeSession, ModelRunner
+from osmium.engine.runner import ModelRunner
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError
 from osmium.ops.gpu import GpuOps
@@ -186,8 +187,14 @@ def milliseconds(machine: Any, run: Any) -> float:
     return statistics.median(times[1:])
 
 
-def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float, list[Launch]]:
-    """Microseconds per call when one graph holds all calls, and the launches of the calls."""
+def time_calls(
+    ops: GpuOps, calls: Sequence[Callable[[], None]], timed: str = ""
+) -> tuple[float, list[Launch]]:
+    """Microseconds per call when one graph holds all calls, and the launches of the calls.
+
+    With `timed`, the graph and the list have only kernels whose name contains it; the others run
+    once, before.
+    """
 
     def run() -> None:
         for call in calls:
@@ -197,7 +204,11 @@ def time_calls(ops: GpuOps, calls: Sequence[Callable[[], None]]) -> tuple[float,
         run()
     run()  # before the capture, as the first use of a kernel loads its module
     ops.synchronize()
-    return 1e3 * milliseconds(ops.runtime, ops.capture_graph(run)) / len(calls), launches
+    chosen = [launch for launch in launches if timed in launch[0].name]
+    assert chosen, f"no kernel's name contains {timed!r}"
+    stream = ops.stream
+    graph = ops.capture_graph(run if not timed else lambda: _launch(stream, chosen))
+    return 1e3 * milliseconds(ops.runtime, graph) / len(calls), chosen
 
 
 def launch_bytes(launch: Launch) -> int:

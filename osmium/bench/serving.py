@@ -19,9 +19,9 @@ from typing import Any
 
 from osmium.bench import stream_client
 from osmium.bench.stream_client import StreamResult
+from osmium.engine.decode_session import DecodeSession
 from osmium.engine.engine import Engine
 from osmium.engine.request import Event, Finish, Request, Token
-from osmium.engine.runner import DecodeSession
 from osmium.engine.scheduler import Batch
 from osmium.errors import ConfigError, OsmiumError
 from osmium.server.app import create_app

@@ -9,7 +9,7 @@ from typing import Any
 
 from osmium.bench.kernels import bench_kernels
 from osmium.bench.profile import profile, profile_table
-from osmium.bench.report import COLUMNS, compare, row_line, summary
+from osmium.bench.report import compare, header, row_line, summary
 from osmium.bench.throughput import BenchConfig, measure
 from osmium.cli.flags import BENCH_DEFAULTS, engine_options
 from osmium.cli.local import named_model
@@ -25,7 +25,8 @@ DEFAULTS = BenchConfig(
     depths=(BENCH_DEFAULTS["depth"],), tokens=BENCH_DEFAULTS["tokens"],
     repeats=BENCH_DEFAULTS["repeats"],
     warm_up=BENCH_DEFAULTS["warm_up"], parallel=BENCH_DEFAULTS["parallel"],
-    prompts=BENCH_DEFAULTS["prompt_tokens"],
+    prompts=BENCH_DEFAULTS["prompt_tokens"], turns=BENCH_DEFAULTS["turns"],
+    beside=BENCH_DEFAULTS["prompt_beside"],
 )  # fmt: skip
 """The measurements of `serve --benchmark`."""
 
@@ -46,7 +47,7 @@ def bench(args: argparse.Namespace) -> None:
     budgets = options.pop("kv_cache_mb", None) or (None,)
     settings = BenchConfig(
         tuple(args.depth.split(",")), args.tokens, args.repeats, args.warm_up, args.parallel,
-        args.prompt_tokens, args.temperature,
+        args.prompt_tokens, args.turns, args.prompt_beside, args.temperature,
     )  # fmt: skip
     device = options.pop("device", "auto")
     results = []
@@ -82,11 +83,16 @@ def measure_and_show(
 
     Raises: ConfigError if the sizes do not fit the engine.
     """
-    rows = len(settings.prompts) + len(settings.parallel) * len(settings.depths)
+    prompts = len(settings.prompts) + len(settings.turns) + len(settings.beside)
+    rows = prompts + len(settings.parallel) * len(settings.depths)
     _say(f"{engine.name}: measuring {rows} row{'s' * (rows != 1)}")
-    _say(COLUMNS)
+    columns = ""
 
     def on_row(row: dict[str, Any], left: int, seconds: float | None) -> None:
+        nonlocal columns
+        if header(row) != columns:
+            columns = header(row)
+            _say(columns)
         _say(row_line(row))
         if left:
             estimate = "" if seconds is None else f", about {_duration(seconds)}"

@@ -18,7 +18,7 @@ import osmium
 from osmium.config import user_cache
 from osmium.cuda.driver import BINDING, Device, cuda_version
 from osmium.distribution import NAME, REINSTALL, conflict, gpu_extra, how_to_install, version
-from osmium.engine.plan import available_ram
+from osmium.engine.host_memory import available_ram
 from osmium.errors import DeviceError, KernelError, NoDevice
 from osmium.ops.gpu import check_kernels
 

@@ -7,7 +7,16 @@ import argparse
 from typing import Any
 
 from osmium.cli.legacy import VALUES
-from osmium.cli.values import choice, depths, integer, integers, number, parsed
+from osmium.cli.values import (
+    choice,
+    depths,
+    integer,
+    integers,
+    number,
+    parsed,
+    token_counts,
+    turns,
+)
 from osmium.config import parse_count, parse_size
 from osmium.errors import ConfigError
 
@@ -19,7 +28,8 @@ __all__ = [
 
 BENCH_DEFAULTS: dict[str, Any] = {
     "depth": "1k", "tokens": 256, "repeats": 3, "warm_up": 256, "parallel": (1,),
-    "temperature": 0.0, "prompt_tokens": (512,), "profile": False, "compare": None, "filter": None,
+    "temperature": 0.0, "prompt_tokens": (512,), "turns": (), "prompt_beside": (), "profile": False,
+    "compare": None, "filter": None,
 }  # fmt: skip
 """Defaults of `osmium bench` and of `osmium serve --benchmark`."""
 
@@ -100,7 +110,14 @@ def add_engine_flags(
         "--prefill-chunk",
         type=integer(1),
         metavar="TOKENS",
-        help="most tokens per prefill step (2048 with all experts in VRAM, else 512)",
+        help="most tokens of a prompt per pass over the layers; each missing expert crosses the "
+        "link once per pass (10240; 8192 with all experts in VRAM; less on small GPUs)",
+    )
+    add(
+        "--decode-gap-ms",
+        type=integer(1),
+        metavar="MS",
+        help="longest time between two tokens of a running response while a prompt is read (100)",
     )
     add("--page-size", type=integer(1), metavar="TOKENS", help="tokens per KV page (64)")
     add(
@@ -167,9 +184,21 @@ def add_bench_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     )
     add(
         "--prompt-tokens",
-        type=integers(1, zero_is_none=True),
+        type=token_counts,
         metavar="TOKENS",
-        help="prompt lengths of prefill rows; 0: none (512)",
+        help="prompt lengths of prefill rows, as 1k,4k; 0: none (512)",
+    )
+    add(
+        "--turns",
+        type=turns,
+        metavar="TURNS",
+        help="rows of new tokens behind a random state, as 32k+256; 0: none (0)",
+    )
+    add(
+        "--prompt-beside",
+        type=token_counts,
+        metavar="TOKENS",
+        help="prompt lengths of rows with a decode stream beside, as 20k; 0: none (0)",
     )
     add(
         "--parallel",
@@ -323,8 +352,8 @@ def add_timing_flag(parser: argparse.ArgumentParser | argparse._ArgumentGroup) -
 _NAMES = (
     "device", "gpu_expert_bits", "attention_quant", "shared_expert_quant", "lm_head_quant",
     "kv_dtype", "kv_cache_mb", "context", "vram", "ram", "min_free_ram", "expert_slots",
-    "enable_expert_cache", "prefetch", "write_combined", "prefill_chunk", "page_size",
-    "max_num_seqs", "replay_routing", "cache_dir",
+    "enable_expert_cache", "prefetch", "write_combined", "prefill_chunk", "decode_gap_ms",
+    "page_size", "max_num_seqs", "replay_routing", "cache_dir",
 )  # fmt: skip
 
 

@@ -9,9 +9,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from osmium.config import parse_count
 from osmium.errors import ConfigError
 
-__all__ = ["choice", "depths", "integer", "integers", "number", "parsed"]
+__all__ = [
+    "choice", "depths", "integer", "integers", "number", "parsed", "token_counts", "turns",
+]  # fmt: skip
 
 
 def integer(low: int, high: int | None = None) -> Callable[[str], int]:
@@ -45,19 +48,16 @@ def number(low: float, high: float, *, above: bool = False) -> Callable[[str], f
     return convert
 
 
-def integers(low: int, *, zero_is_none: bool = False) -> Callable[[str], tuple[int, ...]]:
-    """ "1,4" as (1, 4); with `zero_is_none`, "0" as ()."""
+def integers(low: int) -> Callable[[str], tuple[int, ...]]:
+    """ "1,4" as (1, 4)."""
 
     def convert(text: str) -> tuple[int, ...]:
         try:
             values = tuple(int(part) for part in text.split(","))
         except ValueError:
             values = (low - 1,)
-        if zero_is_none and values == (0,):
-            return ()
         if min(values) < low:
-            rule = f"integers of at least {low}, as in {low} or 512,4096"
-            raise _wrong(text, rule + ("; 0 for none" if zero_is_none else ""))
+            raise _wrong(text, f"integers of at least {low}, as in {low} or 512,4096")
         return values
 
     return convert
@@ -88,6 +88,36 @@ def depths(text: str) -> str:
         if not math.isfinite(value) or value <= 0 or (depth.endswith("%") and value > 100):
             raise _wrong(text, "one or more lengths such as 1k, 4096 or 90%, separated by commas")
     return text
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """ "1k,4096" as (1024, 4096); "0" as ()."""
+    if text.strip() == "0":
+        return ()
+    try:
+        return tuple(_token_count(part) for part in text.split(","))
+    except ConfigError:
+        raise _wrong(text, "numbers of tokens, as in 1k or 512,4k; 0 for none") from None
+
+
+def turns(text: str) -> tuple[tuple[int, int], ...]:
+    """ "32k+16,1k+256" as ((32768, 16), (1024, 256)); "0" as ()."""
+    if text.strip() == "0":
+        return ()
+    pairs = [part.split("+") for part in text.split(",")]
+    try:
+        return tuple((_token_count(cached), _token_count(new)) for cached, new in pairs)
+    except (ConfigError, ValueError):
+        rule = "tokens in the state + new tokens, as in 32k+256 or 8k+64,32k+2k; 0 for none"
+        raise _wrong(text, rule) from None
+
+
+def _token_count(text: str) -> int:
+    """ "1k" as 1024.  Raises: ConfigError for anything that is less than a token."""
+    count = parse_count(text)
+    if count < 1:
+        raise ConfigError(f"{text} is less than a token.")
+    return count
 
 
 def parsed(parse: Callable[[str], Any]) -> Callable[[str], Any]:

@@ -26,6 +26,9 @@ __all__ = [
     "spilled_bytes",
 ]
 
+MAX_QUEUE_DEPTH = 8
+"""Most calls of `CudaRuntime.limit_queue` whose launches may be queued."""
+
 LAUNCH_BLOCKING = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
 """Synchronise after every launch, so that an error names its kernel; no graph is captured."""
 
@@ -245,10 +248,14 @@ class CudaRuntime:
         self._fork_event, self._join_event = Event(device), Event(device)
         self.copy_stream = Stream(device)
         """Copies from host memory, in parallel with the main stream; ordered by events alone."""
-        self._staged = Event(device), Event(device), Event(device)
+        self._staged = Event(device), Event(device)
         """The ends of the last copies to each buffer of experts."""
-        self._released = Event(device), Event(device), Event(device)
+        self._released = Event(device), Event(device)
         """The ends of the launches that last read each buffer."""
+        self._timer, self._readback = Event(device), Event(device)
+        self._queue_marks = [Event(device) for _ in range(MAX_QUEUE_DEPTH)]
+        """The ends of the launches before the last calls of `limit_queue`, in turns."""
+        self._queue_calls = 0
         self.host_kind: HostKind = host_kind
         self._buffers: dict[int, HostBuffer] = {}
 
@@ -369,6 +376,26 @@ class CudaRuntime:
     def release_staged(self, buffer: int) -> None:
         """The next copies to this buffer wait for the work on the main stream so far."""
         self._released[buffer].record(self.stream)
+
+    def start_timer(self) -> None:
+        """`wait_readback` measures from the end of the work on the main stream so far."""
+        self._timer.record(self.stream)
+
+    def record_readback(self) -> None:
+        """`wait_readback` waits for the work on the main stream so far."""
+        self._readback.record(self.stream)
+
+    def wait_readback(self) -> float:
+        """Wait for the last `record_readback`; returns milliseconds since `start_timer`."""
+        return self._readback - self._timer
+
+    def limit_queue(self, depth: int) -> None:
+        """Wait for the work on the main stream before the `depth`-th last call."""
+        assert 1 <= depth <= MAX_QUEUE_DEPTH, f"a depth of {depth}"
+        marks, self._queue_calls = self._queue_marks, self._queue_calls + 1
+        if self._queue_calls > depth:
+            marks[(self._queue_calls - depth) % MAX_QUEUE_DEPTH].synchronize()
+        marks[self._queue_calls % MAX_QUEUE_DEPTH].record(self.stream)
 
     def close(self) -> None:
         """Free the streams, host memory and all VRAM; repeated calls do nothing."""

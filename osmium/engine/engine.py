@@ -4,6 +4,7 @@ import contextlib
 import queue
 import secrets
 import threading
+import time
 import weakref
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
+from osmium.engine.decode_session import DecodeSession
 from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.min_tokens import end_mask, has_spent_mask
 from osmium.engine.request import (
@@ -30,7 +32,8 @@ from osmium.engine.request import (
     delivery_error,
     step_error,
 )
-from osmium.engine.runner import DecodeSession, ModelRunner
+from osmium.engine.runner import ModelRunner
+from osmium.engine.running_passes import RunningPasses
 from osmium.engine.sampler import Sampled, sample_or_error, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
@@ -65,19 +68,25 @@ class Engine:
         on_close: Callable[[], None] | None = None,
         plan: Any = None,
         host_memory: str = "pageable",
+        decode_gap_s: float = 0.1,
     ) -> None:
-        """The engine's thread calls `on_thread` first, and `on_close` when all requests ended."""
+        """The engine's thread calls `on_thread` first, and `on_close` when all requests ended.
+
+        `decode_gap_s`: the longest time between two tokens of a running response, while prompts are
+        read.
+        """
         self.config: ModelConfig = runner.model.config
         self.name, self.context, self.device, self.plan = name, context, device, plan
         self.host_memory = host_memory
         """The kind of host memory that holds the experts."""
-        self.max_step_tokens, self.max_num_seqs = runner.rows, kv_cache.num_slots
-        """Most tokens of a step, and most sequences at once."""
+        self.max_step_tokens, self.max_num_seqs = runner.max_pass_tokens, kv_cache.num_slots
+        """Most tokens of a prefill pass, and most sequences at once."""
         self.tokenizer, self.template = tokenizer, template
         self.defaults = defaults or {}
         """Sampling parameters recommended by the model's authors (generation_config.json)."""
         self._runner, self._kv_cache = runner, kv_cache
-        self._scheduler = Scheduler(kv_cache, runner.rows)
+        self._scheduler = Scheduler(kv_cache, runner.max_pass_tokens, runner.rows)
+        self._passes = RunningPasses(runner, decode_gap_s)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         """Calls from other threads; the engine's thread runs them between two steps."""
         self._on_thread, self._on_close = on_thread, on_close
@@ -104,14 +113,14 @@ class Engine:
         prompt: Sequence[int],
         params: SamplingParams,
         on_event: Callable[[Event], None],
-        skip_prefill: bool = False,
+        computed_tokens: int = 0,
         token_mask: TokenMask | None = None,
     ) -> Request:
         """Queue a request; `token_mask` says which tokens may come next.
 
         The engine's thread calls `on_event` with each Token and, at the end, with one Finish.  It
-        must return at once; if it raises, the request is cancelled.  With `skip_prefill` the
-        prompt counts as computed, whatever its pages and slot hold (benchmarks).
+        must return at once; if it raises, the request is cancelled.  The prompt's first
+        `computed_tokens` count as computed, whatever its pages and slot hold (benchmarks).
         Raises: RequestError for a prompt that is empty, too long or has unknown ids, EngineStopped.
         """
         ids = [int(token) for token in prompt]
@@ -124,7 +133,7 @@ class Engine:
         eos, vocab = self.config.eos_token_ids, self.config.vocab_size
         mask = end_mask(params, token_mask, eos, stop_ids, vocab)
         seed = secrets.randbits(63) if params.seed is None else params.seed
-        request = Request(ids, params, on_event, stops, seed, self.context, skip_prefill, mask)
+        request = Request(ids, params, on_event, stops, seed, self.context, computed_tokens, mask)
         self._send(lambda: self._scheduler.add(request))
         return request
 
@@ -176,7 +185,7 @@ class Engine:
         def store(position: int, sequence: int, logits: npt.NDArray[np.float32]) -> None:
             out[position : position + len(logits)] = logits
 
-        self.stream_prompt_logits([ids], self._runner.rows, store)
+        self.stream_prompt_logits([ids], self.max_step_tokens, store)
         return out
 
     def prompt_logits(
@@ -209,6 +218,7 @@ class Engine:
     def _forced_logits(
         self, sequences: list[list[int]], max_step_tokens: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
+        self._passes.end(lambda _: False)  # their requests are preempted
         return teacher_forced_logits(self._runner, self._scheduler, sequences, max_step_tokens)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
@@ -314,13 +324,13 @@ class Engine:
             while not self._closing:
                 self._run_commands()
                 self._end_requests()
-                batch = self._scheduler.schedule()
-                if batch is not None:
-                    self._step(batch)
+                self._work()
                 self.stats.poll()
         except Exception as error:  # clients hang unless every pending request gets this error
             reason = self.failure = EngineStopped(f"The engine has stopped: {error}")
             reason.__cause__ = error
+        with contextlib.suppress(Exception):  # the context may be lost
+            self._passes.end(lambda _: False)
         if self._stop_reason is not None:
             reason = self.failure = EngineStopped(self._stop_reason)
         with self._lock:
@@ -359,17 +369,85 @@ class Engine:
             elif request.is_complete:
                 self._finish(request, FinishReason.LENGTH)
 
+    def _work(self) -> None:
+        """Run a part of a prefill pass, or decode steps until the batch has to change."""
+        passes, scheduler = self._passes, self._scheduler
+        passes.end(scheduler.running.__contains__)
+        if not passes:
+            if passes.decode_is_due() and self._decode_between_passes():
+                return
+            batch = scheduler.schedule()
+            if batch is None:
+                return
+            if batch.scheduled[0][0].needs_prefill:
+                self._start_pass(batch)
+            else:
+                self._step(batch)
+                passes.last_decode = time.perf_counter()
+        elif passes.decode_is_due() and self._decode_between_passes():
+            return
+        elif (most := passes.short_tokens) and (
+            short := scheduler.schedule_short(most, passes.requests)
+        ):
+            self._start_pass(short)
+        else:
+            self._advance_pass()
+
+    def _decode_between_passes(self) -> bool:
+        """One decode step between two parts of a pass; False if no request decodes."""
+        if not any(request.needs_prefill for request in self._scheduler.running):
+            return False
+        batch, start = self._scheduler.schedule_decode(), time.perf_counter()
+        if batch is None:
+            return False
+        self._step(batch)
+        self._passes.decoded(time.perf_counter() - start)
+        return True
+
+    def _start_pass(self, batch: Batch) -> None:
+        self.stats.begin(batch)
+        try:
+            self._passes.start(batch)
+        except Exception as error:
+            self._fail(batch, error)
+
+    def _advance_pass(self) -> None:
+        try:
+            done = self._passes.advance()
+        except Exception as error:
+            self._fail(self._passes.fail(), error)
+            return
+        if done is not None:
+            self._finish_step(done.batch)
+            self._passes.last_decode = time.perf_counter()
+
+    def _fail(self, batch: Batch, error: Exception) -> None:
+        """End the requests of a failed step, and no others.  Raises: CudaError if all is lost."""
+        if isinstance(error, CudaError) and error.context_lost:
+            raise error
+        request_error = step_error(error)
+        for request, _ in batch.scheduled:
+            self._finish(request, FinishReason.ERROR, request_error)
+
     def _step(self, batch: Batch) -> None:
+        """Run decode steps, until the batch has to change."""
         self.stats.begin(batch)
         try:
             if (
                 self._runner.expert_runner.recorder is None
                 and len(batch.scheduled) <= self._runner.max_decode_rows
-                and all(request.num_pending_tokens == 1 for request, _ in batch.scheduled)
             ):
                 self._decode_on_device(batch)
                 return
             self._runner.forward(batch)
+        except Exception as error:
+            self._fail(batch, error)
+            return
+        self._finish_step(batch)
+
+    def _finish_step(self, batch: Batch) -> None:
+        """Sample from the logits of a step or pass, and deliver the tokens."""
+        try:
             score_prompts(self._runner, batch)
             rows, ready, row = [], [], 0
             for request, count in batch.scheduled:
@@ -382,12 +460,8 @@ class Engine:
                 start = len(sampled)
                 for logits, request in zip(chunk, ready[start:], strict=False):
                     sampled.append(sample_or_error(logits, request))
-        except Exception as error:  # a failed step ends its own requests and no others
-            if isinstance(error, CudaError) and error.context_lost:
-                raise
-            request_error = step_error(error)
-            for request, _ in batch.scheduled:
-                self._finish(request, FinishReason.ERROR, request_error)
+        except Exception as error:
+            self._fail(batch, error)
             return
         for request, count in batch.scheduled:
             self._add_computed(request, count)
@@ -436,6 +510,7 @@ class Engine:
         """Count `count` more tokens of a request as computed."""
         self.stats.add_computed(request, count)
         request.num_computed_tokens += count
+        request.pass_tokens = 0
 
     def _deliver_token(self, request: Request, sampled: Sampled) -> None:
         try:

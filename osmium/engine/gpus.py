@@ -1,17 +1,19 @@
 """GPUs by name, to plan for one that is not in this machine.
 
 Values are the makers' specifications: memory, its rate, PCIe lanes, compute capability,
-multiprocessors.  A card delivers less, by fractions measured on others: VRAM_VISIBLE, VRAM_COPY and
-LINK_GB_S.
+multiprocessors, rate of tensor cores.  A card delivers less, by fractions measured on others:
+VRAM_VISIBLE, VRAM_COPY, LINK_GB_S and HOPPER_MMA_SYNC.
 """
 
 import difflib
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 
 from osmium.errors import ConfigError
 
-__all__ = ["GPUS", "GpuSpec", "find_gpu", "generic_gpu"]
+__all__ = ["GPUS", "GpuSpec", "MmaRates", "find_gpu", "generic_gpu", "mma_rates"]
 
 GIB = 1 << 30
 
@@ -31,6 +33,23 @@ LINK_GB_S = {
 Generation 5 x16 is measured (H100, H200: 52 to 55, 2026-11).  The others are the same fraction of
 their signalling rate; that agrees with a published 25.2 for generation 4 x16 (RTX 4090)."""
 
+HOPPER_MMA_SYNC = 0.64
+"""Rate of mma.sync on compute capability 9.0, as a fraction of the specified rate, which needs
+wgmma: H200 1,270 of 1,979 TOPS int8, 641 of 989 TFLOP/s f16 (2026-11)."""
+
+_GEFORCE = re.compile(r"RTX [3-5]0[5-9]0\b")
+"""Names whose f16 products with f32 sums have half the rate of other cards."""
+
+
+@dataclass(frozen=True)
+class MmaRates:
+    """Dense rates of mma.sync: each product and each sum is one operation."""
+
+    int8_tops: float
+    """Operations on int8 per second, in 1e12."""
+    f16_tflops: float
+    """The same on f16 and bf16 with f32 sums."""
+
 
 @dataclass(frozen=True)
 class GpuSpec:
@@ -45,6 +64,16 @@ class GpuSpec:
     """Generation and lanes; for laptops eight lanes, as most of them are wired."""
     capability: tuple[int, int]
     sm_count: int
+    int8_tops: float
+    """Specified dense rate of int8 tensor cores at the boost clock, 1e12 per second; 0: unknown."""
+
+    @property
+    def mma(self) -> MmaRates | None:
+        """Expected rates of mma.sync; None where they are unknown."""
+        if not self.int8_tops:
+            return None
+        int8 = self.int8_tops * (HOPPER_MMA_SYNC if self.capability == _HOPPER else 1)
+        return MmaRates(int8, int8 / (4 if _GEFORCE.match(self.name) else 2))
 
     @property
     def vram_bytes(self) -> int:
@@ -67,75 +96,75 @@ _AMPERE, _ADA, _HOPPER, _BLACKWELL = (8, 6), (8, 9), (9, 0), (12, 0)
 GPUS = tuple(
     GpuSpec(*row)
     for row in (
-        ("RTX 3050 8GB", 8, 224, (4, 8), _AMPERE, 20),
-        ("RTX 3060 8GB", 8, 240, (4, 16), _AMPERE, 28),
-        ("RTX 3060 12GB", 12, 360, (4, 16), _AMPERE, 28),
-        ("RTX 3060 Ti", 8, 448, (4, 16), _AMPERE, 38),
-        ("RTX 3070", 8, 448, (4, 16), _AMPERE, 46),
-        ("RTX 3070 Ti", 8, 608, (4, 16), _AMPERE, 48),
-        ("RTX 3080 10GB", 10, 760, (4, 16), _AMPERE, 68),
-        ("RTX 3080 12GB", 12, 912, (4, 16), _AMPERE, 70),
-        ("RTX 3080 Ti", 12, 912, (4, 16), _AMPERE, 80),
-        ("RTX 3090", 24, 936, (4, 16), _AMPERE, 82),
-        ("RTX 3090 Ti", 24, 1008, (4, 16), _AMPERE, 84),
-        ("RTX 4060", 8, 272, (4, 8), _ADA, 24),
-        ("RTX 4060 Ti 8GB", 8, 288, (4, 8), _ADA, 34),
-        ("RTX 4060 Ti 16GB", 16, 288, (4, 8), _ADA, 34),
-        ("RTX 4070", 12, 504, (4, 16), _ADA, 46),
-        ("RTX 4070 Super", 12, 504, (4, 16), _ADA, 56),
-        ("RTX 4070 Ti", 12, 504, (4, 16), _ADA, 60),
-        ("RTX 4070 Ti Super", 16, 672, (4, 16), _ADA, 66),
-        ("RTX 4080", 16, 717, (4, 16), _ADA, 76),
-        ("RTX 4080 Super", 16, 736, (4, 16), _ADA, 80),
-        ("RTX 4090", 24, 1008, (4, 16), _ADA, 128),
-        ("RTX 5060", 8, 448, (5, 8), _BLACKWELL, 30),
-        ("RTX 5060 Ti 8GB", 8, 448, (5, 8), _BLACKWELL, 36),
-        ("RTX 5060 Ti 16GB", 16, 448, (5, 8), _BLACKWELL, 36),
-        ("RTX 5070", 12, 672, (5, 16), _BLACKWELL, 48),
-        ("RTX 5070 Ti", 16, 896, (5, 16), _BLACKWELL, 70),
-        ("RTX 5080", 16, 960, (5, 16), _BLACKWELL, 84),
-        ("RTX 5090", 32, 1792, (5, 16), _BLACKWELL, 170),
-        ("RTX 3060 Laptop", 6, 336, (4, 8), _AMPERE, 30),
-        ("RTX 3070 Laptop", 8, 448, (4, 8), _AMPERE, 40),
-        ("RTX 3070 Ti Laptop", 8, 448, (4, 8), _AMPERE, 46),
-        ("RTX 3080 Laptop 8GB", 8, 448, (4, 8), _AMPERE, 48),
-        ("RTX 3080 Laptop 16GB", 16, 448, (4, 8), _AMPERE, 48),
-        ("RTX 3080 Ti Laptop", 16, 512, (4, 8), _AMPERE, 58),
-        ("RTX 4060 Laptop", 8, 256, (4, 8), _ADA, 24),
-        ("RTX 4070 Laptop", 8, 256, (4, 8), _ADA, 36),
-        ("RTX 4080 Laptop", 12, 432, (4, 8), _ADA, 58),
-        ("RTX 4090 Laptop", 16, 576, (4, 8), _ADA, 76),
-        ("RTX 5070 Laptop", 8, 384, (5, 8), _BLACKWELL, 36),
-        ("RTX 5070 Ti Laptop", 12, 672, (5, 8), _BLACKWELL, 46),
-        ("RTX 5080 Laptop", 16, 896, (5, 8), _BLACKWELL, 60),
-        ("RTX 5090 Laptop", 24, 896, (5, 8), _BLACKWELL, 82),
-        ("RTX A2000 12GB", 12, 288, (4, 16), _AMPERE, 26),
-        ("RTX A4000", 16, 448, (4, 16), _AMPERE, 48),
-        ("RTX A4500", 20, 640, (4, 16), _AMPERE, 56),
-        ("RTX A5000", 24, 768, (4, 16), _AMPERE, 64),
-        ("RTX A6000", 48, 768, (4, 16), _AMPERE, 84),
-        ("RTX 2000 Ada", 16, 224, (4, 8), _ADA, 22),
-        ("RTX 4000 Ada", 20, 360, (4, 16), _ADA, 48),
-        ("RTX 4500 Ada", 24, 432, (4, 16), _ADA, 60),
-        ("RTX 5000 Ada", 32, 576, (4, 16), _ADA, 100),
-        ("RTX 6000 Ada", 48, 960, (4, 16), _ADA, 142),
-        ("RTX PRO 2000", 16, 288, (5, 8), _BLACKWELL, 34),
-        ("RTX PRO 4000", 24, 672, (5, 16), _BLACKWELL, 70),
-        ("RTX PRO 4500", 32, 896, (5, 16), _BLACKWELL, 82),
-        ("RTX PRO 5000 48GB", 48, 1344, (5, 16), _BLACKWELL, 110),
-        ("RTX PRO 5000 72GB", 72, 1344, (5, 16), _BLACKWELL, 110),
-        ("RTX PRO 6000", 96, 1792, (5, 16), _BLACKWELL, 188),
-        ("A10", 24, 600, (4, 16), _AMPERE, 72),
-        ("A40", 48, 696, (4, 16), _AMPERE, 84),
-        ("A100 40GB", 40, 1555, (4, 16), (8, 0), 108),
-        ("A100 80GB", 80, 1935, (4, 16), (8, 0), 108),
-        ("L4", 24, 300, (4, 16), _ADA, 58),
-        ("L40", 48, 864, (4, 16), _ADA, 142),
-        ("L40S", 48, 864, (4, 16), _ADA, 142),
-        ("H100", 80, 3352, (5, 16), _HOPPER, 132),
-        ("H100 PCIe", 80, 2039, (5, 16), _HOPPER, 114),
-        ("H100 NVL", 94, 3938, (5, 16), _HOPPER, 132),
-        ("H200", 141, 4800, (5, 16), _HOPPER, 132),
+        ("RTX 3050 8GB", 8, 224, (4, 8), _AMPERE, 20, 73),
+        ("RTX 3060 8GB", 8, 240, (4, 16), _AMPERE, 28, 102),
+        ("RTX 3060 12GB", 12, 360, (4, 16), _AMPERE, 28, 102),
+        ("RTX 3060 Ti", 8, 448, (4, 16), _AMPERE, 38, 130),
+        ("RTX 3070", 8, 448, (4, 16), _AMPERE, 46, 163),
+        ("RTX 3070 Ti", 8, 608, (4, 16), _AMPERE, 48, 174),
+        ("RTX 3080 10GB", 10, 760, (4, 16), _AMPERE, 68, 238),
+        ("RTX 3080 12GB", 12, 912, (4, 16), _AMPERE, 70, 245),
+        ("RTX 3080 Ti", 12, 912, (4, 16), _AMPERE, 80, 273),
+        ("RTX 3090", 24, 936, (4, 16), _AMPERE, 82, 285),
+        ("RTX 3090 Ti", 24, 1008, (4, 16), _AMPERE, 84, 320),
+        ("RTX 4060", 8, 272, (4, 8), _ADA, 24, 121),
+        ("RTX 4060 Ti 8GB", 8, 288, (4, 8), _ADA, 34, 177),
+        ("RTX 4060 Ti 16GB", 16, 288, (4, 8), _ADA, 34, 177),
+        ("RTX 4070", 12, 504, (4, 16), _ADA, 46, 233),
+        ("RTX 4070 Super", 12, 504, (4, 16), _ADA, 56, 284),
+        ("RTX 4070 Ti", 12, 504, (4, 16), _ADA, 60, 321),
+        ("RTX 4070 Ti Super", 16, 672, (4, 16), _ADA, 66, 353),
+        ("RTX 4080", 16, 717, (4, 16), _ADA, 76, 390),
+        ("RTX 4080 Super", 16, 736, (4, 16), _ADA, 80, 418),
+        ("RTX 4090", 24, 1008, (4, 16), _ADA, 128, 661),
+        ("RTX 5060", 8, 448, (5, 8), _BLACKWELL, 30, 153),
+        ("RTX 5060 Ti 8GB", 8, 448, (5, 8), _BLACKWELL, 36, 190),
+        ("RTX 5060 Ti 16GB", 16, 448, (5, 8), _BLACKWELL, 36, 190),
+        ("RTX 5070", 12, 672, (5, 16), _BLACKWELL, 48, 247),
+        ("RTX 5070 Ti", 16, 896, (5, 16), _BLACKWELL, 70, 352),
+        ("RTX 5080", 16, 960, (5, 16), _BLACKWELL, 84, 450),
+        ("RTX 5090", 32, 1792, (5, 16), _BLACKWELL, 170, 838),
+        ("RTX 3060 Laptop", 6, 336, (4, 8), _AMPERE, 30, 105),
+        ("RTX 3070 Laptop", 8, 448, (4, 8), _AMPERE, 40, 133),
+        ("RTX 3070 Ti Laptop", 8, 448, (4, 8), _AMPERE, 46, 140),
+        ("RTX 3080 Laptop 8GB", 8, 448, (4, 8), _AMPERE, 48, 168),
+        ("RTX 3080 Laptop 16GB", 16, 448, (4, 8), _AMPERE, 48, 168),
+        ("RTX 3080 Ti Laptop", 16, 512, (4, 8), _AMPERE, 58, 189),
+        ("RTX 4060 Laptop", 8, 256, (4, 8), _ADA, 24, 116),
+        ("RTX 4070 Laptop", 8, 256, (4, 8), _ADA, 36, 160),
+        ("RTX 4080 Laptop", 12, 432, (4, 8), _ADA, 58, 271),
+        ("RTX 4090 Laptop", 16, 576, (4, 8), _ADA, 76, 318),
+        ("RTX 5070 Laptop", 8, 384, (5, 8), _BLACKWELL, 36, 173),
+        ("RTX 5070 Ti Laptop", 12, 672, (5, 8), _BLACKWELL, 46, 209),
+        ("RTX 5080 Laptop", 16, 896, (5, 8), _BLACKWELL, 60, 281),
+        ("RTX 5090 Laptop", 24, 896, (5, 8), _BLACKWELL, 82, 363),
+        ("RTX A2000 12GB", 12, 288, (4, 16), _AMPERE, 26, 64),
+        ("RTX A4000", 16, 448, (4, 16), _AMPERE, 48, 153),
+        ("RTX A4500", 20, 640, (4, 16), _AMPERE, 56, 189),
+        ("RTX A5000", 24, 768, (4, 16), _AMPERE, 64, 222),
+        ("RTX A6000", 48, 768, (4, 16), _AMPERE, 84, 310),
+        ("RTX 2000 Ada", 16, 224, (4, 8), _ADA, 22, 96),
+        ("RTX 4000 Ada", 20, 360, (4, 16), _ADA, 48, 214),
+        ("RTX 4500 Ada", 24, 432, (4, 16), _ADA, 60, 317),
+        ("RTX 5000 Ada", 32, 576, (4, 16), _ADA, 100, 522),
+        ("RTX 6000 Ada", 48, 960, (4, 16), _ADA, 142, 728),
+        ("RTX PRO 2000", 16, 288, (5, 8), _BLACKWELL, 34, 136),
+        ("RTX PRO 4000", 24, 672, (5, 16), _BLACKWELL, 70, 375),
+        ("RTX PRO 4500", 32, 896, (5, 16), _BLACKWELL, 82, 439),
+        ("RTX PRO 5000 48GB", 48, 1344, (5, 16), _BLACKWELL, 110, 590),
+        ("RTX PRO 5000 72GB", 72, 1344, (5, 16), _BLACKWELL, 110, 590),
+        ("RTX PRO 6000", 96, 1792, (5, 16), _BLACKWELL, 188, 1008),
+        ("A10", 24, 600, (4, 16), _AMPERE, 72, 250),
+        ("A40", 48, 696, (4, 16), _AMPERE, 84, 299),
+        ("A100 40GB", 40, 1555, (4, 16), (8, 0), 108, 624),
+        ("A100 80GB", 80, 1935, (4, 16), (8, 0), 108, 624),
+        ("L4", 24, 300, (4, 16), _ADA, 58, 242),
+        ("L40", 48, 864, (4, 16), _ADA, 142, 362),
+        ("L40S", 48, 864, (4, 16), _ADA, 142, 733),
+        ("H100", 80, 3352, (5, 16), _HOPPER, 132, 1979),
+        ("H100 PCIe", 80, 2039, (5, 16), _HOPPER, 114, 1513),
+        ("H100 NVL", 94, 3938, (5, 16), _HOPPER, 132, 1671),
+        ("H200", 141, 4800, (5, 16), _HOPPER, 132, 1979),
     )
 )
 
@@ -155,7 +184,7 @@ _SIZE = re.compile(r"(\d+)\s*g(?:i?b)?\b")
 def generic_gpu(vram: int) -> GpuSpec:
     """A GPU with `vram` bytes, the CUDA context included, and typical other values."""
     gib = max(1, round(vram / GIB))
-    return GpuSpec(f"a GPU with {gib} GiB", gib, GENERIC_GB_S, (4, 16), (8, 6), 0)
+    return GpuSpec(f"a GPU with {gib} GiB", gib, GENERIC_GB_S, (4, 16), (8, 6), 0, 0)
 
 
 def find_gpu(text: str) -> GpuSpec:
@@ -179,6 +208,17 @@ def find_gpu(text: str) -> GpuSpec:
         + (f"; near matches: {near}." if near else ".")
         + " For another card use --vram SIZE and --link GB/S."
     )
+
+
+def mma_rates(name: str, vram: int) -> MmaRates | None:
+    """Rates of a GPU by the driver's name, and by its bytes of VRAM where cards share a name.
+
+    None where the table has no such GPU.
+    """
+    for text in (name, f"{name} {math.ceil(vram / GIB)}GB"):
+        with suppress(ConfigError):
+            return find_gpu(text).mma
+    return None
 
 
 def _words(text: str) -> tuple[frozenset[str], int | None]:

@@ -54,7 +54,7 @@ def perplexity(
             progress("scoring", done, len(windows) * window)
 
     start = time.perf_counter()
-    chunk = 1 if path == "decode" else engine.max_step_tokens
+    chunk = 1 if path == "decode" else min(window, engine.max_step_tokens)
     for base in range(0, len(windows), 8):  # other requests run between two groups
         engine.stream_prompt_logits(windows[base : base + 8], chunk, add_logits)
     seconds = time.perf_counter() - start

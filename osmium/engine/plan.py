@@ -7,37 +7,39 @@ options that fit.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import psutil
-
 from osmium.config import EngineConfig, ModelConfig
-from osmium.engine.runner import runner_bytes
+from osmium.engine.prefill_estimate import (
+    PrefillCost,
+    prefill_cost,
+    reading_lines,
+    reading_values,
+)
+from osmium.engine.prefill_plan import (
+    CPU_CHUNK,
+    PIECE_ROWS,
+    RESIDENT_PIECE_ROWS,
+    default_chunk,
+    prefill_bytes,
+    workspace_bytes_of,
+)
 from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
 from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.experts.prefetch import MIN_BULK_COPY_CC, prefetch_state_bytes
-from osmium.experts.runner import expert_runner_bytes
-from osmium.experts.streaming import staging_bytes, staging_experts
+from osmium.experts.streaming import staging_experts
 from osmium.models.state import state_bytes
-from osmium.models.workspace import workspace_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "CUDA_CONTEXT_BYTES", "PREFILL_CHUNK", "RESIDENT_PREFILL_CHUNK", "DoesNotFit", "HardwareInfo",
-    "MemoryPlan", "available_ram", "kv_capacity_tokens", "make_plan",
+    "CUDA_CONTEXT_BYTES", "DoesNotFit", "HardwareInfo", "MemoryPlan", "kv_capacity_tokens",
+    "make_plan",
 ]  # fmt: skip
 
 GIB = 1 << 30
-
-PREFILL_CHUNK = 512
-"""Most tokens of a prefill step by default."""
-
-RESIDENT_PREFILL_CHUNK = 2048
-"""The same where VRAM holds every expert: larger tiles of each expert's tokens."""
 
 CUDA_CONTEXT_BYTES = 600 << 20
 """VRAM of a CUDA context with this engine's kernels loaded (estimate)."""
@@ -85,7 +87,9 @@ class MemoryPlan:
     num_pages: int
     max_num_seqs: int
     prefill_chunk: int
-    """Most tokens of a step."""
+    """Most tokens of a prefill pass."""
+    piece_rows: int
+    """Most rows of a step, and of a piece of a pass."""
     kv_dtype: str
     num_experts: int
     expert_slots: int
@@ -101,7 +105,9 @@ class MemoryPlan:
     prefetch: bool = False
     """Whether experts are copied before their layer's routing."""
     staging_experts: int = 0
-    """Experts in each half of the staging buffer of long steps; 0: there is none."""
+    """Experts in each half of the staging slots of prefill passes; 0: there are none."""
+    prefill: PrefillCost | None = None
+    """Operations and bytes of a token of a prompt, and the rates; None: no estimate."""
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -168,6 +174,7 @@ class MemoryPlan:
             "num_pages": self.num_pages,
             "max_num_seqs": self.max_num_seqs,
             "prefill_chunk_tokens": self.prefill_chunk,
+            "piece_rows": self.piece_rows,
             "kv_dtype": self.kv_dtype,
             "num_experts": self.num_experts,
             "expert_slots": self.expert_slots,
@@ -180,6 +187,7 @@ class MemoryPlan:
             "expected_hit_rate": round(self.hit_rate, 3),
             "expected_tokens_per_s": None if speed is None else round(speed, 1),
             "token_cost": asdict(self.token_cost),
+            **reading_values(self),
             "slot_estimates": [asdict(estimate) for estimate in self.slot_estimates()],
         }
 
@@ -189,7 +197,8 @@ class MemoryPlan:
             f"device     {self.device}",
             f"context    {self.context:,} tokens per sequence, "
             f"{self.num_pages * self.page_size:,} in all, KV cache in {self.kv_dtype}",
-            f"sequences  {self.max_num_seqs} at once, steps of up to {self.prefill_chunk} tokens",
+            f"sequences  {self.max_num_seqs} at once, prompts in passes of up to "
+            f"{self.prefill_chunk:,} tokens",
         ]
         if self.vram:
             lines.append(
@@ -202,7 +211,7 @@ class MemoryPlan:
                     f"speed      about {speed:.0f} tok/s (estimate; link {self.link_gb_s:.1f} "
                     f"GB/s, VRAM {self.token_cost.memory_gb_s:.0f} GB/s)"
                 )
-            lines += ["", slot_estimate_table(self.slot_estimates())]
+            lines += [*reading_lines(self), "", slot_estimate_table(self.slot_estimates())]
         for name, parts, limit in (
             ("VRAM", self.vram, self.vram_limit), ("RAM", self.ram, self.ram_limit),
         ):  # fmt: skip
@@ -225,8 +234,23 @@ def make_plan(
 
     Raises: ConfigError for invalid options, DoesNotFit where memory does not suffice.
     """
-    if options.prefill_chunk is None:
-        return _plan_with_default_chunk(config, layout, weights, options, hardware)
+    if hardware.gpu:
+        with suppress(ConfigError):
+            plan = _plan_with_rows(config, layout, weights, options, hardware, RESIDENT_PIECE_ROWS)
+            if plan.resident:
+                return plan
+    return _plan_with_rows(config, layout, weights, options, hardware, PIECE_ROWS)
+
+
+def _plan_with_rows(
+    config: ModelConfig,
+    layout: ExpertLayout,
+    weights: Sequence[tuple[str, int]],
+    options: EngineConfig,
+    hardware: HardwareInfo,
+    piece_rows: int,
+) -> MemoryPlan:
+    """The plan with pieces of at most `piece_rows` rows: see make_plan."""
     context = options.context or _default_context(config, options, hardware.gpu)
     if context > config.max_context:
         raise ConfigError(
@@ -235,11 +259,21 @@ def make_plan(
     kv_dtype = _kv_dtype(options, hardware.gpu)
     if hardware.gpu and kv_dtype == "f32":
         raise ConfigError("--kv-dtype is f32; on the GPU it must be fp8_e4m3 or bf16.")
-    rows = min(options.prefill_chunk, context)
+    vram_limit = 0
+    if hardware.gpu:
+        free = hardware.vram_free + CUDA_CONTEXT_BYTES
+        vram_limit = free if options.vram is None else options.vram
+    chunk = options.prefill_chunk
+    if chunk is None:
+        resident = piece_rows == RESIDENT_PIECE_ROWS
+        chunk = default_chunk(config, layout, vram_limit, resident) if hardware.gpu else CPU_CHUNK
+    chunk = min(chunk, context)
+    rows = min(chunk, piece_rows)
     sequences = min(4, rows) if options.max_num_seqs is None else options.max_num_seqs
     if sequences > rows:
         raise ConfigError(
-            f"--max-num-seqs is {sequences}; it must be at most --prefill-chunk, {rows} tokens."
+            f"--max-num-seqs is {sequences}; it must be at most {rows}: --prefill-chunk is "
+            f"{chunk}, and a step has at most {PIECE_ROWS} rows."
         )
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.num_layers, config.num_experts
@@ -247,10 +281,11 @@ def make_plan(
         # One more page and slot: the null page and null slot, where rows that have ended write.
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
-        "workspace": workspace_bytes(config, rows, hardware.gpu)
-        + expert_runner_bytes(rows, experts, experts, config.top_k, layout, hardware.gpu)
-        + prefetch_state_bytes(layers, experts, config.top_k)
-        + runner_bytes(config.vocab_size, rows, sequences, -(-context // options.page_size)),
+        "workspace": workspace_bytes_of(config, layout, rows, hardware.gpu)
+        + prefetch_state_bytes(layers, experts, config.top_k),
+        "prefill": prefill_bytes(
+            config, layout, chunk, rows, sequences, -(-context // options.page_size), hardware.gpu
+        ),
     }
     host_experts = layers * experts * layout.nbytes
     embed = sum(size for name, size in weights if name == "embed")
@@ -260,14 +295,11 @@ def make_plan(
     if not hardware.gpu:
         copies = min(CPU_COPIES, 4 * (rest + embed) + 8 * host_experts)
         ram = {"weights": host_experts + embed + rest, "f32 copies": copies, **fixed}
-        slots, vram, vram_limit, staged = experts, {}, 0, 0
+        slots, vram, staged = experts, {}, 0
         if options.expert_slots is not None:
             slots = _checked_slots(options.expert_slots, config)
             ram["expert slots"] = cache_bytes(layout, layers, experts, slots)
     else:
-        vram_limit = (
-            options.vram if options.vram is not None else hardware.vram_free + CUDA_CONTEXT_BYTES
-        )
         if vram_limit > hardware.vram_free + CUDA_CONTEXT_BYTES:
             raise ConfigError(
                 f"--vram is {_gib(vram_limit)}, "
@@ -281,14 +313,10 @@ def make_plan(
         slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
         staged = 0
         if slots < experts:
-            # Streaming takes some slots, unless too few for a token would be left.
-            wanted = staging_experts(layout, experts, rows, vram_limit, experts - slots)
-            staging = staging_bytes(layout, layers, experts, wanted)
-            with suppress(DoesNotFit):
-                left = vram_limit - sum(vram.values()) - staging
-                slots, staged = _slots(config, layout, options, left, vram), wanted
+            staged = staging_experts(layout, experts, vram_limit, experts - slots)
         if staged:
-            vram["expert staging"] = staging
+            vram["expert staging"] = 2 * staged * layout.nbytes
+            slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(layout, layers, experts, slots)
         resident = slots == experts
         ram = {"embedding": embed, "loading buffer": experts * layout.nbytes}
@@ -320,31 +348,10 @@ def make_plan(
         kv_token_bytes=kv, num_layers=layers, prefetch=estimate_prefetch,
     )  # fmt: skip
     return MemoryPlan(
-        "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, rows,
+        "gpu" if hardware.gpu else "cpu", context, options.page_size, pages, sequences, chunk, rows,
         kv_dtype, experts, slots, vram, vram_limit, ram, ram_limit, token_cost, prefetch, staged,
+        prefill_cost(config, layout, weights, kv_dtype, hardware),
     )  # fmt: skip
-
-
-def _plan_with_default_chunk(
-    config: ModelConfig,
-    layout: ExpertLayout,
-    weights: Sequence[tuple[str, int]],
-    options: EngineConfig,
-    hardware: HardwareInfo,
-) -> MemoryPlan:
-    """The plan with RESIDENT_PREFILL_CHUNK if all experts are then resident, else PREFILL_CHUNK.
-
-    Longer steps would copy missing experts less often, but their arrays take VRAM from slots.
-    """
-    if hardware.gpu:
-        with suppress(ConfigError):
-            resident = replace(options, prefill_chunk=RESIDENT_PREFILL_CHUNK)
-            plan = make_plan(config, layout, weights, resident, hardware)
-            if plan.resident:
-                return plan
-    return make_plan(
-        config, layout, weights, replace(options, prefill_chunk=PREFILL_CHUNK), hardware
-    )
 
 
 def _default_context(config: ModelConfig, options: EngineConfig, gpu: bool) -> int:
@@ -436,59 +443,6 @@ def _ram_limit(options: EngineConfig, hardware: HardwareInfo) -> int:
         return options.ram
     total = hardware.ram_total
     return max(0, hardware.ram_available - min(max(6 * GIB, total // 10), total // 4))
-
-
-def available_ram(
-    cgroups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
-) -> tuple[int, int]:
-    """(available, total) bytes of host memory, by the system and by cgroup limits."""
-    memory = psutil.virtual_memory()
-    available, total = int(memory.available), int(memory.total)
-    for folder in _memory_cgroups(cgroups, own):
-        for limit_name, used_name in (
-            ("memory.max", "memory.current"),
-            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-        ):
-            limit, used = _integer(folder / limit_name), _integer(folder / used_name)
-            if limit is not None and used is not None and limit < total:
-                # Cached file pages count as used, but the kernel reclaims them.
-                available = min(available, max(0, limit - used + _cached(folder / "memory.stat")))
-                total = limit
-    return min(available, total), total
-
-
-def _memory_cgroups(cgroups: Path, own: Path) -> list[Path]:
-    """The cgroup folders whose memory limits apply to this process: its own and all parents.
-
-    Inside a container its own path may not exist; the top folder is then the container's.
-    """
-    folders = []
-    for line in _text(own).splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and "memory" not in controllers.split(","):
-            continue
-        top = cgroups / "memory" if controllers else cgroups
-        inside = top / path.lstrip("/")
-        folders += [one for one in (inside, *inside.parents) if one.is_relative_to(top)]
-    return folders or [cgroups, cgroups / "memory"]
-
-
-def _cached(stat: Path) -> int:
-    """Bytes of reclaimable file pages of a cgroup; version 1 has the sum under total_."""
-    values = dict(line.split(maxsplit=1) for line in _text(stat).splitlines())
-    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))
-
-
-def _integer(file: Path) -> int | None:
-    text = _text(file).strip()
-    return int(text) if text.isdigit() else None
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 def _gib(nbytes: int) -> str:

@@ -247,7 +247,7 @@ class Request:
         stop_matcher: Any,
         seed: int,
         max_total_tokens: int = 1 << 30,
-        skip_prefill: bool = False,
+        computed_tokens: int = 0,
         token_mask: TokenMask | None = None,
     ) -> None:
         self.params = params
@@ -257,8 +257,9 @@ class Request:
         self.seed = seed
         self.max_total_tokens = max_total_tokens
         """Most tokens of prompt and response together."""
-        self.skip_prefill = skip_prefill
-        """Count all prompt tokens but the last as computed, without prefill (benchmarks)."""
+        assert computed_tokens < len(prompt), f"{computed_tokens} computed of {len(prompt)} tokens"
+        self.computed_tokens = computed_tokens
+        """First tokens of the prompt that count as computed, without prefill (benchmarks)."""
         self.token_mask = token_mask
         """Which tokens may come next; None allows all."""
         self.mask_error: Exception | None = None
@@ -271,6 +272,8 @@ class Request:
         """Those of the prompt's tokens, if they are asked for."""
         self.num_computed_tokens = 0
         """Tokens whose keys, values and recurrent states are in the model's state."""
+        self.pass_tokens = 0
+        """Tokens that count as computed of the prefill pass that runs, for the progress."""
         self.state_slot = -1
         self.pages: list[int] = []
         self.cancelled = threading.Event()
@@ -283,13 +286,23 @@ class Request:
 
         All count as computed from the first generated token on, also after a preemption.
         """
-        done = self.prompt_tokens if self.times.first_token else self.num_computed_tokens
+        done = self.num_computed_tokens + self.pass_tokens
+        if self.times.first_token:
+            done = self.prompt_tokens
         return min(done, self.prompt_tokens), self.prompt_tokens
 
     @property
     def num_pending_tokens(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return len(self.tokens) - self.num_computed_tokens
+
+    @property
+    def needs_prefill(self) -> bool:
+        """Whether the pending tokens are computed by a prefill pass, not by a decode step."""
+        is_last = self.num_pending_tokens == 1 and not self.computed_tokens
+        return self.num_pending_tokens > 1 or (
+            is_last and self.num_computed_tokens < self.prompt_tokens
+        )
 
     @property
     def tokens_left(self) -> int:

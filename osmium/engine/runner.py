@@ -6,7 +6,6 @@ from the token ring.  See docs/decode-graphs.md.
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,34 +13,36 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.engine.control_tables import ControlTables
+from osmium.engine.decode_session import MAX_STEPS_IN_FLIGHT, DecodeSession
 from osmium.engine.min_tokens import drop_spent_mask
-from osmium.engine.request import Request
-from osmium.engine.sampler import uniform
+from osmium.engine.prefill import (
+    PrefillInputs,
+    PrefillPass,
+    prefill_input_words,
+)
 from osmium.engine.scheduler import Batch
 from osmium.experts.cache import reset_cache, resize_layers
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import rebalanced_slots, snapshot_usage, warm_cache
+from osmium.models.prefill import short_pass_tokens
 from osmium.models.qwen3_5_moe import Qwen3_5MoeModel
 from osmium.models.state import ModelState
 from osmium.ops import DecodeState, Ops, StepInputs
 from osmium.ops.controls import controls_bytes
+from osmium.ops.grouped import MAX_QUEUE_DEPTH
 
-__all__ = ["LOGIT_ROWS", "DecodeSession", "ModelRunner", "runner_bytes"]
+__all__ = ["LOGIT_ROWS", "ModelRunner", "runner_bytes"]
 
 LOGIT_ROWS = 16
 """Rows of logits computed at a time: 16 MB at a vocabulary of 248 k."""
 
-MAX_STEPS_IN_FLIGHT = 8
-"""Steps that the token ring holds; fewer than this many may be in flight."""
-
 NO_LIMIT = 1 << 30
 
-STALL_SECONDS = 2.0
-"""Seconds without a token after which the host synchronises, to get the device's error."""
 
-
-def runner_bytes(vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: int) -> int:
-    """Bytes of the runner's own arrays."""
+def runner_bytes(
+    vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: int, pass_tokens: int
+) -> int:
+    """Bytes of the runner's own arrays; prefill passes have up to `pass_tokens` tokens."""
     decode_state = max_num_seqs * 7 + 16
     scratch = sum(
         math.prod(shape) * np.dtype(dtype).itemsize
@@ -51,12 +52,15 @@ def runner_bytes(vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: in
         min(max_num_seqs, rows, LOGIT_ROWS), max_num_seqs, vocab, MAX_STEPS_IN_FLIGHT
     )
     inputs = _input_words(rows, max_num_seqs, max_pages_per_seq)
+    for tokens in (pass_tokens, short_pass_tokens(pass_tokens)):
+        inputs += prefill_input_words(tokens, rows, max_num_seqs, max_pages_per_seq)
     return 4 * (inputs + LOGIT_ROWS * vocab + decode_state) + scratch + controls
 
 
 def _input_words(rows: int, max_num_seqs: int, max_pages_per_seq: int) -> int:
     """32-bit words of a step's inputs: see ModelRunner._views."""
-    return 4 * rows + 3 * max_num_seqs + 1 + max_num_seqs * max_pages_per_seq
+    logit_rows = max(rows, LOGIT_ROWS)
+    return 3 * rows + logit_rows + 3 * max_num_seqs + 1 + max_num_seqs * max_pages_per_seq
 
 
 class ModelRunner:
@@ -83,6 +87,18 @@ class ModelRunner:
         rows = model.rows
         self.rows, self.max_num_seqs = rows, max_num_seqs
         self.max_pages_per_seq, self.lookahead_steps = max_pages_per_seq, lookahead_steps
+        self.max_pass_tokens = model.pass_tokens
+        """Most tokens of a prefill pass."""
+        first_rows = (0, self.max_pass_tokens)
+        self.prefill_inputs = [
+            PrefillInputs(ops, first, tokens, rows, max_num_seqs, max_pages_per_seq)
+            for first, tokens in zip(
+                first_rows,
+                (self.max_pass_tokens, short_pass_tokens(self.max_pass_tokens)),
+                strict=True,
+            )
+        ]
+        """Of a pass, and of a short one that runs while it waits."""
         words = _input_words(rows, max_num_seqs, max_pages_per_seq)
         self._device_inputs = ops.empty((words,), np.int32)
         self._host_inputs = np.zeros(words, np.int32)
@@ -101,6 +117,8 @@ class ModelRunner:
         self._graphs_captured = False
         self._valid_logit_rows = 0
         """Number of first rows of the last step whose logits are in `_logits`."""
+        self._first_prefill_row: int | None = None
+        """First row of the last prefill pass, if that was the last step."""
 
     def _make_decode_state(self, rows: int) -> DecodeState:
         ops, eos = self.ops, self.model.config.eos_token_ids
@@ -191,23 +209,46 @@ class ModelRunner:
         return copied
 
     def forward(self, batch: Batch) -> None:
-        """Run the model on the batch's scheduled tokens, and update the state."""
+        """Run the model on the batch's scheduled tokens, and update the state.
+
+        More than a token of a sequence are a prefill pass.
+        """
+        if any(count > 1 for _, count in batch.scheduled):
+            running = self.start_prefill(batch, self.prefill_inputs[0])
+            while running.advance():
+                self.ops.limit_queue(MAX_QUEUE_DEPTH)
+            self.finish_prefill(running)
+            return
+        self._record_prompts(batch)
         step = self._step(batch)
-        self._valid_logit_rows = 0
+        self._valid_logit_rows, self._first_prefill_row = 0, None
+        rows = step.tokens
+        if rows <= LOGIT_ROWS:
+            self._logits_replay(rows, step)()
+            self._valid_logit_rows = rows
+        else:
+            self.model.forward(step, self.state)
+        self.model.prefill_pass.invalidate()
+
+    def start_prefill(self, batch: Batch, inputs: PrefillInputs) -> PrefillPass:
+        """Begin a prefill pass of a batch; `PrefillPass.advance` runs it."""
+        self._record_prompts(batch)
+        self.model.prefill_pass.invalidate()
+        admits = any(count == request.num_pending_tokens for request, count in batch.scheduled)
+        steps = inputs.fill(batch, self.state.page_size)
+        layers = self.model.prefill(steps, self.state, inputs.first_row, admits)
+        return PrefillPass(batch, inputs, layers, self.model.config.num_layers)
+
+    def finish_prefill(self, done: PrefillPass) -> None:
+        """Make the rows of a pass that has ended the ones of `logits`."""
+        self._valid_logit_rows, self._first_prefill_row = 0, done.inputs.first_row
+
+    def _record_prompts(self, batch: Batch) -> None:
         recorder = self.expert_runner.recorder
         if recorder is not None and any(
             request.num_computed_tokens == 0 for request, _ in batch.scheduled
         ):
             recorder.prompt()
-        rows = step.tokens
-        if rows == step.sequences <= LOGIT_ROWS:
-            self._logits_replay(rows, step)()
-            self._valid_logit_rows = rows
-        else:
-            self.expert_runner.prompt_ends = any(
-                count == request.num_pending_tokens > 1 for request, count in batch.scheduled
-            )
-            self.model.forward(step, self.state)
 
     def _captured(self, key: tuple[str, int], run: Callable[[], None]) -> Callable[[], None]:
         """`run` itself for the first call with `key`, then the replay of its captured graph."""
@@ -218,10 +259,11 @@ class ModelRunner:
         self._launched_once.add(key)
         return self._graphs.get(key, run)
 
-    def start_decode(self, batch: Batch) -> "DecodeSession":
+    def start_decode(self, batch: Batch) -> DecodeSession:
         """Start decoding with sampling on the device; each request has one pending token."""
         step, rows = self._step(batch), len(batch.scheduled)
-        self._valid_logit_rows = 0
+        self._valid_logit_rows, self._first_prefill_row = 0, None
+        self.model.prefill_pass.invalidate()
         sampler_params = np.empty((rows, 4), np.float32)
         tokens_left, stop_on_eos = np.empty(rows, np.int32), np.empty(rows, np.int32)
         for row, (request, _) in enumerate(batch.scheduled):
@@ -297,7 +339,7 @@ class ModelRunner:
                 out, logit_rows = self._logits[:count], self._device_views["logit_rows"][:count]
                 self._valid_logit_rows = 0  # head overwrites _logits
                 self.ops.copy_h2d(logit_rows, chunk)
-                self.model.head(out, logit_rows)
+                self.model.head(out, logit_rows, self._first_prefill_row)
             yield self.ops.copy_d2h(out).astype(np.float32, copy=False)
 
     def _step(self, batch: Batch) -> StepInputs:
@@ -346,114 +388,11 @@ class ModelRunner:
         rows, seqs = self.rows, self.max_num_seqs
         start, views = 0, {}
         for name, size in (
-            ("ids", rows), ("positions", rows), ("sequence_ids", rows), ("logit_rows", rows),
+            ("ids", rows), ("positions", rows), ("sequence_ids", rows),
+            ("logit_rows", max(rows, LOGIT_ROWS)),
             ("query_start_loc", seqs + 1), ("context_lens", seqs), ("state_slots", seqs),
             ("pages", seqs * self.max_pages_per_seq),
         ):  # fmt: skip
             views[name] = inputs[start : start + size]
             start += size
         return views
-
-
-class DecodeSession:
-    """Decoding of one batch with sampling on the device: steps launched and tokens received.
-
-    Each request is one row.  The device ends a row at an end-of-sequence token or at its last
-    token.  A step with token masks has two parts: the model, then sampling, which needs the masks.
-    The next step's model is launched before this step's token is known.
-    """
-
-    def __init__(
-        self,
-        runner: ModelRunner,
-        requests: list[Request],
-        replay: Callable[[], None],
-        sample: Callable[[], None] | None = None,
-        tables: ControlTables | None = None,
-    ) -> None:
-        """`replay` launches a step, or only its model if `sample` launches its second part.
-        `tables` are those of a step with controls."""
-        self.requests = requests
-        self.launched = self.received = 0
-        self.replay = replay
-        """Launches one step; `launch` first writes its uniforms and page table entries."""
-        self.lookahead = (
-            runner.lookahead_steps if sample is None else min(1, runner.lookahead_steps)
-        )
-        """Steps to launch before the host has the previous token."""
-        self._sample, self._tables = sample, tables
-        self._sampled = 0
-        """Steps whose second part is launched, in a session with token masks."""
-        self._runner = runner
-        rows, view = len(requests), runner.ops.host_view
-        self._uniforms = (
-            view(runner.decode_state.uniforms)
-            .reshape(-1)[: MAX_STEPS_IN_FLIGHT * rows]
-            .reshape(MAX_STEPS_IN_FLIGHT, rows)
-        )
-        self._token_ring = view(runner.decode_state.token_ring)
-        self._pages_written = [len(request.pages) for request in requests]
-        self._typical_wait_s = 0.0
-
-    @property
-    def in_flight(self) -> int:
-        """Steps launched whose tokens have not been received."""
-        return self.launched - self.received
-
-    def launch(self) -> None:
-        """Launch one step.  Every request must have a page for it.
-
-        In a session with token masks, every token but the last step's must have been received.
-        """
-        self._launch_sampling()
-        for row, request in enumerate(self.requests):
-            for entry in range(self._pages_written[row], len(request.pages)):
-                self._runner.set_page(row, entry, request.pages[entry])
-            self._pages_written[row] = len(request.pages)
-            index = request.completion_tokens + self.in_flight
-            self._uniforms[self.launched % MAX_STEPS_IN_FLIGHT, row] = uniform(request, index)
-        self.replay()
-        self.launched += 1
-
-    def _launch_sampling(self) -> None:
-        """Launch the second part of the last step, if it has one that is not launched."""
-        if self._sample is None or self._sampled == self.launched:
-            return
-        assert self._tables is not None and self.received == self._sampled
-        self._tables.fill_masks()
-        self._sample()
-        self._sampled += 1
-
-    def wait_tokens(self) -> list[int]:
-        """Wait for the oldest step in flight; returns one token per row.
-
-        -1: the largest logit is not finite.  -2: the row had ended before.
-        Raises: CudaError where the device has failed.
-        """
-        if self._sampled == self.received:
-            self._launch_sampling()
-        start = time.perf_counter()
-        if self._typical_wait_s > 1e-3 and self._token_ring[0] <= self.received:
-            time.sleep(0.7 * self._typical_wait_s)
-        while self._token_ring[0] <= self.received:
-            time.sleep(0)  # let other threads run
-            if time.perf_counter() - start > STALL_SECONDS:
-                self._runner.ops.synchronize()
-                assert self._token_ring[0] > self.received, "the device is idle, but wrote no token"
-        waited = time.perf_counter() - start
-        self._typical_wait_s = (
-            waited if not self.received else min(waited, 0.5 * (self._typical_wait_s + waited))
-        )
-        rows = len(self.requests)
-        at = 1 + self.received % MAX_STEPS_IN_FLIGHT * rows
-        self.received += 1
-        tokens: list[int] = self._token_ring[at : at + rows].tolist()
-        if self._tables is not None:
-            for row, token in enumerate(tokens):
-                if token != -2:
-                    self._tables.count_step(row)
-        return tokens
-
-    def logprobs(self, row: int) -> tuple[float | None, tuple[tuple[int, float], ...]]:
-        """Log-probability of a row's last received token, and the likeliest alternatives."""
-        return (None, ()) if self._tables is None else self._tables.logprobs(self.received - 1, row)

@@ -155,7 +155,7 @@ class EngineStats:
         else:
             times.first_token = now
             self.ttft_s.add(now - times.submitted)
-            if not request.skip_prefill and now > times.started:
+            if not request.computed_tokens and now > times.started:
                 self.prefill_tokens_s = request.prompt_tokens / (now - times.started)
             self._first_tokens.append(request)
         times.last_token = now

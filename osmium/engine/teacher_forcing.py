@@ -28,7 +28,9 @@ def teacher_forced_logits(
     remaining = list(enumerate(sequences))
     while remaining:
         group: list[tuple[int, Request]] = []
-        while remaining and len(group) < min(runner.max_num_seqs, max(1, runner.rows // chunk)):
+        while remaining and len(group) < min(
+            runner.max_num_seqs, max(1, runner.max_pass_tokens // chunk)
+        ):
             index, ids = remaining[0]
             request = Request(ids, SamplingParams(), _ignore, None, 0)
             if not kv_cache.allocate_slot(request):

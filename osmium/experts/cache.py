@@ -31,10 +31,12 @@ def make_cache(
     capacity: int,
     top_k: int,
     slots_per_layer: Sequence[int] | None = None,
+    staging: int = 0,
 ) -> ExpertCache:
     """An empty cache with `capacity` slots per layer; `slots_per_layer` may divide them unevenly.
 
     With a slot for every expert the cache is filled from `host_experts` and fully resident.
+    `staging`: further slots behind those of all layers, which belong to no layer.
     Raises: ConfigError, OutOfMemory.
     """
     layers, experts, nbytes = host_experts.packed.shape
@@ -48,7 +50,7 @@ def make_cache(
             slots_per_layer = [capacity] * layers
         assert sum(slots_per_layer) == layers * capacity, f"{slots_per_layer} slots"
         assert top_k <= min(slots_per_layer), f"{slots_per_layer} slots"
-        slots = ops.empty((layers * capacity, nbytes), np.uint8)
+        slots = ops.empty((layers * capacity + staging, nbytes), np.uint8)
         return _empty_cache(ops, host_experts.layout, slots, slots_per_layer, experts)
     slots = ops.empty((layers, capacity, nbytes), np.uint8)
     for layer in range(layers):
@@ -78,7 +80,7 @@ def resize_layers(cache: ExpertCache, slots_per_layer: Sequence[int]) -> ExpertC
     """
     assert cache.storage is not None, "only a cache of make_cache can be resized"
     slots, slot_to_expert = cache.storage
-    assert sum(slots_per_layer) == slots.shape[0], f"{slots_per_layer} slots"
+    assert sum(slots_per_layer) == slot_to_expert.shape[0], f"{slots_per_layer} slots"
     assert max(slots_per_layer) <= cache.num_experts, f"{slots_per_layer} slots"
     return replace(
         cache,
@@ -100,7 +102,7 @@ def _empty_cache(
 ) -> ExpertCache:
     """An empty cache over `slots` of all layers.  Raises: OutOfMemory."""
     layers = len(slots_per_layer)
-    slot_to_expert = ops.empty((slots.shape[0],), np.int32)
+    slot_to_expert = ops.empty((sum(slots_per_layer),), np.int32)
     cache = ExpertCache(
         layout=layout,
         num_experts=num_experts,

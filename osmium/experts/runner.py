@@ -1,9 +1,8 @@
 """The expert runner: from expert ids and weights to the experts' output.
 
 It assigns slots, fetches missed experts and computes, in blocks of rows small enough for the slots.
-A step of many tokens streams its missing experts instead (streaming.py).  A fully resident cache
-needs only the computation.  Every routed expert is computed; the counters count hits and misses.
-See docs/expert-cache.md.
+Prompts have another way (streaming.py).  A fully resident cache needs only the computation.  Every
+routed expert is computed; the counters count hits and misses.  See docs/expert-cache.md.
 """
 
 import contextlib
@@ -12,9 +11,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from osmium.errors import OsmiumError
 from osmium.experts.routing import RoutingRecorder
-from osmium.experts.streaming import STREAM_MIN_TOKENS, ExpertStreamer
 from osmium.ops import (
     Array,
     ExpertCache,
@@ -64,13 +61,10 @@ class ExpertRunner:
         rows: int,
         top_k: int,
         prefetch_state: PrefetchState | None = None,
-        staging_experts: int = 0,
     ) -> None:
-        """A fully resident cache needs no `host_experts`.  A step has at most `rows` rows where it
-        is streamed, else `forward` takes any number and computes at most `rows` at once.  With a
-        `prefetch_state` one expert of the next layer is prefetched while the link is idle.
-        `staging_experts`: of each half of the staging buffer; 0: no step is streamed.
-        Raises: OutOfMemory."""
+        """A fully resident cache needs no `host_experts`.  `forward` takes any number of rows and
+        computes at most `rows` at once.  With a `prefetch_state` one expert of the next layer is
+        prefetched while the link is idle.  Raises: OutOfMemory."""
         resident = cache.capacity == cache.num_experts
         assert resident or host_experts is not None, "a partial cache needs host experts"
         self.ops = ops
@@ -88,21 +82,11 @@ class ExpertRunner:
         self.set_cache(cache)
         self._prefetch_state = self._router_prefetch = None if resident else prefetch_state
         most = min(cache.num_experts, self.max_rows * top_k)
-        array_rows = rows if staging_experts else self.max_rows
-        self.inner = ops.empty_input(array_rows * top_k, cache.layout.inner)
-        self.grouped = ops.empty_grouped(array_rows, top_k, cache.num_experts, cache.layout)
+        self.inner = ops.empty_input(self.max_rows * top_k, cache.layout.inner)
+        self.grouped = ops.empty_grouped(self.max_rows, top_k, cache.num_experts, cache.layout)
         """Arrays of the kernels for many tokens, or None."""
-        self.stream_min_tokens = STREAM_MIN_TOKENS
-        """A step of more tokens is streamed, if there is a `streamer`."""
-        self.prompt_ends = False
-        """Whether the next step has the last token of a prompt: a streamed one then admits the
-        prompt's experts."""
-        self.streamer: ExpertStreamer | None = None
-        if staging_experts and self.host_experts is not None and self.grouped is not None:
-            layers = len(cache.slots)
-            self.streamer = ExpertStreamer(
-                ops, self.host_experts, layers, cache.num_experts, staging_experts
-            )
+        self.experts_streamed = 0
+        """Experts that prefill passes have copied (streaming.py)."""
         self.assignment = SlotAssignment(
             count=ops.empty((1,), np.int32),
             expert=ops.empty((most,), np.int32),
@@ -143,18 +127,10 @@ class ExpertRunner:
             scratch = self.ops.empty(weights.shape, np.float32)
             self._router_prefetch = replace(self._prefetch_state, weights=scratch)
 
-    def is_streamed(self, tokens: int) -> bool:
-        """Whether a step of `tokens` rows copies the missing experts of each layer once."""
-        return self.streamer is not None and tokens > self.stream_min_tokens
-
     def prefetch_state(self, tokens: int) -> PrefetchState | None:
         """The prefetch state, or None where a step of `tokens` rows has no prefetch."""
         state = self._prefetch_state
-        if (
-            state is None
-            or self.is_streamed(tokens)
-            or tokens > min(state.ids.shape[0], *self.layer_rows)
-        ):
+        if state is None or tokens > min(state.ids.shape[0], *self.layer_rows):
             return None
         return state
 
@@ -164,20 +140,7 @@ class ExpertRunner:
 
     @contextlib.contextmanager
     def step(self, tokens: int) -> Iterator[None]:
-        """The body launches all layers of a step.
-
-        A streamed step first waits for earlier launches, to read tables and use counts.
-        Otherwise the prefetch kernel runs on a side stream meanwhile.
-        """
-        if self.streamer is not None and self.is_streamed(tokens):
-            try:
-                self.streamer.start_step(self.cache, self.prompt_ends)
-                yield
-            except BaseException:
-                with contextlib.suppress(OsmiumError):  # the step's own error counts
-                    self.streamer.abandon_step(self.cache)
-                raise
-            return
+        """The body launches all layers of a step; the prefetch kernel runs on a side stream."""
         prefetch_state = self.prefetch_state(tokens)
         if prefetch_state is None or self.host_experts is None:
             yield
@@ -215,19 +178,6 @@ class ExpertRunner:
         if self.recorder is not None:
             self.recorder.add(layer, ops.copy_d2h(ids).astype(np.uint16, copy=False))
         tokens, top_k = ids.shape
-        if self.streamer is not None and self.is_streamed(tokens):
-            assert self.grouped is not None, "a streamer has arrays of many tokens"
-            ops.gate_up_silu(shared_inner, h, shared.up, shared_gate_up)
-            ops.linear(shared_out, shared_inner, shared.down)
-            inner = self.inner[: tokens * top_k]
-            self.streamer.compute(self.grouped, inner, h, ids, cache, layer)
-            pair_out = self.grouped.pair_out[: tokens * top_k]
-            ops.gather_add(
-                x, pair_out, weights, self.grouped.groups.position, 0, shared_out, router_logits,
-                shared.gate_column,
-            )  # fmt: skip
-            ops.rms_norm(h, x, norm)
-            return
         assignment = None if self.host_experts is None else self.assignment
         # Blocks of equal size: none has few rows, for which other kernels have other bits.
         blocks = -(-tokens // self.layer_rows[layer])
@@ -269,6 +219,7 @@ class ExpertRunner:
         routed, hit, missed, copied, prefetched, prefetch_hits, pieces = values
         if self.host_experts is None:
             hit = routed  # without slot assignment no kernel counts hits
+        copied += self.experts_streamed
         assert routed == hit + missed, f"{routed} routed, but {hit} hit and {missed} missed"
         return ExpertCounters(
             routed, hit, missed, copied, prefetched, prefetch_hits,
@@ -279,10 +230,7 @@ class ExpertRunner:
 def expert_runner_bytes(
     rows: int, capacity: int, experts: int, top_k: int, layout: ExpertLayout, gpu: bool
 ) -> int:
-    """Most bytes of the runner's own arrays on a backend, without those of a streamer.
-
-    With a streamer they are at most those of a fully resident cache.
-    """
+    """Most bytes of the runner's own arrays on a backend."""
     block = _rows_per_block(rows, capacity, experts, top_k)
     grouped = GroupedExperts.nbytes(block, top_k, experts, layout.hidden) if gpu else 0
     return (

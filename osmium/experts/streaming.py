@@ -1,189 +1,441 @@
-"""Streaming: a step of many tokens copies each layer's missing experts once, beside computation.
+"""The routed experts of a prefill pass: once per layer, for all its tokens.
 
-The first part of a layer's experts is those in its slots.  Each further part is missing experts, by
-ascending id, which the copy engine brings into one half of a staging buffer.  One half is copied
-while the other is computed.  Missing experts for which there is a slot are copied there instead.
-See docs/expert-cache.md.
+Missing experts cross the link at most once per layer and pass.  The copy engine brings them to
+staging slots, which are two halves: one is copied while the other is computed.  A layer's experts
+are computed in parts of ascending ids.  A part has the experts of one half, and those of its ids
+that have a slot, so the order of sums does not depend on which experts are resident.  The host
+reads which experts the tokens use, while the device computes the shared expert.  See
+docs/expert-cache.md.
 """
 
-from collections.abc import Iterable, Sequence
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from osmium.experts.cache import empty_slots
-from osmium.experts.usage import snapshot_usage
-from osmium.ops import Array, ExpertCache, GroupedExperts, HostExperts, MatmulInput, Ops
-from osmium.ops.tiling import supports_grouped_experts
+from osmium.experts.runner import ExpertRunner
+from osmium.experts.usage import eviction_scores
+from osmium.ops import Array, GroupedExperts, MatmulInput, Ops, TileRange
+from osmium.ops.grouped import TILE_ROWS, ExpertGroups
+from osmium.ops.tiling import input_shapes, supports_grouped_experts
+from osmium.ops.types import Empty
 from osmium.quant.expert_layout import ExpertLayout
 
-__all__ = ["STREAM_MIN_TOKENS", "ExpertStreamer", "staging_bytes", "staging_experts"]
+__all__ = [
+    "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes", "staging_experts",
+]  # fmt: skip
 
-STREAM_MIN_TOKENS = 96
-"""Most tokens of a step that fetches its experts into slots, in blocks of rows; more are streamed.
+STAGING_EXPERTS = 16
+"""Experts of each half of the staging slots, and at most STAGING_FRACTION of VRAM."""
 
-An estimate.  Streaming copies all missing experts of a layer, whether they are routed or not."""
+STAGING_FRACTION = 0.004
+"""Largest fraction of VRAM for each half of the staging slots."""
 
-MIN_STAGING_EXPERTS = 8
-"""Fewest experts of a half of the staging buffer."""
-
-MAX_REPLACED = 8
-"""Most experts of a layer that a prompt's last step replaces: each is one more copy."""
-
-SLOTS_BUFFER = 2
-"""Number of the cache's slots among the buffers of Ops.stage_experts; the halves are 0 and 1."""
-
-STAGING_FRACTION = 0.005
-"""Fraction of VRAM for each half of the staging buffer."""
+MIN_STAGING_EXPERTS = 4
+"""Fewest experts of a half."""
 
 
-def staging_experts(
-    layout: ExpertLayout, num_experts: int, rows: int, vram_bytes: int, missing: int
-) -> int:
-    """Experts of each half of the staging buffer, for steps of up to `rows` tokens.
+def staging_experts(layout: ExpertLayout, num_experts: int, vram_bytes: int, missing: int) -> int:
+    """Experts of each half of the staging slots; 0 where no kernel takes the layout.
 
-    `missing`: experts of a layer without a slot.  0 where no step is streamed: steps are too short,
-    or no kernel takes the layout.
+    `missing`: experts of a layer without a slot.
     """
-    if rows <= STREAM_MIN_TOKENS or not supports_grouped_experts(layout, num_experts):
+    if not missing or not supports_grouped_experts(layout, num_experts):
         return 0
-    count = int(STAGING_FRACTION * vram_bytes) // layout.nbytes
-    return min(num_experts, max(MIN_STAGING_EXPERTS, min(count, missing)))
+    count = min(STAGING_EXPERTS, int(STAGING_FRACTION * vram_bytes) // layout.nbytes)
+    return min(missing, max(MIN_STAGING_EXPERTS, count))
 
 
-def staging_bytes(layout: ExpertLayout, layers: int, num_experts: int, experts: int) -> int:
-    """Bytes of an ExpertStreamer with `experts` experts per half; 0 experts: none."""
-    if not experts:
+def pair_shapes(
+    layout: ExpertLayout, pairs: int
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and dtype of the arrays of `pairs` routed pairs: outputs, and fields of MatmulInput."""
+    shapes = input_shapes(pairs, layout.inner, False, gpu=True)
+    fields = ("hi_lo",) if layout.bits == 16 else ("f32", "digits", "units")
+    return {
+        "pair_out": ((pairs, layout.hidden), np.float32), **{name: shapes[name] for name in fields},
+    }  # fmt: skip
+
+
+def pair_bytes(layout: ExpertLayout) -> int:
+    """Bytes of the arrays of a routed pair."""
+    return sum(
+        int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for shape, dtype in pair_shapes(layout, 1).values()
+    )
+
+
+def prefill_expert_bytes(layout: ExpertLayout, num_experts: int, top_k: int, tokens: int) -> int:
+    """Bytes of a PrefillExperts without the arrays of pairs; 0 where no kernel takes the layout."""
+    if not supports_grouped_experts(layout, num_experts):
         return 0
-    return 2 * experts * layout.nbytes + 4 * layers * _max_parts(num_experts, experts) * num_experts
+    return ExpertGroups.nbytes(tokens, top_k, num_experts) + 4 * num_experts
 
 
-def _max_parts(num_experts: int, staged: int) -> int:
-    """Most parts of a layer: experts in slots, those copied to slots, and all others."""
-    return 2 + -(-num_experts // staged)
+@dataclass
+class _Half:
+    """Experts that are copied together to one half of the staging slots."""
+
+    experts: list[int] = field(default_factory=list)
+    number: int = 0
+    """0 or 1."""
+    is_copied: bool = False
+    """Whether its copies are issued."""
+    is_waited: bool = False
+    """Whether later launches wait for its copies."""
 
 
-class ExpertStreamer:
-    """The staging buffer, and the parts of each layer in a step."""
+@dataclass
+class _Part:
+    """Experts that are computed together: ids from `first` to `end` - 1."""
+
+    first: int
+    end: int
+    half: _Half | None = None
+    """The half with those that have no slot."""
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """What the host has read of a layer's routing."""
+
+    tiles: npt.NDArray[np.int32]
+    """i32 [tiles, 4], as in ExpertGroups."""
+    first_tile: npt.NDArray[np.int64]
+    """i64 [E + 1], the first tile of each expert."""
+    uses: npt.NDArray[np.int64]
+    """i64 [E], routed pairs of each expert."""
+    scores: npt.NDArray[np.float32]
+    """f32 [E], eviction scores with these uses; zeros where nothing can be admitted."""
+
+
+class PrefillExperts:
+    """The staging slots, and the experts of one layer at a time."""
 
     def __init__(
-        self, ops: Ops, host_experts: HostExperts, layers: int, num_experts: int, experts: int
+        self,
+        ops: Ops,
+        runner: ExpertRunner,
+        tokens: int,
+        pairs: int,
+        empty: Empty,
+        link_gb_s: float,
     ) -> None:
-        """Each half of the staging buffer has `experts` experts.  Raises: OutOfMemory."""
-        self.ops, self.host_experts, self.experts = ops, host_experts, experts
-        self.staging = ops.empty((2, experts, host_experts.layout.nbytes), np.uint8)
-        shape = (layers, _max_parts(num_experts, experts), num_experts)
-        self.part_slots = ops.empty(shape, np.int32)
-        """i32 [L, parts, E]: the slot, or place in a half, of each expert of a part; -1: others."""
-        self._host_slots = np.empty(shape, np.int32)
-        self._admitted: list[dict[int, int]] = [{} for _ in range(layers)]
-        """Slots of the missing experts of each layer that are copied to slots: part 1."""
-        self._staged: list[list[list[int]]] = [[] for _ in range(layers)]
-        """Other missing experts of each layer, by part from 2 on."""
-        self._half = 0
-        """The half for the next part."""
+        """For passes of up to `tokens` tokens, of which `pairs` routed pairs are computed at once.
 
-    def start_step(self, cache: ExpertCache, replaces: bool) -> None:
-        """Divide the experts of all layers into parts, and admit some to slots.
-
-        Free slots are filled.  With `replaces` up to MAX_REPLACED experts of each layer give their
-        slots to missing experts with higher scores.  Waits for earlier launches: the host reads
-        tables and use counts.
+        `empty` allocates the arrays of these pairs, which are scratch.  Raises: OutOfMemory.
         """
-        scores = snapshot_usage(self.ops, cache).eviction_scores
-        tables = np.array(self.ops.copy_d2h(cache.expert_to_slot), np.int32)
-        self._host_slots[...] = -1
-        for layer, table in enumerate(tables):
-            slots, num_slots = self._host_slots[layer], cache.slots[layer].shape[0]
-            admitted = _admitted(table, num_slots, scores[layer], MAX_REPLACED if replaces else 0)
-            slots[0] = table
-            if admitted:
-                places = list(admitted.values())
-                slots[0, np.isin(table, places)] = -1
-                slots[1, list(admitted)] = places
-                self._store_tables(cache, layer, np.maximum(slots[0], slots[1]))
-            (others,) = np.nonzero(np.maximum(slots[0], slots[1]) < 0)
-            count = -(-len(others) // self.experts)
-            parts = np.array_split(others, count) if count else []
-            for number, experts in enumerate(parts, 2):
-                slots[number, experts] = np.arange(len(experts))
-            self._admitted[layer] = admitted
-            self._staged[layer] = [experts.tolist() for experts in parts]
-        self.ops.copy_h2d(self.part_slots, self._host_slots)
+        assert pairs >= TILE_ROWS, f"{pairs} pairs, fewer than a tile has"
+        cache, self.ops, self.runner = runner.cache, ops, runner
+        self.pairs, self.top_k = pairs, runner.top_k
+        layers, experts = cache.expert_to_slot.shape
+        shapes = ExpertGroups.shapes(tokens, runner.top_k, experts)
+        groups = {name: ops.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
+        arrays = {name: empty(*shape) for name, shape in pair_shapes(cache.layout, pairs).items()}
+        self.grouped = GroupedExperts(ExpertGroups(**groups), arrays.pop("pair_out"))
+        if "f32" not in arrays:  # which no kernel uses then
+            arrays["f32"] = arrays["hi_lo"].reshape(pairs, 2 * cache.layout.inner).view(np.float32)
+        self.inner = MatmulInput(**arrays)
+        self.staged = 0
+        """Experts of each half of the staging slots."""
+        if runner.host_experts is not None:
+            assert cache.storage is not None, "a partial cache has storage"
+            slots, slot_to_expert = cache.storage
+            self.staged = (slots.shape[0] - slot_to_expert.shape[0]) // 2
+            assert self.staged, "a partial cache needs staging slots"
+        self.index = ops.empty((experts,), np.int32)
+        """i32 [E]: where each expert of a layer is, in slots from the layer's first one on."""
+        self._tiles = ops.zeros_mapped(shapes["tiles"][0], np.int32)
+        self._num_tiles = ops.zeros_mapped((1,), np.int32)
+        self._counts = ops.zeros_mapped((2, experts), np.float32)
+        self._last_used = ops.zeros_mapped((experts,), np.int32)
+        self._link_gb_s = link_gb_s
+        self._table = np.full((layers, experts), -1, np.int32)
+        """i32 [L, E], the slot of each expert, as in ExpertCache."""
+        self._step = 0
+        """Forward passes of the cache."""
+        self._is_stale = True
+        """Whether the cache's tables may have changed since the host read them."""
+        self._copied: dict[int, _Half] = {}
+        """The halves whose copies are issued and that are not released, by number."""
+        self._ahead: list[_Half] = []
+        """Copies for the next layer that are issued before its routing is known."""
+        self._used_fraction = 0.0
+        """Fraction of the last layer's missing experts that its tokens used."""
+        self._mixer_s = 0.0
+        """Seconds from the end of the last layer's experts to the routing of the next layer."""
 
-    def abandon_step(self, cache: ExpertCache) -> None:
-        """Empty all slots after a failed step: tables may name experts that were not copied."""
-        empty_slots(self.ops, cache)
+    def invalidate(self) -> None:
+        """Read the cache's tables again: other steps have run, or a pass has ended early."""
+        for half in list(self._copied.values()):
+            self._release(half)
+        self._ahead = []
+        self._is_stale = True
 
-    def _store_tables(
-        self, cache: ExpertCache, layer: int, expert_to_slot: npt.NDArray[np.int32]
-    ) -> None:
-        """Store the tables of a layer whose slots change."""
-        slot_to_expert = np.full(cache.slots[layer].shape[0], -1, np.int32)
-        (experts,) = np.nonzero(expert_to_slot >= 0)
-        slot_to_expert[expert_to_slot[experts]] = experts
-        self.ops.copy_h2d(cache.expert_to_slot[layer], expert_to_slot)
-        self.ops.copy_h2d(cache.slot_to_expert[layer], slot_to_expert)
+    def start_layer(self, layer: int) -> None:
+        """Copy the first missing experts of a layer beside its mixer, if that saves time.
+
+        It does if the link would be idle for longer than it then copies experts that no token uses.
+        """
+        self.ops.start_timer()
+        if self.runner.host_experts is None or self._ahead:
+            return
+        self._refresh()
+        (missing,) = np.nonzero(self._table[layer] < 0)
+        ahead = missing[: 2 * self.staged].tolist()
+        if self._link_gb_s:
+            copy_s = len(ahead) * self.runner.cache.layout.nbytes / self._link_gb_s / 1e9
+            if (1 - self._used_fraction) * copy_s > min(copy_s, self._mixer_s):
+                return
+        for start in range(0, len(ahead), self.staged):
+            half = _Half(ahead[start : start + self.staged], start // self.staged)
+            self._ahead.append(half)
+            self._copy(layer, half)
+
+    def group(self, layer: int, ids: Array, admits: bool) -> None:
+        """Sort a layer's routed pairs by expert, count the uses, and begin to read them.
+
+        ids u16 [T, A]    admits: as for `compute`
+        """
+        ops, cache, groups = self.ops, self.runner.cache, self.grouped.groups
+        table = cache.expert_to_slot[layer]
+        ops.group_by_expert(groups, ids, cache.num_experts, table)
+        if self.runner.host_experts is not None:
+            ops.count_uses(groups, cache, layer, ids)
+        elif self._is_one_part(ids):
+            return
+        tokens, top_k = ids.shape
+        tiles = min(groups.tiles.shape[0], -(-tokens * top_k // TILE_ROWS) + cache.num_experts)
+        copies = [(self._tiles[:tiles], groups.tiles[:tiles]), (self._num_tiles, groups.num_tiles)]
+        if self._may_admit(layer, admits):
+            copies += [
+                (self._counts[0], cache.short_count[layer]),
+                (self._counts[1], cache.long_count[layer]),
+                (self._last_used, cache.last_used[layer]),
+            ]
+        ops.readback(copies)
 
     def compute(
-        self,
-        grouped: GroupedExperts,
-        inner: MatmulInput,
-        h: MatmulInput,
-        ids: Array,
-        cache: ExpertCache,
-        layer: int,
-    ) -> None:
-        """grouped.pair_out = the outputs of all experts, by sorted position; counts the uses.
+        self, layer: int, x: Array, h: MatmulInput, ids: Array, weights: Array, admits: bool
+    ) -> Iterator[None]:
+        """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], by ascending expert.
 
-        h [T, D]    ids u16 [T, A]    inner [T * A, I], scratch
+        After `group` of the same layer and ids.  Yields between parts; steps that run meanwhile
+        need `invalidate`.  Missing experts get free slots; with `admits` also those of experts with
+        lower scores.
+
+        x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]
         """
-        ops, slots, layout = self.ops, self.part_slots[layer], cache.layout
-        admitted, parts = self._admitted[layer], self._staged[layer]
-        rows = (grouped, inner, h, ids, layout)
-        ops.group_by_expert(grouped.groups, ids, cache.num_experts, slots[0])
-        ops.prepare_digits(h)
-        if admitted:
-            self._stage(cache.slots[layer], SLOTS_BUFFER, layer, list(admitted), admitted.values())
-        try:
-            ops.expert_part(*rows, cache.slots[layer], slots[0])
-        finally:  # after an error, too, no copy that still runs may meet a slot's next use
-            if admitted:
-                ops.wait_staged(SLOTS_BUFFER)
-        if admitted:
-            ops.expert_part(*rows, cache.slots[layer], slots[1])
-        for number, experts in enumerate(parts, 2):
-            half, self._half = self._half, 1 - self._half
-            self._stage(self.staging[half], half, layer, experts, range(len(experts)))
-            ops.wait_staged(half)
-            ops.expert_part(*rows, self.staging[half], slots[number])
-            ops.release_staged(half)
-        copied = len(admitted) + sum(map(len, parts))
-        ops.count_uses(grouped.groups, cache, layer, ids, copied)
+        if self.runner.host_experts is None and self._is_one_part(ids):
+            self._compute_tiles(layer, x, h, ids, weights, None)
+            yield
+            return
+        routed = self._wait_routing(layer, admits)
+        parts = self._plan(layer, routed, 0)
+        while parts:
+            part = parts.popleft()
+            half = part.half
+            if half is not None:
+                for other in (half, *(p.half for p in parts if p.half is not half)):
+                    if other is not None:
+                        self._copy(layer, other)
+                        if other is not half:
+                            break
+                self._wait(half)
+            for tiles in self._tile_ranges(routed, part):
+                self._compute_tiles(layer, x, h, ids, weights, tiles)
+            if half is not None and not (parts and parts[0].half is half):
+                self._admit(layer, half, routed, part.end, admits)
+                self._release(half)
+            yield
+            if self._is_stale and parts:
+                self._refresh()
+                parts = self._plan(layer, routed, part.end)
 
-    def _stage(
-        self, out: Array, buffer: int, layer: int, experts: Sequence[int], slots: Iterable[int]
-    ) -> None:
-        self.ops.stage_experts(out, buffer, self.host_experts, layer, experts, list(slots))
+    # -- the parts of a layer ----------------------------------------------------------------------
 
+    def _is_one_part(self, ids: Array) -> bool:
+        return bool(ids.shape[0] * ids.shape[1] <= self.pairs)
 
-def _admitted(
-    table: npt.NDArray[np.int32], num_slots: int, scores: npt.NDArray[np.float32], replaced: int
-) -> dict[int, int]:
-    """Slots for missing experts of a layer, by expert, ascending.
+    def _wait_routing(self, layer: int, admits: bool) -> _Layer:
+        """The routing that `group` has begun to read."""
+        ops, cache = self.ops, self.runner.cache
+        self._mixer_s = ops.wait_readback() / 1e3
+        count = int(ops.host_view(self._num_tiles)[0])
+        tiles = np.array(ops.host_view(self._tiles)[:count], np.int32)
+        experts = np.arange(cache.num_experts + 1)
+        first_tile = np.searchsorted(tiles[:, 3], experts)
+        rows = np.concatenate([[0], np.cumsum(tiles[:, 2], dtype=np.int64)])
+        uses = np.diff(rows[first_tile])
+        scores = np.zeros(cache.num_experts, np.float32)
+        if self.runner.host_experts is not None:
+            self._refresh()
+            if self._may_admit(layer, admits):
+                short_count, long_count = ops.host_view(self._counts)
+                last_used = np.asarray(ops.host_view(self._last_used), np.int32)
+                scores = eviction_scores(
+                    short_count, long_count, last_used, self._step + 1, cache.decay
+                )
+            missing = self._table[layer] < 0
+            used = int(np.count_nonzero(uses[missing]))
+            self._used_fraction = used / max(1, int(np.count_nonzero(missing)))
+        return _Layer(tiles, first_tile, uses, scores)
 
-    The missing experts with the highest scores get the free slots.  The next ones replace up to
-    `replaced` experts, the lowest scores first, as long as theirs are higher.
-    """
-    (held,) = np.nonzero(table >= 0)
-    if len(held) == num_slots and not replaced:
-        return {}
-    (missing,) = np.nonzero(table < 0)
-    missing = missing[np.argsort(-scores[missing], kind="stable")]
-    held = held[np.argsort(scores[held], kind="stable")][:replaced]
-    free = np.setdiff1d(np.arange(num_slots), table)
-    found = dict(zip(missing.tolist(), free.tolist(), strict=False))
-    for expert, evicted in zip(missing[len(free) :].tolist(), held.tolist(), strict=False):
-        if scores[expert] > scores[evicted]:
-            found[expert] = int(table[evicted])
-    return dict(sorted(found.items()))
+    def _plan(self, layer: int, routed: _Layer, first: int) -> deque[_Part]:
+        """The parts of the used experts from id `first` on; stores where each expert is."""
+        table, index = self._table[layer], self._table[layer].copy()
+        ahead, self._ahead = self._ahead, []
+        half_of = {expert: half for half in ahead for expert in half.experts}
+        parts: deque[_Part] = deque()
+        part, pairs = _Part(first, first), 0
+        for expert in (first + np.flatnonzero(routed.uses[first:])).tolist():
+            half = part.half
+            if self.runner.host_experts is not None and table[expert] < 0:
+                half = half_of.get(expert)
+                if half is None:
+                    half = part.half
+                    if half is None or half.is_copied or len(half.experts) == self.staged:
+                        half = _Half()
+                    half.experts.append(expert)
+            uses = int(routed.uses[expert])
+            other_half = part.half is not None and half is not part.half
+            if other_half or (pairs and pairs + uses > self.pairs):
+                parts.append(part)
+                part, pairs = _Part(expert, expert, half), 0
+            part.half, part.end, pairs = half, expert + 1, pairs + uses
+        if pairs:
+            parts.append(part)
+        halves = {id(p.half): p.half for p in parts if p.half is not None}
+        for half in ahead:
+            if id(half) not in halves:
+                self._release(half)
+        last = 1
+        for half in halves.values():  # one is copied while the other is computed
+            if not half.is_copied:
+                half.number = 1 - last
+            last = half.number
+            place = self._first_staging_slot(layer) + half.number * self.staged
+            index[half.experts] = place + np.arange(len(half.experts))
+        if self.runner.host_experts is not None:
+            self.ops.copy_h2d(self.index, index)
+        return parts
+
+    def _tile_ranges(self, routed: _Layer, part: _Part) -> Iterator[TileRange]:
+        """The tiles of a part, in ranges of at most `pairs` sorted positions."""
+        tile, end = (int(routed.first_tile[e]) for e in (part.first, part.end))
+        ends = routed.tiles[:, 1] + routed.tiles[:, 2]
+        while tile < end:
+            start = int(routed.tiles[tile, 1])
+            stop = min(end, int(np.searchsorted(ends, start + self.pairs, side="right")))
+            yield TileRange(tile, stop - tile, start, int(ends[stop - 1]) - start)
+            tile = stop
+
+    def _compute_tiles(
+        self, layer: int, x: Array, h: MatmulInput, ids: Array, weights: Array,
+        tiles: TileRange | None,
+    ) -> None:  # fmt: skip
+        """Add the outputs of some tiles to x; without `tiles` of all."""
+        ops, cache = self.ops, self.runner.cache
+        rows = ids.shape[0] * ids.shape[1] if tiles is None else tiles.rows
+        start = 0 if tiles is None else tiles.start
+        slots, index = cache.slots[layer], cache.expert_to_slot[layer]
+        if self.runner.host_experts is not None:
+            assert cache.storage is not None, "a partial cache has storage"
+            slots, index = cache.storage[0][self._first_slot(layer) :], self.index
+        ops.expert_part(self.grouped, self.inner[:rows], h, ids, cache.layout, slots, index, tiles)
+        ops.gather_add(
+            x, self.grouped.pair_out[:rows], weights, self.grouped.groups.position, start
+        )
+
+    # -- staging slots -----------------------------------------------------------------------------
+
+    def _first_slot(self, layer: int) -> int:
+        return sum(slots.shape[0] for slots in self.runner.cache.slots[:layer])
+
+    def _first_staging_slot(self, layer: int) -> int:
+        """Number of the first staging slot, counted from the layer's first slot."""
+        return sum(slots.shape[0] for slots in self.runner.cache.slots[layer:])
+
+    def _copy(self, layer: int, half: _Half) -> None:
+        """Issue the copies of a half once; it has been released by its last experts."""
+        if half.is_copied:
+            return
+        cache, host_experts = self.runner.cache, self.runner.host_experts
+        assert cache.storage is not None and host_experts is not None, "experts are missing"
+        first = cache.storage[1].shape[0] + half.number * self.staged
+        self.ops.stage_experts(
+            cache.storage[0][first : first + self.staged], half.number, host_experts, layer,
+            half.experts, range(len(half.experts)),
+        )  # fmt: skip
+        half.is_copied = True
+        self._copied[half.number] = half
+        self.runner.experts_streamed += len(half.experts)
+
+    def _wait(self, half: _Half) -> None:
+        if not half.is_waited:
+            half.is_waited = True
+            self.ops.wait_staged(half.number)
+
+    def _release(self, half: _Half) -> None:
+        """The next copies to this half come after all launches so far."""
+        self._wait(half)
+        self.ops.release_staged(half.number)
+        del self._copied[half.number]
+
+    # -- the cache's tables ------------------------------------------------------------------------
+
+    def _refresh(self) -> None:
+        """Read the cache's tables if they may have changed; waits for earlier launches."""
+        if self._is_stale:
+            cache = self.runner.cache
+            self._table = np.array(self.ops.copy_d2h(cache.expert_to_slot), np.int32)
+            self._step = int(self.ops.copy_d2h(cache.step)[0])
+            self._is_stale = False
+
+    def _may_admit(self, layer: int, admits: bool) -> bool:
+        """Whether missing experts of a layer may get slots."""
+        if self.runner.host_experts is None:
+            return False
+        num_slots = self.runner.cache.slots[layer].shape[0]
+        return admits or self._is_stale or np.count_nonzero(self._table[layer] >= 0) < num_slots
+
+    def _admit(self, layer: int, half: _Half, routed: _Layer, end: int, admits: bool) -> None:
+        """Copy used experts of a half to slots: free ones, or those of lower scores.
+
+        A slot is taken from an expert that this layer no longer needs: below `end`, or unused.
+        """
+        if not self._may_admit(layer, admits):
+            return
+        ops, cache, table, scores = self.ops, self.runner.cache, self._table[layer], routed.scores
+        assert cache.storage is not None, "a partial cache has storage"
+        found = [
+            (expert, place) for place, expert in enumerate(half.experts) if routed.uses[expert]
+        ]
+        found.sort(key=lambda one: -scores[one[0]])
+        free = np.setdiff1d(np.arange(cache.slots[layer].shape[0]), table).tolist()
+        is_free = (routed.uses == 0) | (np.arange(len(table)) < end)
+        evictable: list[int] = []
+        if admits:
+            (evictable_ids,) = np.nonzero((table >= 0) & is_free)
+            evictable = evictable_ids[np.argsort(scores[evictable_ids], kind="stable")].tolist()
+        is_changed = False
+        for expert, place in found:
+            if free:
+                slot = free.pop(0)
+            elif evictable and scores[expert] > scores[evictable[0]]:
+                evicted = evictable.pop(0)
+                slot, table[evicted] = int(table[evicted]), -1
+            else:
+                break
+            staged = cache.storage[1].shape[0] + half.number * self.staged + place
+            source = cache.storage[0][staged : staged + 1]
+            ops.copy(cache.slots[layer][slot : slot + 1], source)
+            table[expert], is_changed = slot, True
+        if is_changed:
+            slot_to_expert = np.full(cache.slots[layer].shape[0], -1, np.int32)
+            (held,) = np.nonzero(table >= 0)
+            slot_to_expert[table[held]] = held
+            ops.copy_h2d(cache.expert_to_slot[layer], table)
+            ops.copy_h2d(cache.slot_to_expert[layer], slot_to_expert)

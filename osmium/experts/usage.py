@@ -26,11 +26,11 @@ import numpy.typing as npt
 
 from osmium.errors import DeviceError
 from osmium.experts.cache import DECAY
-from osmium.ops import ExpertCache, HostExperts, Ops
+from osmium.ops import DecayConfig, ExpertCache, HostExperts, Ops
 
 __all__ = [
-    "UsageSnapshot", "read_usage", "rebalanced_slots", "save_usage", "slots_per_layer",
-    "snapshot_usage", "try_save_usage", "warm_cache",
+    "UsageSnapshot", "eviction_scores", "read_usage", "rebalanced_slots", "save_usage",
+    "slots_per_layer", "snapshot_usage", "try_save_usage", "warm_cache",
 ]  # fmt: skip
 
 LOG = logging.getLogger("osmium.experts")
@@ -68,10 +68,7 @@ class UsageSnapshot:
     @property
     def eviction_scores(self) -> npt.NDArray[np.float32]:
         """f32 [L, E], at this step; the formula is that of types.DecayConfig."""
-        short_weight = np.float32(
-            1 - 2 ** (-(self.steps + DECAY.prior_steps) / DECAY.long_half_life)
-        )
-        return short_weight * self.short_count + np.float32(DECAY.long_scale) * self.long_count
+        return _score(self.short_count, self.long_count, self.steps, DECAY)
 
     def top_experts(self, layer: int, most: int) -> npt.NDArray[np.intp]:
         """Up to `most` experts that were used or resident, the highest eviction score first.
@@ -82,6 +79,35 @@ class UsageSnapshot:
         age = np.where(self.age[layer] < 0, np.iinfo(np.int32).max, self.age[layer])
         order = np.lexsort((~self.resident[layer], age, -self.eviction_scores[layer]))
         return cast(npt.NDArray[np.intp], order[candidates[order]][:most])
+
+
+def _score(
+    short_count: npt.NDArray[np.float32],
+    long_count: npt.NDArray[np.float32],
+    steps: int,
+    decay: DecayConfig,
+) -> npt.NDArray[np.float32]:
+    """Eviction scores from counts decayed to step `steps`; the formula of types.DecayConfig."""
+    short_weight = np.float32(1 - 2 ** (-(steps + decay.prior_steps) / decay.long_half_life))
+    return short_weight * short_count + np.float32(decay.long_scale) * long_count
+
+
+def eviction_scores(
+    short_count: npt.NDArray[np.float32],
+    long_count: npt.NDArray[np.float32],
+    last_used: npt.NDArray[np.int32],
+    step: int,
+    decay: DecayConfig,
+) -> npt.NDArray[np.float32]:
+    """Eviction scores at `step`, of counts as ExpertCache stores them: as of `last_used`."""
+    age = np.maximum(step - last_used, 0).astype(np.float32)
+
+    def decayed(count: npt.NDArray[np.float32], half_life: float) -> npt.NDArray[np.float32]:
+        now = count * np.exp2(-age * np.float32(1 / half_life))
+        return np.where(last_used > 0, now, 0).astype(np.float32)
+
+    short, long = decayed(short_count, decay.half_life), decayed(long_count, decay.long_half_life)
+    return _score(short, long, min(step, MAX_STEPS), decay)
 
 
 def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:

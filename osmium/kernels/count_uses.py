@@ -16,7 +16,7 @@ BLOCK_THREADS = 1024
 
 @python_kernel(
     "void(CPointer(float32), CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int64), "
-    "CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32, int32, int32, "
+    "CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32, int32, "
     "float32, float32)",
     block=BLOCK_THREADS,
     grid="1",
@@ -34,7 +34,6 @@ def count_uses(
     num_tokens: int,
     top_k: int,
     num_experts: int,
-    copied: int,
     is_last_layer: int,
     rate: float,
     long_rate: float,
@@ -111,7 +110,6 @@ def count_uses(
     if thread == 0:
         counters[1] += pairs[0]
         counters[2] += pairs[1]
-        counters[3] += copied
         if is_last_layer > 0:
             step[0] = step_now
 

@@ -6,12 +6,14 @@
 Every routed expert is computed; none is dropped or approximated.
 """
 
+import numpy as np
+
 from osmium.config import ModelConfig
 from osmium.experts.routing import predict_experts
 from osmium.experts.runner import ExpertRunner
 from osmium.models.weights import WeightView
 from osmium.models.workspace import Workspace
-from osmium.ops import Array, LinearWeight, Ops, SharedExpert, StepInputs
+from osmium.ops import Array, LinearWeight, Ops, PrefetchState, SharedExpert, StepInputs
 
 __all__ = ["MoeBlock"]
 
@@ -40,7 +42,12 @@ class MoeBlock:
         """The next layer's router, for prefetch; None in the last layer."""
 
     def forward(
-        self, x: Array, step: StepInputs, work: Workspace, norm: Array, l2_prefetch: Array
+        self,
+        x: Array,
+        step: StepInputs,
+        work: Workspace,
+        norm: Array,
+        l2_prefetch: Array | None = None,
     ) -> None:
         """x += experts(work.h); work.h = norm(x).  x f32 [T, D]    norm f32 [D]
 
@@ -48,6 +55,30 @@ class MoeBlock:
         """
         runner, next_router = self.expert_runner, self.next_router
         prefetch = None if next_router is None else runner.router_prefetch_buffers(step.tokens)
+        self._route(step, work, prefetch)
+        runner.forward(
+            x, work.h, work.ids, work.weights, self.layer, self.shared, work.router_logits,
+            work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, l2_prefetch,
+        )  # fmt: skip
+
+    def route(self, step: StepInputs, work: Workspace) -> None:
+        """work.ids and work.weights = the experts of work.h; also work.router_logits."""
+        self._route(step, work, None)
+        if self.expert_runner.recorder is not None:
+            ids = self.ops.copy_d2h(work.ids).astype(np.uint16, copy=False)
+            self.expert_runner.recorder.add(self.layer, ids)
+
+    def add_shared(self, work: Workspace) -> None:
+        """work.x += the gated shared expert of work.h, after `route`; stores work.h's digits."""
+        ops, shared = self.ops, self.shared
+        if shared.up.format == "bf16":  # a matrix of another format splits its input itself
+            ops.prepare_digits(work.h)
+        ops.gate_up_silu(work.shared_inner, work.h, shared.up, work.shared_gate_up)
+        ops.linear(work.shared_out, work.shared_inner, shared.down)
+        ops.add_sigmoid_gated(work.x, work.shared_out, work.router_logits, shared.gate_column)
+
+    def _route(self, step: StepInputs, work: Workspace, prefetch: PrefetchState | None) -> None:
+        runner, next_router = self.expert_runner, self.next_router
         self.ops.router(
             work.ids, work.weights, work.router_logits, work.h, self.router, self.num_experts,
             runner.cache.counters, work.router_barrier, runner.trace, self.layer, step.positions,
@@ -59,7 +90,3 @@ class MoeBlock:
                 self.ops, work.h, next_router, self.num_experts, top_k
             )
             runner.recorder.add_predicted(self.layer + 1, predicted, weights)
-        runner.forward(
-            x, work.h, work.ids, work.weights, self.layer, self.shared, work.router_logits,
-            work.shared_inner, work.shared_gate_up, work.shared_out, work.y, norm, l2_prefetch,
-        )  # fmt: skip

@@ -7,7 +7,7 @@ The mixer is a gated delta net in three layers of four and attention in the four
 formulas: the module qwen3_5_moe of transformers.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -15,9 +15,18 @@ import numpy as np
 
 from osmium.config import ModelConfig
 from osmium.experts.runner import ExpertRunner
+from osmium.experts.streaming import PrefillExperts
 from osmium.models.attention import Attention, rotary_frequencies
 from osmium.models.delta_net import DeltaNet
 from osmium.models.moe import MoeBlock
+from osmium.models.prefill import (
+    PrefillPass,
+    PrefillSteps,
+    make_prefill_rows,
+    prefill_pairs,
+    scratch_bytes,
+)
+from osmium.models.scratch import Scratch
 from osmium.models.state import ModelState
 from osmium.models.weights import WeightView
 from osmium.models.workspace import make_workspace
@@ -59,9 +68,13 @@ class Qwen3_5MoeModel:
         weights: Mapping[str, LinearWeight | Array],
         expert_runner: ExpertRunner,
         rows: int,
+        pass_tokens: int | None = None,
+        link_gb_s: float = 0.0,
     ) -> None:
         """`weights` have the names of models/weights.py and are in memory that `ops` reads.  A step
-        has at most `rows` tokens.  Raises: CheckpointError, OutOfMemory."""
+        of `forward`, and a piece of `prefill`, has at most `rows` tokens, a prefill pass at most
+        `pass_tokens`; without it `rows`.  `link_gb_s`: rate of copies from host memory, 0 if
+        unknown.  Raises: CheckpointError, OutOfMemory."""
         view = WeightView(weights)
         self.ops, self.config, self.rows, self.expert_runner = ops, config, rows, expert_runner
         self.embed = view.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
@@ -78,7 +91,20 @@ class Qwen3_5MoeModel:
         ]
         for layer, next_layer in pairwise(self.layers):
             layer.moe.next_router = next_layer.moe.router
-        self.work = make_workspace(ops, config, rows)
+        layout, tokens = expert_runner.cache.layout, pass_tokens or rows
+        gpu = ops.empty_input(1, 8).hi_lo is not None
+        buffer = ops.empty((scratch_bytes(config, layout, rows, gpu),), np.uint8)
+        self.work = make_workspace(ops, config, rows, buffer)
+        prefill_rows = make_prefill_rows(ops, config, layout, tokens, gpu)
+        experts = None
+        if prefill_rows.ids is not None:  # its arrays lie where the workspace has its own
+            pairs = prefill_pairs(layout, tokens, config.top_k, buffer.shape[0])
+            experts = PrefillExperts(
+                ops, expert_runner, tokens, pairs, Scratch(buffer).empty, link_gb_s
+            )
+        self.pass_tokens = tokens
+        """Most tokens of a prefill pass."""
+        self.prefill_pass = PrefillPass(ops, prefill_rows, experts, config.eps)
 
     def forward(self, step: StepInputs, state: ModelState) -> None:
         """Run all layers on a step; `head` computes its logits until the next call.
@@ -100,15 +126,28 @@ class Qwen3_5MoeModel:
                 layer.mixer.forward(x, step, layer_state, work, layer.moe_norm)
                 layer.moe.forward(x, step, work, norm, l2_prefetch)
 
-    def head(self, out: Array, rows: Array | None = None) -> None:
-        """Logits of some rows of the last step.
+    def prefill(
+        self, steps: PrefillSteps, state: ModelState, first_row: int = 0, admits: bool = False
+    ) -> Iterator[int]:
+        """Run all layers on consecutive steps; see PrefillPass.run."""
+        return self.prefill_pass.run(
+            self.layers, self.embed, self.work.first_rows, steps, state, first_row, admits
+        )
+
+    def head(
+        self, out: Array, rows: Array | None = None, first_prefill_row: int | None = None
+    ) -> None:
+        """Logits of some rows of the last step, or of the pass that began at `first_prefill_row`.
 
         out f32 [R, vocab]    rows i32 [R]    R at most self.rows
         Without `rows` they are the first R rows; that is valid only directly after `forward`.
         """
         ops, h = self.ops, self.work.h[: out.shape[0]]
         if rows is not None:
-            ops.gather_rows(h.f32, self.work.x, rows)
+            x = self.work.x
+            if first_prefill_row is not None:
+                x = self.prefill_pass.rows.x[first_prefill_row:]
+            ops.gather_rows(h.f32, x, rows)
             ops.rms_norm(h, h.f32, self.norm)
         ops.linear(out, h, self.head_matrix)
 

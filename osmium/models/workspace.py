@@ -7,8 +7,9 @@ import numpy as np
 import numpy.typing as npt
 
 from osmium.config import ModelConfig
+from osmium.models.scratch import Scratch, aligned_bytes
 from osmium.ops import Array, MatmulInput, Ops
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, rows_bytes
+from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, input_shapes
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 
 __all__ = ["Workspace", "make_workspace", "workspace_bytes"]
@@ -80,42 +81,48 @@ class Workspace:
         return Workspace(**rows, **shared)
 
 
-def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
-    """A workspace for steps of at most `rows` tokens.  Raises: OutOfMemory."""
+def make_workspace(
+    ops: Ops, config: ModelConfig, rows: int, buffer: Array | None = None
+) -> Workspace:
+    """A workspace for steps of at most `rows` tokens.
+
+    All arrays that keep nothing between steps are cut from `buffer`, u8 [>= workspace_bytes], if it
+    is given.  Raises: OutOfMemory.
+    """
+    empty = ops.empty if buffer is None else Scratch(buffer).empty
     split_counters = ops.empty(_split_counters_shape(config), np.int32)
     router_barrier = ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
     for counters in (split_counters, router_barrier):
         ops.memset(counters, 0)
     arrays = {
-        name: ops.empty((rows, *shape), dtype)
-        for name, (shape, dtype) in _row_shapes(config).items()
+        name: empty((rows, *shape), dtype) for name, (shape, dtype) in _row_shapes(config).items()
     }
     inputs = {
-        name: ops.empty_input(rows, width, eps)
+        name: ops.empty_input(rows, width, eps, empty)
         for name, (width, eps) in _matmul_inputs(config).items()
     }
     words = _chunk_scratch_words(config, rows, gpu=inputs["h"].hi_lo is not None)
     return Workspace(
         **arrays,
         **inputs,
-        partial=ops.empty(_partial_shape(config), np.float32),
+        partial=empty(_partial_shape(config), np.float32),
         split_counters=split_counters,
         router_barrier=router_barrier,
-        chunk_scratch=ops.empty((words,), np.uint32) if words else None,
+        chunk_scratch=empty((words,), np.uint32) if words else None,
     )
 
 
 def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
-    """Bytes that make_workspace allocates on a backend."""
-    arrays = sum(
-        math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in _row_shapes(config).values()
-    )
-    inputs = sum(
-        rows_bytes(1, width, eps is not None, gpu) for width, eps in _matmul_inputs(config).values()
-    )
-    shared = (_partial_shape(config), _split_counters_shape(config), ROUTER_BARRIER_SHAPE)
-    words = sum(map(math.prod, shared)) + _chunk_scratch_words(config, rows, gpu)
-    return rows * (arrays + inputs) + 4 * words
+    """Bytes that make_workspace cuts from a buffer, or allocates, on a backend."""
+    shapes: list[tuple[tuple[int, ...], npt.DTypeLike]] = [
+        ((rows, *shape), dtype) for shape, dtype in _row_shapes(config).values()
+    ]
+    for width, eps in _matmul_inputs(config).values():
+        shapes += input_shapes(rows, width, eps is not None, gpu).values()
+    counters = _split_counters_shape(config), ROUTER_BARRIER_SHAPE
+    words = (_chunk_scratch_words(config, rows, gpu),)
+    shapes += [(shape, np.float32) for shape in (_partial_shape(config), *counters, words)]
+    return sum(aligned_bytes(*shape) for shape in shapes)
 
 
 def _partial_shape(config: ModelConfig) -> tuple[int, ...]:

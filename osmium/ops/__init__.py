@@ -15,7 +15,7 @@ whole; `[T, >= n]` may have more columns than are read.
 from typing import Literal, Protocol, runtime_checkable
 
 from osmium.ops.controls import SamplingControls
-from osmium.ops.grouped import ExpertGroups, GroupedExperts, GroupedOps
+from osmium.ops.grouped import ExpertGroups, GroupedExperts, GroupedOps, TileRange
 from osmium.ops.memory import MemoryOps
 from osmium.ops.types import (
     Array,
@@ -43,7 +43,7 @@ __all__ = [
     "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "ExpertGroups", "Fill", "GroupedExperts",
     "HostExperts",
     "LinearWeight", "MatmulInput", "Ops", "PagedKV", "PrefetchState", "SamplingControls",
-    "SharedExpert", "SlotAssignment", "StepInputs",
+    "SharedExpert", "SlotAssignment", "StepInputs", "TileRange",
 ]  # fmt: skip
 
 

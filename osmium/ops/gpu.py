@@ -12,7 +12,7 @@ from osmium.kernels.logit_histogram import LOGIT_HISTOGRAM, SLICE_MAX
 from osmium.kernels.ptx import Kernel, kernel
 from osmium.kernels.sample import ADVANCE_STEP, SAMPLE_TOKEN
 from osmium.kernels.top_logprobs import TOP_LOGPROBS
-from osmium.ops import gpu_experts, gpu_grouped, gpu_rows
+from osmium.ops import gpu_experts, gpu_grouped, gpu_rows, mma_rate
 from osmium.ops.controls import SamplingControls
 from osmium.ops.gpu_experts import GpuExperts
 from osmium.ops.runtime import DeviceRuntime
@@ -69,7 +69,9 @@ def check_kernels() -> int:
     Raises: KernelError if a text is missing, broken or stale.
     """
     kernels: dict[str, Kernel] = {}
-    for module in (vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), globals()):
+    for module in (
+        vars(gpu_rows), vars(gpu_experts), vars(gpu_grouped), vars(mma_rate), globals(),
+    ):  # fmt: skip
         for value in module.values():
             for item in value.values() if isinstance(value, dict) else (value,):
                 if isinstance(item, Kernel):
@@ -86,6 +88,10 @@ class GpuOps(GpuExperts):
         """Checks all kernels first, before anything is loaded.  Raises: KernelError."""
         check_kernels()
         super().__init__(runtime)
+
+    def is_decode(self, step: StepInputs) -> bool:
+        """Whether the decode kernels take this step: each sequence has one row."""
+        return not self.is_prefill and is_decode(step)
 
     # -- attention -------------------------------------------------------------------------------
 
@@ -109,7 +115,7 @@ class GpuOps(GpuExperts):
 
     def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
         tokens, heads, dim = q.shape
-        tokens_per_block = prefill_attention_tokens(q, kv, step)
+        tokens_per_block = prefill_attention_tokens(q, kv, step, self.is_prefill)
         if tokens_per_block:
             GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
                 self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
@@ -136,7 +142,7 @@ class GpuOps(GpuExperts):
     ) -> None:
         w, attn_out = weights, workspace.attn_out
         (tokens, heads, dim), groups = workspace.q.shape, kv.k.shape[2]
-        if not is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
+        if not self.is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
             heads_out = attn_out.f32.reshape(tokens, heads, dim)
             self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
             self.attention(heads_out, workspace.q, kv, step, w.scale)
@@ -201,15 +207,15 @@ class GpuOps(GpuExperts):
     ) -> None:
         w, qkv, delta_out = weights, workspace.qkv, workspace.delta_out
         _, value_heads, dk, dv = state.shape
-        if not is_decode(step) or w.ab.format != "bf16":
+        if not self.is_decode(step) or w.ab.format != "bf16":
             heads = delta_out.f32.reshape(delta_out.f32.shape[0], value_heads, dv)
-            self.generic_linear(workspace.ab, self.merge_hi_lo(h), w.ab, 0)
+            self.linear(workspace.ab, h, w.ab)
             self.causal_conv1d(qkv, u, w.conv, conv_state, step)
             self.delta_gates(workspace.decay, workspace.beta, workspace.ab, w.a_log, w.dt_bias)
             rule = heads, qkv, workspace.decay, workspace.beta, state, step
             scratch = workspace.chunk_scratch
             # With scratch the bits of a prompt's rows do not depend on how many a step has.
-            if chunked or (scratch is not None and not is_decode(step)):
+            if chunked or (scratch is not None and not self.is_decode(step)):
                 self.delta_rule_chunk(*rule, scratch)
             else:
                 self.delta_rule_recurrent(*rule)

@@ -81,7 +81,9 @@ class GpuExperts(GpuGrouped):
         predicted_trace: Array | None = None,
     ) -> None:
         (tokens, top_k), shape = ids.shape, (w.format, w.out_features, w.in_features)
-        is_decode_sized = tokens <= MATVEC_MAX_TOKENS and num_experts <= ROUTER_EXPERTS
+        is_decode_sized = (
+            not self.is_prefill and tokens <= MATVEC_MAX_TOKENS and num_experts <= ROUTER_EXPERTS
+        )
         same_shape = (
             next_router is None
             or (next_router.format, next_router.out_features, next_router.in_features) == shape

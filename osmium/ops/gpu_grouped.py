@@ -14,8 +14,13 @@ from osmium.kernels.group_by_expert import (
 )
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_rows import GpuRows
-from osmium.ops.grouped import ExpertGroups, GroupedExperts
-from osmium.ops.tiling import MATVEC_MAX_TOKENS, gemm_stages, supports_grouped_experts
+from osmium.ops.grouped import ExpertGroups, GroupedExperts, TileRange
+from osmium.ops.tiling import (
+    MATVEC_MAX_TOKENS,
+    bf16_gemm_stages,
+    gemm_stages,
+    supports_grouped_experts,
+)
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -25,6 +30,8 @@ GATHER_ADD = kernel("gather_add_f32")
 SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+BF16_MOE_GEMM_UP = kernel("bf16_moe_gemm_up_f32")
+BF16_MOE_GEMM_DOWN = kernel("bf16_moe_gemm_down_f32")
 
 ROUND_PAIRS = 512
 """Pairs of a thread block are a multiple of this: a round of the kernel has one per thread."""
@@ -35,10 +42,21 @@ def pairs_per_block(pairs: int) -> int:
     return ROUND_PAIRS * -(-pairs // (ROUND_PAIRS * MAX_BLOCKS))
 
 
-def max_tiles(ids: Array, expert_slots: Array) -> int:
-    """Most tiles of a step's pairs: the last tile of each expert may have few rows."""
-    pairs: int = ids.shape[0] * ids.shape[1]
-    return -(-pairs // TILE_ROWS) + min(int(expert_slots.shape[0]), pairs)
+Tiles = tuple[int, Array, Array, Array, int]
+"""Blocks of a launch, its tiles, the number of all tiles, expert_slots, and the first position."""
+
+
+def _tiles(groups: ExpertGroups, ids: Array, expert_slots: Array, tiles: TileRange | None) -> Tiles:
+    """The arguments of the expert kernels for some tiles; without `tiles` for the most of `ids`.
+
+    The last tile of each expert may have few rows.
+    """
+    if tiles is None:
+        pairs: int = ids.shape[0] * ids.shape[1]
+        most = -(-pairs // TILE_ROWS) + min(int(expert_slots.shape[0]), pairs)
+        return most, groups.tiles, groups.num_tiles, expert_slots, 0
+    array = groups.tiles[tiles.first : tiles.first + tiles.count]
+    return tiles.count, array, groups.num_tiles, expert_slots, tiles.start
 
 
 class GpuGrouped(GpuRows):
@@ -63,11 +81,15 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """inner.f32 = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position."""
+        """inner = silu(gate_e h[t]) * (up_e h[t]) of each pair, by sorted position.
+
+        Stored in inner.f32, of BF16 experts in inner.hi_lo.
+        """
         self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
-        self.split_digits(h)
-        slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
-        self._moe_up(grouped, inner, h, ids, cache.layout, slots, expert_slots)
+        if cache.layout.bits != 16:
+            self.split_digits(h)
+        part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
+        self._moe_up(grouped, inner, h, ids, cache.layout, cache.slots[layer], part)
 
     def grouped_down(
         self,
@@ -77,13 +99,15 @@ class GpuGrouped(GpuRows):
         cache: ExpertCache,
         layer: int,
     ) -> None:
-        """pair_out = the experts' outputs of inner.f32, by sorted position."""
-        self.split_digits(inner, of_f32=True)
-        slots, expert_slots = cache.slots[layer], cache.expert_to_slot[layer]
-        self._moe_down(grouped, inner, ids, cache.layout, slots, expert_slots)
+        """pair_out = the experts' outputs of inner, by sorted position."""
+        if cache.layout.bits != 16:
+            self.split_digits(inner, of_f32=True)
+        part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
+        self._moe_down(grouped, inner, cache.layout, cache.slots[layer], part)
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        self.split_digits(a)
+        if a.digits is not None:
+            self.split_digits(a)
 
     def expert_part(
         self,
@@ -94,14 +118,17 @@ class GpuGrouped(GpuRows):
         layout: ExpertLayout,
         slots: Array,
         expert_slots: Array,
+        tiles: TileRange | None = None,
     ) -> None:
-        groups = grouped.groups
-        self._moe_up(grouped, inner, h, ids, layout, slots, expert_slots)
-        SPLIT_DIGITS_OF_TILES(
-            self.stream, max_tiles(ids, expert_slots), inner.digits, inner.units, inner.f32,
-            groups.tiles, groups.num_tiles, expert_slots, layout.inner,
-        )  # fmt: skip
-        self._moe_down(grouped, inner, ids, layout, slots, expert_slots)
+        part = _tiles(grouped.groups, ids, expert_slots, tiles)
+        self._moe_up(grouped, inner, h, ids, layout, slots, part)
+        if layout.bits != 16:
+            blocks, array, num_tiles, places, start = part
+            SPLIT_DIGITS_OF_TILES(
+                self.stream, blocks, inner.digits, inner.units, inner.f32, array, num_tiles,
+                places, layout.inner, start,
+            )  # fmt: skip
+        self._moe_down(grouped, inner, layout, slots, part)
 
     def _moe_up(
         self,
@@ -111,14 +138,21 @@ class GpuGrouped(GpuRows):
         ids: Array,
         layout: ExpertLayout,
         slots: Array,
-        expert_slots: Array,
+        part: "Tiles",
     ) -> None:
-        """inner.f32 of the experts that have a slot."""
-        groups = grouped.groups
+        """inner of the experts that have a slot."""
+        blocks, tiles, num_tiles, expert_slots, start = part
+        if layout.bits == 16:
+            BF16_MOE_GEMM_UP(
+                self.stream, blocks, inner.hi_lo, h.hi_lo, h.square_sums or 0, slots, tiles,
+                num_tiles, expert_slots, grouped.groups.order, ids.shape[1], layout.inner,
+                layout.hidden, layout.nbytes, 0, start, bf16_gemm_stages(self.runtime), h.eps,
+            )  # fmt: skip
+            return
         MOE_GEMM_UP[layout.bits](
-            self.stream, max_tiles(ids, expert_slots), inner.f32, h.digits, h.units, slots,
-            groups.tiles, groups.num_tiles, expert_slots, groups.order, ids.shape[1], layout.inner,
-            layout.hidden, layout.nbytes, 0, layout.up_scale,
+            self.stream, blocks, inner.f32, h.digits, h.units, slots, tiles, num_tiles,
+            expert_slots, grouped.groups.order, ids.shape[1], layout.inner, layout.hidden,
+            layout.nbytes, 0, layout.up_scale, start,
             gemm_stages(self.runtime, layout.bits, layout.hidden),
         )  # fmt: skip
 
@@ -126,29 +160,32 @@ class GpuGrouped(GpuRows):
         self,
         grouped: GroupedExperts,
         inner: MatmulInput,
-        ids: Array,
         layout: ExpertLayout,
         slots: Array,
-        expert_slots: Array,
+        part: "Tiles",
     ) -> None:
         """pair_out of the experts that have a slot."""
-        groups = grouped.groups
+        blocks, tiles, num_tiles, expert_slots, start = part
+        if layout.bits == 16:
+            BF16_MOE_GEMM_DOWN(
+                self.stream, blocks, grouped.pair_out, inner.hi_lo, slots, tiles, num_tiles,
+                expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down, start,
+                bf16_gemm_stages(self.runtime),
+            )  # fmt: skip
+            return
         MOE_GEMM_DOWN[layout.bits](
-            self.stream, max_tiles(ids, expert_slots), grouped.pair_out, inner.digits, inner.units,
-            slots, groups.tiles, groups.num_tiles, expert_slots, layout.hidden, layout.inner,
-            layout.nbytes, layout.down, layout.down_scale,
-            gemm_stages(self.runtime, layout.bits, layout.inner),
+            self.stream, blocks, grouped.pair_out, inner.digits, inner.units, slots, tiles,
+            num_tiles, expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down,
+            layout.down_scale, start, gemm_stages(self.runtime, layout.bits, layout.inner),
         )  # fmt: skip
 
-    def count_uses(
-        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
-    ) -> None:
+    def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         (tokens, top_k), decay = ids.shape, cache.decay
         is_last = layer + 1 == cache.expert_to_slot.shape[0]
         COUNT_USES(
             self.stream, cache.short_count[layer], cache.long_count[layer], cache.last_used[layer],
             cache.step, cache.counters, groups.tiles, groups.num_tiles, groups.order, tokens, top_k,
-            cache.num_experts, copied, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+            cache.num_experts, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
         )  # fmt: skip
 
     def stage_experts(
@@ -177,6 +214,21 @@ class GpuGrouped(GpuRows):
 
     def release_staged(self, buffer: int) -> None:
         self.runtime.release_staged(buffer)
+
+    def start_timer(self) -> None:
+        self.runtime.start_timer()
+
+    def readback(self, copies: Sequence[tuple[Array, Array]]) -> None:
+        for out, source in copies:
+            self.runtime.copy(out, source)
+            self.d2h_bytes += source.nbytes
+        self.runtime.record_readback()
+
+    def wait_readback(self) -> float:
+        return self.runtime.wait_readback()
+
+    def limit_queue(self, depth: int) -> None:
+        self.runtime.limit_queue(depth)
 
     def group_by_expert(
         self,

@@ -1,7 +1,8 @@
 """Memory, rows, matrices and quantisation of GpuOps.
 
-Matvec kernels, for few tokens, read hi + lo (types.MatmulInput), which the producer of the rows
-stores.  The generic kernels, for other shapes, read f32, which merge_hi_lo_f32 restores.
+Matvec kernels, for few tokens, and BF16 matrices of many read hi + lo (types.MatmulInput), which
+the producer of the rows stores.  The generic kernels, for other shapes, read f32, which
+merge_hi_lo_f32 restores.
 """
 
 import contextlib
@@ -17,12 +18,15 @@ from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     MAX_NORM_K,
     Tiling,
+    bf16_gemm_stages,
     gemm_stages,
+    input_shapes,
     supports_gemm,
     supports_matvec,
+    takes_small_gemm_blocks,
     tile_matrix,
 )
-from osmium.ops.types import DIGIT_GROUP, Array, Fill, LinearWeight, MatmulInput
+from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
 
@@ -40,6 +44,8 @@ LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4"
 SPLIT_DIGITS = kernel("split_digits_f32")
 SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
 GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
+BF16_GEMM = {False: kernel("bf16_gemm_f32"), True: kernel("bf16_gemm_small_f32")}
+"""By whether blocks are small: 32 x 64 instead of 64 x 128."""
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
 
@@ -50,6 +56,8 @@ class GpuRows:
         self.runtime = runtime
         self.stream = runtime.stream
         self.d2h_bytes = 0
+        self.is_prefill = False
+        """Whether launches use the kernels for many tokens, whatever the number of rows."""
         self.prefetch_is_active = False
         """Whether the prefetch side stream has launches that are not joined yet."""
 
@@ -77,16 +85,20 @@ class GpuRows:
     def release(self, array: Array) -> None:
         self.runtime.release(array)
 
-    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
-        has_digits, groups = width % DIGIT_GROUP == 0, width // DIGIT_GROUP
-        return MatmulInput(
-            self.empty((tokens, width), np.float32),
-            self.empty((tokens, width // 2, 4), np.uint16),
-            None if eps is None else self.empty((tokens, width // 8), np.float32),
-            eps or 0.0,
-            self.empty((tokens, groups, 2, DIGIT_GROUP), np.int8) if has_digits else None,
-            self.empty((tokens, groups), np.float32) if has_digits else None,
-        )
+    def empty_input(
+        self, tokens: int, width: int, eps: float | None = None, empty: Empty | None = None
+    ) -> MatmulInput:
+        shapes = input_shapes(tokens, width, eps is not None, gpu=True)
+        arrays = {name: (empty or self.empty)(*shape) for name, shape in shapes.items()}
+        return MatmulInput(eps=eps or 0.0, **arrays)
+
+    @contextlib.contextmanager
+    def prefill(self) -> Iterator[None]:
+        self.is_prefill = True
+        try:
+            yield
+        finally:
+            self.is_prefill = False
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
         self.runtime.copy_h2d(out, source)
@@ -169,23 +181,31 @@ class GpuRows:
             self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
 
-    @staticmethod
-    def uses_gemm(a: MatmulInput, w: LinearWeight) -> bool:
+    def uses_gemm(self, a: MatmulInput, w: LinearWeight) -> bool:
         """Whether a matrix is multiplied by the kernels for many tokens."""
-        return a.f32.shape[0] > MATVEC_MAX_TOKENS and a.digits is not None and supports_gemm(w)
+        has_rows = self.is_prefill or a.f32.shape[0] > MATVEC_MAX_TOKENS
+        has_input = w.format == "bf16" or a.digits is not None
+        return has_rows and has_input and supports_gemm(w)
 
     def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """out = a @ W.T, or out += with `accumulate` 1, for many tokens.
 
-        The kernel's error is that of the digits: 16 bits of the largest of 128 inputs.
+        BF16 weights multiply hi + lo.  For others the error is that of the digits: 16 bits of the
+        largest of 128 inputs.
         """
-        tokens = a.f32.shape[0]
+        tokens, sizes = a.f32.shape[0], (a.f32.shape[0], w.out_features, w.in_features)
+        if w.format == "bf16":
+            is_small = takes_small_gemm_blocks(self.runtime, tokens, w.out_features)
+            BF16_GEMM[is_small](
+                self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes,
+                5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
+            )  # fmt: skip
+            return
         self.split_digits(a)
         stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
         GEMM[w.format](
-            self.stream, out, a.digits, a.units, w.data, w.scale, tokens, w.out_features,
-            w.in_features, stages, accumulate,
-        )  # fmt: skip
+            self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate
+        )
 
     def split_digits(self, a: MatmulInput, of_f32: bool = False) -> None:
         """a.digits and a.units of hi + lo, divided by the root mean square if normed; or of f32."""

@@ -12,11 +12,15 @@ from typing import Protocol
 
 import numpy as np
 
+from osmium.cuda.stream import MAX_QUEUE_DEPTH
 from osmium.kernels.group_by_expert import MAX_BLOCKS, MAX_EXPERTS, TILE_ROWS
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
-__all__ = ["MAX_EXPERTS", "TILE_ROWS", "ExpertGroups", "GroupedExperts", "GroupedOps"]
+__all__ = [
+    "MAX_EXPERTS", "MAX_QUEUE_DEPTH", "TILE_ROWS", "ExpertGroups", "GroupedExperts", "GroupedOps",
+    "TileRange",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,20 @@ class ExpertGroups:
         """Bytes of all arrays."""
         shapes = ExpertGroups.shapes(tokens, top_k, num_experts).values()
         return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
+
+
+@dataclass(frozen=True)
+class TileRange:
+    """Consecutive tiles of ExpertGroups, and the sorted positions that they cover."""
+
+    first: int
+    """The first tile."""
+    count: int
+    """Tiles."""
+    start: int
+    """The first sorted position."""
+    rows: int
+    """Sorted positions."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +141,11 @@ class GroupedOps(Protocol):
         """
 
     def prepare_digits(self, a: MatmulInput) -> None:
-        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.  No-op on the CPU."""
+        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.
+
+        No-op on the CPU.  In `MemoryOps.prefill`, `linear` of `a` with an INT4 or INT8 matrix does
+        so, too.  BF16 experts do not need it.
+        """
 
     def expert_part(
         self,
@@ -134,27 +156,26 @@ class GroupedOps(Protocol):
         layout: ExpertLayout,
         slots: Array,
         expert_slots: Array,
+        tiles: TileRange | None = None,
     ) -> None:
         """grouped.pair_out[i] = down_e (silu(gate_e h[t]) * (up_e h[t])) for each sorted position i
         whose expert e has expert_slots[e] >= 0: expert e is slots[expert_slots[e]].
 
-        `group_by_expert` of the same ids, and `prepare_digits` of h, come first.  Calls whose
-        `expert_slots` together have each expert once give the bits of one call for all.
+        With `tiles` only for their positions, from row 0 on: pair_out[i - tiles.start].
+        `group_by_expert` of the same ids, and `prepare_digits` of h, come first.  Calls that
+        together have each position once give the bits of one call for all.
 
-        inner [T * A, I], scratch    h [T, D]    ids u16 [T, A]
+        inner [P, I], scratch    h [T, D]    ids u16 [T, A]
         slots u8 [S, nbytes]    expert_slots i32 [E]
         """
 
-    def count_uses(
-        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
-    ) -> None:
+    def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         """Count the step's routed pairs of `layer`, without a slot assignment.
 
         Counts are those of T steps with a token each.  A use by token t adds
         2^(-(T - 1 - t) / half_life), and older counts decay by T steps.  `last_used` of the routed
         experts is the cache's step + 1; the last layer adds one to the step.
-        counters[1] += pairs whose tile has a slot; counters[2] += other pairs; counters[3] +=
-        copied.
+        counters[1] += pairs whose tile has a slot; counters[2] += other pairs.
 
         groups: of `group_by_expert` with the slots of the experts that are hits    ids u16 [T, A]
         """
@@ -173,7 +194,7 @@ class GroupedOps(Protocol):
         The copies begin after all launches before the last `release_staged` of this buffer.
         Where both ids and slots are adjacent, there is one copy.
 
-        out u8 [S, nbytes]    buffer: 0, 1 or 2
+        out u8 [S, nbytes]    buffer: 0 or 1
         """
 
     def wait_staged(self, buffer: int) -> None:
@@ -181,3 +202,21 @@ class GroupedOps(Protocol):
 
     def release_staged(self, buffer: int) -> None:
         """The next `stage_experts` of this buffer waits for all launches so far."""
+
+    def start_timer(self) -> None:
+        """`wait_readback` measures from the end of all launches so far."""
+
+    def readback(self, copies: Sequence[tuple[Array, Array]]) -> None:
+        """out = source for each (out, source), in order of launches; `wait_readback` waits.
+
+        out: of `zeros_mapped`
+        """
+
+    def wait_readback(self) -> float:
+        """Wait for the last `readback`; returns milliseconds since the last `start_timer`."""
+
+    def limit_queue(self, depth: int) -> None:
+        """Wait until at most the launches since the `depth`-th last call are left to run.
+
+        depth: 1 to MAX_QUEUE_DEPTH
+        """

@@ -1,11 +1,12 @@
 """Operations of ReferenceOps on routed pairs in order of their experts, and on gated outputs."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
 from osmium.ops.formulas import expert_matrices, sigmoid, silu
-from osmium.ops.grouped import TILE_ROWS, ExpertGroups, GroupedExperts
+from osmium.ops.grouped import TILE_ROWS, ExpertGroups, GroupedExperts, TileRange
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -63,6 +64,10 @@ class ReferenceGroupedOps:
             assert router_logits is not None, "the shared expert's gate is among these logits"
             out += sigmoid(router_logits[:, gate_column : gate_column + 1]) * shared_out
 
+    @contextlib.contextmanager
+    def prefill(self) -> Iterator[None]:
+        yield
+
     def prepare_digits(self, a: MatmulInput) -> None:
         pass
 
@@ -75,27 +80,26 @@ class ReferenceGroupedOps:
         layout: ExpertLayout,
         slots: Array,
         expert_slots: Array,
+        tiles: TileRange | None = None,
     ) -> None:
         groups, top_k = grouped.groups, ids.shape[1]
-        for _, start, count, expert in groups.tiles[: groups.num_tiles[0]].tolist():
+        some = tiles or TileRange(0, int(groups.num_tiles[0]), 0, ids.size)
+        for _, start, count, expert in groups.tiles[some.first :][: some.count].tolist():
             slot = expert_slots[expert]
             if slot < 0:
                 continue
             up, down = expert_matrices(layout, slots[slot])
-            rows = slice(start, start + count)
-            projected = h.f32[groups.order[rows] // top_k] @ up.T
+            rows = slice(start - some.start, start - some.start + count)
+            projected = h.f32[groups.order[start : start + count] // top_k] @ up.T
             inner.f32[rows] = silu(projected[:, : layout.inner]) * projected[:, layout.inner :]
             grouped.pair_out[rows] = inner.f32[rows] @ down.T
 
-    def count_uses(
-        self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array, copied: int
-    ) -> None:
+    def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         (tokens, top_k), step = ids.shape, int(cache.step[0]) + 1
         tiles = groups.tiles[: groups.num_tiles[0]]
         is_hit = tiles[:, 0] >= 0
         cache.counters[1] += int(tiles[is_hit, 2].sum())
         cache.counters[2] += int(tiles[~is_hit, 2].sum())
-        cache.counters[3] += copied
         experts = ids.reshape(-1)
         token_age = np.arange(ids.size) // top_k - (tokens - 1)  # of each pair, at most 0
         is_used = np.bincount(experts, minlength=cache.num_experts) > 0
@@ -129,6 +133,19 @@ class ReferenceGroupedOps:
         pass
 
     def release_staged(self, buffer: int) -> None:
+        pass
+
+    def start_timer(self) -> None:
+        pass
+
+    def readback(self, copies: Sequence[tuple[Array, Array]]) -> None:
+        for out, source in copies:
+            out[...] = source
+
+    def wait_readback(self) -> float:
+        return 0.0
+
+    def limit_queue(self, depth: int) -> None:
         pass
 
     def silu_and_mul(self, out: Array, x: Array) -> None:

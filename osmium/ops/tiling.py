@@ -1,5 +1,6 @@
 """Which shapes the kernels for few tokens support, and how their blocks divide the work."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,10 +14,12 @@ from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
-    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "delta_chunk_units", "delta_chunk_words",
-    "fits_shared", "gemm_stages", "is_decode", "kv_format", "num_kv_splits",
+    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_stages", "delta_chunk_units",
+    "delta_chunk_words", "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format",
+    "num_kv_splits",
     "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
-    "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
+    "supports_grouped_experts", "supports_matvec", "takes_small_gemm_blocks", "tile_expert_down",
+    "tile_matrix",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -48,6 +51,12 @@ MAX_SCALE_BYTES = 16 << 10
 
 GEMM_STAGE_BYTES = {4: 24832, 8: 33024}
 """Bytes of one stage of gemm_digits.ptx, by bits of a weight."""
+
+BF16_GEMM_K = 32
+"""Inputs of one stage of gemm_bf16.ptx; K must be a multiple of it."""
+
+BF16_GEMM_STAGE_BYTES = 16384
+"""Bytes of one stage of a block of 64 x 128 of gemm_bf16.ptx."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """Dtype of keys and values, by the suffix of the kernels' names."""
@@ -149,11 +158,27 @@ def tile_expert_down(
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES
 
 
+def input_shapes(
+    tokens: int, width: int, normed: bool, gpu: bool
+) -> dict[str, tuple[tuple[int, ...], type[np.generic]]]:
+    """Shape and dtype of each array of a MatmulInput on a backend."""
+    shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+        "f32": ((tokens, width), np.float32)
+    }
+    if gpu:
+        shapes["hi_lo"] = (tokens, width // 2, 4), np.uint16
+        if normed:
+            shapes["square_sums"] = (tokens, width // 8), np.float32
+        if width % DIGIT_GROUP == 0:
+            shapes["digits"] = (tokens, width // DIGIT_GROUP, 2, DIGIT_GROUP), np.int8
+            shapes["units"] = (tokens, width // DIGIT_GROUP), np.float32
+    return shapes
+
+
 def rows_bytes(tokens: int, width: int, normed: bool, gpu: bool) -> int:
     """Bytes of a MatmulInput of `tokens` rows of `width` values on a backend."""
-    halves = 4 * width + (width // 2 if normed else 0)
-    digits = 2 * width + 4 * (width // DIGIT_GROUP) if width % DIGIT_GROUP == 0 else 0
-    return tokens * (4 * width + (halves + digits if gpu else 0))
+    shapes = input_shapes(tokens, width, normed, gpu).values()
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for shape, dtype in shapes)
 
 
 def delta_chunk_units(rows: int) -> int:
@@ -181,20 +206,20 @@ def supports_matvec(w: LinearWeight) -> bool:
 
 def supports_gemm(w: LinearWeight) -> bool:
     """Whether the kernels for many tokens take this matrix."""
+    if w.format == "bf16":
+        return w.in_features % BF16_GEMM_K == 0
     group = w.group in (0, DIGIT_GROUP)
-    return (
-        w.format != "bf16"
-        and group
-        and w.in_features % DIGIT_GROUP == 0
-        and w.out_features % 2 == 0
-    )
+    return group and w.in_features % DIGIT_GROUP == 0 and w.out_features % 2 == 0
 
 
 def supports_grouped_experts(layout: ExpertLayout, num_experts: int) -> bool:
     """Whether the expert kernels for many tokens take this layout."""
+    if layout.bits == 16:
+        whole = layout.hidden % BF16_GEMM_K == 0 and layout.inner % BF16_GEMM_K == 0
+        return whole and num_experts <= MAX_EXPERTS
     groups = layout.bits == 8 or layout.up_group == layout.down_group == DIGIT_GROUP
     whole = layout.hidden % DIGIT_GROUP == 0 and layout.inner % DIGIT_GROUP == 0
-    return layout.bits != 16 and groups and whole and num_experts <= MAX_EXPERTS
+    return groups and whole and num_experts <= MAX_EXPERTS
 
 
 def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
@@ -203,6 +228,22 @@ def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
     scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
     fits = 2 * (3 * stage_bytes + scale_bytes) <= runtime.max_shared_per_block
     return 3 if fits else 2
+
+
+def bf16_gemm_stages(runtime: DeviceRuntime) -> int:
+    """Stages in shared memory of a block of gemm_bf16.ptx: five if two blocks then fit."""
+    fits = 2 * (5 * BF16_GEMM_STAGE_BYTES + 256) <= runtime.max_shared_per_block
+    return 5 if fits else 3
+
+
+def takes_small_gemm_blocks(runtime: DeviceRuntime, tokens: int, out_features: int) -> bool:
+    """Whether blocks of 64 x 128 would leave multiprocessors of a dense BF16 matrix idle.
+
+    Blocks of 32 x 64 then compute the same bits.  They read shared memory twice as often, so they
+    are used below three quarters of a block per multiprocessor.  An estimate.
+    """
+    blocks = -(-tokens // 64) * -(-out_features // 128)
+    return 4 * blocks < 3 * runtime.sm_count
 
 
 def supports_fused_experts(layout: ExpertLayout, tokens: int) -> bool:
@@ -241,12 +282,15 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
 
 
-def prefill_attention_tokens(q: Array, kv: PagedKV, step: StepInputs) -> int:
+def prefill_attention_tokens(
+    q: Array, kv: PagedKV, step: StepInputs, is_prefill: bool = False
+) -> int:
     """Tokens per block of the prefill attention kernel; 0 where attention takes one token a block.
 
-    q is f32 [T, H, d].  A block has all query heads of a KV head.
+    q is f32 [T, H, d].  A block has all query heads of a KV head.  `is_prefill`: also of few rows.
     """
     tokens, heads, dim = q.shape
-    if is_decode(step) or tokens < PREFILL_MIN_TOKENS or dim not in PREFILL_HEAD_DIMS:
+    is_short = is_decode(step) or tokens < PREFILL_MIN_TOKENS
+    if dim not in PREFILL_HEAD_DIMS or (is_short and not is_prefill):
         return 0
     return int(PREFILL_ROWS[kv_format(kv)] * kv.k.shape[2] // heads)

@@ -14,7 +14,7 @@ heads and G key/value heads of d values; U key heads of dk and V value heads of 
 net; C channels of its convolution; R rows of logits, one per sequence.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -27,13 +27,16 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = [
     "FETCH_BLOCKS", "FETCH_SEGMENT_BYTES", "FETCH_WARPS", "PREFETCH_DISCARD", "PREFETCH_SCORE_BIAS",
     "PREFETCH_STOP", "ROUTER_BARRIER_SHAPE", "Array", "AttentionWeights", "AttentionWorkspace",
-    "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "ExpertCache", "Fill",
-    "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState", "SharedExpert",
-    "SlotAssignment", "StepInputs",
+    "DecayConfig", "DecodeState", "DeltaNetWorkspace", "DeltaWeights", "Empty", "ExpertCache",
+    "Fill", "HostExperts", "LinearWeight", "MatmulInput", "PagedKV", "PrefetchState",
+    "SharedExpert", "SlotAssignment", "StepInputs",
 ]  # fmt: skip
 
 Array = Any
 """np.ndarray or cuda.DeviceArray; they have no common static type."""
+
+Empty = Callable[[tuple[int, ...], Any], Array]
+"""Allocates an array of a shape and dtype, as `Ops.empty` does."""
 
 ROUTER_BARRIER_SHAPE = (8, 288)
 """Shape of the router kernel's barrier, i32 [tokens, words].  Words 0 to 255 of a token are logits
@@ -339,7 +342,7 @@ class ExpertCache:
     segments, 2 KiB each, that a prefetch hit had copied before its slot was assigned."""
     storage: tuple[Array, Array] | None = None
     """`slots` and `slot_to_expert` of all layers as one array each, in order of layers.
-    `experts.cache.resize_layers` cuts them anew."""
+    `experts.cache.resize_layers` cuts them anew.  Staging slots follow the slots of all layers."""
 
     @property
     def capacity(self) -> int:

@@ -7,7 +7,8 @@ from osmium.config import EngineConfig
 from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import CudaRuntime as Gpu
 from osmium.engine.gpus import GENERIC_GB_S, GpuSpec, find_gpu, generic_gpu
-from osmium.engine.plan import CUDA_CONTEXT_BYTES, HardwareInfo, available_ram
+from osmium.engine.host_memory import available_ram
+from osmium.engine.plan import CUDA_CONTEXT_BYTES, HardwareInfo
 from osmium.errors import ConfigError
 
 __all__ = ["config_of", "hardware_for", "hardware_of", "specified"]

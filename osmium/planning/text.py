@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
+from osmium.engine.prefill_estimate import reading_speed_text, reading_vram_text
 from osmium.engine.speed_estimate import ERROR, MEASURED, STANDARD_CONTEXT
 from osmium.planning.report import DISK_GB_S, PlanReport
 from osmium.weights.disk import free_text, gb
@@ -70,8 +71,10 @@ def _fit(report: PlanReport) -> Iterator[str]:
         "context", f"{plan.context:,} tokens per sequence, KV cache in {plan.kv_dtype}; {longest}"
     )
     if plan.vram:
-        yield from _entry("experts", _experts(report))
+        yield from _entry("experts", f"{_experts(report)}; {reading_vram_text(plan)}")
         yield from _entry("limit", _limit(report))
+        if plan.prefill is not None:
+            yield from _entry("reading", reading_speed_text(plan))
 
 
 def _speed(report: PlanReport) -> str:
@@ -123,7 +126,7 @@ def _limit(report: PlanReport) -> str:
     left = plan.ram_limit - sum(plan.ram.values())
     total = report.config.ram or report.hardware.ram_total
     if report.config.ram is not None and left < MIN_FREE_FRACTION * total:
-        sentences.append(f"Host memory is tight: {left / GIB:.1f} GiB are left for everything else")
+        sentences.append(f"Host memory is tight: {left / GIB:.1f} GiB are left")
     return ". ".join(sentences)
 
 

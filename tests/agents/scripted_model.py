@@ -7,7 +7,7 @@ forbids the text before a call of a tool, the script continues with the call.
 """
 
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -50,7 +50,8 @@ class ScriptedModel:
 
     def __init__(self, script: Script, tokenizer: Tokenizer, config: Any, num_slots: int) -> None:
         """The last slot is the null slot."""
-        self.config, self.rows = config, MAX_STEP_TOKENS
+        self.config, self.rows, self.pass_tokens = config, MAX_STEP_TOKENS, MAX_STEP_TOKENS
+        self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
         self.script, self.tokenizer = script, tokenizer
         self._ids: list[list[int]] = [[] for _ in range(num_slots)]
         self._prompt_tokens = [0] * num_slots
@@ -78,7 +79,19 @@ class ScriptedModel:
             assert past <= len(ids), "a sequence continues in its slot"
             ids[past:] = step.ids[starts[s] : starts[s + 1]].tolist()
 
-    def head(self, out: npt.NDArray[np.float32], rows: npt.NDArray[np.int32] | None = None) -> None:
+    def prefill(
+        self, steps: Sequence[StepInputs], state: ModelState, first_row: int, admits: bool
+    ) -> Iterator[int]:
+        (step,) = steps
+        yield 1
+        self.forward(step, state)  # last: another pass may run before
+
+    def head(
+        self,
+        out: npt.NDArray[np.float32],
+        rows: npt.NDArray[np.int32] | None = None,
+        first_prefill_row: int | None = None,
+    ) -> None:
         """out f32 [T, vocab]: the logits after each of these rows of the last step."""
         out[:] = 0
         for i, row in enumerate(range(len(out)) if rows is None else rows.tolist()):

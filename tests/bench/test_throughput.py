@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import osmium
-from osmium.bench import throughput
+from osmium.bench import rates
 from osmium.bench.environment import environment
 from osmium.bench.profile import launch_bytes, profile
-from osmium.bench.report import COLUMNS, compare, row_line, summary
+from osmium.bench.report import compare, header, row_line, summary
 from osmium.bench.throughput import BenchConfig, measure
 from osmium.cli import main
 from osmium.engine.request import SamplingParams
@@ -177,9 +177,8 @@ def test_a_comparison_shows_ratios_and_unmatched_rows(engine: Any) -> None:
         "a sampled response is another workload"
     )
     assert "at 0.7" in compare(second, second)
-    assert "decode" in row_line(first["rows"][-1]) and len(COLUMNS) == len(
-        row_line(first["rows"][-1])
-    )
+    row = first["rows"][-1]
+    assert "decode" in row_line(row) and len(header(row)) == len(row_line(row))
     assert first["model"] in summary(first)
     kernels = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 4.0}]}
     other = {"rows": [{"model": "m", "sequences": 1, "op": "router", "us": 2.0}]}
@@ -206,16 +205,18 @@ def test_measuring_the_link_rate_changes_no_state(
     runner = engine.runner
     ticks = iter(range(1000))
     monkeypatch.setattr(
-        throughput, "Event", lambda device: SimpleNamespace(record=lambda _: next(ticks))
+        rates, "Event", lambda device: SimpleNamespace(record=lambda _: next(ticks))
     )
     monkeypatch.setattr(
         runner.ops, "runtime", SimpleNamespace(device=None, stream=None), raising=False
     )
     before = engine.status()["experts"]
     expert_bytes = runner.expert_runner.cache.layout.nbytes
-    assert throughput.link_rate(engine, 2) == 2 * expert_bytes / 0.25 / 1e6, (
+    assert rates.link_rate(engine, 2) == 2 * expert_bytes / 0.25 / 1e6, (
         "4 fetches of 2 experts in one tick"
     )
+    slots = runner.expert_runner.cache.slots[0].shape[0]
+    assert rates.copy_rate(engine) == slots * expert_bytes / 1e6, "each slot once in one tick"
     assert engine.status()["experts"] == before
     host_bytes = runner.ops.host_view(runner.expert_runner.host_experts.packed)
     assert verify(runner.ops, runner.expert_runner.cache, host_bytes, 1000, 0) > 0

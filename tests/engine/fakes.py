@@ -9,7 +9,7 @@ logits or an assertion.
 import codecs
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -88,6 +88,10 @@ class HistoryModel:
 
     def __init__(self, rule: Rule, pages: int, page: int, slots: int, rows: int) -> None:
         self.config, self.rows, self.rule = CONFIG, rows, rule
+        self.pass_tokens = rows
+        self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
+        self.prefill_rows: dict[int, list[tuple[list[int], int]]] = {}
+        """rows_seen of the last prefill pass, by its first row."""
         self.pages = np.full((pages, page), -1, np.int64)
         self.slots: list[tuple[int, int]] = [(-1, -1)] * slots
         """Per slot: (tokens, checksum) of the last sequence in it."""
@@ -129,9 +133,28 @@ class HistoryModel:
         assert len(self.rows_seen) == step.tokens
         self.steps.append(parts)
 
-    def head(self, out: Logits, rows: npt.NDArray[np.int32] | None = None) -> None:
+    def prefill(
+        self, steps: Sequence[StepInputs], state: ModelState, first_row: int, admits: bool
+    ) -> Iterator[int]:
+        seen: list[tuple[list[int], int]] = []
+        for step in steps:
+            self.forward(step, state)
+            seen += self.rows_seen
+        self.prefill_rows[first_row] = seen
+        for layer in range(self.config.num_layers):
+            yield layer + 1
+
+    def head(
+        self,
+        out: Logits,
+        rows: npt.NDArray[np.int32] | None = None,
+        first_prefill_row: int | None = None,
+    ) -> None:
+        seen_rows = self.rows_seen
+        if first_prefill_row is not None:
+            seen_rows = self.prefill_rows[first_prefill_row]
         for i, row in enumerate(range(len(out)) if rows is None else rows):
-            ids, seen = self.rows_seen[row]
+            ids, seen = seen_rows[row]
             out[i] = self.rule(ids[:seen])
 
 

@@ -274,8 +274,8 @@ def test_the_next_steps_model_is_launched_before_a_masks_token_is_delivered() ->
         mask.fill, mask.push = filled, pushed  # type: ignore[method-assign]
         submit_masked(harness, [1], mask, replace(GREEDY, max_tokens=4)).wait()
         assert order == [
-            "model", "mask", "model", "token", "mask", "model", "token", "mask", "model", "token",
-            "mask", "token",
+            "model", "mask", "token",  # of the prefill
+            "model", "mask", "model", "token", "mask", "model", "token", "mask", "token",
         ]  # fmt: skip
     finally:
         harness.close()

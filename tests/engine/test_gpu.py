@@ -258,7 +258,6 @@ def test_a_streamed_prompt_has_the_logits_of_resident_experts(rng: np.random.Gen
             ops, store, graphs = runner.ops, runner.expert_runner, dict(runner._graphs)
             assert isinstance(ops, GpuOps) and isinstance(ops.runtime, CudaRuntime)
             used = ops.runtime.pool.used
-            assert store.is_streamed(97) == bool(more) and not store.is_streamed(96)
             logits: list[Any] = []
             replies: list[list[int]] = []
             for ids in ids_of_prompts:

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from osmium.engine.gpus import GPUS, LINK_GB_S, find_gpu, generic_gpu
+from osmium.engine.gpus import GPUS, LINK_GB_S, find_gpu, generic_gpu, mma_rates
 from osmium.errors import ConfigError
 
 GIB = 1 << 30
@@ -73,6 +73,7 @@ def test_the_table_is_plausible() -> None:
         assert gpu.capability in ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
         assert gpu.vram_gib * 0.97 * GIB < gpu.vram_bytes < gpu.vram_gib * GIB
         assert gpu.vram_copy_gb_s < gpu.memory_gb_s
+        assert gpu.int8_tops / gpu.sm_count > (2 if gpu.capability[0] > 8 else 1)
         size = re.search(r"(\d+)GB", gpu.name)
         assert size is None or int(size.group(1)) == gpu.vram_gib
 
@@ -86,3 +87,41 @@ def test_estimated_rates_are_close_to_measured_ones() -> None:
 
 def test_a_gpu_given_by_its_size_has_that_size() -> None:
     assert generic_gpu(12 * GIB).name == "a GPU with 12 GiB"
+
+
+@pytest.mark.parametrize(
+    ("name", "int8", "f16"),
+    [
+        ("RTX 3090", 284, 71),
+        ("RTX 4090", 660.6, 165.2),
+        ("RTX 5090", 838, 209.5),
+        ("RTX A6000", 309.7, 154.8),
+        ("RTX 6000 Ada", 728.5, 364.2),
+        ("RTX PRO 6000", 1007, 503.8),
+        ("A10", 250, 125),
+        ("A100 80GB", 624, 312),
+        ("L4", 242, 121),
+        ("L40", 362, 181),
+        ("L40S", 733, 362),
+    ],
+)
+def test_rates_of_tensor_cores_are_the_published_ones(name: str, int8: float, f16: float) -> None:
+    rates = find_gpu(name).mma
+    assert rates is not None
+    assert (rates.int8_tops, rates.f16_tflops) == pytest.approx((int8, f16), rel=0.015)
+
+
+def test_hopper_has_the_measured_rates_of_mma_sync() -> None:
+    """1,270 TOPS and 641 TFLOP/s on an H200, registers only (2026-11-30)."""
+    rates = find_gpu("H200").mma
+    assert rates is not None
+    assert (rates.int8_tops, rates.f16_tflops) == pytest.approx((1270, 641), rel=0.015)
+
+
+def test_rates_are_found_by_the_drivers_name_and_the_vram() -> None:
+    small, large = (mma_rates("NVIDIA GeForce RTX 4060 Ti", n * GIB - 1) for n in (8, 16))
+    assert small == large == find_gpu("4060 Ti 8GB").mma
+    assert mma_rates("NVIDIA H200", 139 * GIB) == find_gpu("H200").mma
+    assert mma_rates("a GPU with 12 GiB", 12 * GIB) is None
+    assert mma_rates("Radeon VII", 16 * GIB) is None
+    assert generic_gpu(12 * GIB).mma is None

@@ -11,15 +11,20 @@ import psutil
 import pytest
 
 from osmium.config import EngineConfig, ModelConfig
+from osmium.engine.host_memory import available_ram
 from osmium.engine.plan import (
     CUDA_CONTEXT_BYTES,
-    PREFILL_CHUNK,
-    RESIDENT_PREFILL_CHUNK,
     DoesNotFit,
     HardwareInfo,
     MemoryPlan,
-    available_ram,
     make_plan,
+)
+from osmium.engine.prefill_plan import (
+    CPU_CHUNK,
+    PIECE_ROWS,
+    PREFILL_CHUNK,
+    RESIDENT_PIECE_ROWS,
+    RESIDENT_PREFILL_CHUNK,
 )
 from osmium.engine.speed_estimate import (
     LAYER_US,
@@ -30,7 +35,7 @@ from osmium.engine.speed_estimate import (
 )
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.streaming import STREAM_MIN_TOKENS
+from osmium.experts.streaming import MIN_STAGING_EXPERTS, STAGING_EXPERTS
 from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -92,31 +97,27 @@ def test_a_smaller_budget_changes_only_slots_and_reserve() -> None:
     small, large = plan(vram=20 * GIB), plan(vram=30 * GIB)
     assert small.expert_slots < large.expert_slots
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
-    # the reserve and the staging buffer are fractions of the budget
-    assert changed == {"expert slots", "expert staging", "reserve"}
+    # the reserve and the rows of a pass are fractions of the budget
+    assert changed == {"expert slots", "prefill", "reserve"}
     assert small.hit_rate < large.hit_rate
 
 
-def test_partly_resident_experts_have_a_staging_buffer() -> None:
-    """Two halves of .5 % of VRAM; where steps are short, slots take its bytes."""
-    result = plan(prefill_chunk=512)
-    halves = 2 * result.staging_experts * LAYOUT.nbytes
-    assert halves <= result.vram["expert staging"] <= halves + (1 << 21)
-    assert 0.0094 * result.vram_limit < halves <= 0.01 * result.vram_limit
-    short = plan(prefill_chunk=STREAM_MIN_TOKENS)
-    assert short.staging_experts == 0 and "expert staging" not in short.vram
-    assert short.expert_slots > result.expert_slots
+def test_partly_resident_experts_have_staging_slots() -> None:
+    """Two halves of at most .4 % of VRAM each, and at least of a few experts."""
+    result = plan()
+    assert result.staging_experts == STAGING_EXPERTS
+    assert result.vram["expert staging"] == 2 * STAGING_EXPERTS * LAYOUT.nbytes
+    assert result.vram["expert staging"] <= 0.008 * result.vram_limit
     machine = replace(CARD, vram_free=400 * GIB, vram_total=400 * GIB)
     whole = plan(machine)
     assert whole.resident and whole.staging_experts == 0 and "expert staging" not in whole.vram
 
 
-def test_streaming_leaves_slots_for_a_token() -> None:
-    """The staging buffer does not raise the least VRAM that a model needs."""
+def test_staging_slots_leave_slots_for_a_token() -> None:
     options: dict[str, Any] = {"prefill_chunk": 512, "context": 4096}
     tight = [plan(vram=size << 20, **options) for size in range(10_500, 11_500, 50)
              if fits(size << 20, **options)]  # fmt: skip
-    assert tight[0].staging_experts == 0 and tight[-1].staging_experts >= 8
+    assert MIN_STAGING_EXPERTS <= tight[0].staging_experts <= STAGING_EXPERTS
     assert all(one.expert_slots >= MODEL.top_k for one in tight)
 
 
@@ -168,12 +169,18 @@ def test_the_default_number_of_sequences_is_at_most_the_chunk() -> None:
     assert plan(prefill_chunk=8, max_num_seqs=8).max_num_seqs == 8
 
 
-def test_the_default_chunk_is_larger_where_all_experts_are_resident() -> None:
+def test_the_default_chunk_is_a_fraction_of_vram() -> None:
     wide = replace(CARD, vram_free=90 * GIB, vram_total=96 * GIB)
     assert plan(wide).resident and plan(wide).prefill_chunk == RESIDENT_PREFILL_CHUNK
     assert not plan().resident and plan().prefill_chunk == PREFILL_CHUNK
-    assert plan(LAPTOP).prefill_chunk == PREFILL_CHUNK
-    assert plan(wide, prefill_chunk=64).prefill_chunk == 64
+    assert (plan(wide).piece_rows, plan().piece_rows) == (RESIDENT_PIECE_ROWS, PIECE_ROWS)
+    small = plan(vram=12 * GIB, context=16384)
+    assert PIECE_ROWS < small.prefill_chunk < PREFILL_CHUNK
+    assert small.vram["prefill"] < 0.02 * small.vram_limit
+    assert plan(LAPTOP).prefill_chunk == plan(LAPTOP).piece_rows == CPU_CHUNK
+    assert (
+        plan(wide, prefill_chunk=64).prefill_chunk == plan(wide, prefill_chunk=64).piece_rows == 64
+    )
     assert plan(wide, context=1000).prefill_chunk == 1000
 
 

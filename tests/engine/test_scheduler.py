@@ -1,11 +1,13 @@
 """KV cache manager and scheduler without a model: ownership of pages and slots, order, progress."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.request import Request, SamplingParams
-from osmium.engine.scheduler import Batch, Scheduler
+from osmium.engine.scheduler import CUT_TOKENS, Batch, Scheduler, pass_tokens
 
 
 def request(tokens: int) -> Request:
@@ -93,7 +95,14 @@ def test_no_page_and_no_slot_ever_has_two_owners(rng: np.random.Generator) -> No
 
 
 def scheduler(pages: int = 30, page: int = 4, slots: int = 3, chunk: int = 8) -> Scheduler:
-    return Scheduler(KVCacheManager(pages, page, slots), chunk)
+    return Scheduler(KVCacheManager(pages, page, slots), chunk, chunk)
+
+
+def wanted(batch: Batch | None, tokens: list[int] | None) -> Batch:
+    """The batch, which has these numbers of tokens."""
+    assert batch is not None
+    assert tokens is None or counts(batch) == tokens
+    return batch
 
 
 def counts(batch: Batch | None) -> list[int]:
@@ -103,6 +112,27 @@ def counts(batch: Batch | None) -> list[int]:
 
 def test_without_requests_there_is_no_step() -> None:
     assert scheduler().schedule() is None
+
+
+def test_the_first_tokens_of_a_prompt_may_count_as_computed() -> None:
+    manager = KVCacheManager(num_pages=4, page_size=4, num_slots=1)
+    scheduler = Scheduler(manager, 4, 4)
+    one = Request([1] * 13, SamplingParams(), lambda event: None, None, 0, computed_tokens=7)
+    scheduler.add(one)
+    counts = []
+    while len(one.tokens) < 15:
+        batch = scheduler.schedule()
+        assert batch is not None
+        ((_, count),) = batch.scheduled
+        counts.append(count)
+        compute(batch)
+    assert counts == [4, 2, 1], "6 tokens of the prompt, then one generated token"
+    scheduler.preempt(one)
+    assert one.num_computed_tokens == 0
+    batch = scheduler.schedule()
+    assert batch is not None and one.num_computed_tokens == 7
+    with pytest.raises(AssertionError, match="13 computed of 13"):
+        Request([1] * 13, SamplingParams(), lambda event: None, None, 0, computed_tokens=13)
 
 
 def test_a_prompt_is_computed_in_chunks_and_its_last_chunk_gives_a_token() -> None:
@@ -115,20 +145,66 @@ def test_a_prompt_is_computed_in_chunks_and_its_last_chunk_gives_a_token() -> No
     assert steps == [([8], False), ([8], False), ([3], True), ([1], True), ([1], True)]
 
 
-def test_every_decoding_request_gets_a_token_between_two_chunks() -> None:
+def test_decode_steps_and_passes_can_be_scheduled_apart() -> None:
     sched = scheduler()
-    decoding = [request(1), request(1)]
-    for one in decoding:
-        sched.add(one)
-    batch = sched.schedule()
-    assert batch is not None
-    compute(batch)
+    assert sched.schedule_decode() is None
+    for _ in range(2):
+        sched.add(request(1))
+        compute(wanted(sched.schedule(), [1]))
     sched.add(request(30))
-    for wanted in ([8], [1, 1], [8], [1, 1], [8], [1, 1], [6], [1, 1, 1], [1, 1, 1]):
-        batch = sched.schedule()
-        assert counts(batch) == wanted
-        assert batch is not None
+    for _ in range(3):
+        compute(wanted(sched.schedule(), [8]))
+        compute(wanted(sched.schedule_decode(), [1, 1]))
+    compute(wanted(sched.schedule(), [6]))
+    compute(wanted(sched.schedule(), [1, 1, 1]))
+
+
+def test_the_shortest_prompt_is_first_and_the_oldest_is_not_overtaken_without_end() -> None:
+    sched = scheduler(pages=100, slots=9)
+    long = request(30)
+    sched.add(long)
+    passes = []
+    for _ in range(12):
+        short = request(5)
+        sched.add(short)
+        batch = wanted(sched.schedule(), None)
+        passes.append(batch.scheduled[0][0] is long)
         compute(batch)
+        for one in [r for r in sched.running if r is not long and r.num_pending_tokens == 1]:
+            sched.remove(one)
+    assert passes[:5] == [False] * 4 + [True] and passes.count(True) == 2
+
+
+def test_a_short_pass_takes_no_pages_of_others() -> None:
+    sched = scheduler(pages=10, page=4, slots=3)
+    long, short, medium = request(20), request(3), request(9)
+    sched.add(long)
+    compute(wanted(sched.schedule(), [8]))
+    assert sched.schedule_short(8, [long]) is None
+    sched.add(short)
+    sched.add(medium)
+    assert wanted(sched.schedule_short(8, [long]), [3]).scheduled == [(short, 3)]
+    assert sched.schedule_short(8, [long, short]) is None, "nine tokens are too many"
+    assert wanted(sched.schedule_short(9, [long, short]), [9]).scheduled == [(medium, 9)]
+    assert long in sched.running and len(long.pages) == 2
+
+
+def test_passes_are_about_equal_and_end_at_multiples_of_64() -> None:
+    for computed, pending, most in itertools.product(
+        (0, 64, 1000), (1, 100, 5000, 20480), (64, 512, 10240)
+    ):
+        ends, left = [], pending
+        while left:
+            count = pass_tokens(computed + pending - left, left, most)
+            assert 0 < count <= most
+            left -= count
+            ends.append(computed + pending - left)
+        assert all(end % CUT_TOKENS == 0 for end in ends[:-1])
+        assert len(ends) <= -(-pending // most) + (
+            2 if most > 64 and computed % 64 == 0 else pending
+        )
+    assert pass_tokens(0, 20480, 10240) == 10240 and pass_tokens(0, 10300, 10240) == 5184
+    assert [pass_tokens(0, 9, 8), pass_tokens(3, 70, 64)] == [8, 61]
 
 
 def test_requests_wait_in_order_of_arrival() -> None:
@@ -182,20 +258,18 @@ def test_without_free_pages_the_latest_request_is_preempted_and_queued_first() -
     first, second, third = request(7), request(7), request(1)
     sched.add(first)
     sched.add(second)
-    for wanted in ([7], [1], [7]):
-        batch = sched.schedule()
-        assert counts(batch) == wanted
-        assert batch is not None
-        compute(batch)
+    for tokens in ([7], [7]):
+        compute(wanted(sched.schedule(), tokens))
+    compute(wanted(sched.schedule(), [1, 1]))
     sched.add(third)
     assert (len(first.pages), len(second.pages)) == (2, 2)
-    batch = sched.schedule()  # both are ready, and the first's ninth token needs a page
+    batch = sched.schedule_decode()  # both are ready, and the first's ninth token needs a page
     assert batch is not None
     assert batch.scheduled == [(first, 1)]
     assert sched.running == [first]
     assert list(sched.waiting) == [second, third]
     assert (second.num_computed_tokens, second.pages, second.state_slot) == (0, [], -1)
-    assert len(second.tokens) == 8  # its generated token is kept
+    assert len(second.tokens) == 9  # its generated token is kept
 
 
 @pytest.mark.parametrize("pages", [12, 15, 40])
@@ -220,7 +294,7 @@ def test_every_request_finishes_in_a_bounded_number_of_steps(
                 continue
             owners = [one for one, _ in batch.scheduled]
             assert len(set(owners)) == len(owners) <= 3
-            assert sum(counts(batch)) <= sched.max_step_tokens
+            assert sum(counts(batch)) <= sched.max_pass_tokens
             for one, count in batch.scheduled:
                 assert one.state_slot >= 0
                 assert 1 <= count <= one.num_pending_tokens

@@ -7,7 +7,6 @@ import pytest
 from osmium.config import EngineConfig
 from osmium.engine.plan import HardwareInfo, MemoryPlan
 from osmium.engine.speed_estimate import ERROR, LINK_EFFICIENCY, TokenCost, hit_rate
-from osmium.experts.streaming import STREAM_MIN_TOKENS
 from osmium.planning.alternatives import plan_shapes
 from osmium.weights.synthetic import open_synthetic
 
@@ -86,8 +85,8 @@ HELD_OUT = [
 
 def plan(hardware: HardwareInfo, model: str, options: dict[str, Any], context: int) -> MemoryPlan:
     most = {"context": WIDE[options["kv_cache_mb"]]} if context > 12288 else {}
-    # the rates were measured before long prompts had a staging buffer and larger workspaces
-    most["prefill_chunk"] = STREAM_MIN_TOKENS
+    # the rates were measured before prompts had arrays of their own
+    most["prefill_chunk"] = 64
     config = EngineConfig(**{"attention_quant": "int4", **most, **options})
     return plan_shapes(open_synthetic(f"synthetic:{model}", config), config, hardware)
 

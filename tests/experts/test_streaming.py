@@ -1,5 +1,6 @@
-"""Streamed steps on interpreted kernels: the bits of a fully resident cache, and exact counters."""
+"""Experts of prefill passes on interpreted kernels: bits of a fully resident cache, counters."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -8,23 +9,23 @@ import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import DECAY, make_cache, resident, verify
-from osmium.experts.runner import ExpertRunner, expert_runner_bytes
+from osmium.experts.runner import ExpertRunner
 from osmium.experts.streaming import (
-    STREAM_MIN_TOKENS,
-    ExpertStreamer,
-    staging_bytes,
+    STAGING_EXPERTS,
+    PrefillExperts,
+    pair_bytes,
+    pair_shapes,
+    prefill_expert_bytes,
     staging_experts,
 )
-from osmium.ops import HostExperts, LinearWeight, Ops, SharedExpert
+from osmium.ops import HostExperts, Ops
 from osmium.ops.gpu import GpuOps
-from osmium.ops.reference import ReferenceOps
-from osmium.quant import int8
 from osmium.quant.expert_layout import ExpertLayout
-from tests.ops.cases import new_rows, normed_rows, packed_experts
+from tests.ops.cases import normed_rows, packed_experts
 from tests.ptx.interpreter import InterpretedRuntime
 from tests.tolerance import close
 
-LAYERS, EXPERTS, TOP_K, SHARED, ROWS = 2, 6, 2, 64, 40
+LAYERS, EXPERTS, TOP_K, ROWS = 2, 6, 2, 40
 LAYOUT = ExpertLayout(4, 128, 128)
 
 
@@ -50,7 +51,6 @@ class Inputs:
 
     shape: Shape
     packed: npt.NDArray[np.uint8]
-    shared: tuple[F32, F32]
     norm: F32
     steps: list[list[dict[str, npt.NDArray[Any]]]]
     """Arrays of each layer of each step."""
@@ -71,21 +71,16 @@ class Inputs:
                     ).astype(np.uint16),
                     "weights": rng.random((tokens, shape.top_k), np.float32),
                     "x": rng.standard_normal((tokens, hidden), np.float32),
-                    "gate": rng.standard_normal((tokens, 1), np.float32),
                 }
                 for p in popularity
             ]
             for tokens in counts
         ]
-        up, down = (
-            (rng.standard_normal(size) * size[1] ** -0.5).astype(np.float32)
-            for size in ((2 * SHARED, hidden), (hidden, SHARED))
-        )
         packed = np.stack(
             [packed_experts(rng, shape.layout, shape.experts) for _ in range(shape.layers)]
         )
         norm = rng.standard_normal(hidden, np.float32)
-        return Inputs(shape, packed, (up, down), norm, steps)
+        return Inputs(shape, packed, norm, steps)
 
 
 @dataclass
@@ -93,9 +88,14 @@ class Run:
     """The outputs of every step and layer, and the cache before and after each step."""
 
     runner: ExpertRunner
+    experts: PrefillExperts
     outputs: list[F32] = field(default_factory=list)
     residents: list[npt.NDArray[np.bool_]] = field(default_factory=list)
     counters: list[tuple[int, ...]] = field(default_factory=list)
+
+
+def no_step(done: "Run", layer: int) -> None:
+    """No other step runs between two parts."""
 
 
 def run(
@@ -105,131 +105,217 @@ def run(
     staged: int,
     is_empty: bool = False,
     prompt_end: int = -1,
+    pairs: int = 64,
+    link_gb_s: float = 0.0,
+    between: Callable[[Run, int], None] = no_step,
 ) -> Run:
     """All steps, in a cache with uneven slots per layer.
 
     It first holds experts 0, 2, 4 .., and has a free slot, or it is empty.  Step `prompt_end` is a
-    prompt's last one.
+    prompt's last one.  `between` runs between two parts of a layer.
     """
-    shape, hidden = inputs.shape, inputs.shape.layout.hidden
+    shape = inputs.shape
     host = ops.empty_mapped(inputs.packed.shape, np.uint8)
     ops.host_view(host)[...] = inputs.packed
     host_experts = HostExperts(shape.layout, host)
-    cache = make_cache(ops, host_experts, sum(slots) // shape.layers, shape.top_k, slots)
+    cache = make_cache(
+        ops, host_experts, sum(slots) // shape.layers, shape.top_k, slots, 2 * staged
+    )
     if max(slots) < shape.experts and not is_empty:
         for layer, count in enumerate(slots):
             held = np.arange(count, dtype=np.int32) * 2 % (shape.experts + 1)
             held[-1] = -1  # a free slot
-            table = np.full(shape.experts, -1, np.int32)
-            for slot, expert in enumerate(held[:-1].tolist()):
-                table[expert] = slot
-                ops.copy(cache.slots[layer][slot : slot + 1], host[layer][expert : expert + 1])
-            ops.copy_h2d(cache.expert_to_slot[layer], table)
-            ops.copy_h2d(cache.slot_to_expert[layer], held)
-    runner = ExpertRunner(ops, host_experts, cache, shape.rows, shape.top_k, None, staged)
-    runner.stream_min_tokens = 8
-    done, routed = Run(runner), 0
-    up, down = (_int8(ops, w) for w in inputs.shared)
-    shared = SharedExpert(up, down, gate_column=0)
+            hold(ops, host, cache, layer, held)
+    runner = ExpertRunner(ops, host_experts, cache, 8, shape.top_k)
+    experts = PrefillExperts(ops, runner, shape.rows, pairs, ops.empty, link_gb_s)
+    done, routed = Run(runner, experts), 0
     norm = ops.to_device(inputs.norm)
     for index, step in enumerate(inputs.steps):
-        tokens = len(step[0]["x"])
-        runner.prompt_ends = index == prompt_end
+        admits = index == prompt_end
         done.residents.append(resident(ops, cache))
-        gate_up, shared_out, y = (
-            ops.empty((tokens, n), np.float32) for n in (2 * SHARED, hidden, hidden)
-        )
-        shared_inner = new_rows(ops, tokens, SHARED)
         layers = [
             {name: ops.to_device(array.copy()) for name, array in arrays.items()} for arrays in step
         ]
-        h = [normed_rows(ops, arrays["x"], norm) for arrays in layers]
-        with runner.step(tokens):  # the host does not wait between layers
-            for number, a in enumerate(layers):
-                runner.forward(
-                    a["x"], h[number], a["ids"], a["weights"], number, shared, a["gate"],
-                    shared_inner, gate_up, shared_out, y, norm,
-                )  # fmt: skip
-                routed += tokens * shape.top_k
+        experts.invalidate()
+        for number, a in enumerate(layers):
+            h = normed_rows(ops, a["x"], norm)
+            experts.start_layer(number)
+            ops.prepare_digits(h)
+            experts.group(number, a["ids"], admits)
+            for _ in experts.compute(number, a["x"], h, a["ids"], a["weights"], admits):
+                between(done, number)
+            routed += a["ids"].shape[0] * shape.top_k
         done.outputs += [np.array(ops.copy_d2h(a["x"]), np.float32) for a in layers]
         counters = ops.copy_d2h(cache.counters).copy()
         counters[0] = routed  # the router's
         ops.copy_h2d(cache.counters, counters)
         counted = runner.counters()
         done.counters.append((counted.hit, counted.missed, counted.experts_copied))
+    experts.invalidate()
     ops.synchronize()
     ops.release(host)
     return done
 
 
-def _int8(ops: Ops, w: F32) -> LinearWeight:
-    (rows, columns), (data, scale) = w.shape, int8.quantize(w)
-    return LinearWeight("int8", rows, columns, ops.to_device(data), ops.to_device(scale))
+def hold(ops: Ops, host: Any, cache: Any, layer: int, held: npt.NDArray[np.int32]) -> None:
+    """Fill the slots of a layer with these experts; -1: a free slot."""
+    table = np.full(cache.num_experts, -1, np.int32)
+    for slot, expert in enumerate(held.tolist()):
+        if expert >= 0:
+            table[expert] = slot
+            ops.copy(cache.slots[layer][slot : slot + 1], host[layer][expert : expert + 1])
+    ops.copy_h2d(cache.expert_to_slot[layer], table)
+    ops.copy_h2d(cache.slot_to_expert[layer], held)
 
 
 def interpreted(rng: np.random.Generator) -> Ops:
     return GpuOps(InterpretedRuntime(int(rng.integers(1 << 32))))
 
 
-def compare(done: Run, whole: Run, inputs: Inputs, streamed: int) -> None:
-    """Compare with a fully resident cache; the first `streamed` steps of `inputs` are streamed."""
-    shape = inputs.shape
-    assert len(done.outputs) == shape.layers * len(inputs.steps)
-    for number, (got, want) in enumerate(zip(done.outputs, whole.outputs, strict=False)):
-        if number < streamed * shape.layers:
-            np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
-        else:
-            assert close(got, want, "f32"), "decode adds hits and misses apart"
-    for table in done.residents[1 : streamed + 1]:
-        num_slots = [layer.shape[0] for layer in done.runner.cache.slots]
-        assert table.sum(axis=1).tolist() == num_slots, "free slots are filled"
-        assert (table >= done.residents[0]).all(), "no expert is replaced"
-        np.testing.assert_array_equal(table, done.residents[1])
-    assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) > 0
+def same_bits(done: Run, whole: Run) -> None:
+    assert done.outputs
+    for got, want in zip(done.outputs, whole.outputs, strict=False):
+        np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
-    hits = copied = pairs = 0
-    for step, table, counters in zip(
-        inputs.steps[:streamed], done.residents, done.counters, strict=False
+
+def compare(done: Run, whole: Run, inputs: Inputs) -> None:
+    """Compare with a fully resident cache: bits, slots and counters."""
+    same_bits(done, whole)
+    assert len(done.outputs) == inputs.shape.layers * len(inputs.steps)
+    assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) > 0
+    hits = pairs = 0
+    tables = [*done.residents, resident(done.runner.ops, done.runner.cache)]
+    for step, table, after, counters in zip(
+        inputs.steps, tables, tables[1:], done.counters, strict=False
     ):
         for layer, arrays in enumerate(step):
             hits += int(table[layer][arrays["ids"]].sum())
             pairs += arrays["ids"].size
-            copied += int((~table[layer]).sum())
-        assert counters == (hits, pairs - hits, copied)
-        assert hits < pairs
+            missing = np.setdiff1d(arrays["ids"], np.flatnonzero(table[layer]))
+            num_free = done.runner.cache.slots[layer].shape[0] - int(table[layer].sum())
+            admitted = int(after[layer].sum() - table[layer].sum())
+            assert admitted == min(num_free, len(missing)), "used experts fill free slots"
+            assert (after[layer] >= table[layer]).all(), "no expert is replaced"
+        assert counters[:2] == (hits, pairs - hits)
 
 
-def test_a_streamed_step_has_the_bits_of_a_fully_resident_cache(rng: np.random.Generator) -> None:
-    """Parts of one, two and all missing experts; two steps in a row, then a decode step.
+def missing_used(done: Run, inputs: Inputs, index: int) -> int:
+    """Missing experts that the tokens of a step use, of all layers."""
+    return sum(
+        len(np.setdiff1d(arrays["ids"], np.flatnonzero(done.residents[index][layer])))
+        for layer, arrays in enumerate(inputs.steps[index])
+    )
 
-    Takes long: each run interprets the matrix kernels of all experts.
-    """
-    inputs = Inputs.make(rng, (ROWS, 9, 3))
-    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0)
+
+def test_a_pass_has_the_bits_of_a_fully_resident_cache(rng: np.random.Generator) -> None:
+    """Parts of one, two and all missing experts; three passes in a row, the last of one token."""
+    inputs = Inputs.make(rng, (ROWS, 9, 1))
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=128)
     for staged in (1, 2, EXPERTS):
         some = inputs if staged == 2 else replace(inputs, steps=inputs.steps[:1])
         done = run(interpreted(rng), some, [4, 2], staged, is_empty=staged == EXPERTS)
-        compare(done, whole, some, min(2, len(some.steps)))
+        compare(done, whole, some)
 
 
-def test_a_prompts_last_step_admits_its_most_used_experts(rng: np.random.Generator) -> None:
-    inputs = Inputs.make(rng, (ROWS, ROWS, 9))
-    inputs.steps[0][0]["ids"][:] = [5, 3]  # missing, and no others have scores
-    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0)
-    done = run(interpreted(rng), inputs, [4, 2], 2, prompt_end=1)
-    before, after = done.residents[1:]
-    assert {3, 5} & set(np.flatnonzero(~before[0])) and after[0][[3, 5]].all()
-    assert after.sum(axis=1).tolist() == [4, 2]
-    for got, want in zip(done.outputs, whole.outputs, strict=True):
-        np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
-    copied = [counters[2] for counters in done.counters]
-    replaced = int((before & ~after).sum())
-    assert copied[1] - copied[0] == int((~before).sum()) + replaced
-    assert copied[2] - copied[1] == int((~after).sum())
-    ids = [layer["ids"] for layer in inputs.steps[1]]
-    hits = sum(int(table[i].sum()) for table, i in zip(before & after, ids, strict=True))
-    assert done.counters[1][0] - done.counters[0][0] == hits, "a copied expert is a miss"
+def test_how_many_pairs_are_computed_at_once_does_not_change_a_bit(
+    rng: np.random.Generator,
+) -> None:
+    shape = replace(SMALL, rows=80)
+    inputs = Inputs.make(rng, (80,), shape)
+    inputs.steps[0][1]["ids"][:] = [4, 1]  # two experts with more pairs than are computed at once
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=192)
+    same_bits(run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=64), whole)
+    compare(run(interpreted(rng), inputs, [4, 2], 2, pairs=64), whole, inputs)
+
+
+def test_only_used_experts_are_copied_once_routing_is_known(rng: np.random.Generator) -> None:
+    inputs = Inputs.make(rng, (9, 9))
+    inputs.steps[1][0]["ids"][:] = inputs.steps[1][1]["ids"][:] = [5, 2]
+    ahead = run(interpreted(rng), inputs, [3, 3], 1)
+    late = run(interpreted(rng), inputs, [3, 3], 1, link_gb_s=1e-9)
+    same_bits(late, ahead)
+    copied = [counters[2] for counters in late.counters]
+    wanted = [missing_used(late, inputs, index) for index in range(2)]
+    assert np.diff([0, *copied]).tolist() == wanted
+    assert ahead.counters[1][2] > copied[1], "the first missing experts were copied before"
+
+
+def test_the_tables_may_change_between_two_parts(rng: np.random.Generator) -> None:
+    """Another step puts other experts into the slots; the layer's other parts are planned anew."""
+    inputs = Inputs.make(rng, (ROWS,))
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=128)
+    changes = 0
+
+    def other_step(done: Run, layer: int) -> None:
+        nonlocal changes
+        changes += 1
+        held = rng.choice(EXPERTS, done.runner.cache.slots[layer].shape[0], replace=False)
+        host = done.runner.host_experts
+        assert host is not None
+        for number, cached in enumerate(done.runner.cache.slots):
+            held = rng.choice(EXPERTS, cached.shape[0], replace=False).astype(np.int32)
+            hold(done.runner.ops, host.packed, done.runner.cache, number, held)
+        done.experts.invalidate()
+
+    done = run(interpreted(rng), inputs, [4, 2], 1, between=other_step)
+    same_bits(done, whole)
+    assert changes > LAYERS
     assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) == 6
+
+
+def test_a_prompts_last_pass_admits_its_most_used_experts(rng: np.random.Generator) -> None:
+    inputs = Inputs.make(rng, (ROWS, ROWS, 9))
+    inputs.steps[0][0]["ids"][:] = inputs.steps[1][0]["ids"][:] = [5, 3]
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=128)
+    done = run(interpreted(rng), inputs, [4, 2], 2, prompt_end=1)
+    same_bits(done, whole)
+    before, after = done.residents[1:]
+    assert after[0][[3, 5]].all() and after.sum(axis=1).tolist() == [4, 2]
+    scores = [
+        np.bincount(
+            np.concatenate([step[layer]["ids"].reshape(-1) for step in inputs.steps[:2]]),
+            np.repeat(2.0 ** (-np.arange(2 * ROWS)[::-1] / DECAY.half_life), TOP_K), EXPERTS,
+        )
+        for layer in range(LAYERS)
+    ]  # fmt: skip
+    assert min(scores[1][after[1]]) >= min(scores[1][before[1]]), "no worse expert is admitted"
+    hits = sum(
+        int(table[arrays["ids"]].sum())
+        for arrays, table in zip(inputs.steps[1], before, strict=True)
+    )
+    assert done.counters[1][0] - done.counters[0][0] == hits, "an admitted expert is a miss"
+    assert verify(done.runner.ops, done.runner.cache, inputs.packed, 1000, 0) == 6
+
+
+def test_a_pass_that_ends_early_leaves_no_wrong_expert(rng: np.random.Generator) -> None:
+    inputs = Inputs.make(rng, (ROWS, ROWS))
+    whole = run(interpreted(rng), inputs, [EXPERTS] * LAYERS, 0, pairs=128)
+
+    class EndsError(Exception):
+        pass
+
+    def fail(done: Run, layer: int) -> None:
+        if len(done.residents) == 1 and layer == 1:
+            raised.append(done)
+            raise EndsError
+
+    raised: list[Run] = []
+    ops = interpreted(rng)
+    with pytest.raises(EndsError):
+        run(ops, inputs, [4, 4], 1, is_empty=True, between=fail)
+    (done,) = raised
+    done.experts.invalidate()
+    runner = done.runner
+    assert verify(ops, runner.cache, inputs.packed, 1000, 0) > 0
+    a = {name: ops.to_device(array.copy()) for name, array in inputs.steps[1][0].items()}
+    h = normed_rows(ops, a["x"], ops.to_device(inputs.norm))
+    done.experts.start_layer(0)
+    ops.prepare_digits(h)
+    done.experts.group(0, a["ids"], True)
+    for _ in done.experts.compute(0, a["x"], h, a["ids"], a["weights"], True):
+        pass
+    found, wanted = np.asarray(ops.copy_d2h(a["x"]), np.float32), whole.outputs[LAYERS]
+    np.testing.assert_array_equal(found.view(np.uint32), wanted.view(np.uint32))
 
 
 @pytest.mark.gpu
@@ -238,15 +324,18 @@ def test_a_prompts_last_step_admits_its_most_used_experts(rng: np.random.Generat
 def test_copies_run_beside_computation_on_a_gpu(
     bits: int, staged: int, rng: np.random.Generator, gpu: GpuOps
 ) -> None:
-    """Copies and launches of many layers and steps overlap; bits are equal if all are ordered."""
+    """Copies and launches of many layers and passes overlap; bits are equal if all are ordered."""
     shape = Shape(6, 40, 4, ExpertLayout(bits, 1024, 512), 400)
     inputs = Inputs.make(rng, (400, 129, 257, 10, 400, 1, 3), shape)
-    whole = run(gpu, inputs, [shape.experts] * shape.layers, 0)
-    for is_empty in (False, True):
-        compare(run(gpu, inputs, [12, 20] * 3, staged, is_empty), whole, inputs, 5)
+    whole = run(gpu, inputs, [shape.experts] * shape.layers, 0, pairs=1600)
+    for is_empty, pairs, link in ((False, 1600, 0.0), (True, 192, 0.0), (True, 64, 1e-9)):
+        done = run(gpu, inputs, [12, 20] * 3, staged, is_empty, pairs=pairs, link_gb_s=link)
+        compare(done, whole, inputs)
+    done = run(gpu, inputs, [12, 20] * 3, staged, prompt_end=2, pairs=256)
+    same_bits(done, whole)
 
 
-def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None:
+def test_uses_count_like_steps_of_a_token_each(rng: np.random.Generator) -> None:
     inputs = Inputs.make(rng, (ROWS, 9))
     done = run(interpreted(rng), inputs, [4, 2], 3)
     ops, cache = done.runner.ops, done.runner.cache
@@ -270,58 +359,23 @@ def test_streamed_uses_count_like_steps_of_a_token_each(rng: np.random.Generator
     assert ops.copy_d2h(cache.step).tolist() == [2]
 
 
-def test_steps_of_few_tokens_and_other_layouts_are_not_streamed(rng: np.random.Generator) -> None:
-    vram = 32 << 30
-    assert staging_experts(LAYOUT, 256, STREAM_MIN_TOKENS, vram, 99) == 0
-    assert staging_experts(ExpertLayout(16, 128, 128), 256, 512, vram, 99) == 0
-    assert staging_experts(ExpertLayout(4, 64, 64), 256, 512, vram, 99) == 0
-    big = ExpertLayout(4, 3072, 1024)
-    assert staging_experts(big, 256, 512, vram, 138) == vram // 200 // big.nbytes
-    assert staging_experts(big, 256, 512, 1 << 30, 138) == 8
-    assert staging_experts(LAYOUT, 256, 512, vram, 99) == 99, "no more than are missing"
-    assert staging_experts(LAYOUT, 256, 512, vram, 3) == 8
-    assert staging_experts(LAYOUT, 6, 512, vram, 3) == 6
-    runner = run(interpreted(rng), Inputs.make(rng, (2,)), [4, 2], 2).runner
-    assert not runner.is_streamed(8) and runner.is_streamed(9)
-    runner = run(ReferenceOps(), Inputs.make(rng, (9,)), [4, 2], 2).runner
-    assert not runner.is_streamed(ROWS), "the CPU backend computes token by token"
+def test_other_layouts_have_no_staging_slots() -> None:
+    vram, big = 32 << 30, ExpertLayout(4, 3072, 1024)
+    assert staging_experts(ExpertLayout(16, 136, 128), 256, vram, 99) == 0
+    assert staging_experts(ExpertLayout(4, 64, 64), 256, vram, 99) == 0
+    assert staging_experts(LAYOUT, 256, vram, 0) == 0, "nothing is missing"
+    assert staging_experts(big, 256, vram, 138) == STAGING_EXPERTS
+    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 4 // 1000 // big.nbytes
+    assert staging_experts(big, 256, 1 << 30, 138) == 4
+    assert staging_experts(LAYOUT, 256, vram, 3) == 3, "no more than are missing"
 
 
-def test_the_planned_bytes_of_streaming_are_the_bytes_allocated(rng: np.random.Generator) -> None:
-    for staged in (1, 4, EXPERTS):
-        runner = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], staged).runner
-        streamer, grouped = runner.streamer, runner.grouped
-        assert streamer is not None and grouped is not None
-        arrays: list[Any] = [grouped.pair_out, *vars(grouped.groups).values()]
-        arrays += [x for x in vars(runner.inner).values() if hasattr(x, "nbytes")]
-        arrays += vars(runner.assignment).values()
-        most = expert_runner_bytes(ROWS, EXPERTS, EXPERTS, TOP_K, LAYOUT, gpu=True)
-        assert 0.9 * most < sum(array.nbytes for array in arrays) <= most
-        nbytes = streamer.staging.nbytes + streamer.part_slots.nbytes
-        assert staging_bytes(LAYOUT, LAYERS, EXPERTS, staged) == nbytes
-    assert staging_bytes(LAYOUT, LAYERS, EXPERTS, 0) == 0
-
-
-def test_a_failed_step_leaves_no_expert_in_a_slot_that_was_not_copied(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Layer 1 fails after the tables of all layers have been stored; the slots are empty then."""
-    inputs, ops = Inputs.make(rng, (ROWS,)), interpreted(rng)
-    runners: list[ExpertRunner] = []
-    compute = ExpertStreamer.compute
-
-    def fail_in_layer_1(streamer: ExpertStreamer, *args: Any) -> None:
-        if args[-1] == 1:
-            raise MemoryError("no room")
-        compute(streamer, *args)
-
-    def keep(runner: ExpertRunner, *args: Any) -> None:
-        made(runner, *args)
-        runners.append(runner)
-
-    made = ExpertRunner.__init__
-    monkeypatch.setattr(ExpertRunner, "__init__", keep)
-    monkeypatch.setattr(ExpertStreamer, "compute", fail_in_layer_1)
-    with pytest.raises(MemoryError, match="no room"):
-        run(ops, inputs, [4, 4], 1, is_empty=True)
-    assert not resident(ops, runners[0].cache).any()
+def test_the_planned_bytes_of_passes_are_the_bytes_allocated(rng: np.random.Generator) -> None:
+    done = run(interpreted(rng), Inputs.make(rng, (1,)), [4, 2], 2)
+    arrays = [*vars(done.experts.grouped.groups).values(), done.experts.index]
+    planned = prefill_expert_bytes(LAYOUT, EXPERTS, TOP_K, ROWS)
+    assert planned == sum(array.nbytes for array in arrays)
+    inner = done.experts.inner
+    pairs = [done.experts.grouped.pair_out, inner.f32, inner.digits, inner.units]
+    assert 64 * pair_bytes(LAYOUT) == sum(array.nbytes for array in pairs)
+    assert set(pair_shapes(LAYOUT, 1)) == {"pair_out", "f32", "digits", "units"}

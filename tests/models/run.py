@@ -62,7 +62,7 @@ class SequenceDriver:
                 if host
                 else load_host_experts(ops, self.layout, *shape, self.begin, None)
             )
-            cache = make_cache(ops, host_experts, self.capacity, config.top_k)
+            cache = make_cache(ops, host_experts, self.capacity, config.top_k, staging=4)
         self.expert_runner = self.store_type(ops, host_experts, cache, self.rows, config.top_k)
         weights = upload(ops, self.weights, embed_on_host=not host)
         self.model = model_class(config.model_type)(

@@ -31,7 +31,7 @@ SIMULATED = {
 class Simulated(ReferenceOps):
     """ReferenceOps with the kernel under test in the simulator."""
 
-    def count_uses(self, groups: Any, cache: Any, layer: int, ids: Any, copied: int) -> None:
+    def count_uses(self, groups: Any, cache: Any, layer: int, ids: Any) -> None:
         from numba import cuda, float32, int32, uint32
 
         known = {"cuda": cuda, "int32": int32, "uint32": uint32, "float32": float32}
@@ -43,7 +43,7 @@ class Simulated(ReferenceOps):
         cuda.jit(code)[1, THREADS](
             cache.short_count[layer], cache.long_count[layer], cache.last_used[layer], cache.step,
             cache.counters, groups.tiles.reshape(-1), groups.num_tiles, groups.order, tokens, top_k,
-            cache.num_experts, copied, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+            cache.num_experts, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
         )  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def test_the_compiled_kernel_matches_its_contract() -> None:
     contract = COUNT_USES.contract
     assert contract.entry == COUNT_USES.name == "count_uses" and contract.block == 1024
     assert [p.name for p in contract.params if not p.is_array] == [
-        "num_tokens", "top_k", "num_experts", "copied", "is_last_layer", "rate", "long_rate",
+        "num_tokens", "top_k", "num_experts", "is_last_layer", "rate", "long_rate",
     ]  # fmt: skip
 
 

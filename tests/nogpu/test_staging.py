@@ -87,14 +87,3 @@ def test_a_half_is_not_overwritten_while_it_is_read() -> None:
         read_until[half] = timeline.copies[-1][3]
         runtime.release_staged(half)
     assert read_until == [10 + 5 * 50, 10 + 6 * 50], "and launches never wait but for the first"
-
-
-def test_copies_to_slots_do_not_wait_for_readers_of_other_slots() -> None:
-    runtime = CudaRuntime(cast(Device, Card()))
-    timeline: Any = runtime.device.driver
-    for layer in range(3):
-        runtime.stage(2, [(array(layer, 10), array(900, 10))])
-        assert timeline.copies[-1][2] == 10 * layer
-        runtime.wait_staged(2)
-        runtime.stream.copy(array(700, 50), array(layer, 50))
-        assert timeline.copies[-1][2] == 10 + 50 * layer

@@ -119,9 +119,10 @@ def _nan(*shape: int) -> npt.NDArray[np.float32]:
 
 def matrix_tolerance(form: str, tokens: int, columns: int, group: int = 0, rows: int = 2) -> str:
     """Row of tests/tolerance.py for a matrix [rows, columns] that reads f32 as two bf16, or for
-    many tokens as two digits."""
+    many tokens and quantised weights as two digits."""
     weight = LinearWeight(form, rows, columns, None, None, group)  # type: ignore[arg-type]
-    return "digits" if tokens > MATVEC_MAX_TOKENS and supports_gemm(weight) else "rows"
+    has_digits = tokens > MATVEC_MAX_TOKENS and form != "bf16" and supports_gemm(weight)
+    return "digits" if has_digits else "rows"
 
 
 def expert_tolerance(layout: ExpertLayout, tokens: int, num_experts: int, form: str) -> str:
@@ -129,7 +130,10 @@ def expert_tolerance(layout: ExpertLayout, tokens: int, num_experts: int, form: 
     if tokens <= MATVEC_MAX_TOKENS:
         return "f32"
     has_digits = form == "int8" and layout.hidden % 128 == 0
-    return "expert digits" if has_digits or supports_grouped_experts(layout, num_experts) else "f32"
+    is_grouped = supports_grouped_experts(layout, num_experts)
+    if has_digits or (is_grouped and layout.bits != 16):
+        return "expert digits"
+    return "rows" if is_grouped else "f32"
 
 
 def rows_of(ops: Ops, x: Any) -> MatmulInput:
@@ -906,7 +910,9 @@ def expert_part(
     rng: np.random.Generator, size: Size, bits: int = 4, staged: int = 2, used: Any = "all"
 ) -> Case:
     """Experts in shuffled slots, then the others in parts of `staged` from a staging buffer."""
-    hidden, inner = max(256, size.hidden // 128 * 128), max(128, size.inner // 128 * 128)
+    hidden, inner = size.hidden, size.inner
+    if bits != 16:
+        hidden, inner = max(256, hidden // 128 * 128), max(128, inner // 128 * 128)
     layout = ExpertLayout(bits, hidden, inner)
     ids, experts = routed_ids(rng, size, used), packed_experts(rng, layout, size.experts)
     shuffled = rng.permutation(size.experts)
@@ -937,7 +943,8 @@ def expert_part(
             HostExperts(layout, a["host_experts"]),
         )
         ops.group_by_expert(grouped.groups, a["ids"], size.experts, a["part_slots"][0])
-        ops.prepare_digits(h)
+        if bits != 16:
+            ops.prepare_digits(h)
         rows = (grouped, new_rows(ops, ids.size, inner), h, a["ids"], layout)
         ops.expert_part(*rows, a["resident"], a["part_slots"][0])
         for number, part in enumerate(parts, 1):
@@ -947,7 +954,8 @@ def expert_part(
             ops.expert_part(*rows, a["staging"][half], a["part_slots"][number])
             ops.release_staged(half)
 
-    return Case(arrays, call, {"pair_out": "expert digits", "staging": "exact"})
+    kind = "rows" if bits == 16 else "expert digits"
+    return Case(arrays, call, {"pair_out": kind, "staging": "exact"})
 
 
 def count_uses(
@@ -965,7 +973,7 @@ def count_uses(
     def call(ops: Ops, a: dict[str, Any]) -> None:
         cache, groups = _cache(size, layout, a), ExpertGroups(*(a[name] for name in shapes))
         ops.group_by_expert(groups, a["ids"], size.experts, a["expert_to_slot"][0])
-        ops.count_uses(groups, cache, 0, a["ids"], 5)
+        ops.count_uses(groups, cache, 0, a["ids"])
 
     exact = ("last_used", "step", "counters")
     return Case(
@@ -1199,6 +1207,7 @@ CASES: dict[str, Callable[[np.random.Generator, Size], Case]] = {
     "add_sigmoid_gated": add_sigmoid_gated,
     "group_by_expert": group_by_expert,
     "expert_part": expert_part,
+    "expert_part bf16": partial(expert_part, bits=16),
     "count_uses": count_uses,
     "gather_add": gather_add,
     "sample": sample,

@@ -9,13 +9,16 @@ import pytest
 
 from osmium.experts.cache import make_cache, resident, verify
 from osmium.experts.prefetch import MIN_BULK_COPY_CC
-from osmium.ops import HostExperts, PrefetchState, SlotAssignment
+from osmium.ops import HostExperts, LinearWeight, PrefetchState, SlotAssignment
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFETCH_STOP
 from osmium.quant.expert_layout import ExpertLayout
-from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, run, sized
+from osmium.quant.floats import f32_from_bf16
+from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, rows_of, run, sized
 from tests.ops.report import LARGE, LONG, RAGGED
+from tests.ptx import cases_linear
+from tests.tolerance import distance
 
 pytestmark = pytest.mark.gpu
 
@@ -56,6 +59,46 @@ def test_a_kernel_computes_its_reference_operation(
     for output, kind in case.writes.items():
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
         assert found[output].tobytes() == repeated[output].tobytes(), f"{output}: other bits"
+
+
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4"])
+def test_a_rows_bits_depend_neither_on_other_rows_nor_on_the_blocks_of_a_launch(
+    rng: np.random.Generator, gpu: GpuOps, form: str
+) -> None:
+    a = cases_linear.linear(form, 700, 2050, 1024, 128)(rng).arrays
+    w = LinearWeight(
+        form, 2050, 1024, gpu.to_device(a["w"]),  # type: ignore[arg-type]
+        gpu.to_device(a["scale"]) if "scale" in a else None, 128 if form == "int4" else 0,
+    )  # fmt: skip
+
+    def multiply(rows: Any) -> Any:
+        out = gpu.empty((len(rows), 2050), np.float32)
+        gpu.linear(out, rows_of(gpu, gpu.to_device(a["x"][rows])), w)
+        return np.array(gpu.copy_d2h(out))
+
+    whole = multiply(np.arange(700))
+    for some in (rng.permutation(700)[:9], np.arange(33), np.arange(100, 612)):
+        assert multiply(some).tobytes() == whole[some].tobytes(), len(some)
+
+
+def test_a_bf16_matrix_of_many_rows_is_as_exact_as_of_few(
+    rng: np.random.Generator, gpu: GpuOps
+) -> None:
+    """Tensor cores round sums toward zero; long chains of mma would show here."""
+    a = cases_linear.linear("bf16", 64, 200, 16384)(rng).arrays
+    exact = a["x"].astype(np.float64) @ f32_from_bf16(a["w"]).astype(np.float64).T
+    w = LinearWeight("bf16", 200, 16384, gpu.to_device(a["w"]))
+
+    def error(rows: int) -> float:
+        """The distance from the exact result, with some rows a launch."""
+        found = []
+        for x in np.split(a["x"], 64 // rows):
+            out = gpu.empty((rows, 200), np.float32)
+            gpu.linear(out, rows_of(gpu, gpu.to_device(x)), w)
+            found.append(gpu.copy_d2h(out))
+        return distance(np.concatenate(found), exact)
+
+    assert error(64) <= 1.25 * error(8)
 
 
 def test_assign_slots_equals_the_reference_over_many_calls(

@@ -53,7 +53,8 @@ MODELS = {"122B": "synthetic:qwen3.5-122b-a10b", "35B": "synthetic:qwen3.5-35b-a
 TARGETS = ("sm_86", "sm_89", "sm_90", "sm_120")
 
 PREFIXES = (
-    "int4_gemm", "int8_gemm", "int4_moe_gemm", "int8_moe_gemm", "split_digits", "gqa_prefill",
+    "int4_gemm", "int8_gemm", "bf16_gemm", "int4_moe_gemm", "int8_moe_gemm", "bf16_moe_gemm",
+    "split_digits", "gqa_prefill",
     "delta_chunk", "causal_conv1d", "gather_add", "expert_histogram", "group_by_expert",
     "count_uses",
 )  # fmt: skip
@@ -208,7 +209,7 @@ def blocks_per_sm(one: Kernel, made: Assembled, dynamic: int, target: str) -> in
 
 def is_int8(name: str) -> bool:
     """Whether a kernel's mma are int8."""
-    return "gemm" in name
+    return "gemm" in name and not name.startswith("bf16")
 
 
 def no_overlap_share(made: Assembled, card: Card, name: str) -> float:
@@ -262,8 +263,10 @@ def mma_seconds(
     named = SimpleNamespace(**{p.name: v for p, v in zip(one.contract.params, values, strict=True)})
     at_once = card.spec.sm_count
     if "gemm" in name:
-        tiles = expert_tiles(tokens, 8, named) if "moe" in name else grid[0]
-        per_warp = tiles * grid[1] * (named.k // 128) * made.loop["mma"]
+        tiles = expected_tiles(launch, tokens) if "moe" in name else grid[0]
+        rows, columns = (32, 64) if "small" in name else (64, 128)
+        macs = rows * columns * named.k * 2  # two digits, or hi and lo
+        per_warp = tiles * grid[1] * macs / (16 * 8 * (32 if is_int8(name) else 16)) / 4
     elif name.startswith("gqa_prefill"):
         rows = 64 if "fp8" in name else 32
         per_warp = grid[0] * grid[1] * ((past + tokens / 2) / rows + 0.5) * made.loop["mma"]
@@ -276,32 +279,41 @@ def mma_seconds(
     return float(clocks / (card.clock_ghz * 1e9))
 
 
-def expert_tiles(tokens: int, top_k: int, named: Any) -> float:
-    """Expected tiles of 64 rows of a layer's pairs: the last tile of each expert is half full."""
-    return tokens * top_k / TILE_ROWS + len(named.expert_slots) / 2
+TOP_K = 8
+"""Experts per token of both models."""
+
+
+def expected_tiles(launch: Launch, tokens: int) -> float:
+    """Expected tiles of 64 rows of a launch: the last tile of each expert is half full.
+
+    The grid has room for as many last tiles as there are experts.
+    """
+    one, grid, values = launch
+    named = {p.name: v for p, v in zip(one.contract.params, values, strict=True)}
+    whole, experts = tokens * TOP_K / TILE_ROWS, len(named["expert_slots"])
+    return float(grid[0] * (whole + experts / 2) / (whole + experts))
 
 
 def memory_seconds(launch: Launch, tokens: int, card: Card) -> float:
     """Time of the bytes that the contract counts; for experts, of each weight and pair once."""
-    one, _, values = launch
+    one, grid, values = launch
+    named = SimpleNamespace(**{p.name: v for p, v in zip(one.contract.params, values, strict=True)})
+    pairs = tokens * TOP_K
     if "moe_gemm" in one.name:
-        named = SimpleNamespace(
-            **{p.name: v for p, v in zip(one.contract.params, values, strict=True)}
-        )
-        columns = named.n * (2 if "_up_" in one.name else 1)
-        bits = 4 if "int4" in one.name else 8
-        nbytes = len(named.expert_slots) * columns * named.k * bits // 8
-        nbytes += tokens * 8 * (named.n * 4 + named.k * 2)
-    elif "of_tiles" in one.name or one.name == "split_digits_f32":
-        nbytes = tokens * 8 * 6 * values[-1]
+        experts, columns = len(named.expert_slots), named.n * (2 if "_up_" in one.name else 1)
+        bits = {"int4": 4, "int8": 8, "bf16": 16}[one.name[:4]]
+        nbytes = experts * columns * named.k * bits // 8 + pairs * (named.n * 4 + named.k * 2)
+        nbytes *= grid[0] / (pairs / TILE_ROWS + experts)
+    elif "of_tiles" in one.name:
+        nbytes = pairs * 6 * named.width * grid[0] / (pairs / TILE_ROWS + len(named.expert_slots))
     else:
         nbytes = launch_bytes(launch)
     return float(nbytes) / (card.spec.vram_copy_gb_s * 1e9)
 
 
 GROUPS = {
-    "experts": ("int4_moe", "int8_moe"),
-    "dense matrices": ("int4_gemm", "int8_gemm"),
+    "experts": ("int4_moe", "int8_moe", "bf16_moe"),
+    "dense matrices": ("int4_gemm", "int8_gemm", "bf16_gemm"),
     "attention": ("gqa_prefill",),
     "delta rule": ("delta_chunk",),
 }

@@ -79,7 +79,7 @@ def rate_rows(name: str, made: Made) -> list[list[Any]]:
     rows = []
     for card in CARDS:
         has = made[name, card.target]
-        expected, digits = share(name, card, made), 2 if is_int8(name) else 1
+        expected, digits = share(name, card, made), 2 if "gemm" in name else 1
         rows.append([
             f"`{name}`", card.name, f"{has.loop.total() / has.loop['mma']:.1f}",
             f"{card.clocks(is_int8(name)):.1f}", f"{no_overlap_share(has, card, name):.2f}",
@@ -116,6 +116,16 @@ def estimate_rows(made: Made) -> tuple[list[list[Any]], float]:
             f"{one.link_s:.2f}", f"{one.tokens_per_s():,.0f}", f"{one.tokens_per_s(reached):,.0f}",
         ])  # fmt: skip
     return rows, reached
+
+
+def blocks_text(kernels: list[str]) -> str:
+    """What the blocks of matrix kernels on GeForce mean; `kernels` have one per multiprocessor."""
+    if not kernels:
+        return "On GeForce an SM holds two blocks or more of each matrix kernel."
+    return f"""On GeForce an SM holds one block only of these matrix kernels, for shared memory:
+{", ".join(f"`{name}`" for name in kernels)}.
+Each of its schedulers then has one warp, so nothing hides that warp's waits. The shares below do not count this:
+the H200, whose share they rest on, holds two blocks."""
 
 
 def page(made: Made, versions: tuple[str, str]) -> str:
@@ -191,11 +201,7 @@ INT4 experts and mixers, INT8 shared experts, FP8 KV. A dash: not launched there
         )
     }
 
-{
-        f"On GeForce an SM holds one block of {len(one_block)} matrix kernels: {', '.join(f'`{name}`' for name in one_block)}."
-        if one_block
-        else "On GeForce an SM holds two blocks or more of each matrix kernel."
-    }
+{blocks_text(one_block)}
 
 ## Instructions of the inner loop
 
@@ -222,7 +228,7 @@ The share without overlap is what remains if nothing else is issued while an mma
         / no_overlap_share(
             made[MEASURED_SHARE[0], H200.target], H200, MEASURED_SHARE[0]
         ):.2f} of its share without overlap. The expected share takes the same part everywhere. TFLOP/s count
-a multiply-add of the matrix as two operations; int8 kernels need two digit passes for it.
+a multiply-add of the matrix as two operations. Matrix kernels need two mma for it: for both digits, or for hi and lo.
 
 {
         table(

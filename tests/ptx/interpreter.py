@@ -345,6 +345,18 @@ class InterpretedRuntime:
     def release_staged(self, buffer: int) -> None:
         self._unreleased.pop(buffer, None)
 
+    def start_timer(self) -> None:
+        pass
+
+    def record_readback(self) -> None:
+        pass
+
+    def wait_readback(self) -> float:
+        return 0.0
+
+    def limit_queue(self, depth: int) -> None:
+        pass
+
 
 def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, read: bool) -> None:
     """Check that `size` bytes at each of these offsets may be read, or written."""

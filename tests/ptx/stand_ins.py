@@ -79,7 +79,7 @@ def _count_uses(values: tuple[Any, ...]) -> None:
     short_count, long_count, last_used, step, counters, tiles, num_tiles, order = (
         value.numpy() for value in values[:8]
     )
-    tokens, top_k, experts, copied, is_last, rate, long_rate = values[8:]
+    tokens, top_k, experts, is_last, rate, long_rate = values[8:]
     pairs = order[: tokens * top_k]
     ids = np.empty(pairs.size, np.uint16)
     for _, start, rows, expert in tiles[: num_tiles[0]].tolist():
@@ -92,7 +92,7 @@ def _count_uses(values: tuple[Any, ...]) -> None:
         step, counters,
     )  # fmt: skip
     groups = ExpertGroups(order, unused, tiles, num_tiles, unused)
-    ReferenceOps().count_uses(groups, cache, 0, ids.reshape(tokens, top_k), copied)
+    ReferenceOps().count_uses(groups, cache, 0, ids.reshape(tokens, top_k))
 
 
 def _sample_token(values: tuple[Any, ...]) -> None:

@@ -19,8 +19,10 @@ FORMATS = re.compile(r"(?:^|_)(?:bf16|int8|int4|fp8)(?=_|$)")
 SEPARATE_TWINS = {
     "_linear_f32", "_matvec_f32", "_moe_down_generic_f32", "_moe_up_generic_f32", "_quantize",
     "gqa_attention", "gqa_decode_split_kv",
+    "_gemm_f32", "_moe_gemm_down_f32", "_moe_gemm_up_f32",
 }  # fmt: skip
-"""Names, without formats, of older twins that have a file each: their texts share few lines."""
+"""Names, without formats, of kernels whose files share few lines: older twins, and the matrices of
+many tokens, whose digits and bf16 halves take different mma."""
 
 
 def module_name(path: Path) -> str:
