@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+import numpy as np
+
 from osmium.kernels.assign_slots import ASSIGN_SLOTS
 from osmium.kernels.ptx import kernel
 from osmium.ops.gpu_grouped import GpuGrouped
@@ -218,7 +220,8 @@ class GpuExperts(GpuGrouped):
         FETCH_EXPERTS(
             self.stream, FETCH_BLOCKS, cache.slots[layer], host_experts.packed[layer], plan.expert,
             plan.slot, plan.fetch_flags, plan.uses, plan.count, cache.counters, plan.fetch_progress,
-            *prefetch_arrays, 0 if l2_prefetch is None else l2_prefetch, plan.expert.shape[0],
+            *prefetch_arrays, 0 if l2_prefetch is None else l2_prefetch.view(np.uint8),
+            plan.expert.shape[0],
             cache.layout.nbytes, cache.layout.down, l2_bytes,
         )  # fmt: skip
 
