@@ -124,8 +124,8 @@ def blocks_text(kernels: list[str]) -> str:
         return "On GeForce an SM holds two blocks or more of each matrix kernel."
     return f"""On GeForce an SM holds one block only of these matrix kernels, for shared memory:
 {", ".join(f"`{name}`" for name in kernels)}.
-Each of its schedulers then has one warp, so nothing hides that warp's waits. The shares below do not count this:
-the H200, whose share they rest on, holds two blocks."""
+Each of its schedulers then has one warp, so nothing hides that warp's waits. The shares below
+do not count this: the H200, whose share they rest on, holds two blocks."""
 
 
 def page(made: Made, versions: tuple[str, str]) -> str:
