@@ -30,7 +30,7 @@ from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, T
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.experts.prefetch import MIN_BULK_COPY_CC, prefetch_state_bytes
-from osmium.experts.streaming import staging_experts
+from osmium.experts.streaming import STAGING_GROUPS, staging_experts
 from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -105,7 +105,7 @@ class MemoryPlan:
     prefetch: bool = False
     """Whether experts are copied before their layer's routing."""
     staging_experts: int = 0
-    """Experts in each half of the staging slots of prefill passes; 0: there are none."""
+    """Experts in each group of the staging slots of prefill passes; 0: there are none."""
     prefill: PrefillCost | None = None
     """Operations and bytes of a token of a prompt, and the rates; None: no estimate."""
 
@@ -315,7 +315,7 @@ def _plan_with_rows(
         if slots < experts:
             staged = staging_experts(layout, experts, vram_limit, experts - slots)
         if staged:
-            vram["expert staging"] = 2 * staged * layout.nbytes
+            vram["expert staging"] = STAGING_GROUPS * staged * layout.nbytes
             slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(layout, layers, experts, slots)
         resident = slots == experts

@@ -35,7 +35,7 @@ from osmium.engine.speed_estimate import (
 )
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.streaming import MIN_STAGING_EXPERTS, STAGING_EXPERTS
+from osmium.experts.streaming import MIN_STAGING_EXPERTS, STAGING_EXPERTS, STAGING_GROUPS
 from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -98,16 +98,17 @@ def test_a_smaller_budget_changes_only_slots_and_reserve() -> None:
     assert small.expert_slots < large.expert_slots
     changed = {name for name in small.vram if small.vram[name] != large.vram[name]}
     # the reserve and the rows of a pass are fractions of the budget
-    assert changed == {"expert slots", "prefill", "reserve"}
+    assert changed == {"expert slots", "expert staging", "prefill", "reserve"}
     assert small.hit_rate < large.hit_rate
 
 
 def test_partly_resident_experts_have_staging_slots() -> None:
-    """Two halves of at most .4 % of VRAM each, and at least of a few experts."""
+    """Four groups of at most .23 % of VRAM each, and at least of a few experts."""
     result = plan()
-    assert result.staging_experts == STAGING_EXPERTS
-    assert result.vram["expert staging"] == 2 * STAGING_EXPERTS * LAYOUT.nbytes
-    assert result.vram["expert staging"] <= 0.008 * result.vram_limit
+    staged = result.staging_experts
+    assert MIN_STAGING_EXPERTS < staged <= STAGING_EXPERTS
+    assert result.vram["expert staging"] == STAGING_GROUPS * staged * LAYOUT.nbytes
+    assert result.vram["expert staging"] <= 0.0092 * result.vram_limit
     machine = replace(CARD, vram_free=400 * GIB, vram_total=400 * GIB)
     whole = plan(machine)
     assert whole.resident and whole.staging_experts == 0 and "expert staging" not in whole.vram
