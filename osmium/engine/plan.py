@@ -23,8 +23,10 @@ from osmium.engine.prefill_plan import (
     RESIDENT_PIECE_ROWS,
     default_chunk,
     prefill_bytes,
+    step_rows,
     workspace_bytes_of,
 )
+from osmium.engine.runner import runner_bytes
 from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
 from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
@@ -282,10 +284,16 @@ def _plan_with_rows(
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes_of(config, layout, sequences, rows, hardware.gpu)
-        + prefetch_state_bytes(layers, experts, config.top_k),
-        "prefill": prefill_bytes(
-            config, layout, chunk, rows, sequences, -(-context // options.page_size), hardware.gpu
+        + prefetch_state_bytes(layers, experts, config.top_k)
+        + runner_bytes(
+            config.vocab_size,
+            step_rows(sequences),
+            sequences,
+            -(-context // options.page_size),
+            rows,
+            chunk,
         ),
+        "prefill": prefill_bytes(config, layout, chunk, rows, hardware.gpu),
     }
     host_experts = layers * experts * layout.nbytes
     embed = sum(size for name, size in weights if name == "embed")
@@ -315,7 +323,7 @@ def _plan_with_rows(
         if slots < experts:
             staged = staging_experts(layout, experts, vram_limit, experts - slots)
         if staged:
-            vram["expert staging"] = STAGING_GROUPS * staged * layout.nbytes
+            vram["prefill"] += STAGING_GROUPS * staged * layout.nbytes
             slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(layout, layers, experts, slots)
         resident = slots == experts

@@ -183,8 +183,8 @@ class PrefillExperts:
     def start_layer(self, layer: int) -> None:
         """Copy the first missing experts of a layer beside its mixer, while the link is idle.
 
-        Copies of experts that no token uses cost nothing as long as they end before the routing is
-        known, and little if the last layer's tokens used nearly all.
+        Copies of experts that no token uses cost nothing if they end before the routing is known.
+        They cost little if the last layer's tokens used nearly all.
         """
         self.ops.start_timer()
         if self.runner.host_experts is None or self._ahead:
