@@ -184,7 +184,7 @@ class Engine(EngineLoop):
     def _forced_logits(
         self, sequences: list[list[int]], max_step_tokens: int
     ) -> Iterator[tuple[tuple[int, int], npt.NDArray[np.float32]]]:
-        self._passes.end(lambda _: False)  # their requests are preempted
+        self._preempt_all()
         return teacher_forced_logits(self._runner, self._scheduler, sequences, max_step_tokens)
 
     def run_on_engine_thread(self, job: Callable[[], T]) -> T:
@@ -197,11 +197,14 @@ class Engine(EngineLoop):
                 outcome.put((False, EngineStopped(str(self._stopped))))
                 return
             try:
-                outcome.put((True, job()))
+                value = job()
+                self._passes.invalidate()  # the job may have changed the expert cache
+                outcome.put((True, value))
             except BaseException as error:
                 outcome.put((False, error))
                 if isinstance(error, CudaError) and error.context_lost:
                     raise
+                self._passes.invalidate()
 
         self._send(run)
         succeeded, value = outcome.get()  # a stopping engine still runs every queued command
@@ -215,6 +218,7 @@ class Engine(EngineLoop):
         recorder while no request runs.  Each new sequence begins a prompt of the trace."""
 
         def start() -> RoutingRecorder:
+            self._preempt_all()  # the record has whole sequences
             expert_runner = self._runner.expert_runner
             expert_runner.recorder = RoutingRecorder(self.config.num_layers)
             return expert_runner.recorder

@@ -18,7 +18,6 @@ from osmium.engine.running_passes import RunningPasses
 from osmium.engine.sampler import Sampled, sample_or_error, sampling_error
 from osmium.engine.scheduler import Batch, Scheduler
 from osmium.engine.stats import EngineStats
-from osmium.engine.teacher_forcing import score_prompts
 from osmium.errors import CudaError, EngineStopped, OsmiumError
 
 __all__ = ["EngineLoop"]
@@ -121,36 +120,37 @@ class EngineLoop:
         """Run a part of a prefill pass, or decode steps until the batch has to change."""
         passes, scheduler = self._passes, self._scheduler
         passes.end(scheduler.running.__contains__)
-        if not passes:
-            if passes.decode_is_due() and self._decode_between_passes():
-                return
+        if self._decode_is_due():
+            batch = scheduler.schedule_decode()  # None: all that decoded are preempted
+        elif not passes:
             batch = scheduler.schedule()
-            if batch is None:
-                return
-            if batch.scheduled[0][0].needs_prefill:
-                self._start_pass(batch)
-            else:
-                self._step(batch)
-                passes.last_decode = time.perf_counter()
-        elif passes.decode_is_due() and self._decode_between_passes():
-            return
         elif (most := passes.short_tokens) and (
             short := scheduler.schedule_short(most, passes.requests)
         ):
-            self._start_pass(short)
+            batch = short
         else:
             self._advance_pass()
-
-    def _decode_between_passes(self) -> bool:
-        """One decode step between two parts of a pass; False if no request decodes."""
-        if not any(request.needs_prefill for request in self._scheduler.running):
-            return False
-        batch, start = self._scheduler.schedule_decode(), time.perf_counter()
+            return
         if batch is None:
-            return False
-        self._step(batch)
-        self._passes.decoded(time.perf_counter() - start)
-        return True
+            return
+        if batch.scheduled[0][0].needs_prefill:
+            self._start_pass(batch)
+        else:
+            start = time.perf_counter()
+            steps = self._step(batch)
+            passes.decoded(time.perf_counter() - start, steps)
+
+    def _decode_is_due(self) -> bool:
+        """Whether a decode step must run before more of a prompt is computed."""
+        if self._runner.expert_runner.recorder is not None:
+            return False  # a record has the layers of one step after another
+        last_tokens, any_prefill = [], False
+        for request in self._scheduler.running:
+            if request.needs_prefill:
+                any_prefill = True
+            else:
+                last_tokens.append(request.times.last_token)
+        return any_prefill and bool(last_tokens) and self._passes.decode_is_due(min(last_tokens))
 
     def _start_pass(self, batch: Batch) -> None:
         self.stats.begin(batch)
@@ -160,14 +160,22 @@ class EngineLoop:
             self._fail(batch, error)
 
     def _advance_pass(self) -> None:
+        """Run the next part of a pass, or all of them while routing is recorded."""
         try:
             done = self._passes.advance()
+            while done is None and self._runner.expert_runner.recorder is not None:
+                done = self._passes.advance()
         except Exception as error:
             self._fail(self._passes.fail(), error)
             return
         if done is not None:
             self._finish_step(done.batch)
-            self._passes.last_decode = time.perf_counter()
+
+    def _preempt_all(self) -> None:
+        """End all passes, and preempt all requests, which start again."""
+        for request in reversed(self._scheduler.running.copy()):
+            self._scheduler.preempt(request)
+        self._passes.end(self._scheduler.running.__contains__)
 
     def _fail(self, batch: Batch, error: Exception) -> None:
         """End the requests of a failed step, and no others.  Raises: CudaError if all is lost."""
@@ -177,26 +185,25 @@ class EngineLoop:
         for request, _ in batch.scheduled:
             self._finish(request, FinishReason.ERROR, request_error)
 
-    def _step(self, batch: Batch) -> None:
-        """Run decode steps, until the batch has to change."""
+    def _step(self, batch: Batch) -> int:
+        """Run decode steps, until the batch has to change; returns their number."""
         self.stats.begin(batch)
         try:
             if (
                 self._runner.expert_runner.recorder is None
                 and len(batch.scheduled) <= self._runner.max_decode_rows
             ):
-                self._decode_on_device(batch)
-                return
+                return self._decode_on_device(batch)
             self._runner.forward(batch)
         except Exception as error:
             self._fail(batch, error)
-            return
+            return 0
         self._finish_step(batch)
+        return 1
 
     def _finish_step(self, batch: Batch) -> None:
         """Sample from the logits of a step or pass, and deliver the tokens."""
         try:
-            score_prompts(self._runner, batch)
             rows, ready, row = [], [], 0
             for request, count in batch.scheduled:
                 row += count
@@ -219,8 +226,8 @@ class EngineLoop:
             else:
                 self._deliver_token(request, result)
 
-    def _decode_on_device(self, batch: Batch) -> None:
-        """Decode with sampling on the device until the batch has to change."""
+    def _decode_on_device(self, batch: Batch) -> int:
+        """Decode with sampling on the device until the batch has to change; returns the steps."""
         session = self._runner.start_decode(batch)
         session.launch()
         while session.in_flight:
@@ -237,6 +244,7 @@ class EngineLoop:
                     self._deliver_token(request, (token, *session.logprobs(row)))
             if not session.in_flight and self._can_continue_decode(session):
                 session.launch()
+        return session.received
 
     def _can_continue_decode(self, session: DecodeSession) -> bool:
         """Whether the same requests need another step and have KV pages for it."""
@@ -258,7 +266,7 @@ class EngineLoop:
         """Count `count` more tokens of a request as computed."""
         self.stats.add_computed(request, count)
         request.num_computed_tokens += count
-        request.pass_tokens = 0
+        request.tokens_read = request.num_computed_tokens
 
     def _deliver_token(self, request: Request, sampled: Sampled) -> None:
         try:
