@@ -121,9 +121,9 @@ class RunningPasses:
         """
         start, running = time.perf_counter(), self._passes[-1]
         depth = self._depth
-        self._parts_since_decode += 1
         is_layer = running.advance()
         goes_on = is_layer or self._score(running)
+        self._parts_since_decode += goes_on
         self._runner.ops.limit_queue(depth)
         seconds = time.perf_counter() - start
         if self._queued == (depth if is_layer else 0):  # the host has waited for one part
