@@ -142,8 +142,6 @@ class EngineLoop:
 
     def _decode_is_due(self) -> bool:
         """Whether a decode step must run before more of a prompt is computed."""
-        if self._runner.expert_runner.recorder is not None:
-            return False  # a record has the layers of one step after another
         last_tokens, any_prefill = [], False
         for request in self._scheduler.running:
             if request.needs_prefill:
@@ -160,7 +158,10 @@ class EngineLoop:
             self._fail(batch, error)
 
     def _advance_pass(self) -> None:
-        """Run the next part of a pass, or all of them while routing is recorded."""
+        """Run the next part of a pass, or all of them while routing is recorded.
+
+        A record has the layers of one step after another.
+        """
         try:
             done = self._passes.advance()
             while done is None and self._runner.expert_runner.recorder is not None:

@@ -190,20 +190,21 @@ def test_prompts_without_end_do_not_stop_decoding(
     harness_of: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = Clock(monkeypatch, 0.01, 0.001)
-    harness = wide(harness_of, sequences=3)
+    harness = wide(harness_of, sequences=7)
     clock.run(harness.model)
     running, prompts = Timed(), 0
+    two = replace(GREEDY, max_tokens=2)
 
     def again(event: Event) -> None:
         nonlocal prompts
         if isinstance(event, Finish) and not running.is_done and prompts < 500:
             prompts += 1
-            harness.engine.submit([3] * 20, ONE, again)
+            harness.engine.submit([3] * 20, two, again)
 
     def begin(event: Event) -> None:
         if not running.tokens:
-            for _ in range(2):
-                harness.engine.submit([4] * 20, ONE, again)
+            for _ in range(6):
+                harness.engine.submit([4] * 20, two, again)
         running.on_event(event)
 
     harness.engine.submit([1], replace(GREEDY, max_tokens=60), begin)
@@ -239,7 +240,24 @@ def test_a_short_prompt_is_answered_while_a_long_one_is_read(
     short.wait()
     assert long.ids == follow(scrambled, long_prompt, 8)
     assert short.ids == follow(scrambled, short_prompt, 8)
-    assert harness.model.invalidations, "the short pass may have changed the expert cache"
+
+
+def test_a_pass_reads_the_expert_tables_again_after_a_short_pass(harness_of: Make) -> None:
+    gate = PartGate()
+    harness = wide(harness_of, parts=gate)
+    long = harness.submit([1] * PASS)
+    gate.arrival()
+    short = harness.submit([2] * 3, ONE)
+    for part in range(PARTS):
+        gate.release()
+        assert gate.arrival() == [(PASS, part)]
+    before = harness.model.invalidations
+    gate.release()
+    assert gate.arrival() == [(0, 1)]
+    assert harness.model.invalidations > before, "the short pass has changed the expert cache"
+    gate.open()
+    long.wait()
+    short.wait()
 
 
 def test_a_stream_of_short_prompts_does_not_stop_a_long_one(
