@@ -21,7 +21,7 @@ from osmium.engine.engine import Engine
 from osmium.engine.host_memory import available_ram
 from osmium.engine.kv_cache_manager import KVCacheManager
 from osmium.engine.plan import MemoryPlan, kv_capacity_tokens
-from osmium.engine.prefill_plan import block_rows
+from osmium.engine.prefill_plan import block_rows, step_rows
 from osmium.engine.runner import ModelRunner
 from osmium.engine.slot_rebalancer import SlotRebalancer
 from osmium.engine.watchdog import Watchdog, default_min_free_ram
@@ -31,6 +31,7 @@ from osmium.experts.host_experts import load_host_experts, load_resident_experts
 from osmium.experts.prefetch import make_prefetch_state
 from osmium.experts.routing import read_model_trace
 from osmium.experts.runner import ExpertRunner
+from osmium.experts.streaming import STAGING_GROUPS
 from osmium.experts.usage import (
     UsageSnapshot,
     read_usage,
@@ -316,9 +317,10 @@ class Loader:
             prefetch_state = make_prefetch_state(
                 ops, config.num_layers, config.num_experts, config.top_k
             )
+        rows, pieces = step_rows(plan.max_num_seqs), plan.piece_rows
         expert_runner = ExpertRunner(
             ops, *self._experts(plan, usage),
-            block_rows(config, packed.layout, plan.piece_rows, self.gpu is not None), config.top_k,
+            block_rows(config, packed.layout, rows, pieces, self.gpu is not None), config.top_k,
             prefetch_state,
         )  # fmt: skip
         if trace is not None:
@@ -327,7 +329,7 @@ class Loader:
                 predicted = ops.to_device(np.ascontiguousarray(trace.predicted))
             expert_runner.replay(ops.to_device(np.ascontiguousarray(trace.ids)), predicted)
         model = model_class(config.model_type)(
-            ops, config, self._weights, expert_runner, plan.piece_rows, plan.prefill_chunk,
+            ops, config, self._weights, expert_runner, rows, pieces, plan.prefill_chunk,
             plan.link_gb_s,
         )  # fmt: skip
         # One more page and slot: the null page and null slot, where rows that have ended write.
@@ -441,7 +443,7 @@ class Loader:
             plan.expert_slots,
             config.top_k,
             slots,
-            2 * plan.staging_experts,
+            STAGING_GROUPS * plan.staging_experts,
         )
         return self._host_experts, cache
 

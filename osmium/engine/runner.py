@@ -40,7 +40,12 @@ NO_LIMIT = 1 << 30
 
 
 def runner_bytes(
-    vocab: int, rows: int, max_num_seqs: int, max_pages_per_seq: int, pass_tokens: int
+    vocab: int,
+    rows: int,
+    max_num_seqs: int,
+    max_pages_per_seq: int,
+    piece_rows: int,
+    pass_tokens: int,
 ) -> int:
     """Bytes of the runner's own arrays; prefill passes have up to `pass_tokens` tokens."""
     decode_state = max_num_seqs * 7 + 16
@@ -53,7 +58,7 @@ def runner_bytes(
     )
     inputs = _input_words(rows, max_num_seqs, max_pages_per_seq)
     for tokens in (pass_tokens, short_pass_tokens(pass_tokens)):
-        inputs += prefill_input_words(tokens, rows, max_num_seqs, max_pages_per_seq)
+        inputs += prefill_input_words(tokens, piece_rows, max_num_seqs, max_pages_per_seq)
     return 4 * (inputs + LOGIT_ROWS * vocab + decode_state) + scratch + controls
 
 
@@ -91,7 +96,7 @@ class ModelRunner:
         """Most tokens of a prefill pass."""
         first_rows = (0, self.max_pass_tokens)
         self.prefill_inputs = [
-            PrefillInputs(ops, first, tokens, rows, max_num_seqs, max_pages_per_seq)
+            PrefillInputs(ops, first, tokens, model.piece_rows, max_num_seqs, max_pages_per_seq)
             for first, tokens in zip(
                 first_rows,
                 (self.max_pass_tokens, short_pass_tokens(self.max_pass_tokens)),

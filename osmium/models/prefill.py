@@ -15,7 +15,7 @@ from osmium.config import ModelConfig
 from osmium.experts.streaming import PrefillExperts, pair_bytes
 from osmium.models.scratch import aligned_bytes
 from osmium.models.state import ModelState
-from osmium.models.workspace import Workspace, workspace_bytes
+from osmium.models.workspace import Workspace, cut_bytes
 from osmium.ops import Array, MatmulInput, Ops, StepInputs
 from osmium.ops.grouped import TILE_ROWS
 from osmium.ops.tiling import input_shapes, supports_grouped_experts
@@ -98,8 +98,8 @@ def prefill_rows_bytes(config: ModelConfig, layout: ExpertLayout, tokens: int, g
 
 
 def scratch_bytes(config: ModelConfig, layout: ExpertLayout, rows: int, gpu: bool) -> int:
-    """Bytes of a workspace for steps of `rows` tokens, and at least those of a tile's pairs."""
-    nbytes = workspace_bytes(config, rows, gpu)
+    """Bytes of a workspace for pieces of `rows` tokens, and at least those of a tile's pairs."""
+    nbytes = cut_bytes(config, rows, gpu)
     if not gpu or not supports_grouped_experts(layout, config.num_experts):
         return nbytes
     return max(nbytes, TILE_ROWS * pair_bytes(layout) + PADDING)

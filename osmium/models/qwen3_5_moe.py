@@ -29,7 +29,7 @@ from osmium.models.prefill import (
 from osmium.models.scratch import Scratch
 from osmium.models.state import ModelState
 from osmium.models.weights import WeightView
-from osmium.models.workspace import make_workspace
+from osmium.models.workspace import cut_workspace, make_workspace
 from osmium.ops import Array, LinearWeight, Ops, StepInputs
 
 __all__ = ["MODEL_CLASS", "Qwen3_5MoeModel"]
@@ -68,13 +68,14 @@ class Qwen3_5MoeModel:
         weights: Mapping[str, LinearWeight | Array],
         expert_runner: ExpertRunner,
         rows: int,
+        piece_rows: int | None = None,
         pass_tokens: int | None = None,
         link_gb_s: float = 0.0,
     ) -> None:
         """`weights` have the names of models/weights.py and are in memory that `ops` reads.  A step
-        of `forward`, and a piece of `prefill`, has at most `rows` tokens, a prefill pass at most
-        `pass_tokens`; without it `rows`.  `link_gb_s`: rate of copies from host memory, 0 if
-        unknown.  Raises: CheckpointError, OutOfMemory."""
+        of `forward` has at most `rows` tokens, a prefill pass at most `pass_tokens`, and a piece of
+        it `piece_rows`; both are `rows` if None.  `link_gb_s`: rate of copies from host memory, 0
+        if unknown.  Raises: CheckpointError, OutOfMemory."""
         view = WeightView(weights)
         self.ops, self.config, self.rows, self.expert_runner = ops, config, rows, expert_runner
         self.embed = view.array("embed", config.vocab_size, config.hidden_size, dtype=np.uint16)
@@ -92,9 +93,12 @@ class Qwen3_5MoeModel:
         for layer, next_layer in pairwise(self.layers):
             layer.moe.next_router = next_layer.moe.router
         layout, tokens = expert_runner.cache.layout, pass_tokens or rows
-        gpu = ops.empty_input(1, 8).hi_lo is not None
-        buffer = ops.empty((scratch_bytes(config, layout, rows, gpu),), np.uint8)
-        self.work = make_workspace(ops, config, rows, buffer)
+        self.piece_rows = piece_rows or rows
+        """Most rows of a piece of a prefill pass."""
+        self.work = make_workspace(ops, config, rows)
+        gpu = self.work.h.hi_lo is not None
+        buffer = ops.empty((scratch_bytes(config, layout, self.piece_rows, gpu),), np.uint8)
+        self.piece_work = cut_workspace(ops, config, self.piece_rows, buffer, self.work)
         prefill_rows = make_prefill_rows(ops, config, layout, tokens, gpu)
         experts = None
         if prefill_rows.ids is not None:  # its arrays lie where the workspace has its own
@@ -131,7 +135,7 @@ class Qwen3_5MoeModel:
     ) -> Iterator[int]:
         """Run all layers on consecutive steps; see PrefillPass.run."""
         return self.prefill_pass.run(
-            self.layers, self.embed, self.work.first_rows, steps, state, first_row, admits
+            self.layers, self.embed, self.piece_work.first_rows, steps, state, first_row, admits
         )
 
     def head(

@@ -29,6 +29,10 @@ class Scratch:
         """buffer u8 [n]"""
         self._buffer, self._used = buffer, 0
 
+    def rest(self) -> "Scratch":
+        """Another Scratch over what is left: its arrays overlap those that this one still gives."""
+        return Scratch(self._buffer[self._used :])
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> Array:
         """A new array with unspecified contents."""
         start, nbytes = self._used, math.prod(shape) * np.dtype(dtype).itemsize

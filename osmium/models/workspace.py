@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +13,23 @@ from osmium.ops import Array, MatmulInput, Ops
 from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, input_shapes
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 
-__all__ = ["Workspace", "make_workspace", "workspace_bytes"]
+__all__ = ["Workspace", "cut_bytes", "cut_workspace", "make_workspace", "workspace_bytes"]
 
 MAX_KV_SPLITS = 160
 """Most blocks per KV head over the contexts of a step.  With two KV heads these are two blocks per
 multiprocessor of a GPU with 160.  A short context uses one block per tile."""
+
+
+OVERLAPPING = (
+    ("x", "h"),
+    ("qgkv", "q", "attn_out"),
+    ("qkvz", "qkv", "ab", "decay", "beta", "delta_out", "chunk_scratch"),
+    (
+        "router_logits", "ids", "weights", "shared_gate_up", "shared_inner", "shared_out", "y",
+    ),
+)  # fmt: skip
+"""The fields of a Workspace that are scratch of a step: used throughout a layer, by attention, by
+the delta net, and by the experts."""
 
 
 @dataclass(frozen=True)
@@ -81,48 +94,81 @@ class Workspace:
         return Workspace(**rows, **shared)
 
 
-def make_workspace(
-    ops: Ops, config: ModelConfig, rows: int, buffer: Array | None = None
-) -> Workspace:
-    """A workspace for steps of at most `rows` tokens.
-
-    All arrays that keep nothing between steps are cut from `buffer`, u8 [>= workspace_bytes], if it
-    is given.  Raises: OutOfMemory.
-    """
-    empty = ops.empty if buffer is None else Scratch(buffer).empty
+def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
+    """A workspace for steps of at most `rows` tokens.  Raises: OutOfMemory."""
     split_counters = ops.empty(_split_counters_shape(config), np.int32)
     router_barrier = ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
     for counters in (split_counters, router_barrier):
         ops.memset(counters, 0)
     arrays = {
-        name: empty((rows, *shape), dtype) for name, (shape, dtype) in _row_shapes(config).items()
+        name: ops.empty((rows, *shape), dtype)
+        for name, (shape, dtype) in _row_shapes(config).items()
     }
     inputs = {
-        name: ops.empty_input(rows, width, eps, empty)
+        name: ops.empty_input(rows, width, eps)
         for name, (width, eps) in _matmul_inputs(config).items()
     }
     words = _chunk_scratch_words(config, rows, gpu=inputs["h"].hi_lo is not None)
     return Workspace(
         **arrays,
         **inputs,
-        partial=empty(_partial_shape(config), np.float32),
+        partial=ops.empty(_partial_shape(config), np.float32),
         split_counters=split_counters,
         router_barrier=router_barrier,
-        chunk_scratch=empty((words,), np.uint32) if words else None,
+        chunk_scratch=ops.empty((words,), np.uint32) if words else None,
     )
 
 
+def cut_workspace(
+    ops: Ops, config: ModelConfig, rows: int, buffer: Array, counters: Workspace
+) -> Workspace:
+    """A workspace for steps of at most `rows` tokens, cut from `buffer`, u8 [>= cut_bytes].
+
+    The arrays of attention, of the delta net and of the experts overlap: a layer uses one after the
+    other.  What must be 0 between kernels, and `partial`, are those of `counters`.
+    """
+    gpu = counters.h.hi_lo is not None
+    common = Scratch(buffer)
+    made: dict[str, Any] = {}
+    for number, names in enumerate(OVERLAPPING):
+        scratch = common if number == 0 else common.rest()
+        for name in names:
+            if name in (shapes := _row_shapes(config)):
+                shape, dtype = shapes[name]
+                made[name] = scratch.empty((rows, *shape), dtype)
+            elif name in (inputs := _matmul_inputs(config)):
+                made[name] = ops.empty_input(rows, *inputs[name], scratch.empty)
+            else:
+                words = _chunk_scratch_words(config, rows, gpu)
+                made[name] = scratch.empty((words,), np.uint32) if words else None
+    shared = ("partial", "split_counters", "router_barrier")
+    return Workspace(**made, **{name: getattr(counters, name) for name in shared})
+
+
+def cut_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
+    """Bytes of the buffer of cut_workspace."""
+    sizes = [sum(_aligned(config, name, rows, gpu) for name in names) for names in OVERLAPPING]
+    return sizes[0] + max(sizes[1:])
+
+
+def _aligned(config: ModelConfig, name: str, rows: int, gpu: bool) -> int:
+    """Bytes of a field of a workspace in a Scratch."""
+    row_shapes, inputs = _row_shapes(config), _matmul_inputs(config)
+    if name in row_shapes:
+        shape, dtype = row_shapes[name]
+        return aligned_bytes((rows, *shape), dtype)
+    if name in inputs:
+        width, eps = inputs[name]
+        shapes = input_shapes(rows, width, eps is not None, gpu).values()
+        return sum(aligned_bytes(*shape) for shape in shapes)
+    return aligned_bytes((_chunk_scratch_words(config, rows, gpu),), np.uint32)
+
+
 def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
-    """Bytes that make_workspace cuts from a buffer, or allocates, on a backend."""
-    shapes: list[tuple[tuple[int, ...], npt.DTypeLike]] = [
-        ((rows, *shape), dtype) for shape, dtype in _row_shapes(config).values()
-    ]
-    for width, eps in _matmul_inputs(config).values():
-        shapes += input_shapes(rows, width, eps is not None, gpu).values()
-    counters = _split_counters_shape(config), ROUTER_BARRIER_SHAPE
-    words = (_chunk_scratch_words(config, rows, gpu),)
-    shapes += [(shape, np.float32) for shape in (_partial_shape(config), *counters, words)]
-    return sum(aligned_bytes(*shape) for shape in shapes)
+    """Bytes that make_workspace allocates on a backend, each array rounded up as in a Scratch."""
+    fields = sum(_aligned(config, name, rows, gpu) for names in OVERLAPPING for name in names)
+    shared = (_partial_shape(config), _split_counters_shape(config), ROUTER_BARRIER_SHAPE)
+    return fields + sum(aligned_bytes(shape, np.float32) for shape in shared)
 
 
 def _partial_shape(config: ModelConfig) -> tuple[int, ...]:

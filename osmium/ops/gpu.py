@@ -147,8 +147,7 @@ class GpuOps(GpuExperts):
             self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
             self.attention(heads_out, workspace.q, kv, step, w.scale)
             self.sigmoid_gate(heads_out, qgkv)
-            self.prepare_input(attn_out)
-            self.linear_add_rms_norm(x, attn_out, w.out, h, norm)
+            self.project_f32(x, attn_out, w.out, h, norm)
             return
         blocks = groups * -(-heads // (16 * groups))
         splits = num_kv_splits(
@@ -220,8 +219,7 @@ class GpuOps(GpuExperts):
             else:
                 self.delta_rule_recurrent(*rule)
             self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
-            self.prepare_input(delta_out)
-            self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
+            self.project_f32(x, delta_out, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         # A block computes a head of 128 values, one group of digits: it stores the digits once.

@@ -181,6 +181,18 @@ class GpuRows:
             self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
 
+    def project_f32(
+        self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
+    ) -> None:
+        """`linear_add_rms_norm` of a.f32 [T, K], of which hi and lo are not stored yet."""
+        if self.uses_gemm(a, w) and w.format != "bf16":
+            self.split_digits(a, of_f32=True)
+            self.multiply_digits(x, a, w, 1)
+            self.rms_norm(h, x, norm)
+            return
+        self.prepare_input(a)
+        self.linear_add_rms_norm(x, a, w, h, norm)
+
     def uses_gemm(self, a: MatmulInput, w: LinearWeight) -> bool:
         """Whether a matrix is multiplied by the kernels for many tokens."""
         has_rows = self.is_prefill or a.f32.shape[0] > MATVEC_MAX_TOKENS
@@ -190,18 +202,22 @@ class GpuRows:
     def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """out = a @ W.T, or out += with `accumulate` 1, for many tokens.
 
-        BF16 weights multiply hi + lo.  For others the error is that of the digits: 16 bits of the
-        largest of 128 inputs.
+        BF16 weights multiply hi + lo, others the digits, which this call stores first.
         """
-        tokens, sizes = a.f32.shape[0], (a.f32.shape[0], w.out_features, w.in_features)
-        if w.format == "bf16":
-            is_small = takes_small_gemm_blocks(self.runtime, tokens, w.out_features)
-            BF16_GEMM[is_small](
-                self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes,
-                5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
-            )  # fmt: skip
+        if w.format != "bf16":
+            self.split_digits(a)
+            self.multiply_digits(out, a, w, accumulate)
             return
-        self.split_digits(a)
+        tokens = a.f32.shape[0]
+        is_small = takes_small_gemm_blocks(self.runtime, tokens, w.out_features)
+        BF16_GEMM[is_small](
+            self.stream, out, a.hi_lo, a.square_sums or 0, w.data, tokens, w.out_features,
+            w.in_features, 5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
+        )  # fmt: skip
+
+    def multiply_digits(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
+        """`gemm` of digits that are stored; their error is 16 bits of the largest of 128 inputs."""
+        sizes = a.f32.shape[0], w.out_features, w.in_features
         stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
         GEMM[w.format](
             self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate

@@ -50,7 +50,8 @@ class ScriptedModel:
 
     def __init__(self, script: Script, tokenizer: Tokenizer, config: Any, num_slots: int) -> None:
         """The last slot is the null slot."""
-        self.config, self.rows, self.pass_tokens = config, MAX_STEP_TOKENS, MAX_STEP_TOKENS
+        self.config = config
+        self.rows = self.piece_rows = self.pass_tokens = MAX_STEP_TOKENS
         self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
         self.script, self.tokenizer = script, tokenizer
         self._ids: list[list[int]] = [[] for _ in range(num_slots)]

@@ -88,7 +88,7 @@ class HistoryModel:
 
     def __init__(self, rule: Rule, pages: int, page: int, slots: int, rows: int) -> None:
         self.config, self.rows, self.rule = CONFIG, rows, rule
-        self.pass_tokens = rows
+        self.pass_tokens = self.piece_rows = rows
         self.invalidations = 0
         """Calls of prefill_pass.invalidate."""
         self.prefill_pass = SimpleNamespace(invalidate=self._invalidate)
