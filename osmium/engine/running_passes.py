@@ -38,7 +38,7 @@ class RunningPasses:
 
     def __init__(self, runner: ModelRunner, decode_gap_s: float) -> None:
         """`decode_gap_s`: the longest time between two tokens of a running response."""
-        self._runner, self._decode_gap_s = runner, decode_gap_s
+        self._runner, self.decode_gap_s = runner, decode_gap_s
         self._passes: list[PrefillPass] = []
         """The last one runs."""
         self._part_s: dict[tuple[int, int], float] = {}
@@ -86,9 +86,9 @@ class RunningPasses:
             return False
         since = time.perf_counter() - last_token
         if not self._part_time:
-            return since >= START_GAP * self._decode_gap_s
+            return since >= START_GAP * self.decode_gap_s
         after_part_s = (self._queued + 1) * self._part_time + (self._decode_s or 0.0)
-        return since + after_part_s > GAP_MARGIN * self._decode_gap_s
+        return since + after_part_s > GAP_MARGIN * self.decode_gap_s
 
     def decoded(self, seconds: float, steps: int) -> None:
         """Note `steps` decode steps that took `seconds`, with the parts queued before them."""
