@@ -31,6 +31,7 @@ from osmium.experts.host_experts import load_host_experts, load_resident_experts
 from osmium.experts.prefetch import make_prefetch_state
 from osmium.experts.routing import RoutingTrace, read_trace
 from osmium.experts.runner import ExpertRunner
+from osmium.experts.streaming import STAGING_GROUPS
 from osmium.experts.usage import (
     UsageSnapshot,
     read_usage,
@@ -439,7 +440,7 @@ class Loader:
             plan.expert_slots,
             config.top_k,
             slots,
-            2 * plan.staging_experts,
+            STAGING_GROUPS * plan.staging_experts,
         )
         return self._host_experts, cache
 

@@ -29,6 +29,9 @@ __all__ = [
 MAX_QUEUE_DEPTH = 8
 """Most calls of `CudaRuntime.limit_queue` whose launches may be queued."""
 
+STAGING_BUFFERS = 4
+"""Buffers of `CudaRuntime.stage`."""
+
 LAUNCH_BLOCKING = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
 """Synchronise after every launch, so that an error names its kernel; no graph is captured."""
 
@@ -248,9 +251,9 @@ class CudaRuntime:
         self._fork_event, self._join_event = Event(device), Event(device)
         self.copy_stream = Stream(device)
         """Copies from host memory, in parallel with the main stream; ordered by events alone."""
-        self._staged = Event(device), Event(device)
+        self._staged = [Event(device) for _ in range(STAGING_BUFFERS)]
         """The ends of the last copies to each buffer of experts."""
-        self._released = Event(device), Event(device)
+        self._released = [Event(device) for _ in range(STAGING_BUFFERS)]
         """The ends of the launches that last read each buffer."""
         self._timer, self._readback = Event(device), Event(device)
         self._queue_marks = [Event(device) for _ in range(MAX_QUEUE_DEPTH)]

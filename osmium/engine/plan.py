@@ -23,14 +23,16 @@ from osmium.engine.prefill_plan import (
     RESIDENT_PIECE_ROWS,
     default_chunk,
     prefill_bytes,
+    step_rows,
     workspace_bytes_of,
 )
+from osmium.engine.runner import runner_bytes
 from osmium.engine.slot_estimates import SlotEstimate, estimate_slots, slot_estimate_table
 from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, TokenTime, hit_rate
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.experts.prefetch import MIN_BULK_COPY_CC, prefetch_state_bytes
-from osmium.experts.streaming import staging_experts
+from osmium.experts.streaming import STAGING_GROUPS, staging_experts
 from osmium.models.state import state_bytes
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -105,7 +107,7 @@ class MemoryPlan:
     prefetch: bool = False
     """Whether experts are copied before their layer's routing."""
     staging_experts: int = 0
-    """Experts in each half of the staging slots of prefill passes; 0: there are none."""
+    """Experts in each group of the staging slots of prefill passes; 0: there are none."""
     prefill: PrefillCost | None = None
     """Operations and bytes of a token of a prompt, and the rates; None: no estimate."""
 
@@ -282,10 +284,16 @@ def _plan_with_rows(
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
         "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
         "workspace": workspace_bytes_of(config, layout, sequences, rows, hardware.gpu)
-        + prefetch_state_bytes(layers, experts, config.top_k),
-        "prefill": prefill_bytes(
-            config, layout, chunk, rows, sequences, -(-context // options.page_size), hardware.gpu
+        + prefetch_state_bytes(layers, experts, config.top_k)
+        + runner_bytes(
+            config.vocab_size,
+            step_rows(sequences),
+            sequences,
+            -(-context // options.page_size),
+            rows,
+            chunk,
         ),
+        "prefill": prefill_bytes(config, layout, chunk, rows, hardware.gpu),
     }
     host_experts = layers * experts * layout.nbytes
     embed = sum(size for name, size in weights if name == "embed")
@@ -315,7 +323,7 @@ def _plan_with_rows(
         if slots < experts:
             staged = staging_experts(layout, experts, vram_limit, experts - slots)
         if staged:
-            vram["expert staging"] = 2 * staged * layout.nbytes
+            vram["prefill"] += STAGING_GROUPS * staged * layout.nbytes
             slots = _slots(config, layout, options, vram_limit - sum(vram.values()), vram)
         vram["expert slots"] = cache_bytes(layout, layers, experts, slots)
         resident = slots == experts

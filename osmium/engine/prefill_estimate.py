@@ -70,8 +70,8 @@ LENGTHS, SHORT = (4096, 20480), 64
 PROMPTS = ((64, 0), (1024, 0), (4096, 0), (20480, 0), (64, 8192), (2048, 8192))
 """(new tokens, tokens before them in the KV cache) of a JSON report."""
 
-READING_PARTS = ("workspace", "prefill", "expert staging")
-"""Parts of the VRAM whose size depends on --prefill-chunk."""
+READING_PARTS = ("prefill",)
+"""Parts of the VRAM that only prompts need."""
 
 
 def touched_fraction(tokens: int, num_experts: int, top_k: int) -> float:

@@ -1,7 +1,7 @@
 """What prefill passes take of memory: sizes of passes and pieces, and bytes of their arrays."""
 
 from osmium.config import ModelConfig
-from osmium.engine.runner import LOGIT_ROWS, runner_bytes
+from osmium.engine.runner import LOGIT_ROWS
 from osmium.experts.runner import expert_runner_bytes
 from osmium.experts.streaming import prefill_expert_bytes
 from osmium.models.prefill import prefill_rows_bytes, scratch_bytes
@@ -57,14 +57,11 @@ def step_rows(sequences: int) -> int:
 def workspace_bytes_of(
     config: ModelConfig, layout: ExpertLayout, sequences: int, piece_rows: int, gpu: bool
 ) -> int:
-    """Bytes of the workspaces of steps and pieces, and of the expert runner's arrays."""
+    """Bytes of the workspace of a step, and of the expert runner's arrays."""
     rows, experts = step_rows(sequences), config.num_experts
     block = block_rows(config, layout, rows, piece_rows, gpu)
-    return (
-        workspace_bytes(config, rows, gpu)
-        + scratch_bytes(config, layout, piece_rows, gpu)
-        + expert_runner_bytes(block, experts, experts, config.top_k, layout, gpu)
-    )
+    runner = expert_runner_bytes(block, experts, experts, config.top_k, layout, gpu)
+    return workspace_bytes(config, rows, gpu) + runner
 
 
 def prefill_bytes(
@@ -72,16 +69,9 @@ def prefill_bytes(
     layout: ExpertLayout,
     chunk: int,
     piece_rows: int,
-    sequences: int,
-    pages: int,
     gpu: bool,
 ) -> int:
-    """Bytes of passes of `chunk` tokens, without scratch and staging slots.
-
-    sequences: most at once    pages: most of a sequence
-    """
-    inputs = runner_bytes(
-        config.vocab_size, step_rows(sequences), sequences, pages, piece_rows, chunk
-    )
+    """Bytes of passes of `chunk` tokens in pieces of `piece_rows`, without staging slots."""
+    scratch = scratch_bytes(config, layout, piece_rows, gpu)
     grouped = prefill_expert_bytes(layout, config.num_experts, config.top_k, chunk) if gpu else 0
-    return inputs + grouped + prefill_rows_bytes(config, layout, chunk, gpu)
+    return scratch + grouped + prefill_rows_bytes(config, layout, chunk, gpu)

@@ -1,15 +1,14 @@
 """The routed experts of a prefill pass: once per layer, for all its tokens.
 
 Missing experts cross the link at most once per layer and pass.  The copy engine brings them to
-staging slots, which are two halves: one is copied while the other is computed.  A layer's experts
-are computed in parts of ascending ids.  A part has the experts of one half, and those of its ids
-that have a slot, so the order of sums does not depend on which experts are resident.  The host
-reads which experts the tokens use, while the device computes the shared expert.  See
-docs/expert-cache.md.
+groups of staging slots: some are copied while one is computed.  A layer's experts are computed in
+parts of ascending ids.  A part has the experts of one group, and those of its ids that have a slot.
+So the order of sums does not depend on which experts are resident.  The host reads which experts
+the tokens use, while the device computes the shared expert.  See docs/expert-cache.md.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,21 +23,28 @@ from osmium.ops.types import Empty
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes", "staging_experts",
+    "STAGING_GROUPS", "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes",
+    "staging_experts",
 ]  # fmt: skip
 
-STAGING_EXPERTS = 30
-"""Experts of each half of the staging slots, and at most STAGING_FRACTION of VRAM."""
+STAGING_GROUPS = 4
+"""Groups of staging slots: some are copied while one is computed."""
 
-STAGING_FRACTION = 0.0045
-"""Largest fraction of VRAM for each half of the staging slots."""
+STAGING_EXPERTS = 15
+"""Most experts of a group."""
 
-MIN_STAGING_EXPERTS = 4
-"""Fewest experts of a half."""
+STAGING_FRACTION = 0.0023
+"""Largest fraction of VRAM for a group of staging slots."""
+
+MIN_STAGING_EXPERTS = 2
+"""Fewest experts of a group."""
+
+MOST_USED = 0.9
+"""Fraction of a layer's missing experts used by its tokens, above which all are copied ahead."""
 
 
 def staging_experts(layout: ExpertLayout, num_experts: int, vram_bytes: int, missing: int) -> int:
-    """Experts of each half of the staging slots; 0 where no kernel takes the layout.
+    """Experts of each group of the staging slots; 0 where no kernel takes the layout.
 
     `missing`: experts of a layer without a slot.
     """
@@ -75,8 +81,8 @@ def prefill_expert_bytes(layout: ExpertLayout, num_experts: int, top_k: int, tok
 
 
 @dataclass
-class _Half:
-    """Experts that are copied together to one half of the staging slots."""
+class _StagedGroup:
+    """Experts that are copied together to one group of the staging slots."""
 
     experts: list[int] = field(default_factory=list)
     number: int = 0
@@ -93,8 +99,8 @@ class _Part:
 
     first: int
     end: int
-    half: _Half | None = None
-    """The half with those that have no slot."""
+    group: _StagedGroup | None = None
+    """The group with those that have no slot."""
 
 
 @dataclass(frozen=True)
@@ -139,11 +145,11 @@ class PrefillExperts:
             arrays["f32"] = arrays["hi_lo"].reshape(pairs, 2 * cache.layout.inner).view(np.float32)
         self.inner = MatmulInput(**arrays)
         self.staged = 0
-        """Experts of each half of the staging slots."""
+        """Experts of each group of the staging slots."""
         if runner.host_experts is not None:
             assert cache.storage is not None, "a partial cache has storage"
             slots, slot_to_expert = cache.storage
-            self.staged = (slots.shape[0] - slot_to_expert.shape[0]) // 2
+            self.staged = (slots.shape[0] - slot_to_expert.shape[0]) // STAGING_GROUPS
             assert self.staged, "a partial cache needs staging slots"
         self.index = ops.empty((experts,), np.int32)
         """i32 [E]: where each expert of a layer is, in slots from the layer's first one on."""
@@ -158,9 +164,9 @@ class PrefillExperts:
         """Forward passes of the cache."""
         self._is_stale = True
         """Whether the cache's tables may have changed since the host read them."""
-        self._copied: dict[int, _Half] = {}
-        """The halves whose copies are issued and that are not released, by number."""
-        self._ahead: list[_Half] = []
+        self._copied: dict[int, _StagedGroup] = {}
+        """The groups whose copies are issued and that are not released, by number."""
+        self._ahead: list[_StagedGroup] = []
         """Copies for the next layer that are issued before its routing is known."""
         self._used_fraction = 0.0
         """Fraction of the last layer's missing experts that its tokens used."""
@@ -169,30 +175,34 @@ class PrefillExperts:
 
     def invalidate(self) -> None:
         """Read the cache's tables again: other steps have run, or a pass has ended early."""
-        for half in list(self._copied.values()):
-            self._release(half)
+        for group in list(self._copied.values()):
+            self._release(group)
         self._ahead = []
         self._is_stale = True
 
     def start_layer(self, layer: int) -> None:
-        """Copy the first missing experts of a layer beside its mixer, if that saves time.
+        """Copy the first missing experts of a layer beside its mixer, while the link is idle.
 
-        It does if the link would be idle for longer than it then copies experts that no token uses.
+        Copies of experts that no token uses cost nothing if they end before the routing is known.
+        They cost little if the last layer's tokens used nearly all.
         """
         self.ops.start_timer()
         if self.runner.host_experts is None or self._ahead:
             return
         self._refresh()
         (missing,) = np.nonzero(self._table[layer] < 0)
-        ahead = missing[: 2 * self.staged].tolist()
+        copy_s, started_s = 0.0, 0.0
         if self._link_gb_s:
-            copy_s = len(ahead) * self.runner.cache.layout.nbytes / self._link_gb_s / 1e9
-            if (1 - self._used_fraction) * copy_s > min(copy_s, self._mixer_s):
+            copy_s = self.staged * self.runner.cache.layout.nbytes / self._link_gb_s / 1e9
+        for number in range(STAGING_GROUPS):
+            experts = missing[number * self.staged : (number + 1) * self.staged].tolist()
+            is_idle = started_s + (1 - self._used_fraction) * copy_s <= self._mixer_s
+            if not experts or not (is_idle or self._used_fraction > MOST_USED):
                 return
-        for start in range(0, len(ahead), self.staged):
-            half = _Half(ahead[start : start + self.staged], start // self.staged)
-            self._ahead.append(half)
-            self._copy(layer, half)
+            group = _StagedGroup(experts, number)
+            self._ahead.append(group)
+            self._copy(layer, group)
+            started_s += copy_s
 
     def group(self, layer: int, ids: Array, admits: bool) -> None:
         """Sort a layer's routed pairs by expert, count the uses, and begin to read them.
@@ -236,19 +246,16 @@ class PrefillExperts:
         parts = self._plan(layer, routed, 0)
         while parts:
             part = parts.popleft()
-            half = part.half
-            if half is not None:
-                for other in (half, *(p.half for p in parts if p.half is not half)):
-                    if other is not None:
-                        self._copy(layer, other)
-                        if other is not half:
-                            break
-                self._wait(half)
+            group = part.group
+            if group is not None:
+                self._copy(layer, group)
+                self._wait(group)
             for tiles in self._tile_ranges(routed, part):
                 self._compute_tiles(layer, x, h, ids, weights, tiles)
-            if half is not None and not (parts and parts[0].half is half):
-                self._admit(layer, half, routed, part.end, admits)
-                self._release(half)
+            if group is not None and not (parts and parts[0].group is group):
+                self._admit(layer, group, routed, part.end, admits)
+                self._release(group)
+            self._copy_next(layer, parts)
             yield
             if self._is_stale and parts:
                 self._refresh()
@@ -287,37 +294,37 @@ class PrefillExperts:
         """The parts of the used experts from id `first` on; stores where each expert is."""
         table, index = self._table[layer], self._table[layer].copy()
         ahead, self._ahead = self._ahead, []
-        half_of = {expert: half for half in ahead for expert in half.experts}
+        group_of = {expert: group for group in ahead for expert in group.experts}
         parts: deque[_Part] = deque()
         part, pairs = _Part(first, first), 0
         for expert in (first + np.flatnonzero(routed.uses[first:])).tolist():
-            half = part.half
+            group = part.group
             if self.runner.host_experts is not None and table[expert] < 0:
-                half = half_of.get(expert)
-                if half is None:
-                    half = part.half
-                    if half is None or half.is_copied or len(half.experts) == self.staged:
-                        half = _Half()
-                    half.experts.append(expert)
+                group = group_of.get(expert)
+                if group is None:
+                    group = part.group
+                    if group is None or group.is_copied or len(group.experts) == self.staged:
+                        group = _StagedGroup()
+                    group.experts.append(expert)
             uses = int(routed.uses[expert])
-            other_half = part.half is not None and half is not part.half
-            if other_half or (pairs and pairs + uses > self.pairs):
+            is_other = part.group is not None and group is not part.group
+            if is_other or (pairs and pairs + uses > self.pairs):
                 parts.append(part)
-                part, pairs = _Part(expert, expert, half), 0
-            part.half, part.end, pairs = half, expert + 1, pairs + uses
+                part, pairs = _Part(expert, expert, group), 0
+            part.group, part.end, pairs = group, expert + 1, pairs + uses
         if pairs:
             parts.append(part)
-        halves = {id(p.half): p.half for p in parts if p.half is not None}
-        for half in ahead:
-            if id(half) not in halves:
-                self._release(half)
-        last = 1
-        for half in halves.values():  # one is copied while the other is computed
-            if not half.is_copied:
-                half.number = 1 - last
-            last = half.number
-            place = self._first_staging_slot(layer) + half.number * self.staged
-            index[half.experts] = place + np.arange(len(half.experts))
+        groups = {id(p.group): p.group for p in parts if p.group is not None}
+        for group in ahead:
+            if id(group) not in groups:
+                self._release(group)
+        last = -1
+        for group in groups.values():  # in turns: some are copied while one is computed
+            if not group.is_copied:
+                group.number = (last + 1) % STAGING_GROUPS
+            last = group.number
+            place = self._first_staging_slot(layer) + group.number * self.staged
+            index[group.experts] = place + np.arange(len(group.experts))
         if self.runner.host_experts is not None:
             self.ops.copy_h2d(self.index, index)
         return parts
@@ -358,31 +365,40 @@ class PrefillExperts:
         """Number of the first staging slot, counted from the layer's first slot."""
         return sum(slots.shape[0] for slots in self.runner.cache.slots[layer:])
 
-    def _copy(self, layer: int, half: _Half) -> None:
-        """Issue the copies of a half once; it has been released by its last experts."""
-        if half.is_copied:
+    def _copy_next(self, layer: int, parts: Iterable[_Part]) -> None:
+        """Issue the copies of the next groups, one after another, as long as slots are free."""
+        for part in parts:
+            if part.group is not None and not part.group.is_copied:
+                if part.group.number in self._copied:
+                    return
+                self._copy(layer, part.group)
+
+    def _copy(self, layer: int, group: _StagedGroup) -> None:
+        """Issue the copies of a group once; it has been released by its last experts."""
+        if group.is_copied:
             return
+        assert group.number not in self._copied, "a group's slots are in use"
         cache, host_experts = self.runner.cache, self.runner.host_experts
         assert cache.storage is not None and host_experts is not None, "experts are missing"
-        first = cache.storage[1].shape[0] + half.number * self.staged
+        first = cache.storage[1].shape[0] + group.number * self.staged
         self.ops.stage_experts(
-            cache.storage[0][first : first + self.staged], half.number, host_experts, layer,
-            half.experts, range(len(half.experts)),
+            cache.storage[0][first : first + self.staged], group.number, host_experts, layer,
+            group.experts, range(len(group.experts)),
         )  # fmt: skip
-        half.is_copied = True
-        self._copied[half.number] = half
-        self.runner.experts_streamed += len(half.experts)
+        group.is_copied = True
+        self._copied[group.number] = group
+        self.runner.experts_streamed += len(group.experts)
 
-    def _wait(self, half: _Half) -> None:
-        if not half.is_waited:
-            half.is_waited = True
-            self.ops.wait_staged(half.number)
+    def _wait(self, group: _StagedGroup) -> None:
+        if not group.is_waited:
+            group.is_waited = True
+            self.ops.wait_staged(group.number)
 
-    def _release(self, half: _Half) -> None:
-        """The next copies to this half come after all launches so far."""
-        self._wait(half)
-        self.ops.release_staged(half.number)
-        del self._copied[half.number]
+    def _release(self, group: _StagedGroup) -> None:
+        """The next copies to this group come after all launches so far."""
+        self._wait(group)
+        self.ops.release_staged(group.number)
+        del self._copied[group.number]
 
     # -- the cache's tables ------------------------------------------------------------------------
 
@@ -401,8 +417,10 @@ class PrefillExperts:
         num_slots = self.runner.cache.slots[layer].shape[0]
         return admits or self._is_stale or np.count_nonzero(self._table[layer] >= 0) < num_slots
 
-    def _admit(self, layer: int, half: _Half, routed: _Layer, end: int, admits: bool) -> None:
-        """Copy used experts of a half to slots: free ones, or those of lower scores.
+    def _admit(
+        self, layer: int, group: _StagedGroup, routed: _Layer, end: int, admits: bool
+    ) -> None:
+        """Copy used experts of a group to slots: free ones, or those of lower scores.
 
         A slot is taken from an expert that this layer no longer needs: below `end`, or unused.
         """
@@ -411,7 +429,7 @@ class PrefillExperts:
         ops, cache, table, scores = self.ops, self.runner.cache, self._table[layer], routed.scores
         assert cache.storage is not None, "a partial cache has storage"
         found = [
-            (expert, place) for place, expert in enumerate(half.experts) if routed.uses[expert]
+            (expert, place) for place, expert in enumerate(group.experts) if routed.uses[expert]
         ]
         found.sort(key=lambda one: -scores[one[0]])
         free = np.setdiff1d(np.arange(cache.slots[layer].shape[0]), table).tolist()
@@ -429,7 +447,7 @@ class PrefillExperts:
                 slot, table[evicted] = int(table[evicted]), -1
             else:
                 break
-            staged = cache.storage[1].shape[0] + half.number * self.staged + place
+            staged = cache.storage[1].shape[0] + group.number * self.staged + place
             source = cache.storage[0][staged : staged + 1]
             ops.copy(cache.slots[layer][slot : slot + 1], source)
             table[expert], is_changed = slot, True

@@ -194,7 +194,7 @@ class GroupedOps(Protocol):
         The copies begin after all launches before the last `release_staged` of this buffer.
         Where both ids and slots are adjacent, there is one copy.
 
-        out u8 [S, nbytes]    buffer: 0 or 1
+        out u8 [S, nbytes]    buffer: 0 to 3
         """
 
     def wait_staged(self, buffer: int) -> None:

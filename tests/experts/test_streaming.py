@@ -12,6 +12,7 @@ from osmium.experts.cache import DECAY, make_cache, resident, verify
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.streaming import (
     STAGING_EXPERTS,
+    STAGING_GROUPS,
     PrefillExperts,
     pair_bytes,
     pair_shapes,
@@ -119,7 +120,7 @@ def run(
     ops.host_view(host)[...] = inputs.packed
     host_experts = HostExperts(shape.layout, host)
     cache = make_cache(
-        ops, host_experts, sum(slots) // shape.layers, shape.top_k, slots, 2 * staged
+        ops, host_experts, sum(slots) // shape.layers, shape.top_k, slots, STAGING_GROUPS * staged
     )
     if max(slots) < shape.experts and not is_empty:
         for layer, count in enumerate(slots):
@@ -365,8 +366,8 @@ def test_other_layouts_have_no_staging_slots() -> None:
     assert staging_experts(ExpertLayout(4, 64, 64), 256, vram, 99) == 0
     assert staging_experts(LAYOUT, 256, vram, 0) == 0, "nothing is missing"
     assert staging_experts(big, 256, vram, 138) == STAGING_EXPERTS
-    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 4 // 1000 // big.nbytes
-    assert staging_experts(big, 256, 1 << 30, 138) == 4
+    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 23 // 10000 // big.nbytes
+    assert staging_experts(big, 256, 1 << 30, 138) == 2
     assert staging_experts(LAYOUT, 256, vram, 3) == 3, "no more than are missing"
 
 

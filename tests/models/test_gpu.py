@@ -1,44 +1,18 @@
 """Whole models on a GPU against the CPU, for tokens that route to the same experts."""
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 import pytest
 
 from osmium.experts.cache import resident, verify
-from osmium.experts.runner import ExpertRunner
-from osmium.ops import Array, Ops
+from osmium.ops import Ops
 from tests.models.build import CASES, Case, prompt
-from tests.models.run import Logits, SequenceDriver, make_driver
+from tests.models.outliers import RecordingRunner, logits_and_experts
+from tests.models.run import SequenceDriver, make_driver
 from tests.tolerance import TOLERANCE
 
 pytestmark = pytest.mark.gpu
 
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-
-
-class RecordingRunner(ExpertRunner):
-    """Records the routed experts of every layer."""
-
-    seen: list[npt.NDArray[Any]]
-
-    def forward(self, x: Array, h: Any, ids: Array, *more: Any) -> None:
-        self.seen.append(np.sort(self.ops.copy_d2h(ids), axis=1))
-        super().forward(x, h, ids, *more)
-
-
-def routed(model: SequenceDriver, ids: npt.NDArray[np.int32], chunk: int) -> tuple[Logits, Any]:
-    """Logits [T, vocab], and the sorted routed experts of every token and layer [T, L, A]."""
-    assert isinstance(model.expert_runner, RecordingRunner)
-    model.expert_runner.seen = []
-    logits = model.logits(ids, chunk)
-    layers = model.config.num_layers
-    steps = [
-        model.expert_runner.seen[at : at + layers]
-        for at in range(0, len(model.expert_runner.seen), layers)
-    ]
-    return logits, np.concatenate([np.stack(step, axis=1) for step in steps])
 
 
 def check(
@@ -47,11 +21,11 @@ def check(
     """Assert that GPU and CPU logits agree for tokens that route to the same experts."""
     ids = prompt(case)
     cpu = make_driver(case, bits, kv_dtype=kv, store_type=RecordingRunner)
-    want, want_experts = routed(cpu, ids, chunk)
+    want, want_experts = logits_and_experts(cpu, ids, chunk)
     model = make_driver(
         case, bits, ops=gpu, kv_dtype=kv, capacity=capacity, store_type=RecordingRunner
     )
-    got, got_experts = routed(model, ids, chunk)
+    got, got_experts = logits_and_experts(model, ids, chunk)
     assert np.isfinite(got).all()
     agree = (got_experts == want_experts).all(axis=(1, 2))
     assert agree.mean() > 0.9, f"experts agree for {agree.mean():.0%} of the tokens"

@@ -16,7 +16,8 @@ from osmium.ops.types import FETCH_BLOCKS, FETCH_WARPS, PREFETCH_DISCARD, PREFET
 from osmium.quant.expert_layout import ExpertLayout
 from osmium.quant.floats import f32_from_bf16
 from tests.ops.cases import CASES, DECODE, LAB, TINY, Case, allowed, compare, rows_of, run, sized
-from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
+from tests.ops.report import LARGE, LONG, RAGGED
+from tests.ptx import cases_linear
 from tests.tolerance import distance
 
 pytestmark = pytest.mark.gpu
@@ -31,13 +32,9 @@ ALL: dict[str, Callable[[np.random.Generator], Case]] = {
         )
         for vocab in (3, 18, 190, 8_191, 151_936, 248_320)
     },
-    **cases_linear.CASES,
-    **cases_attention.CASES,
-    **cases_weights.CASES,
-    **cases_weights.LARGE,
-    **cases_grouped.CASES,
-    **cases_grouped.LARGE,
-    **cases_attention.LONG,
+    **RAGGED,
+    **LARGE,
+    **LONG,
 }
 
 

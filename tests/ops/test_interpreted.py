@@ -12,15 +12,12 @@ from osmium.kernels import ptx
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
-from tests.ptx import cases_attention, cases_grouped, cases_linear, cases_weights
+from tests.ops.report import RAGGED
 from tests.ptx.interpreter import InterpretedRuntime
 
 ALL: dict[str, Callable[[np.random.Generator], Case]] = {
     **{name: sized(name, TINY) for name in CASES},
-    **cases_linear.CASES,
-    **cases_attention.CASES,
-    **cases_weights.CASES,
-    **cases_grouped.CASES,
+    **RAGGED,
 }
 
 
