@@ -99,7 +99,7 @@ def prefill_rows_bytes(config: ModelConfig, layout: ExpertLayout, tokens: int, g
 
 def scratch_bytes(config: ModelConfig, layout: ExpertLayout, rows: int, gpu: bool) -> int:
     """Bytes of a workspace for pieces of `rows` tokens, and at least those of a tile's pairs."""
-    nbytes = cut_bytes(config, rows, gpu)
+    nbytes = cut_bytes(config, rows, gpu, _shapes(config, layout, rows, gpu)[1])
     if not gpu or not supports_grouped_experts(layout, config.num_experts):
         return nbytes
     return max(nbytes, TILE_ROWS * pair_bytes(layout) + PADDING)

@@ -1,6 +1,7 @@
 """The workspace: scratch arrays of a forward pass, allocated once for the longest step."""
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,11 +22,11 @@ multiprocessor of a GPU with 160.  A short context uses one block per tile."""
 
 
 OVERLAPPING = (
-    ("x", "h"),
+    ("h",),
     ("qgkv", "q", "attn_out"),
     ("qkvz", "qkv", "ab", "decay", "beta", "delta_out", "chunk_scratch"),
     (
-        "router_logits", "ids", "weights", "shared_gate_up", "shared_inner", "shared_out", "y",
+        "x", "router_logits", "ids", "weights", "shared_gate_up", "shared_inner", "shared_out", "y",
     ),
 )  # fmt: skip
 """The fields of a Workspace that are scratch of a step: used throughout a layer, by attention, by
@@ -120,12 +121,18 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
 
 
 def cut_workspace(
-    ops: Ops, config: ModelConfig, rows: int, buffer: Array, counters: Workspace
+    ops: Ops,
+    config: ModelConfig,
+    rows: int,
+    buffer: Array,
+    counters: Workspace,
+    kept: Mapping[str, Array],
 ) -> Workspace:
     """A workspace for steps of at most `rows` tokens, cut from `buffer`, u8 [>= cut_bytes].
 
     The arrays of attention, of the delta net and of the experts overlap: a layer uses one after the
-    other.  What must be 0 between kernels, and `partial`, are those of `counters`.
+    other.  `x` overlaps them, too: it is that of a pass.  So are the arrays `kept` of `h`.  What
+    must be 0 between kernels, and `partial`, are those of `counters`.
     """
     gpu = counters.h.hi_lo is not None
     common = Scratch(buffer)
@@ -137,7 +144,12 @@ def cut_workspace(
                 shape, dtype = shapes[name]
                 made[name] = scratch.empty((rows, *shape), dtype)
             elif name in (inputs := _matmul_inputs(config)):
-                made[name] = ops.empty_input(rows, *inputs[name], scratch.empty)
+                width, eps = inputs[name]
+                arrays = {
+                    field: None if name == "h" and field in kept else scratch.empty(*shape)
+                    for field, shape in input_shapes(rows, width, eps is not None, gpu).items()
+                }
+                made[name] = MatmulInput(eps=eps or 0.0, **arrays)
             else:
                 words = _chunk_scratch_words(config, rows, gpu)
                 made[name] = scratch.empty((words,), np.uint32) if words else None
@@ -145,10 +157,11 @@ def cut_workspace(
     return Workspace(**made, **{name: getattr(counters, name) for name in shared})
 
 
-def cut_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
+def cut_bytes(config: ModelConfig, rows: int, gpu: bool, kept: Collection[str]) -> int:
     """Bytes of the buffer of cut_workspace."""
     sizes = [sum(_aligned(config, name, rows, gpu) for name in names) for names in OVERLAPPING]
-    return sizes[0] + max(sizes[1:])
+    shapes = input_shapes(rows, config.hidden_size, True, gpu)
+    return sizes[0] - sum(aligned_bytes(*shapes[name]) for name in kept) + max(sizes[1:])
 
 
 def _aligned(config: ModelConfig, name: str, rows: int, gpu: bool) -> int:
