@@ -272,6 +272,11 @@ class CudaRuntime:
         """Bytes of the L2 cache."""
         return self.device.l2
 
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether kernels for sm_90a load: no other compute capability has wgmma instructions."""
+        return self.device.capability == (9, 0)
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)

@@ -20,6 +20,7 @@ from osmium.ops.tiling import (
     bf16_gemm_stages,
     gemm_stages,
     supports_grouped_experts,
+    wgmma_stages,
 )
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
@@ -30,6 +31,8 @@ GATHER_ADD = kernel("gather_add_f32")
 SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+WGMMA_MOE_GEMM_UP = {bits: kernel(f"int{bits}_moe_gemm_up_wgmma_f32") for bits in (8, 4)}
+WGMMA_MOE_GEMM_DOWN = {bits: kernel(f"int{bits}_moe_gemm_down_wgmma_f32") for bits in (8, 4)}
 BF16_MOE_GEMM_UP = kernel("bf16_moe_gemm_up_f32")
 BF16_MOE_GEMM_DOWN = kernel("bf16_moe_gemm_down_f32")
 
@@ -149,11 +152,14 @@ class GpuGrouped(GpuRows):
                 layout.hidden, layout.nbytes, 0, start, bf16_gemm_stages(self.runtime), h.eps,
             )  # fmt: skip
             return
-        MOE_GEMM_UP[layout.bits](
+        kernels = WGMMA_MOE_GEMM_UP
+        stages = wgmma_stages(self.runtime, layout.bits, layout.hidden, blocks)
+        if not stages:
+            kernels, stages = MOE_GEMM_UP, gemm_stages(self.runtime, layout.bits, layout.hidden)
+        kernels[layout.bits](
             self.stream, blocks, inner.f32, h.digits, h.units, slots, tiles, num_tiles,
             expert_slots, grouped.groups.order, ids.shape[1], layout.inner, layout.hidden,
-            layout.nbytes, 0, layout.up_scale, start,
-            gemm_stages(self.runtime, layout.bits, layout.hidden),
+            layout.nbytes, 0, layout.up_scale, start, stages,
         )  # fmt: skip
 
     def _moe_down(
@@ -173,10 +179,14 @@ class GpuGrouped(GpuRows):
                 bf16_gemm_stages(self.runtime),
             )  # fmt: skip
             return
-        MOE_GEMM_DOWN[layout.bits](
+        kernels = WGMMA_MOE_GEMM_DOWN
+        stages = wgmma_stages(self.runtime, layout.bits, layout.inner, blocks)
+        if not stages:
+            kernels, stages = MOE_GEMM_DOWN, gemm_stages(self.runtime, layout.bits, layout.inner)
+        kernels[layout.bits](
             self.stream, blocks, grouped.pair_out, inner.digits, inner.units, slots, tiles,
             num_tiles, expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down,
-            layout.down_scale, start, gemm_stages(self.runtime, layout.bits, layout.inner),
+            layout.down_scale, start, stages,
         )  # fmt: skip
 
     def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:

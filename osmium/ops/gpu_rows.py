@@ -25,6 +25,7 @@ from osmium.ops.tiling import (
     supports_matvec,
     takes_small_gemm_blocks,
     tile_matrix,
+    wgmma_stages,
 )
 from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
@@ -44,6 +45,8 @@ LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4"
 SPLIT_DIGITS = kernel("split_digits_f32")
 SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
 GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
+WGMMA_GEMM = {name: kernel(f"{name}_gemm_wgmma_f32") for name in ("int8", "int4")}
+"""The same bits by instructions of compute capability 9.0."""
 BF16_GEMM = {False: kernel("bf16_gemm_f32"), True: kernel("bf16_gemm_small_f32")}
 """By whether blocks are small: 32 x 64 instead of 64 x 128."""
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
@@ -218,8 +221,11 @@ class GpuRows:
     def multiply_digits(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """`gemm` of digits that are stored; their error is 16 bits of the largest of 128 inputs."""
         sizes = a.f32.shape[0], w.out_features, w.in_features
-        stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
-        GEMM[w.format](
+        bits = 4 if w.format == "int4" else 8
+        kernels, stages = WGMMA_GEMM, wgmma_stages(self.runtime, bits, sizes[2], -(-sizes[0] // 64))
+        if not stages:
+            kernels, stages = GEMM, gemm_stages(self.runtime, bits, sizes[2])
+        kernels[w.format](
             self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate
         )
 

@@ -19,7 +19,7 @@ __all__ = [
     "num_kv_splits",
     "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
     "supports_grouped_experts", "supports_matvec", "takes_small_gemm_blocks", "tile_expert_down",
-    "tile_matrix",
+    "tile_matrix", "wgmma_stages",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -51,6 +51,12 @@ MAX_SCALE_BYTES = 16 << 10
 
 GEMM_STAGE_BYTES = {4: 24832, 8: 33024}
 """Bytes of one stage of gemm_digits.ptx, by bits of a weight."""
+
+WGMMA_STAGE_BYTES = {4: 25600, 8: 33792}
+"""Bytes of one stage of gemm_wgmma.ptx, by bits of a weight."""
+
+MAX_GRID_ROWS = 65535
+"""Most thread blocks along axis y of a grid."""
 
 BF16_GEMM_K = 32
 """Inputs of one stage of gemm_bf16.ptx; K must be a multiple of it."""
@@ -228,6 +234,21 @@ def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
     scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
     fits = 2 * (3 * stage_bytes + scale_bytes) <= runtime.max_shared_per_block
     return 3 if fits else 2
+
+
+def wgmma_stages(runtime: DeviceRuntime, bits: int, in_features: int, row_tiles: int) -> int:
+    """Stages in shared memory of a block of gemm_wgmma.ptx; 0: gemm_digits.ptx is used instead.
+
+    Three if two blocks then fit.  `row_tiles`: tiles of 64 rows in a launch, axis y of its grid.
+    """
+    if not runtime.has_wgmma or row_tiles > MAX_GRID_ROWS:
+        return 0
+    scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
+    for stages, blocks in ((3, 2), (2, 1)):
+        block_bytes = stages * WGMMA_STAGE_BYTES[bits] + scale_bytes
+        if blocks * block_bytes <= runtime.max_shared_per_block:
+            return stages
+    return 0
 
 
 def bf16_gemm_stages(runtime: DeviceRuntime) -> int:

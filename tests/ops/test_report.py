@@ -19,9 +19,13 @@ BENCHMARKS = {"mma_rate_s8", "mma_rate_bf16"}
 
 
 def launched(make: Callable[[np.random.Generator], Case]) -> set[str]:
-    """Kernels that a case launches on a large GPU, or on a small one."""
+    """Kernels that a case launches on a large GPU, on a small one, or on one with wgmma."""
     case = make(np.random.default_rng(0))
-    machines = (ShapeRuntime(), ShapeRuntime(sm_count=3, max_shared_per_block=99 << 10))
+    machines = (
+        ShapeRuntime(),
+        ShapeRuntime(sm_count=3, max_shared_per_block=99 << 10),
+        ShapeRuntime(has_wgmma=True),
+    )
     return {one.name for machine in machines for one, _, _ in launches_of(case, machine)}
 
 
@@ -37,6 +41,8 @@ def test_every_kernel_is_in_a_case_of_the_gpu_report() -> None:
     assert found == {*NAMES, *KERNELS} - BENCHMARKS
 
 
-@pytest.mark.parametrize("name", report_kernels())
+@pytest.mark.parametrize(
+    "name", [*report_kernels(), *(name for name in NAMES if "_wgmma_" in name)]
+)
 def test_a_prefill_kernel_has_several_ragged_cases(name: str) -> None:
     assert ragged_cases()[name] >= 5

@@ -59,6 +59,12 @@ def cases_of(name: str) -> list[Make]:
         "int4_moe_gemm_down_f32": ("int4_moe_gemm",),
         "int8_moe_gemm_up_f32": ("int8_moe_gemm",),
         "int8_moe_gemm_down_f32": ("int8_moe_gemm",),
+        "int4_gemm_wgmma_f32": ("int4_gemm",),
+        "int8_gemm_wgmma_f32": ("int8_gemm",),
+        "int4_moe_gemm_up_wgmma_f32": ("int4_moe_gemm",),
+        "int4_moe_gemm_down_wgmma_f32": ("int4_moe_gemm",),
+        "int8_moe_gemm_up_wgmma_f32": ("int8_moe_gemm",),
+        "int8_moe_gemm_down_wgmma_f32": ("int8_moe_gemm",),
         "split_digits_hi_lo_f32": ("int4_gemm",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
@@ -74,12 +80,17 @@ def cases_of(name: str) -> list[Make]:
 
 
 def is_right(
-    make: Make, seed: int, without: tuple[str, int] | None, text: dict[str, str] | None = None
+    make: Make,
+    seed: int,
+    without: tuple[str, int] | None,
+    text: dict[str, str] | None = None,
+    has_wgmma: bool = False,
 ) -> bool:
     """Whether a case equals its reference, optionally without one barrier or with another kernel
     text."""
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
-    case, machine = make(np.random.default_rng(seed)), InterpretedRuntime(seed, without)
+    case = make(np.random.default_rng(seed))
+    machine = InterpretedRuntime(seed, without, has_wgmma=has_wgmma)
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
     try:
         found = run(case, GpuOps(machine))
@@ -92,9 +103,11 @@ def is_right(
 
 @pytest.mark.parametrize(("name", "which"), BARRIERS)
 def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> None:
-    makes = cases_of(name)
-    assert makes and is_right(makes[0], 0, None), "it is right with all barriers"
-    assert any(not is_right(make, seed, (name, which)) for seed in SEEDS for make in makes)
+    makes, wgmma = cases_of(name), "_wgmma_" in name
+    assert makes and is_right(makes[0], 0, None, None, wgmma), "it is right with all barriers"
+    assert any(
+        not is_right(make, seed, (name, which), None, wgmma) for seed in SEEDS for make in makes
+    )
 
 
 @pytest.mark.parametrize("name", ["gqa_decode_split_kv_bf16", "gqa_decode_split_kv_fp8"])
