@@ -89,8 +89,6 @@ class GpuGrouped(GpuRows):
         Stored in inner.f32, of BF16 experts in inner.hi_lo.
         """
         self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
-        if cache.layout.bits != 16:
-            self.split_digits(h)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_up(grouped, inner, h, ids, cache.layout, cache.slots[layer], part)
 
@@ -104,13 +102,9 @@ class GpuGrouped(GpuRows):
     ) -> None:
         """pair_out = the experts' outputs of inner, by sorted position."""
         if cache.layout.bits != 16:
-            self.split_digits(inner, of_f32=True)
+            self.split_digits(inner)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_down(grouped, inner, cache.layout, cache.slots[layer], part)
-
-    def prepare_digits(self, a: MatmulInput) -> None:
-        if a.digits is not None:
-            self.split_digits(a)
 
     def expert_part(
         self,

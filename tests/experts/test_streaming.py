@@ -139,9 +139,9 @@ def run(
         ]
         experts.invalidate()
         for number, a in enumerate(layers):
-            h = normed_rows(ops, a["x"], norm)
+            with ops.prefill():
+                h = normed_rows(ops, a["x"], norm)
             experts.start_layer(number)
-            ops.prepare_digits(h)
             experts.group(number, a["ids"], admits)
             for _ in experts.compute(number, a["x"], h, a["ids"], a["weights"], admits):
                 between(done, number)
@@ -309,9 +309,9 @@ def test_a_pass_that_ends_early_leaves_no_wrong_expert(rng: np.random.Generator)
     runner = done.runner
     assert verify(ops, runner.cache, inputs.packed, 1000, 0) > 0
     a = {name: ops.to_device(array.copy()) for name, array in inputs.steps[1][0].items()}
-    h = normed_rows(ops, a["x"], ops.to_device(inputs.norm))
+    with ops.prefill():
+        h = normed_rows(ops, a["x"], ops.to_device(inputs.norm))
     done.experts.start_layer(0)
-    ops.prepare_digits(h)
     done.experts.group(0, a["ids"], True)
     for _ in done.experts.compute(0, a["x"], h, a["ids"], a["weights"], True):
         pass

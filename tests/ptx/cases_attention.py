@@ -164,15 +164,17 @@ def delta(
     return make
 
 
-def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts) -> Make:
-    """One row per sequence; the states of a sequence without context are NaN."""
+def delta_net(
+    heads: Counts, dims: Counts, hidden: int, past: Counts, lengths: Counts | None = None
+) -> Make:
+    """One row per sequence, or chunks; the states of a sequence without context are NaN."""
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
             TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
-            hidden=hidden, lengths=(1,) * len(past), past=past,
+            hidden=hidden, lengths=lengths or (1,) * len(past), past=past,
         )  # fmt: skip
-        case = cases.CASES["delta_net"](rng, size)
+        case = cases.CASES["delta_net, chunks" if lengths else "delta_net"](rng, size)
         a = case.arrays
         for state in (a["state"], a["inputs"]):
             state[a["slots"][a["past"] == 0]] = np.nan
@@ -237,6 +239,7 @@ CASES: dict[str, Make] = {
     "split kv fp8 128, newest far": split_kv(128, 2, 1, 64, 1, (130,), "fp8", 128),
     "split kv 128, again and again": split_kv(128, 4, 2, 32, 8, (31, 63), turns=3),
     "split kv fp8 256, again and again": split_kv(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
+    "attention of digits 96, nine rows": split_kv(96, 4, 2, 4, 9, tuple(range(9))),
     "split kv 32, of nine by themselves": split_kv(32, 2, 1, 4, 9, tuple(range(9))),
     "causal_conv1d, one row": conv((1, 2), (32, 32), (1,), (0,)),
     "causal_conv1d, a block's rows": conv((1, 1), (32, 64), (16, 17), (7, 0)),
@@ -281,6 +284,9 @@ CASES: dict[str, Make] = {
     "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),
     "delta_net 128x128": delta_net((1, 3), (128, 128), 64, (1, 0, 5)),
     "delta_net 32x32, nine": delta_net((1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
+    "delta_net of digits 32x32, nine": delta_net((1, 4), (32, 32), 64, tuple(range(9))),
+    "delta_net of digits 32x32, 31 rows": delta_net((1, 4), (32, 32), 64, (0, 5), (30, 1)),
+    "delta_net of digits 128x128, 33 rows": delta_net((1, 3), (128, 128), 64, (3,), (33,)),
     "rms_norm 8, a thread": norm(8),
     "rms_norm 3080, two turns": norm(3080),
 }

@@ -65,7 +65,7 @@ def cases_of(name: str) -> list[Make]:
         "int4_moe_gemm_down_wgmma_f32": ("int4_moe_gemm",),
         "int8_moe_gemm_up_wgmma_f32": ("int8_moe_gemm",),
         "int8_moe_gemm_down_wgmma_f32": ("int8_moe_gemm",),
-        "split_digits_hi_lo_f32": ("int4_gemm",),
+        "norm_split_digits_f32": ("int4_gemm",),
         "int8_matvec_f32": ("int8_matvec",),
         "int4_matvec_f32": ("int4_matvec",),
         "delta_net_decode_f32": ("delta_net ",),
