@@ -93,7 +93,6 @@ def test_some_tiles_have_the_bits_of_all(rng: np.random.Generator, bits: int) ->
     device_ids, slots = ops.to_device(ids), ops.to_device(np.arange(experts, dtype=np.int32))
     held = ops.to_device(packed)
     ops.group_by_expert(groups, device_ids, experts)
-    ops.prepare_digits(h)
 
     def compute(rows: int, tiles: TileRange | None) -> npt.NDArray[np.float32]:
         pair_out = ops.empty((rows, 128), np.float32)
