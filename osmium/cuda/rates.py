@@ -53,6 +53,10 @@ MIN_VRAM_FRACTION = 0.25
 """A probe slower than this fraction of the VRAM rate reads host memory.  Examples of host memory:
 2 x 25 GB/s (PCIe 4) of 330 (RTX 3060) is .15, 2 x 50 of 1,500 (RTX 5090) is .07."""
 
+MAX_SPILLED_GB_S = 300.0
+"""A probe of more GB/s, bytes read plus written, reads VRAM: no link is half as fast.  On a GPU with
+4,000 GB/s a probe takes .03 ms, and the host may delay a copy for longer."""
+
 SPILL_PROBES = 3
 """Copies that must all be slow for a piece to count as spilled."""
 
@@ -83,9 +87,8 @@ def spilled_bytes(runtime: CudaRuntime) -> int:
         for piece in suspects:
             stream.copy(scratch[: piece.nbytes], piece)
             marks.append(Event(device).record(stream))
-        limits_ms = [
-            2e-6 * piece.nbytes / (MIN_VRAM_FRACTION * runtime.memory_gb_s) for piece in suspects
-        ]
+        slowest = min(MIN_VRAM_FRACTION * runtime.memory_gb_s, MAX_SPILLED_GB_S)
+        limits_ms = [2e-6 * piece.nbytes / slowest for piece in suspects]
         times_ms = [end - start for start, end in pairwise(marks)]
         suspects = [
             piece
