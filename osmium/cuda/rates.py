@@ -54,7 +54,7 @@ MIN_VRAM_FRACTION = 0.25
 2 x 25 GB/s (PCIe 4) of 330 (RTX 3060) is .15, 2 x 50 of 1,500 (RTX 5090) is .07."""
 
 MAX_SPILLED_GB_S = 300.0
-"""A probe of more GB/s, bytes read plus written, reads VRAM: no link is half as fast.  On a GPU with
+"""A probe of more GB/s, bytes read plus written, reads VRAM: no link is half as fast.  In VRAM of
 4,000 GB/s a probe takes .03 ms, and the host may delay a copy for longer."""
 
 SPILL_PROBES = 3

@@ -128,14 +128,13 @@ class PrefillPass:
     """Scores prompts once all layers are done, as score_prompts does; None before."""
     _done: int = 0
 
-    def advance(self, parts: int = 1) -> bool:
-        """Run up to `parts` of the next parts; False where all are done."""
-        for _ in range(parts):
-            done = next(self.layers_done, None)
-            if done is None:
-                return False
-            self.is_between_layers = done > self._done
-            self._done = done
+    def advance(self) -> bool:
+        """Run the next part; False where all are done."""
+        done = next(self.layers_done, None)
+        if done is None:
+            return False
+        self.is_between_layers = done > self._done
+        self._done = done
         for request, count in self.batch.scheduled:
             request.tokens_read = request.num_computed_tokens + count * done // self.num_layers
         return True

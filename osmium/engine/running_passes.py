@@ -33,10 +33,6 @@ MAX_PART_GROWTH = 4.0
 """Most that one part raises the remembered time, so that one delay of the host counts little."""
 
 
-LEAST_PART_S, MAX_PARTS_AT_ONCE = 0.001, 8
-"""Parts that take less time are run several at once: between two of them the host has work, too."""
-
-
 class RunningPasses:
     """One prefill pass, and a short one that runs while it waits between two layers."""
 
@@ -47,8 +43,6 @@ class RunningPasses:
         """The last one runs."""
         self._part_s: dict[tuple[int, int], float] = {}
         """Time of a part, for each size of passes."""
-        self._parts_at_once: dict[tuple[int, int], int] = {}
-        """Parts of a pass that count as one part, for each size of passes; 1 if not listed."""
         self._last_part_s = 0.0
         """Time of the part that was timed last."""
         self._decode_s: float | None = None
@@ -127,7 +121,7 @@ class RunningPasses:
         """
         start, running = time.perf_counter(), self._passes[-1]
         depth = self._depth
-        is_layer = running.advance(self._parts_at_once.get(running.size, 1))
+        is_layer = running.advance()
         goes_on = is_layer or self._score(running)
         self._parts_since_decode += goes_on
         self._runner.ops.limit_queue(depth)
@@ -191,9 +185,6 @@ class RunningPasses:
         size, known = self._passes[-1].size, self._part_time
         if known:
             seconds = max(min(seconds, MAX_PART_GROWTH * known), PART_DECAY * known)
-        at_once = self._parts_at_once.get(size, 1)
-        if 0 < seconds < LEAST_PART_S and at_once < MAX_PARTS_AT_ONCE:
-            self._parts_at_once[size], seconds = 2 * at_once, 2 * seconds
         self._part_s[size] = self._last_part_s = max(0.0, seconds)
 
     @property
