@@ -233,8 +233,8 @@ class PrefillExperts:
         """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], by ascending expert.
 
         After `group` of the same layer and ids.  Yields after each part whether more follow; steps
-        that run meanwhile need `invalidate`.  Missing experts get free slots; with `admits` also those of experts with
-        lower scores.
+        that run meanwhile need `invalidate`.  Missing experts get free slots; with `admits` also
+        those of experts with lower scores.
 
         x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]
         """
