@@ -146,15 +146,16 @@ class GpuGrouped(GpuRows):
                 layout.hidden, layout.nbytes, 0, start, bf16_gemm_stages(self.runtime), h.eps,
             )  # fmt: skip
             return
-        kernels = WGMMA_MOE_GEMM_UP
-        stages = wgmma_stages(self.runtime, layout.bits, layout.hidden, blocks)
-        if not stages:
-            kernels, stages = MOE_GEMM_UP, gemm_stages(self.runtime, layout.bits, layout.hidden)
-        kernels[layout.bits](
+        values = (
             self.stream, blocks, inner.f32, h.digits, h.units, slots, tiles, num_tiles,
             expert_slots, grouped.groups.order, ids.shape[1], layout.inner, layout.hidden,
-            layout.nbytes, 0, layout.up_scale, start, stages,
+            layout.nbytes, 0, layout.up_scale, start,
         )  # fmt: skip
+        bits, width = layout.bits, layout.hidden
+        if stages := wgmma_stages(self.runtime, bits, width, blocks):
+            WGMMA_MOE_GEMM_UP[bits](*values, stages)
+        else:
+            MOE_GEMM_UP[bits](*values, gemm_stages(self.runtime, bits, width))
 
     def _moe_down(
         self,
@@ -173,15 +174,16 @@ class GpuGrouped(GpuRows):
                 bf16_gemm_stages(self.runtime),
             )  # fmt: skip
             return
-        kernels = WGMMA_MOE_GEMM_DOWN
-        stages = wgmma_stages(self.runtime, layout.bits, layout.inner, blocks)
-        if not stages:
-            kernels, stages = MOE_GEMM_DOWN, gemm_stages(self.runtime, layout.bits, layout.inner)
-        kernels[layout.bits](
+        values = (
             self.stream, blocks, grouped.pair_out, inner.digits, inner.units, slots, tiles,
             num_tiles, expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down,
-            layout.down_scale, start, stages,
+            layout.down_scale, start,
         )  # fmt: skip
+        bits, width = layout.bits, layout.inner
+        if stages := wgmma_stages(self.runtime, bits, width, blocks):
+            WGMMA_MOE_GEMM_DOWN[bits](*values, stages)
+        else:
+            MOE_GEMM_DOWN[bits](*values, gemm_stages(self.runtime, bits, width))
 
     def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         (tokens, top_k), decay = ids.shape, cache.decay

@@ -244,14 +244,13 @@ class GpuRows:
         """
         sizes = a.f32.shape[0], w.out_features, w.in_features
         if w.format != "bf16":
-            bits = 4 if w.format == "int4" else 8
-            kernels = WGMMA_GEMM
-            stages = wgmma_stages(self.runtime, bits, sizes[2], -(-sizes[0] // 64))
-            if not stages:
-                kernels, stages = GEMM, gemm_stages(self.runtime, bits, sizes[2])
-            kernels[w.format](
-                self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate
-            )
+            bits, tiles = 4 if w.format == "int4" else 8, -(-sizes[0] // 64)
+            values = (self.stream, out, a.digits, a.units, w.data, w.scale, *sizes)
+            if stages := wgmma_stages(self.runtime, bits, sizes[2], tiles):
+                WGMMA_GEMM[w.format](*values, stages, accumulate)
+            else:
+                stages = gemm_stages(self.runtime, bits, sizes[2])
+                GEMM[w.format](*values, stages, accumulate)
             return
         is_small = takes_small_gemm_blocks(self.runtime, sizes[0], w.out_features)
         BF16_GEMM[is_small](
