@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from osmium.kernels.count_uses import COUNT_USES
+from osmium.kernels.count_uses import COUNT_STEP, COUNT_USES
 from osmium.kernels.group_by_expert import (
     EXPERT_HISTOGRAM,
     GROUP_BY_EXPERT,
@@ -187,12 +187,13 @@ class GpuGrouped(GpuRows):
 
     def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         (tokens, top_k), decay = ids.shape, cache.decay
-        is_last = layer + 1 == cache.expert_to_slot.shape[0]
         COUNT_USES(
             self.stream, cache.short_count[layer], cache.long_count[layer], cache.last_used[layer],
             cache.step, cache.counters, groups.tiles, groups.num_tiles, groups.order, tokens, top_k,
-            cache.num_experts, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+            cache.num_experts, 1 / decay.half_life, 1 / decay.long_half_life,
         )  # fmt: skip
+        if layer + 1 == cache.expert_to_slot.shape[0]:
+            COUNT_STEP(self.stream, cache.step)
 
     def stage_experts(
         self,

@@ -19,12 +19,13 @@ from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     MAX_NORM_K,
     Tiling,
+    bf16_gemm_kind,
     bf16_gemm_stages,
+    bf16_narrow_stages,
     gemm_stages,
     input_shapes,
     supports_gemm,
     supports_matvec,
-    takes_small_gemm_blocks,
     tile_matrix,
     wgmma_stages,
 )
@@ -49,8 +50,12 @@ SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
 GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
 WGMMA_GEMM = {name: kernel(f"{name}_gemm_wgmma_f32") for name in ("int8", "int4")}
 """The same bits by instructions of compute capability 9.0."""
-BF16_GEMM = {False: kernel("bf16_gemm_f32"), True: kernel("bf16_gemm_small_f32")}
-"""By whether blocks are small: 32 x 64 instead of 64 x 128."""
+BF16_GEMM = {
+    "large": kernel("bf16_gemm_f32"),
+    "small": kernel("bf16_gemm_small_f32"),
+    "narrow": kernel("bf16_gemm_narrow_f32"),
+}
+"""By tiling.bf16_gemm_kind."""
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
 
@@ -252,11 +257,15 @@ class GpuRows:
                 stages = gemm_stages(self.runtime, bits, sizes[2])
                 GEMM[w.format](*values, stages, accumulate)
             return
-        is_small = takes_small_gemm_blocks(self.runtime, sizes[0], w.out_features)
-        BF16_GEMM[is_small](
-            self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes,
-            5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
-        )  # fmt: skip
+        kind = bf16_gemm_kind(self.runtime, sizes[0], w.out_features)
+        stages = {
+            "large": bf16_gemm_stages(self.runtime),
+            "small": 5,
+            "narrow": bf16_narrow_stages(self.runtime),
+        }[kind]
+        BF16_GEMM[kind](
+            self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes, stages, accumulate, a.eps
+        )
 
     def generic_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:
         """out = x @ W.T, or out += with `add` 1, for any shape.

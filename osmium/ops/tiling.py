@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -14,12 +14,11 @@ from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
-    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_stages", "delta_chunk_units",
-    "delta_chunk_words", "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format",
-    "num_kv_splits",
-    "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
-    "supports_grouped_experts", "supports_matvec", "takes_small_gemm_blocks", "tile_expert_down",
-    "tile_matrix", "wgmma_stages",
+    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_kind", "bf16_gemm_stages",
+    "bf16_narrow_stages", "delta_chunk_units", "delta_chunk_words", "fits_shared", "gemm_stages",
+    "input_shapes", "is_decode", "kv_format", "num_kv_splits", "prefill_attention_tokens",
+    "rows_bytes", "supports_fused_experts", "supports_gemm", "supports_grouped_experts",
+    "supports_matvec", "tile_expert_down", "tile_matrix", "wgmma_stages",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -63,6 +62,13 @@ BF16_GEMM_K = 32
 
 BF16_GEMM_STAGE_BYTES = 16384
 """Bytes of one stage of a block of 64 x 128 of gemm_bf16.ptx."""
+
+BF16_NARROW_STAGE_BYTES = 32768
+"""Bytes of one stage of all parts of a block of bf16_gemm_narrow_f32."""
+
+BF16_NARROW_OUTPUTS = 320
+"""Most rows of a BF16 matrix of bf16_gemm_narrow_f32: routers of up to 319 experts, the delta net's
+gates.  The matrix alone decides, as this kernel's order of sums is its own.  An estimate."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """Dtype of keys and values, by the suffix of the kernels' names."""
@@ -255,6 +261,20 @@ def bf16_gemm_stages(runtime: DeviceRuntime) -> int:
     """Stages in shared memory of a block of gemm_bf16.ptx: five if two blocks then fit."""
     fits = 2 * (5 * BF16_GEMM_STAGE_BYTES + 256) <= runtime.max_shared_per_block
     return 5 if fits else 3
+
+
+def bf16_narrow_stages(runtime: DeviceRuntime) -> int:
+    """Stages in shared memory of a block of bf16_gemm_narrow_f32: five if a block then fits."""
+    return 5 if 5 * BF16_NARROW_STAGE_BYTES + 512 <= runtime.max_shared_per_block else 3
+
+
+def bf16_gemm_kind(
+    runtime: DeviceRuntime, tokens: int, out_features: int
+) -> Literal["large", "small", "narrow"]:
+    """Which kernel of gemm_bf16.ptx multiplies a dense BF16 matrix."""
+    if out_features <= BF16_NARROW_OUTPUTS:
+        return "narrow"
+    return "small" if takes_small_gemm_blocks(runtime, tokens, out_features) else "large"
 
 
 def takes_small_gemm_blocks(runtime: DeviceRuntime, tokens: int, out_features: int) -> bool:
