@@ -332,8 +332,8 @@ class Loader:
             ops, config, self._weights, expert_runner, rows, pieces, plan.prefill_chunk,
             plan.link_gb_s,
         )  # fmt: skip
-        # One more page and slot: the null page and null slot, where rows that have ended write.
-        pages, slots = plan.num_pages + 1, plan.max_num_seqs + 1
+        # One more page: the null page, where rows that have ended write.
+        pages, slots = plan.num_pages + 1, plan.max_num_seqs
         state = make_state(ops, config, pages, plan.page_size, slots, plan.kv_dtype)
         lookahead = 0 if self.gpu is None else 1
         runner = ModelRunner(

@@ -319,7 +319,7 @@ class OpCases:
     def _sample(self, controlled: bool) -> Calls:
         ops, rows, vocab, ring, i32 = self.ops, self.tokens, self.config.vocab_size, 8, self._i32
         decode = types.DecodeState(
-            ring_size=ring, null_slot=0, null_page=0,
+            ring_size=ring, null_page=0,
             sampler_params=ops.to_device(np.tile(np.array([0.7, 20, 0.95, 0], np.float32), (rows,
             1))),
             uniforms=ops.zeros_mapped((ring, rows), np.float64), token=i32([0] * rows),
@@ -335,13 +335,13 @@ class OpCases:
         if not controlled:
             return [partial(ops.sample, one, decode) for one in logits]
         controls = self._controls(ring)
-        step = self._step(np.arange(1, rows + 1), np.zeros((rows, 1)))  # slot 0 is the null slot
+        step = self._step(np.arange(rows), np.zeros((rows, 1)))
         return [partial(ops.sample_controlled, one, step, decode, controls) for one in logits]
 
     def _controls(self, ring: int) -> SamplingControls:
         """Penalties, a bias, a mask that allows all tokens, and 20 log-probabilities a row."""
         ops, rows, vocab = self.ops, self.tokens, self.config.vocab_size
-        shapes = SamplingControls.shapes(rows, rows + 1, vocab, ring)
+        shapes = SamplingControls.shapes(rows, rows, vocab, ring)
         mapped = ("token_mask", "logprobs", "logprob_tokens")
         controls = SamplingControls(**{
             name: (ops.zeros_mapped if name in mapped else ops.empty)(shape, dtype)

@@ -280,9 +280,9 @@ def _plan_with_rows(
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.num_layers, config.num_experts
     fixed = {
-        # One more page and slot: the null page and null slot, where rows that have ended write.
+        # One more page: the null page, where rows that have ended write.
         "KV cache": state_bytes(config, pages + 1, options.page_size, 0, kv_dtype),
-        "recurrent state": state_bytes(config, 0, options.page_size, sequences + 1, kv_dtype),
+        "recurrent state": state_bytes(config, 0, options.page_size, sequences, kv_dtype),
         "workspace": workspace_bytes_of(config, layout, sequences, rows, hardware.gpu)
         + prefetch_state_bytes(layers, experts, config.top_k)
         + runner_bytes(
@@ -340,7 +340,7 @@ def _plan_with_rows(
             "host memory", need, ram_limit,
         )  # fmt: skip
     token_experts = layers * config.top_k * layout.nbytes
-    states = 2 * fixed["recurrent state"] // (sequences + 1)  # read and written
+    states = 2 * fixed["recurrent state"] // sequences  # read and written
     prefetch = (
         hardware.gpu and hardware.capability >= MIN_BULK_COPY_CC
         and options.prefetch and options.enable_expert_cache and slots < experts

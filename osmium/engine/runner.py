@@ -83,9 +83,9 @@ class ModelRunner:
     ) -> None:
         """A step has at most the model's rows and `max_num_seqs` sequences.
 
-        The state has one slot and one page more than sequences use: the null slot and the null
-        page, for rows that have ended.  While decoding, `lookahead_steps` steps are launched before
-        the host has the previous token.  Raises: OutOfMemory.
+        The state has one page more than sequences use: the null page, for rows that have ended.
+        While decoding, `lookahead_steps` steps are launched before the host has the previous token.
+        Raises: OutOfMemory.
         """
         assert 0 <= lookahead_steps < MAX_STEPS_IN_FLIGHT
         self.ops, self.model, self.expert_runner, self.state = ops, model, expert_runner, state
@@ -129,7 +129,6 @@ class ModelRunner:
         ops, eos = self.ops, self.model.config.eos_token_ids
         return DecodeState(
             ring_size=MAX_STEPS_IN_FLIGHT,
-            null_slot=self.state.num_slots - 1,
             null_page=self.state.num_pages - 1,
             sampler_params=ops.empty((rows, 4), np.float32),
             uniforms=ops.zeros_mapped((MAX_STEPS_IN_FLIGHT, rows), np.float64),
@@ -159,7 +158,7 @@ class ModelRunner:
                 views[name][:rows] = 0
             views["logit_rows"][:rows] = views["sequence_ids"][:rows] = np.arange(rows)
             views["query_start_loc"][: rows + 1] = np.arange(rows + 1)
-            views["state_slots"][:rows] = self.decode_state.null_slot
+            views["state_slots"][:rows] = -1
             views["pages"][:] = self.decode_state.null_page
             self.ops.copy_h2d(self._device_inputs, self._host_inputs)
             for array in (

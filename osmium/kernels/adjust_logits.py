@@ -66,8 +66,7 @@ def block_sum(sums: Any, value: Any) -> None:
     "void(CPointer(float32), CPointer(float32), CPointer(int32), CPointer(uint32), "
     "CPointer(uint64), CPointer(float32), CPointer(int32), CPointer(float32), CPointer(int32), "
     "CPointer(uint32), CPointer(float32), CPointer(int32), CPointer(float32), CPointer(float32), "
-    "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32, "
-    "int32)",
+    "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32)",
     block=256,
     grid="slices, rows",
     regs=128,
@@ -94,7 +93,6 @@ def adjust_logits(
     vocab: int,
     slices: int,
     mask_words: int,
-    null_slot: int,
 ) -> None:
     """Count the step's own token, adjust a row's logits, and find each slice's largest.
 
@@ -107,7 +105,7 @@ def adjust_logits(
     logits f32 [rows, vocab]    flags i32 [rows, 3]: flags, prompt_tokens, num_logprobs
     penalties f32 [rows, 3]: repetition, presence, frequency    bias f32 [slots, vocab]
     mask i32 [rows, mask_words]: a bit per token, 1 if it is allowed; bit t % 32 of word t // 32
-    ids, positions, state_slots i32 [rows]: of the step.  A row on null_slot is not adjusted.
+    ids, positions, state_slots i32 [rows]: of the step.  A row with a slot below 0 is not adjusted.
     """
     values = cuda.shared.array(256, float32)
     tokens = cuda.shared.array(256, int32)
@@ -125,7 +123,7 @@ def adjust_logits(
     slot_base = int64(slot) * vocab
     flag = flags[row * 3]
     num_logprobs = flags[row * 3 + 2]
-    if slot == null_slot:
+    if slot < 0:
         flag = int32(0)
         num_logprobs = int32(-1)
     has_penalties = (flag & int32(HAS_PENALTIES)) != 0

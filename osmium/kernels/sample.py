@@ -417,7 +417,7 @@ def sample_token(
 @python_kernel(
     "void(CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
     "CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), CPointer(int32), "
-    "CPointer(int32), int32, int32, int32, int32, int32, int32)",
+    "CPointer(int32), int32, int32, int32, int32, int32)",
     block=32,
     grid="1",
     regs=64,
@@ -438,12 +438,12 @@ def advance_step(
     max_pages: int,
     num_eos: int,
     ring: int,
-    null_slot: int,
     null_page: int,
 ) -> None:
     """Write the sampled tokens into the next step's inputs and into the token ring.
 
-    A row that has ended gets -2 in the ring and continues on the null slot and page at position 0.
+    A row that has ended gets -2 in the ring and continues on the null page at position 0, without
+    a state slot (-1).
 
     ids, positions, context_lens, state_slots i32 [rows], page_table i32 [rows, max_pages]: of the
     next step
@@ -469,7 +469,7 @@ def advance_step(
                 ids[thread] = 0
                 positions[thread] = 0
                 context_lens[thread] = 0
-                state_slots[thread] = null_slot
+                state_slots[thread] = int32(-1)
                 page_table[thread * max_pages] = null_page
             else:
                 tokens_left[thread] -= 1

@@ -73,8 +73,7 @@ def rank_in(values: Any, tokens: Any, count: Any, value: Any, token: Any, most: 
 @python_kernel(
     "void(CPointer(float32), CPointer(int32), CPointer(float32), CPointer(int32), "
     "CPointer(int32), CPointer(int32), CPointer(float32), CPointer(float32), CPointer(int32), "
-    "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32, "
-    "int32)",
+    "CPointer(float32), CPointer(int32), CPointer(int32), CPointer(int32), int32, int32, int32)",
     block=256,
     grid="slices, rows",
     regs=64,
@@ -96,7 +95,6 @@ def top_logprobs(
     vocab: int,
     slices: int,
     ring: int,
-    null_slot: int,
 ) -> None:
     """Store log-probabilities of the logits before adjustment, for rows that need them.
 
@@ -106,7 +104,7 @@ def top_logprobs(
     token i32 [rows]: sampled    logits f32 [rows, vocab]: before adjustment
     raw_max f32, raw_tokens i32, raw_sums f32 [rows, slices]: from `adjust_logits`
     flags i32 [rows, 3]: flags, prompt_tokens, num_logprobs; below 0 for none, at most 20 and vocab
-    state_slots i32 [rows]: rows on null_slot need none    step i32 [1]: decode steps done
+    state_slots i32 [rows]: rows below 0 need none    step i32 [1]: decode steps done
     """
     list_logits = cuda.shared.array(2048, float32)
     list_tokens = cuda.shared.array(2048, int32)
@@ -121,7 +119,7 @@ def top_logprobs(
     slice_, row = cuda.blockIdx.x, cuda.blockIdx.y
     most = flags[row * 3 + 2]
     sampled = token[row]
-    if most < 0 or sampled < 0 or state_slots[row] == null_slot:
+    if most < 0 or sampled < 0 or state_slots[row] < 0:
         return
     size = int32(uint32(vocab + slices - 1) // uint32(slices))
     filled = int32(uint32(vocab + size - 1) // uint32(size))  # slices that have tokens

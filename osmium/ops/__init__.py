@@ -163,6 +163,7 @@ class Ops(MemoryOps, GroupedOps, Protocol):
 
         The three rows before a sequence's first come from state[slot], or are zero if its context
         length is 0.  Afterwards the state holds the last four rows of u: position p at p % 4.
+        A sequence with a slot below 0 starts from zeros and stores no state.
 
         out f32 [T, C]    u f32 [T, >= C], its first C columns    w f32 [C, 4]
         state f32 [slots, C, 4]
@@ -184,7 +185,8 @@ class Ops(MemoryOps, GroupedOps, Protocol):
 
         q = l2(q) * dk^-0.5, k = l2(k), l2(x) = x * rsqrt(sum(x^2) + 1e-6); then for each token
             S = exp(decay) S;  d = beta (v - S^T k);  S = S + k d^T;  out = S^T q
-        S is state[slot], or zero if the context length is 0; it is written back at the end.
+        S is state[slot], or zero if the context length is 0; it is written back at the end.  For a
+        sequence with a slot below 0, out is zero and no state is read or written.
 
         out f32 [T, V, dv]    qkv f32 [T, 2U * dk + V * dv]: U queries, U keys, V values
         decay, beta f32 [T, V]    state f32 [slots, V, dk, dv]    dk % 32 == 0, dk, dv <= 128
@@ -209,7 +211,8 @@ class Ops(MemoryOps, GroupedOps, Protocol):
             x += gated_rms_norm(rule(qkv, decay, beta), z, weights.norm) @ out.T
             h = rms_norm(x, norm)
         z is u from column C on.  The rule is delta_rule_chunk if `chunked`, else recurrent.  With
-        workspace.chunk_scratch it is delta_rule_chunk unless each sequence has one row.
+        workspace.chunk_scratch it is delta_rule_chunk unless each sequence has one row.  Rows of a
+        sequence with a state slot below 0 add nothing to x; no state is read or written for them.
 
         x f32 [T, D]    h [T, D], at least two launches old    norm f32 [D]
         u f32 [T, C + V * dv]    conv_state f32 [slots, C, 4]
@@ -437,8 +440,8 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         """Write each row's token into the next step's inputs and into the token ring.
 
         A row ends at its last token, at -1, or at a token of `eos` if stop_on_eos is set.  Ended
-        rows write -2 to the ring and run on the null page and null slot, at position 0.  The step
-        has one row per sequence; all its arrays but sequence_ids and query_start_loc change.
+        rows write -2 to the ring and run on the null page without a state slot, at position 0.  The
+        step has one row per sequence; all its arrays but sequence_ids and query_start_loc change.
         """
 
     # -- quantisation and synthetic weights: while loading ---------------------------------------

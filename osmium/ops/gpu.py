@@ -336,13 +336,13 @@ class GpuOps(GpuExperts):
             self.stream, rows, c.adjusted, r.slice_max, r.slice_argmax, r.bin_counts,
             r.bin_weights, c.raw_max, c.raw_argmax, c.raw_sums, c.blocks_done, c.token_counts,
             logits, c.flags, c.penalties, c.logit_bias, c.token_mask, step.ids, step.positions,
-            step.state_slots, vocab, slices, c.token_mask.shape[1], r.null_slot,
+            step.state_slots, vocab, slices, c.token_mask.shape[1],
         )  # fmt: skip
         self._sample_slices(c.adjusted, decode_state)
         TOP_LOGPROBS(
             self.stream, rows, c.logprobs, c.logprob_tokens, c.top_logits, c.top_tokens,
             c.blocks_done, r.token, logits, c.raw_max, c.raw_argmax, c.raw_sums, c.flags,
-            step.state_slots, r.decode_step, vocab, slices, r.ring_size, r.null_slot,
+            step.state_slots, r.decode_step, vocab, slices, r.ring_size,
         )  # fmt: skip
 
     def advance_step(self, step: StepInputs, decode_state: DecodeState) -> None:
@@ -351,7 +351,7 @@ class GpuOps(GpuExperts):
             step.page_table, decode_state.token, decode_state.tokens_left, decode_state.stop_on_eos,
             decode_state.eos, decode_state.decode_step, decode_state.token_ring, step.tokens,
             step.page_table.shape[1], decode_state.eos.shape[0], decode_state.ring_size,
-            decode_state.null_slot, decode_state.null_page,
+            decode_state.null_page,
         )  # fmt: skip
 
 

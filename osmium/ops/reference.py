@@ -234,11 +234,13 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
             slot = int(step.state_slots[s])
             past = int(step.context_lens[s])
             recent = (past + np.arange(4)) % 4  # entries of positions past - 4 to past - 1
-            before = state[slot].T[recent] if past else np.zeros((4, channels), np.float32)
+            reads = past > 0 and slot >= 0
+            before = state[slot].T[recent] if reads else np.zeros((4, channels), np.float32)
             window = np.concatenate([before, u[rows, :channels]])  # [4 + t, C]
             t = len(window) - 4
             out[rows] = silu(sum(w[:, i] * window[i + 1 : i + 1 + t] for i in range(4)))
-            state[slot][:, (past + t + np.arange(4)) % 4] = window[-4:].T
+            if slot >= 0:
+                state[slot][:, (past + t + np.arange(4)) % 4] = window[-4:].T
 
     def delta_gates(
         self, decay: Array, beta: Array, ab: Array, a_log: Array, dt_bias: Array
@@ -253,6 +255,9 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
         for s, rows, past in sequences_of(step):
+            if s < 0:
+                out[rows] = 0
+                continue
             q, k, v = heads_of(qkv[rows], state.shape)
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
             gain = np.exp(decay[rows])[..., None, None]  # [t, V, 1, 1]
@@ -284,6 +289,9 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         scratch: Array | None = None,
     ) -> None:  # fmt: skip
         for s, rows, past in sequences_of(step):
+            if s < 0:
+                out[rows] = 0
+                continue
             q, k, v = (x.swapaxes(0, 1) for x in heads_of(qkv[rows], state.shape))  # [V, t, d]
             g, b = decay[rows].T, beta[rows].T  # [V, t]
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)

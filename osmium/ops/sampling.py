@@ -40,21 +40,17 @@ def sample_controlled(
     logits: F32, step: StepInputs, decode_state: DecodeState, controls: SamplingControls
 ) -> None:
     """See ops.Ops.sample_controlled."""
-    adjust_logits(logits, step, decode_state.null_slot, controls)
+    adjust_logits(logits, step, controls)
     sample(controls.adjusted, decode_state)
     decode_state.token[~np.isfinite(logits.max(axis=1))] = -1
     entry = int(decode_state.decode_step[0]) % decode_state.ring_size
-    store_logprobs(
-        logits, step.state_slots, decode_state.token, entry, decode_state.null_slot, controls
-    )
+    store_logprobs(logits, step.state_slots, decode_state.token, entry, controls)
 
 
-def adjust_logits(
-    logits: F32, step: StepInputs, null_slot: int, controls: SamplingControls
-) -> None:
+def adjust_logits(logits: F32, step: StepInputs, controls: SamplingControls) -> None:
     """The first part of `sample_controlled`: write controls.adjusted and token_counts."""
     controls.adjusted[:] = logits
-    for row in np.flatnonzero(step.state_slots != null_slot):
+    for row in np.flatnonzero(step.state_slots >= 0):
         flags, slot = int(controls.flags[row, 0]), int(step.state_slots[row])
         counts = np.zeros(logits.shape[1], np.uint32)
         bias = np.zeros(logits.shape[1], np.float32)
@@ -81,11 +77,10 @@ def store_logprobs(
     state_slots: npt.NDArray[np.int32],
     token: npt.NDArray[np.int32],
     entry: int,
-    null_slot: int,
     controls: SamplingControls,
 ) -> None:
     """The last part of `sample_controlled`: write an entry of the rings of log-probabilities."""
-    for row in np.flatnonzero((state_slots != null_slot) & (token >= 0)):
+    for row in np.flatnonzero((state_slots >= 0) & (token >= 0)):
         count = int(controls.flags[row, 2])
         if count >= 0:
             logprobs = log_softmax(logits[row])
@@ -184,7 +179,7 @@ def advance_step(step: StepInputs, decode_state: DecodeState) -> None:
     ended, continues = ends & (tokens != -2), ~ends & (tokens != -2)
     for array in (step.ids, step.positions, step.context_lens, decode_state.tokens_left):
         array[ended] = 0
-    step.state_slots[ended] = decode_state.null_slot
+    step.state_slots[ended] = -1
     step.page_table[ended, 0] = decode_state.null_page
     step.ids[continues] = tokens[continues]
     step.positions[continues] += 1

@@ -259,7 +259,9 @@ class StepInputs:
     """i32 [S], tokens of the sequence before this step.  0: its recurrent state counts as zero,
     whatever the state slot holds."""
     state_slots: Array
-    """i32 [S], the recurrent-state slot of each sequence."""
+    """i32 [S], the recurrent-state slot of each sequence.
+
+    Below 0: it has no state.  None is read or written, and the output of its delta rule is zero."""
     page_table: Array
     """i32 [S, max_pages_per_seq]; entries past the sequence's end are never read."""
 
@@ -428,8 +430,6 @@ class DecodeState:
 
     ring_size: int
     """Most steps in flight."""
-    null_slot: int
-    """State slot of no sequence; ended rows write to it."""
     null_page: int
     """KV page of no sequence; ended rows write to it."""
     sampler_params: Array

@@ -49,7 +49,6 @@ class ScriptedModel:
     """Keeps the ids of each sequence by its state slot, and looks up the script's next token."""
 
     def __init__(self, script: Script, tokenizer: Tokenizer, config: Any, num_slots: int) -> None:
-        """The last slot is the null slot."""
         self.config = config
         self.rows = self.piece_rows = self.pass_tokens = MAX_STEP_TOKENS
         self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
@@ -76,7 +75,7 @@ class ScriptedModel:
         for s in range(step.sequences):
             slot, past = int(step.state_slots[s]), int(step.context_lens[s])
             self._parts.append((slot, past))
-            if slot == len(self._ids) - 1:
+            if slot < 0:
                 continue
             if past == 0:
                 self._prompt_tokens[slot] = 0
@@ -111,7 +110,7 @@ class ScriptedModel:
         for i, row in enumerate(range(len(out)) if rows is None else rows.tolist()):
             s = bisect_right(self._starts, row) - 1
             slot, past = self._parts[s]
-            if slot < len(self._ids) - 1:
+            if slot >= 0:
                 self._favour(out[i], slot, past + row - self._starts[s] + 1)
 
     def _favour(self, logits: npt.NDArray[np.float32], slot: int, length: int) -> None:
@@ -160,8 +159,8 @@ def scripted_engine(script: Script, *, context: int = 131072, max_num_seqs: int 
     config = replace(files.config, eos_token_ids=ends)
     table = -(-context // PAGE_SIZE)
     pages = table * max_num_seqs
-    model = ScriptedModel(script, text.tokenizer, config, max_num_seqs + 1)
-    state = ModelState(PAGE_SIZE, pages + 1, max_num_seqs + 1, ())
+    model = ScriptedModel(script, text.tokenizer, config, max_num_seqs)
+    state = ModelState(PAGE_SIZE, pages + 1, max_num_seqs, ())
     runner = ModelRunner(
         ReferenceOps(cache_bytes=0), cast(Any, model), cast(Any, _NoExperts()), state,
         max_num_seqs, table,

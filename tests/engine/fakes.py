@@ -126,14 +126,15 @@ class HistoryModel:
             at = np.arange(past + end - first)
             ids = self.pages[table[at // step.page_size], at % step.page_size].tolist()
             if past:
+                assert slot >= 0, "a row that has ended is at position 0"
                 assert self.slots[slot] == (past, hash(tuple(ids[:past]))), (
                     "the slot of another sequence"
                 )
-            self.slots[slot] = (len(ids), hash(tuple(ids)))
+            if slot >= 0:
+                self.slots[slot] = (len(ids), hash(tuple(ids)))
             self.rows_seen += [(ids, past + 1 + i) for i in range(end - first)]
             parts.append((slot, past, end - first))
-        # the last is the null slot
-        owned_slots = [slot for slot, _, _ in parts if slot < len(self.slots) - 1]
+        owned_slots = [slot for slot, _, _ in parts if slot >= 0]
         assert len(set(owned_slots)) == len(owned_slots), "two sequences in one slot"
         assert len(self.rows_seen) == step.tokens
         self.steps.append(parts)
@@ -276,14 +277,14 @@ class EngineHarness:
     ) -> None:
         table = -(-context // page)
         pages = table * sequences if pages is None else pages
-        self.model = HistoryModel(rule, pages + 1, page, sequences + 1, chunk)
+        self.model = HistoryModel(rule, pages + 1, page, sequences, chunk)
         self.model.pass_tokens = pass_tokens or chunk
         if gate is not None:
             self.model.before = gate
         if parts is not None:
             self.model.before_part = parts.part
         self.kv_cache = KVCacheManager(pages, page, sequences)
-        state = ModelState(page, pages + 1, sequences + 1, ())
+        state = ModelState(page, pages + 1, sequences, ())
         model, store = cast(Any, self.model), cast(Any, NoExperts())
         runner = ModelRunner(ReferenceOps(), model, store, state, sequences, table, lookahead)
         options.setdefault("tokenizer", ByteTokenizer())

@@ -102,6 +102,15 @@ def test_a_smaller_budget_changes_only_slots_and_reserve() -> None:
     assert small.hit_rate < large.hit_rate
 
 
+@pytest.mark.parametrize("machine", [CARD, LAPTOP])
+@pytest.mark.parametrize("sequences", [1, 4, 16])
+def test_the_recurrent_state_has_a_slot_per_sequence(machine: HardwareInfo, sequences: int) -> None:
+    result = plan(machine, max_num_seqs=sequences)
+    parts = result.vram if machine.gpu else result.ram
+    one = state_bytes(MODEL, 0, result.page_size, 1, result.kv_dtype)
+    assert parts["recurrent state"] == sequences * one
+
+
 def test_partly_resident_experts_have_staging_slots() -> None:
     """Four groups of at most .23 % of VRAM each, and at least of a few experts."""
     result = plan()

@@ -97,13 +97,12 @@ class Simulated(ReferenceOps):
             r.bin_counts.reshape(-1), r.bin_weights.reshape(-1), c.raw_max, c.raw_argmax,
             c.raw_sums, c.blocks_done, c.token_counts, flat, c.flags, c.penalties, c.logit_bias,
             c.token_mask, step.ids, step.positions, step.state_slots, vocab, slices, words,
-            r.null_slot,
         )  # fmt: skip
         self.sample_slices(controls.adjusted, r)
         self.kernels["top_logprobs"][(slices, rows), THREADS](
             c.logprobs, c.logprob_tokens, c.top_logits, c.top_tokens, c.blocks_done, r.token, flat,
             c.raw_max, c.raw_argmax, c.raw_sums, c.flags, step.state_slots, r.decode_step, vocab,
-            slices, r.ring_size, r.null_slot,
+            slices, r.ring_size,
         )  # fmt: skip
 
     def advance(self, step: Any, replies: Any) -> None:
@@ -124,7 +123,6 @@ class Simulated(ReferenceOps):
             step.page_table.shape[1],
             len(r.eos),
             r.ring_size,
-            r.null_slot,
             r.null_page,
         )
 

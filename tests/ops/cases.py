@@ -1017,7 +1017,7 @@ def gather_add(
 
 # -- decode state ----------------------------------------------------------------------------------
 
-RING, NULL_SLOT = 3, 77
+RING = 3
 
 
 def decode_arrays(rng: np.random.Generator, rows: int, vocab: int) -> Arrays:
@@ -1065,7 +1065,7 @@ def as_decode_state(a: dict[str, Any]) -> DecodeState:
         "slice_bin_ends",
         "bin_order",
     )
-    return DecodeState(RING, NULL_SLOT, 99, *(a[name] for name in names))
+    return DecodeState(RING, 99, *(a[name] for name in names))
 
 
 def sample(rng: np.random.Generator, size: Size) -> Case:
@@ -1125,7 +1125,7 @@ def as_controls(a: dict[str, Any]) -> SamplingControls:
 
 
 def sample_controlled(rng: np.random.Generator, size: Size) -> Case:
-    """Rows with every combination of penalties, bias and mask, and one on the null slot."""
+    """Rows with every combination of penalties, bias and mask, and one that has ended."""
     rows, vocab = min(8, sum(size.lengths)), size.outputs
     arrays = sample(rng, size).arrays
     if vocab > 10_000:  # a penalty in a row of equal logits puts many samples near a border
@@ -1136,7 +1136,7 @@ def sample_controlled(rng: np.random.Generator, size: Size) -> Case:
     arrays["ids"] = rng.integers(0, vocab, rows, dtype=np.int32)
     arrays["slots"] = rng.permutation(rows + 1)[:rows].astype(np.int32)
     if rows > 1:
-        arrays["slots"][rng.integers(0, rows)] = NULL_SLOT
+        arrays["slots"][rng.integers(0, rows)] = -1
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         ops.sample_controlled(a["logits"], _step(one, a), as_decode_state(a), as_controls(a))

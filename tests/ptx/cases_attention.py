@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from osmium.ops import Ops
 from osmium.ops.reference import ReferenceOps
@@ -114,8 +115,19 @@ def _poisoned(case: Case, size: cases.Size, made: int = 0) -> Case:
     return case
 
 
-def conv(heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
-    """Sequences that begin anywhere in a block's 16 rows; without context their states are NaN."""
+def _end(a: cases.Arrays, ended: Counts, *states: npt.NDArray[Any]) -> None:
+    """Take the slots of the sequences `ended`; the states of others without context are NaN."""
+    a["slots"][list(ended)] = -1
+    new = a["slots"][(a["past"] == 0) & (a["slots"] >= 0)]
+    for state in states:
+        state[new] = np.nan
+
+
+def conv(heads: Counts, dims: Counts, lengths: Counts, past: Counts, ended: Counts = ()) -> Make:
+    """Sequences that begin anywhere in a block's 16 rows; without context their states are NaN.
+
+    The sequences `ended` have no state slot.
+    """
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
@@ -124,19 +136,21 @@ def conv(heads: Counts, dims: Counts, lengths: Counts, past: Counts) -> Make:
         )  # fmt: skip
         case = cases.causal_conv1d(rng, size)
         a = case.arrays
-        a["state"][a["slots"][a["past"] == 0]] = np.nan
+        _end(a, ended, a["state"])
         return case
 
     return make
 
 
 def delta(
-    name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts, learned: bool = False
-) -> Make:
+    name: str, heads: Counts, dims: Counts, lengths: Counts, past: Counts, learned: bool = False,
+    ended: Counts = (),
+) -> Make:  # fmt: skip
     """(key heads, value heads), (dk, dv); a third of the gates near 1, a third near exp(-20).
 
     The reference of all kernels is delta_rule_recurrent: chunks add only rounding.  With `learned`
     every gate and beta is near 1, and all keys are near one of three: each token replaces values.
+    The sequences `ended` have no state slot.
     """
 
     def make(rng: np.random.Generator) -> Case:
@@ -154,7 +168,7 @@ def delta(
             a["beta"][...] = 1 - np.float32(1e-3) * a["beta"]
         else:
             a["decay"] *= rng.choice(np.array([1e-3, 1, 20], np.float32), a["decay"].shape)
-        a["state"][a["slots"][a["past"] == 0]] = np.nan
+        _end(a, ended, a["state"])
 
         def call(ops: Ops, placed: dict[str, Any]) -> None:
             (case if isinstance(ops, ReferenceOps) else kernel).call(ops, placed)
@@ -165,9 +179,17 @@ def delta(
 
 
 def delta_net(
-    heads: Counts, dims: Counts, hidden: int, past: Counts, lengths: Counts | None = None
+    heads: Counts,
+    dims: Counts,
+    hidden: int,
+    past: Counts,
+    lengths: Counts | None = None,
+    ended: Counts = (),
 ) -> Make:
-    """One row per sequence, or chunks; the states of a sequence without context are NaN."""
+    """One row per sequence, or chunks; the states of a sequence without context are NaN.
+
+    The sequences `ended` have no state slot.
+    """
 
     def make(rng: np.random.Generator) -> Case:
         size = replace(
@@ -176,8 +198,7 @@ def delta_net(
         )  # fmt: skip
         case = cases.CASES["delta_net, chunks" if lengths else "delta_net"](rng, size)
         a = case.arrays
-        for state in (a["state"], a["inputs"]):
-            state[a["slots"][a["past"] == 0]] = np.nan
+        _end(a, ended, a["state"], a["inputs"])
         return case
 
     return make
@@ -249,6 +270,9 @@ CASES: dict[str, Make] = {
     "causal_conv1d, short contexts": conv(
         (1, 2), (32, 32), (1, 2, 3, 1, 2, 3, 40, 1), (1, 1, 1, 2, 2, 3, 2, 4)
     ),
+    "causal_conv1d, without slots": conv(
+        (1, 2), (32, 32), (14, 18, 2, 1, 1), (0, 5, 2, 0, 6), (1, 3, 4)
+    ),
     "delta_rule_recurrent 32x32": delta(
         "delta_rule_recurrent", (1, 2), (32, 32), (3, 1, 2), (0, 4, 2)
     ),
@@ -256,6 +280,15 @@ CASES: dict[str, Make] = {
     "delta_rule_recurrent 96x64": delta("delta_rule_recurrent", (1, 1), (96, 64), (5,), (0,)),
     "delta_rule_recurrent 128x128": delta(
         "delta_rule_recurrent", (1, 3), (128, 128), (2, 1), (0, 1)
+    ),
+    "delta_rule_recurrent 32x64, without slots": delta(
+        "delta_rule_recurrent", (1, 2), (32, 64), (1, 7, 2, 1), (0, 4, 2, 3), ended=(1, 3)
+    ),
+    "delta_rule_chunk 32x64, without slots": delta(
+        "delta_rule_chunk", (1, 2), (32, 64), (1, 7, 18, 1), (0, 4, 2, 3), ended=(1, 3)
+    ),
+    "delta_rule_chunk 128x128, without slots": delta(
+        "delta_rule_chunk", (1, 2), (128, 128), (1, 7, 18, 1), (0, 62, 2, 3), ended=(1, 3)
     ),
     "delta_rule_chunk 32x32": delta("delta_rule_chunk", (1, 2), (32, 32), (17, 1, 15), (0, 4, 2)),
     "delta_rule_chunk 64x96": delta("delta_rule_chunk", (1, 1), (64, 96), (16, 18), (9, 0)),
@@ -287,6 +320,12 @@ CASES: dict[str, Make] = {
     "delta_net of digits 32x32, nine": delta_net((1, 4), (32, 32), 64, tuple(range(9))),
     "delta_net of digits 32x32, 31 rows": delta_net((1, 4), (32, 32), 64, (0, 5), (30, 1)),
     "delta_net of digits 128x128, 33 rows": delta_net((1, 3), (128, 128), 64, (3,), (33,)),
+    "delta_net 64x96, without slots": delta_net((1, 3), (64, 96), 200, (4, 0, 1), ended=(0, 2)),
+    "delta_net 128x128, without slots": delta_net((1, 3), (128, 128), 64, (1, 0, 5), ended=(1, 2)),
+    "delta_net 128x128, no slot at all": delta_net((1, 1), (128, 128), 64, (0, 0), ended=(0, 1)),
+    "delta_net 128x128, nine without slots": delta_net(
+        (1, 1), (128, 128), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8), ended=(0, 1, 5)
+    ),
     "rms_norm 8, a thread": norm(8),
     "rms_norm 3080, two turns": norm(3080),
 }

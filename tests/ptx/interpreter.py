@@ -861,6 +861,7 @@ class InterpretedStream:
             Warp(program, values, self.machine, shared, block, grid, threads, i)
             for i in range(threads // LANES)
         ]
+        all_warps = warps
         while warps:
             for i in self.rng.permutation(len(warps)):
                 warps[i].go()
@@ -877,6 +878,8 @@ class InterpretedStream:
                 for warp in waiting:
                     warp.waited = True
             warps = waiting
+        if not any(warp.waited for warp in all_warps):
+            raise PtxFault(f"{program.name}: a block has ended, and none of its warps has waited")
         shared.leave()
 
 

@@ -109,7 +109,6 @@ def _sample_token(values: tuple[Any, ...]) -> None:
         DecodeState(
             values[12],
             0,
-            0,
             settings,
             uniforms,
             token,
@@ -139,7 +138,7 @@ def _advance_step(values: tuple[Any, ...]) -> None:
         token_ring,
     ) = arrays
     unused: Any = None
-    rows, _, _, ring, null_slot, null_page = values[11:]
+    rows, _, _, ring, null_page = values[11:]
     step = StepInputs(
         rows,
         rows,
@@ -154,7 +153,6 @@ def _advance_step(values: tuple[Any, ...]) -> None:
     )
     decode_state = DecodeState(
         ring,
-        null_slot,
         null_page,
         unused,
         unused,
@@ -192,7 +190,7 @@ def _adjust_logits(values: tuple[Any, ...]) -> None:
         flags=flags, penalties=penalties, token_counts=token_counts, logit_bias=bias,
         token_mask=mask, adjusted=adjusted,
     )  # fmt: skip
-    sampling.adjust_logits(logits, step, values[21], controls)
+    sampling.adjust_logits(logits, step, controls)
 
 
 def _top_logprobs(values: tuple[Any, ...]) -> None:
@@ -206,9 +204,8 @@ def _top_logprobs(values: tuple[Any, ...]) -> None:
     token[~np.isfinite(logits.max(axis=1))] = -1  # the kernel of slice_max's place reports these
     values[5].touch()
     controls = _controls(flags=flags, logprobs=logprobs, logprob_tokens=logprob_tokens)
-    sampling.store_logprobs(
-        logits, state_slots, token, int(decode_step[0]) % values[15], values[16], controls
-    )
+    entry = int(decode_step[0]) % values[15]
+    sampling.store_logprobs(logits, state_slots, token, entry, controls)
 
 
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
