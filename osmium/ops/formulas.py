@@ -12,7 +12,8 @@ from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3, qua
 
 __all__ = [
     "CHUNK", "F32", "delta_chunk", "expert_matrices", "gather_kv", "heads_of", "matrix",
-    "normed", "rope", "sequences_of", "sigmoid", "silu", "slots_of", "unit", "write_kv",
+    "normed", "rope", "sequences_of", "sigmoid", "silu", "slots_of",
+    "stateful_sequences", "unit", "write_kv",
 ]  # fmt: skip
 
 F32 = npt.NDArray[np.float32]
@@ -109,6 +110,15 @@ def sequences_of(step: StepInputs) -> list[tuple[int, slice, int]]:
         (int(step.state_slots[s]), slice(edges[s], edges[s + 1]), int(step.context_lens[s]))
         for s in range(step.sequences)
     ]
+
+
+def stateful_sequences(out: F32, step: StepInputs) -> list[tuple[int, slice, int]]:
+    """`sequences_of` without those that have no state slot; their rows of `out` become zeros."""
+    sequences = sequences_of(step)
+    for slot, rows, _ in sequences:
+        if slot < 0:
+            out[rows] = 0
+    return [sequence for sequence in sequences if sequence[0] >= 0]
 
 
 def heads_of(qkv: F32, state: tuple[int, ...]) -> tuple[F32, F32, F32]:

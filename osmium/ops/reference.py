@@ -27,6 +27,7 @@ from osmium.ops.formulas import (
     sigmoid,
     silu,
     slots_of,
+    stateful_sequences,
     write_kv,
 )  # fmt: skip
 from osmium.ops.grouped import GroupedExperts
@@ -229,10 +230,7 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
 
     def causal_conv1d(self, out: Array, u: Array, w: Array, state: Array, step: StepInputs) -> None:
         channels = out.shape[1]
-        for s in range(step.sequences):
-            rows = slice(int(step.query_start_loc[s]), int(step.query_start_loc[s + 1]))
-            slot = int(step.state_slots[s])
-            past = int(step.context_lens[s])
+        for slot, rows, past in sequences_of(step):
             recent = (past + np.arange(4)) % 4  # entries of positions past - 4 to past - 1
             reads = past > 0 and slot >= 0
             before = state[slot].T[recent] if reads else np.zeros((4, channels), np.float32)
@@ -254,10 +252,7 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
     def delta_rule_recurrent(
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs
     ) -> None:
-        for s, rows, past in sequences_of(step):
-            if s < 0:
-                out[rows] = 0
-                continue
+        for s, rows, past in stateful_sequences(out, step):
             q, k, v = heads_of(qkv[rows], state.shape)
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
             gain = np.exp(decay[rows])[..., None, None]  # [t, V, 1, 1]
@@ -288,10 +283,7 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         self, out: Array, qkv: Array, decay: Array, beta: Array, state: Array, step: StepInputs,
         scratch: Array | None = None,
     ) -> None:  # fmt: skip
-        for s, rows, past in sequences_of(step):
-            if s < 0:
-                out[rows] = 0
-                continue
+        for s, rows, past in stateful_sequences(out, step):
             q, k, v = (x.swapaxes(0, 1) for x in heads_of(qkv[rows], state.shape))  # [V, t, d]
             g, b = decay[rows].T, beta[rows].T  # [V, t]
             carried = state[s] if past else np.zeros(state.shape[1:], np.float32)
