@@ -21,6 +21,7 @@ from osmium.ops.tiling import (
     KV_DTYPES,
     PREFILL_HEAD_DIMS,
     SPLIT_KV_MAX_SEQS,
+    copies_kv_ahead,
     delta_chunk_units,
     is_decode,
     kv_format,
@@ -46,9 +47,10 @@ __all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
 GQA_ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
 GQA_PREFILL = {
-    f"{name}_{dim}": kernel(f"gqa_prefill_{name}_{dim}")
+    f"{name}_{dim}{ahead}": kernel(f"gqa_prefill_{name}_{dim}{ahead}")
     for name in KV_DTYPES
     for dim in PREFILL_HEAD_DIMS
+    for ahead in ("", "_ahead")
 }
 GQA_DECODE_SPLIT_KV = {name: kernel(f"gqa_decode_split_kv_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
@@ -119,7 +121,8 @@ class GpuOps(GpuExperts):
         tokens, heads, dim = q.shape
         tokens_per_block = prefill_attention_tokens(q, kv, step, self.is_prefill)
         if tokens_per_block:
-            GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
+            ahead = "_ahead" if copies_kv_ahead(self.runtime) else ""
+            GQA_PREFILL[f"{kv_format(kv)}_{dim}{ahead}"](
                 self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
                 step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
                 step.page_size, step.page_table.shape[1], scale,

@@ -15,10 +15,11 @@ from osmium.quant.expert_layout import ExpertLayout
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
     "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_kind", "bf16_gemm_stages",
-    "bf16_narrow_stages", "delta_chunk_units", "delta_chunk_words", "fits_shared", "gemm_stages",
-    "input_shapes", "is_decode", "kv_format", "num_kv_splits", "prefill_attention_tokens",
-    "rows_bytes", "supports_fused_experts", "supports_gemm", "supports_grouped_experts",
-    "supports_matvec", "tile_expert_down", "tile_matrix", "wgmma_stages",
+    "bf16_narrow_stages", "copies_kv_ahead", "delta_chunk_units", "delta_chunk_words",
+    "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format", "num_kv_splits",
+    "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
+    "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
+    "wgmma_stages",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -84,6 +85,9 @@ PREFILL_HEAD_DIMS = (128, 256)
 
 PREFILL_ROWS = {"bf16": 32, "fp8": 64}
 """Matrix rows of a block of prefill attention: query heads of a KV head times tokens."""
+
+PREFILL_AHEAD_SHARED_BYTES = 109840
+"""Most bytes of shared memory of a prefill attention block that copies keys and values ahead."""
 
 PREFILL_MIN_TOKENS = 9
 """Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
@@ -321,6 +325,14 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     else:
         capacity = runtime.sm_count - copy_blocks
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
+
+
+def copies_kv_ahead(runtime: DeviceRuntime) -> bool:
+    """Whether prefill attention copies keys and values a tile ahead: if two blocks then fit.
+
+    Such multiprocessors are of sm_90 and sm_100, which also convert e4m3 to f16.
+    """
+    return runtime.max_shared_per_block >= 2 * (PREFILL_AHEAD_SHARED_BYTES + 1024)
 
 
 def prefill_attention_tokens(

@@ -29,7 +29,7 @@ import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
 from osmium.ops import Fill
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
 from tests.ptx.faults import PtxFault
 from tests.ptx.stand_ins import STAND_INS
 from tests.ptx.wgmma import AsyncProxy, Product, Products, matrix_units, sums_of
@@ -1787,6 +1787,16 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
             w.write(args[0], np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16), m)
 
         return narrow
+    if to == "f16x2" and source == "e4m3x2":
+        if modes != ["rn"]:
+            raise KeyError(".".join(parts))
+        codes = _operand(program, args[1], TYPES["u16"])
+
+        def widen(w: Warp, m: Mask) -> None:
+            pair = f32_from_e4m3(codes(w, m).view(np.uint8)).astype(np.float16)
+            w.write(args[0], pair.view(np.uint32), m)
+
+        return widen
     if to in ("f16x2", "bf16x2"):  # the second operand is the lower half
         if modes != ["rn"] or source != "f32":
             raise KeyError(".".join(parts))

@@ -34,6 +34,7 @@ SEEDS = range(6)
 def cases_of(name: str) -> list[Make]:
     """The cases that launch a kernel."""
     ragged = {**cases_attention.CASES, **cases_linear.CASES}
+    name = name.removesuffix("_ahead")
     prefix = {
         "merge_hi_lo_f32": ("rms_norm",),
         "router_topk_f32": ("router",),
@@ -86,12 +87,14 @@ def is_right(
     without: tuple[str, int] | None,
     text: dict[str, str] | None = None,
     has_wgmma: bool = False,
+    max_shared: int = 99,
 ) -> bool:
     """Whether a case equals its reference, optionally without one barrier or with another kernel
-    text."""
+    text.  max_shared: KiB of shared memory per block."""
     wanted = run(make(np.random.default_rng(seed)), ReferenceOps(cache_bytes=0))
     case = make(np.random.default_rng(seed))
     machine = InterpretedRuntime(seed, without, has_wgmma=has_wgmma)
+    machine.max_shared_per_block = max_shared << 10
     if without is not None and without[0] == "bf16_gemm_small_f32":
         machine.sm_count = 132  # small blocks are for GPUs that larger ones would not fill
     machine.stream.programs.update({k: parse_program(v) for k, v in (text or {}).items()})
@@ -107,9 +110,13 @@ def is_right(
 @pytest.mark.parametrize(("name", "which"), BARRIERS)
 def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> None:
     makes, wgmma = cases_of(name), "_wgmma_" in name
-    assert makes and is_right(makes[0], 0, None, None, wgmma), "it is right with all barriers"
+    max_shared = 227 if name.endswith("_ahead") else 99
+    assert makes, "there is a case"
+    assert is_right(makes[0], 0, None, None, wgmma, max_shared), "it is right with all barriers"
     assert any(
-        not is_right(make, seed, (name, which), None, wgmma) for seed in SEEDS for make in makes
+        not is_right(make, seed, (name, which), None, wgmma, max_shared)
+        for seed in SEEDS
+        for make in makes
     )
 
 
