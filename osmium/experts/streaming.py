@@ -30,10 +30,10 @@ __all__ = [
 STAGING_GROUPS = 4
 """Groups of staging slots: some are copied while one is computed."""
 
-STAGING_EXPERTS = 15
+STAGING_EXPERTS = 24
 """Most experts of a group."""
 
-STAGING_FRACTION = 0.0023
+STAGING_FRACTION = 0.0034
 """Largest fraction of VRAM for a group of staging slots."""
 
 MIN_STAGING_EXPERTS = 2

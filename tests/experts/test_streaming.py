@@ -366,8 +366,8 @@ def test_other_layouts_have_no_staging_slots() -> None:
     assert staging_experts(ExpertLayout(4, 64, 64), 256, vram, 99) == 0
     assert staging_experts(LAYOUT, 256, vram, 0) == 0, "nothing is missing"
     assert staging_experts(big, 256, vram, 138) == STAGING_EXPERTS
-    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 23 // 10000 // big.nbytes
-    assert staging_experts(big, 256, 1 << 30, 138) == 2
+    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 34 // 10000 // big.nbytes
+    assert staging_experts(big, 256, 1 << 29, 138) == 2
     assert staging_experts(LAYOUT, 256, vram, 3) == 3, "no more than are missing"
 
 

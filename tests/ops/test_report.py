@@ -36,7 +36,7 @@ def ragged_cases() -> Counter[str]:
 
 
 FEWER_CASES = {"split_digits_hi_lo_f32": 1, "bf16_gemm_f32": 4, "bf16_gemm_small_f32": 4}
-"""Least ragged cases of kernels of few shapes: decode of more than eight sequences, many columns."""
+"""Ragged cases of kernels of few shapes: decode of more than eight sequences, many columns."""
 
 
 def test_every_kernel_is_in_a_case_of_the_gpu_report() -> None:
