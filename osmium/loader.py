@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 
 from osmium.config import EngineConfig, Progress
+from osmium.cuda.rates import spilled_bytes
 from osmium.cuda.select import open_gpu
 from osmium.cuda.stream import CudaRuntime as Gpu
-from osmium.cuda.stream import spilled_bytes
 from osmium.engine.engine import Engine
 from osmium.engine.host_memory import available_ram
 from osmium.engine.kv_cache_manager import KVCacheManager
@@ -25,11 +25,11 @@ from osmium.engine.prefill_plan import block_rows, step_rows
 from osmium.engine.runner import ModelRunner
 from osmium.engine.slot_rebalancer import SlotRebalancer
 from osmium.engine.watchdog import Watchdog, default_min_free_ram
-from osmium.errors import ConfigError, DeviceError, OutOfMemory
+from osmium.errors import DeviceError, OutOfMemory
 from osmium.experts.cache import make_cache, resident_cache
 from osmium.experts.host_experts import load_host_experts, load_resident_experts, wrap_host_experts
 from osmium.experts.prefetch import make_prefetch_state
-from osmium.experts.routing import RoutingTrace, read_trace
+from osmium.experts.routing import read_model_trace
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.streaming import STAGING_GROUPS
 from osmium.experts.usage import (
@@ -308,7 +308,10 @@ class Loader:
             self._weights = self._upload()
         trace = None
         if options.replay_routing is not None:
-            trace = _read_trace(options.replay_routing, packed)
+            trace = read_model_trace(
+                options.replay_routing, config.num_layers, config.num_experts, config.top_k,
+                may_have_more_layers=_is_synthetic(packed),
+            )  # fmt: skip
         prefetch_state = None
         if plan.prefetch:
             prefetch_state = make_prefetch_state(
@@ -483,22 +486,6 @@ def _stopped_cleanly(engine: Engine) -> bool:
 def _is_synthetic(packed: ModelSource) -> bool:
     """Whether the model's weights are random, generated or packed."""
     return packed.fingerprint.startswith(PREFIX)
-
-
-def _read_trace(path: str, packed: ModelSource) -> RoutingTrace:
-    """The trace to replay.  Raises: ConfigError where its shape does not match the model."""
-    config = packed.config
-    trace = read_trace(path, config.num_experts)
-    ids, predicted = trace.ids, trace.predicted
-    if _is_synthetic(packed):  # a synthetic model may have only the first layers
-        ids = ids[:, : config.num_layers]
-        predicted = None if predicted is None else predicted[:, : config.num_layers]
-    if ids.shape[1:] != (config.num_layers, config.top_k):
-        raise ConfigError(
-            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
-            f"has {config.num_layers} of {config.top_k}."
-        )
-    return RoutingTrace(ids, trace.starts, trace.experts, predicted)
 
 
 def _model_name(path: Path) -> str:

@@ -17,7 +17,8 @@ from osmium.bench.op_cases import DEPTH, OpCases
 from osmium.bench.prefill_cases import PrefillCases
 from osmium.bench.profile import launch_bytes, time_calls
 from osmium.cuda.driver import Device
-from osmium.cuda.stream import CudaRuntime, measure_h2d_rates, measure_vram_rate
+from osmium.cuda.rates import measure_h2d_rates, measure_vram_rate
+from osmium.cuda.stream import CudaRuntime
 from osmium.errors import ConfigError, NoDevice
 from osmium.ops.gpu import GpuOps
 

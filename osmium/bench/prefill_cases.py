@@ -72,9 +72,8 @@ class PrefillCases(OpCases):
 
     def _input(self, rows: int, width: int) -> MatmulInput:
         """Random rows with their digits."""
-        made = self._random_input(self.ops.empty_input(rows, width))
-        self.ops.prepare_digits(made)
-        return made
+        with self.ops.prefill():
+            return self._random_input(self.ops.empty_input(rows, width))
 
     def _gemm(self, name: str, rows: int) -> PrefillCase:
         """The matrix `name` applied to `rows` rows."""
@@ -163,13 +162,12 @@ class PrefillCases(OpCases):
             page_table=i32(table),
         )  # fmt: skip
 
-    def _split_digits(self, rows: int) -> PrefillCase:
-        """Digits of normed rows of the hidden size."""
+    def _rms_norm(self, rows: int) -> PrefillCase:
+        """The norm of rows of the hidden size, as hi + lo and as digits."""
         ops, width = self.ops, self.config.hidden_size
         x = self._noise((rows, width), np.float32)
         h = ops.empty_input(rows, width, self.config.eps)
-        ops.rms_norm(h, x, self.norm)
-        return PrefillCase([partial(ops.prepare_digits, h)] * 4, sizes={"rows": rows})
+        return PrefillCase([partial(ops.rms_norm, h, x, self.norm)] * 4, sizes={"rows": rows})
 
     def _group(self, tokens: int) -> PrefillCase:
         """Random experts of `tokens` tokens in order."""
@@ -210,7 +208,7 @@ MAKERS: dict[str, tuple[Any, ...]] = {
     },
     "gqa_prefill fp8 4k": ("_attention_rows", 4096),
     "gqa_prefill fp8 32k": ("_attention_rows", 32768),
-    "split_digits 2048": ("_split_digits", 2048),
+    "rms_norm 2048": ("_rms_norm", 2048),
     "group_by_expert 8192": ("_group", 8192),
     "gather_add 2048": ("_gather_add", 2048),
 }

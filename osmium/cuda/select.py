@@ -5,7 +5,8 @@ import logging
 from osmium.config import EngineConfig
 from osmium.cuda.driver import Device, cuda_version
 from osmium.cuda.memory import HostKind
-from osmium.cuda.stream import CudaRuntime, measure_h2d_rates, measure_vram_rate
+from osmium.cuda.rates import measure_h2d_rates, measure_vram_rate
+from osmium.cuda.stream import CudaRuntime
 from osmium.errors import NoDevice
 
 __all__ = ["open_gpu"]

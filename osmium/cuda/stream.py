@@ -4,9 +4,7 @@ import contextlib
 import ctypes
 import math
 import os
-import statistics
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,16 +12,13 @@ import numpy.typing as npt
 
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import DeviceArray, DevicePool, Fill, HostBuffer, HostKind
-from osmium.errors import CudaError, KernelError, OutOfMemory
+from osmium.errors import CudaError, KernelError
 
 __all__ = [
     "CudaRuntime",
     "Event",
     "Graph",
     "Stream",
-    "measure_h2d_rates",
-    "measure_vram_rate",
-    "spilled_bytes",
 ]
 
 MAX_QUEUE_DEPTH = 8
@@ -277,6 +272,11 @@ class CudaRuntime:
         """Bytes of the L2 cache."""
         return self.device.l2
 
+    @property
+    def has_wgmma(self) -> bool:
+        """Whether kernels for sm_90a load: no other compute capability has wgmma instructions."""
+        return self.device.capability == (9, 0)
+
     def empty(self, shape: tuple[int, ...], dtype: npt.DTypeLike) -> DeviceArray:
         """A new array in VRAM.  Raises: OutOfMemory."""
         return self.pool.empty(shape, dtype)
@@ -413,103 +413,3 @@ class CudaRuntime:
                 stream.close()
         with contextlib.suppress(CudaError):
             self.device.close()
-
-
-def measure_h2d_rates(
-    device: Device, kinds: Sequence[HostKind], nbytes: int = 64 << 20
-) -> dict[HostKind, float]:
-    """GB/s of the copy engine from each kind of host memory; 0 where the kind is unavailable.
-
-    Copies alternate between the kinds, and the best round of each counts.  A link in power saving,
-    or one that another process uses, is slow for all kinds.
-    """
-    pool, sources = DevicePool(device), dict[HostKind, HostBuffer]()
-    out = pool.empty((nbytes,), np.uint8)
-    for kind in kinds:
-        with contextlib.suppress(OutOfMemory, CudaError):
-            sources[kind] = HostBuffer(device, nbytes, kind)
-    arrays = [source.device_array((nbytes,), np.uint8) for source in sources.values()]
-    rates = {kind: max(x) for kind, x in zip(sources, _rates(device, out, arrays, 9), strict=True)}
-    for source in sources.values():
-        source.close()
-    return {kind: rates.get(kind, 0.0) for kind in kinds}
-
-
-def measure_vram_rate(device: Device, nbytes: int = 1 << 30) -> float:
-    """GB/s of a copy inside VRAM, bytes read plus bytes written.
-
-    Copies `nbytes`, or an eighth of free VRAM if that is less.
-    """
-    nbytes = min(nbytes, device.memory()[0] // 8)
-    pool = DevicePool(device)
-    out, source = pool.empty((nbytes,), np.uint8), pool.empty((nbytes,), np.uint8)
-    return 2 * statistics.median(_rates(device, out, [source], 9)[0])
-
-
-SPILL_PROBE_BYTES = 64 << 20
-"""Bytes of a probe copy: 0.1 ms within VRAM, 3 ms over a link."""
-
-MIN_VRAM_FRACTION = 0.25
-"""A probe slower than this fraction of the VRAM rate reads host memory.  Examples of host memory:
-2 x 25 GB/s (PCIe 4) of 330 (RTX 3060) is .15, 2 x 50 of 1,500 (RTX 5090) is .07."""
-
-SPILL_PROBES = 3
-"""Copies that must all be slow for a piece to count as spilled."""
-
-
-def spilled_bytes(runtime: CudaRuntime) -> int:
-    """Bytes of the pool that the driver keeps in host memory, found by timing a copy of each piece.
-
-    Some drivers (Windows and WSL2) oversubscribe VRAM instead of failing.  Array contents stay.
-    Needs `memory_gb_s`.  Returns 0 where no VRAM is left for the scratch piece.
-    """
-    device, stream = runtime.device, runtime.stream
-    pieces = [
-        DeviceArray(ptr + at, (min(SPILL_PROBE_BYTES, nbytes - at),), np.uint8, None)
-        for ptr, nbytes in runtime.pool.allocations()
-        for at in range(0, nbytes, SPILL_PROBE_BYTES)
-        if nbytes - at >= SPILL_PROBE_BYTES // 4  # launch time would dominate a shorter copy
-    ]
-    if not pieces or not runtime.memory_gb_s:
-        return 0
-    try:
-        scratch = DevicePool(device).empty((SPILL_PROBE_BYTES,), np.uint8)
-    except OutOfMemory:
-        return 0
-    stream.memset(scratch, 0)  # fault it in before the timed copies
-    suspects = pieces
-    for _ in range(SPILL_PROBES):  # repeat for slow pieces: the host may have delayed a copy
-        marks = [Event(device).record(stream)]
-        for piece in suspects:
-            stream.copy(scratch[: piece.nbytes], piece)
-            marks.append(Event(device).record(stream))
-        limits_ms = [
-            2e-6 * piece.nbytes / (MIN_VRAM_FRACTION * runtime.memory_gb_s) for piece in suspects
-        ]
-        times_ms = [end - start for start, end in pairwise(marks)]
-        suspects = [
-            piece
-            for piece, ms, limit_ms in zip(suspects, times_ms, limits_ms, strict=True)
-            if ms > limit_ms
-        ]
-        for mark in marks:
-            mark.close()
-    return sum(piece.nbytes for piece in suspects)
-
-
-def _rates(
-    device: Device, out: DeviceArray, sources: Sequence[DeviceArray], rounds: int
-) -> list[list[float]]:
-    """GB/s of `rounds` copies of each source, after one warm-up round."""
-    stream = Stream(device)
-    times_ms: list[list[float]] = [[] for _ in sources]
-    for _ in range(rounds + 1):
-        for source, source_ms in zip(sources, times_ms, strict=True):
-            start, end = Event(device).record(stream), Event(device)
-            stream.copy(out, source)
-            end.record(stream)
-            source_ms.append(end - start)
-            start.close()
-            end.close()
-    stream.close()
-    return [[out.nbytes / ms / 1e6 for ms in source_ms[1:]] for source_ms in times_ms]

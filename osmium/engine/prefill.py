@@ -124,6 +124,8 @@ class PrefillPass:
     num_layers: int
     is_between_layers: bool = True
     """Whether another pass may run now."""
+    scoring: Iterator[int] | None = None
+    """Scores prompts once all layers are done, as score_prompts does; None before."""
     _done: int = 0
 
     def advance(self) -> bool:
@@ -131,16 +133,24 @@ class PrefillPass:
         done = next(self.layers_done, None)
         if done is None:
             return False
-        fraction = done / self.num_layers
         self.is_between_layers = done > self._done
         self._done = done
         for request, count in self.batch.scheduled:
-            request.pass_tokens = int(count * fraction)
+            request.tokens_read = request.num_computed_tokens + count * done // self.num_layers
         return True
 
     @property
     def tokens(self) -> int:
         return sum(count for _, count in self.batch.scheduled)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Passes of the same size have parts of about the same time: logarithms of tokens, of the
+        pass and with those before it."""
+        context = max(
+            request.num_computed_tokens + count for request, count in self.batch.scheduled
+        )
+        return self.tokens.bit_length(), context.bit_length()
 
     def close(self) -> None:
         """End the pass early; its requests compute these tokens again."""
@@ -148,4 +158,4 @@ class PrefillPass:
         if close is not None:
             close()
         for request, _ in self.batch.scheduled:
-            request.pass_tokens = 0
+            request.tokens_read = request.num_computed_tokens

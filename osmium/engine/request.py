@@ -272,8 +272,9 @@ class Request:
         """Those of the prompt's tokens, if they are asked for."""
         self.num_computed_tokens = 0
         """Tokens whose keys, values and recurrent states are in the model's state."""
-        self.pass_tokens = 0
-        """Tokens that count as computed of the prefill pass that runs, for the progress."""
+        self.tokens_read = 0
+        """Tokens that count as computed for the progress: also those of the pass that runs, in
+        proportion to its layers."""
         self.state_slot = -1
         self.pages: list[int] = []
         self.cancelled = threading.Event()
@@ -286,9 +287,7 @@ class Request:
 
         All count as computed from the first generated token on, also after a preemption.
         """
-        done = self.num_computed_tokens + self.pass_tokens
-        if self.times.first_token:
-            done = self.prompt_tokens
+        done = self.prompt_tokens if self.times.first_token else self.tokens_read
         return min(done, self.prompt_tokens), self.prompt_tokens
 
     @property

@@ -1,5 +1,9 @@
-"""The prefill passes that have begun, and when decode steps run between their parts."""
+"""The prefill passes that have begun, and when decode steps run between their parts.
 
+docs/architecture.md explains parts, lanes and the longest gap.
+"""
+
+import math
 import time
 from collections.abc import Callable
 
@@ -7,16 +11,26 @@ from osmium.engine.prefill import PrefillPass
 from osmium.engine.request import Request
 from osmium.engine.runner import ModelRunner
 from osmium.engine.scheduler import Batch
+from osmium.engine.teacher_forcing import score_prompts
 from osmium.models.prefill import short_pass_tokens
 from osmium.ops.grouped import MAX_QUEUE_DEPTH
 
 __all__ = ["RunningPasses"]
 
-LONG_PART_S = 0.004
-"""Parts that take longer are queued two at a time, so that a decode step does not wait for more."""
+QUEUED_S = 0.004
+"""Time of the parts that are queued, though always two or more: a decode step waits for them."""
+
+GAP_MARGIN = 0.85
+"""Fraction of the longest gap within which the next token is planned."""
 
 START_GAP = 0.5
 """Fraction of the longest gap after which a decode step runs while no part has been timed."""
+
+PART_DECAY = 0.98
+"""Factor per timed part of the remembered time of a part, which is a decaying maximum."""
+
+MAX_PART_GROWTH = 4.0
+"""Most that one part raises the remembered time, so that one delay of the host counts little."""
 
 
 class RunningPasses:
@@ -24,16 +38,18 @@ class RunningPasses:
 
     def __init__(self, runner: ModelRunner, decode_gap_s: float) -> None:
         """`decode_gap_s`: the longest time between two tokens of a running response."""
-        self._runner, self._decode_gap_s = runner, decode_gap_s
+        self._runner, self.decode_gap_s = runner, decode_gap_s
         self._passes: list[PrefillPass] = []
         """The last one runs."""
-        self._part_s = 0.0
-        """Time of a part, a running mean."""
-        self._decode_s = 0.0
-        """Time of the last decode step between two parts."""
-        self.last_decode = 0.0
-        """time.perf_counter at the last decode step's token."""
+        self._part_s: dict[tuple[int, int], float] = {}
+        """Time of a part, for each size of passes."""
+        self._last_part_s = 0.0
+        """Time of the part that was timed last."""
+        self._decode_s: float | None = None
+        """Time of a decode step."""
         self._parts_since_decode = 0
+        self._queued = 0
+        """Most parts whose launches may not have ended."""
         self._waited_s = self._ran_s = 0.0
         """How long the longer pass waited for the last short one, and ran since then."""
 
@@ -57,24 +73,38 @@ class RunningPasses:
         may_wait = self._passes[0].is_between_layers and self._ran_s >= self._waited_s
         return most if may_wait else 0
 
-    def decode_is_due(self) -> bool:
-        """Whether a decode step must run now for its token to come within the longest gap.
+    # -- decode steps ------------------------------------------------------------------------------
 
-        At least one part of a pass runs between two of them.
+    def decode_is_due(self, last_token: float) -> bool:
+        """Whether a decode step must run now, as its token would come too late after another part.
+
+        At least one part runs between two decode steps.
+
+        last_token: time.perf_counter at the oldest last token of the running responses
         """
         if not self._parts_since_decode:
             return False
-        since = time.perf_counter() - self.last_decode
-        if not self._part_s:
-            return since >= START_GAP * self._decode_gap_s
-        queued_s = (self._depth + 1) * self._part_s
-        return since >= max(0.25 * self._decode_gap_s, 0.9 * self._decode_gap_s - queued_s
-                            - 1.5 * self._decode_s)  # fmt: skip
+        since = time.perf_counter() - last_token
+        if not self._part_time:
+            return since >= START_GAP * self.decode_gap_s
+        after_part_s = (self._queued + 1) * self._part_time + (self._decode_s or 0.0)
+        return since + after_part_s > GAP_MARGIN * self.decode_gap_s
 
-    def decoded(self, seconds: float) -> None:
-        """Note a decode step that ran between two parts."""
-        self._decode_s, self.last_decode = seconds, time.perf_counter()
+    def decoded(self, seconds: float, steps: int) -> None:
+        """Note `steps` decode steps that took `seconds`, with the parts queued before them."""
+        queued, self._queued = self._queued, 0
         self._parts_since_decode = 0
+        if not steps:
+            return
+        if not queued:
+            self._decode_s = seconds / steps
+            return
+        if self._passes:
+            self._note_part((seconds - (self._decode_s or 0.0)) / queued)
+        if self._decode_s is not None:  # it may have been long once, as a graph was captured
+            self._decode_s = min(self._decode_s, seconds)
+
+    # -- passes ------------------------------------------------------------------------------------
 
     def start(self, batch: Batch) -> None:
         """Begin a pass; it runs before one that has begun earlier."""
@@ -90,11 +120,18 @@ class RunningPasses:
         Raises: the errors of the part.  `fail` then ends the pass.
         """
         start, running = time.perf_counter(), self._passes[-1]
-        self._parts_since_decode += 1
-        goes_on = running.advance()
-        self._runner.ops.limit_queue(self._depth)
+        depth = self._depth
+        is_layer = running.advance()
+        goes_on = is_layer or self._score(running)
+        self._parts_since_decode += goes_on
+        self._runner.ops.limit_queue(depth)
         seconds = time.perf_counter() - start
-        self._part_s += 0.1 * (seconds - self._part_s) if self._part_s else seconds
+        if self._queued == (depth if is_layer else 0):  # the host has waited for one part
+            self._note_part(seconds)
+        if is_layer or not goes_on:
+            self._queued = min(self._queued + is_layer, depth)
+        else:  # logits are on the host
+            self._queued = 0
         if len(self._passes) > 1:
             self._waited_s += seconds
         else:
@@ -103,8 +140,7 @@ class RunningPasses:
             return None
         self._passes.pop()
         self._runner.finish_prefill(running)
-        if self._passes:  # its experts have changed the cache
-            self._runner.model.prefill_pass.invalidate()
+        self.invalidate()  # a pass that waits: this one's experts have changed the cache
         return running
 
     def fail(self) -> Batch:
@@ -114,13 +150,47 @@ class RunningPasses:
         return failed.batch
 
     def end(self, runs: Callable[[Request], bool]) -> None:
-        """End the passes of which no request runs any more, from the one that began last."""
+        """End the passes of which no request runs any more, from the one that began last.
+
+        Requests of other passes that have ended must be preempted: their state is between tokens.
+        """
         for one in reversed(self._passes.copy()):
             if not all(runs(request) for request, _ in one.batch.scheduled):
                 self._passes.remove(one)
                 one.close()
 
+    def invalidate(self) -> None:
+        """Note that something else may have changed the expert cache between two parts."""
+        if self._passes:
+            self._runner.model.prefill_pass.invalidate()
+
+    def _score(self, running: PrefillPass) -> bool:
+        """Score some tokens of prompts whose log-probabilities are requested; False: all are.
+
+        The logits of a long prompt take long, so decode steps run between these parts too.
+        """
+        if running.scoring is None:
+            running.scoring = score_prompts(self._runner, running.batch)
+        self._runner.finish_prefill(running)  # another pass may have ended since the last part
+        return next(running.scoring, None) is not None
+
+    # -- times -------------------------------------------------------------------------------------
+
+    @property
+    def _part_time(self) -> float:
+        """Seconds of a part of the pass that runs, or of the last one; 0: none was timed."""
+        return self._part_s.get(self._passes[-1].size, 0.0) if self._passes else self._last_part_s
+
+    def _note_part(self, seconds: float) -> None:
+        size, known = self._passes[-1].size, self._part_time
+        if known:
+            seconds = max(min(seconds, MAX_PART_GROWTH * known), PART_DECAY * known)
+        self._part_s[size] = self._last_part_s = max(0.0, seconds)
+
     @property
     def _depth(self) -> int:
         """Parts whose launches may be queued."""
-        return 2 if self._part_s > LONG_PART_S else MAX_QUEUE_DEPTH
+        part_s = self._part_time
+        if not part_s:
+            return 1  # until a part is timed
+        return max(2, min(MAX_QUEUE_DEPTH, 1 + math.ceil(QUEUED_S / part_s)))

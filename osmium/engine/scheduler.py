@@ -123,7 +123,7 @@ class Scheduler:
     def _admit_waiting(self) -> None:
         while self.waiting and self._admit(self.waiting[0]):
             request = self.waiting.popleft()
-            request.num_computed_tokens = request.computed_tokens
+            request.num_computed_tokens = request.tokens_read = request.computed_tokens
             self.running.append(request)
 
     def _admit(self, request: Request) -> bool:

@@ -20,11 +20,9 @@ def teacher_forced_logits(
 ) -> LogitChunks:
     """Logits of whole sequences, `chunk` tokens per step, several sequences per step.
 
-    All running requests are preempted first, so their slots and pages are free.
+    No request may run, so that all slots and pages are free.
     """
     kv_cache = scheduler.kv_cache
-    for request in list(reversed(scheduler.running)):
-        scheduler.preempt(request)
     remaining = list(enumerate(sequences))
     while remaining:
         group: list[tuple[int, Request]] = []
@@ -51,8 +49,12 @@ def teacher_forced_logits(
                 kv_cache.free(request)
 
 
-def score_prompts(runner: ModelRunner, batch: Batch) -> None:
-    """Add the log-probabilities of the prompts' tokens that the last step, `batch`, computed."""
+def score_prompts(runner: ModelRunner, batch: Batch) -> Iterator[int]:
+    """Add the log-probabilities of the prompts' tokens that the last pass, `batch`, computed.
+
+    Yields the number of tokens after each chunk of logits.  Other steps may run then; `runner`
+    must have the logits of `batch` again before the next chunk.
+    """
     row = 0
     for request, count in batch.scheduled:
         found, position = request.prompt_logprobs, request.num_computed_tokens
@@ -62,6 +64,7 @@ def score_prompts(runner: ModelRunner, batch: Batch) -> None:
             for logits in runner.logits(np.arange(row + skipped, row + rows, dtype=np.int32)):
                 found.add(position + skipped, logits)
                 skipped += len(logits)
+                yield len(logits)
         row += count
 
 

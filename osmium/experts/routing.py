@@ -22,7 +22,7 @@ import numpy.typing as npt
 from osmium.errors import ConfigError
 from osmium.ops import LinearWeight, MatmulInput, Ops
 
-__all__ = ["RoutingRecorder", "RoutingTrace", "predict_experts", "read_trace"]
+__all__ = ["RoutingRecorder", "RoutingTrace", "predict_experts", "read_model_trace", "read_trace"]
 
 Ids = npt.NDArray[np.uint16]
 F32 = npt.NDArray[np.float32]
@@ -137,6 +137,27 @@ def read_trace(path: str | Path, experts: int | None = None) -> RoutingTrace:
     if predicted is not None:
         predicted = predicted.astype(np.uint16)
     return RoutingTrace(ids.astype(np.uint16), starts, experts or max_id + 1, predicted, weights)
+
+
+def read_model_trace(
+    path: str | Path, layers: int, experts: int, top_k: int, may_have_more_layers: bool
+) -> RoutingTrace:
+    """The trace to replay for a model of `layers` layers.  Its predicted weights are not read.
+
+    With `may_have_more_layers` the first `layers` ones of the trace count.
+    Raises: ConfigError where the shape of the trace does not match.
+    """
+    trace = read_trace(path, experts)
+    ids, predicted = trace.ids, trace.predicted
+    if may_have_more_layers:
+        ids = ids[:, :layers]
+        predicted = None if predicted is None else predicted[:, :layers]
+    if ids.shape[1:] != (layers, top_k):
+        raise ConfigError(
+            f"{path} has {ids.shape[1]} layers of {ids.shape[2]} experts per token; the model "
+            f"has {layers} of {top_k}."
+        )
+    return RoutingTrace(ids, trace.starts, trace.experts, predicted)
 
 
 def _check_weights(path: str | Path, weights: npt.NDArray[Any], predicted: Ids | None) -> None:

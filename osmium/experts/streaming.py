@@ -30,10 +30,10 @@ __all__ = [
 STAGING_GROUPS = 4
 """Groups of staging slots: some are copied while one is computed."""
 
-STAGING_EXPERTS = 15
+STAGING_EXPERTS = 24
 """Most experts of a group."""
 
-STAGING_FRACTION = 0.0023
+STAGING_FRACTION = 0.0034
 """Largest fraction of VRAM for a group of staging slots."""
 
 MIN_STAGING_EXPERTS = 2
@@ -229,18 +229,18 @@ class PrefillExperts:
 
     def compute(
         self, layer: int, x: Array, h: MatmulInput, ids: Array, weights: Array, admits: bool
-    ) -> Iterator[None]:
+    ) -> Iterator[bool]:
         """x[t] += sum over a of weights[t, a] * expert ids[t, a] of h[t], by ascending expert.
 
-        After `group` of the same layer and ids.  Yields between parts; steps that run meanwhile
-        need `invalidate`.  Missing experts get free slots; with `admits` also those of experts with
-        lower scores.
+        After `group` of the same layer and ids.  Yields after each part whether more follow; steps
+        that run meanwhile need `invalidate`.  Missing experts get free slots; with `admits` also
+        those of experts with lower scores.
 
         x f32 [T, D]    h [T, D]    ids u16 [T, A]    weights f32 [T, A]
         """
         if self.runner.host_experts is None and self._is_one_part(ids):
             self._compute_tiles(layer, x, h, ids, weights, None)
-            yield
+            yield False
             return
         routed = self._wait_routing(layer, admits)
         parts = self._plan(layer, routed, 0)
@@ -256,7 +256,7 @@ class PrefillExperts:
                 self._admit(layer, group, routed, part.end, admits)
                 self._release(group)
             self._copy_next(layer, parts)
-            yield
+            yield bool(parts)
             if self._is_stale and parts:
                 self._refresh()
                 parts = self._plan(layer, routed, part.end)

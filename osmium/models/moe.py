@@ -69,11 +69,9 @@ class MoeBlock:
             self.expert_runner.recorder.add(self.layer, ids)
 
     def add_shared(self, work: Workspace) -> None:
-        """work.x += the gated shared expert of work.h, after `route`; stores work.h's digits."""
+        """work.x += the gated shared expert of work.h, after `route`."""
         ops, shared = self.ops, self.shared
-        if shared.up.format == "bf16":  # a matrix of another format splits its input itself
-            ops.prepare_digits(work.h)
-        ops.gate_up_silu(work.shared_inner, work.h, shared.up, work.shared_gate_up)
+        ops.gate_up_silu(work.shared_inner, work.h, shared, work.shared_gate_up)
         ops.linear(work.shared_out, work.shared_inner, shared.down)
         ops.add_sigmoid_gated(work.x, work.shared_out, work.router_logits, shared.gate_column)
 

@@ -165,8 +165,9 @@ class PrefillPass:
                 if experts is not None:
                     h = MatmulInput(rows.x, eps=self.eps, **rows.h)
                     compute = experts.compute(index, rows.x, h, rows.ids, rows.weights, admits)
-                    for _ in compute:
-                        yield index
+                    for goes_on in compute:
+                        if goes_on:
+                            yield index
                 yield index + 1
             is_done = True
         finally:

@@ -73,7 +73,7 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         """
 
     def prepare_input(self, a: MatmulInput) -> None:
-        """Split a.f32 [T, K], not normed, into a.hi_lo, which matrices read.  No-op on the CPU."""
+        """Split a.f32 [T, K], not normed, into the forms that matrices read.  No-op on the CPU."""
 
     def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
         """h = x * rsqrt(mean(x^2 over K) + h.eps) * (1 + w).
@@ -348,7 +348,7 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         grouped: GroupedExperts | None = None,
     ) -> None:
         """inner[t, a] = silu(gate_e h[t]) * (up_e h[t]), e = ids[t, a], from the experts' slots;
-        shared_inner = gate_up_silu(h, shared.up).
+        shared_inner = gate_up_silu(h, shared).
 
         Without a plan expert e is in slot e.  "hits" computes the shared expert and any of the
         pairs whose expert was resident before the plan; "rest" computes the other pairs.
@@ -390,11 +390,12 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         """
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
+        self, inner: MatmulInput, a: MatmulInput, shared: SharedExpert, gate_up: Array
     ) -> None:
-        """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of w's rows, up the second.
+        """inner = silu(a @ gate.T) * (a @ up.T), gate the first half of the rows of shared.up, up
+        the second.  On the GPU only in the form that shared.down reads.
 
-        inner [T, I]    a [T, K]    w [2I, K]    gate_up f32 [T, 2I], scratch
+        inner [T, I]    a [T, K]    shared.up [2I, K]    gate_up f32 [T, 2I], scratch
         """
 
     def silu_and_mul(self, out: Array, x: Array) -> None:

@@ -21,6 +21,7 @@ from osmium.ops.tiling import (
     KV_DTYPES,
     PREFILL_HEAD_DIMS,
     SPLIT_KV_MAX_SEQS,
+    copies_kv_ahead,
     delta_chunk_units,
     is_decode,
     kv_format,
@@ -46,12 +47,14 @@ __all__ = ["DeviceRuntime", "GpuOps", "check_kernels"]
 ROPE_APPEND = {name: kernel(f"rope_append_{name}") for name in KV_DTYPES}
 GQA_ATTENTION = {name: kernel(f"gqa_attention_{name}") for name in KV_DTYPES}
 GQA_PREFILL = {
-    f"{name}_{dim}": kernel(f"gqa_prefill_{name}_{dim}")
+    f"{name}_{dim}{ahead}": kernel(f"gqa_prefill_{name}_{dim}{ahead}")
     for name in KV_DTYPES
     for dim in PREFILL_HEAD_DIMS
+    for ahead in ("", "_ahead")
 }
 GQA_DECODE_SPLIT_KV = {name: kernel(f"gqa_decode_split_kv_{name}") for name in KV_DTYPES}
 SIGMOID_GATE = kernel("sigmoid_gate_f32")
+SIGMOID_GATE_DIGITS = kernel("sigmoid_gate_digits_f32")
 CAUSAL_CONV1D = kernel("causal_conv1d_silu_f32")
 DELTA_GATES = kernel("delta_gates_f32")
 DELTA_RULE_RECURRENT = kernel("delta_rule_recurrent_f32")
@@ -60,6 +63,7 @@ DELTA_RULE_CHUNK = kernel("delta_rule_chunk_f32")
 DELTA_CHUNK_PREPARE = kernel("delta_chunk_prepare_f32")
 DELTA_CHUNK_SCAN = kernel("delta_chunk_scan_f32")
 GATED_RMS_NORM = kernel("gated_rms_norm_f32")
+GATED_RMS_NORM_DIGITS = kernel("gated_rms_norm_digits_f32")
 
 
 def check_kernels() -> int:
@@ -117,7 +121,8 @@ class GpuOps(GpuExperts):
         tokens, heads, dim = q.shape
         tokens_per_block = prefill_attention_tokens(q, kv, step, self.is_prefill)
         if tokens_per_block:
-            GQA_PREFILL[f"{kv_format(kv)}_{dim}"](
+            ahead = "_ahead" if copies_kv_ahead(self.runtime) else ""
+            GQA_PREFILL[f"{kv_format(kv)}_{dim}{ahead}"](
                 self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
                 step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
                 step.page_size, step.page_table.shape[1], scale,
@@ -146,8 +151,15 @@ class GpuOps(GpuExperts):
             heads_out = attn_out.f32.reshape(tokens, heads, dim)
             self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
             self.attention(heads_out, workspace.q, kv, step, w.scale)
-            self.sigmoid_gate(heads_out, qgkv)
-            self.project_f32(x, attn_out, w.out, h, norm)
+            if self.uses_digits(attn_out, w.out):
+                SIGMOID_GATE_DIGITS(
+                    self.stream, tokens, attn_out.digits, attn_out.units, heads_out, qgkv,
+                    heads * dim, dim, qgkv.shape[1],
+                )  # fmt: skip
+            else:
+                self.sigmoid_gate(heads_out, qgkv)
+                self.prepare_input_of(w.out, attn_out)
+            self.linear_add_rms_norm(x, attn_out, w.out, h, norm)
             return
         blocks = groups * -(-heads // (16 * groups))
         splits = num_kv_splits(
@@ -218,8 +230,16 @@ class GpuOps(GpuExperts):
                 self.delta_rule_chunk(*rule, scratch)
             else:
                 self.delta_rule_recurrent(*rule)
-            self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
-            self.project_f32(x, delta_out, w.out, h, norm)
+            if dv == 128 and self.uses_digits(delta_out, w.out):
+                tokens, width = delta_out.f32.shape
+                GATED_RMS_NORM_DIGITS(
+                    self.stream, tokens, delta_out.digits, delta_out.units, heads, u, w.norm,
+                    width, u.shape[1], qkv.shape[1], w.eps,
+                )  # fmt: skip
+            else:
+                self.gated_rms_norm(heads, heads, u, qkv.shape[1], w.norm, w.eps)
+                self.prepare_input_of(w.out, delta_out)
+            self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
             return
         key_heads = (qkv.shape[1] - value_heads * dv) // (2 * dk)
         # A block computes a head of 128 values, one group of digits: it stores the digits once.
@@ -233,6 +253,8 @@ class GpuOps(GpuExperts):
         if store_digits:
             self.matvec(x, delta_out, w.out, h, norm, has_digits=True)
         else:
+            if self.uses_digits(delta_out, w.out):  # more than 8 sequences
+                self.split_digits_hi_lo(delta_out)
             self.linear_add_rms_norm(x, delta_out, w.out, h, norm)
 
     def delta_rule_chunk(

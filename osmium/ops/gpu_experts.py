@@ -51,6 +51,7 @@ MOE_UP_FUSED = kernel("int4_moe_up_fused_f32")
 MOE_DOWN_FUSED = kernel("int4_moe_down_fused_f32")
 GATE_UP_SILU = kernel("int8_gate_up_silu_f32")
 SILU_AND_MUL = kernel("silu_and_mul_f32")
+SILU_AND_MUL_DIGITS = kernel("silu_and_mul_digits_f32")
 ADD_SIGMOID_GATED = kernel("add_sigmoid_gated_f32")
 
 ROUTER_EXPERTS = 256
@@ -257,7 +258,7 @@ class GpuExperts(GpuGrouped):
                 else:
                     self._generic_up(inner, h, ids, cache, layer)
             if subset != "rest":
-                self.gate_up_silu(shared_inner, h, shared.up, gate_up)
+                self.gate_up_silu(shared_inner, h, shared, gate_up)
             return
         shared_blocks, shared_size, shared_fraction = 0, shared.up.out_features // 2, 0.0
         if subset != "rest":
@@ -268,7 +269,7 @@ class GpuExperts(GpuGrouped):
                     self.runtime, shared_size, layout.hidden, 4, False, shared_fraction
                 ).blocks
             else:
-                self.gate_up_silu(shared_inner, h, shared.up, gate_up)
+                self.gate_up_silu(shared_inner, h, shared, gate_up)
         tiling = tile_matrix(
             self.runtime,
             top_k * layout.inner,
@@ -372,14 +373,20 @@ class GpuExperts(GpuGrouped):
         )  # fmt: skip
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
+        self, inner: MatmulInput, a: MatmulInput, shared: SharedExpert, gate_up: Array
     ) -> None:
-        tokens, shared_size = inner.f32.shape
+        (tokens, shared_size), w = inner.f32.shape, shared.up
         fits = w.format == "int8" and w.in_features % 64 == 0 and shared_size % 4 == 0
+        if self.uses_digits(inner, shared.down):
+            self.linear(gate_up, a, w)
+            SILU_AND_MUL_DIGITS(
+                self.stream, tokens, inner.digits, inner.units, gate_up, shared_size
+            )
+            return
         if self.uses_gemm(a, w) or not fits or not self.fits_norm(a):
             self.linear(gate_up, a, w)
             self.silu_and_mul(inner.f32, gate_up)
-            self.prepare_input(inner)
+            self.prepare_input_of(shared.down, inner)
             return
         tiling = tile_matrix(self.runtime, shared_size, w.in_features, 4, False)
         GATE_UP_SILU(

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from osmium.kernels.count_uses import COUNT_USES
+from osmium.kernels.count_uses import COUNT_STEP, COUNT_USES
 from osmium.kernels.group_by_expert import (
     EXPERT_HISTOGRAM,
     GROUP_BY_EXPERT,
@@ -20,6 +20,7 @@ from osmium.ops.tiling import (
     bf16_gemm_stages,
     gemm_stages,
     supports_grouped_experts,
+    wgmma_stages,
 )
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
@@ -30,6 +31,8 @@ GATHER_ADD = kernel("gather_add_f32")
 SPLIT_DIGITS_OF_TILES = kernel("split_digits_of_tiles_f32")
 MOE_GEMM_UP = {8: kernel("int8_moe_gemm_up_f32"), 4: kernel("int4_moe_gemm_up_f32")}
 MOE_GEMM_DOWN = {8: kernel("int8_moe_gemm_down_f32"), 4: kernel("int4_moe_gemm_down_f32")}
+WGMMA_MOE_GEMM_UP = {bits: kernel(f"int{bits}_moe_gemm_up_wgmma_f32") for bits in (8, 4)}
+WGMMA_MOE_GEMM_DOWN = {bits: kernel(f"int{bits}_moe_gemm_down_wgmma_f32") for bits in (8, 4)}
 BF16_MOE_GEMM_UP = kernel("bf16_moe_gemm_up_f32")
 BF16_MOE_GEMM_DOWN = kernel("bf16_moe_gemm_down_f32")
 
@@ -86,8 +89,6 @@ class GpuGrouped(GpuRows):
         Stored in inner.f32, of BF16 experts in inner.hi_lo.
         """
         self.group_by_expert(grouped.groups, ids, cache.num_experts, cache.expert_to_slot[layer])
-        if cache.layout.bits != 16:
-            self.split_digits(h)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_up(grouped, inner, h, ids, cache.layout, cache.slots[layer], part)
 
@@ -101,13 +102,9 @@ class GpuGrouped(GpuRows):
     ) -> None:
         """pair_out = the experts' outputs of inner, by sorted position."""
         if cache.layout.bits != 16:
-            self.split_digits(inner, of_f32=True)
+            self.split_digits(inner)
         part = _tiles(grouped.groups, ids, cache.expert_to_slot[layer], None)
         self._moe_down(grouped, inner, cache.layout, cache.slots[layer], part)
-
-    def prepare_digits(self, a: MatmulInput) -> None:
-        if a.digits is not None:
-            self.split_digits(a)
 
     def expert_part(
         self,
@@ -149,12 +146,16 @@ class GpuGrouped(GpuRows):
                 layout.hidden, layout.nbytes, 0, start, bf16_gemm_stages(self.runtime), h.eps,
             )  # fmt: skip
             return
-        MOE_GEMM_UP[layout.bits](
+        values = (
             self.stream, blocks, inner.f32, h.digits, h.units, slots, tiles, num_tiles,
             expert_slots, grouped.groups.order, ids.shape[1], layout.inner, layout.hidden,
             layout.nbytes, 0, layout.up_scale, start,
-            gemm_stages(self.runtime, layout.bits, layout.hidden),
         )  # fmt: skip
+        bits, width = layout.bits, layout.hidden
+        if stages := wgmma_stages(self.runtime, bits, width, blocks):
+            WGMMA_MOE_GEMM_UP[bits](*values, stages)
+        else:
+            MOE_GEMM_UP[bits](*values, gemm_stages(self.runtime, bits, width))
 
     def _moe_down(
         self,
@@ -173,20 +174,26 @@ class GpuGrouped(GpuRows):
                 bf16_gemm_stages(self.runtime),
             )  # fmt: skip
             return
-        MOE_GEMM_DOWN[layout.bits](
+        values = (
             self.stream, blocks, grouped.pair_out, inner.digits, inner.units, slots, tiles,
             num_tiles, expert_slots, layout.hidden, layout.inner, layout.nbytes, layout.down,
-            layout.down_scale, start, gemm_stages(self.runtime, layout.bits, layout.inner),
+            layout.down_scale, start,
         )  # fmt: skip
+        bits, width = layout.bits, layout.inner
+        if stages := wgmma_stages(self.runtime, bits, width, blocks):
+            WGMMA_MOE_GEMM_DOWN[bits](*values, stages)
+        else:
+            MOE_GEMM_DOWN[bits](*values, gemm_stages(self.runtime, bits, width))
 
     def count_uses(self, groups: ExpertGroups, cache: ExpertCache, layer: int, ids: Array) -> None:
         (tokens, top_k), decay = ids.shape, cache.decay
-        is_last = layer + 1 == cache.expert_to_slot.shape[0]
         COUNT_USES(
             self.stream, cache.short_count[layer], cache.long_count[layer], cache.last_used[layer],
             cache.step, cache.counters, groups.tiles, groups.num_tiles, groups.order, tokens, top_k,
-            cache.num_experts, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+            cache.num_experts, 1 / decay.half_life, 1 / decay.long_half_life,
         )  # fmt: skip
+        if layer + 1 == cache.expert_to_slot.shape[0]:
+            COUNT_STEP(self.stream, cache.step)
 
     def stage_experts(
         self,

@@ -1,8 +1,9 @@
 """Memory, rows, matrices and quantisation of GpuOps.
 
 Matvec kernels, for few tokens, and BF16 matrices of many read hi + lo (types.MatmulInput), which
-the producer of the rows stores.  The generic kernels, for other shapes, read f32, which
-merge_hi_lo_f32 restores.
+the producer of the rows stores.  Other matrices of many tokens read digits.  `has_digits` says
+where a producer stores these, too: shape and mode decide, so a reader does not split rows again.
+The generic kernels, for other shapes, read f32, which merge_hi_lo_f32 restores.
 """
 
 import contextlib
@@ -18,13 +19,15 @@ from osmium.ops.tiling import (
     MATVEC_MAX_TOKENS,
     MAX_NORM_K,
     Tiling,
+    bf16_gemm_kind,
     bf16_gemm_stages,
+    bf16_narrow_stages,
     gemm_stages,
     input_shapes,
     supports_gemm,
     supports_matvec,
-    takes_small_gemm_blocks,
     tile_matrix,
+    wgmma_stages,
 )
 from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
@@ -41,11 +44,18 @@ ADD = kernel("add_f32")
 NORM_SPLIT_HI_LO = kernel("norm_split_hi_lo_f32")
 MERGE_HI_LO = kernel("merge_hi_lo_f32")
 LINEAR = {name: kernel(f"{name}_linear_f32") for name in ("bf16", "int8", "int4")}
+NORM_SPLIT_DIGITS = kernel("norm_split_digits_f32")
 SPLIT_DIGITS = kernel("split_digits_f32")
 SPLIT_DIGITS_HI_LO = kernel("split_digits_hi_lo_f32")
 GEMM = {name: kernel(f"{name}_gemm_f32") for name in ("int8", "int4")}
-BF16_GEMM = {False: kernel("bf16_gemm_f32"), True: kernel("bf16_gemm_small_f32")}
-"""By whether blocks are small: 32 x 64 instead of 64 x 128."""
+WGMMA_GEMM = {name: kernel(f"{name}_gemm_wgmma_f32") for name in ("int8", "int4")}
+"""The same bits by instructions of compute capability 9.0."""
+BF16_GEMM = {
+    "large": kernel("bf16_gemm_f32"),
+    "small": kernel("bf16_gemm_small_f32"),
+    "narrow": kernel("bf16_gemm_narrow_f32"),
+}
+"""By tiling.bf16_gemm_kind."""
 MATVEC = {name: kernel(f"{name}_matvec_f32") for name in ("bf16", "int8", "int4")}
 
 
@@ -146,12 +156,42 @@ class GpuRows:
         ADD(self.stream, out, x, out.nbytes // 4)
 
     def prepare_input(self, a: MatmulInput) -> None:
-        tokens, width = a.f32.shape
-        NORM_SPLIT_HI_LO(self.stream, tokens, a.hi_lo, 0, a.f32, 0, width)
+        self._norm_split(a, a.f32, None)
 
     def rms_norm(self, h: MatmulInput, x: Array, w: Array) -> None:
+        self._norm_split(h, x, w)
+
+    def _norm_split(self, h: MatmulInput, x: Array, norm: Array | None) -> None:
+        """h = rms_norm(x, norm), or x without `norm`: hi and lo, and digits if h has them."""
         tokens, width = x.shape
-        NORM_SPLIT_HI_LO(self.stream, tokens, h.hi_lo, h.square_sums, x, w, width)
+        square_sums = 0 if norm is None else h.square_sums
+        if self.has_digits(h):
+            NORM_SPLIT_DIGITS(
+                self.stream, tokens, h.digits, h.units, h.hi_lo, square_sums, x,
+                0 if norm is None else norm, width, h.eps,
+            )  # fmt: skip
+            return
+        NORM_SPLIT_HI_LO(
+            self.stream, tokens, h.hi_lo, square_sums, x, 0 if norm is None else norm, width
+        )
+
+    def prepare_input_of(self, w: LinearWeight, a: MatmulInput) -> None:
+        """Store a.f32, not normed, in the form alone that `w` reads: digits, or hi and lo."""
+        tokens, width = a.f32.shape
+        if self.uses_digits(a, w):
+            self.split_digits(a)
+        else:
+            NORM_SPLIT_HI_LO(self.stream, tokens, a.hi_lo, 0, a.f32, 0, width)
+
+    def split_digits(self, a: MatmulInput) -> None:
+        """a.digits and a.units of a.f32."""
+        tokens, width = a.f32.shape
+        SPLIT_DIGITS(self.stream, tokens, a.digits, a.units, a.f32, width)
+
+    def split_digits_hi_lo(self, a: MatmulInput) -> None:
+        """a.digits and a.units of hi + lo, not normed."""
+        tokens, width = a.f32.shape
+        SPLIT_DIGITS_HI_LO(self.stream, tokens, a.digits, a.units, a.hi_lo, width)
 
     def merge_hi_lo(self, a: MatmulInput) -> Array:
         """a.f32 = hi + lo, divided by the root mean square if normed; returns a.f32 [T, K]."""
@@ -177,60 +217,54 @@ class GpuRows:
             self.rms_norm(h, x, norm)
         elif supports_matvec(w) and w.out_features % 8 == 0 and self.fits_norm(a):
             self.matvec(x, a, w, h, norm)
+            if self.has_digits(h):  # the kernel stores hi and lo alone
+                self.rms_norm(h, x, norm)
         else:
             self.generic_linear(x, self.merge_hi_lo(a), w, 1)
             self.rms_norm(h, x, norm)
 
-    def project_f32(
-        self, x: Array, a: MatmulInput, w: LinearWeight, h: MatmulInput, norm: Array
-    ) -> None:
-        """`linear_add_rms_norm` of a.f32 [T, K], of which hi and lo are not stored yet."""
-        if self.uses_gemm(a, w) and w.format != "bf16":
-            self.split_digits(a, of_f32=True)
-            self.multiply_digits(x, a, w, 1)
-            self.rms_norm(h, x, norm)
-            return
-        self.prepare_input(a)
-        self.linear_add_rms_norm(x, a, w, h, norm)
+    def is_many(self, rows: int) -> bool:
+        """Whether the kernels for many tokens take this number of rows."""
+        return self.is_prefill or rows > MATVEC_MAX_TOKENS
+
+    def has_digits(self, a: MatmulInput) -> bool:
+        """Whether rms_norm and prepare_input store digits in `a`, beside hi and lo."""
+        return a.digits is not None and self.is_many(a.f32.shape[0])
 
     def uses_gemm(self, a: MatmulInput, w: LinearWeight) -> bool:
         """Whether a matrix is multiplied by the kernels for many tokens."""
-        has_rows = self.is_prefill or a.f32.shape[0] > MATVEC_MAX_TOKENS
-        has_input = w.format == "bf16" or a.digits is not None
-        return has_rows and has_input and supports_gemm(w)
+        if w.format == "bf16":
+            return self.is_many(a.f32.shape[0]) and supports_gemm(w)
+        return self.uses_digits(a, w)
+
+    def uses_digits(self, a: MatmulInput, w: LinearWeight) -> bool:
+        """Whether `gemm` multiplies the digits of `a`, and does not read hi and lo."""
+        return w.format != "bf16" and self.has_digits(a) and supports_gemm(w)
 
     def gemm(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
         """out = a @ W.T, or out += with `accumulate` 1, for many tokens.
 
-        BF16 weights multiply hi + lo, others the digits, which this call stores first.
+        BF16 weights multiply hi + lo, others the digits.  The error of these is 16 bits of the
+        largest of 128 inputs.
         """
-        if w.format != "bf16":
-            self.split_digits(a)
-            self.multiply_digits(out, a, w, accumulate)
-            return
-        tokens = a.f32.shape[0]
-        is_small = takes_small_gemm_blocks(self.runtime, tokens, w.out_features)
-        BF16_GEMM[is_small](
-            self.stream, out, a.hi_lo, a.square_sums or 0, w.data, tokens, w.out_features,
-            w.in_features, 5 if is_small else bf16_gemm_stages(self.runtime), accumulate, a.eps,
-        )  # fmt: skip
-
-    def multiply_digits(self, out: Array, a: MatmulInput, w: LinearWeight, accumulate: int) -> None:
-        """`gemm` of digits that are stored; their error is 16 bits of the largest of 128 inputs."""
         sizes = a.f32.shape[0], w.out_features, w.in_features
-        stages = gemm_stages(self.runtime, 4 if w.format == "int4" else 8, w.in_features)
-        GEMM[w.format](
-            self.stream, out, a.digits, a.units, w.data, w.scale, *sizes, stages, accumulate
-        )
-
-    def split_digits(self, a: MatmulInput, of_f32: bool = False) -> None:
-        """a.digits and a.units of hi + lo, divided by the root mean square if normed; or of f32."""
-        tokens, width = a.f32.shape
-        if of_f32:
-            SPLIT_DIGITS(self.stream, tokens, a.digits, a.units, a.f32, width)
+        if w.format != "bf16":
+            bits, tiles = 4 if w.format == "int4" else 8, -(-sizes[0] // 64)
+            values = (self.stream, out, a.digits, a.units, w.data, w.scale, *sizes)
+            if stages := wgmma_stages(self.runtime, bits, sizes[2], tiles):
+                WGMMA_GEMM[w.format](*values, stages, accumulate)
+            else:
+                stages = gemm_stages(self.runtime, bits, sizes[2])
+                GEMM[w.format](*values, stages, accumulate)
             return
-        SPLIT_DIGITS_HI_LO(
-            self.stream, tokens, a.digits, a.units, a.hi_lo, a.square_sums or 0, width, a.eps
+        kind = bf16_gemm_kind(self.runtime, sizes[0], w.out_features)
+        stages = {
+            "large": bf16_gemm_stages(self.runtime),
+            "small": 5,
+            "narrow": bf16_narrow_stages(self.runtime),
+        }[kind]
+        BF16_GEMM[kind](
+            self.stream, out, a.hi_lo, a.square_sums or 0, w.data, *sizes, stages, accumulate, a.eps
         )
 
     def generic_linear(self, out: Array, x: Array, w: LinearWeight, add: int) -> None:

@@ -140,13 +140,6 @@ class GroupedOps(Protocol):
         router_logits f32 [T, columns]    D % 4 == 0    A <= 32
         """
 
-    def prepare_digits(self, a: MatmulInput) -> None:
-        """Split a.hi_lo [T, K] into a.digits and a.units, for `expert_part`.
-
-        No-op on the CPU.  In `MemoryOps.prefill`, `linear` of `a` with an INT4 or INT8 matrix does
-        so, too.  BF16 experts do not need it.
-        """
-
     def expert_part(
         self,
         grouped: GroupedExperts,
@@ -162,8 +155,9 @@ class GroupedOps(Protocol):
         whose expert e has expert_slots[e] >= 0: expert e is slots[expert_slots[e]].
 
         With `tiles` only for their positions, from row 0 on: pair_out[i - tiles.start].
-        `group_by_expert` of the same ids, and `prepare_digits` of h, come first.  Calls that
-        together have each position once give the bits of one call for all.
+        `group_by_expert` of the same ids comes first.  h is that of an `rms_norm` inside
+        `MemoryOps.prefill`, or of more than 8 rows.  Calls that together have each position once
+        give the bits of one call for all.
 
         inner [P, I], scratch    h [T, D]    ids u16 [T, A]
         slots u8 [S, nbytes]    expert_slots i32 [E]

@@ -423,7 +423,7 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
             projected = h.f32[pairs_of_slot // top_k] @ up.T
             inner.f32[pairs_of_slot] = silu(projected[:, :inner_size]) * projected[:, inner_size:]
         if subset != "rest":
-            self.gate_up_silu(shared_inner, h, shared.up, gate_up)
+            self.gate_up_silu(shared_inner, h, shared, gate_up)
 
     def expert_down(
         self,
@@ -463,9 +463,9 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         self.rms_norm(h, x, norm)
 
     def gate_up_silu(
-        self, inner: MatmulInput, a: MatmulInput, w: LinearWeight, gate_up: Array
+        self, inner: MatmulInput, a: MatmulInput, shared: SharedExpert, gate_up: Array
     ) -> None:
-        self.linear(gate_up, a, w)
+        self.linear(gate_up, a, shared.up)
         self.silu_and_mul(inner.f32, gate_up)
 
     def _expert(self, cache: ExpertCache, layer: int, slot: int) -> tuple[F32, F32]:

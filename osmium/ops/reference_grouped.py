@@ -68,9 +68,6 @@ class ReferenceGroupedOps:
     def prefill(self) -> Iterator[None]:
         yield
 
-    def prepare_digits(self, a: MatmulInput) -> None:
-        pass
-
     def expert_part(
         self,
         grouped: GroupedExperts,

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -14,12 +14,12 @@ from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
-    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_stages", "delta_chunk_units",
-    "delta_chunk_words", "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format",
-    "num_kv_splits",
+    "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_kind", "bf16_gemm_stages",
+    "bf16_narrow_stages", "copies_kv_ahead", "delta_chunk_units", "delta_chunk_words",
+    "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format", "num_kv_splits",
     "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
-    "supports_grouped_experts", "supports_matvec", "takes_small_gemm_blocks", "tile_expert_down",
-    "tile_matrix",
+    "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
+    "wgmma_stages",
 ]  # fmt: skip
 
 MATVEC_K_MULTIPLE = {"bf16": 64, "int8": 64, "int4": 128}
@@ -52,11 +52,24 @@ MAX_SCALE_BYTES = 16 << 10
 GEMM_STAGE_BYTES = {4: 24832, 8: 33024}
 """Bytes of one stage of gemm_digits.ptx, by bits of a weight."""
 
+WGMMA_STAGE_BYTES = {4: 25600, 8: 33792}
+"""Bytes of one stage of gemm_wgmma.ptx, by bits of a weight."""
+
+MAX_GRID_ROWS = 65535
+"""Most thread blocks along axis y of a grid."""
+
 BF16_GEMM_K = 32
 """Inputs of one stage of gemm_bf16.ptx; K must be a multiple of it."""
 
 BF16_GEMM_STAGE_BYTES = 16384
 """Bytes of one stage of a block of 64 x 128 of gemm_bf16.ptx."""
+
+BF16_NARROW_STAGE_BYTES = 32768
+"""Bytes of one stage of all parts of a block of bf16_gemm_narrow_f32."""
+
+BF16_NARROW_OUTPUTS = 320
+"""Most rows of a BF16 matrix of bf16_gemm_narrow_f32: routers of up to 319 experts, the delta net's
+gates.  The matrix alone decides, as this kernel's order of sums is its own.  An estimate."""
 
 KV_DTYPES = {"bf16": np.uint16, "fp8": np.uint8}
 """Dtype of keys and values, by the suffix of the kernels' names."""
@@ -72,6 +85,9 @@ PREFILL_HEAD_DIMS = (128, 256)
 
 PREFILL_ROWS = {"bf16": 32, "fp8": 64}
 """Matrix rows of a block of prefill attention: query heads of a KV head times tokens."""
+
+PREFILL_AHEAD_SHARED_BYTES = 109840
+"""Most bytes of shared memory of a prefill attention block that copies keys and values ahead."""
 
 PREFILL_MIN_TOKENS = 9
 """Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
@@ -230,10 +246,39 @@ def gemm_stages(runtime: DeviceRuntime, bits: int, in_features: int) -> int:
     return 3 if fits else 2
 
 
+def wgmma_stages(runtime: DeviceRuntime, bits: int, in_features: int, row_tiles: int) -> int:
+    """Stages in shared memory of a block of gemm_wgmma.ptx; 0: gemm_digits.ptx is used instead.
+
+    Three if two blocks then fit.  `row_tiles`: tiles of 64 rows in a launch, axis y of its grid.
+    """
+    if not runtime.has_wgmma or row_tiles > MAX_GRID_ROWS:
+        return 0
+    scale_bytes = in_features // DIGIT_GROUP * 256 if bits == 4 else 0
+    for stages, blocks in ((3, 2), (2, 1)):
+        block_bytes = stages * WGMMA_STAGE_BYTES[bits] + scale_bytes
+        if blocks * block_bytes <= runtime.max_shared_per_block:
+            return stages
+    return 0
+
+
 def bf16_gemm_stages(runtime: DeviceRuntime) -> int:
     """Stages in shared memory of a block of gemm_bf16.ptx: five if two blocks then fit."""
     fits = 2 * (5 * BF16_GEMM_STAGE_BYTES + 256) <= runtime.max_shared_per_block
     return 5 if fits else 3
+
+
+def bf16_narrow_stages(runtime: DeviceRuntime) -> int:
+    """Stages in shared memory of a block of bf16_gemm_narrow_f32: five if a block then fits."""
+    return 5 if 5 * BF16_NARROW_STAGE_BYTES + 512 <= runtime.max_shared_per_block else 3
+
+
+def bf16_gemm_kind(
+    runtime: DeviceRuntime, tokens: int, out_features: int
+) -> Literal["large", "small", "narrow"]:
+    """Which kernel of gemm_bf16.ptx multiplies a dense BF16 matrix."""
+    if out_features <= BF16_NARROW_OUTPUTS:
+        return "narrow"
+    return "small" if takes_small_gemm_blocks(runtime, tokens, out_features) else "large"
 
 
 def takes_small_gemm_blocks(runtime: DeviceRuntime, tokens: int, out_features: int) -> bool:
@@ -280,6 +325,14 @@ def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blo
     else:
         capacity = runtime.sm_count - copy_blocks
     return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
+
+
+def copies_kv_ahead(runtime: DeviceRuntime) -> bool:
+    """Whether prefill attention copies keys and values a tile ahead: if two blocks then fit.
+
+    Such multiprocessors are of sm_90 and sm_100, which also convert e4m3 to f16.
+    """
+    return runtime.max_shared_per_block >= 2 * (PREFILL_AHEAD_SHARED_BYTES + 1024)
 
 
 def prefill_attention_tokens(

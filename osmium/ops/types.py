@@ -91,9 +91,9 @@ class LinearWeight:
 class MatmulInput:
     """The activations [T, K] that matrices read, in the backend's form.
 
-    The CPU reads `f32`.  GPU matrices read `hi_lo`; with `square_sums` they divide their sums by
-    the root mean square themselves.  `f32` is then scratch: for kernels that read f32, and for
-    those that write it before `Ops.prepare_input`.
+    The CPU reads `f32`.  GPU matrices read `hi_lo`, or `digits`.  With `square_sums` those of hi_lo
+    divide their sums by the root mean square themselves.  `f32` is then scratch: for kernels that
+    read f32, and for those that write it before `Ops.prepare_input`.
     """
 
     f32: Array
@@ -111,7 +111,9 @@ class MatmulInput:
     eps: float = 0.0
     """Epsilon of the norm: it divides by sqrt(mean(x^2) + eps)."""
     digits: Array | None = None
-    """i8 [T, K / 128, 2, 128], scratch: two digits of each value, as in ptx/split_digits.ptx."""
+    """i8 [T, K / 128, 2, 128], or None for other K: two digits of each value (split_digits.ptx).
+
+    `GpuRows.has_digits` says when INT4 and INT8 matrices read them."""
     units: Array | None = None
     """f32 [T, K / 128], the unit of each group of 128 values."""
 

@@ -64,10 +64,14 @@ class ScriptedModel:
         self._parts: list[tuple[int, int]] = []
         """(slot, context length) of each sequence of the last step."""
         self._starts: list[int] = []
+        self._passes: dict[int, tuple[int, int]] = {}
+        """The part of the last prefill pass, by its first row."""
+        self.before_layer: Callable[[int], None] = lambda layer: None
+        """Called before each layer of a prefill pass."""
 
     def forward(self, step: StepInputs, state: ModelState) -> None:
-        starts = step.query_start_loc.tolist()
-        self._starts, self._parts = starts, []
+        self._starts = starts = step.query_start_loc.tolist()
+        self._parts = []
         for s in range(step.sequences):
             slot, past = int(step.state_slots[s]), int(step.context_lens[s])
             self._parts.append((slot, past))
@@ -83,8 +87,11 @@ class ScriptedModel:
         self, steps: Sequence[StepInputs], state: ModelState, first_row: int, admits: bool
     ) -> Iterator[int]:
         (step,) = steps
-        yield 1
-        self.forward(step, state)  # last: another pass may run before
+        self.forward(step, state)
+        (self._passes[first_row],) = self._parts
+        for layer in range(self.config.num_layers):
+            self.before_layer(layer)
+            yield layer + 1
 
     def head(
         self,
@@ -92,8 +99,14 @@ class ScriptedModel:
         rows: npt.NDArray[np.int32] | None = None,
         first_prefill_row: int | None = None,
     ) -> None:
-        """out f32 [T, vocab]: the logits after each of these rows of the last step."""
+        """out f32 [T, vocab]: the logits after each of these rows of the last step or a pass."""
         out[:] = 0
+        if first_prefill_row is not None:
+            assert rows is not None, "a pass has more rows than logits"
+            slot, past = self._passes[first_prefill_row]
+            for i, row in enumerate(rows.tolist()):
+                self._favour(out[i], slot, past + row + 1)
+            return
         for i, row in enumerate(range(len(out)) if rows is None else rows.tolist()):
             s = bisect_right(self._starts, row) - 1
             slot, past = self._parts[s]

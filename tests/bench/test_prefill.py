@@ -78,15 +78,15 @@ def test_a_turn_row_counts_new_tokens_only(engine: Any) -> None:
 def test_a_turn_row_reads_seeded_state(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tokens before the new ones are neither computed nor zero."""
     seen: list[tuple[int, float]] = []
-    forward = engine.runner.forward
+    start_prefill = engine.runner.start_prefill
 
-    def recording(batch: Any) -> None:
+    def recording(batch: Any, inputs: Any) -> Any:
         ((request, _),) = batch.scheduled
         state = next(s for s in engine.runner.state.layers if hasattr(s, "delta"))
         seen.append((request.num_computed_tokens, float(np.abs(state.delta).max())))
-        forward(batch)
+        return start_prefill(batch, inputs)
 
-    monkeypatch.setattr(engine.runner, "forward", recording)
+    monkeypatch.setattr(engine.runner, "start_prefill", recording)
     measure(engine, BenchConfig(**NO_DECODE, turns=((700, 33),)))  # type: ignore[arg-type]
     assert [computed for computed, _ in seen] == [700] * 3 and min(top for _, top in seen) > 0.1
 

@@ -102,6 +102,7 @@ def test_a_misspelt_word_gets_a_suggestion(argv: str, suggested: str) -> None:
         ("plan --gpu-expert-bits 7", "--gpu-expert-bits is '7'; it must be one of 16, 8, 4."),
         ("plan --link x", "--link is 'x'; it must be a number above 0 and at most 10000."),
         ("plan --expert-slots 0", "--expert-slots is '0'"),
+        ("serve --decode-gap-ms 0", "--decode-gap-ms is '0'; it must be an integer of at least 1."),
         ("bench --tokens 1", "--tokens is '1'; it must be an integer of at least 2."),
         ("bench --depth 1k,x", "--depth is '1k,x'"),
         ("bench --depth 110%", "--depth is '110%'"),

@@ -89,7 +89,12 @@ class HistoryModel:
     def __init__(self, rule: Rule, pages: int, page: int, slots: int, rows: int) -> None:
         self.config, self.rows, self.rule = CONFIG, rows, rule
         self.pass_tokens = self.piece_rows = rows
-        self.prefill_pass = SimpleNamespace(invalidate=lambda: None)
+        self.invalidations = 0
+        """Calls of prefill_pass.invalidate."""
+        self.prefill_pass = SimpleNamespace(invalidate=self._invalidate)
+        self.parts_per_layer = 1
+        self.before_part: Callable[[int, int], None] = lambda first_row, part: None
+        """Called before each part of a prefill pass, with its first row and the part's number."""
         self.prefill_rows: dict[int, list[tuple[list[int], int]]] = {}
         """rows_seen of the last prefill pass, by its first row."""
         self.pages = np.full((pages, page), -1, np.int64)
@@ -134,6 +139,14 @@ class HistoryModel:
         assert len(self.rows_seen) == step.tokens
         self.steps.append(parts)
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of a prefill pass."""
+        return self.config.num_layers * self.parts_per_layer
+
+    def _invalidate(self) -> None:
+        self.invalidations += 1
+
     def prefill(
         self, steps: Sequence[StepInputs], state: ModelState, first_row: int, admits: bool
     ) -> Iterator[int]:
@@ -142,8 +155,9 @@ class HistoryModel:
             self.forward(step, state)
             seen += self.rows_seen
         self.prefill_rows[first_row] = seen
-        for layer in range(self.config.num_layers):
-            yield layer + 1
+        for part in range(1, self.num_parts + 1):
+            self.before_part(first_row, part - 1)
+            yield part // self.parts_per_layer
 
     def head(
         self,
@@ -169,7 +183,10 @@ class Gate:
 
     def __call__(self, step: StepInputs) -> None:
         counts = np.diff(step.query_start_loc).tolist()
-        self._arrived.put(list(zip(step.context_lens.tolist(), counts, strict=True)))
+        self._wait(list(zip(step.context_lens.tolist(), counts, strict=True)))
+
+    def _wait(self, arrived: list[tuple[int, int]]) -> None:
+        self._arrived.put(arrived)
         if not self._open:
             assert self._go.acquire(timeout=PATIENCE_S), "the step was not released"
 
@@ -191,6 +208,13 @@ class Gate:
         """Block no further step."""
         self._open = True
         self._go.release()
+
+
+class PartGate(Gate):
+    """Blocks a prefill pass before each part; `arrival` is [(first row, part)]."""
+
+    def part(self, first_row: int, part: int) -> None:
+        self._wait([(first_row, part)])
 
 
 class NoExperts:
@@ -246,14 +270,19 @@ class EngineHarness:
         pages: int | None = None,
         sequences: int = 3,
         gate: Gate | None = None,
+        parts: PartGate | None = None,
+        pass_tokens: int | None = None,
         lookahead: int = 0,
         **options: Any,
     ) -> None:
         table = -(-context // page)
         pages = table * sequences if pages is None else pages
         self.model = HistoryModel(rule, pages + 1, page, sequences, chunk)
+        self.model.pass_tokens = pass_tokens or chunk
         if gate is not None:
             self.model.before = gate
+        if parts is not None:
+            self.model.before_part = parts.part
         self.kv_cache = KVCacheManager(pages, page, sequences)
         state = ModelState(page, pages + 1, sequences, ())
         model, store = cast(Any, self.model), cast(Any, NoExperts())

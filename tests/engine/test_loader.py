@@ -109,6 +109,18 @@ def test_chunk_page_and_cache_sizes_do_not_change_a_response(
     other.close()
 
 
+def test_the_longest_gap_between_tokens_reaches_the_engine(folder: Path) -> None:
+    options: dict[str, Any]
+    for options, seconds in (({}, 0.1), ({"decode_gap_ms": 250}, 0.25)):
+        with_gap = load(MIXED, folder, **options)
+        assert with_gap._passes.decode_gap_s == seconds
+        with_gap.close()
+    with pytest.raises(
+        ConfigError, match="--decode-gap-ms is 0; it must be an integer of at least"
+    ):
+        EngineConfig(decode_gap_ms=0)
+
+
 def test_batched_requests_give_greedy_responses(folder: Path) -> None:
     """Ten requests share two sequences' memory: they wait, interleave and are preempted."""
     made = load(MIXED, folder, max_num_seqs=2, prefill_chunk=16)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from osmium import loader
-from osmium.engine import engine as crank
+from osmium.engine import loop as crank
 from osmium.engine import slot_rebalancer
 from osmium.engine.engine import Engine
 from osmium.engine.request import SamplingParams

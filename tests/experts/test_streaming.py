@@ -139,9 +139,9 @@ def run(
         ]
         experts.invalidate()
         for number, a in enumerate(layers):
-            h = normed_rows(ops, a["x"], norm)
+            with ops.prefill():
+                h = normed_rows(ops, a["x"], norm)
             experts.start_layer(number)
-            ops.prepare_digits(h)
             experts.group(number, a["ids"], admits)
             for _ in experts.compute(number, a["x"], h, a["ids"], a["weights"], admits):
                 between(done, number)
@@ -309,9 +309,9 @@ def test_a_pass_that_ends_early_leaves_no_wrong_expert(rng: np.random.Generator)
     runner = done.runner
     assert verify(ops, runner.cache, inputs.packed, 1000, 0) > 0
     a = {name: ops.to_device(array.copy()) for name, array in inputs.steps[1][0].items()}
-    h = normed_rows(ops, a["x"], ops.to_device(inputs.norm))
+    with ops.prefill():
+        h = normed_rows(ops, a["x"], ops.to_device(inputs.norm))
     done.experts.start_layer(0)
-    ops.prepare_digits(h)
     done.experts.group(0, a["ids"], True)
     for _ in done.experts.compute(0, a["x"], h, a["ids"], a["weights"], True):
         pass
@@ -366,8 +366,8 @@ def test_other_layouts_have_no_staging_slots() -> None:
     assert staging_experts(ExpertLayout(4, 64, 64), 256, vram, 99) == 0
     assert staging_experts(LAYOUT, 256, vram, 0) == 0, "nothing is missing"
     assert staging_experts(big, 256, vram, 138) == STAGING_EXPERTS
-    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 23 // 10000 // big.nbytes
-    assert staging_experts(big, 256, 1 << 30, 138) == 2
+    assert staging_experts(big, 256, 8 << 30, 138) == (8 << 30) * 34 // 10000 // big.nbytes
+    assert staging_experts(big, 256, 1 << 29, 138) == 2
     assert staging_experts(LAYOUT, 256, vram, 3) == 3, "no more than are missing"
 
 

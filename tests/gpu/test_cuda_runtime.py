@@ -11,14 +11,8 @@ import numpy.typing as npt
 import pytest
 
 from osmium.cuda.memory import DevicePool, HostBuffer, HostKind
-from osmium.cuda.stream import (
-    SPILL_PROBE_BYTES,
-    CudaRuntime,
-    Event,
-    Stream,
-    measure_vram_rate,
-    spilled_bytes,
-)
+from osmium.cuda.rates import SPILL_PROBE_BYTES, measure_vram_rate, spilled_bytes
+from osmium.cuda.stream import CudaRuntime, Event, Stream
 from osmium.errors import KernelError, OutOfMemory
 from osmium.kernels.ptx import Kernel, kernel, parse
 from osmium.ops.gpu import GpuOps

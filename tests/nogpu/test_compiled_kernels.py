@@ -20,7 +20,7 @@ from tests.ptx.kernels import NAMES
 ROOT = Path(__file__).resolve().parents[2]
 
 OURS = (
-    "adjust_logits", "advance_step", "assign_slots", "count_uses", "expert_histogram",
+    "adjust_logits", "advance_step", "assign_slots", "count_step", "count_uses", "expert_histogram",
     "group_by_expert", "logit_histogram", "sample_token", "slice_max", "top_logprobs",
 )  # fmt: skip
 

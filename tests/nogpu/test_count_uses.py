@@ -5,13 +5,14 @@ Like in test_assign_slots.py, the simulator runs in a separate process.
 """
 
 import sys
+import threading
 import types
 from typing import Any
 
 import numpy as np
 import pytest
 
-from osmium.kernels.count_uses import COUNT_USES
+from osmium.kernels.count_uses import COUNT_STEP, COUNT_USES, EXPERTS_PER_BLOCK
 from osmium.kernels.numba_kernels import KERNELS
 from osmium.ops.reference import ReferenceOps
 from tests import needs
@@ -28,23 +29,36 @@ SIMULATED = {
 }
 
 
+LOCK = threading.Lock()
+"""The simulator runs each CUDA thread as a Python thread."""
+
+
+def atomic_add(array: Any, index: int, value: int) -> None:
+    """The kernel's atomic_add in the simulator."""
+    with LOCK:
+        array[index] += value
+
+
 class Simulated(ReferenceOps):
     """ReferenceOps with the kernel under test in the simulator."""
 
     def count_uses(self, groups: Any, cache: Any, layer: int, ids: Any) -> None:
-        from numba import cuda, float32, int32, uint32
+        from numba import cuda, float32, int32, int64, uint32
 
         known = {"cuda": cuda, "int32": int32, "uint32": uint32, "float32": float32}
-        known |= {"exp2": np.exp2}
-        function = KERNELS["count_uses"].function
-        code = types.FunctionType(function.__code__, {**function.__globals__, **known})
+        known |= {"exp2": np.exp2, "int64": int64, "atomic_add": atomic_add}
+        count_uses, count_step = (
+            types.FunctionType(function.__code__, {**function.__globals__, **known})
+            for function in (KERNELS[name].function for name in ("count_uses", "count_step"))
+        )
         (tokens, top_k), decay = ids.shape, cache.decay
-        is_last = layer + 1 == len(cache.expert_to_slot)
-        cuda.jit(code)[1, THREADS](
+        cuda.jit(count_uses)[-(-cache.num_experts // EXPERTS_PER_BLOCK), THREADS](
             cache.short_count[layer], cache.long_count[layer], cache.last_used[layer], cache.step,
             cache.counters, groups.tiles.reshape(-1), groups.num_tiles, groups.order, tokens, top_k,
-            cache.num_experts, int(is_last), 1 / decay.half_life, 1 / decay.long_half_life,
+            cache.num_experts, 1 / decay.half_life, 1 / decay.long_half_life,
         )  # fmt: skip
+        if layer + 1 == len(cache.expert_to_slot):
+            cuda.jit(count_step)[1, 32](cache.step)
 
 
 @pytest.mark.parametrize("name", SIMULATED)
@@ -56,9 +70,10 @@ def test_the_kernel_counts_like_the_reference(name: str, rng: np.random.Generato
 
 def test_the_compiled_kernel_matches_its_contract() -> None:
     contract = COUNT_USES.contract
-    assert contract.entry == COUNT_USES.name == "count_uses" and contract.block == 1024
+    assert contract.entry == COUNT_USES.name == "count_uses" and contract.block == 256
+    assert COUNT_STEP.contract.entry == COUNT_STEP.name == "count_step"
     assert [p.name for p in contract.params if not p.is_array] == [
-        "num_tokens", "top_k", "num_experts", "is_last_layer", "rate", "long_rate",
+        "num_tokens", "top_k", "num_experts", "rate", "long_rate",
     ]  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from osmium.cuda.driver import Device
 from osmium.cuda.memory import DevicePool
-from osmium.cuda.stream import SPILL_PROBE_BYTES, CudaRuntime, measure_vram_rate, spilled_bytes
+from osmium.cuda.rates import SPILL_PROBE_BYTES, measure_vram_rate, spilled_bytes
+from osmium.cuda.stream import CudaRuntime
 from osmium.errors import CudaError
 
 VRAM_GB_S, LINK_GB_S = 1000.0, 50.0

@@ -154,7 +154,7 @@ def normed_rows(ops: Ops, x: Any, w: Any, eps: float = 1e-6) -> MatmulInput:
 def new_rows(ops: Ops, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
     """An unwritten matmul input: NaN in every format."""
     result = ops.empty_input(tokens, width, eps)
-    for array in (result.f32, result.hi_lo, result.square_sums):
+    for array in (result.f32, result.hi_lo, result.square_sums, result.digits, result.units):
         if array is not None:
             ops.memset(array, 0xFF)
     return result
@@ -938,13 +938,10 @@ def expert_part(
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
         grouped = GroupedExperts(ExpertGroups(*(a[name] for name in shapes)), a["pair_out"])
-        h, host_experts = (
-            normed_rows(ops, a["x"], a["norm"]),
-            HostExperts(layout, a["host_experts"]),
-        )
+        host_experts = HostExperts(layout, a["host_experts"])
+        with ops.prefill():
+            h = normed_rows(ops, a["x"], a["norm"])
         ops.group_by_expert(grouped.groups, a["ids"], size.experts, a["part_slots"][0])
-        if bits != 16:
-            ops.prepare_digits(h)
         rows = (grouped, new_rows(ops, ids.size, inner), h, a["ids"], layout)
         ops.expert_part(*rows, a["resident"], a["part_slots"][0])
         for number, part in enumerate(parts, 1):

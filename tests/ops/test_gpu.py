@@ -1,5 +1,6 @@
 """Every operation on a GPU against its reference: the interpreter's cases and larger ones."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from osmium.cuda.stream import CudaRuntime, Stream
 from osmium.experts.cache import make_cache, resident, verify
 from osmium.experts.prefetch import MIN_BULK_COPY_CC
 from osmium.ops import HostExperts, LinearWeight, PrefetchState, SlotAssignment
@@ -59,6 +61,41 @@ def test_a_kernel_computes_its_reference_operation(
     for output, kind in case.writes.items():
         assert compare(found[output], wanted[output], kind) <= allowed(kind), output
         assert found[output].tobytes() == repeated[output].tobytes(), f"{output}: other bits"
+
+
+DIGIT_CASES = [
+    name
+    for name in ALL
+    if re.search(r"int[48]_(moe_)?gemm|expert_part|(linear|experts) int[48], lab", name)
+    and "bf16" not in name
+]
+"""Cases that launch gemm_digits.ptx, or gemm_wgmma.ptx in its place."""
+
+
+@pytest.mark.parametrize("name", DIGIT_CASES)
+def test_wgmma_does_not_change_a_bit(
+    rng: np.random.Generator, gpu: GpuOps, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not gpu.runtime.has_wgmma:
+        pytest.skip("only compute capability 9.0 has wgmma")
+    launched: set[str] = set()
+    launch = Stream.launch
+
+    def recording_launch(stream: Stream, kernel: Any, grid: Any, values: Any) -> None:
+        launched.add(kernel.name)
+        launch(stream, kernel, grid, values)
+
+    monkeypatch.setattr(Stream, "launch", recording_launch)
+    case = ALL[name](rng)
+    with gpu.prefill():
+        found = run(case, gpu)
+        assert any("_wgmma_" in kernel for kernel in launched)
+        launched.clear()
+        monkeypatch.setattr(CudaRuntime, "has_wgmma", False)
+        wanted = run(case, gpu)
+    assert not any("_wgmma_" in kernel for kernel in launched)
+    for output in case.writes:
+        assert found[output].tobytes() == wanted[output].tobytes(), output
 
 
 @pytest.mark.parametrize("form", ["bf16", "int8", "int4"])

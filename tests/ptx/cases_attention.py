@@ -178,8 +178,15 @@ def delta(
     return make
 
 
-def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts, ended: Counts = ()) -> Make:
-    """One row per sequence; the states of a sequence without context are NaN.
+def delta_net(
+    heads: Counts,
+    dims: Counts,
+    hidden: int,
+    past: Counts,
+    lengths: Counts | None = None,
+    ended: Counts = (),
+) -> Make:
+    """One row per sequence, or chunks; the states of a sequence without context are NaN.
 
     The sequences `ended` have no state slot.
     """
@@ -187,9 +194,9 @@ def delta_net(heads: Counts, dims: Counts, hidden: int, past: Counts, ended: Cou
     def make(rng: np.random.Generator) -> Case:
         size = replace(
             TINY, key_heads=heads[0], value_heads=heads[1], key_dim=dims[0], value_dim=dims[1],
-            hidden=hidden, lengths=(1,) * len(past), past=past,
+            hidden=hidden, lengths=lengths or (1,) * len(past), past=past,
         )  # fmt: skip
-        case = cases.CASES["delta_net"](rng, size)
+        case = cases.CASES["delta_net, chunks" if lengths else "delta_net"](rng, size)
         a = case.arrays
         _end(a, ended, a["state"], a["inputs"])
         return case
@@ -253,6 +260,7 @@ CASES: dict[str, Make] = {
     "split kv fp8 128, newest far": split_kv(128, 2, 1, 64, 1, (130,), "fp8", 128),
     "split kv 128, again and again": split_kv(128, 4, 2, 32, 8, (31, 63), turns=3),
     "split kv fp8 256, again and again": split_kv(256, 2, 1, 32, 8, (32, 64), "fp8", 64, 3),
+    "split_kv of digits 96, nine rows": split_kv(96, 4, 2, 4, 9, tuple(range(9))),
     "split kv 32, of nine by themselves": split_kv(32, 2, 1, 4, 9, tuple(range(9))),
     "causal_conv1d, one row": conv((1, 2), (32, 32), (1,), (0,)),
     "causal_conv1d, a block's rows": conv((1, 1), (32, 64), (16, 17), (7, 0)),
@@ -309,11 +317,14 @@ CASES: dict[str, Make] = {
     "delta_net 96x64, a row in two": delta_net((1, 1), (96, 64), 4104, (6,)),
     "delta_net 128x128": delta_net((1, 3), (128, 128), 64, (1, 0, 5)),
     "delta_net 32x32, nine": delta_net((1, 1), (32, 32), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8)),
-    "delta_net 64x96, without slots": delta_net((1, 3), (64, 96), 200, (4, 0, 1), (0, 2)),
-    "delta_net 128x128, without slots": delta_net((1, 3), (128, 128), 64, (1, 0, 5), (1, 2)),
-    "delta_net 128x128, no slot at all": delta_net((1, 1), (128, 128), 64, (0, 0), (0, 1)),
+    "delta_net of digits 32x32, nine": delta_net((1, 4), (32, 32), 64, tuple(range(9))),
+    "delta-net of digits 32x32, 31 rows": delta_net((1, 4), (32, 32), 64, (0, 5), (30, 1)),
+    "delta-net of digits 128x128, 33 rows": delta_net((1, 3), (128, 128), 64, (3,), (33,)),
+    "delta_net 64x96, without slots": delta_net((1, 3), (64, 96), 200, (4, 0, 1), ended=(0, 2)),
+    "delta_net 128x128, without slots": delta_net((1, 3), (128, 128), 64, (1, 0, 5), ended=(1, 2)),
+    "delta_net 128x128, no slot at all": delta_net((1, 1), (128, 128), 64, (0, 0), ended=(0, 1)),
     "delta_net 128x128, nine without slots": delta_net(
-        (1, 1), (128, 128), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8), (0, 1, 5)
+        (1, 1), (128, 128), 64, (7, 0, 1, 2, 3, 4, 5, 6, 8), ended=(0, 1, 5)
     ),
     "rms_norm 8, a thread": norm(8),
     "rms_norm 3080, two turns": norm(3080),

@@ -6,13 +6,22 @@ times, with every group size of scales. Packed experts end in a partial 16 KiB s
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops import ExpertCache, HostExperts, LinearWeight, Ops, PrefetchState, SlotAssignment
+from osmium.ops import (
+    ExpertCache,
+    HostExperts,
+    LinearWeight,
+    Ops,
+    PrefetchState,
+    SharedExpert,
+    SlotAssignment,
+)
 from osmium.ops.types import (
     FETCH_BLOCKS,
     FETCH_SEGMENT_BYTES,
@@ -28,6 +37,7 @@ from tests.ops.cases import (
     TINY,
     Arrays,
     Case,
+    allowed,
     expert_tolerance,
     experts_call,
     matrix_tolerance,
@@ -74,8 +84,10 @@ def linear(form: str, tokens: int, rows: int, columns: int, group: int = 0) -> M
     return make
 
 
-def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> Make:
-    """linear of normed rows, and linear_add_rms_norm.
+def fused(
+    form: str, tokens: int, rows: int, columns: int, gain: float = 1, prefill: bool = False
+) -> Make:
+    """linear of normed rows, and linear_add_rms_norm; in a step, or in a prefill of few rows.
 
     One token's x may be all zeros; the others differ widely in scale.
     """
@@ -94,7 +106,7 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
         }
         group = 128 if form == "int4" else 0
 
-        def call(ops: Ops, a: dict[str, Any]) -> None:
+        def multiply(ops: Ops, a: dict[str, Any]) -> None:
             matrix = LinearWeight(form, rows, columns, a["w"], a.get("scale"), group)  # type: ignore[arg-type]
             ops.linear(a["out"], normed_rows(ops, a["x"], a["norm"]), matrix)
             if rows % 8 == 0:
@@ -102,15 +114,21 @@ def fused(form: str, tokens: int, rows: int, columns: int, gain: float = 1) -> M
                 ops.linear_add_rms_norm(a["more"], rows_of(ops, a["x"]), matrix, h, a["following"])
                 read_rows(ops, a["next"], h)
 
-        kind = matrix_tolerance(form, tokens, columns, group, rows)
+        def call(ops: Ops, a: dict[str, Any]) -> None:
+            with ops.prefill() if prefill else nullcontext():
+                multiply(ops, a)
+
+        kind = matrix_tolerance(form, max(tokens, 9 * prefill), columns, group, rows)
         more = {"more": kind, "next": kind} if rows % 8 == 0 else {}
         return Case(arrays, call, {"out": kind, **more})
 
     return make
 
 
-def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
-    """gate_up_silu of a matrix [2 * inner, columns]."""
+def gated(
+    form: str, tokens: int, inner: int, columns: int, down_form: str = "bf16", rows: int = 0
+) -> Make:
+    """gate_up_silu of a matrix [2 * inner, columns]; then `down` [rows, inner], if it has rows."""
 
     def make(rng: np.random.Generator) -> Case:
         arrays = linear(form, tokens, 2 * inner, columns)(rng).arrays
@@ -119,13 +137,26 @@ def gated(form: str, tokens: int, inner: int, columns: int) -> Make:
         x = arrays["x"] * np.float32(1e-2)
         hi = f32_from_bf16(bf16_from_f32(x))
         arrays["x"] = hi + f32_from_bf16(bf16_from_f32(x - hi))
+        group = 128 if down_form == "int4" else 0
+        if rows:
+            second = linear(down_form, tokens, rows, inner, group)(rng).arrays
+            arrays |= {f"down {name}": array for name, array in second.items() if name != "x"}
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
-            matrix = LinearWeight(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
+            up = LinearWeight(form, 2 * inner, columns, a["w"], a.get("scale"))  # type: ignore[arg-type]
+            data, scale = a.get("down w"), a.get("down scale")
+            down = LinearWeight(down_form, rows, inner, data, scale, group)  # type: ignore[arg-type]
             out = new_rows(ops, tokens, inner)
-            ops.gate_up_silu(out, rows_of(ops, a["x"]), matrix, a["both"])
-            read_rows(ops, a["inner"], out)
+            ops.gate_up_silu(out, rows_of(ops, a["x"]), SharedExpert(up, down, 0), a["both"])
+            if rows:
+                ops.linear(a["down out"], out, down)
+            else:
+                read_rows(ops, a["inner"], out)
 
+        if rows:
+            kind = matrix_tolerance(down_form, tokens, inner, group, rows)
+            up_kind = matrix_tolerance(form, tokens, columns)
+            return Case(arrays, call, {"down out": max(kind, up_kind, key=allowed)})
         return Case(arrays, call, {"inner": "f32"})
 
     return make
@@ -388,14 +419,22 @@ CASES: dict[str, Make] = {
     "int4_gemm 9x130x128": fused("int4", 9, 130, 128, 1e-6),
     "int4_gemm 65x144x640": fused("int4", 65, 144, 640, 1e4),
     "int4_gemm 31x16x3200": fused("int4", 31, 16, 3200),
+    "int4_gemm 1x16x256, a prefill": fused("int4", 1, 16, 256, prefill=True),
+    "int8_gemm 3x24x128, a prefill": fused("int8", 3, 24, 128, prefill=True),
     "int8_gemm 9x130x128": fused("int8", 9, 130, 128, 1e4),
     "int8_gemm 65x144x640": fused("int8", 65, 144, 640),
     "int8_gemm 33x6x384": linear("int8", 33, 6, 384),
-    "bf16_gemm 65x144x640": fused("bf16", 65, 144, 640),
-    "bf16_gemm 9x257x96": fused("bf16", 9, 257, 96, 1e4),
-    "bf16_gemm 31x259x32": linear("bf16", 31, 259, 32),
-    "bf16_gemm_small 11x35x64": fused("bf16", 11, 35, 64, 1e-6),
-    "bf16_gemm_small 33x120x288": fused("bf16", 33, 120, 288),
+    "int8_matvec 11x128x64, the norm with digits": fused("int8", 11, 128, 64),
+    "bf16_gemm 65x328x640": fused("bf16", 65, 328, 640),
+    "bf16_gemm 9x385x96": fused("bf16", 9, 385, 96, 1e4),
+    "bf16_gemm 31x323x32": linear("bf16", 31, 323, 32),
+    "bf16_gemm 33x336x288": fused("bf16", 33, 336, 288, 1e-6),
+    "bf16_gemm_narrow 9x1x32": fused("bf16", 9, 1, 32, 1e4),
+    "bf16_gemm_narrow 65x144x640": fused("bf16", 65, 144, 640),
+    "bf16_gemm_narrow 31x257x160": fused("bf16", 31, 257, 160),
+    "bf16_gemm_narrow 33x120x1312": fused("bf16", 33, 120, 1312, 1e-6),
+    "bf16_gemm_narrow 1x64x544, a prefill": fused("bf16", 1, 64, 544, prefill=True),
+    "bf16_gemm_narrow 12x35x512": linear("bf16", 12, 35, 512),
     "bf16_expert 3 tokens": experts(16, 3, 2, 24, 16),
     "bf16_expert many inputs up": experts(16, 1, 3, 264, 24),
     "bf16_expert many inputs down": experts(16, 1, 3, 24, 272),
@@ -425,6 +464,9 @@ CASES: dict[str, Make] = {
     "gated_up int8 3x152x128": gated("int8", 3, 152, 128),
     "gated_up int8 9x16x64": gated("int8", 9, 16, 64),
     "gated_up bf16 2x8x64": gated("bf16", 2, 8, 64),
+    "gated_up_digits int8 33x384x128": gated("int8", 33, 384, 128, "int8", 10),
+    "gated_up_digits bf16 31x128x64, int4": gated("bf16", 31, 128, 64, "int4", 6),
+    "gated_up_digits int8 9x128x64, bf16": gated("int8", 9, 128, 64, "bf16", 3),
     "int4_expert 11 experts, a warp takes two": experts(4, 2, 11, 32, 64),
     "int4_expert 9 tokens": experts(4, 9, 2, 64, 320),
     "topk_softmax all of one": topk_softmax(1, 1, 1, 0),

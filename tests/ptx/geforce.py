@@ -165,10 +165,11 @@ def launches(model: str, card: Card, tokens: int, past: int) -> list[Launch]:
 
 
 def report_kernels() -> dict[str, Kernel]:
-    """The prefill kernels by name, hand-written and compiled."""
+    """The prefill kernels of all targets by name, hand-written and compiled."""
     compiled = {one.name: one for one in (COUNT_USES, EXPERT_HISTOGRAM, GROUP_BY_EXPERT)}
     written = {name: kernel(name) for name in NAMES if name.startswith(PREFIXES)}
-    return written | compiled
+    on_all = {name: one for name, one in written.items() if {*TARGETS} <= {*one.contract.targets}}
+    return on_all | compiled
 
 
 def assemble_all(kernels: Mapping[str, Kernel], ptxas: str, disassembler: str | None) -> Made:

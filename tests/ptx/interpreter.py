@@ -8,7 +8,7 @@ Blocks start in random order, a few at once, and interleave at random. A block t
 acquiring load yields to others and lets one more start, so all blocks of a launch are resident.
 Relaxed stores become visible late, to a later load. Bulk copies are as late as allowed: bytes land
 when a thread tries their barrier. Shared memory is read, and global memory stored, when the copy's
-group is waited for.
+group is waited for. wgmma is in flight until its wait (tests/ptx/wgmma.py).
 
 It supports the instructions of the kernels in ptx/ and refuses all others. It reports out-of-bounds
 and misaligned access, and reads of unwritten memory or registers. It also reports lanes missing at
@@ -29,8 +29,10 @@ import numpy.typing as npt
 
 from osmium.kernels.ptx import Kernel
 from osmium.ops import Fill
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
+from tests.ptx.faults import PtxFault
 from tests.ptx.stand_ins import STAND_INS
+from tests.ptx.wgmma import AsyncProxy, Product, Products, matrix_units, sums_of
 
 __all__ = ["InterpretedArray", "InterpretedRuntime", "PtxFault"]
 
@@ -56,10 +58,6 @@ TYPES: dict[str, np.dtype[Any]] = {
         "b64": np.uint64, "u64": np.uint64, "s64": np.int64,
     }.items()
 }  # fmt: skip
-
-
-class PtxFault(AssertionError):
-    """A fault of a kernel, or an instruction that the interpreter does not support."""
 
 
 # -- memory ----------------------------------------------------------------------------------------
@@ -155,6 +153,8 @@ class Shared(Block):
         self.barriers: dict[int, Barrier] = {}
         """By offset."""
         self.loads: list[tuple[Barrier, npt.NDArray[np.int64], npt.NDArray[np.uint8]]] = []
+        self.proxy: AsyncProxy | None = None
+        """Of kernels with wgmma."""
 
     def land(self, rng: np.random.Generator, where: str) -> None:
         """Let bulk copies land at random, in any order."""
@@ -171,6 +171,8 @@ class Shared(Block):
         """Raises: PtxFault if a block ends before its copies."""
         if self.loads or any(barrier.nbytes for barrier in self.barriers.values()):
             raise PtxFault(f"{self.name}: its block has left, and bytes are still to come")
+        if self.proxy is not None:
+            self.proxy.leave()
 
 
 @dataclass(eq=False)
@@ -251,13 +253,18 @@ class InterpretedRuntime:
     l2 = 1 << 20
 
     def __init__(
-        self, seed: int = 0, without: tuple[str, int] | None = None, pdl: bool = False
+        self,
+        seed: int = 0,
+        without: tuple[str, int] | None = None,
+        pdl: bool = False,
+        has_wgmma: bool = False,
     ) -> None:
         """`without` is an entry and the number of its barrier to leave out.
 
         With `pdl` kernels run as with programmatic dependent launch. Reading what the previous
-        kernel wrote before the wait is then a fault.
+        kernel wrote before the wait is then a fault. `has_wgmma`: a GPU of compute capability 9.0.
         """
+        self.has_wgmma = has_wgmma
         self.blocks: list[Block] = []
         self.prefetched: list[int] = []
         """Addresses requested by prefetch.global.L2, with repetitions."""
@@ -372,6 +379,8 @@ def _check(block: Block, at: npt.NDArray[np.int64], size: int, w: "Warp", *, rea
             rows = at[:, None] + np.arange(size)
             if np.isin(rows // 8, [at // 8 for at in w.shared.barriers]).any():
                 raise PtxFault(f"{w.where}: a barrier is there")
+        if w.shared.proxy is not None and not read:
+            w.shared.proxy.check_store(at, w.where)
     elif not w.waited:
         last = w.machine.stream.launches - 1
         if last and block.launch is not None:
@@ -414,6 +423,7 @@ class Program:
     """Offsets of shared arrays."""
     shared: int = 0
     params: dict[str, np.dtype[Any]] = field(default_factory=dict)
+    has_wgmma: bool = False
 
 
 KINDS = {"bra": "bra", "bra.uni": "uni", "ret": "ret", "exit": "ret",
@@ -498,6 +508,9 @@ class Warp:
         block: tuple[int, int, int], grid: tuple[int, int, int], threads: int, index: int,
     ) -> None:  # fmt: skip
         self.program, self.values, self.machine, self.shared = program, values, machine, shared
+        self.index = index
+        self.products = None if shared.proxy is None else Products(shared.proxy, index)
+        """wgmma in flight."""
         self.types = program.registers
         lane = np.arange(LANES, dtype=np.uint32)
         self.special: dict[str, Values] = {
@@ -545,6 +558,8 @@ class Warp:
         groups = [group for of_lane in self.stores.values() for group in of_lane]
         if not all(store.read for group in groups for store in group):
             raise PtxFault(f"{self.program.name}: a warp has left; its bulk copies may still read")
+        if self.products is not None:
+            self.products.leave(self.program.name)
 
     def read(self, name: str, mask: Mask) -> Values:
         """A register's 32 values; all must be defined where the mask is set."""
@@ -565,10 +580,16 @@ class Warp:
         if name == "%globaltimer":
             self.machine.stream.clock += self.machine.stream.tick
             return np.full(LANES, self.machine.stream.clock, np.uint64)
+        if self.products is not None:
+            self.products.check(name, self.where)
         raise PtxFault(f"{self.where}: {name} was never written")
 
     def write(self, name: str, value: Values, mask: Mask) -> None:
         """Set a register where the mask is set."""
+        if self.products is not None:
+            if name in self.products.values:
+                self.products.check(name, self.where)
+            self.products.unfenced.add(name)
         dtype = self.types.get(name)
         if value.dtype is not dtype:
             if dtype is None:
@@ -834,6 +855,8 @@ class InterpretedStream:
         Yields whether it polls, until it exits.
         """
         shared = Shared(program.shared + dynamic, f"{program.name}'s shared memory")
+        if program.has_wgmma:
+            shared.proxy = AsyncProxy(shared.nbytes, threads // LANES)
         warps = [
             Warp(program, values, self.machine, shared, block, grid, threads, i)
             for i in range(threads // LANES)
@@ -995,6 +1018,7 @@ def _compile(program: Program, line: str) -> Run:
         "mma": _mma, "cp": _copy, "atom": _atomic, "redux": _redux, "bar": _warp,
         "griddepcontrol": _dependent, "ldmatrix": _matrices, "movmatrix": _transpose,
         "fence": _fence, "trap": _trap, "prefetch": _prefetch, "mbarrier": _barrier,
+        "wgmma": _wgmma,
     }  # fmt: skip
     try:
         if base in special:
@@ -1118,6 +1142,60 @@ def _mma(program: Program, parts: list[str], args: list[str]) -> Run:
     return run
 
 
+def _wgmma(program: Program, parts: list[str], args: list[str]) -> Run:
+    """wgmma with A from registers, as those of mma, and B from shared memory; see wgmma.py."""
+    how, program.has_wgmma = parts[0], True
+    if parts[1:3] != ["sync", "aligned"] or (len(parts) > 3) != (how == "mma_async"):
+        raise KeyError(".".join(parts))
+
+    def products(w: Warp, m: Mask) -> Products:
+        if m is not None:
+            raise PtxFault(f"{w.where}: lanes are missing at a wgmma")
+        assert w.products is not None, "the program has wgmma"
+        return w.products
+
+    if how == "fence":
+        return lambda w, m: products(w, m).fence()
+    if how == "commit_group":
+        return lambda w, m: products(w, m).groups.append([])
+    if how == "wait_group":
+        left = int(args[0])
+        return lambda w, m: w.registers.update(products(w, m).wait(left))
+    shape = re.fullmatch(r"m64n(\d+)k32", parts[3])
+    if how != "mma_async" or shape is None or parts[4:] != ["s32", "s8", "s8"]:
+        raise KeyError(".".join(parts))
+    n = int(shape[1])
+    sums, inputs = ([name.strip() for name in arg.strip("{}").split(",")] for arg in args[:2])
+    if len(sums) != n // 2 or len(inputs) != 4 or len({*sums, *inputs}) != n // 2 + 4:
+        raise ValueError("registers of a fragment")
+    descriptor = _operand(program, args[2], TYPES["u64"])
+    accumulates = _operand(program, args[3], TYPES["pred"])
+    first, _ = _fragments(4)
+
+    def run(w: Warp, m: Mask) -> None:
+        there = products(w, m)
+
+        def value(name: str) -> Values:
+            return there.values[name] if name in there.values else w.read(name, m)
+
+        matrices, adds = (set(one(w, m).tolist()) for one in (descriptor, accumulates))
+        if len(matrices) > 1 or len(adds) > 1:
+            raise PtxFault(f"{w.where}: lanes differ in the matrix, or in whether they accumulate")
+        (matrix,), (adding,) = matrices, adds
+        units = matrix_units(matrix, n, w.where).reshape(-1)
+        _check(w.shared, 16 * units, 16, w, read=True)
+        after = {name: value(name).view(np.uint32) for name in inputs}
+        x = np.concatenate([after[name] for name in inputs]).view(np.int8).astype(np.float64)
+        y = w.shared.take(16 * units, 16).view(np.int8).reshape(n, 32).astype(np.float64)
+        for name, part in zip(sums, sums_of(x[first] @ y.T), strict=True):
+            after[name] = (part + value(name).view(np.int32) if adding else part).astype(np.uint32)
+        there.issue(Product((*sums, *inputs), units), after, matrix, w.where)
+        for name in (*sums, *inputs):
+            w.registers.pop(name, None)
+
+    return run
+
+
 def _fragments(each: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """Positions of the values of a [16, 8 n] and b [8 n, 8] among the joined registers:
 
@@ -1200,6 +1278,10 @@ def _fence(program: Program, parts: list[str], args: list[str]) -> Run:
         for barrier in w.shared.barriers.values():
             warp, lane = barrier.maker
             barrier.fenced |= warp is w and (m is None or bool(m[lane]))
+        if w.shared.proxy is not None:
+            if m is not None:
+                raise PtxFault(f"{w.where}: lanes are missing at a fence before wgmma")
+            w.shared.proxy.fence(w.index)
 
     return proxy if parts[0] == "proxy" else lambda w, m: w.settled()
 
@@ -1412,6 +1494,8 @@ def _store(program: Program, parts: list[str], args: list[str]) -> Run:
             w.machine.stream.late += [(block, *one) for one in zip(rows, raw, strict=True)]
             return
         block.set(at, data.reshape(-1).view(WORDS[size]), w.machine.stream.launches)
+        if block is w.shared and w.shared.proxy is not None:
+            w.shared.proxy.store(at, w.index)
 
     return store
 
@@ -1491,6 +1575,8 @@ def _copy(program: Program, parts: list[str], args: list[str]) -> Run:
             while len(w.copies) > left + 1:
                 for there, data in w.copies.pop(0):
                     w.shared.set(there, data, 0)
+                    if w.shared.proxy is not None:
+                        w.shared.proxy.store(there, w.index)
 
         return wait
     size = int(args[2])
@@ -1701,6 +1787,16 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
             w.write(args[0], np.where(nan, np.uint32(0x7FFF), rounded).astype(np.uint16), m)
 
         return narrow
+    if to == "f16x2" and source == "e4m3x2":
+        if modes != ["rn"]:
+            raise KeyError(".".join(parts))
+        codes = _operand(program, args[1], TYPES["u16"])
+
+        def widen(w: Warp, m: Mask) -> None:
+            pair = f32_from_e4m3(codes(w, m).view(np.uint8)).astype(np.float16)
+            w.write(args[0], pair.view(np.uint32), m)
+
+        return widen
     if to in ("f16x2", "bf16x2"):  # the second operand is the lower half
         if modes != ["rn"] or source != "f32":
             raise KeyError(".".join(parts))

@@ -21,7 +21,7 @@ from tests.ptx.test_contracts import find_ptxas
 
 ROOT = Path(__file__).resolve().parents[2]
 
-PDL_TARGETS = ("sm_90", "sm_100", "sm_120")
+PDL_TARGETS = ("sm_90", "sm_90a", "sm_100", "sm_120")
 """Targets on which the engine launches the text with programmatic dependent launch."""
 
 READ_TEXTS = """

@@ -28,8 +28,11 @@ class ShapeRuntime:
 
     l2 = 48 << 20
 
-    def __init__(self, sm_count: int = 132, max_shared_per_block: int = 227 << 10) -> None:
+    def __init__(
+        self, sm_count: int = 132, max_shared_per_block: int = 227 << 10, has_wgmma: bool = False
+    ) -> None:
         self.sm_count, self.max_shared_per_block = sm_count, max_shared_per_block
+        self.has_wgmma = has_wgmma
         self.stream = self
         self.launches: list[Launch] = []
 

@@ -79,20 +79,24 @@ def _count_uses(values: tuple[Any, ...]) -> None:
     short_count, long_count, last_used, step, counters, tiles, num_tiles, order = (
         value.numpy() for value in values[:8]
     )
-    tokens, top_k, experts, is_last, rate, long_rate = values[8:]
+    tokens, top_k, experts, rate, long_rate = values[8:]
     pairs = order[: tokens * top_k]
     ids = np.empty(pairs.size, np.uint16)
     for _, start, rows, expert in tiles[: num_tiles[0]].tolist():
         ids[pairs[start : start + rows]] = expert
     unused: Any = None
-    layers = 1 if is_last else 2
-    cache = ExpertCache(
+    cache = ExpertCache(  # of two layers: the first leaves the step as it is
         ExpertLayout(16, 8, 8), experts, DecayConfig(1 / rate, 1 / long_rate, 1.0, 0), (),
-        np.empty((layers, experts)), unused, short_count[None], long_count[None], last_used[None],
+        np.empty((2, experts)), unused, short_count[None], long_count[None], last_used[None],
         step, counters,
     )  # fmt: skip
     groups = ExpertGroups(order, unused, tiles, num_tiles, unused)
     ReferenceOps().count_uses(groups, cache, 0, ids.reshape(tokens, top_k))
+
+
+def _count_step(values: tuple[Any, ...]) -> None:
+    """tests/nogpu/test_count_uses.py compares the kernel with the reference."""
+    values[0].numpy()[0] += 1
 
 
 def _sample_token(values: tuple[Any, ...]) -> None:
@@ -207,6 +211,7 @@ def _top_logprobs(values: tuple[Any, ...]) -> None:
 STAND_INS: dict[str, Callable[[tuple[Any, ...]], None]] = {
     "adjust_logits": _adjust_logits,
     "assign_slots": _assign_slots,
+    "count_step": _count_step,
     "count_uses": _count_uses,
     "expert_histogram": lambda values: None,
     "group_by_expert": _group_by_expert,

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from osmium.ops import ExpertGroups, GroupedExperts, LinearWeight
 from osmium.ops.gpu import GpuOps
@@ -13,14 +14,21 @@ from tests.ops.cases import new_rows, normed_rows, packed_experts, rows_of
 from tests.ptx.interpreter import InterpretedRuntime
 
 Array = npt.NDArray[Any]
-ROWS, N, K = 65, 131, 160
+ROWS = 65
 
-GPUS = {
+GPUS: dict[tuple[int, int], tuple[str, int]] = {
     (3, 99): ("bf16_gemm_f32", 3),
     (3, 227): ("bf16_gemm_f32", 5),
     (132, 227): ("bf16_gemm_small_f32", 5),
 }
 """Kernel and stages of 65 rows, by multiprocessors and KiB of shared memory per block."""
+
+NARROW_GPUS: dict[tuple[int, int], tuple[str, int]] = {
+    (3, 99): ("bf16_gemm_narrow_f32", 3),
+    (132, 227): ("bf16_gemm_narrow_f32", 5),
+    (108, 163): ("bf16_gemm_narrow_f32", 5),
+}
+"""The same for a matrix of few rows."""
 
 
 def gpu(seed: int, sm_count: int = 3, max_shared: int = 99) -> tuple[GpuOps, set[tuple[str, int]]]:
@@ -40,18 +48,18 @@ def gpu(seed: int, sm_count: int = 3, max_shared: int = 99) -> tuple[GpuOps, set
 
 
 class Matrix:
-    """A matrix [N, K], its inputs and a residual."""
+    """A matrix [n, k], its inputs and a residual."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.w = bf16_from_f32(rng.standard_normal((N, K), np.float32))
-        self.x = rng.standard_normal((ROWS, K), np.float32)
-        self.norm = rng.standard_normal(K, np.float32)
-        self.residual = rng.standard_normal((ROWS, N), np.float32)
+    def __init__(self, rng: np.random.Generator, n: int, k: int) -> None:
+        self.w = bf16_from_f32(rng.standard_normal((n, k), np.float32))
+        self.x = rng.standard_normal((ROWS, k), np.float32)
+        self.norm = rng.standard_normal(k, np.float32)
+        self.residual = rng.standard_normal((ROWS, n), np.float32)
 
     def multiply(self, ops: GpuOps, rows: Array, columns: slice = slice(None)) -> tuple[Array, ...]:
         """linear of normed rows, and the residual plus linear of the rows."""
         part = np.ascontiguousarray(self.w[columns])
-        w = LinearWeight("bf16", len(part), K, ops.to_device(part))
+        w = LinearWeight("bf16", part.shape[0], part.shape[1], ops.to_device(part))
         x = ops.to_device(self.x[rows])
         out = ops.empty((len(rows), len(part)), np.float32)
         more = ops.to_device(self.residual[rows, columns])
@@ -60,23 +68,31 @@ class Matrix:
         return np.array(ops.copy_d2h(out)), np.array(ops.copy_d2h(more))
 
 
+@pytest.mark.parametrize(
+    ("gpus", "n", "k", "columns"),
+    [(GPUS, 385, 160, slice(63, 384)), (NARROW_GPUS, 131, 672, slice(63, 130))],
+)
 def test_a_rows_bits_depend_on_no_other_row_or_column_nor_on_blocks(
     rng: np.random.Generator,
+    gpus: dict[tuple[int, int], tuple[str, int]],
+    n: int,
+    k: int,
+    columns: slice,
 ) -> None:
-    matrix, rows = Matrix(rng), np.arange(ROWS)
+    matrix, rows = Matrix(rng, n, k), np.arange(ROWS)
     whole = None
-    for seed, (size, wanted) in enumerate(GPUS.items()):
+    for seed, (size, wanted) in enumerate(gpus.items()):
         ops, launched = gpu(seed, *size)
         found = matrix.multiply(ops, rows)
         assert launched == {wanted}
         whole = whole or found
         assert all(a.tobytes() == b.tobytes() for a, b in zip(found, whole, strict=True)), wanted
     assert whole is not None and np.isfinite(whole).all()
-    parts = (rng.permutation(ROWS)[:9], slice(0, N)), (np.arange(32, 65), slice(63, 130))
-    for some, columns in parts:
-        found = matrix.multiply(gpu(1)[0], some, columns)
+    parts = (rng.permutation(ROWS)[:9], slice(0, n)), (np.arange(32, 65), columns)
+    for some, chosen in parts:
+        found = matrix.multiply(gpu(1)[0], some, chosen)
         for part, all_rows in zip(found, whole, strict=True):
-            assert part.tobytes() == all_rows[some, columns].tobytes()
+            assert part.tobytes() == all_rows[some, chosen].tobytes()
 
 
 class Experts:

@@ -232,7 +232,7 @@ def host_of(engine: ScriptedEngine | Engine) -> BackgroundLoader:
 
 @contextmanager
 def client_of(
-    engine: ScriptedEngine | OsmiumError | None = None, **options: Any
+    engine: ScriptedEngine | Engine | OsmiumError | None = None, **options: Any
 ) -> Iterator[TestClient]:
     """A client of an app over an engine; with an error, loading fails with it."""
 

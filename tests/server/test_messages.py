@@ -103,6 +103,8 @@ def message_of(events: list[dict[str, Any]]) -> dict[str, Any]:
     pieces: list[str] = []
     is_open = False
     for event in blocks:
+        if event["type"] == "ping":  # a slow response has more of them
+            continue
         if event["type"] == "content_block_start":
             assert not is_open and event["index"] == len(content)
             content.append(event["content_block"])

@@ -292,7 +292,7 @@ def test_ptxas_report_prints_a_kernel() -> None:
         pytest.skip("ptxas is not installed; it is of the dev extra")
     title, row = done.stdout.splitlines()
     assert (
-        title.split()[0] == "kernel" and row.split()[0] == "embed_bf16" and len(row.split()) == 10
+        title.split()[0] == "kernel" and row.split()[0] == "embed_bf16" and len(row.split()) == 11
     )
 
 
