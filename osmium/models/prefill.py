@@ -16,9 +16,9 @@ from osmium.experts.streaming import PrefillExperts, pair_bytes
 from osmium.models.scratch import aligned_bytes
 from osmium.models.state import ModelState
 from osmium.models.workspace import Workspace, cut_bytes
-from osmium.ops import Array, MatmulInput, Ops, StepInputs
+from osmium.ops import Array, LinearWeight, MatmulInput, Ops, StepInputs
 from osmium.ops.grouped import TILE_ROWS
-from osmium.ops.tiling import input_shapes, supports_grouped_experts
+from osmium.ops.tiling import input_shapes, supports_gemm, supports_grouped_experts
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
@@ -50,12 +50,14 @@ class PrefillRows:
     """u16 [T, A], top-k expert ids; None where experts take the rows of a piece."""
     weights: Array | None = None
     """f32 [T, A], top-k weights."""
+    router_logits: Array | None = None
+    """f32 [T, E + 1], of which the last one is the shared expert's gate."""
 
     def __getitem__(self, part: slice) -> "PrefillRows":
         """A view of some rows."""
-        ids, weights = (None if a is None else a[part] for a in (self.ids, self.weights))
+        routing = (self.ids, self.weights, self.router_logits)
         h = {name: array[part] for name, array in self.h.items()}
-        return PrefillRows(self.x[part], h, ids, weights)
+        return PrefillRows(self.x[part], h, *(None if a is None else a[part] for a in routing))
 
 
 Shapes = dict[str, tuple[tuple[int, ...], type[np.generic]]]
@@ -70,6 +72,7 @@ def _shapes(
         return rows, {}
     rows["ids"] = (tokens, config.top_k), np.uint16
     rows["weights"] = (tokens, config.top_k), np.float32
+    rows["router_logits"] = (tokens, config.num_experts + 1), np.float32
     shapes = input_shapes(tokens, config.hidden_size, True, gpu)
     names = ("hi_lo", "square_sums") if layout.bits == 16 else ("digits", "units")
     return rows, {name: shapes[name] for name in names}
@@ -157,12 +160,15 @@ class PrefillPass:
                             layer.moe.forward(work.x, step, work, layer.moe_norm)
                         else:
                             layer.moe.route(step, work)
-                            if start == total:  # the shared expert runs while the host reads it
-                                experts.group(index, rows.ids, admits)
-                            layer.moe.add_shared(work)
+                            if not self._keeps_input(layer.moe.shared.up):
+                                layer.moe.add_shared(work)
                     if start < total:
                         yield index
                 if experts is not None:
+                    # The host reads the routing while the device computes the shared expert.
+                    experts.group(index, rows.ids, admits)
+                    if self._keeps_input(layer.moe.shared.up):
+                        self._add_shared(layer, work_of, steps, rows)
                     h = MatmulInput(rows.x, eps=self.eps, **rows.h)
                     compute = experts.compute(index, rows.x, h, rows.ids, rows.weights, admits)
                     for goes_on in compute:
@@ -179,6 +185,25 @@ class PrefillPass:
         if self.experts is not None:
             self.experts.invalidate()
 
+    def _keeps_input(self, w: LinearWeight) -> bool:
+        """Whether a pass keeps the form of the experts' input that the shared expert reads."""
+        return supports_gemm(w) and ("hi_lo" in self.rows.h) == (w.format == "bf16")
+
+    def _add_shared(
+        self,
+        layer: Any,
+        work_of: Callable[[int], Workspace],
+        steps: PrefillSteps,
+        rows: PrefillRows,
+    ) -> None:
+        """x += the shared expert, of all rows."""
+        start = 0
+        for step in steps:
+            part = rows[start : start + step.tokens]
+            start += step.tokens
+            with self.ops.prefill():
+                layer.moe.add_shared(_work(work_of(step.tokens), part))
+
     def _mix(
         self, layer: Any, layer_state: Any, work: Workspace, step: StepInputs, embed: Array | None
     ) -> None:
@@ -194,4 +219,6 @@ def _work(work: Workspace, rows: PrefillRows) -> Workspace:
     if rows.ids is None or rows.weights is None:
         return replace(work, x=rows.x)
     h: Any = replace(work.h, **rows.h)
-    return replace(work, x=rows.x, h=h, ids=rows.ids, weights=rows.weights)
+    return replace(
+        work, x=rows.x, h=h, ids=rows.ids, weights=rows.weights, router_logits=rows.router_logits
+    )
