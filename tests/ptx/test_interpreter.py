@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from osmium.kernels.ptx import Kernel, parse
-from osmium.quant.floats import bf16_from_f32, f32_from_bf16
+from osmium.quant.floats import bf16_from_f32, f32_from_bf16, f32_from_e4m3
 from tests.ptx import interpreter
 from tests.ptx.interpreter import InterpretedArray, InterpretedRuntime, PtxFault, Values
 
@@ -850,6 +850,15 @@ def test_bf16_rounding_equals_the_reference(rng: np.random.Generator) -> None:
     nan = np.isnan(value)
     assert np.array_equal(found[~nan], bf16_from_f32(value[~nan]))
     assert nan.sum() >= 4 and np.isnan(f32_from_bf16(found[nan])).all()
+
+
+def test_every_pair_of_e4m3_widens_exactly() -> None:
+    codes = np.arange(256, dtype=np.uint16)
+    pairs = (codes | (255 - codes) << 8).astype(np.uint16)
+    body = "ld.global.nc.u16 %h, [%in0]; cvt.rn.f16x2.e4m3x2 %a, %h; st.global.u32 [%out], %a;"
+    found = run(body, pairs, out=np.uint32, block=256).view(np.float16).reshape(-1, 2)
+    wanted = f32_from_e4m3(np.stack([codes, 255 - codes], axis=1).astype(np.uint8))
+    assert np.array_equal(found.astype(np.float32), wanted, equal_nan=True)
 
 
 def test_every_f16_widens_exactly() -> None:
