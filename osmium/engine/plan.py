@@ -19,9 +19,9 @@ from osmium.engine.prefill_estimate import (
 )
 from osmium.engine.prefill_plan import (
     CPU_CHUNK,
-    PIECE_ROWS,
     RESIDENT_PIECE_ROWS,
     default_chunk,
+    default_piece_rows,
     prefill_bytes,
     step_rows,
     workspace_bytes_of,
@@ -241,7 +241,8 @@ def make_plan(
             plan = _plan_with_rows(config, layout, weights, options, hardware, RESIDENT_PIECE_ROWS)
             if plan.resident:
                 return plan
-    return _plan_with_rows(config, layout, weights, options, hardware, PIECE_ROWS)
+    rows = default_piece_rows(config)
+    return _plan_with_rows(config, layout, weights, options, hardware, rows)
 
 
 def _plan_with_rows(
@@ -275,7 +276,7 @@ def _plan_with_rows(
     if sequences > rows:
         raise ConfigError(
             f"--max-num-seqs is {sequences}; it must be at most {rows}, the rows of a step: "
-            f"{PIECE_ROWS}, or fewer with --prefill-chunk {chunk}."
+            f"{piece_rows}, or fewer with --prefill-chunk {chunk}."
         )
     pages = _pages(config, options, context, kv_dtype)
     layers, experts = config.num_layers, config.num_experts

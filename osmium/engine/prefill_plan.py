@@ -10,8 +10,8 @@ from osmium.ops.tiling import supports_grouped_experts
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "CPU_CHUNK", "PIECE_ROWS", "PREFILL_CHUNK", "RESIDENT_PIECE_ROWS", "RESIDENT_PREFILL_CHUNK",
-    "block_rows", "default_chunk", "prefill_bytes", "step_rows",
+    "CPU_CHUNK", "PREFILL_CHUNK", "RESIDENT_PIECE_ROWS", "RESIDENT_PREFILL_CHUNK",
+    "block_rows", "default_chunk", "default_piece_rows", "prefill_bytes", "step_rows",
     "workspace_bytes_of",
 ]  # fmt: skip
 
@@ -28,9 +28,20 @@ CPU_CHUNK = 512
 PREFILL_FRACTION = 0.008
 """Largest fraction of VRAM for the rows of a pass by default."""
 
-PIECE_ROWS, RESIDENT_PIECE_ROWS = 704, 2048
-"""Most rows that a mixer computes at once; their scratch arrays take VRAM from expert slots.  With
-704 rows a matrix of 3,072 outputs has 264 blocks, two per multiprocessor of an H100."""
+RESIDENT_PIECE_ROWS = 2048
+"""Most rows that a mixer computes at once where VRAM holds every expert."""
+
+PIECE_BLOCKS = 264
+"""Most blocks of a matrix with the hidden size's outputs, two per multiprocessor of an H100."""
+
+
+def default_piece_rows(config: ModelConfig) -> int:
+    """Most rows that a mixer computes at once: their scratch arrays take VRAM from expert slots.
+
+    A multiple of 64: 704 for a hidden size of 3,072, 1,024 for 2,048.
+    """
+    columns = -(-config.hidden_size // 128)
+    return 64 * min(16, max(4, PIECE_BLOCKS // columns))
 
 
 def default_chunk(config: ModelConfig, layout: ExpertLayout, vram: int, resident: bool) -> int:

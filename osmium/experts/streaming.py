@@ -8,7 +8,7 @@ the tokens use, while the device computes the shared expert.  See docs/expert-ca
 """
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,6 +38,9 @@ STAGING_FRACTION = 0.0034
 
 MIN_STAGING_EXPERTS = 2
 """Fewest experts of a group."""
+
+MIN_GROUP_EXPERTS = 4
+"""Fewest experts of a group, if as many are missing: each part has its own launches."""
 
 MOST_USED = 0.9
 """Fraction of a layer's missing experts used by its tokens, above which all are copied ahead."""
@@ -296,6 +299,7 @@ class PrefillExperts:
         ahead, self._ahead = self._ahead, []
         group_of = {expert: group for group in ahead for expert in group.experts}
         parts: deque[_Part] = deque()
+        most = self._group_size(layer, routed, first, group_of)
         part, pairs = _Part(first, first), 0
         for expert in (first + np.flatnonzero(routed.uses[first:])).tolist():
             group = part.group
@@ -303,7 +307,7 @@ class PrefillExperts:
                 group = group_of.get(expert)
                 if group is None:
                     group = part.group
-                    if group is None or group.is_copied or len(group.experts) == self.staged:
+                    if group is None or group.is_copied or len(group.experts) == most:
                         group = _StagedGroup()
                     group.experts.append(expert)
             uses = int(routed.uses[expert])
@@ -328,6 +332,14 @@ class PrefillExperts:
         if self.runner.host_experts is not None:
             self.ops.copy_h2d(self.index, index)
         return parts
+
+    def _group_size(self, layer: int, routed: _Layer, first: int, ahead: Container[int]) -> int:
+        """Experts of a group: few experts are divided, so that copies run beside computation."""
+        if self.runner.host_experts is None:
+            return 0
+        used = first + np.flatnonzero((routed.uses[first:] > 0) & (self._table[layer, first:] < 0))
+        left = sum(expert not in ahead for expert in used.tolist())
+        return min(self.staged, max(MIN_GROUP_EXPERTS, -(-left // STAGING_GROUPS)))
 
     def _tile_ranges(self, routed: _Layer, part: _Part) -> Iterator[TileRange]:
         """The tiles of a part, in ranges of at most `pairs` sorted positions."""

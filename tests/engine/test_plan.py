@@ -21,10 +21,10 @@ from osmium.engine.plan import (
 )
 from osmium.engine.prefill_plan import (
     CPU_CHUNK,
-    PIECE_ROWS,
     PREFILL_CHUNK,
     RESIDENT_PIECE_ROWS,
     RESIDENT_PREFILL_CHUNK,
+    default_piece_rows,
 )
 from osmium.engine.speed_estimate import (
     LAYER_US,
@@ -183,9 +183,14 @@ def test_the_default_chunk_is_a_fraction_of_vram() -> None:
     wide = replace(CARD, vram_free=90 * GIB, vram_total=96 * GIB)
     assert plan(wide).resident and plan(wide).prefill_chunk == RESIDENT_PREFILL_CHUNK
     assert not plan().resident and plan().prefill_chunk == PREFILL_CHUNK
-    assert (plan(wide).piece_rows, plan().piece_rows) == (RESIDENT_PIECE_ROWS, PIECE_ROWS)
+    pieces = plan(wide).piece_rows, plan().piece_rows
+    assert pieces == (RESIDENT_PIECE_ROWS, default_piece_rows(MODEL))
+    sizes = [
+        default_piece_rows(replace(MODEL, hidden_size=n)) for n in (64, 2048, 3072, 4096, 9999)
+    ]
+    assert sizes == [1024, 1024, 704, 512, 256]
     small = plan(vram=12 * GIB, context=16384)
-    assert PIECE_ROWS < small.prefill_chunk < PREFILL_CHUNK
+    assert default_piece_rows(MODEL) < small.prefill_chunk < PREFILL_CHUNK
     assert small.vram["prefill"] < 0.05 * small.vram_limit
     assert plan(LAPTOP).prefill_chunk == plan(LAPTOP).piece_rows == CPU_CHUNK
     assert (
