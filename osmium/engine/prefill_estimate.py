@@ -37,13 +37,16 @@ GIB = 1 << 30
 GEMM_EFFICIENCY = 0.42
 """Rate of matrices of many tokens, as a fraction of the rate of mma.sync."""
 
-ATTENTION_EFFICIENCY = 0.30
+WGMMA_GAIN = 1.7
+"""Rate of integer matrices on compute capability 9.0, by wgmma, as a multiple of that."""
+
+ATTENTION_EFFICIENCY = 0.265
 """Rate of attention and the delta rule, as a fraction of the f16 rate of mma.sync."""
 
-LAYER_MS = 0.1
+LAYER_MS = 0.16
 """Launches and barriers of a layer in a pass, in which tensor cores wait."""
 
-PROMPT_MS = 4.0
+PROMPT_MS = 9.0
 """Schedule, head and sampling of the first token."""
 
 STREAM_EFFICIENCY = 0.96
@@ -121,7 +124,7 @@ class PrefillCost:
     memory_gb_s: float
     """Rate of a copy inside VRAM, bytes read plus written."""
     int8_tops: float
-    """Rate of mma.sync on int8."""
+    """Rate of mma.sync on int8, on compute capability 9.0 with the gain of wgmma."""
     f16_tflops: float
     """The same on f16 and bf16."""
 
@@ -200,13 +203,15 @@ def prefill_cost(
     kv_passes = HI_LO if kv_dtype == "bf16" else 1
     # Scores and values: two products each.
     context_ops = 4 * kv_passes * config.num_heads * config.head_dim * attention_layers
+    gain = WGMMA_GAIN if hardware.capability == (9, 0) else 1.0
     return PrefillCost(
         int8_ops=int8_ops, bf16_experts=layout.bits == 16,
         pair_ops=2 * (HI_LO if layout.bits == 16 else DIGITS) * 3 * layout.hidden * layout.inner,
         bf16_ops=bf16_ops, delta_ops=delta_ops, context_ops=context_ops,
         activation_bytes=activations, expert_bytes=layout.nbytes, layers=config.num_layers,
         num_experts=config.num_experts, top_k=config.top_k, link_gb_s=hardware.link_gb_s,
-        memory_gb_s=hardware.memory_gb_s, int8_tops=rates.int8_tops, f16_tflops=rates.f16_tflops,
+        memory_gb_s=hardware.memory_gb_s, int8_tops=gain * rates.int8_tops,
+        f16_tflops=rates.f16_tflops,
     )  # fmt: skip
 
 

@@ -39,18 +39,22 @@ H200 = HardwareInfo(
 """Measured rates: 50.8 GB/s by the fetch kernel, VRAM by a copy."""
 
 MEASURED = [
-    # with --attention-quant int4, on an H200
+    # with --attention-quant int4, on an H200: docs/experiments/2026-11-30-prefill-passes.md
     # model, expert slots, tokens per pass, tokens in the KV cache, new tokens, tok/s
-    # docs/experiments/2026-11-30-resident-prefill.md
-    (SMALL, 256, 2048, 0, 64, 3641),
-    (SMALL, 256, 2048, 0, 1024, 23147),
-    (SMALL, 256, 2048, 0, 4096, 28218),
-    (SMALL, 256, 2048, 0, 16384, 25566),
-    # docs/experiments/2026-11-30-streamed-prefill.md
-    (LARGE, 106, 4096, 0, 4096, 5970),
+    (SMALL, 256, 8192, 0, 64, 2895),
+    (SMALL, 256, 8192, 0, 1024, 26655),
+    (SMALL, 256, 8192, 0, 4096, 38468),
+    (SMALL, 256, 8192, 0, 16384, 34899),
+    (SMALL, 148, 7168, 0, 1024, 6721),
+    (LARGE, 118, 10240, 0, 1024, 1742),
+    (LARGE, 118, 10240, 0, 4096, 6851),
+    (LARGE, 118, 10240, 0, 20480, 12117),
+    (LARGE, 118, 10240, 0, 51200, 9131),
+    (LARGE, 118, 10240, 32768, 256, 507),
+    (LARGE, 118, 10240, 32768, 2048, 3327),
 ]
 
-ERROR = 0.05
+ERROR = 0.11
 """Most relative error on these rows, which the constants are fitted to."""
 
 
@@ -188,7 +192,8 @@ def test_shapes_without_kernels_for_many_tokens_give_no_estimate() -> None:
 
 
 def test_bf16_experts_are_computed_at_the_rate_of_bf16() -> None:
-    int8 = cost(SMALL)
+    known = cost(SMALL)
+    int8 = replace(known, int8_tops=2 * known.f16_tflops)  # without the gain of wgmma
     bf16 = replace(int8, bf16_experts=True)
     slower = bf16.gpu_s(4096, 0) - int8.gpu_s(4096, 0)
     more = replace(int8, pair_ops=2 * int8.pair_ops).gpu_s(4096, 0) - int8.gpu_s(4096, 0)
