@@ -16,7 +16,7 @@ from osmium.engine.scheduler import Batch
 from osmium.models.state import DeltaState
 from osmium.ops import Ops
 from osmium.ops.reference import ReferenceOps
-from tests.engine.fakes import GREEDY, EngineHarness
+from tests.engine.fakes import GREEDY, EngineHarness, Gate
 from tests.models.build import CASES
 from tests.models.run import make_driver
 
@@ -88,8 +88,10 @@ def test_a_row_that_has_ended_changes_no_state_in_later_steps(
 def test_the_slot_of_a_finished_request_keeps_the_state_of_its_last_token(
     harness_of: Callable[..., EngineHarness],
 ) -> None:
-    harness = harness_of(sequences=2)
+    gate = Gate()  # both requests are there before the first ends
+    harness = harness_of(sequences=2, gate=gate)
     responses = [harness.submit([1, 2, 3], replace(GREEDY, max_tokens=count)) for count in (4, 9)]
+    gate.open()
     assert [response.wait().completion_tokens for response in responses] == [4, 9]
     harness.engine.close()
     # the last token is sampled, and not computed
