@@ -31,7 +31,6 @@ from osmium.experts.host_experts import load_host_experts, load_resident_experts
 from osmium.experts.prefetch import make_prefetch_state
 from osmium.experts.routing import read_model_trace
 from osmium.experts.runner import ExpertRunner
-from osmium.experts.streaming import STAGING_GROUPS
 from osmium.experts.usage import (
     UsageSnapshot,
     read_usage,
@@ -44,6 +43,7 @@ from osmium.models.state import make_state
 from osmium.models.weights import upload
 from osmium.ops import Array, ExpertCache, HostExperts, Ops
 from osmium.ops.gpu import GpuOps
+from osmium.ops.grouped import STAGING_GROUPS
 from osmium.ops.reference import ReferenceOps
 from osmium.planning import config_of, hardware_of, memory_plan, plan_for
 from osmium.text.files import Need, read_text_files

@@ -24,8 +24,8 @@ __all__ = [
 MAX_QUEUE_DEPTH = 8
 """Most calls of `CudaRuntime.limit_queue` whose launches may be queued."""
 
-STAGING_BUFFERS = 4
-"""Buffers of `CudaRuntime.stage`."""
+STAGING_GROUPS = 4
+"""Groups of staging slots, filled in turns by `CudaRuntime.stage`."""
 
 LAUNCH_BLOCKING = os.environ.get("OSMIUM_LAUNCH_BLOCKING") == "1"
 """Synchronise after every launch, so that an error names its kernel; no graph is captured."""
@@ -246,10 +246,10 @@ class CudaRuntime:
         self._fork_event, self._join_event = Event(device), Event(device)
         self.copy_stream = Stream(device)
         """Copies from host memory, in parallel with the main stream; ordered by events alone."""
-        self._staged = [Event(device) for _ in range(STAGING_BUFFERS)]
-        """The ends of the last copies to each buffer of experts."""
-        self._released = [Event(device) for _ in range(STAGING_BUFFERS)]
-        """The ends of the launches that last read each buffer."""
+        self._staged = [Event(device) for _ in range(STAGING_GROUPS)]
+        """The ends of the last copies to each group of staging slots."""
+        self._released = [Event(device) for _ in range(STAGING_GROUPS)]
+        """The ends of the launches that last read each group."""
         self._timer, self._readback = Event(device), Event(device)
         self._queue_marks = [Event(device) for _ in range(MAX_QUEUE_DEPTH)]
         """The ends of the launches before the last calls of `limit_queue`, in turns."""

@@ -32,8 +32,9 @@ from osmium.engine.speed_estimate import NO_COST, STANDARD_CONTEXT, TokenCost, T
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
 from osmium.experts.prefetch import MIN_BULK_COPY_CC, prefetch_state_bytes
-from osmium.experts.streaming import STAGING_GROUPS, staging_experts
+from osmium.experts.streaming import staging_experts
 from osmium.models.state import state_bytes
+from osmium.ops.grouped import STAGING_GROUPS
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [

@@ -8,7 +8,7 @@ the tokens use, while the device computes the shared expert.  See docs/expert-ca
 """
 
 from collections import deque
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,18 +17,14 @@ import numpy.typing as npt
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.usage import eviction_scores
 from osmium.ops import Array, GroupedExperts, MatmulInput, Ops, TileRange
-from osmium.ops.grouped import TILE_ROWS, ExpertGroups
+from osmium.ops.grouped import STAGING_GROUPS, TILE_ROWS, ExpertGroups
 from osmium.ops.tiling import input_shapes, supports_grouped_experts
 from osmium.ops.types import Empty
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "STAGING_GROUPS", "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes",
-    "staging_experts",
+    "PrefillExperts", "pair_bytes", "pair_shapes", "prefill_expert_bytes", "staging_experts",
 ]  # fmt: skip
-
-STAGING_GROUPS = 4
-"""Groups of staging slots: some are copied while one is computed."""
 
 STAGING_EXPERTS = 24
 """Most experts of a group."""
@@ -89,7 +85,7 @@ class _StagedGroup:
 
     experts: list[int] = field(default_factory=list)
     number: int = 0
-    """0 or 1."""
+    """0 to STAGING_GROUPS - 1, the group of staging slots."""
     is_copied: bool = False
     """Whether its copies are issued."""
     is_waited: bool = False
@@ -138,7 +134,7 @@ class PrefillExperts:
         """
         assert pairs >= TILE_ROWS, f"{pairs} pairs, fewer than a tile has"
         cache, self.ops, self.runner = runner.cache, ops, runner
-        self.pairs, self.top_k = pairs, runner.top_k
+        self.pairs = pairs
         layers, experts = cache.expert_to_slot.shape
         shapes = ExpertGroups.shapes(tokens, runner.top_k, experts)
         groups = {name: ops.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
@@ -148,7 +144,7 @@ class PrefillExperts:
             arrays["f32"] = arrays["hi_lo"].reshape(pairs, 2 * cache.layout.inner).view(np.float32)
         self.inner = MatmulInput(**arrays)
         self.staged = 0
-        """Experts of each group of the staging slots."""
+        """Experts of each group of the staging slots; 0 where every expert has a slot."""
         if runner.host_experts is not None:
             assert cache.storage is not None, "a partial cache has storage"
             slots, slot_to_expert = cache.storage
@@ -298,12 +294,16 @@ class PrefillExperts:
         table, index = self._table[layer], self._table[layer].copy()
         ahead, self._ahead = self._ahead, []
         group_of = {expert: group for group in ahead for expert in group.experts}
+        used = first + np.flatnonzero(routed.uses[first:])
+        missing = set(used[table[used] < 0].tolist()) if self.staged else set()
+        # Few experts are divided among the groups, so that copies run beside computation.
+        each = -(-len(missing - group_of.keys()) // STAGING_GROUPS)
+        most = min(self.staged, max(MIN_GROUP_EXPERTS, each))
         parts: deque[_Part] = deque()
-        most = self._group_size(layer, routed, first, group_of)
         part, pairs = _Part(first, first), 0
-        for expert in (first + np.flatnonzero(routed.uses[first:])).tolist():
+        for expert in used.tolist():
             group = part.group
-            if self.runner.host_experts is not None and table[expert] < 0:
+            if expert in missing:
                 group = group_of.get(expert)
                 if group is None:
                     group = part.group
@@ -332,14 +332,6 @@ class PrefillExperts:
         if self.runner.host_experts is not None:
             self.ops.copy_h2d(self.index, index)
         return parts
-
-    def _group_size(self, layer: int, routed: _Layer, first: int, ahead: Container[int]) -> int:
-        """Experts of a group: few experts are divided, so that copies run beside computation."""
-        if self.runner.host_experts is None:
-            return 0
-        used = first + np.flatnonzero((routed.uses[first:] > 0) & (self._table[layer, first:] < 0))
-        left = sum(expert not in ahead for expert in used.tolist())
-        return min(self.staged, max(MIN_GROUP_EXPERTS, -(-left // STAGING_GROUPS)))
 
     def _tile_ranges(self, routed: _Layer, part: _Part) -> Iterator[TileRange]:
         """The tiles of a part, in ranges of at most `pairs` sorted positions."""

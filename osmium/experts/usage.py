@@ -100,14 +100,18 @@ def eviction_scores(
     decay: DecayConfig,
 ) -> npt.NDArray[np.float32]:
     """Eviction scores at `step`, of counts as ExpertCache stores them: as of `last_used`."""
-    age = np.maximum(step - last_used, 0).astype(np.float32)
-
-    def decayed(count: npt.NDArray[np.float32], half_life: float) -> npt.NDArray[np.float32]:
-        now = count * np.exp2(-age * np.float32(1 / half_life))
-        return np.where(last_used > 0, now, 0).astype(np.float32)
-
-    short, long = decayed(short_count, decay.half_life), decayed(long_count, decay.long_half_life)
+    short = _decayed(short_count, last_used, step, decay.half_life)
+    long = _decayed(long_count, last_used, step, decay.long_half_life)
     return _score(short, long, min(step, MAX_STEPS), decay)
+
+
+def _decayed(
+    count: npt.NDArray[np.float32], last_used: npt.NDArray[np.int32], step: int, half_life: float
+) -> npt.NDArray[np.float32]:
+    """Counts at `step`, of counts as ExpertCache stores them: as of `last_used`."""
+    age = np.maximum(step - last_used, 0).astype(np.float32)
+    now = count * np.exp2(-age * np.float32(1 / half_life))
+    return np.where(last_used > 0, now, 0).astype(np.float32)
 
 
 def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
@@ -126,16 +130,11 @@ def snapshot_usage(ops: Ops, cache: ExpertCache) -> UsageSnapshot:
         )
     ]
     short_count, long_count, last_used, step, expert_to_slot = arrays
-    used = last_used > 0
-    ages = np.where(used, step[0] - last_used, -1).astype(np.int32)
-
-    def decayed(count: npt.NDArray[Any], half_life: float) -> npt.NDArray[np.float32]:
-        decay = np.exp2(-np.maximum(ages, 0).astype(np.float32) * np.float32(1 / half_life))
-        return np.where(used, count * decay, 0).astype(np.float32)
-
-    short = decayed(short_count, cache.decay.half_life)
-    long = decayed(long_count, cache.decay.long_half_life)
-    return UsageSnapshot(short, long, min(int(step[0]), MAX_STEPS), ages, expert_to_slot >= 0)
+    now = int(step[0])
+    ages = np.where(last_used > 0, now - last_used, -1).astype(np.int32)
+    short = _decayed(short_count, last_used, now, cache.decay.half_life)
+    long = _decayed(long_count, last_used, now, cache.decay.long_half_life)
+    return UsageSnapshot(short, long, min(now, MAX_STEPS), ages, expert_to_slot >= 0)
 
 
 def save_usage(path: Path, fingerprint: str, usage: UsageSnapshot) -> None:

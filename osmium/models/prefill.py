@@ -23,8 +23,7 @@ from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
     "PrefillPass", "PrefillRows", "PrefillSteps", "make_prefill_rows", "prefill_pairs",
-    "prefill_rows_bytes", "scratch_bytes",
-    "short_pass_tokens",
+    "prefill_rows_bytes", "scratch_bytes", "short_pass_tokens",
 ]  # fmt: skip
 
 SHORT_PROMPT_TOKENS = 1024

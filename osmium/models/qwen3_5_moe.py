@@ -99,9 +99,7 @@ class Qwen3_5MoeModel:
         gpu = self.work.h.hi_lo is not None
         buffer = ops.empty((scratch_bytes(config, layout, self.piece_rows, gpu),), np.uint8)
         prefill_rows = make_prefill_rows(ops, config, layout, tokens, gpu)
-        self.piece_work = cut_workspace(
-            ops, config, self.piece_rows, buffer, self.work, prefill_rows.h
-        )
+        self.piece_work = cut_workspace(config, self.piece_rows, buffer, self.work, prefill_rows.h)
         experts = None
         if prefill_rows.ids is not None:  # its arrays lie where the workspace has its own
             pairs = prefill_pairs(layout, tokens, config.top_k, buffer.shape[0])

@@ -121,12 +121,7 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
 
 
 def cut_workspace(
-    ops: Ops,
-    config: ModelConfig,
-    rows: int,
-    buffer: Array,
-    counters: Workspace,
-    kept: Mapping[str, Array],
+    config: ModelConfig, rows: int, buffer: Array, counters: Workspace, kept: Mapping[str, Array]
 ) -> Workspace:
     """A workspace for steps of at most `rows` tokens, cut from `buffer`, u8 [>= cut_bytes].
 

@@ -29,7 +29,7 @@ from osmium.ops.tiling import (
     tile_matrix,
     wgmma_stages,
 )
-from osmium.ops.types import Array, Empty, Fill, LinearWeight, MatmulInput
+from osmium.ops.types import Array, Fill, LinearWeight, MatmulInput
 from osmium.quant.expert_layout import group_of
 from osmium.quant.random_fill import BitPattern
 
@@ -95,11 +95,9 @@ class GpuRows:
     def release(self, array: Array) -> None:
         self.runtime.release(array)
 
-    def empty_input(
-        self, tokens: int, width: int, eps: float | None = None, empty: Empty | None = None
-    ) -> MatmulInput:
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
         shapes = input_shapes(tokens, width, eps is not None, gpu=True)
-        arrays = {name: (empty or self.empty)(*shape) for name, shape in shapes.items()}
+        arrays = {name: self.empty(*shape) for name, shape in shapes.items()}
         return MatmulInput(eps=eps or 0.0, **arrays)
 
     @contextlib.contextmanager

@@ -12,14 +12,14 @@ from typing import Protocol
 
 import numpy as np
 
-from osmium.cuda.stream import MAX_QUEUE_DEPTH
+from osmium.cuda.stream import MAX_QUEUE_DEPTH, STAGING_GROUPS
 from osmium.kernels.group_by_expert import MAX_BLOCKS, MAX_EXPERTS, TILE_ROWS
 from osmium.ops.types import Array, ExpertCache, HostExperts, MatmulInput
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "MAX_EXPERTS", "MAX_QUEUE_DEPTH", "TILE_ROWS", "ExpertGroups", "GroupedExperts", "GroupedOps",
-    "TileRange",
+    "MAX_EXPERTS", "MAX_QUEUE_DEPTH", "STAGING_GROUPS", "TILE_ROWS", "ExpertGroups",
+    "GroupedExperts", "GroupedOps", "TileRange",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from osmium.ops.types import Array, Empty, Fill, MatmulInput
+from osmium.ops.types import Array, Fill, MatmulInput
 
 __all__ = ["MemoryOps"]
 
@@ -40,12 +40,8 @@ class MemoryOps(Protocol):
     def release(self, array: Array) -> None:
         """Free an array of `empty_mapped` or `zeros_mapped`.  No launch may still use it."""
 
-    def empty_input(
-        self, tokens: int, width: int, eps: float | None = None, empty: Empty | None = None
-    ) -> MatmulInput:
-        """A new matrix input, normed if `eps` is given; `empty` allocates its arrays.
-
-        width % 8 == 0.  Raises: OutOfMemory."""
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
+        """A new matrix input, normed if `eps` is given.  width % 8 == 0.  Raises: OutOfMemory."""
 
     def copy_h2d(self, out: Array, source: npt.NDArray[np.generic]) -> None:
         """out = source, same shape and dtype, ordered before later launches."""

@@ -43,7 +43,6 @@ from osmium.ops.types import (
     DecodeState,
     DeltaNetWorkspace,
     DeltaWeights,
-    Empty,
     ExpertCache,
     Fill,
     HostExperts,
@@ -96,10 +95,8 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
     def release(self, array: Array) -> None:
         pass
 
-    def empty_input(
-        self, tokens: int, width: int, eps: float | None = None, empty: Empty | None = None
-    ) -> MatmulInput:
-        return MatmulInput((empty or self.empty)((tokens, width), np.float32), eps=eps or 0.0)
+    def empty_input(self, tokens: int, width: int, eps: float | None = None) -> MatmulInput:
+        return MatmulInput(self.empty((tokens, width), np.float32), eps=eps or 0.0)
 
     def copy_h2d(self, out: Array, source: npt.NDArray[Any]) -> None:
         assert out.shape == source.shape, f"copy_h2d of {source.shape} into {out.shape}"

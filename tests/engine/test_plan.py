@@ -35,8 +35,9 @@ from osmium.engine.speed_estimate import (
 )
 from osmium.errors import ConfigError
 from osmium.experts.cache import cache_bytes
-from osmium.experts.streaming import MIN_STAGING_EXPERTS, STAGING_EXPERTS, STAGING_GROUPS
+from osmium.experts.streaming import MIN_STAGING_EXPERTS, STAGING_EXPERTS
 from osmium.models.state import state_bytes
+from osmium.ops.grouped import STAGING_GROUPS
 from osmium.quant.expert_layout import ExpertLayout
 
 GIB = 1 << 30

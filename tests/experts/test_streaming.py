@@ -12,7 +12,6 @@ from osmium.experts.cache import DECAY, make_cache, resident, verify
 from osmium.experts.runner import ExpertRunner
 from osmium.experts.streaming import (
     STAGING_EXPERTS,
-    STAGING_GROUPS,
     PrefillExperts,
     pair_bytes,
     pair_shapes,
@@ -21,6 +20,7 @@ from osmium.experts.streaming import (
 )
 from osmium.ops import HostExperts, Ops
 from osmium.ops.gpu import GpuOps
+from osmium.ops.grouped import STAGING_GROUPS
 from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import normed_rows, packed_experts
 from tests.ptx.interpreter import InterpretedRuntime
