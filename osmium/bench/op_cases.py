@@ -232,7 +232,9 @@ class OpCases:
         tables = self.rng.permutation(pages).reshape(len(sets), self.tokens, sequence_pages)
         steps = [self._step(np.arange(self.tokens), table) for table in tables]
         norms, frequencies = f32((2, config.head_dim)), ops.to_device(rotary_frequencies(config))
-        workspace = AttentionWorkspace(w.q, w.attn_out, w.partial, w.split_counters)
+        workspace = AttentionWorkspace(
+            w.q, w.attn_out, w.partial, w.context_turns, w.context_sums, w.split_counters
+        )
         weights = [
             AttentionWeights(norms, frequencies, out, config.eps, config.head_dim**-0.5)
             for out in self._matrices("attention_out")

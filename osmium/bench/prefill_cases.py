@@ -141,8 +141,12 @@ class PrefillCases(OpCases):
         out = ops.empty((rows, config.num_heads, config.head_dim), np.float32)
         tables = self.rng.permutation(pages).reshape(len(sets), 1, sequence_pages)
         scale = config.head_dim**-0.5
+        turns = self._i32(np.zeros((rows, config.num_kv_heads)))
+        sums = ops.empty((rows, 2, config.num_heads, 2), np.float32)
         calls: Calls = [
-            partial(ops.attention, out, q, kv, self._chunk(context, rows, table), scale)
+            partial(
+                ops.attention, out, q, kv, self._chunk(context, rows, table), scale, turns, sums
+            )
             for table in tables
         ]
         keys = rows * context + rows * (rows + 1) // 2
@@ -159,7 +163,7 @@ class PrefillCases(OpCases):
             tokens=rows, sequences=1, page_size=PAGE, ids=zeros,
             positions=i32(context + np.arange(rows)), sequence_ids=zeros,
             query_start_loc=i32([0, rows]), context_lens=i32([context]), state_slots=i32([0]),
-            page_table=i32(table),
+            page_table=i32(table), max_context=context + rows,
         )  # fmt: skip
 
     def _rms_norm(self, rows: int) -> PrefillCase:

@@ -106,6 +106,7 @@ class PrefillInputs:
                         page_table=device[table : table + self.max_pages].reshape(
                             1, self.max_pages
                         ),
+                        max_context=first + length,
                     )
                 )
                 row, start, piece = part.stop, end, piece + 1

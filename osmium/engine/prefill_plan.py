@@ -72,7 +72,7 @@ def workspace_bytes_of(
     rows, experts = step_rows(sequences), config.num_experts
     block = block_rows(config, layout, rows, piece_rows, gpu)
     runner = expert_runner_bytes(block, experts, experts, config.top_k, layout, gpu)
-    return workspace_bytes(config, rows, gpu) + runner
+    return workspace_bytes(config, rows, gpu, piece_rows) + runner
 
 
 def prefill_bytes(

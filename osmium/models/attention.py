@@ -51,7 +51,10 @@ class Attention:
         """
         ops, h = self.ops, work.h
         ops.linear(work.qgkv, h, self.qgkv)
-        workspace = AttentionWorkspace(work.q, work.attn_out, work.partial, work.split_counters)
+        workspace = AttentionWorkspace(
+            work.q, work.attn_out, work.partial, work.context_turns, work.context_sums,
+            work.split_counters,
+        )  # fmt: skip
         ops.gated_attention(x, h, norm, work.qgkv, self.weights, state, workspace, step)
 
 

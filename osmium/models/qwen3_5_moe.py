@@ -95,7 +95,7 @@ class Qwen3_5MoeModel:
         layout, tokens = expert_runner.cache.layout, pass_tokens or rows
         self.piece_rows = piece_rows or rows
         """Most rows of a piece of a prefill pass."""
-        self.work = make_workspace(ops, config, rows)
+        self.work = make_workspace(ops, config, rows, self.piece_rows)
         gpu = self.work.h.hi_lo is not None
         buffer = ops.empty((scratch_bytes(config, layout, self.piece_rows, gpu),), np.uint8)
         prefill_rows = make_prefill_rows(ops, config, layout, tokens, gpu)

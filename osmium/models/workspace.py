@@ -23,7 +23,7 @@ multiprocessor of a GPU with 160.  A short context uses one block per tile."""
 
 OVERLAPPING = (
     ("h",),
-    ("qgkv", "q", "attn_out"),
+    ("qgkv", "q", "attn_out", "context_sums"),
     ("qkvz", "qkv", "ab", "decay", "beta", "delta_out", "chunk_scratch"),
     (
         "x", "router_logits", "ids", "weights", "shared_gate_up", "shared_inner", "shared_out", "y",
@@ -31,6 +31,9 @@ OVERLAPPING = (
 )  # fmt: skip
 """The fields of a Workspace that are scratch of a step: used throughout a layer, by attention, by
 the delta net, and by the experts."""
+
+SHARED = ("partial", "split_counters", "context_turns", "router_barrier")
+"""The fields that all workspaces of a model share: 0 between kernels, or larger than a row's."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class Workspace:
     """f32 [T, H, d], rotated queries; unused where the attention kernel applies RoPE itself."""
     attn_out: MatmulInput
     """[T, H d]."""
+    context_sums: Array
+    """f32 [T, 2, H, 2], softmax reference and total over parts of contexts."""
     qkvz: Array
     """f32 [T, C + V dv]."""
     qkv: Array
@@ -78,6 +83,8 @@ class Workspace:
     """f32 [MAX_KV_SPLITS, H, d + 2], partial results of split-KV blocks."""
     split_counters: Array
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], 0 between kernels: split-KV blocks that have finished."""
+    context_turns: Array
+    """i32 [>= T, G], 0 between kernels: parts of contexts that prefill attention has added up."""
     router_barrier: Array
     """i32 [8, 288], 0 between kernels: logit keys and arrivals of router blocks."""
     chunk_scratch: Array | None
@@ -85,21 +92,25 @@ class Workspace:
 
     def first_rows(self, tokens: int) -> "Workspace":
         """The same arrays, cut to the first `tokens` rows."""
-        shared = {
-            name: getattr(self, name)
-            for name in ("partial", "split_counters", "router_barrier", "chunk_scratch")
-        }
+        shared = {name: getattr(self, name) for name in (*SHARED, "chunk_scratch")}
         rows = {
             f.name: getattr(self, f.name)[:tokens] for f in fields(self) if f.name not in shared
         }
         return Workspace(**rows, **shared)
 
 
-def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
-    """A workspace for steps of at most `rows` tokens.  Raises: OutOfMemory."""
+def make_workspace(
+    ops: Ops, config: ModelConfig, rows: int, piece_rows: int | None = None
+) -> Workspace:
+    """A workspace for steps of at most `rows` tokens.
+
+    piece_rows: most rows of those that cut_workspace makes from it; None: `rows`
+    Raises: OutOfMemory.
+    """
     split_counters = ops.empty(_split_counters_shape(config), np.int32)
     router_barrier = ops.empty(ROUTER_BARRIER_SHAPE, np.int32)
-    for counters in (split_counters, router_barrier):
+    context_turns = ops.empty(_context_turns_shape(config, rows, piece_rows), np.int32)
+    for counters in (split_counters, context_turns, router_barrier):
         ops.memset(counters, 0)
     arrays = {
         name: ops.empty((rows, *shape), dtype)
@@ -115,6 +126,7 @@ def make_workspace(ops: Ops, config: ModelConfig, rows: int) -> Workspace:
         **inputs,
         partial=ops.empty(_partial_shape(config), np.float32),
         split_counters=split_counters,
+        context_turns=context_turns,
         router_barrier=router_barrier,
         chunk_scratch=ops.empty((words,), np.uint32) if words else None,
     )
@@ -148,8 +160,8 @@ def cut_workspace(
             else:
                 words = _chunk_scratch_words(config, rows, gpu)
                 made[name] = scratch.empty((words,), np.uint32) if words else None
-    shared = ("partial", "split_counters", "router_barrier")
-    return Workspace(**made, **{name: getattr(counters, name) for name in shared})
+    assert rows <= counters.context_turns.shape[0], "make_workspace has enough turns for pieces"
+    return Workspace(**made, **{name: getattr(counters, name) for name in SHARED})
 
 
 def cut_bytes(config: ModelConfig, rows: int, gpu: bool, kept: Collection[str]) -> int:
@@ -172,10 +184,15 @@ def _aligned(config: ModelConfig, name: str, rows: int, gpu: bool) -> int:
     return aligned_bytes((_chunk_scratch_words(config, rows, gpu),), np.uint32)
 
 
-def workspace_bytes(config: ModelConfig, rows: int, gpu: bool) -> int:
+def workspace_bytes(
+    config: ModelConfig, rows: int, gpu: bool, piece_rows: int | None = None
+) -> int:
     """Bytes that make_workspace allocates on a backend, each array rounded up as in a Scratch."""
     fields = sum(_aligned(config, name, rows, gpu) for names in OVERLAPPING for name in names)
-    shared = (_partial_shape(config), _split_counters_shape(config), ROUTER_BARRIER_SHAPE)
+    shared = (
+        _partial_shape(config), _split_counters_shape(config),
+        _context_turns_shape(config, rows, piece_rows), ROUTER_BARRIER_SHAPE,
+    )  # fmt: skip
     return fields + sum(aligned_bytes(shape, np.float32) for shape in shared)
 
 
@@ -192,6 +209,10 @@ def _split_counters_shape(config: ModelConfig) -> tuple[int, ...]:
     return (SPLIT_KV_MAX_SEQS, config.num_heads, 8)
 
 
+def _context_turns_shape(config: ModelConfig, rows: int, piece_rows: int | None) -> tuple[int, ...]:
+    return (max(rows, piece_rows or rows), config.num_kv_heads)
+
+
 def _row_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTypeLike]]:
     """Shape of one row and dtype of each plain array, by name."""
     hidden = config.hidden_size
@@ -202,6 +223,7 @@ def _row_shapes(config: ModelConfig) -> dict[str, tuple[tuple[int, ...], npt.DTy
         "y": (hidden,),
         "qgkv": (2 * (config.num_heads + config.num_kv_heads) * config.head_dim,),
         "q": heads,
+        "context_sums": (2, config.num_heads, 2),
         "qkvz": (config.channels + math.prod(values),),
         "qkv": (config.channels,),
         "ab": (2 * config.value_heads,),

@@ -123,11 +123,16 @@ class Ops(MemoryOps, GroupedOps, Protocol):
         Su et al. 2021, arXiv:2104.09864; partial rotary and q/k norms as in Qwen3-Next.
         """
 
-    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
+    def attention(
+        self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float,
+        context_turns: Array, context_sums: Array,
+    ) -> None:  # fmt: skip
         """out[t, h] = sum of v[p] * softmax over p <= positions[t] of q[t, h] . k[p] * scale,
         k and v of head h // (H / G).
 
-        out, q f32 [T, H, d]
+        out, q f32 [T, H, d]    context_turns i32 [>= T, G]    context_sums f32 [T, 2, H, 2]
+        GPU prefill divides contexts into parts of fixed positions, and adds them up in order.
+        context_turns are 0 before and after; context_sums is scratch.
         Softmax in f32, running maximum.  Ainslie et al. 2023, arXiv:2305.13245 (grouped queries);
         Kwon et al. 2023, arXiv:2309.06180 (pages).
         """

@@ -20,6 +20,7 @@ from osmium.ops.tiling import (
     DELTA_CHUNK_MAX_SEQS,
     KV_DTYPES,
     PREFILL_HEAD_DIMS,
+    PREFILL_PART,
     SPLIT_KV_MAX_SEQS,
     copies_kv_ahead,
     delta_chunk_units,
@@ -117,15 +118,20 @@ class GpuOps(GpuExperts):
             step.page_size, step.page_table.shape[1], eps,
         )  # fmt: skip
 
-    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
+    def attention(
+        self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float,
+        context_turns: Array, context_sums: Array,
+    ) -> None:  # fmt: skip
         tokens, heads, dim = q.shape
         tokens_per_block = prefill_attention_tokens(q, kv, step, self.is_prefill)
         if tokens_per_block:
+            assert step.max_context, "a step that uses prefill attention has a max_context"
             ahead = "_ahead" if copies_kv_ahead(self.runtime) else ""
             GQA_PREFILL[f"{kv_format(kv)}_{dim}{ahead}"](
                 self.stream, out, q, *_arrays(kv), step.positions, step.query_start_loc,
                 step.page_table, tokens, step.sequences, heads, kv.k.shape[2], tokens_per_block,
-                step.page_size, step.page_table.shape[1], scale,
+                step.page_size, step.page_table.shape[1], scale, context_turns, context_sums,
+                -(-step.max_context // PREFILL_PART),
             )  # fmt: skip
             return
         GQA_ATTENTION[kv_format(kv)](
@@ -150,7 +156,8 @@ class GpuOps(GpuExperts):
         if not self.is_decode(step) or tokens > min(SPLIT_KV_MAX_SEQS, workspace.partial.shape[0]):
             heads_out = attn_out.f32.reshape(tokens, heads, dim)
             self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
-            self.attention(heads_out, workspace.q, kv, step, w.scale)
+            turns, sums = workspace.context_turns, workspace.context_sums
+            self.attention(heads_out, workspace.q, kv, step, w.scale, turns, sums)
             if self.uses_digits(attn_out, w.out):
                 SIGMOID_GATE_DIGITS(
                     self.stream, tokens, attn_out.digits, attn_out.units, heads_out, qgkv,

@@ -181,7 +181,10 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
         write_kv(kv.k, kv.k_scales, page, row, k)
         write_kv(kv.v, kv.v_scales, page, row, new[:, 1])
 
-    def attention(self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float) -> None:
+    def attention(
+        self, out: Array, q: Array, kv: PagedKV, step: StepInputs, scale: float,
+        context_turns: Array, context_sums: Array,
+    ) -> None:  # fmt: skip
         _, heads, size = q.shape
         groups = kv.k.shape[2]
         for s in range(step.sequences):
@@ -203,19 +206,13 @@ class ReferenceOps(ReferenceQuantOps, ReferenceGroupedOps):
             out[rows] = values.transpose(2, 0, 1, 3).reshape(-1, heads, size)
 
     def gated_attention(
-        self,
-        x: Array,
-        h: MatmulInput,
-        norm: Array,
-        qgkv: Array,
-        weights: AttentionWeights,
-        kv: PagedKV,
-        workspace: AttentionWorkspace,
-        step: StepInputs,
-    ) -> None:
+        self, x: Array, h: MatmulInput, norm: Array, qgkv: Array, weights: AttentionWeights,
+        kv: PagedKV, workspace: AttentionWorkspace, step: StepInputs,
+    ) -> None:  # fmt: skip
         w, heads = weights, workspace.attn_out.f32.reshape(workspace.q.shape)
         self.rope_append(workspace.q, kv, qgkv, w.norms, w.frequencies, step, w.eps)
-        self.attention(heads, workspace.q, kv, step, w.scale)
+        turns, sums = workspace.context_turns, workspace.context_sums
+        self.attention(heads, workspace.q, kv, step, w.scale, turns, sums)
         self.sigmoid_gate(heads, qgkv)
         self.linear_add_rms_norm(x, workspace.attn_out, w.out, h, norm)
 

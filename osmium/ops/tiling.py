@@ -89,6 +89,11 @@ PREFILL_ROWS = {"bf16": 32, "fp8": 64}
 PREFILL_AHEAD_SHARED_BYTES = 109840
 """Most bytes of shared memory of a prefill attention block that copies keys and values ahead."""
 
+PREFILL_PART = 4096
+"""Positions of a part of a context in prefill attention: PART of ptx/gqa_prefill.ptx.
+
+Blocks of different parts run at once, so few rows of a long context use all multiprocessors."""
+
 PREFILL_MIN_TOKENS = 9
 """Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
 

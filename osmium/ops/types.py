@@ -195,6 +195,12 @@ class AttentionWorkspace:
     A step of T tokens with s parts per context uses T * s of the splits.  First come the sums of
     v * 2^(score - largest), [T, H, s, d].  Behind them come [T, H, s, 2]: largest, total.  total is
     the sum of 2^(score - largest); with e4m3 pages `largest` includes log2 of v's scale."""
+    context_turns: Array
+    """i32 [>= T, G], zero between steps; parts of contexts that prefill attention has added.
+
+    Entry (b, g) is that of block b of rows and KV head g.  It is 0 again after the last part."""
+    context_sums: Array
+    """f32 [T, 2, H, 2], the softmax's reference and total after an even part and an odd one."""
     split_counters: Array
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], zero between steps; split-KV arrival counters, one flat array.
 
@@ -264,6 +270,9 @@ class StepInputs:
     Below 0: it has no state.  None is read or written, and the output of its delta rule is zero."""
     page_table: Array
     """i32 [S, max_pages_per_seq]; entries past the sequence's end are never read."""
+    max_context: int = 0
+    """At least the longest context's positions, the step's own included.  0: unknown to the host,
+    as in decode steps; prefill attention needs it."""
 
 
 @dataclass(frozen=True)
@@ -481,20 +490,8 @@ class DecodeState:
 
     def first_rows(self, rows: int) -> "DecodeState":
         """A view for fewer rows.  Rings are re-cut, so their contents do not carry over."""
-        return replace(
-            self,
-            sampler_params=self.sampler_params[:rows],
-            uniforms=self.uniforms.reshape(-1)[: self.ring_size * rows].reshape(
-                self.ring_size, rows
-            ),
-            token=self.token[:rows],
-            tokens_left=self.tokens_left[:rows],
-            stop_on_eos=self.stop_on_eos[:rows],
-            token_ring=self.token_ring[: 1 + self.ring_size * rows],
-            slice_max=self.slice_max[:rows],
-            slice_argmax=self.slice_argmax[:rows],
-            bin_counts=self.bin_counts[:rows],
-            bin_weights=self.bin_weights[:rows],
-            slice_bin_ends=self.slice_bin_ends[:rows],
-            bin_order=self.bin_order[:rows],
-        )
+        names = ("sampler_params", "token", "tokens_left", "stop_on_eos", *self.scratch(1, 1))
+        cut = {name: getattr(self, name)[:rows] for name in names}
+        count = self.ring_size * rows
+        uniforms = self.uniforms.reshape(-1)[:count].reshape(self.ring_size, rows)
+        return replace(self, uniforms=uniforms, token_ring=self.token_ring[: 1 + count], **cut)

@@ -71,11 +71,12 @@ class SequenceDriver:
         pages_per_sequence = -(-self.context // self.page)
         pages = pages_per_sequence * self.sequences
         self.state = make_state(ops, config, pages, self.page, self.sequences, self.kv_dtype)
+        zero = ("router_barrier", "split_counters", "context_turns")  # between kernels
         for buffers in (*self.state.layers, self.model.work):
             for name, value in vars(buffers).items():
                 arrays = vars(value).values() if isinstance(value, MatmulInput) else [value]
                 for array in arrays:
-                    if name not in ("router_barrier", "split_counters") and hasattr(array, "dtype"):
+                    if name not in zero and hasattr(array, "dtype"):
                         ops.memset(array, POISON)
         self.out = ops.empty((self.rows, config.vocab_size), np.float32)
         # Pages are shuffled, as after some use.
@@ -111,6 +112,7 @@ class SequenceDriver:
             context_lens=upload_array(past),
             state_slots=upload_array(np.array(sequences, np.int32)),
             page_table=upload_array(self.tables[sequences]),
+            max_context=int((past + counts).max()),
         )
         self.model.forward(step, self.state)
         logits = self.head(np.arange(step.tokens))

@@ -202,14 +202,14 @@ def test_decode_uses_the_recurrent_rule_and_prefill_the_chunked_one() -> None:
 def test_planned_bytes_equal_allocated_bytes(gpu: bool) -> None:
     config = make_driver(MIXED).config
     ops: Ops = GpuOps(InterpretedRuntime()) if gpu else ReferenceOps()
-    work = make_workspace(ops, config, 17)
+    work = make_workspace(ops, config, 17, 40)
     made = [
         vars(value).values() if isinstance(value, MatmulInput) else [value]
         for value in vars(work).values()
     ]
     arrays = [array for some in made for array in some if hasattr(array, "nbytes")]
     planned = sum(-(-array.nbytes // 256) * 256 for array in arrays)
-    assert workspace_bytes(config, 17, gpu) == planned
+    assert workspace_bytes(config, 17, gpu, 40) == planned
     for kind in ("f32", "bf16", "fp8_e4m3"):
         state = make_state(ops, config, 5, 16, 3, kind)
         made = sum(

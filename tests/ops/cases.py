@@ -188,6 +188,7 @@ def _step(size: Size, a: dict[str, Any]) -> StepInputs:
     return StepInputs(
         sum(size.lengths), len(size.lengths), size.page, a["ids"], a["positions"], a["sequence"],
         a["starts"], a["past"], a["slots"], a["pages"],
+        max(x + n for x, n in zip(size.past, size.lengths, strict=True)),
     )  # fmt: skip
 
 
@@ -323,14 +324,20 @@ def attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> 
     shape = (sum(size.lengths), size.heads, size.head_dim)
     arrays |= _pages(rng, size, arrays["pages"], kv_format)
     arrays |= {"out": _nan(*shape), "q": _f32(rng, *shape) * 2}
+    arrays |= {
+        "turns": np.zeros((shape[0], size.kv_heads), np.int32),
+        "sums": _nan(shape[0], 2, size.heads, 2),
+    }
 
     def call(ops: Ops, a: dict[str, Any]) -> None:
-        ops.attention(a["out"], a["q"], _kv(a), _step(size, a), size.head_dim**-0.5)
+        step, scale = _step(size, a), size.head_dim**-0.5
+        ops.attention(a["out"], a["q"], _kv(a), step, scale, a["turns"], a["sums"])
 
     has_f16 = kv_format == "fp8" and prefill_attention_tokens(
         arrays["q"], _kv(arrays), _step(size, arrays)
     )
-    return Case(arrays, call, {"out": "f16 attention" if has_f16 else "f32"})
+    kind = "f16 attention" if has_f16 else "f32"
+    return Case(arrays, call, {"out": kind, "turns": "exact"})
 
 
 def gated_attention(rng: np.random.Generator, size: Size, kv_format: str = "bf16") -> Case:
@@ -360,6 +367,8 @@ def shared_context(
         "out": out[0],
         "out_scale": out[1],
         "partial": _nan(num_partials, one.heads, one.head_dim + 2),
+        "turns": np.zeros((rows, one.kv_heads), np.int32),
+        "sums": _nan(rows, 2, one.heads, 2),
         "parts": np.zeros((SPLIT_KV_MAX_SEQS, one.heads, 8), np.int32),
     }
     _off_ties(rng, arrays, one, kv_format)
@@ -370,7 +379,9 @@ def shared_context(
         weights = AttentionWeights(
             a["norms"], a["frequencies"], matrix, 1e-6, one.head_dim**-0.5
         )  # fmt: skip
-        workspace = AttentionWorkspace(a["q"], normed_out, a["partial"], a["parts"])
+        workspace = AttentionWorkspace(
+            a["q"], normed_out, a["partial"], a["turns"], a["sums"], a["parts"]
+        )
         for _ in range(turns):
             ops.gated_attention(
                 a["x"], h, a["scale"], a["qgkv"], weights, _kv(a), workspace, _step(one, a)

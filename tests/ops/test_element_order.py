@@ -412,7 +412,7 @@ def test_split_attention_leaves_partial_sums_as_documented(rng: np.random.Genera
     kv, step = PagedKV(a["k_pages"], a["v_pages"]), cases._step(size, a)
     reference.rope_append(q, kv, a["qgkv"], a["norms"], a["frequencies"], step, 1e-6)
     wanted = np.empty_like(q)
-    reference.attention(wanted, q, kv, step, size.head_dim**-0.5)
+    reference.attention(wanted, q, kv, step, size.head_dim**-0.5, a["turns"], a["sums"])
     for t, length in enumerate((101, 41)):
         used = slice(0, min(splits, -(-length // 32)))
         largest, total = marks["largest"][t, :, used], marks["total"][t, :, used]

@@ -155,7 +155,7 @@ def launches(model: str, card: Card, tokens: int, past: int) -> list[Launch]:
     state = make_state(ops, config, pages, 64, 1, "fp8_e4m3")
     i32 = ops.empty((tokens,), np.int32)
     step = StepInputs(tokens, 1, 64, i32, i32, i32, i32[:2], i32[:1], i32[:1],
-                      ops.empty((1, pages), np.int32))  # fmt: skip
+                      ops.empty((1, pages), np.int32), past + tokens)  # fmt: skip
     machine.launches.clear()
     made.forward(step, state)
     return machine.launches

@@ -6,12 +6,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from osmium.ops import gpu
 from osmium.ops.gpu import GpuOps
 from osmium.ops.reference import ReferenceOps
 from tests.ops.cases import CASES, TINY, Case, allowed, compare, run, sized
 from tests.ptx import cases_attention, cases_linear
 from tests.ptx.interpreter import InterpretedRuntime, PtxFault, parse_program
 from tests.ptx.kernels import NAMES, kernel_text
+from tests.ptx.prefill_parts import use_parts
 
 Make = Callable[[np.random.Generator], Case]
 
@@ -108,13 +110,36 @@ def is_right(
 
 
 @pytest.mark.parametrize(("name", "which"), BARRIERS)
-def test_a_kernel_without_one_of_its_barriers_fails(name: str, which: int) -> None:
+def test_a_kernel_without_one_of_its_barriers_fails(
+    name: str, which: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if name.startswith("gqa_prefill") and which == max(i for one, i in BARRIERS if one == name):
+        use_parts(monkeypatch, 64)  # only contexts of several parts need the last barrier
     makes, wgmma = cases_of(name), "_wgmma_" in name
     max_shared = 227 if name.endswith("_ahead") else 99
     assert makes, "there is a case"
     assert is_right(makes[0], 0, None, None, wgmma, max_shared), "it is right with all barriers"
     assert any(
         not is_right(make, seed, (name, which), None, wgmma, max_shared)
+        for seed in SEEDS
+        for make in makes
+    )
+
+
+@pytest.mark.parametrize("key", sorted(gpu.GQA_PREFILL))
+def test_prefill_attention_without_its_wait_for_the_part_before_fails(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_parts(monkeypatch, 64)
+    text = gpu.GQA_PREFILL[key].contract.text
+    without_wait, replacements = re.subn(
+        r"setp.eq.u32 +%more, %turn, %context_part;", "setp.eq.u32 %more, %lane, %lane;", text
+    )
+    name = f"gqa_prefill_{key}"
+    makes, size = cases_of(name), 227 if key.endswith("_ahead") else 99
+    assert replacements == 1 and is_right(makes[0], 0, None, {name: text}, max_shared=size)
+    assert any(
+        not is_right(make, seed, None, {name: without_wait}, max_shared=size)
         for seed in SEEDS
         for make in makes
     )

@@ -103,7 +103,7 @@ def test_recorded_launches_are_those_of_a_prefill_step(model: str) -> None:
     with_mma = {name for name in counts if "gemm" in name or "gqa_prefill" in name}
     assert with_mma <= report_kernels().keys()
     (grid,) = {grid for one, grid, _ in made if one.name == "gqa_prefill_fp8_256"}
-    assert grid == ({"122B": 1024, "35B": 512}[model], 2), "64 rows of heads and tokens a block"
+    assert grid == ({"122B": 1024, "35B": 512}[model], 2, 1), "64 rows of heads and tokens a block"
 
 
 def test_each_experts_last_tile_is_half_full_on_average() -> None:

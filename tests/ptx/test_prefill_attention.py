@@ -1,4 +1,7 @@
-"""Prefill attention: a token's bits depend on its query and its context alone."""
+"""Prefill attention: a token's bits depend on its query and its context alone.
+
+Here contexts are divided into parts of 64 and 128 positions: one, two or four tiles.
+"""
 
 from typing import Any
 
@@ -15,10 +18,18 @@ from osmium.quant.floats import bf16_from_f32, f32_from_bf16
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import CASES
 from tests.ptx.interpreter import InterpretedRuntime
+from tests.ptx.prefill_parts import use_parts
 from tests.tolerance import distance
 
 Array = npt.NDArray[Any]
 HEADS, KV_HEADS, PAGE = 3, 1, 16
+
+
+@pytest.fixture(autouse=True, params=[64, 128])
+def part(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Positions of a part."""
+    use_parts(monkeypatch, request.param)
+    return int(request.param)
 
 
 def machine(seed: int, max_shared: int) -> InterpretedRuntime:
@@ -60,10 +71,13 @@ class Context:
             len(q), len(parts), PAGE, unused, ops.to_device(positions.astype(np.int32)),
             ops.to_device(np.repeat(np.arange(len(parts)), lengths).astype(np.int32)),
             ops.to_device(np.cumsum([0, *lengths]).astype(np.int32)), unused, unused,
-            ops.to_device(self.table[[s for s, _, _ in parts]]),
+            ops.to_device(self.table[[s for s, _, _ in parts]]), max(end for _, _, end in parts),
         )  # fmt: skip
+        turns = ops.to_device(np.zeros((len(q), KV_HEADS), np.int32))
+        sums = ops.empty((len(q), 2, HEADS, 2), np.float32)
         out = ops.empty(q.shape, np.float32)
-        ops.attention(out, ops.to_device(q), kv, step, self.dim**-0.5)
+        ops.attention(out, ops.to_device(q), kv, step, self.dim**-0.5, turns, sums)
+        assert not ops.copy_d2h(turns).any()
         return np.split(ops.copy_d2h(out), np.cumsum(lengths)[:-1])
 
 
