@@ -3,7 +3,8 @@
 A pass over the layers reads up to --prefill-chunk tokens.  For a pass of m tokens
 
     GPU    G = matrices / (GEMM_EFFICIENCY x int8 rate) + attention / (ATTENTION_EFFICIENCY x f16
-               rate) + bytes of activations / (VRAM_EFFICIENCY x copy rate in VRAM)
+               rate) + delta rule / (DELTA_EFFICIENCY x f16 rate)
+               + bytes of activations / (VRAM_EFFICIENCY x copy rate in VRAM)
     link   F = bytes of missing experts / (efficiency x copy rate of the link)
     pass   t = the smaller of max(G, F), where the copy engine copies all missing experts,
                and G + F, where a pass of few tokens fetches those that its tokens use
@@ -34,16 +35,19 @@ __all__ = [
 
 GIB = 1 << 30
 
-GEMM_EFFICIENCY = 0.42
+GEMM_EFFICIENCY = 0.44
 """Rate of matrices of many tokens, as a fraction of the rate of mma.sync."""
 
 WGMMA_GAIN = 1.7
 """Rate of integer matrices on compute capability 9.0, by wgmma, as a multiple of that."""
 
-ATTENTION_EFFICIENCY = 0.265
-"""Rate of attention and the delta rule, as a fraction of the f16 rate of mma.sync."""
+ATTENTION_EFFICIENCY = 0.42
+"""Rate of attention, as a fraction of the f16 rate of mma.sync."""
 
-LAYER_MS = 0.16
+DELTA_EFFICIENCY = 0.10
+"""Rate of the delta rule, as a fraction of the f16 rate of mma.sync."""
+
+LAYER_MS = 0.18
 """Launches and barriers of a layer in a pass, in which tensor cores wait."""
 
 PROMPT_MS = 9.0
@@ -142,8 +146,9 @@ class PrefillCost:
             int8_ops += expert_ops
         matrix_s = (int8_ops / self.int8_tops + bf16_ops / self.f16_tflops) / 1e12
         # Each token attends to those before it in its pass: half of them in the mean.
-        mixer_ops = tokens * (self.delta_ops + (cached + tokens / 2) * self.context_ops)
-        mixer_s = mixer_ops / (ATTENTION_EFFICIENCY * self.f16_tflops * 1e12)
+        attention_ops = tokens * (cached + tokens / 2) * self.context_ops
+        f16_ops = attention_ops / ATTENTION_EFFICIENCY + tokens * self.delta_ops / DELTA_EFFICIENCY
+        mixer_s = f16_ops / (self.f16_tflops * 1e12)
         memory_s = tokens * self.activation_bytes / (VRAM_EFFICIENCY * self.memory_gb_s * 1e9)
         return matrix_s / GEMM_EFFICIENCY + mixer_s + memory_s + self.layers * LAYER_MS / 1e3
 

@@ -23,7 +23,8 @@ def expected(prompt: list[int], at: int) -> tuple[float, int, list[int]]:
     logits = scrambled(prompt[:at])
     logprobs = log_softmax(logits)
     order = np.argsort(-logits, kind="stable").tolist()
-    return float(logprobs[prompt[at]]), order.index(prompt[at]) + 1, order[:3]
+    rank = int(np.count_nonzero(logits > logits[prompt[at]])) + 1  # equal tokens have the same
+    return float(logprobs[prompt[at]]), rank, order[:3]
 
 
 def check(response_prompt: list[int], found: PromptLogprobs | None) -> None:
