@@ -23,7 +23,7 @@ from osmium.ops import (
     SharedExpert,
     SlotAssignment,
 )
-from osmium.ops.tiling import rows_bytes
+from osmium.ops.tiling import MATVEC_MAX_TOKENS, rows_bytes
 from osmium.ops.types import FETCH_SEGMENT_BYTES
 from osmium.quant.expert_layout import ExpertLayout
 
@@ -95,7 +95,15 @@ class ExpertRunner:
             uses=ops.empty((most,), np.int32),
             pair_slots=ops.empty((self.max_rows, top_k), np.int32),
             fetch_progress=ops.empty((2,), np.int32),
+            partial_out=self._partial_out(),
         )
+
+    def _partial_out(self) -> Array | None:
+        """For kernels that compute hits and missed experts apart, on a GPU."""
+        if self.inner.hi_lo is None:
+            return None
+        few = min(self.max_rows, MATVEC_MAX_TOKENS)
+        return self.ops.empty((few, self.cache.layout.hidden), np.int64)
 
     def set_cache(self, cache: ExpertCache) -> None:
         """Use the slots of `cache` from now on; their total equals that of the first cache.
@@ -233,8 +241,10 @@ def expert_runner_bytes(
     """Most bytes of the runner's own arrays on a backend."""
     block = _rows_per_block(rows, capacity, experts, top_k)
     grouped = GroupedExperts.nbytes(block, top_k, experts, layout.hidden) if gpu else 0
+    partial_out = 8 * min(block, MATVEC_MAX_TOKENS) * layout.hidden if gpu else 0
     return (
         grouped
+        + partial_out
         + rows_bytes(block * top_k, layout.inner, False, gpu)
         + 4 * (block * top_k + 1 + 2 + 4 * min(experts, block * top_k))
     )

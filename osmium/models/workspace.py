@@ -11,15 +11,10 @@ import numpy.typing as npt
 from osmium.config import ModelConfig
 from osmium.models.scratch import Scratch, aligned_bytes
 from osmium.ops import Array, MatmulInput, Ops
-from osmium.ops.tiling import SPLIT_KV_MAX_SEQS, delta_chunk_words, input_shapes
+from osmium.ops.tiling import KV_SPLITS, SPLIT_KV_MAX_SEQS, delta_chunk_words, input_shapes
 from osmium.ops.types import ROUTER_BARRIER_SHAPE
 
 __all__ = ["Workspace", "cut_bytes", "cut_workspace", "make_workspace", "workspace_bytes"]
-
-MAX_KV_SPLITS = 160
-"""Most blocks per KV head over the contexts of a step.  With two KV heads these are two blocks per
-multiprocessor of a GPU with 160.  A short context uses one block per tile."""
-
 
 OVERLAPPING = (
     ("h",),
@@ -80,7 +75,8 @@ class Workspace:
     """f32 [T, D], output of the shared expert."""
 
     partial: Array
-    """f32 [MAX_KV_SPLITS, H, d + 2], partial results of split-KV blocks."""
+    """f32 [splits, H, d + 2], partial results of split-KV blocks: KV_SPLITS for each row, of at
+    most SPLIT_KV_MAX_SEQS rows."""
     split_counters: Array
     """i32 [SPLIT_KV_MAX_SEQS, H, 8], 0 between kernels: split-KV blocks that have finished."""
     context_turns: Array
@@ -124,7 +120,7 @@ def make_workspace(
     return Workspace(
         **arrays,
         **inputs,
-        partial=ops.empty(_partial_shape(config), np.float32),
+        partial=ops.empty(_partial_shape(config, rows), np.float32),
         split_counters=split_counters,
         context_turns=context_turns,
         router_barrier=router_barrier,
@@ -190,14 +186,14 @@ def workspace_bytes(
     """Bytes that make_workspace allocates on a backend, each array rounded up as in a Scratch."""
     fields = sum(_aligned(config, name, rows, gpu) for names in OVERLAPPING for name in names)
     shared = (
-        _partial_shape(config), _split_counters_shape(config),
+        _partial_shape(config, rows), _split_counters_shape(config),
         _context_turns_shape(config, rows, piece_rows), ROUTER_BARRIER_SHAPE,
     )  # fmt: skip
     return fields + sum(aligned_bytes(shape, np.float32) for shape in shared)
 
 
-def _partial_shape(config: ModelConfig) -> tuple[int, ...]:
-    return (MAX_KV_SPLITS, config.num_heads, config.head_dim + 2)
+def _partial_shape(config: ModelConfig, rows: int) -> tuple[int, ...]:
+    return (KV_SPLITS * min(rows, SPLIT_KV_MAX_SEQS), config.num_heads, config.head_dim + 2)
 
 
 def _chunk_scratch_words(config: ModelConfig, rows: int, gpu: bool) -> int:

@@ -19,6 +19,7 @@ from osmium.ops.runtime import DeviceRuntime
 from osmium.ops.tiling import (
     DELTA_CHUNK_MAX_SEQS,
     KV_DTYPES,
+    KV_SPLITS,
     PREFILL_HEAD_DIMS,
     PREFILL_PART,
     SPLIT_KV_MAX_SEQS,
@@ -26,7 +27,7 @@ from osmium.ops.tiling import (
     delta_chunk_units,
     is_decode,
     kv_format,
-    num_kv_splits,
+    max_kv_pollers,
     prefill_attention_tokens,
     supports_matvec,
 )
@@ -168,18 +169,15 @@ class GpuOps(GpuExperts):
                 self.prepare_input_of(w.out, attn_out)
             self.linear_add_rms_norm(x, attn_out, w.out, h, norm)
             return
-        blocks = groups * -(-heads // (16 * groups))
-        splits = num_kv_splits(
-            self.runtime, workspace.partial.shape[0] // tokens, tokens * blocks,
-            FETCH_BLOCKS if self.prefetch_is_active else 0,
-        )  # fmt: skip
+        splits = min(KV_SPLITS, workspace.partial.shape[0] // tokens)
+        pollers = max_kv_pollers(self.runtime, FETCH_BLOCKS if self.prefetch_is_active else 0)
         # A block computes 128 values of a head, one group of digits: it stores the digits once.
         store_digits = dim % 128 == 0 and w.out.format == "int4" and supports_matvec(w.out)
         GQA_DECODE_SPLIT_KV[kv_format(kv)](
             self.stream, tokens, attn_out.hi_lo, workspace.partial, workspace.split_counters,
             *_arrays(kv), qgkv, w.norms, w.frequencies, step.positions, step.sequence_ids,
             step.page_table, heads, groups, dim, 2 * w.frequencies.shape[0], step.page_size,
-            step.page_table.shape[1], splits, int(store_digits), w.eps, w.scale,
+            step.page_table.shape[1], splits, pollers, int(store_digits), w.eps, w.scale,
         )  # fmt: skip
         if store_digits:
             self.matvec(x, attn_out, w.out, h, norm, has_digits=True)

@@ -341,11 +341,15 @@ class GpuExperts(GpuGrouped):
             self.linear(shared_out, shared_inner, shared.down)
         shared_size = shared.down.in_features if is_fused else 0
         tiling, stage_bytes = tile_expert_down(self.runtime, layout, tokens, top_k, shared_size)
+        partial_out: Array | int = 0
+        if subset != "all":
+            assert plan is not None and plan.partial_out is not None, "subsets have partial sums"
+            partial_out = plan.partial_out[:tokens]
         MOE_DOWN_FUSED(
             self.stream, tiling.blocks, tokens, x, inner.hi_lo, ids, *_placed(plan, subset),
             weights, cache.slots[layer], shared_inner.hi_lo,
             *((shared.down.data, shared.down.scale, 0) if is_fused else (0, 0, shared_out)),
-            router_logits, y, h.hi_lo, norm, h.square_sums, layout.hidden, layout.inner,
+            router_logits, partial_out, h.hi_lo, norm, h.square_sums, layout.hidden, layout.inner,
             shared_size, top_k, layout.nbytes, layout.down, layout.down_scale, shared.gate_column,
             router_logits.shape[1], tiling.tiles, EXPERT_SUBSETS.index(subset), FETCH_WARPS,
             stage_bytes,

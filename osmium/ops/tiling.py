@@ -13,10 +13,10 @@ from osmium.ops.types import DIGIT_GROUP, Array, LinearWeight, PagedKV, SharedEx
 from osmium.quant.expert_layout import ExpertLayout
 
 __all__ = [
-    "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
+    "DELTA_CHUNK_MAX_SEQS", "KV_DTYPES", "KV_SPLITS", "MATVEC_MAX_TOKENS", "MAX_EXPERT_TILES",
     "PREFILL_HEAD_DIMS", "SPLIT_KV_MAX_SEQS", "Tiling", "bf16_gemm_kind", "bf16_gemm_stages",
     "bf16_narrow_stages", "copies_kv_ahead", "delta_chunk_units", "delta_chunk_words",
-    "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format", "num_kv_splits",
+    "fits_shared", "gemm_stages", "input_shapes", "is_decode", "kv_format", "max_kv_pollers",
     "prefill_attention_tokens", "rows_bytes", "supports_fused_experts", "supports_gemm",
     "supports_grouped_experts", "supports_matvec", "tile_expert_down", "tile_matrix",
     "wgmma_stages",
@@ -43,8 +43,8 @@ WEIGHT_STAGE_BYTES = 32 << 10
 REDUCTION_BYTES = 2 << 10
 """Bytes of shared memory per token for the sums of a block's warps."""
 
-DOWN_REDUCTION_BYTES = 4608
-"""Bytes of shared memory of the expert down kernel for its sums and the first warp's state."""
+DOWN_REDUCTION_BYTES = 8832
+"""Bytes of shared memory of the expert down kernel for its sums, the first warp's state, a flag."""
 
 MAX_SCALE_BYTES = 16 << 10
 """Most bytes of shared memory for a block's INT4 scales."""
@@ -97,8 +97,11 @@ Blocks of different parts run at once, so few rows of a long context use all mul
 PREFILL_MIN_TOKENS = 9
 """Fewest tokens of a step for which prefill attention is used; a decode step never uses it."""
 
-MIN_KV_SPLITS = 4
-"""Fewest blocks per context, even on a small GPU."""
+KV_SPLITS = 128
+"""Blocks per context in decode attention.
+
+Every GPU, and a step of any number of rows, divides a context like this, so the sums' order is the
+same.  With two KV heads, as Qwen3.5 has, 256 blocks fill an H200, two per multiprocessor."""
 
 DELTA_CHUNK_MAX_SEQS = 8
 """Most sequences per launch of the chunked delta rule, which bounds its scratch.  More sequences
@@ -318,18 +321,18 @@ def kv_format(kv: PagedKV) -> str:
     raise ConfigError(f"KV is {dtype}; the GPU keeps fp8_e4m3 or bf16, --kv-dtype f32 is for CPUs.")
 
 
-def num_kv_splits(runtime: DeviceRuntime, max_splits: int, blocks: int, copy_blocks: int) -> int:
-    """Blocks per context, at most `max_splits`, for a grid of `blocks` blocks without splits.
+def max_kv_pollers(runtime: DeviceRuntime, copy_blocks: int) -> int:
+    """Most blocks of a context that poll for the sums of all others, in decode attention.
 
-    All blocks must be resident at once: the last ones poll for the others' sums.  On the smallest
-    GPUs that holds for the blocks of one context.  `copy_blocks` prefetch blocks run in parallel;
-    where a multiprocessor fits one block, each of them takes a whole multiprocessor.
+    They are half of those that are resident at once, so others go on meanwhile.  `copy_blocks`
+    prefetch blocks run in parallel; where a multiprocessor fits one block, each of them takes a
+    whole multiprocessor.
     """
     if runtime.max_shared_per_block >= 2 * SPLIT_KV_SHARED_BYTES:
         capacity = 2 * runtime.sm_count
     else:
         capacity = runtime.sm_count - copy_blocks
-    return min(max_splits, max(MIN_KV_SPLITS, capacity // blocks))
+    return max(1, capacity // 2)
 
 
 def copies_kv_ahead(runtime: DeviceRuntime) -> bool:

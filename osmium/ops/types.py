@@ -427,6 +427,9 @@ class SlotAssignment:
 
     Counts fetch warps: those that have stored their bytes of gate and up, and those that are done.
     Slot assignment clears both.  Expert kernels poll them, so they run while the rest arrives."""
+    partial_out: Array | None = None
+    """i64 [few, D], exact sums of hits and shared expert, which the rest is added to; see
+    ptx/int4_moe_down_fused_f32.ptx.  Only on a GPU, for steps of up to `few` rows."""
 
 
 @dataclass(frozen=True)

@@ -399,3 +399,51 @@ def test_rebalancing_slots_between_responses_changes_none(
         assert engine.run_on_engine_thread(runner.rebalance_slots) >= 0, "and again"
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("model", [DEMO, "synthetic:qwen3.5-122b-a10b:4"])
+def test_a_response_has_the_same_bits_for_any_slots_and_neighbours(
+    rng: np.random.Generator, model: Path | str
+) -> None:
+    """Log-probabilities of graphs, and teacher-forced logits, of 1, 2, 4 and 8 rows."""
+    params = replace(GREEDY, max_tokens=16, logprobs=20)
+    # pages for all: a preempted request reads its response as a prompt, with other kernels
+    options: dict[str, Any] = {"context": 1024, "max_num_seqs": 8, "kv_cache_mb": 128}
+    lengths = [3, 700, 65, 64, 9, 130, 31, 200]
+
+    def measure(*counts: int, **more: Any) -> dict[str, Any]:
+        engine = demo(model, **options, **more)
+        found: dict[str, Any] = {}
+        try:
+            for count in counts:
+                streams = []
+                for first in range(0, len(all_ids), count):
+                    group = [engine.generate(ids, params) for ids in all_ids[first : first + count]]
+                    streams += [[(t.id, t.logprob, t.top) for t in stream] for stream in group]
+                found[f"{count} responses at once"] = streams
+                forced = []
+                for first in range(0, len(short_ids), count):
+                    group_ids = short_ids[first : first + count]
+                    logits = dict(engine.prompt_logits(group_ids, 1))
+                    forced += [
+                        [logits[position, sequence].tobytes() for position in range(20)]
+                        for sequence in range(len(group_ids))
+                    ]
+                found[f"{count} forced rows"] = forced
+            return found
+        finally:
+            engine.close()
+
+    engine = demo(model, **options)
+    vocab = engine.config.vocab_size
+    engine.close()
+    all_ids = [[int(one) for one in rng.integers(0, vocab, n)] for n in lengths]
+    short_ids = [[int(one) for one in rng.integers(0, vocab, 20)] for _ in lengths]
+    resident = measure(1, 2, 4, 8)
+    for name, found in resident.items():
+        assert found == resident["1 " + name[2:]], name
+    for slots in (8, 16):
+        for prefetch in (True, False):
+            few = measure(1, 8, expert_slots=slots, prefetch=prefetch)
+            for name, found in few.items():
+                assert found == resident[name], f"{name}, {slots} slots, prefetch {prefetch}"

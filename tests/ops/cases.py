@@ -727,7 +727,7 @@ PLAN = ("count", "expert", "slot", "fetch_flags", "uses", "pair_slots", "fetch_p
 
 
 def _plan(a: dict[str, Any]) -> SlotAssignment:
-    return SlotAssignment(*(a[f"plan_{name}"] for name in PLAN))
+    return SlotAssignment(*(a[f"plan_{name}"] for name in PLAN), a.get("plan_partial_out"))
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
@@ -786,6 +786,7 @@ def _experts(bits: int) -> Callable[[np.random.Generator, Size], Case]:
             "norm": _f32(rng, size.hidden),
             "x": _f32(rng, len(ids), size.hidden),
             "weights": w / w.sum(axis=1, keepdims=True),
+            "plan_partial_out": np.full((len(ids), size.hidden), -7, np.int64),
             **shared_arrays(rng, form, len(ids), size.hidden, size.inner, 2),
         }
 

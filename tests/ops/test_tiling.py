@@ -9,7 +9,7 @@ import pytest
 from osmium.ops import PagedKV, StepInputs
 from osmium.ops.gpu import GQA_DECODE_SPLIT_KV, GpuOps
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.tiling import MIN_KV_SPLITS, num_kv_splits, prefill_attention_tokens
+from osmium.ops.tiling import max_kv_pollers, prefill_attention_tokens
 from osmium.ops.types import FETCH_BLOCKS
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import split_kv
@@ -26,26 +26,7 @@ class GpuSize:
 
 
 @pytest.mark.parametrize("prefetch_blocks", [0, FETCH_BLOCKS])
-@pytest.mark.parametrize("groups", [1, 2, 3])
-def test_split_kv_blocks_fill_the_sms_left_by_prefetch_blocks(
-    groups: int, prefetch_blocks: int
-) -> None:
-    """One block per SM without those for prefetch, or two per SM."""
-    for multiprocessors, max_shared, max_blocks in (
-        (170, 99 << 10, 170 - prefetch_blocks),
-        (132, 227 << 10, 264),
-    ):
-        device: Any = GpuSize(multiprocessors, max_shared)
-        blocks = groups * num_kv_splits(device, 1000, groups, prefetch_blocks)
-        assert max_blocks - groups < blocks <= max_blocks
-    small: Any = GpuSize(10, 99 << 10)
-    assert num_kv_splits(small, 1000, groups, prefetch_blocks) >= MIN_KV_SPLITS
-    assert num_kv_splits(small, 3, groups, prefetch_blocks) == 3
-
-
-@pytest.mark.parametrize("prefetch_blocks", [0, FETCH_BLOCKS])
-def test_blocks_that_wait_for_each_other_are_resident_together(prefetch_blocks: int) -> None:
-    """The blocks of one context on every GPU, and those of all contexts on most GPUs."""
+def test_blocks_that_wait_for_others_leave_room_for_them(prefetch_blocks: int) -> None:
     for multiprocessors, max_shared in (
         (20, 99),
         (24, 99),
@@ -55,24 +36,24 @@ def test_blocks_that_wait_for_each_other_are_resident_together(prefetch_blocks: 
         (132, 227),
     ):
         device: Any = GpuSize(multiprocessors, max_shared << 10)
-        max_blocks = 2 * multiprocessors if max_shared == 227 else multiprocessors - prefetch_blocks
-        for blocks in range(1, 33):
-            splits = num_kv_splits(device, 160, blocks, prefetch_blocks)
-            assert MIN_KV_SPLITS <= splits <= max_blocks
-            assert blocks * splits <= max_blocks or blocks * MIN_KV_SPLITS > max_blocks
+        resident = 2 * multiprocessors if max_shared == 227 else multiprocessors - prefetch_blocks
+        assert 1 <= max_kv_pollers(device, prefetch_blocks) < resident
+    small: Any = GpuSize(10, 99 << 10)
+    assert max_kv_pollers(small, prefetch_blocks) >= 1
 
 
-def test_attention_leaves_sms_free_until_the_prefetch_stream_is_joined() -> None:
+def test_fewer_attention_blocks_wait_until_the_prefetch_stream_is_joined() -> None:
     make = split_kv(256, 16, 2, 7, 24, (100, 40), "fp8")
     device = InterpretedRuntime()
     device.sm_count = 36
     ops = GpuOps(device)
-    splits: list[int] = []
+    pollers: list[int] = []
     launch = device.stream.launch
 
     def recording_launch(kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...]) -> None:
         if kernel is GQA_DECODE_SPLIT_KV["fp8"]:
-            splits.append(grid[0])
+            assert grid[0] == 12  # two rows share 24 partial results
+            pollers.append(values[-4])
         launch(kernel, grid, values)
 
     device.stream.launch = recording_launch  # type: ignore[method-assign]
@@ -94,7 +75,7 @@ def test_attention_leaves_sms_free_until_the_prefetch_stream_is_joined() -> None
     assert right()
     ops.join_side_stream(prefetch=True)
     assert right()
-    assert splits == [9, 5, 5, 9]
+    assert pollers == [18, 10, 10, 18]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,7 @@ def experts(
             "pair_slots": np.where(rng.random(ids.shape) < 0.4, ~slot_of[0][ids], slot_of[0][ids]),
             "routed_ids": ids,
             "fetch_progress": np.full(2, 1 << 20, np.int32),  # fetched long ago
+            "partial_out": np.full((tokens, hidden), -7, np.int64),
             "weights": rng.random(ids.shape, np.float32),
             "slots": slots[None],
             "expert_to_slot": slot_of,
@@ -209,8 +210,9 @@ def experts(
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = cache_of(layout, a["slots"], a["expert_to_slot"])
             assignment = SlotAssignment(
-                None, None, None, None, None, a["pair_slots"], a["fetch_progress"]
-            )
+                None, None, None, None, None, a["pair_slots"], a["fetch_progress"],
+                a["partial_out"],
+            )  # fmt: skip
             experts_call(ops, a, form, assignment, cache, parts, 3, norm=True)
 
         kind = expert_tolerance(layout, tokens, count, form)

@@ -1002,9 +1002,9 @@ MODIFIERS = {"rn", "approx", "approx.ftz", "lo", "pred"}
 
 COMPARE: dict[str, Callable[[Values, Values], Values]] = {
     "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal, "eq": np.equal,
-    "ne": lambda a, b: (a < b) | (a > b),
+    "ne": lambda a, b: (a < b) | (a > b), "geu": lambda a, b: ~(a < b),
 }  # fmt: skip
-"""All are false for NaN, including ne."""
+"""All are false for NaN, including ne, but geu is true."""
 
 
 def _compile(program: Program, line: str) -> Run:
@@ -1816,6 +1816,8 @@ def _convert(program: Program, parts: list[str], args: list[str]) -> Run:
         return lambda w, m: w.write(args[0], np.rint(value(w, m)), m)
     if modes == ["rni"] and to == "s32" and source == "f32":
         return lambda w, m: w.write(args[0], _nearest(value(w, m)), m)
+    if modes == ["rni"] and to == "s64" and source == "f32":
+        return lambda w, m: w.write(args[0], _nearest_s64(value(w, m)), m)
     wanted = ["rn"] if floats == (True, False) or to == "f16" else []
     if modes != wanted or floats == (False, True):
         raise KeyError(".".join(parts))
@@ -1826,6 +1828,14 @@ def _nearest(x: Values) -> Values:
     """f32 to s32, ties to even; out of range the nearest integer, and 0 for NaN."""
     exact = np.clip(np.rint(np.nan_to_num(x.astype(np.float64))), -(2**31), 2**31 - 1)
     return exact.astype(np.int32)
+
+
+def _nearest_s64(x: Values) -> Values:
+    """f32 to s64, ties to even; out of range the nearest integer, and the lowest for NaN."""
+    exact = np.rint(x.astype(np.float64))
+    is_large = exact >= 2.0**63
+    whole = np.where(np.isnan(exact) | (exact < -(2.0**63)) | is_large, -(2.0**63), exact)
+    return np.where(is_large, np.int64(2**63 - 1), whole.astype(np.int64))
 
 
 def _compare(program: Program, parts: list[str], args: list[str]) -> Run:
