@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import tempfile
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +12,10 @@ from osmium.cuda.driver import Device
 from osmium.cuda.stream import CudaRuntime
 from osmium.errors import NoDevice
 from osmium.ops.gpu import GpuOps
+
+_CACHE = tempfile.TemporaryDirectory(prefix="osmium-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
+"""Packed files and locks of tests, and of processes they start, are not the user's."""
 
 
 @pytest.fixture
