@@ -67,7 +67,8 @@ def search(question: Question) -> list[str]:
 
 def defines(text: str, symbol: str) -> bool:
     """Whether a Python or PTX text defines a function, class, constant or entry of that name."""
-    return bool(re.search(rf"^\s*(?:async def|def|class|\.visible \.entry) {symbol}\b", text, re.M))
+    kinds = r"async def|def|class|\.visible \.entry"
+    return bool(re.search(rf"^(?:\s*(?:{kinds}) {symbol}\b|{symbol}(?:: .+)? = )", text, re.M))
 
 
 each_question = pytest.mark.parametrize("question", questions(), ids=lambda one: one.text)
