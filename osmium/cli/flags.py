@@ -302,6 +302,13 @@ def add_server_flags(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="most open connections; further ones get 503 (512)",
     )
     add(
+        "--max-queued-requests",
+        type=integer(1),
+        default=256,
+        metavar="N",
+        help="most requests that wait for others; further ones get 429 (256)",
+    )
+    add(
         "--log-requests",
         action="count",
         default=0,

@@ -64,7 +64,9 @@ def serve_model(args: argparse.Namespace) -> None:
             allowed_host=args.allowed_host,
             served_model_name=args.served_model_name,
             limits=Limits(
-                max_body_bytes=args.max_body_mb << 20, max_connections=args.max_connections
+                max_body_bytes=args.max_body_mb << 20,
+                max_connections=args.max_connections,
+                max_queued_requests=args.max_queued_requests,
             ),
             tls=tls,
             log_requests=args.log_requests,

@@ -22,6 +22,7 @@ from osmium.server.fields import IgnoredFields
 from osmium.server.limits import MAX_RUNNING_CHOICES
 from osmium.server.prepare import Prepare, Prepared, prepare_chat
 from osmium.server.request_log import TOKENS
+from osmium.server.request_queue import RequestQueue
 from osmium.server.response_types import (
     ChatChunk,
     ChatResponse,
@@ -118,10 +119,11 @@ class _Answer:
     """One request that runs in the engine, once for each choice."""
 
     def __init__(self, request: Request, engine: Engine, prepared: Prepared) -> None:
-        """Submit the request.  Raises: RequestError, EngineStopped."""
+        """Submit the request.  Raises: RequestError, also if too many wait; EngineStopped."""
         self.request, self.engine, self.prepared = request, engine, prepared
         self.writer: ResponseWriter = prepared.writer
         self.shutdown: Shutdown = request.app.state.shutdown
+        self.queue: RequestQueue = request.app.state.queue
         self.events: Events = asyncio.Queue()
         self.submitted = time.perf_counter()
         self.has_token = False
@@ -132,6 +134,7 @@ class _Answer:
         self._loop = asyncio.get_running_loop()
         self.handles: list[Any] = []
         """The submitted requests, each a Handle."""
+        self._number = self.queue.join(self._waits)
         try:
             for _ in range(MAX_RUNNING_CHOICES):
                 self._submit_next()
@@ -162,8 +165,13 @@ class _Answer:
 
     def cancel(self) -> None:
         """Cancel all choices; does nothing to finished ones."""
+        self.queue.leave(self._number)
         for handle in self.handles:
             self.engine.cancel(handle)
+
+    def _waits(self) -> bool:
+        """Whether the engine has begun none of its choices."""
+        return not any(handle.times.started for handle in self.handles)
 
     async def respond(self, headers: dict[str, str]) -> Response:
         """The response.  Raises: the engine's error, unless it is a stream."""
@@ -220,14 +228,15 @@ class _Answer:
         return sum(prompts.values()), sum(self.generated.values())
 
     def _comment(self) -> ServerSentEvent:
-        """The comment of a stream without events, with the prefill's progress until its end.
+        """The comment of a stream without events: its place, then the prefill's progress.
 
         It comes with the API's ping event, if there is one.
         """
         text = "keep-alive"
         if not self.has_token:
+            place = self.queue.place(self._number)
             done, total = self.handles[0].prompt_progress
-            text = f"prefill {done}/{total}"
+            text = f"prefill {done}/{total}" if place is None else "queued {}/{}".format(*place)
         ping = self.prepared.ping or {}
         return ServerSentEvent(ping.get("data"), event=ping.get("event"), comment=text, sep="\n")
 

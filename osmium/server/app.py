@@ -38,6 +38,7 @@ from osmium.server.limits import DEFAULT_LIMITS, Limits, shown
 from osmium.server.loading import BackgroundLoader
 from osmium.server.openai import error_status
 from osmium.server.request_log import RequestLog, hide_values
+from osmium.server.request_queue import RequestQueue
 from osmium.server.responses import RESPONSE_ROUTES
 from osmium.server.responses_store import ResponseStore
 from osmium.server.route import ApiRoute
@@ -108,6 +109,7 @@ def create_app(
     )  # fmt: skip
     app.state.loader, app.state.served_model_name = loader, served_model_name
     app.state.bodies, app.state.shutdown = bodies, shutdown
+    app.state.queue = RequestQueue(limits.max_queued_requests)
     app.state.responses = ResponseStore()
     app.state.has_keys, app.state.openapi = bool(keys), None
     routes = [route for route in app.routes if isinstance(route, ApiRoute)]

@@ -33,6 +33,8 @@ class Limits:
     """The largest body of a request."""
     max_connections: int = 512
     """Open connections; a further one gets 503."""
+    max_queued_requests: int = 256
+    """Requests that wait for the engine; a further one gets 429."""
     large_body_bytes: int = 256 << 10
     """A body above this size needs one of `large_bodies` places while it is read and tokenized."""
     large_bodies: int = 4

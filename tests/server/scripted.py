@@ -122,6 +122,9 @@ class ScriptedEngine:
         self.prefill = threading.Event()
         """While a test has cleared this, requests stay in prefill."""
         self.prefill.set()
+        self.begins = threading.Event()
+        """While a test has cleared this, requests wait for their first step."""
+        self.begins.set()
         self.closed = False
         self.logprob = -0.5
         """Log-probability of each generated token."""
@@ -140,6 +143,8 @@ class ScriptedEngine:
         if not prompt:
             raise RequestError("The prompt has no tokens.", param="messages", code="empty_prompt")
         request = ScriptedRequest(list(prompt), params)
+        if self.begins.is_set():
+            request.times.started = request.times.submitted
         self.requests.append(request)
         self.arrived.release()
         threading.Thread(target=self._answer, args=(request, on_event), daemon=True).start()
@@ -163,8 +168,10 @@ class ScriptedEngine:
         stop_ids = {token: s for token, s in special_ids.items() if token is not None}
         stops = StopMatcher(decoder, params.stop, params.stop_after, stop_ids, params.min_tokens)
         reason, generated, error, end = FinishReason.STOP, 0, None, None
-        while not self.prefill.is_set() and not request.cancelled.is_set():
-            time.sleep(0.002)
+        for gate in (self.begins, self.prefill):
+            while not gate.is_set() and not request.cancelled.is_set():
+                time.sleep(0.002)
+            request.times.started = request.times.started or time.perf_counter()
         request.prompt_progress = (len(request.ids), len(request.ids))
         if request.prompt_logprobs is not None:
             request.prompt_logprobs.add(0, self.logits_of(request.ids))
@@ -180,7 +187,6 @@ class ScriptedEngine:
                 break
             generated += 1
             now = time.perf_counter()
-            request.times.started = request.times.started or request.times.submitted
             request.times.first_token = request.times.first_token or now
             request.times.last_token = now
             if token in params.stop_token_ids or stops.stops_at(token):
