@@ -166,17 +166,19 @@ def tile_expert_down(
 
     `shared_size` is the shared expert's inner size, or 0.  One block per multiprocessor and token,
     so that the digits of each input are computed once per multiprocessor.  The kernel has twice the
-    warps of a matvec kernel, so it has two weight stages, or one where two do not fit.
+    warps of a matvec kernel, so it has two weight stages, or one where two do not fit.  Where the
+    scales of a block's tiles do not fit, there are more blocks, with fewer tiles.
     """
     num_tiles = layout.hidden // 8
-    blocks = min(num_tiles, runtime.sm_count)
-    tiles = -(-num_tiles // blocks)
     routed_groups = top_k * (layout.inner // 128)
-    other_bytes = (
-        DOWN_REDUCTION_BYTES
-        + 544 * (routed_groups + shared_size // 64)
-        + tiles * (16 * routed_groups + 32)
-    )
+    input_bytes = DOWN_REDUCTION_BYTES + 544 * (routed_groups + shared_size // 64)
+    tile_bytes = 16 * routed_groups + 32
+    room = runtime.max_shared_per_block - WEIGHT_STAGE_BYTES - input_bytes
+    blocks = min(num_tiles, runtime.sm_count)
+    tiles = min(-(-num_tiles // blocks), max(1, room // tile_bytes))
+    blocks = -(-num_tiles // tiles)
+    tiles = -(-num_tiles // blocks)
+    other_bytes = input_bytes + tiles * tile_bytes
     two_rings = 2 * WEIGHT_STAGE_BYTES
     has_room = runtime.max_shared_per_block >= min(tokens, 2) * (two_rings + other_bytes)
     return Tiling(blocks, tiles, 1), two_rings if has_room else WEIGHT_STAGE_BYTES

@@ -8,9 +8,11 @@ import pytest
 
 from osmium.ops import PagedKV, StepInputs
 from osmium.ops.gpu import GQA_DECODE_SPLIT_KV, GpuOps
+from osmium.ops.gpu_experts import MOE_DOWN_FUSED
 from osmium.ops.reference import ReferenceOps
-from osmium.ops.tiling import max_kv_pollers, prefill_attention_tokens
+from osmium.ops.tiling import max_kv_pollers, prefill_attention_tokens, tile_expert_down
 from osmium.ops.types import FETCH_BLOCKS
+from osmium.quant.expert_layout import ExpertLayout
 from tests.ops.cases import allowed, compare, run
 from tests.ptx.cases_attention import split_kv
 from tests.ptx.interpreter import InterpretedRuntime
@@ -40,6 +42,31 @@ def test_blocks_that_wait_for_others_leave_room_for_them(prefetch_blocks: int) -
         assert 1 <= max_kv_pollers(device, prefetch_blocks) < resident
     small: Any = GpuSize(10, 99 << 10)
     assert max_kv_pollers(small, prefetch_blocks) >= 1
+
+
+@pytest.mark.parametrize("multiprocessors", [20, 24, 28, 36, 46, 60, 82, 84, 108, 128, 132, 170])
+@pytest.mark.parametrize("max_shared", [99, 163, 227])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "top_k"), [(2048, 512, 8), (3072, 1024, 8), (4096, 1024, 10)]
+)
+def test_a_block_of_expert_down_fits_shared_memory(
+    hidden: int, inner: int, top_k: int, max_shared: int, multiprocessors: int
+) -> None:
+    """In the published shapes, with a shared expert of the routed ones' size."""
+    device: Any = GpuSize(multiprocessors, max_shared << 10)
+    layout, contract = ExpertLayout(4, hidden, inner), MOE_DOWN_FUSED.contract
+    for tokens in (1, 8):
+        tiling, ring_bytes = tile_expert_down(device, layout, tokens, top_k, inner)
+        sizes = {
+            "ring_bytes": ring_bytes, "top_k": top_k, "inner_size": inner, "shared_size": inner,
+            "tiles": tiling.tiles,
+        }  # fmt: skip
+        assert contract.dynamic is not None
+        dynamic = contract.dynamic(sizes)
+        assert contract.shared + dynamic <= device.max_shared_per_block
+        assert tiling.blocks * tiling.tiles >= hidden // 8
+        assert (tiling.blocks - 1) * tiling.tiles < hidden // 8 <= tiling.blocks * tiling.tiles
+        assert tiling.blocks >= min(multiprocessors, hidden // 8) // 2
 
 
 def test_fewer_attention_blocks_wait_until_the_prefetch_stream_is_joined() -> None:
