@@ -13,6 +13,7 @@ import osmium
 from osmium.cuda.stream import CudaRuntime
 from osmium.engine.engine import Engine
 from osmium.engine.request import Finish, SamplingParams, Token
+from osmium.engine.runner import ModelRunner
 from osmium.engine.sampler import log_softmax
 from osmium.errors import NoDevice
 from osmium.experts.cache import resident, verify
@@ -403,9 +404,12 @@ def test_rebalancing_slots_between_responses_changes_none(
 
 @pytest.mark.parametrize("model", [DEMO, "synthetic:qwen3.5-122b-a10b:4"])
 def test_a_response_has_the_same_bits_for_any_slots_and_neighbours(
-    rng: np.random.Generator, model: Path | str
+    rng: np.random.Generator, model: Path | str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Log-probabilities of graphs, and teacher-forced logits, of 1, 2, 4 and 8 rows."""
+    """Log-probabilities of graphs, and teacher-forced logits, of 1, 2, 4 and 8 rows.
+
+    Then with few slots, with and without prefetch, and with launches instead of graphs.
+    """
     params = replace(GREEDY, max_tokens=16, logprobs=20)
     # pages for all: a preempted request reads its response as a prompt, with other kernels
     options: dict[str, Any] = {"context": 1024, "max_num_seqs": 8, "kv_cache_mb": 128}
@@ -447,3 +451,6 @@ def test_a_response_has_the_same_bits_for_any_slots_and_neighbours(
             few = measure(1, 8, expert_slots=slots, prefetch=prefetch)
             for name, found in few.items():
                 assert found == resident[name], f"{name}, {slots} slots, prefetch {prefetch}"
+    monkeypatch.setattr(ModelRunner, "_captured", lambda self, key, run: run)
+    for name, found in measure(1, 8, expert_slots=16).items():
+        assert found == resident[name], f"{name}, no graphs"
