@@ -727,7 +727,8 @@ PLAN = ("count", "expert", "slot", "fetch_flags", "uses", "pair_slots", "fetch_p
 
 
 def _plan(a: dict[str, Any]) -> SlotAssignment:
-    return SlotAssignment(*(a[f"plan_{name}"] for name in PLAN), a.get("plan_partial_out"))
+    arrays = {name: a[f"plan_{name}"] for name in PLAN}
+    return SlotAssignment(**arrays, partial_out=a.get("plan_partial_out"))
 
 
 def _plan_arrays(most: int, ids: npt.NDArray[Any]) -> Arrays:
