@@ -5,20 +5,17 @@ Steps of few rows: hits and fetched experts, decode attention and matrices.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 
-from osmium.ops import LinearWeight, Ops, SlotAssignment
+from osmium.ops import Ops
 from osmium.ops.gpu import GpuOps
-from osmium.ops.types import AttentionWeights, AttentionWorkspace
-from osmium.quant.expert_layout import ExpertLayout
 from tests.ops import cases
-from tests.ops.cases import LAB, Size, experts_call, new_rows, read_rows
+from tests.ops.cases import LAB, Case, Size
 from tests.ptx import cases_linear
-from tests.ptx.cases_linear import cache_of
 from tests.ptx.interpreter import InterpretedRuntime
 
 Arrays = dict[str, npt.NDArray[Any]]
@@ -53,34 +50,29 @@ def rows_alone(arrays: Arrays, names: tuple[str, ...], rows: int) -> Iterator[Ar
 TOP_K, HIDDEN, INNER = 3, 128, 128
 
 
+def expert_case(rng: np.random.Generator, shared: int, *parts: str) -> Case:
+    return cases_linear.experts(4, ROWS, TOP_K, HIDDEN, INNER, *parts, shared=shared)(rng)
+
+
 def expert_arrays(rng: np.random.Generator, shared: int) -> Arrays:
     """Arrays of ROWS tokens in INT4 experts, with the slot of each pair in `slots_of`."""
-    make = cases_linear.experts(4, ROWS, TOP_K, HIDDEN, INNER, shared=shared)
-    arrays: Arrays = dict(make(rng).arrays)
+    arrays: Arrays = dict(expert_case(rng, shared).arrays)
     placed = arrays["pair_slots"]
     return arrays | {"slots_of": np.where(placed < 0, ~placed, placed)}
 
 
 def computed_experts(ops: Ops, arrays: Arrays, fetched: Any) -> tuple[bytes, bytes]:
     """Output and the next matrix's input; `fetched` None: all experts are resident."""
-    a = arrays | {"partial_out": np.full(arrays["x"].shape, -7, np.int64)}
+    slots, shared = arrays["slots_of"], arrays["both"].shape[1] // 2
     if fetched is None:
-        a["routed_ids"] = a["slots_of"].astype(np.uint16)
+        a = {name: array for name, array in arrays.items() if name != "pair_slots"}
+        a["routed_ids"] = slots.astype(np.uint16)
     else:
-        a["pair_slots"] = np.where(fetched, ~a["slots_of"], a["slots_of"])
-    on_device = {name: ops.to_device(np.array(value)) for name, value in a.items()}
-    layout = ExpertLayout(4, HIDDEN, INNER)
-    cache = cache_of(layout, on_device["slots"], on_device["expert_to_slot"])
-    plan, unused = None, cast(Any, None)
-    if fetched is not None:
-        plan = SlotAssignment(
-            unused, unused, unused, unused, unused, on_device["pair_slots"],
-            on_device["fetch_progress"], on_device["partial_out"],
-        )  # fmt: skip
+        a = arrays | {"pair_slots": np.where(fetched, ~slots, slots)}
     parts = ("all",) if fetched is None else ("hits", "rest")
-    experts_call(ops, on_device, "int8", plan, cache, parts, 3, norm=True)
-    ops.synchronize()
-    return ops.copy_d2h(on_device["out"]).tobytes(), ops.copy_d2h(on_device["next"]).tobytes()
+    made = expert_case(np.random.default_rng(0), shared, *parts)
+    found = cases.run(replace(made, arrays=a), ops)
+    return found["out"].tobytes(), found["next"].tobytes()
 
 
 @pytest.mark.parametrize("shared", [64, 72])
@@ -136,25 +128,12 @@ def test_decode_attention_has_the_same_bits_for_any_rows_and_gpu(
         LAB, hidden=64, heads=4, kv_heads=2, head_dim=64, rotary=16, page=16, past=past,
         lengths=(1,) * ROWS,
     )  # fmt: skip
-    make = cases.shared_context
-    arrays = dict(make(rng, size, SPLITS * ROWS, kv_format).arrays)
+    arrays: Arrays = dict(cases.shared_context(rng, size, SPLITS * ROWS, kv_format).arrays)
 
     def attended(ops: Ops, a: Arrays, one: Size) -> tuple[bytes, bytes]:
-        rows = len(one.past)
-        a = {name: ops.to_device(np.array(value)) for name, value in a.items()}
-        width = one.heads * one.head_dim
-        matrix = LinearWeight("int4", one.hidden, width, a["out"], a["out_scale"], 128)
-        weights = AttentionWeights(a["norms"], a["frequencies"], matrix, 1e-6, one.head_dim**-0.5)
-        h = new_rows(ops, rows, one.hidden, 1e-6)
-        workspace = AttentionWorkspace(
-            a["q"], new_rows(ops, rows, width), a["partial"], a["turns"], a["sums"], a["parts"]
-        )
-        ops.gated_attention(
-            a["x"], h, a["scale"], a["qgkv"], weights, cases._kv(a), workspace, cases._step(one, a)
-        )
-        read_rows(ops, a["h"], h)
-        ops.synchronize()
-        return ops.copy_d2h(a["x"]).tobytes(), ops.copy_d2h(a["h"]).tobytes()
+        made = cases.shared_context(np.random.default_rng(0), one, SPLITS, kv_format)
+        found = cases.run(replace(made, arrays=a), ops)
+        return found["x"].tobytes(), found["h"].tobytes()
 
     wanted = attended(backends[0], arrays, size)
     names = ("x", "h", "q", "qgkv", "turns", "sums", "positions", "past", "slots", "pages")
@@ -191,5 +170,5 @@ def test_matrices_have_the_same_bits_for_any_rows_and_gpu(
         for first, count in ((0, 1), (7, 1), (2, 2), (1, 5), (0, 6), (4, 4)):
             part = slice(first, first + count)
             arrays = {n: v[part] if len(v) == rows else v for n, v in case.arrays.items()}
-            found = cases.run(cases.Case(arrays, case.call, case.writes), ops)["out"]
+            found = cases.run(replace(case, arrays=arrays), ops)["out"]
             np.testing.assert_array_equal(found.view(np.int32), wanted[part].view(np.int32))

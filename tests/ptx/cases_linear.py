@@ -179,7 +179,7 @@ def experts(
     form: str = "int8",
 ) -> Make:  # fmt: skip
     """Experts in shuffled slots, some not resident, some fetched in this step, and a shared expert
-    of size `shared`."""
+    of size `shared`.  Without `pair_slots` all are resident, and the ids are slots."""
     parts = parts or ("hits", "rest")
     form = "bf16" if hidden % 16 else form  # INT8 rows are multiples of 16 bytes
 
@@ -209,10 +209,12 @@ def experts(
 
         def call(ops: Ops, a: dict[str, Any]) -> None:
             cache = cache_of(layout, a["slots"], a["expert_to_slot"])
-            assignment = SlotAssignment(
-                None, None, None, None, None, a["pair_slots"], a["fetch_progress"],
-                a["partial_out"],
-            )  # fmt: skip
+            assignment = None
+            if "pair_slots" in a:
+                assignment = SlotAssignment(
+                    None, None, None, None, None, a["pair_slots"], a["fetch_progress"],
+                    a["partial_out"],
+                )  # fmt: skip
             experts_call(ops, a, form, assignment, cache, parts, 3, norm=True)
 
         kind = expert_tolerance(layout, tokens, count, form)
